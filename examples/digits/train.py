@@ -1,0 +1,277 @@
+"""Train a class-conditional sCM on digits: a TrigFlow diffusion teacher, then its consistency student.
+
+    python examples/digits/train.py                    # sCD: distil the teacher
+    python examples/digits/train.py --method sct       # sCT: no teacher in the student's loss, only its weights as a start
+
+The student's loss is Algorithm 1 of the sCM paper (arXiv 2410.11081). Every stage resumes from where it was stopped.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from data import SIGMA_DATA, load_digits, to_model, to_pixels
+from judge import assess, frechet_distance, load_judge
+from samplers import T_MAX, ddim, sample_consistency
+from scm_export.networks.edm2 import PositionalEmbedding, UNet, UNetConfig
+
+CONFIG = UNetConfig(
+    img_resolution=28,
+    img_channels=1,
+    label_dim=10,
+    model_channels=48,
+    channel_mult=(1, 2),
+    num_blocks=1,
+    attn_resolutions=(),  # the first decoder block has attention all the same
+    channels_per_head=32,
+    patch_size=2,
+    time_scale=4.0,
+)
+
+Network = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def noise_levels(n: int, mean: float, std: float, device: torch.device) -> Tensor:
+    """Proposal of t: ln sigma ~ N(mean, std^2), t = arctan(sigma / sigma_d), kept below t_max."""
+    sigma = (torch.randn(n, device=device) * std + mean).exp()
+    return torch.atan(sigma / SIGMA_DATA).clamp(max=T_MAX)
+
+
+class Diffusion:
+    """The teacher's loss: F predicts the velocity, |sigma_d F(x_t / sigma_d, t) - (cos t z - sin t x_0)|^2."""
+
+    def __init__(self, net: UNet) -> None:
+        self.net = net
+
+    def parameters(self) -> list[nn.Parameter]:
+        return list(self.net.parameters())
+
+    def loss(self, x0: Tensor, labels: Tensor, progress: float) -> Tensor:
+        del progress
+        t = noise_levels(len(x0), 0.0, 1.4, x0.device)
+        cos, sin = t.cos()[:, None, None, None], t.sin()[:, None, None, None]
+        z = torch.randn_like(x0) * SIGMA_DATA
+        F = self.net((cos * x0 + sin * z) / SIGMA_DATA, t, labels)
+        return (F - (cos * z - sin * x0) / SIGMA_DATA).square().mean()
+
+
+class Consistency:
+    """The student's loss: Algorithm 1 of the paper, with tangent normalisation, tangent warm-up and adaptive weighting."""
+
+    def __init__(self, net: UNet, velocity: Network | None, compile: Callable[..., Any], warmup: float = 0.2) -> None:
+        self.net, self.velocity, self.warmup = net, velocity, warmup
+        device = next(net.parameters()).device
+        self.log_weight = nn.Sequential(PositionalEmbedding(64, 4.0), nn.Linear(64, 1)).to(device)
+        nn.init.zeros_(self.log_weight[1].weight)
+        nn.init.zeros_(self.log_weight[1].bias)
+        self.jvp = compile(self._jvp)
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [*self.net.parameters(), *self.log_weight.parameters()]
+
+    @torch.no_grad()
+    def _jvp(self, x: Tensor, t: Tensor, labels: Tensor, dx: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
+        """F and its directional derivative along (dx, dt)."""
+        return torch.func.jvp(lambda x, t: self.net(x, t, labels), (x, t), (dx, dt))
+
+    def loss(self, x0: Tensor, labels: Tensor, progress: float) -> Tensor:
+        t = noise_levels(len(x0), -0.2, 1.5, x0.device)
+        cos, sin = t.cos()[:, None, None, None], t.sin()[:, None, None, None]
+        z = torch.randn_like(x0) * SIGMA_DATA
+        x = cos * x0 + sin * z
+        with torch.no_grad():
+            dxdt = cos * z - sin * x0 if self.velocity is None else SIGMA_DATA * self.velocity(x / SIGMA_DATA, t, labels)
+            F_frozen, tangent = self.jvp(x / SIGMA_DATA, t, labels, cos * sin * dxdt / SIGMA_DATA, t.cos() * t.sin())
+            r = min(1.0, progress / self.warmup)
+            g = -(cos**2) * (SIGMA_DATA * F_frozen - dxdt) - r * (cos * sin * x + SIGMA_DATA * tangent)
+            g = g / (g.square().mean((1, 2, 3), keepdim=True).sqrt() + 0.1)
+        F = self.net(x / SIGMA_DATA, t, labels)
+        weight = self.log_weight(t)[:, 0]
+        error = (F - F_frozen - g).square().mean((1, 2, 3))
+        return (weight.exp() * error - weight).mean()
+
+
+def autoguided(good: Network, bad: Network, weight: float) -> Network:
+    """Guide a network by an earlier snapshot of itself (arXiv 2406.02507): F = F_bad + w (F_good - F_bad)."""
+
+    @torch.no_grad()
+    def velocity(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        worse = bad(x, t, labels)
+        return worse + weight * (good(x, t, labels) - worse)
+
+    return velocity
+
+
+def save(value: object, path: Path) -> None:
+    """Write beside the destination and rename: an interrupted save leaves the earlier file."""
+    beside = path.with_name(path.name + ".part")
+    torch.save(value, beside)
+    os.replace(beside, path)
+
+
+def batches(x0: Tensor, labels: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    while True:
+        for index in torch.randperm(len(x0), device=x0.device).split(size):
+            if len(index) == size:
+                yield x0[index], labels[index]
+
+
+def train_stage(
+    name: str,
+    folder: Path,
+    stage: Diffusion | Consistency,
+    steps: int,
+    learning_rate: float,
+    batch_size: int,
+    ema_decay: float,
+    evaluate: Callable[[UNet], dict[str, float]],
+    compile: Callable[..., Any],
+    snapshot_at: float = 0.0,
+) -> UNet:
+    """Run one stage to its end, or on from its last save, and return its network under an exponential moving average."""
+    state_path, log_path = folder / f"{name}.state.pt", folder / f"{name}.jsonl"
+    net, parameters = stage.net, stage.parameters()
+    ema = copy.deepcopy(net).requires_grad_(False)
+    optimizer = torch.optim.Adam(parameters, lr=learning_rate, betas=(0.9, 0.99))
+    step = 0
+    if state_path.exists():
+        state = torch.load(state_path, weights_only=True)
+        step = state["step"]
+        ema.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        with torch.no_grad():
+            for parameter, stored in zip(parameters, state["parameters"], strict=True):
+                parameter.copy_(stored)
+        torch.set_rng_state(state["rng"])
+    device = parameters[0].device
+    (images, labels), _ = load_digits()
+    data = batches(to_model(images).to(device), labels.to(device), batch_size)
+    loss_function = compile(stage.loss) if isinstance(stage, Diffusion) else stage.loss
+    average, saved = 0.0, time.monotonic()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns) as progress:
+        task = progress.add_task(name, total=steps, completed=step)
+        while step < steps:
+            warm = min(1.0, (step + 1) / 100)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
+            loss = loss_function(*next(data), 0.0 if isinstance(stage, Diffusion) else step / steps)
+            optimizer.zero_grad()
+            loss.backward()
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    torch.nan_to_num_(parameter.grad, nan=0.0, posinf=0.0, neginf=0.0)
+            optimizer.step()
+            net.normalize_weights_()
+            step += 1
+            decay = min(ema_decay, step / (step + 9))
+            with torch.no_grad():
+                for mean, parameter in zip(ema.parameters(), net.parameters(), strict=True):
+                    mean.lerp_(parameter, 1 - decay)
+            average = loss.item() if average == 0.0 else 0.99 * average + 0.01 * loss.item()
+            progress.update(task, completed=step, description=f"{name} loss {average:.4f}")
+            if step == round(snapshot_at * steps):
+                save(ema.state_dict(), folder / f"{name}.snapshot.pt")
+            if step % 500 == 0 or step == steps:
+                record = {"step": step, "loss": average, **evaluate(ema)}
+                progress.console.print(record)
+                with log_path.open("a") as log:
+                    log.write(json.dumps(record) + "\n")
+            if time.monotonic() - saved > 60 or step == steps:
+                state = {"step": step, "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
+                save({**state, "parameters": [p.detach() for p in parameters], "rng": torch.get_rng_state()}, state_path)
+                saved = time.monotonic()
+    return ema
+
+
+def new_network(device: torch.device, weights: dict[str, Tensor] | None = None) -> UNet:
+    net = UNet(CONFIG).to(device)
+    net.compute_dtype = torch.bfloat16
+    if weights is not None:
+        net.load_state_dict(weights)
+    return net
+
+
+@click.command(help=__doc__)
+@click.option("--folder", type=click.Path(file_okay=False, path_type=Path), default=Path("runs/digits"), show_default=True)
+@click.option("--method", type=click.Choice(["scd", "sct"]), default="scd", show_default=True)
+@click.option("--teacher-steps", type=click.IntRange(1), default=4500, show_default=True)
+@click.option("--student-steps", type=click.IntRange(1), default=4000, show_default=True)
+@click.option("--batch-size", type=click.IntRange(1, 4000), default=128, show_default=True)
+@click.option("--learning-rate", type=float, default=1e-3, show_default=True, help="The student's; the teacher's is 8e-3.")
+@click.option("--guidance", type=float, default=2.5, show_default=True, help="Weight of the teacher's autoguidance.")
+@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
+@click.option("--compile/--no-compile", default=True, show_default=True, help="torch.compile the losses: minutes to start, a third faster.")
+@click.option("--seed", type=int, default=0, show_default=True)
+def main(
+    folder: Path,
+    method: str,
+    teacher_steps: int,
+    student_steps: int,
+    batch_size: int,
+    learning_rate: float,
+    guidance: float,
+    device: str,
+    compile: bool,
+    seed: int,
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    compiler: Callable[..., Any] = torch.compile if compile else lambda function: function
+    place = torch.device(device)
+    judge = load_judge(folder / "judge.pt")
+    (images, _), _ = load_digits()
+    real, _ = assess(judge, images)
+    labels = torch.arange(10).repeat(50)
+
+    def evaluate(sampler: Callable[[UNet, Tensor], Tensor]) -> Callable[[UNet], dict[str, float]]:
+        def run(net: UNet) -> dict[str, float]:
+            features, found = assess(judge, to_pixels(sampler(net, labels.to(place)).cpu()))
+            return {"accuracy": (found == labels).float().mean().item(), "frechet_500": frechet_distance(features, real)}
+
+        return run
+
+    teacher = train_stage(
+        "teacher",
+        folder,
+        Diffusion(new_network(place)),
+        teacher_steps,
+        learning_rate=8e-3,
+        batch_size=batch_size,
+        ema_decay=0.998,
+        evaluate=evaluate(lambda net, labels: ddim(net, labels, steps=16, seed=1)),
+        compile=compiler,
+        snapshot_at=1 / 8,
+    )
+    student = new_network(place, teacher.state_dict())
+    velocity = None
+    if method == "scd":
+        snapshot = new_network(place, torch.load(folder / "teacher.snapshot.pt", weights_only=True)).requires_grad_(False)
+        velocity = compiler(autoguided(teacher, snapshot, guidance))
+    train_stage(
+        method,
+        folder,
+        Consistency(student, velocity, compiler),
+        student_steps,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        ema_decay=0.998,
+        evaluate=evaluate(lambda net, labels: sample_consistency(net, labels, (T_MAX, 1.1), seed=1)),
+        compile=compiler,
+    )
+
+
+if __name__ == "__main__":
+    main()

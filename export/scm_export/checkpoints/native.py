@@ -1,0 +1,154 @@
+"""This project's own checkpoint: one file with everything a sampler needs. Documented in docs/checkpoint-format.md.
+
+``.pt`` is a ``torch.save`` of plain containers and tensors, read with ``weights_only``; ``.safetensors`` holds the same, the header as JSON
+in its metadata under the key "scm".
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+import torch
+from msgspec import Meta, Struct
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from scm_runtime.errors import CheckpointError, OutputError
+
+FORMAT, VERSION = "scm-checkpoint", 1
+
+Positive = Annotated[float, Meta(gt=0)]
+
+
+class SamplerSpec(Struct, kw_only=True, forbid_unknown_fields=True):
+    """How the network was trained to be sampled."""
+
+    parametrisation: Literal["trigflow"] = "trigflow"
+    sigma_data: Positive = 0.5
+    initial_scale: Positive | None = None
+    """The state starts as this times standard normal noise; None = sigma_data."""
+    times: dict[str, tuple[float, ...]] | None = None
+    """Times by step count, each with its end; None = the paper's for one and two steps."""
+    pixel_scale: float = 255.0
+    """Pixel level = x * pixel_scale + pixel_offset, x in the model's own scale."""
+    pixel_offset: float = 127.5
+
+
+class Checkpoint(Struct, kw_only=True, forbid_unknown_fields=True):
+    """A checkpoint's contents. ``weights`` are the ones to sample with: the moving average, where training kept one."""
+
+    format: str = FORMAT
+    version: int = VERSION
+    family: str
+    config: dict[str, Any]
+    sampler: SamplerSpec
+    label_names: tuple[str, ...] | None = None
+    licence: str | None = None
+    weights: dict[str, Any]
+
+
+def save_checkpoint(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> None:
+    """Write a checkpoint whole or not at all; the ending, ``.pt`` or ``.safetensors``, chooses the format.
+
+    Raises:
+        CheckpointError: another ending.
+        OutputError: the file cannot be written.
+    """
+    target = Path(path)
+    if target.suffix not in (".pt", ".safetensors"):
+        raise CheckpointError(f"'{target}' must end in .pt or .safetensors")
+    header = {key: value for key, value in msgspec.to_builtins(checkpoint, builtin_types=(torch.Tensor,), enc_hook=_keep).items() if key != "weights"}
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.weights.items()}
+    try:
+        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
+            beside = Path(file.name)
+        try:
+            if target.suffix == ".pt":
+                torch.save({**header, "weights": weights}, beside)
+            else:
+                save_file(weights, beside, {"scm": msgspec.json.encode(header).decode()})
+            beside.chmod(0o644)
+            beside.replace(target)
+        finally:
+            beside.unlink(missing_ok=True)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise OutputError(f"cannot write '{target}': {error}") from error
+
+
+def _keep(value: object) -> object:
+    return value
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Read a checkpoint. No code from the file is run.
+
+    Raises:
+        CheckpointError: no such file, no such format, damaged, or more than tensors and plain values in it.
+    """
+    source = Path(path)
+    if not source.is_file():
+        raise CheckpointError(f"no checkpoint at '{source}': {'it is a folder' if source.is_dir() else 'the file does not exist'}. Expected a .pt or .safetensors file.")
+    with source.open("rb") as file:
+        start = file.read(16)
+    if not start:
+        raise CheckpointError(f"'{source}' is empty. Copy or save the checkpoint again.")
+    raw = _read_safetensors(source) if source.suffix == ".safetensors" or start[8:9] == b"{" else _read_pt(source)
+    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+        raise CheckpointError(
+            f"'{source}' is not a scm-checkpoint: it must hold a dict with format = {FORMAT!r}, family, config, sampler and weights. "
+            "Write one with scm_export.checkpoints.save_checkpoint (docs/checkpoint-format.md)."
+        )
+    if raw.get("version") != VERSION:
+        raise CheckpointError(f"'{source}' has checkpoint version {raw.get('version')!r}, this scm-export reads version {VERSION}. Upgrade: pip install -U scm-runtime")
+    try:
+        checkpoint = msgspec.convert(raw, Checkpoint, dec_hook=_keep_as)
+    except msgspec.ValidationError as error:
+        raise CheckpointError(f"'{source}' does not hold what a scm-checkpoint must: {error} (docs/checkpoint-format.md)") from error
+    strange = [name for name, tensor in checkpoint.weights.items() if not isinstance(tensor, Tensor)]
+    if strange:
+        raise CheckpointError(f"'{source}': weights must be tensors, got {type(checkpoint.weights[strange[0]]).__name__} for {strange[0]!r}")
+    return checkpoint
+
+
+def _keep_as(_: type, value: object) -> object:
+    return value
+
+
+def _read_pt(source: Path) -> object:
+    try:
+        return torch.load(source, map_location="cpu", weights_only=True, mmap=_is_zip(source))
+    except pickle.UnpicklingError as error:
+        if "Unsupported" in str(error) or "GLOBAL" in str(error):
+            raise CheckpointError(
+                f"'{source}' is a pickle that wants to run code, and was not loaded: it must hold tensors and plain values only. "
+                f"({str(error).strip().splitlines()[0]})"
+            ) from error
+        raise CheckpointError(f"'{source}' is not a readable .pt file: damaged or of another format ({_first_line(error)}). Copy or save it again.") from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"'{source}' is not a readable .pt file: truncated or of another format ({_first_line(error)}). Copy or save it again.") from error
+
+
+def _is_zip(source: Path) -> bool:
+    with source.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _read_safetensors(source: Path) -> Mapping[str, object]:
+    try:
+        with safe_open(source, framework="pt") as file:
+            metadata = file.metadata() or {}
+            header = msgspec.json.decode(metadata["scm"]) if "scm" in metadata else {}
+            return {**header, "weights": {name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118 - safe_open is no mapping
+    except (SafetensorError, OSError, msgspec.DecodeError, TypeError) as error:
+        raise CheckpointError(f"'{source}' is not a readable .safetensors file: {_first_line(error)}. Copy or save it again.") from error

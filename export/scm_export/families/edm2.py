@@ -1,0 +1,61 @@
+"""The family ``edm2``: the EDM2 U-Net with sCM's changes, in TrigFlow's parametrisation."""
+
+from __future__ import annotations
+
+import msgspec
+import torch
+
+from scm_export.checkpoints import Checkpoint
+from scm_export.families.weights import load_weights
+from scm_export.model import ImageDecoder, Model
+from scm_export.networks.edm2 import UNet, UNetConfig
+from scm_export.parametrisation import default_times
+from scm_runtime.bundle import Conditioning
+from scm_runtime.errors import CheckpointError
+
+
+def build_edm2(checkpoint: Checkpoint) -> Model:
+    """A Model from a checkpoint whose config has the fields of :class:`~scm_export.networks.edm2.UNetConfig`.
+
+    Raises:
+        CheckpointError: config or weights do not fit the network.
+    """
+    unknown = sorted(set(checkpoint.config) - set(UNetConfig.__dataclass_fields__))
+    try:
+        if unknown:
+            raise ValueError(f"unknown fields {', '.join(unknown)}; known are {', '.join(UNetConfig.__dataclass_fields__)}")
+        config = msgspec.convert(checkpoint.config, UNetConfig, strict=False)
+        config.validate()
+    except ValueError as error:
+        raise CheckpointError(f"config of the family edm2: {error}") from error
+    if config.segment_embedding:
+        raise CheckpointError("config of the family edm2: segment_embedding must be false, got true: multistep segments are no sCM sampler")
+
+    with torch.device("meta"):
+        network = UNet(config)
+    load_weights(network, checkpoint.weights)
+    network.eval().fold()
+
+    sampler = checkpoint.sampler
+    conditioning = []
+    if config.label_dim:
+        names = checkpoint.label_names
+        if names is not None and len(names) != config.label_dim:
+            raise CheckpointError(f"label_names must have one name a class, {config.label_dim}, got {len(names)}")
+        conditioning.append(Conditioning(name="class_labels", kind="class", dtype="int64", num_classes=config.label_dim, label_names=names))
+    if config.guidance_embedding:
+        conditioning.append(Conditioning(name="guidance_scale", kind="scalar", dtype="float32", default=1.0))
+    times = default_times(sampler.sigma_data)
+    if sampler.times is not None:
+        times = {int(count): values for count, values in sampler.times.items()}
+    return Model(
+        family="edm2",
+        network=network,
+        sample_shape=(config.img_channels, config.img_resolution, config.img_resolution),
+        sigma_data=sampler.sigma_data,
+        initial_scale=sampler.sigma_data if sampler.initial_scale is None else sampler.initial_scale,
+        times=times,
+        conditioning=tuple(conditioning),
+        decoder=ImageDecoder(sampler.pixel_scale, sampler.pixel_offset),
+        licence=checkpoint.licence,
+    )

@@ -1,0 +1,1 @@
+"""The networks this project defines, with the papers' names and equation numbers."""

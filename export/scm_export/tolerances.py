@@ -1,0 +1,10 @@
+"""How far a result may be from its float32 reference: one table, for the exporter's verification and the tests."""
+
+# Largest absolute difference of a state whose standard deviation is 0.5, by the dtype the graph computes in and the one its weights are
+# stored in. Half precision has 11 significant bits: its rounding alone moves a weight by up to 5e-4 of itself, and few-step
+# samplers do not average errors away.
+SAMPLE_ATOL: dict[tuple[str, str], float] = {
+    ("fp32", "fp32"): 5e-4,
+    ("fp32", "fp16"): 1e-2,
+    ("fp16", "fp16"): 3e-2,
+}

@@ -1,0 +1,133 @@
+"""Does the bundle compute what the checkpoint computes? The PyTorch sampler in float32 against the bundle's graphs, through the runtime itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from scm_export import ops
+from scm_export.model import Model
+from scm_export.parametrisation import Step, sample
+from scm_export.tolerances import SAMPLE_ATOL
+from scm_export.trace import example
+from scm_runtime.bundle import Manifest, Verification, VerifiedCase
+from scm_runtime.errors import InferenceError, VerificationError
+from scm_runtime.generator import Generator
+from scm_runtime.session import Session
+
+BATCH_SIZES = (1, 3)
+FIRST_SEED = 20241011  # any will do
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What PyTorch draws for one batch size and step count."""
+
+    batch_size: int
+    steps: int
+    seeds: list[int]
+    conditioning: dict[str, list[float]]
+    latents: NDArray[np.float32]
+    pixels: NDArray[np.uint8]
+    level: float  #  one level of a pixel, in the state's scale
+
+
+def draw_references(model: Model, steps: Sequence[int], progress: Callable[[str], None]) -> list[Reference]:
+    """Sample with the model in PyTorch, in float32, for every batch size and step count to be verified."""
+    step, references = Step(model.network, model.sigma_data), []
+    model.compute_in("fp32")
+    for batch_size in BATCH_SIZES:
+        seeds = torch.arange(FIRST_SEED, FIRST_SEED + batch_size)
+        conditioning = {item.name: example(item, batch_size) for item in model.conditioning}
+        for count in steps:
+            progress(f"sampling in PyTorch: batch {batch_size}, {count} steps")
+            noises = [ops.philox_normal(seeds, draw, model.sample_shape) for draw in range(count + 1)]
+            latents = sample(step, noises, model.times[count], model.initial_scale, conditioning)
+            pixels = ops.to_image(latents, model.decoder.scale, model.decoder.offset)
+            listed = {name: values.tolist() for name, values in conditioning.items()}
+            references.append(Reference(batch_size, count, seeds.tolist(), listed, latents.numpy(), pixels.numpy(), 1 / abs(model.decoder.scale)))
+    return references
+
+
+def verify_bundle(
+    folder: Path, manifest: Manifest, references: Sequence[Reference], atol: float | None, progress: Callable[[str], None]
+) -> Verification:
+    """Draw the references' samples through the bundle's graphs and compare.
+
+    Returns:
+        All cases with how far off they were, within tolerance.
+
+    Raises:
+        VerificationError: a case is over its tolerance or not finite, or ONNX Runtime refuses a graph.
+    """
+    scale = float(np.abs(np.concatenate([reference.latents.ravel() for reference in references])).max())
+    if not math.isfinite(scale):
+        raise VerificationError("the PyTorch sampler itself gives values that are not finite: are these the trained weights?")
+    cases: list[VerifiedCase] = []
+    try:
+        for case in _compare(folder, manifest, references, atol, progress):
+            cases.append(case)
+    except InferenceError as error:
+        raise VerificationError(f"the bundle does not run: {error}") from error
+    report = Verification(reference=f"PyTorch {torch.__version__} eager, fp32", device="cpu", cases=tuple(cases))
+    if bad := [case for case in cases if not case.max_abs <= case.atol]:
+        worst = max(bad, key=lambda case: case.max_abs if math.isfinite(case.max_abs) else math.inf)
+        raise VerificationError(
+            f"{len(bad)} of {len(cases)} cases are over tolerance; the worst is {worst.graph}.{worst.dtype} at batch {worst.batch_size}, "
+            f"{worst.steps} steps: max abs error {worst.max_abs:.3g}, tolerance {worst.atol:.3g}. "
+            "No bundle was written. --atol sets another tolerance, --no-verify leaves the check out.",
+            report,
+        )
+    return report
+
+
+def _compare(
+    folder: Path, manifest: Manifest, references: Sequence[Reference], atol: float | None, progress: Callable[[str], None]
+) -> Iterator[VerifiedCase]:
+    for dtype in manifest.dtypes:
+        tolerance = SAMPLE_ATOL[dtype, manifest.weights_dtype] if atol is None else atol
+        with Generator(folder, dtype=dtype, verify_integrity=False) as generate:
+            for reference in references:
+                progress(f"verifying the {dtype} graphs: batch {reference.batch_size}, {reference.steps} steps")
+                states: list[NDArray[np.float32]] = []
+                samples = generate(
+                    **reference.conditioning,  # type: ignore[arg-type]  # keywords by name
+                    seed=reference.seeds,
+                    num_inference_steps=reference.steps,
+                    output_type="np",
+                    callback_on_step_end=lambda _generator, _step, _t, values, states=states: states.append(values["latents"]),
+                )
+                yield _case("step", dtype, reference, _max_abs(states[-1], reference.latents), tolerance, samples.array)
+        for count in manifest.composed_steps:
+            session = Session(folder / f"sample-{count}.{dtype}.onnx")
+            for reference in (one for one in references if one.steps == count):
+                progress(f"verifying sample-{count}.{dtype}: batch {reference.batch_size}")
+                inputs = {item.name: np.array(reference.conditioning[item.name], item.dtype) for item in manifest.conditioning}
+                pixels = session(seeds=np.array(reference.seeds, np.int64), **inputs)
+                # A whole sampler returns pixels alone: their difference, in the state's scale, where rounding adds up to a level.
+                error = _max_abs(pixels, reference.pixels) * reference.level
+                yield _case(f"sample-{count}", dtype, reference, error, tolerance + reference.level, pixels)
+
+
+def _max_abs(a: NDArray[Any], b: NDArray[Any]) -> float:
+    return float(np.abs(a.astype(np.float64) - b.astype(np.float64)).max())
+
+
+def _case(graph: str, dtype: str, reference: Reference, error: float, atol: float, pixels: NDArray[np.uint8]) -> VerifiedCase:
+    mse = float(np.square(pixels.astype(np.float64) - reference.pixels).mean())
+    return VerifiedCase(
+        graph=graph,
+        dtype=dtype,
+        batch_size=reference.batch_size,
+        steps=reference.steps,
+        max_abs=error,
+        atol=atol,
+        psnr=None if mse == 0 else 10 * math.log10(255**2 / mse),
+    )

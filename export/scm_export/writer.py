@@ -1,0 +1,128 @@
+"""A bundle on disk: written beside its destination, flushed, and renamed into place, so that it appears whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+import onnx
+from onnx import ModelProto
+from onnxscript import ir
+
+from scm_runtime.bundle import MANIFEST, WEIGHTS, FileEntry, Manifest, sha256
+from scm_runtime.errors import OutputError
+
+INLINE_BELOW = 1024  #  bytes; smaller tensors stay in the graph
+PAGE = 4096  #          offsets of larger tensors, so that a runtime can map them
+
+
+class BundleWriter:
+    """The files of a bundle in the making. All graphs share one weights file, in which equal tensors stand once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._weights = (folder / WEIGHTS).open("xb")
+        self._places: dict[bytes, int] = {}
+
+    def graph(self, name: str, model: ir.Model) -> ModelProto:
+        """Write a graph, its larger tensors into the weights file; returns it with references in their place."""
+        for value in model.graph.initializers.values():
+            tensor = value.const_value
+            if tensor is not None and tensor.nbytes >= INLINE_BELOW:
+                offset = self._store(tensor.tobytes())
+                value.const_value = ir.ExternalTensor(
+                    WEIGHTS, offset, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape), name=value.name or "", base_dir=self.folder
+                )
+        proto = ir.to_proto(model)
+        self.proto(name, proto)
+        return proto
+
+    def proto(self, name: str, proto: ModelProto) -> None:
+        """Write a graph whose larger tensors are references already."""
+        proto.producer_name = "scm-export"
+        path = self.folder / name
+        path.write_bytes(proto.SerializeToString(deterministic=True))
+        self._weights.flush()
+        onnx.checker.check_model(path)
+
+    def _store(self, data: bytes) -> int:
+        digest = hashlib.sha256(data).digest()
+        if digest not in self._places:
+            if padding := -self._weights.tell() % (PAGE if len(data) >= 16 * PAGE else 64):
+                self._weights.write(bytes(padding))
+            self._places[digest] = self._weights.tell()
+            self._weights.write(data)
+        return self._places[digest]
+
+    def close(self) -> dict[str, FileEntry]:
+        """Finish the weights file and describe every file for the manifest."""
+        if self._weights.tell() == 0:
+            self._weights.write(bytes(64))  # an analytic model has no weights; the file is part of the layout
+        self._weights.close()
+        return {path.name: FileEntry(size=path.stat().st_size, sha256=sha256(path)) for path in sorted(self.folder.iterdir())}
+
+    def manifest(self, manifest: Manifest) -> None:
+        """Write ``scm.json``, over an earlier one if there is one."""
+        (self.folder / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")
+
+
+@contextmanager
+def new_bundle(destination: Path, *, force: bool) -> Iterator[BundleWriter]:
+    """A folder beside the destination that takes its place when the block ends well, and vanishes when it does not.
+
+    Raises:
+        OutputError: the destination exists (and force is False, or it is no bundle), or cannot be written.
+    """
+    check_destination(destination, force=force)
+    beside = None
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(dir=destination.parent, prefix=f".{destination.name}.part-"))
+        writer = BundleWriter(beside)
+        yield writer
+        _flush(beside)
+        beside.chmod(0o755)
+        if destination.exists():
+            old = Path(tempfile.mkdtemp(dir=destination.parent, prefix=f".{destination.name}.old-"))
+            destination.rename(old / "bundle")
+            try:
+                beside.rename(destination)
+            except OSError:
+                (old / "bundle").rename(destination)
+                raise
+            finally:
+                shutil.rmtree(old, ignore_errors=True)
+        else:
+            beside.rename(destination)
+    except OSError as error:
+        if isinstance(error, OutputError):
+            raise
+        raise OutputError(f"cannot write the bundle '{destination}': {error.strerror or error}. Nothing was left behind.") from error
+    finally:
+        if beside is not None and beside.exists():
+            shutil.rmtree(beside, ignore_errors=True)
+
+
+def check_destination(destination: Path, *, force: bool) -> None:
+    """Refuse a destination that would lose something; raises OutputError."""
+    if not destination.exists() and not destination.is_symlink():
+        return
+    if not (destination / MANIFEST).is_file() and not (destination.is_dir() and not any(destination.iterdir())):
+        raise OutputError(f"'{destination}' exists and is no bundle: it is not replaced. Choose another path with -o.")
+    if not force:
+        raise OutputError(f"'{destination}' exists. Choose another path with -o, or replace it with --force.")
+
+
+def _flush(folder: Path) -> None:
+    for path in (*folder.iterdir(), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

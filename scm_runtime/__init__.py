@@ -1,0 +1,40 @@
+"""Sample consistency models in one or two steps through ONNX Runtime. No torch.
+
+    from scm_runtime import Generator
+
+    with Generator("digits") as generate:
+        generate(class_labels=[3, 1, 4], seed=7).save("digits.png")
+"""
+
+from scm_runtime._version import __version__
+from scm_runtime.bundle import Manifest
+from scm_runtime.errors import (
+    BundleError,
+    BundleIntegrityError,
+    BundleNotFoundError,
+    BundleSchemaError,
+    InferenceError,
+    InvalidArgumentError,
+    MissingDependencyError,
+    OutputError,
+    ScmError,
+)
+from scm_runtime.generator import Generator
+from scm_runtime.samples import Samples, Timings
+
+__all__ = [
+    "BundleError",
+    "BundleIntegrityError",
+    "BundleNotFoundError",
+    "BundleSchemaError",
+    "Generator",
+    "InferenceError",
+    "InvalidArgumentError",
+    "Manifest",
+    "MissingDependencyError",
+    "OutputError",
+    "Samples",
+    "ScmError",
+    "Timings",
+    "__version__",
+]

@@ -1,0 +1,210 @@
+"""A bundle's manifest, ``scm.json``: its types, and the checks that stand between a folder on disk and the first session.
+
+The manifest is the only file a host must read first. It holds no model mathematics: what differs between models is in the graphs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from scm_runtime.errors import BundleIntegrityError, BundleNotFoundError, BundleSchemaError
+
+SCHEMA_VERSION = 1
+MANIFEST = "scm.json"
+WEIGHTS = "weights.onnx.data"
+
+EMBEDDED = Path(__file__).parent / "bundles"
+
+Positive = Annotated[int, Meta(ge=1)]
+
+
+class FileEntry(Struct, kw_only=True):
+    """Size in bytes and SHA-256 of one file."""
+
+    size: Annotated[int, Meta(ge=0)]
+    sha256: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+
+
+class SampleSpec(Struct, kw_only=True):
+    """The state ``x``: float32 ``[N, *shape]``."""
+
+    shape: Annotated[tuple[Positive, ...], Meta(min_length=1)]
+
+
+class OutputSpec(Struct, kw_only=True):
+    """What ``decode`` returns: uint8 ``[N, *shape]`` with shape ``[H, W, C]`` for images."""
+
+    kind: Literal["image"]
+    shape: Annotated[tuple[Positive, ...], Meta(min_length=3, max_length=3)]
+
+
+class Conditioning(Struct, kw_only=True):
+    """One input of the step graph beyond the state, ``[N, *shape]``.
+
+    ``kind`` "class" holds class indices in [0, num_classes); "scalar" one number a sample. ``default`` stands in where a call gives none.
+    """
+
+    name: Annotated[str, Meta(pattern="^[a-z][a-z0-9_]*$")]
+    kind: Literal["class", "scalar"]
+    dtype: Literal["int64", "float32"]
+    shape: tuple[int, ...] = ()
+    num_classes: Positive | None = None
+    label_names: tuple[str, ...] | None = None
+    default: int | float | None = None
+
+
+class Source(Struct, kw_only=True):
+    """The checkpoint a bundle was made from."""
+
+    file: str
+    sha256: str
+
+
+class VerifiedCase(Struct, kw_only=True):
+    """One comparison with the PyTorch sampler: ``max_abs`` in the state's scale, ``psnr`` in dB over uint8 pixels (null = identical)."""
+
+    graph: str
+    dtype: str
+    batch_size: int
+    steps: int
+    max_abs: float
+    atol: float
+    psnr: float | None
+
+
+class Verification(Struct, kw_only=True):
+    """What the exporter compared, with what, and how far off it was."""
+
+    reference: str
+    device: str
+    cases: tuple[VerifiedCase, ...]
+
+
+class Manifest(Struct, kw_only=True):
+    """``scm.json``. Unknown keys are ignored; an unknown ``schema_version`` is an error."""
+
+    schema_version: int
+    name: str
+    producer: str
+    family: str
+    licence: str | None
+    source: Source
+    parameters: int
+    sample: SampleSpec
+    output: OutputSpec
+    sigma_data: float
+    initial_scale: float
+    times: dict[Annotated[str, Meta(pattern="^[1-9][0-9]*$")], tuple[float, ...]]
+    conditioning: tuple[Conditioning, ...]
+    dtypes: Annotated[tuple[Literal["fp32", "fp16", "bf16"], ...], Meta(min_length=1)]
+    weights_dtype: str
+    opset: int
+    ops: dict[str, int]
+    composed_steps: tuple[Positive, ...] = ()
+    verification: Verification | None = None
+    files: dict[str, FileEntry]
+
+    def validate(self) -> None:
+        """Check what the types alone cannot say. Raises ValueError."""
+        for name in self.files:
+            if PurePosixPath(name).name != name or "\\" in name or ":" in name or name in ("", ".", "..", MANIFEST):
+                raise ValueError(f"files must have plain names inside the bundle's folder, got {name!r}")
+        needed = {"noise.onnx", *(f"{graph}.{dtype}.onnx" for graph in ("step", "decode") for dtype in self.dtypes)}
+        if missing := sorted(needed - set(self.files)):
+            raise ValueError(f"files must list every graph of the dtypes {', '.join(self.dtypes)}, missing {', '.join(missing)}")
+        for steps, times in self.times.items():
+            if len(times) != int(steps) + 1:
+                raise ValueError(f"times for {steps} steps must have {int(steps) + 1} values, got {len(times)}")
+        if not self.times:
+            raise ValueError("times must hold at least one step count, got none")
+        for item in self.conditioning:
+            if item.kind == "class" and item.num_classes is None:
+                raise ValueError(f"conditioning {item.name!r} of kind 'class' must give num_classes")
+            if item.label_names is not None and len(item.label_names) != item.num_classes:
+                raise ValueError(f"conditioning {item.name!r} must have {item.num_classes} label_names, got {len(item.label_names)}")
+
+
+def locate(bundle: str | Path) -> Path:
+    """Folder of a bundle given by path, or by name for one inside the package.
+
+    Raises:
+        BundleNotFoundError: there is no folder with a manifest at either place.
+    """
+    path = Path(bundle)
+    if (path / MANIFEST).is_file():
+        return path
+    embedded = EMBEDDED / f"{bundle}.scm"
+    if re.fullmatch(r"[A-Za-z0-9_-]+", str(bundle)) and (embedded / MANIFEST).is_file():
+        return embedded
+    names = ", ".join(repr(folder.stem) for folder in sorted(EMBEDDED.glob("*.scm"))) or "none"
+    wrong = f"has no {MANIFEST}" if path.is_dir() else "is a file" if path.exists() else "does not exist"
+    raise BundleNotFoundError(
+        f"no bundle at '{path}': it {wrong}. Expected a folder written by scm-export, or the name of an embedded bundle ({names})."
+    )
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check ``scm.json`` in a bundle's folder.
+
+    Raises:
+        BundleNotFoundError: the manifest cannot be read.
+        BundleSchemaError: it is no JSON, of a newer schema, or its contents do not fit together.
+    """
+    path = folder / MANIFEST
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise BundleNotFoundError(f"cannot read '{path}': {error.strerror}. Expected a folder written by scm-export.") from error
+    try:
+        raw: Any = msgspec.json.decode(data)
+        version = raw.get("schema_version") if isinstance(raw, dict) else None
+        if isinstance(version, int) and version != SCHEMA_VERSION:
+            raise BundleSchemaError(
+                f"'{path}' has schema version {version}, this scm-runtime reads version {SCHEMA_VERSION}. "
+                + ("Upgrade it: pip install -U scm-runtime" if version > SCHEMA_VERSION else "Export the checkpoint again.")
+            )
+        manifest = msgspec.convert(raw, Manifest)
+        manifest.validate()
+    except (msgspec.DecodeError, ValueError) as error:
+        if isinstance(error, BundleSchemaError):
+            raise
+        raise BundleSchemaError(f"'{path}' is not a valid manifest: {error}. Export the checkpoint again.") from error
+    return manifest
+
+
+def check_files(folder: Path, manifest: Manifest, *, hashes: bool = True) -> None:
+    """Compare every file of a bundle with its manifest: presence and size always, SHA-256 unless ``hashes`` is False.
+
+    Raises:
+        BundleNotFoundError: a file is missing.
+        BundleIntegrityError: a file differs.
+    """
+    for name, entry in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise BundleNotFoundError(f"'{folder}' lacks the file {name}, which its manifest lists. Copy the whole folder or export again.")
+        size = path.stat().st_size
+        if size != entry.size:
+            raise BundleIntegrityError(f"'{path}' must have {entry.size} bytes, got {size}. Copy the whole folder again or export again.")
+        if hashes and (digest := sha256(path)) != entry.sha256:
+            raise BundleIntegrityError(
+                f"'{path}' must have SHA-256 {entry.sha256[:12]}…, got {digest[:12]}…. The file was changed or damaged: copy or export it again."
+            )
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def embedded_bundles() -> Iterator[str]:
+    """Names of the bundles that come with the package."""
+    return (folder.stem for folder in sorted(EMBEDDED.glob("*.scm")))

@@ -1,0 +1,133 @@
+"""``scm-runtime``: draw samples, look into bundles, and check that one works here."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+
+from scm_runtime._version import __version__
+from scm_runtime.errors import BundleNotFoundError, InvalidArgumentError, ScmError
+
+USAGE_ERROR, FAILURE = 2, 1
+
+
+@contextmanager
+def clean_errors() -> Iterator[None]:
+    """Turn this project's errors into one message on stderr and an exit code, without a traceback: 2 for wrong arguments, 1 for the rest."""
+    try:
+        yield
+    except ScmError as error:
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(USAGE_ERROR if isinstance(error, InvalidArgumentError | BundleNotFoundError) else FAILURE)
+    except MemoryError:
+        click.echo("Error: out of memory. Try a smaller batch.", err=True)
+        sys.exit(FAILURE)
+
+
+class _Integers(click.ParamType[tuple[int, ...]]):
+    """Comma-separated integers."""
+
+    name = "integers"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(int(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"must be an integer, or several separated by commas; got {value!r}", param, ctx)
+
+
+@click.group()
+@click.version_option(__version__)
+def main() -> None:
+    """Sample consistency models in one or two steps through ONNX Runtime."""
+
+
+@main.command()
+@click.argument("bundle")
+@click.option("-o", "--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="Picture to write: the sample, or a grid of all. An existing file is replaced.")
+@click.option("--labels", help="Classes, by number or name, separated by commas: 3,1,4. By default seed modulo the number of classes.")
+@click.option("--seed", type=_Integers(), help="One seed (the samples get seed, seed + 1, …), or one a sample, separated by commas. By default random.")
+@click.option("--steps", type=int, help="Sampling steps; 2 where the bundle has them.")
+@click.option("--batch-size", type=int, help="Number of samples; by default as many as labels or seeds.")
+@click.option("--columns", type=click.IntRange(1), help="Pictures a row of the grid.")
+@click.option("--guidance-scale", type=float, help="For models that take a guidance scale.")
+@click.option("--threads", type=int, help="Threads to compute with; by default one a core.")
+def generate(
+    bundle: str,
+    out: Path,
+    labels: str | None,
+    seed: tuple[int, ...] | None,
+    steps: int | None,
+    batch_size: int | None,
+    columns: int | None,
+    guidance_scale: float | None,
+    threads: int | None,
+) -> None:
+    """Draw samples from BUNDLE, a folder or the name of an embedded bundle, into a picture."""
+    from scm_runtime.generator import Generator
+
+    with clean_errors(), Generator(bundle, threads=threads) as generator:
+        names = next((item.label_names for item in generator.manifest.conditioning if item.name == "class_labels"), None) or ()
+        samples = generator(
+            None if labels is None else _parse_labels(labels, names),
+            seed=seed[0] if seed is not None and len(seed) == 1 else seed,
+            num_inference_steps=steps,
+            batch_size=batch_size,
+            guidance_scale=guidance_scale,
+            output_type="np",
+        )
+        path = samples.save(out, columns=columns)
+    seeds = f"seed {samples.seeds[0]}" if len(samples) == 1 else f"seeds {samples.seeds[0]}…{samples.seeds[-1]}"
+    count = "1 sample" if len(samples) == 1 else f"{len(samples)} samples"
+    click.echo(f"wrote {path} ({count}, {seeds}, {len(samples.timings.steps)} steps, {samples.timings.total * 1e3:.0f} ms)")
+
+
+def _parse_labels(text: str, names: tuple[str, ...]) -> int | str | list[int | str]:
+    """Labels as typed: a name where the bundle has one (names may be digits themselves), else a number; one alone serves every sample."""
+    parts = [text.strip()] if text.strip() in names else [part.strip() for part in text.split(",")]
+    labels: list[int | str] = [part if part in names or not part.lstrip("-").isdigit() else int(part) for part in parts]
+    return labels[0] if len(labels) == 1 else labels
+
+
+@main.command()
+@click.argument("bundle")
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
+def inspect(bundle: str, as_json: bool) -> None:
+    """Show what BUNDLE is, what it takes, and how it was verified; check its files."""
+    import msgspec
+
+    from scm_runtime.bundle import check_files, locate, read_manifest
+    from scm_runtime.inspection import show_manifest
+
+    with clean_errors():
+        folder = locate(bundle)
+        manifest = read_manifest(folder)
+        check_files(folder, manifest)
+    if as_json:
+        click.echo(msgspec.json.format(msgspec.json.encode(manifest), indent=2).decode())
+    else:
+        show_manifest(folder, manifest)
+
+
+@main.command()
+@click.argument("bundle")
+@click.option("--threads", type=int, help="Threads to compute with; by default one a core.")
+def smoke(bundle: str, threads: int | None) -> None:
+    """Check that BUNDLE works on this machine: it loads, samples are finite and reproducible alone and in a batch. Prints latencies; the exit code tells."""
+    from scm_runtime.inspection import smoke_test
+
+    with clean_errors():
+        passed = smoke_test(bundle, threads)
+    if not passed:
+        click.echo("Error: the bundle loads but does not sample as it must: see the failed checks above. Export it again.", err=True)
+        sys.exit(FAILURE)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""Every error this package raises on purpose.
+
+    ScmError
+    ├── BundleError                 a bundle cannot be used
+    │   ├── BundleNotFoundError     (FileNotFoundError) no bundle at that path, or a file of it is missing
+    │   ├── BundleSchemaError       (ValueError) the manifest is malformed, or of a newer schema
+    │   └── BundleIntegrityError    (ValueError) a file is not the one the manifest describes
+    ├── InvalidArgumentError        (ValueError) an argument of a call is out of range or of the wrong shape
+    ├── MissingDependencyError      (ImportError) an optional package is not installed, or two exclude each other
+    ├── OutputError                 (OSError) a result cannot be written
+    ├── InferenceError              (RuntimeError) ONNX Runtime refused a graph or failed in it
+    └── ExportError                 raised by scm_export
+        ├── CheckpointError         (ValueError) a checkpoint cannot be read or does not fit its family
+        └── VerificationError       (RuntimeError) the bundle does not compute what the checkpoint computes
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from scm_runtime.bundle import Verification
+
+
+class ScmError(Exception):
+    """Base of all errors of scm_runtime and scm_export."""
+
+
+class BundleError(ScmError):
+    """A bundle cannot be used."""
+
+
+class BundleNotFoundError(BundleError, FileNotFoundError):
+    """There is no bundle at that path, or a file of it is missing."""
+
+
+class BundleSchemaError(BundleError, ValueError):
+    """The manifest is malformed, or of a schema this version does not know."""
+
+
+class BundleIntegrityError(BundleError, ValueError):
+    """A file of the bundle is not the one its manifest describes."""
+
+
+class InvalidArgumentError(ScmError, ValueError):
+    """An argument is out of range, of the wrong type or of the wrong shape."""
+
+
+class MissingDependencyError(ScmError, ImportError):
+    """A package is not installed, or two are that exclude each other."""
+
+
+class OutputError(ScmError, OSError):
+    """A result cannot be written."""
+
+
+class InferenceError(ScmError, RuntimeError):
+    """ONNX Runtime refused a graph or failed in it."""
+
+
+class ExportError(ScmError):
+    """Base of the errors of scm_export."""
+
+
+class CheckpointError(ExportError, ValueError):
+    """A checkpoint cannot be read, or does not fit its family."""
+
+
+class VerificationError(ExportError, RuntimeError):
+    """The bundle does not compute what the checkpoint computes. ``report`` holds all cases, where there are any."""
+
+    def __init__(self, message: str, report: Verification | None = None) -> None:
+        super().__init__(message)
+        self.report = report

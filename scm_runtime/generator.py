@@ -1,0 +1,189 @@
+"""``Generator``: the sampling loop, and nothing of any model's mathematics.
+
+    x = noise(seeds, draw=0) * initial_scale
+    for k, (t, t_next) in enumerate(pairs(times)):
+        x = step(x, t, t_next, noise(seeds, draw=k + 1), conditioning)
+    image = decode(x)
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from types import TracebackType
+from typing import Any, Literal, Self, cast
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from scm_runtime.arguments import Labels, Seeds, resolve_call
+from scm_runtime.bundle import Manifest, check_files, locate, read_manifest
+from scm_runtime.errors import InvalidArgumentError
+from scm_runtime.samples import Samples, Timings
+from scm_runtime.session import Session, check_threads
+
+Callback = Callable[["Generator", int, float, dict[str, NDArray[np.float32]]], Mapping[str, Any] | None]
+
+
+class Generator:
+    """Draws samples from a bundle. One Generator may be called from several threads; calls share nothing but the sessions."""
+
+    def __init__(
+        self,
+        bundle: str | os.PathLike[str],
+        *,
+        dtype: Literal["fp32", "fp16", "bf16"] = "fp32",
+        threads: int | None = None,
+        verify_integrity: bool = True,
+    ) -> None:
+        """Open a bundle.
+
+        Args:
+            bundle: a folder written by ``scm-export``, or the name of an embedded bundle: ``"digits"``.
+            dtype: which of the bundle's graphs to run; every bundle has fp32, the fastest on a CPU.
+            threads: threads inside an operator; None for one a core.
+            verify_integrity: compare the SHA-256 of every file with the manifest. False saves the reading of large bundles;
+                presence and sizes are checked all the same.
+
+        Raises:
+            BundleNotFoundError: no bundle there, or one of its files is missing.
+            BundleSchemaError: its manifest is malformed or of a newer schema.
+            BundleIntegrityError: a file is not the one the manifest describes.
+            InvalidArgumentError: threads or dtype out of range.
+            MissingDependencyError: ONNX Runtime is not installed.
+            InferenceError: ONNX Runtime refuses a graph.
+        """
+        threads = check_threads(threads)
+        self.folder = locate(os.fspath(bundle))
+        self.manifest: Manifest = read_manifest(self.folder)
+        if dtype not in self.manifest.dtypes:
+            raise InvalidArgumentError(f"dtype must be one of this bundle's, {', '.join(self.manifest.dtypes)}; got {dtype!r}")
+        check_files(self.folder, self.manifest, hashes=verify_integrity)
+        self.dtype = dtype
+        self._noise, self._step, self._decode = (
+            Session(self.folder / name, threads=threads) for name in ("noise.onnx", f"step.{dtype}.onnx", f"decode.{dtype}.onnx")
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Generator({os.fspath(self.folder)!r}, dtype={self.dtype!r})"
+
+    def close(self) -> None:
+        """Give the sessions and their memory back. Later calls raise InvalidArgumentError; closing twice is allowed."""
+        for name in ("_noise", "_step", "_decode"):
+            self.__dict__.pop(name, None)
+
+    def __call__(
+        self,
+        class_labels: Labels | None = None,
+        *,
+        num_inference_steps: int | None = None,
+        timesteps: Sequence[float] | None = None,
+        guidance_scale: float | Sequence[float] | None = None,
+        seed: Seeds | None = None,
+        batch_size: int | None = None,
+        latents: ArrayLike | None = None,
+        output_type: Literal["pil", "np", "latent"] = "pil",
+        callback_on_step_end: Callback | None = None,
+    ) -> Samples:
+        """Draw a batch of N samples. N comes from the longest of class_labels, guidance_scale, seed, latents and batch_size, or is 1; single values serve all samples.
+
+        Args:
+            class_labels: class indices or label names. None: class ``seed modulo number of classes``, so that consecutive seeds show all classes.
+            num_inference_steps: a count the bundle has times for; 2 by default, or its smallest count if it has none for 2.
+            timesteps: the times themselves instead, in the model's own units (TrigFlow: radians), one a step and decreasing; the end time is added.
+            guidance_scale: for models that take one as an input.
+            seed: one integer in [-2^63, 2^63): the samples get seed, seed + 1, …; or a list, one a sample. None: drawn at random,
+                reported in ``Samples.seeds``. A sample depends on its own seed alone, not on the batch it is drawn in.
+            batch_size: N.
+            latents: float ``[N, *sample]``, standard normal: takes the place of the first draw of noise (as in diffusers, it is scaled here).
+            output_type: "pil" makes the pictures before the call returns, "np" leaves them at pixels, "latent" leaves out the decoder.
+            callback_on_step_end: called as ``callback(generator, step, t_next, {"latents": x})`` after each step with x float32 ``[N, *sample]``;
+                it may return a dict whose "latents" take the place of x.
+
+        Returns:
+            The samples, with their seeds, conditioning and timings.
+
+        Raises:
+            InvalidArgumentError: an argument is out of range, of the wrong shape, or does not fit the others; or the Generator is closed.
+            InferenceError: ONNX Runtime failed in a graph.
+        """
+        if "_step" not in self.__dict__:
+            raise InvalidArgumentError("this Generator is closed: make a new one")
+        start = time.perf_counter()
+        call = resolve_call(
+            self.manifest,
+            class_labels=class_labels,
+            guidance_scale=guidance_scale,
+            seed=seed,
+            batch_size=batch_size,
+            latents=latents,
+            num_inference_steps=num_inference_steps,
+            timesteps=timesteps,
+            output_type=output_type,
+        )
+        clock = _Clock()
+        seeds, manifest = call.seeds, self.manifest
+
+        def noise(draw: int, scale: float) -> NDArray[np.float32]:
+            return cast(NDArray[np.float32], self._noise(seeds=seeds, draw=np.array(draw, np.int64), scale=np.array(scale, np.float32)))
+
+        with clock("noise"):
+            x = noise(0, manifest.initial_scale) if call.latents is None else call.latents * np.float32(manifest.initial_scale)
+        for k, (t, t_next) in enumerate(pairwise(call.times)):
+            with clock("noise"):
+                fresh = noise(k + 1, 1.0)
+            with clock("step"):
+                times = {name: np.full(len(seeds), value, np.float32) for name, value in (("t", t), ("t_next", t_next))}
+                x = self._step(x=x, **times, noise=fresh, **call.conditioning)
+            if callback_on_step_end is not None:
+                x = self._call_back(callback_on_step_end, k, t_next, x)
+        array: NDArray[Any] = x
+        if output_type != "latent":
+            with clock("decode"):
+                array = self._decode(x=x)
+        samples = Samples(
+            array=array,
+            seeds=tuple(seeds.tolist()),
+            conditioning=call.conditioning,
+            timings=Timings(
+                noise=sum(clock.spans["noise"]),
+                steps=tuple(clock.spans["step"]),
+                decode=sum(clock.spans["decode"]),
+                total=time.perf_counter() - start,
+            ),
+        )
+        if output_type == "pil":
+            samples.images  # noqa: B018 - made now, so that the caller's first look is free
+        return samples
+
+    def _call_back(self, callback: Callback, k: int, t_next: float, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        replaced = (callback(self, k, t_next, {"latents": x}) or {}).get("latents", x)
+        changed = np.ascontiguousarray(replaced, np.float32)
+        if changed.shape != x.shape:
+            raise InvalidArgumentError(f"latents returned by callback_on_step_end must keep the shape {list(x.shape)}, got {list(changed.shape)}")
+        return changed
+
+
+class _Clock:
+    """Collects spans of wall time by name."""
+
+    def __init__(self) -> None:
+        self.spans: dict[str, list[float]] = {"noise": [], "step": [], "decode": []}
+
+    def __call__(self, name: str) -> Self:
+        self.name, self.start = name, 0.0
+        return self
+
+    def __enter__(self) -> None:
+        self.start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.spans[self.name].append(time.perf_counter() - self.start)

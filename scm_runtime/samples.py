@@ -1,0 +1,119 @@
+"""What a call of a Generator returns: pixels or latents, the seeds that made them, and where the time went."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scm_runtime.errors import InvalidArgumentError, OutputError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Wall time of one call, in seconds."""
+
+    noise: float
+    """All draws of noise."""
+    steps: tuple[float, ...]
+    """Each evaluation of the step graph."""
+    decode: float
+    """From latents to pixels; 0 for latents."""
+    total: float
+    """The whole call, callbacks and checks included."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """A batch of N samples."""
+
+    array: NDArray[Any]
+    """uint8 ``[N, H, W, C]``; for ``output_type="latent"`` float32 ``[N, *sample]`` in the model's own scale."""
+    seeds: tuple[int, ...]
+    """Seed of each sample: give one back as ``seed=`` to draw that sample again, alone or in any batch."""
+    conditioning: dict[str, NDArray[Any]] = field(repr=False)
+    """The conditioning inputs as the model got them, ``[N, ...]`` each, for instance ``class_labels``."""
+    timings: Timings = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    @cached_property
+    def images(self) -> list[Image.Image]:
+        """The samples as PIL images.
+
+        Raises:
+            InvalidArgumentError: these are latents.
+        """
+        self._require_pixels()
+        from PIL import Image
+
+        pixels = self.array[..., 0] if self.array.shape[-1] == 1 else self.array
+        return [Image.fromarray(image) for image in pixels]
+
+    def save(self, path: str | os.PathLike[str], *, columns: int | None = None) -> Path:
+        """Write one picture: the sample itself, or a grid of all of them. The format follows the file's ending; an existing file is replaced.
+
+        Args:
+            path: where to, for instance ``"digits.png"``. Folders are made as needed.
+            columns: pictures a row; by default the grid is about square.
+
+        Returns:
+            The path.
+
+        Raises:
+            InvalidArgumentError: these are latents, or columns is below 1.
+            OutputError: the file cannot be written, or its ending names no picture format. An earlier file is left as it was.
+        """
+        self._require_pixels()
+        if columns is not None and columns < 1:
+            raise InvalidArgumentError(f"columns must be at least 1, got {columns}")
+        from PIL import Image
+
+        target = Path(path)
+        Image.init()
+        image_format = Image.EXTENSION.get(target.suffix.lower())
+        if image_format is None or image_format not in Image.SAVE:
+            raise OutputError(f"cannot write '{target}': unknown picture format {target.suffix!r}. Use an ending such as .png, .jpg or .webp.")
+        beside = None
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
+                beside = Path(file.name)
+                grid(self.array, columns).save(file, format=image_format)
+            umask = os.umask(0)
+            os.umask(umask)
+            beside.chmod(0o666 & ~umask)
+            beside.replace(target)
+        except (OSError, ValueError) as error:
+            if beside is not None:
+                beside.unlink(missing_ok=True)
+            raise OutputError(f"cannot write '{target}': {getattr(error, 'strerror', None) or error}") from error
+        return target
+
+    def _require_pixels(self) -> None:
+        if self.array.dtype != np.uint8:
+            raise InvalidArgumentError("these samples are latents: ask for output_type='pil' or 'np' to get pictures")
+
+
+def grid(pixels: NDArray[np.uint8], columns: int | None = None) -> Image.Image:
+    """Pictures ``[N, H, W, C]`` side by side, row by row; one alone as it is."""
+    from PIL import Image
+
+    n, height, width, channels = pixels.shape
+    columns = min(n, columns or math.ceil(math.sqrt(n)))
+    rows = math.ceil(n / columns)
+    sheet = np.zeros((rows * columns, height, width, channels), np.uint8)
+    sheet[:n] = pixels
+    sheet = sheet.reshape(rows, columns, height, width, channels).swapaxes(1, 2).reshape(rows * height, columns * width, channels)
+    return Image.fromarray(sheet[..., 0] if channels == 1 else sheet)

@@ -1,0 +1,91 @@
+"""The only file that knows ONNX Runtime: it opens graphs and runs them."""
+
+from __future__ import annotations
+
+import os
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scm_runtime.errors import InferenceError, InvalidArgumentError, MissingDependencyError
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+
+def _installed(distribution: str) -> bool:
+    try:
+        metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def load_onnxruntime() -> Any:
+    """Import ONNX Runtime.
+
+    Raises:
+        MissingDependencyError: it is not installed, or both of its wheels are: they overwrite each other's files.
+    """
+    if _installed("onnxruntime") and _installed("onnxruntime-gpu"):
+        raise MissingDependencyError(
+            "both onnxruntime and onnxruntime-gpu are installed; they overwrite each other. Keep one:\n"
+            "  pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'scm-runtime[cpu]'   (or [gpu])"
+        )
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"ONNX Runtime cannot be imported ({error}). Install it:\n  pip install 'scm-runtime[cpu]'   (or [gpu] for CUDA)"
+        ) from error
+    return onnxruntime
+
+
+class Session:
+    """One ONNX graph, ready to run on the CPU provider. Safe to call from several threads."""
+
+    def __init__(self, path: Path, *, threads: int | None = None) -> None:
+        """Open a graph.
+
+        Args:
+            path: the ``.onnx`` file; its external data lie beside it.
+            threads: threads inside an operator; None leaves the choice to ONNX Runtime (one a core).
+
+        Raises:
+            InferenceError: ONNX Runtime refuses the graph.
+        """
+        ort = load_onnxruntime()
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        # Between runs the cores belong to the host: waiting threads sleep instead of spinning.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        self.path = path
+        try:
+            self._session: onnxruntime.InferenceSession = ort.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # noqa: BLE001 - ONNX Runtime's exceptions share no base but Exception
+            raise InferenceError(f"ONNX Runtime {ort.__version__} cannot open '{path}': {error}") from error
+        self._outputs = [output.name for output in self._session.get_outputs()]
+
+    def __call__(self, **inputs: NDArray[Any]) -> NDArray[Any]:
+        """Run the graph on arrays named as its inputs and return its only output.
+
+        Raises:
+            InferenceError: ONNX Runtime failed in the graph.
+        """
+        try:
+            result: NDArray[Any] = self._session.run(self._outputs, inputs)[0]
+        except Exception as error:  # noqa: BLE001 - ONNX Runtime's exceptions share no base but Exception
+            raise InferenceError(f"'{self.path.name}' failed: {error}") from error
+        return result
+
+
+def check_threads(threads: int | None) -> int | None:
+    """A thread count as given, once it is known to be a positive integer or None."""
+    if threads is None or (isinstance(threads, int | np.integer) and not isinstance(threads, bool) and threads >= 1):
+        return None if threads is None else int(threads)
+    raise InvalidArgumentError(f"threads must be an integer of at least 1 or None for one a core, got {threads!r}")
