@@ -1,9 +1,11 @@
-"""Sample consistency models in one or two steps through ONNX Runtime. No torch.
+"""Sample consistency models in one or two steps through ONNX Runtime, without torch.
 
     from scm_runtime import Generator
 
     with Generator("digits") as generate:
         generate(class_labels=[3, 1, 4], seed=7).save("digits.png")
+
+Everything public stands in ``__all__``.
 """
 
 from scm_runtime._version import __version__

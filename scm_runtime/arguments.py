@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, cast
 
 import numpy as np
@@ -157,7 +158,7 @@ def _times(manifest: Manifest, steps: int | None, timesteps: Sequence[float] | N
             raise InvalidArgumentError(f"timesteps must be a list of numbers, got {timesteps!r}") from error
         largest = max(t for known in manifest.times.values() for t in known)
         bounded = all(end < t <= largest * (1 + 1e-6) for t in times)  # NaN fails here too
-        if not times or not bounded or any(a <= b for a, b in zip(times, times[1:], strict=False)):
+        if not times or not bounded or any(a <= b for a, b in pairwise(times)):
             raise InvalidArgumentError(f"timesteps must be decreasing, above {end:g} and at most {largest:g}, got {times}")
         return (*times, end)
     if steps is None:
@@ -170,5 +171,3 @@ def _times(manifest: Manifest, steps: int | None, timesteps: Sequence[float] | N
             f"For others give timesteps=[…], decreasing from {max(map(max, manifest.times.values())):.6g}."
         )
     return manifest.times[str(int(steps))]
-
-

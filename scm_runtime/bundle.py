@@ -138,16 +138,17 @@ def locate(bundle: str | Path) -> Path:
         BundleNotFoundError: there is no folder with a manifest at either place.
     """
     path = Path(bundle)
-    if (path / MANIFEST).is_file():
-        return path
+    try:
+        if (path / MANIFEST).is_file():
+            return path
+    except OSError as error:
+        raise BundleNotFoundError(f"no bundle at '{path}': {error.strerror}. Expected a folder written by scm-export.") from error
     embedded = EMBEDDED / f"{bundle}.scm"
     if re.fullmatch(r"[A-Za-z0-9_-]+", str(bundle)) and (embedded / MANIFEST).is_file():
         return embedded
     names = ", ".join(repr(folder.stem) for folder in sorted(EMBEDDED.glob("*.scm"))) or "none"
     wrong = f"has no {MANIFEST}" if path.is_dir() else "is a file" if path.exists() else "does not exist"
-    raise BundleNotFoundError(
-        f"no bundle at '{path}': it {wrong}. Expected a folder written by scm-export, or the name of an embedded bundle ({names})."
-    )
+    raise BundleNotFoundError(f"no bundle at '{path}': it {wrong}. Expected a folder written by scm-export, or the name of an embedded bundle ({names}).")
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -193,7 +194,11 @@ def check_files(folder: Path, manifest: Manifest, *, hashes: bool = True) -> Non
         size = path.stat().st_size
         if size != entry.size:
             raise BundleIntegrityError(f"'{path}' must have {entry.size} bytes, got {size}. Copy the whole folder again or export again.")
-        if hashes and (digest := sha256(path)) != entry.sha256:
+        try:
+            digest = sha256(path) if hashes else entry.sha256
+        except OSError as error:
+            raise BundleNotFoundError(f"cannot read '{path}': {error.strerror}. Expected a file that you may read.") from error
+        if digest != entry.sha256:
             raise BundleIntegrityError(
                 f"'{path}' must have SHA-256 {entry.sha256[:12]}…, got {digest[:12]}…. The file was changed or damaged: copy or export it again."
             )

@@ -50,7 +50,13 @@ def main() -> None:
 
 @main.command()
 @click.argument("bundle")
-@click.option("-o", "--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="Picture to write: the sample, or a grid of all. An existing file is replaced.")
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    required=True,
+    help="Picture to write: the sample, or a grid of all. An existing file is replaced.",
+)
 @click.option("--labels", help="Classes, by number or name, separated by commas: 3,1,4. By default seed modulo the number of classes.")
 @click.option("--seed", type=_Integers(), help="One seed (the samples get seed, seed + 1, …), or one a sample, separated by commas. By default random.")
 @click.option("--steps", type=int, help="Sampling steps; 2 where the bundle has them.")

@@ -12,6 +12,8 @@
     └── ExportError                 raised by scm_export
         ├── CheckpointError         (ValueError) a checkpoint cannot be read or does not fit its family
         └── VerificationError       (RuntimeError) the bundle does not compute what the checkpoint computes
+
+Those in parentheses are the built-in errors they are as well.
 """
 
 from __future__ import annotations

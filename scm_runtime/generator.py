@@ -4,6 +4,8 @@
     for k, (t, t_next) in enumerate(pairs(times)):
         x = step(x, t, t_next, noise(seeds, draw=k + 1), conditioning)
     image = decode(x)
+
+Noise, step and decode are graphs of the bundle.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 from scm_runtime.arguments import Labels, Seeds, resolve_call
 from scm_runtime.bundle import Manifest, check_files, locate, read_manifest
 from scm_runtime.errors import InvalidArgumentError
-from scm_runtime.samples import Samples, Timings
+from scm_runtime.samples import PICTURE_CHANNELS, Samples, Timings
 from scm_runtime.session import Session, check_threads
 
 Callback = Callable[["Generator", int, float, dict[str, NDArray[np.float32]]], Mapping[str, Any] | None]
@@ -93,7 +95,10 @@ class Generator:
         output_type: Literal["pil", "np", "latent"] = "pil",
         callback_on_step_end: Callback | None = None,
     ) -> Samples:
-        """Draw a batch of N samples. N comes from the longest of class_labels, guidance_scale, seed, latents and batch_size, or is 1; single values serve all samples.
+        """Draw a batch of N samples.
+
+        N is the length of whichever of class_labels, guidance_scale, seed and latents are lists (they must agree), or batch_size, or 1.
+        Single values serve all samples.
 
         Args:
             class_labels: class indices or label names. None: class ``seed modulo number of classes``, so that consecutive seeds show all classes.
@@ -160,15 +165,23 @@ class Generator:
                 total=time.perf_counter() - start,
             ),
         )
-        if output_type == "pil":
+        if output_type == "pil" and array.shape[-1] in PICTURE_CHANNELS:
             samples.images  # noqa: B018 - made now, so that the caller's first look is free
         return samples
 
     def _call_back(self, callback: Callback, k: int, t_next: float, x: NDArray[np.float32]) -> NDArray[np.float32]:
-        replaced = (callback(self, k, t_next, {"latents": x}) or {}).get("latents", x)
-        changed = np.ascontiguousarray(replaced, np.float32)
+        returned = callback(self, k, t_next, {"latents": x})
+        if returned is None:
+            return x
+        if not isinstance(returned, Mapping):
+            raise InvalidArgumentError(f"callback_on_step_end must return None or a dict with 'latents', got {type(returned).__name__}")
+        replaced = returned.get("latents", x)
+        try:
+            changed = np.ascontiguousarray(replaced, np.float32)
+        except (TypeError, ValueError) as error:
+            raise InvalidArgumentError(f"callback_on_step_end must return latents that are an array of numbers, got {type(replaced).__name__}") from error
         if changed.shape != x.shape:
-            raise InvalidArgumentError(f"latents returned by callback_on_step_end must keep the shape {list(x.shape)}, got {list(changed.shape)}")
+            raise InvalidArgumentError(f"callback_on_step_end must return latents of the shape {list(x.shape)}, got {list(changed.shape)}")
         return changed
 
 

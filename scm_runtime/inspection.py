@@ -78,7 +78,9 @@ def smoke_test(bundle: str, threads: int | None) -> bool:
             checks = (
                 bool(np.isfinite(batch).all()),
                 bool(np.array_equal(batch, latents([7, 8, 9, 10]))),
-                bool(np.allclose(alone[0], batch[2], atol=1e-4) and np.allclose(reordered[1], batch[2], atol=1e-4) and np.array_equal(pixels[0][1], pixels[1][0])),
+                bool(
+                    np.allclose(alone[0], batch[2], atol=1e-4) and np.allclose(reordered[1], batch[2], atol=1e-4) and np.array_equal(pixels[0][1], pixels[1][0])
+                ),
             )
             passed &= all(checks)
             times = []

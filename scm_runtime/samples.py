@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
+PICTURE_CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
+
+
 @dataclass(frozen=True)
 class Timings:
     """Wall time of one call, in seconds."""
@@ -30,10 +34,10 @@ class Timings:
     decode: float
     """From latents to pixels; 0 for latents."""
     total: float
-    """The whole call, callbacks and checks included."""
+    """The whole call, callbacks and checks included; the making of PIL images is not."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Samples:
     """A batch of N samples."""
 
@@ -41,12 +45,16 @@ class Samples:
     """uint8 ``[N, H, W, C]``; for ``output_type="latent"`` float32 ``[N, *sample]`` in the model's own scale."""
     seeds: tuple[int, ...]
     """Seed of each sample: give one back as ``seed=`` to draw that sample again, alone or in any batch."""
-    conditioning: dict[str, NDArray[Any]] = field(repr=False)
+    conditioning: dict[str, NDArray[Any]]
     """The conditioning inputs as the model got them, ``[N, ...]`` each, for instance ``class_labels``."""
-    timings: Timings = field(repr=False)
+    timings: Timings
 
     def __len__(self) -> int:
         return len(self.array)
+
+    def __repr__(self) -> str:
+        seeds = ", ".join(map(str, self.seeds[:8])) + (", …" if len(self.seeds) > 8 else "")
+        return f"Samples({self.array.dtype} {list(self.array.shape)}, seeds {seeds})"
 
     @cached_property
     def images(self) -> list[Image.Image]:
@@ -87,23 +95,31 @@ class Samples:
             raise OutputError(f"cannot write '{target}': unknown picture format {target.suffix!r}. Use an ending such as .png, .jpg or .webp.")
         beside = None
         try:
+            encoded = io.BytesIO()  # not into the file: some of Pillow's encoders do not notice a full disk
+            grid(self.array, columns).save(encoded, format=image_format)
             target.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
                 beside = Path(file.name)
-                grid(self.array, columns).save(file, format=image_format)
+                file.write(encoded.getbuffer())
             umask = os.umask(0)
             os.umask(umask)
             beside.chmod(0o666 & ~umask)
             beside.replace(target)
         except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise OutputError(f"cannot write '{target}': {reason}. Choose a folder that you may write to, on a disk with room.") from error
+        finally:
             if beside is not None:
-                beside.unlink(missing_ok=True)
-            raise OutputError(f"cannot write '{target}': {getattr(error, 'strerror', None) or error}") from error
+                beside.unlink(missing_ok=True)  # gone already if all went well
         return target
 
     def _require_pixels(self) -> None:
         if self.array.dtype != np.uint8:
             raise InvalidArgumentError("these samples are latents: ask for output_type='pil' or 'np' to get pictures")
+        if self.array.shape[-1] not in PICTURE_CHANNELS:
+            raise InvalidArgumentError(
+                f"these samples have {self.array.shape[-1]} channels, pictures have 1, 3 or 4: use .array, or the state by output_type='latent'"
+            )
 
 
 def grid(pixels: NDArray[np.uint8], columns: int | None = None) -> Image.Image:

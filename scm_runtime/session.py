@@ -67,8 +67,8 @@ class Session:
         self.path = path
         try:
             self._session: onnxruntime.InferenceSession = ort.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # noqa: BLE001 - ONNX Runtime's exceptions share no base but Exception
-            raise InferenceError(f"ONNX Runtime {ort.__version__} cannot open '{path}': {error}") from error
+        except Exception as error:
+            raise InferenceError(f"ONNX Runtime {ort.__version__} cannot open '{path}': {error}. Upgrade it, or export the checkpoint again.") from error
         self._outputs = [output.name for output in self._session.get_outputs()]
 
     def __call__(self, **inputs: NDArray[Any]) -> NDArray[Any]:
@@ -79,7 +79,7 @@ class Session:
         """
         try:
             result: NDArray[Any] = self._session.run(self._outputs, inputs)[0]
-        except Exception as error:  # noqa: BLE001 - ONNX Runtime's exceptions share no base but Exception
+        except Exception as error:
             raise InferenceError(f"'{self.path.name}' failed: {error}") from error
         return result
 

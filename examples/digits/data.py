@@ -11,6 +11,7 @@ from torch import Tensor
 
 SIGMA_DATA = 0.5
 PIXEL_MEAN, PIXEL_STD = 33.4, 78.7  # of all pixels, in levels of 0 to 255
+LABEL_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TRAIN_PER_CLASS = 400  # the other 100 of each class train the classifier that judges
 
 

@@ -38,3 +38,14 @@ def sample_consistency(network: Network, labels: Tensor, times: Sequence[float],
         F = network(x / SIGMA_DATA, torch.full((len(x),), t, device=x.device), labels)
         x = math.cos(t) * x - math.sin(t) * SIGMA_DATA * F
     return x
+
+
+def autoguided(good: Network, bad: Network, weight: float) -> Network:
+    """Guide a network by an earlier snapshot of itself (arXiv 2406.02507): F = F_bad + w (F_good - F_bad)."""
+
+    @torch.no_grad()
+    def velocity(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        worse = bad(x, t, labels)
+        return worse + weight * (good(x, t, labels) - worse)
+
+    return velocity

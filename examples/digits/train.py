@@ -11,9 +11,9 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,10 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from data import SIGMA_DATA, load_digits, to_model, to_pixels
+from data import LABEL_NAMES, PIXEL_MEAN, PIXEL_STD, SIGMA_DATA, load_digits, to_model, to_pixels
 from judge import assess, frechet_distance, load_judge
-from samplers import T_MAX, ddim, sample_consistency
+from samplers import T_MAX, Network, autoguided, ddim, sample_consistency
+from scm_export.checkpoints import Checkpoint, SamplerSpec, save_checkpoint
 from scm_export.networks.edm2 import PositionalEmbedding, UNet, UNetConfig
 
 CONFIG = UNetConfig(
@@ -39,8 +40,6 @@ CONFIG = UNetConfig(
     patch_size=2,
     time_scale=4.0,
 )
-
-Network = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def noise_levels(n: int, mean: float, std: float, device: torch.device) -> Tensor:
@@ -64,7 +63,8 @@ class Diffusion:
         cos, sin = t.cos()[:, None, None, None], t.sin()[:, None, None, None]
         z = torch.randn_like(x0) * SIGMA_DATA
         F = self.net((cos * x0 + sin * z) / SIGMA_DATA, t, labels)
-        return (F - (cos * z - sin * x0) / SIGMA_DATA).square().mean()
+        error: Tensor = F - (cos * z - sin * x0) / SIGMA_DATA
+        return error.square().mean()
 
 
 class Consistency:
@@ -73,9 +73,10 @@ class Consistency:
     def __init__(self, net: UNet, velocity: Network | None, compile: Callable[..., Any], warmup: float = 0.2) -> None:
         self.net, self.velocity, self.warmup = net, velocity, warmup
         device = next(net.parameters()).device
-        self.log_weight = nn.Sequential(PositionalEmbedding(64, 4.0), nn.Linear(64, 1)).to(device)
-        nn.init.zeros_(self.log_weight[1].weight)
-        nn.init.zeros_(self.log_weight[1].bias)
+        linear = nn.Linear(64, 1)
+        nn.init.zeros_(linear.weight)
+        nn.init.zeros_(linear.bias)
+        self.log_weight = nn.Sequential(PositionalEmbedding(64, 4.0), linear).to(device)
         self.jvp = compile(self._jvp)
 
     def parameters(self) -> list[nn.Parameter]:
@@ -84,7 +85,8 @@ class Consistency:
     @torch.no_grad()
     def _jvp(self, x: Tensor, t: Tensor, labels: Tensor, dx: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
         """F and its directional derivative along (dx, dt)."""
-        return torch.func.jvp(lambda x, t: self.net(x, t, labels), (x, t), (dx, dt))
+        F, tangent = torch.func.jvp(lambda x, t: self.net(x, t, labels), (x, t), (dx, dt))[:2]
+        return F, tangent
 
     def loss(self, x0: Tensor, labels: Tensor, progress: float) -> Tensor:
         t = noise_levels(len(x0), -0.2, 1.5, x0.device)
@@ -98,27 +100,16 @@ class Consistency:
             g = -(cos**2) * (SIGMA_DATA * F_frozen - dxdt) - r * (cos * sin * x + SIGMA_DATA * tangent)
             g = g / (g.square().mean((1, 2, 3), keepdim=True).sqrt() + 0.1)
         F = self.net(x / SIGMA_DATA, t, labels)
-        weight = self.log_weight(t)[:, 0]
-        error = (F - F_frozen - g).square().mean((1, 2, 3))
+        weight: Tensor = self.log_weight(t)[:, 0]
+        error: Tensor = (F - F_frozen - g).square().mean((1, 2, 3))
         return (weight.exp() * error - weight).mean()
-
-
-def autoguided(good: Network, bad: Network, weight: float) -> Network:
-    """Guide a network by an earlier snapshot of itself (arXiv 2406.02507): F = F_bad + w (F_good - F_bad)."""
-
-    @torch.no_grad()
-    def velocity(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        worse = bad(x, t, labels)
-        return worse + weight * (good(x, t, labels) - worse)
-
-    return velocity
 
 
 def save(value: object, path: Path) -> None:
     """Write beside the destination and rename: an interrupted save leaves the earlier file."""
     beside = path.with_name(path.name + ".part")
     torch.save(value, beside)
-    os.replace(beside, path)
+    beside.replace(path)
 
 
 def batches(x0: Tensor, labels: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -204,6 +195,19 @@ def new_network(device: torch.device, weights: dict[str, Tensor] | None = None) 
     return net
 
 
+def as_checkpoint(net: UNet) -> Checkpoint:
+    """The network in the form that scm-export reads, with half-precision weights."""
+    trained = {name for name, _ in net.named_parameters()}
+    return Checkpoint(
+        family="edm2",
+        config=asdict(CONFIG),
+        sampler=SamplerSpec(sigma_data=SIGMA_DATA, pixel_scale=PIXEL_STD / SIGMA_DATA, pixel_offset=PIXEL_MEAN),
+        label_names=LABEL_NAMES,
+        licence="Apache-2.0",
+        weights={name: tensor.half() if name in trained else tensor for name, tensor in net.state_dict().items()},
+    )
+
+
 @click.command(help=__doc__)
 @click.option("--folder", type=click.Path(file_okay=False, path_type=Path), default=Path("runs/digits"), show_default=True)
 @click.option("--method", type=click.Choice(["scd", "sct"]), default="scd", show_default=True)
@@ -260,7 +264,7 @@ def main(
     if method == "scd":
         snapshot = new_network(place, torch.load(folder / "teacher.snapshot.pt", weights_only=True)).requires_grad_(False)
         velocity = compiler(autoguided(teacher, snapshot, guidance))
-    train_stage(
+    ema = train_stage(
         method,
         folder,
         Consistency(student, velocity, compiler),
@@ -271,6 +275,9 @@ def main(
         evaluate=evaluate(lambda net, labels: sample_consistency(net, labels, (T_MAX, 1.1), seed=1)),
         compile=compiler,
     )
+    checkpoint = folder / ("digits.pt" if method == "scd" else "digits-sct.pt")
+    save_checkpoint(as_checkpoint(ema), checkpoint)
+    click.echo(f"wrote {checkpoint}; export it with: scm-export {checkpoint} --dtype fp16")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,9 @@ class _Counts(click.ParamType[tuple[int, ...]]):
 @click.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("-o", "--out", type=click.Path(path_type=Path), metavar="BUNDLE", help="Folder to write; by default CHECKPOINT with the ending .scm.")
-@click.option("--dtype", type=click.Choice(["fp32", "fp16"]), default="fp32", show_default=True, help="Of the stored weights. fp16 gives an fp16 and an fp32 graph.")
+@click.option(
+    "--dtype", type=click.Choice(["fp32", "fp16"]), default="fp32", show_default=True, help="Of the stored weights. fp16 gives an fp16 and an fp32 graph."
+)
 @click.option("--steps", type=_Counts(), default="1,2", show_default=True, help="Step counts to compose whole samplers for (sample-K.onnx).")
 @click.option("--opset", type=click.IntRange(18, 23), default=20, show_default=True, help="ONNX operator set.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
@@ -108,9 +110,7 @@ def _table(report: Verification) -> Table:
     for case in report.cases:
         psnr = "identical" if case.psnr is None else f"{case.psnr:.1f}"
         style = None if case.max_abs <= case.atol else "bold red"
-        table.add_row(
-            case.graph, case.dtype, str(case.batch_size), str(case.steps), f"{case.max_abs:.2e}", f"{case.atol:.2e}", psnr, style=style
-        )
+        table.add_row(case.graph, case.dtype, str(case.batch_size), str(case.steps), f"{case.max_abs:.2e}", f"{case.atol:.2e}", psnr, style=style)
     return table
 
 

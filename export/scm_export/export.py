@@ -163,5 +163,3 @@ def check_options(dtype: str, opset: int, atol: float | None) -> None:
         raise InvalidArgumentError(f"opset must be from {OPSETS[0]} to {OPSETS[-1]}, got {opset}")
     if atol is not None and not atol > 0:
         raise InvalidArgumentError(f"atol must be above 0, got {atol}")
-
-

@@ -35,9 +35,7 @@ class _Builder:
         return self.tape.op(kind, inputs, attributes)
 
     def model(self, inputs: Sequence[ir.Value], output: ir.Value, opset: int) -> ir.Model:
-        graph = ir.Graph(
-            inputs, [output], nodes=self.tape.nodes, initializers=tuple(self.constants.values()), name=self.name, opset_imports={"": opset}
-        )
+        graph = ir.Graph(inputs, [output], nodes=self.tape.nodes, initializers=tuple(self.constants.values()), name=self.name, opset_imports={"": opset})
         return ir.Model(graph, ir_version=IR_VERSION)
 
 

@@ -51,6 +51,6 @@ class Model:
     def compute_in(self, dtype: str) -> None:
         """Set the dtype of the feature maps."""
         if hasattr(self.network, "compute_dtype"):
-            self.network.compute_dtype = DTYPES[dtype]
+            setattr(self.network, "compute_dtype", DTYPES[dtype])  # noqa: B010 - nn.Module declares no such attribute
         elif dtype != "fp32":
             raise ValueError(f"a {type(self.network).__name__} computes in fp32 only, asked for {dtype}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +43,7 @@ class Step(nn.Module):
 def sample(step: Step, noises: list[Tensor], times: tuple[float, ...], initial_scale: float, conditioning: dict[str, Tensor]) -> Tensor:
     """The sampler in eager PyTorch, for reference: noises are the draws 0, 1, …, float32 ``[N, *sample]``; returns the final state."""
     x = noises[0] * initial_scale
-    for k, (t, t_next) in enumerate(zip(times, times[1:], strict=False)):
+    for k, (t, t_next) in enumerate(pairwise(times)):
         moments = (torch.full((len(x),), value, device=x.device) for value in (t, t_next))
         x = step(x, *moments, noises[k + 1], conditioning)
     return x

@@ -47,7 +47,7 @@ def trace_step(model: Model, opset: int) -> ir.Model:
                 dynamo=True,
                 verbose=False,
             )
-    except Exception as error:  # noqa: BLE001 - whatever went wrong inside the exporter, the user needs its last line
+    except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ExportError(f"torch.onnx cannot translate this network: {reason[-1]}") from error
     finally:

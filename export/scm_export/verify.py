@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +57,7 @@ def draw_references(model: Model, steps: Sequence[int], progress: Callable[[str]
     return references
 
 
-def verify_bundle(
-    folder: Path, manifest: Manifest, references: Sequence[Reference], atol: float | None, progress: Callable[[str], None]
-) -> Verification:
+def verify_bundle(folder: Path, manifest: Manifest, references: Sequence[Reference], atol: float | None, progress: Callable[[str], None]) -> Verification:
     """Draw the references' samples through the bundle's graphs and compare.
 
     Returns:
@@ -70,10 +69,8 @@ def verify_bundle(
     scale = float(np.abs(np.concatenate([reference.latents.ravel() for reference in references])).max())
     if not math.isfinite(scale):
         raise VerificationError("the PyTorch sampler itself gives values that are not finite: are these the trained weights?")
-    cases: list[VerifiedCase] = []
     try:
-        for case in _compare(folder, manifest, references, atol, progress):
-            cases.append(case)
+        cases = list(_compare(folder, manifest, references, atol, progress))
     except InferenceError as error:
         raise VerificationError(f"the bundle does not run: {error}") from error
     report = Verification(reference=f"PyTorch {torch.__version__} eager, fp32", device="cpu", cases=tuple(cases))
@@ -88,9 +85,7 @@ def verify_bundle(
     return report
 
 
-def _compare(
-    folder: Path, manifest: Manifest, references: Sequence[Reference], atol: float | None, progress: Callable[[str], None]
-) -> Iterator[VerifiedCase]:
+def _compare(folder: Path, manifest: Manifest, references: Sequence[Reference], atol: float | None, progress: Callable[[str], None]) -> Iterator[VerifiedCase]:
     for dtype in manifest.dtypes:
         tolerance = SAMPLE_ATOL[dtype, manifest.weights_dtype] if atol is None else atol
         with Generator(folder, dtype=dtype, verify_integrity=False) as generate:
@@ -102,7 +97,7 @@ def _compare(
                     seed=reference.seeds,
                     num_inference_steps=reference.steps,
                     output_type="np",
-                    callback_on_step_end=lambda _generator, _step, _t, values, states=states: states.append(values["latents"]),
+                    callback_on_step_end=partial(_keep_state, states),
                 )
                 yield _case("step", dtype, reference, _max_abs(states[-1], reference.latents), tolerance, samples.array)
         for count in manifest.composed_steps:
@@ -114,6 +109,10 @@ def _compare(
                 # A whole sampler returns pixels alone: their difference, in the state's scale, where rounding adds up to a level.
                 error = _max_abs(pixels, reference.pixels) * reference.level
                 yield _case(f"sample-{count}", dtype, reference, error, tolerance + reference.level, pixels)
+
+
+def _keep_state(states: list[NDArray[np.float32]], _generator: Generator, _step: int, _t: float, values: dict[str, NDArray[np.float32]]) -> None:
+    states.append(values["latents"])
 
 
 def _max_abs(a: NDArray[Any], b: NDArray[Any]) -> float:

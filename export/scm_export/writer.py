@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import msgspec
@@ -16,7 +16,7 @@ from onnx import ModelProto
 from onnxscript import ir
 
 from scm_runtime.bundle import MANIFEST, WEIGHTS, FileEntry, Manifest, sha256
-from scm_runtime.errors import OutputError
+from scm_runtime.errors import OutputError, ScmError
 
 INLINE_BELOW = 1024  #  bytes; smaller tensors stay in the graph
 PAGE = 4096  #          offsets of larger tensors, so that a runtime can map them
@@ -37,7 +37,7 @@ class BundleWriter:
             if tensor is not None and tensor.nbytes >= INLINE_BELOW:
                 offset = self._store(tensor.tobytes())
                 value.const_value = ir.ExternalTensor(
-                    WEIGHTS, offset, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape), name=value.name or "", base_dir=self.folder
+                    WEIGHTS, offset, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=value.name or "", base_dir=self.folder
                 )
         proto = ir.to_proto(model)
         self.proto(name, proto)
@@ -67,6 +67,11 @@ class BundleWriter:
         self._weights.close()
         return {path.name: FileEntry(size=path.stat().st_size, sha256=sha256(path)) for path in sorted(self.folder.iterdir())}
 
+    def abandon(self) -> None:
+        """Let go of the weights file, whatever became of it; after close() this does nothing."""
+        with suppress(OSError):
+            self._weights.close()
+
     def manifest(self, manifest: Manifest) -> None:
         """Write ``scm.json``, over an earlier one if there is one."""
         (self.folder / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")
@@ -80,7 +85,7 @@ def new_bundle(destination: Path, *, force: bool) -> Iterator[BundleWriter]:
         OutputError: the destination exists (and force is False, or it is no bundle), or cannot be written.
     """
     check_destination(destination, force=force)
-    beside = None
+    beside = writer = None
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(dir=destination.parent, prefix=f".{destination.name}.part-"))
@@ -90,30 +95,42 @@ def new_bundle(destination: Path, *, force: bool) -> Iterator[BundleWriter]:
         beside.chmod(0o755)
         if destination.exists():
             old = Path(tempfile.mkdtemp(dir=destination.parent, prefix=f".{destination.name}.old-"))
-            destination.rename(old / "bundle")
             try:
+                destination.rename(old / "bundle")
                 beside.rename(destination)
-            except OSError:
-                (old / "bundle").rename(destination)
-                raise
-            finally:
+            finally:  # an interrupt too must not lose the earlier bundle
+                if not destination.exists():
+                    (old / "bundle").rename(destination)
                 shutil.rmtree(old, ignore_errors=True)
         else:
             beside.rename(destination)
     except OSError as error:
-        if isinstance(error, OutputError):
+        if isinstance(error, ScmError):
             raise
-        raise OutputError(f"cannot write the bundle '{destination}': {error.strerror or error}. Nothing was left behind.") from error
+        raise OutputError(
+            f"cannot write the bundle '{destination}': {error.strerror or error}. Nothing was left behind. Free some space or choose another path with -o."
+        ) from error
     finally:
+        if writer is not None:
+            writer.abandon()
         if beside is not None and beside.exists():
             shutil.rmtree(beside, ignore_errors=True)
 
 
 def check_destination(destination: Path, *, force: bool) -> None:
-    """Refuse a destination that would lose something; raises OutputError."""
-    if not destination.exists() and not destination.is_symlink():
+    """Refuse a destination that cannot be written or would lose something, before the work begins; raises OutputError."""
+    try:
+        taken = destination.exists() or destination.is_symlink()
+        bundle = (destination / MANIFEST).is_file() or (destination.is_dir() and not any(destination.iterdir()))
+        parent = next(folder for folder in destination.absolute().parents if folder.exists())
+    except OSError as error:
+        raise OutputError(f"cannot write the bundle '{destination}': {error.strerror or error}. Choose another path with -o.") from error
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        wrong = "you may not write there" if parent.is_dir() else "that is a file, not a folder"
+        raise OutputError(f"cannot write the bundle '{destination}' below '{parent}': {wrong}. Choose another path with -o.")
+    if not taken:
         return
-    if not (destination / MANIFEST).is_file() and not (destination.is_dir() and not any(destination.iterdir())):
+    if not bundle:
         raise OutputError(f"'{destination}' exists and is no bundle: it is not replaced. Choose another path with -o.")
     if not force:
         raise OutputError(f"'{destination}' exists. Choose another path with -o, or replace it with --force.")

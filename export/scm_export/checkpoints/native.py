@@ -6,10 +6,13 @@ in its metadata under the key "scm".
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import tempfile
+import warnings
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -39,6 +42,21 @@ class SamplerSpec(Struct, kw_only=True, forbid_unknown_fields=True):
     pixel_scale: float = 255.0
     """Pixel level = x * pixel_scale + pixel_offset, x in the model's own scale."""
     pixel_offset: float = 127.5
+
+    def validate(self) -> None:
+        """Check what the types alone cannot say. Raises ValueError."""
+        for name in ("sigma_data", "initial_scale", "pixel_scale", "pixel_offset"):
+            value = getattr(self, name)
+            if value is not None and (not math.isfinite(value) or (name == "pixel_scale" and value == 0)):
+                raise ValueError(f"sampler.{name} must be finite{' and not 0' * (name == 'pixel_scale')}, got {value}")
+        for count, times in (self.times or {}).items():
+            steps = int(count) if count.isdecimal() else 0
+            if steps < 1 or len(times) != steps + 1:
+                raise ValueError(f"sampler.times must give a step count of at least 1 one time more than steps, got {count!r} with {len(times)}")
+            if not all(math.isfinite(t) for t in times) or any(a <= b for a, b in pairwise(times)):
+                raise ValueError(f"sampler.times must be finite and decreasing, got {list(times)} for {count} steps")
+        if self.times == {}:
+            raise ValueError("sampler.times must hold at least one step count, got none; leave it out for the paper's times")
 
 
 class Checkpoint(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -93,10 +111,12 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         CheckpointError: no such file, no such format, damaged, or more than tensors and plain values in it.
     """
     source = Path(path)
-    if not source.is_file():
-        raise CheckpointError(f"no checkpoint at '{source}': {'it is a folder' if source.is_dir() else 'the file does not exist'}. Expected a .pt or .safetensors file.")
-    with source.open("rb") as file:
-        start = file.read(16)
+    try:
+        with source.open("rb") as file:
+            start = file.read(16)
+    except OSError as error:
+        wrong = {FileNotFoundError: "the file does not exist", IsADirectoryError: "it is a folder"}.get(type(error), error.strerror or str(error))
+        raise CheckpointError(f"no checkpoint at '{source}': {wrong}. Expected a .pt or .safetensors file.") from error
     if not start:
         raise CheckpointError(f"'{source}' is empty. Copy or save the checkpoint again.")
     raw = _read_safetensors(source) if source.suffix == ".safetensors" or start[8:9] == b"{" else _read_pt(source)
@@ -106,10 +126,13 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             "Write one with scm_export.checkpoints.save_checkpoint (docs/checkpoint-format.md)."
         )
     if raw.get("version") != VERSION:
-        raise CheckpointError(f"'{source}' has checkpoint version {raw.get('version')!r}, this scm-export reads version {VERSION}. Upgrade: pip install -U scm-runtime")
+        raise CheckpointError(
+            f"'{source}' has checkpoint version {raw.get('version')!r}, this scm-export reads version {VERSION}. Upgrade: pip install -U scm-runtime"
+        )
     try:
         checkpoint = msgspec.convert(raw, Checkpoint, dec_hook=_keep_as)
-    except msgspec.ValidationError as error:
+        checkpoint.sampler.validate()
+    except ValueError as error:
         raise CheckpointError(f"'{source}' does not hold what a scm-checkpoint must: {error} (docs/checkpoint-format.md)") from error
     strange = [name for name, tensor in checkpoint.weights.items() if not isinstance(tensor, Tensor)]
     if strange:
@@ -123,7 +146,9 @@ def _keep_as(_: type, value: object) -> object:
 
 def _read_pt(source: Path) -> object:
     try:
-        return torch.load(source, map_location="cpu", weights_only=True, mmap=_is_zip(source))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickles that it then refuses
+            return torch.load(source, map_location="cpu", weights_only=True, mmap=_is_zip(source))
     except pickle.UnpicklingError as error:
         if "Unsupported" in str(error) or "GLOBAL" in str(error):
             raise CheckpointError(
@@ -132,7 +157,9 @@ def _read_pt(source: Path) -> object:
             ) from error
         raise CheckpointError(f"'{source}' is not a readable .pt file: damaged or of another format ({_first_line(error)}). Copy or save it again.") from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"'{source}' is not a readable .pt file: truncated or of another format ({_first_line(error)}). Copy or save it again.") from error
+        raise CheckpointError(
+            f"'{source}' is not a readable .pt file: truncated or of another format ({_first_line(error)}). Copy or save it again."
+        ) from error
 
 
 def _is_zip(source: Path) -> bool:

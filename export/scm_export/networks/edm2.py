@@ -108,15 +108,18 @@ class MPFourier(nn.Module):
 
 
 class MPConv(nn.Module):
-    def __init__(self, in_channels: int, out_channels: int, kernel: tuple[int, ...] = ()) -> None:
+    """Stored as in EDM2's checkpoints. ``groups`` outputs that are stored interleaved (EDM2's q, k, v) are computed one group after the other."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: tuple[int, ...] = (), groups: int = 1) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, *kernel))
+        self.groups = groups
         self.folded = False
 
     def normalized_weight(self) -> Tensor:
         """The weight with every output's vector at magnitude sqrt(fan_in)."""
         w = self.weight.float()
-        norm = torch.linalg.vector_norm(w, dim=tuple(range(1, w.ndim)), keepdim=True)
+        norm: Tensor = torch.linalg.vector_norm(w, dim=tuple(range(1, w.ndim)), keepdim=True)
         return w / (1e-4 + norm / math.sqrt(w[0].numel()))
 
     @torch.no_grad()
@@ -124,17 +127,19 @@ class MPConv(nn.Module):
         """Forced weight normalisation (equation 66): call it after every optimiser step."""
         self.weight.copy_(self.normalized_weight())
 
+    def applied_weight(self, gain: Tensor | float = 1.0) -> Tensor:
+        """The weight that inputs are multiplied with."""
+        w = self.normalized_weight() * (gain / math.sqrt(self.weight[0].numel()))
+        return w.unflatten(0, (-1, self.groups)).transpose(0, 1).flatten(0, 1) if self.groups > 1 else w
+
     @torch.no_grad()
     def fold(self, gain: float = 1.0) -> None:
         """Replace the weight by the one that is applied. The layer can no longer be trained."""
-        self.weight.copy_(self.normalized_weight() * (gain / math.sqrt(self.weight[0].numel())))
+        self.weight.copy_(self.applied_weight(gain))
         self.folded = True
 
     def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
-        w = self.weight
-        if not self.folded:
-            w = self.normalized_weight() * (gain / math.sqrt(w[0].numel()))
-        w = w.to(x.dtype)
+        w = (self.weight if self.folded else self.applied_weight(gain)).to(x.dtype)
         if w.ndim == 4 and w.shape[-1] > 1:
             return functional.conv2d(x.permute(0, 3, 1, 2), w, padding=w.shape[-1] // 2).permute(0, 2, 3, 1)
         return functional.linear(x, w.flatten(1))
@@ -181,7 +186,7 @@ class Block(nn.Module):
             self.emb_linear = MPConv(emb_channels, 2 * out_channels)
         self.conv_res1 = MPConv(out_channels, out_channels, (3, 3))
         self.conv_skip = MPConv(in_channels, out_channels, (1, 1)) if in_channels != out_channels else None
-        self.attn_qkv = MPConv(out_channels, 3 * out_channels, (1, 1)) if self.heads else None
+        self.attn_qkv = MPConv(out_channels, 3 * out_channels, (1, 1), groups=3) if self.heads else None
         self.attn_proj = MPConv(out_channels, out_channels, (1, 1)) if self.heads else None
 
     def modulate(self, y: Tensor, emb: Tensor) -> Tensor:
@@ -275,10 +280,10 @@ class UNet(nn.Module):
 
     def fold(self) -> UNet:
         """Turn weight normalisation and gains into constants, in place; for inference and export."""
-        gains = {id(self.out_conv): float(self.out_gain)}
+        gains = {id(self.out_conv): float(self.out_gain.detach())}
         for module in self.modules():
             if isinstance(module, Block) and self.config.modulation == "scale":
-                gains[id(module.emb_linear)] = float(module.emb_gain)
+                gains[id(module.emb_linear)] = float(module.emb_gain.detach())
         for module in self.modules():
             if isinstance(module, MPConv) and not module.folded:
                 module.fold(gains.get(id(module), 1.0))

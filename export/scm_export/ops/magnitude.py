@@ -16,7 +16,7 @@ def pixel_norm(x: Tensor, eps: float = 1e-4) -> Tensor:
         x: ``[..., C]``, any floating dtype.
         eps: added to the norm, which is taken in float32.
     """
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     return x / (eps + norm * (1 / math.sqrt(x.shape[-1]))).to(x.dtype)
 
 

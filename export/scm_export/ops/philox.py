@@ -32,21 +32,19 @@ def philox_normal(seeds: Tensor, draw: int, shape: Sequence[int]) -> Tensor:
     element = torch.arange(math.prod(shape), dtype=torch.int64, device=seeds.device)[None, :]
     key0, key1 = (seeds & LOW32)[:, None], (seeds >> 32 & LOW32)[:, None]
     zero = torch.zeros_like(element)
-    counter = (zero + draw, zero, element & LOW32, element >> 32)
-    for i in range(ROUNDS):
-        round_keys = ((key0 + i * WEYL[0]) & LOW32, (key1 + i * WEYL[1]) & LOW32)
-        counter = _round(counter, round_keys)
-    u = counter[0].float() * 2.0**-32 + 2.0**-33
-    v = counter[1].float() * (2 * math.pi * 2.0**-32) + 2 * math.pi * 2.0**-33
+    r0, r1, _, _ = philox((zero + draw, zero, element & LOW32, element >> 32), key0, key1)
+    u = r0.float() * 2.0**-32 + 2.0**-33
+    v = r1.float() * (2 * math.pi * 2.0**-32) + 2 * math.pi * 2.0**-33
     return ((-2 * u.log()).sqrt() * v.sin()).reshape(len(seeds), *shape)
 
 
-def _round(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    # The 64-bit product wraps to the bits wanted; an arithmetic shift needs its sign bits masked off.
-    product0, product1 = counter[0] * MULTIPLIERS[0], counter[2] * MULTIPLIERS[1]
-    return (
-        (product1 >> 32 & LOW32) ^ counter[1] ^ key[0],
-        product1 & LOW32,
-        (product0 >> 32 & LOW32) ^ counter[3] ^ key[1],
-        product0 & LOW32,
-    )
+def philox(counter: tuple[Tensor, ...], key0: Tensor, key1: Tensor) -> tuple[Tensor, ...]:
+    """Philox4x32-10: four 32-bit words of counter and two of key, each in an int64 tensor, to four random words."""
+    c0, c1, c2, c3 = counter
+    for i in range(ROUNDS):
+        # The 64-bit product wraps to the bits wanted; an arithmetic shift needs its sign bits masked off.
+        product0, product1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
+        c0 = (product1 >> 32 & LOW32) ^ c1 ^ (key0 + i * WEYL[0] & LOW32)
+        c2 = (product0 >> 32 & LOW32) ^ c3 ^ (key1 + i * WEYL[1] & LOW32)
+        c1, c3 = product1 & LOW32, product0 & LOW32
+    return c0, c1, c2, c3

@@ -1,0 +1,42 @@
+"""How long does a host wait? The import on top of numpy and ONNX Runtime, and from process start to the first digit on disk."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from _common import keep
+
+ROUNDS = 15
+BASE = "import numpy, onnxruntime"
+PROGRAMS = {
+    "nothing": "pass",
+    "numpy + onnxruntime": BASE,
+    "numpy + onnxruntime + scm_runtime": f"{BASE}; import scm_runtime",
+    "first digit on disk": "from scm_runtime import Generator; Generator('digits')(3, seed=0).save(r'{out}')",
+}
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "digit.png"
+        programs = {name: [sys.executable, "-c", code.format(out=out)] for name, code in PROGRAMS.items()}
+        programs["scm-runtime generate"] = [sys.executable, "-m", "scm_runtime.cli", "generate", "digits", "-o", str(out), "--labels", "3"]
+        times: dict[str, list[float]] = {name: [] for name in programs}
+        for _ in range(ROUNDS + 1):
+            for name, command in programs.items():
+                start = time.perf_counter()
+                subprocess.run(command, check=True, capture_output=True)
+                times[name].append((time.perf_counter() - start) * 1e3)
+        # The first round fills the disk cache.
+        medians = {name: statistics.median(values[1:]) for name, values in times.items()}
+    with_ours, base = medians["numpy + onnxruntime + scm_runtime"], medians["numpy + onnxruntime"]
+    keep("startup", {"median_ms": medians, "import scm_runtime adds, ms": with_ours - base})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""Fixtures that several folders of tests share: a tiny checkpoint with random weights, and the bundle exported from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import platform
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from scm_runtime import Generator, MissingDependencyError
+from scm_runtime.session import load_onnxruntime
+
+TINY_LABELS = ("ant", "bee", "cat", "dog")
+
+
+def pytest_configure() -> None:
+    for name in ("onnx_ir", "onnxscript"):
+        logging.getLogger(name).setLevel(logging.WARNING)  # hundreds of lines an export
+
+
+def pytest_report_header() -> list[str]:
+    versions = [f"python {platform.python_version()}", *(f"{name} {_version(name)}" for name in ("numpy", "torch", "onnx", "onnxscript"))]
+    return [", ".join(versions), _onnxruntime()]
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "missing"
+
+
+def _onnxruntime() -> str:
+    try:
+        ort = load_onnxruntime()
+    except MissingDependencyError as error:
+        return f"onnxruntime: {error}"
+    return f"onnxruntime {ort.__version__}: {', '.join(ort.get_available_providers())}"
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A scm-checkpoint of a small edm2 network with random but fixed weights: four classes, 8x8 pixels in colour."""
+    import torch
+
+    from scm_export.checkpoints import Checkpoint, SamplerSpec, save_checkpoint
+    from scm_export.networks.edm2 import UNet, UNetConfig
+
+    config = UNetConfig(
+        img_resolution=8,
+        img_channels=3,
+        label_dim=len(TINY_LABELS),
+        model_channels=16,
+        channel_mult=(1, 2),
+        num_blocks=1,
+        attn_resolutions=(),
+        channels_per_head=16,
+        time_scale=4.0,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        weights = UNet(config).state_dict()
+    weights["out_gain"] = torch.ones(())  # 0 before training: F would be 0
+    path = tmp_path_factory.mktemp("checkpoint") / "tiny.pt"
+    checkpoint = Checkpoint(
+        family="edm2",
+        config=dataclasses.asdict(config),
+        sampler=SamplerSpec(),
+        label_names=TINY_LABELS,
+        licence="Apache-2.0",
+        weights=weights,
+    )
+    save_checkpoint(checkpoint, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of the tiny checkpoint, verified. Read it only: copy it before you change it."""
+    from scm_export import export
+
+    return export(tiny_checkpoint, tmp_path_factory.mktemp("bundle") / "tiny.scm").path
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_bundle: Path) -> Iterator[Generator]:
+    """An open Generator on the tiny bundle."""
+    with Generator(tiny_bundle) as generator:
+        yield generator

@@ -1,0 +1,48 @@
+"""diffusers' SCMScheduler, stepping our PyTorch network with our noise, gives our samples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from scm_export import ops
+from scm_export.checkpoints import load_checkpoint
+from scm_export.families import build_model
+from scm_export.parametrisation import Step, sample
+from scm_runtime import Generator
+
+pytest.importorskip("diffusers", reason="diffusers is in the test extra")
+from diffusers import SCMScheduler
+
+SEEDS, LABELS = [11, 12, 13], [0, 2, 3]
+
+
+def with_scheduler(checkpoint: Path) -> Tensor:
+    model = build_model(load_checkpoint(checkpoint))
+    noises = [ops.philox_normal(torch.tensor(SEEDS), draw, model.sample_shape) for draw in range(3)]
+    scheduler = SCMScheduler(prediction_type="trigflow", sigma_data=model.sigma_data)
+    scheduler.set_timesteps(2, max_timesteps=model.times[2][0], intermediate_timesteps=model.times[2][1])
+    x = noises[0] * scheduler.init_noise_sigma * model.sigma_data
+    draws = iter(noises[1:])
+    with torch.no_grad(), mock.patch("diffusers.schedulers.scheduling_scm.randn_tensor", side_effect=lambda *_, **__: next(draws)):
+        for t in scheduler.timesteps[:-1]:
+            F = model.network(x / model.sigma_data, t.expand(len(x)), class_labels=torch.tensor(LABELS))
+            x, denoised = scheduler.step(model.sigma_data * F, t, x, return_dict=False)
+    assert isinstance(denoised, Tensor)
+    return denoised
+
+
+def test_two_steps_equal_the_scheduler_from_diffusers(tiny_checkpoint: Path, tiny_bundle: Path) -> None:
+    expected = with_scheduler(tiny_checkpoint)
+    model = build_model(load_checkpoint(tiny_checkpoint))
+    noises = [ops.philox_normal(torch.tensor(SEEDS), draw, model.sample_shape) for draw in range(3)]
+    ours = sample(Step(model.network, model.sigma_data), noises, model.times[2], model.initial_scale, {"class_labels": torch.tensor(LABELS)})
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
+    with Generator(tiny_bundle) as generate:
+        found = generate(LABELS, seed=SEEDS, output_type="latent").array
+    np.testing.assert_allclose(found, expected.numpy(), atol=1e-4)

@@ -1,0 +1,127 @@
+"""What importing and using scm_runtime pulls in, and what it says when something is missing. Each in a fresh process."""
+
+from __future__ import annotations
+
+import types
+from pathlib import Path
+
+import pytest
+
+import scm_runtime
+from scm_runtime import MissingDependencyError, session
+from support import BLOCK_IMPORTS, run_python
+
+FORBIDDEN = "torch,onnx,onnxscript,scm_export"
+
+
+def test_sampling_never_imports_torch_onnx_or_the_exporter(tiny_bundle: Path, tmp_path: Path) -> None:
+    program = """
+from scm_runtime import Generator
+
+with Generator(sys.argv[2]) as generate:
+    out = generate(["cat", "dog"], seed=7, callback_on_step_end=lambda *_: None)
+    assert len(out.images) == 2
+    out.save(sys.argv[3])
+loaded = Block.names & {name.split(".")[0] for name in sys.modules}
+assert not loaded, loaded
+"""
+    run_python(BLOCK_IMPORTS + program, FORBIDDEN, tiny_bundle, tmp_path / "grid.png")
+    assert (tmp_path / "grid.png").is_file()
+
+
+def test_the_command_line_never_imports_them(tiny_bundle: Path, tmp_path: Path) -> None:
+    program = """
+from scm_runtime import cli
+
+for arguments in (["generate", sys.argv[2], "-o", sys.argv[3]], ["inspect", sys.argv[2]], ["smoke", sys.argv[2]], ["--help"]):
+    try:
+        cli.main(arguments)
+    except SystemExit as end:
+        assert end.code == 0, arguments
+loaded = Block.names & {name.split(".")[0] for name in sys.modules}
+assert not loaded, loaded
+"""
+    run_python(BLOCK_IMPORTS + program, FORBIDDEN, tiny_bundle, tmp_path / "grid.png")
+
+
+def test_the_block_works() -> None:
+    """Or the two tests above would show nothing."""
+    failed = run_python(BLOCK_IMPORTS + "import torch.nn", FORBIDDEN, check=False)
+    assert failed.returncode == 1
+    assert "AssertionError: torch was imported" in failed.stderr
+
+
+def test_the_import_alone_is_light() -> None:
+    program = """
+import sys
+import scm_runtime
+
+heavy = {"onnxruntime", "PIL", "rich", "click"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    run_python(program)
+
+
+def test_all_is_what_is_visible() -> None:
+    visible = {name for name, value in vars(scm_runtime).items() if not name.startswith("_") and not isinstance(value, types.ModuleType)}
+    assert set(scm_runtime.__all__) == visible | {"__version__"}
+    assert len(set(scm_runtime.__all__)) == len(scm_runtime.__all__)
+    assert set(scm_runtime.__all__) <= set(dir(scm_runtime))
+
+
+def test_errors_are_also_the_builtin_ones() -> None:
+    assert issubclass(scm_runtime.BundleNotFoundError, FileNotFoundError)
+    assert issubclass(scm_runtime.BundleSchemaError, ValueError)
+    assert issubclass(scm_runtime.BundleIntegrityError, ValueError)
+    assert issubclass(scm_runtime.InvalidArgumentError, ValueError)
+    assert issubclass(scm_runtime.MissingDependencyError, ImportError)
+    assert issubclass(scm_runtime.OutputError, OSError)
+    assert issubclass(scm_runtime.InferenceError, RuntimeError)
+    errors = [value for name in scm_runtime.__all__ if isinstance(value := getattr(scm_runtime, name), type) and issubclass(value, Exception)]
+    assert len(errors) == 9
+    assert all(issubclass(error, scm_runtime.ScmError) for error in errors)
+
+
+def test_without_onnxruntime(tiny_bundle: Path, tmp_path: Path) -> None:
+    program = """
+Block.error = ModuleNotFoundError
+from scm_runtime import Generator, MissingDependencyError, cli
+
+try:
+    Generator(sys.argv[2])
+except ImportError as error:
+    assert isinstance(error, MissingDependencyError)
+    assert "pip install 'scm-runtime[cpu]'" in str(error), error
+    assert "onnxruntime was imported" in str(error), error
+else:
+    raise AssertionError("no error")
+cli.main(["generate", sys.argv[2], "-o", sys.argv[3]])
+"""
+    done = run_python(BLOCK_IMPORTS + program, "onnxruntime", tiny_bundle, tmp_path / "grid.png", check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: ONNX Runtime cannot be imported")
+    assert "pip install 'scm-runtime[cpu]'" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "grid.png").exists()
+
+
+def test_both_builds_of_onnxruntime(monkeypatch: pytest.MonkeyPatch, tiny_bundle: Path) -> None:
+    monkeypatch.setattr(session, "_installed", lambda distribution: True)
+    with pytest.raises(MissingDependencyError, match=r"both onnxruntime and onnxruntime-gpu are installed") as caught:
+        scm_runtime.Generator(tiny_bundle)
+    assert isinstance(caught.value, ImportError)
+    assert "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'scm-runtime[cpu]'" in str(caught.value)
+
+
+def test_the_exporter_without_torch(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    program = """
+Block.error = ModuleNotFoundError
+from scm_export import cli
+
+cli.main([sys.argv[2], "-o", sys.argv[3]])
+"""
+    done = run_python(BLOCK_IMPORTS + program, "torch", tiny_checkpoint, tmp_path / "tiny.scm", check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: torch was imported")
+    assert "pip install 'scm-runtime[export,cpu]'" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,60 @@
+"""What tests in several folders use: a full disk, other processes, and a look at what lies in a folder."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+# Put before a program: importing any of sys.argv[1] (comma-separated) fails, as if it were not to be touched.
+BLOCK_IMPORTS = """
+import sys
+
+class Block:
+    names = set(sys.argv[1].split(","))
+    error = AssertionError
+
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if name.split(".")[0] in cls.names:
+            raise cls.error(f"{name} was imported")
+
+sys.meta_path.insert(0, Block)
+"""
+
+
+@contextmanager
+def full_disk(room: int) -> Iterator[None]:
+    """Within the block no file can grow beyond ``room`` bytes: a write fails with EFBIG, as it does with ENOSPC on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))  # Python ignores the signal that goes with it
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def run_python(program: str, *arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run a program in a fresh interpreter of this environment. With ``check``, a failure shows what it printed."""
+    return run([sys.executable, "-c", program, *map(str, arguments)], check=check)
+
+
+def run(command: Sequence[str | Path], *, check: bool = True, cwd: Path | None = None, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a command and catch what it prints. With ``check``, a failure shows it."""
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False, timeout=600, cwd=cwd, env=env)
+    if check and done.returncode:
+        raise AssertionError(f"{' '.join(map(str, command))}\nended with {done.returncode}\n{done.stdout}\n{done.stderr}")
+    return done
+
+
+def tree(folder: Path) -> dict[str, bytes | str | None]:
+    """Everything below a folder: bytes of the files, targets of the links, None for folders."""
+    return {
+        str(path.relative_to(folder)): str(path.readlink()) if path.is_symlink() else path.read_bytes() if path.is_file() else None
+        for path in sorted(folder.rglob("*"))
+    }
