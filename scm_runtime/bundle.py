@@ -116,9 +116,9 @@ class Manifest(Struct, kw_only=True):
         for name in self.files:
             if PurePosixPath(name).name != name or "\\" in name or ":" in name or name in ("", ".", "..", MANIFEST):
                 raise ValueError(f"files must have plain names inside the bundle's folder, got {name!r}")
-        needed = {"noise.onnx", *(f"{graph}.{dtype}.onnx" for graph in ("step", "decode") for dtype in self.dtypes)}
+        needed = {"noise.onnx", WEIGHTS, *(f"{graph}.{dtype}.onnx" for graph in ("step", "decode") for dtype in self.dtypes)}
         if missing := sorted(needed - set(self.files)):
-            raise ValueError(f"files must list every graph of the dtypes {', '.join(self.dtypes)}, missing {', '.join(missing)}")
+            raise ValueError(f"files must list the weights and every graph of the dtypes {', '.join(self.dtypes)}, missing {', '.join(missing)}")
         for steps, times in self.times.items():
             if len(times) != int(steps) + 1:
                 raise ValueError(f"times for {steps} steps must have {int(steps) + 1} values, got {len(times)}")

@@ -1,8 +1,17 @@
 """Turn trained consistency models into bundles that scm_runtime samples."""
 
-from contextlib import suppress
+from typing import TYPE_CHECKING
 
-with suppress(ImportError):  # torch or onnx is missing: the command line says how to get them, and importing `export` itself fails
-    from scm_export.export import Exported, export
+if TYPE_CHECKING:
+    from scm_export.exporter import Exported, export
 
 __all__ = ["Exported", "export"]
+
+
+def __getattr__(name: str) -> object:
+    # torch takes seconds to import, and may be missing: neither is the business of `scm-export --help`.
+    if name in __all__:
+        from scm_export import exporter
+
+        return getattr(exporter, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -65,7 +65,7 @@ def main(
     terminal = Console(stderr=True)
     with clean_errors():
         try:
-            from scm_export.export import export  # torch takes seconds to import: not for --help
+            from scm_export.exporter import export  # torch takes seconds to import: not for --help
         except ImportError as error:
             raise MissingDependencyError(f"{error}. Exporting needs more packages:\n  pip install 'scm-runtime[export,cpu]'") from error
         try:

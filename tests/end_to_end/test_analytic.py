@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from scm_export.export import export_model
+from scm_export.exporter import export_model
 from scm_export.model import ImageDecoder, Model
 from scm_export.parametrisation import default_times
 from scm_runtime import Generator

@@ -65,7 +65,8 @@ def test_half_weights_are_stored_once_and_serve_both_graphs(half_bundle: Path, t
     half, full = read_manifest(half_bundle), read_manifest(tiny_bundle)
     assert half.dtypes == ("fp16", "fp32")
     assert half.composed_steps == (2,)
-    assert half.files[WEIGHTS].size < 0.62 * full.files[WEIGHTS].size
+    # Tensors of a few thousand numbers, most of this tiny model, are also folded into float32 constants.
+    assert half.files[WEIGHTS].size < 0.85 * full.files[WEIGHTS].size
     arguments = {"class_labels": [0, 1, 2, 3], "seed": 5, "output_type": "latent"}
     with Generator(tiny_bundle) as exact, Generator(half_bundle) as stored, Generator(half_bundle, dtype="fp16") as computed:
         expected = exact(**arguments).array  # type: ignore[arg-type]  # keywords by name

@@ -20,8 +20,8 @@ from scm_export.model import ImageDecoder
 
 Run = Callable[..., NDArray[Any]]
 
-# Seed 0, draw 0: what torch.randn gives on CUDA for a freshly seeded generator.
-KNOWN_NOISE = [-0.92466259, -0.42534415, -2.64384570, 0.14518388, -0.12086465, -0.57972564]
+# Seed 0, draw 0: what torch.randn gives on CUDA for a freshly seeded generator, as documented by AUTOMATIC1111's rng_philox.py.
+KNOWN_NOISE = [-0.92466259, -0.42534415, -2.64384570, 0.14518388, -0.12086647, -0.57972564]
 
 
 def with_onnxruntime(model: ir.Model) -> Run:
