@@ -28,18 +28,30 @@ def clean_errors() -> Iterator[None]:
         sys.exit(FAILURE)
 
 
-class _Integers(click.ParamType[tuple[int, ...]]):
-    """Comma-separated integers."""
+class IntegerList(click.ParamType[tuple[int, ...]]):
+    """Integers separated by commas, each at least ``minimum``; with a minimum the list may be empty."""
 
     name = "integers"
+
+    def __init__(self, minimum: int | None = None) -> None:
+        self.minimum = minimum
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
         if isinstance(value, tuple):
             return value
+        text = str(value)
         try:
-            return tuple(int(part) for part in str(value).split(","))
+            numbers = () if self.minimum is not None and not text.strip() else tuple(int(part) for part in text.split(","))
+            if self.minimum is not None and any(number < self.minimum for number in numbers):
+                raise ValueError(numbers)
         except ValueError:
-            self.fail(f"must be an integer, or several separated by commas; got {value!r}", param, ctx)
+            bound = "" if self.minimum is None else f" of at least {self.minimum}"
+            self.fail(f"must be one or more integers{bound}, separated by commas; got {text!r}", param, ctx)
+        return numbers
+
+
+skip_integrity_option = click.option("--skip-integrity", is_flag=True, help="Do not compare SHA-256 sums: saves the reading of large bundles.")
+threads_option = click.option("--threads", type=int, help="Threads to compute with; by default one a core.")
 
 
 @click.group()
@@ -58,12 +70,13 @@ def main() -> None:
     help="Picture to write: the sample, or a grid of all. An existing file is replaced.",
 )
 @click.option("--labels", help="Classes, by number or name, separated by commas: 3,1,4. By default seed modulo the number of classes.")
-@click.option("--seed", type=_Integers(), help="One seed (the samples get seed, seed + 1, …), or one a sample, separated by commas. By default random.")
+@click.option("--seed", type=IntegerList(), help="One seed (the samples get seed, seed + 1, …), or one a sample, separated by commas. By default random.")
 @click.option("--steps", type=int, help="Sampling steps; 2 where the bundle has them.")
 @click.option("--batch-size", type=int, help="Number of samples; by default as many as labels or seeds.")
 @click.option("--columns", type=click.IntRange(1), help="Pictures a row of the grid.")
 @click.option("--guidance-scale", type=float, help="For models that take a guidance scale.")
-@click.option("--threads", type=int, help="Threads to compute with; by default one a core.")
+@threads_option
+@skip_integrity_option
 def generate(
     bundle: str,
     out: Path,
@@ -74,11 +87,12 @@ def generate(
     columns: int | None,
     guidance_scale: float | None,
     threads: int | None,
+    skip_integrity: bool,
 ) -> None:
     """Draw samples from BUNDLE, a folder or the name of an embedded bundle, into a picture."""
     from scm_runtime.generator import Generator
 
-    with clean_errors(), Generator(bundle, threads=threads) as generator:
+    with clean_errors(), Generator(bundle, threads=threads, verify_integrity=not skip_integrity) as generator:
         names = next((item.label_names for item in generator.manifest.conditioning if item.name == "class_labels"), None) or ()
         samples = generator(
             None if labels is None else _parse_labels(labels, names),
@@ -123,13 +137,14 @@ def inspect(bundle: str, as_json: bool) -> None:
 
 @main.command()
 @click.argument("bundle")
-@click.option("--threads", type=int, help="Threads to compute with; by default one a core.")
-def smoke(bundle: str, threads: int | None) -> None:
+@threads_option
+@skip_integrity_option
+def smoke(bundle: str, threads: int | None, skip_integrity: bool) -> None:
     """Check that BUNDLE works on this machine: it loads, samples are finite and reproducible alone and in a batch. Prints latencies; the exit code tells."""
     from scm_runtime.inspection import smoke_test
 
     with clean_errors():
-        passed = smoke_test(bundle, threads)
+        passed = smoke_test(bundle, threads, verify_integrity=not skip_integrity)
     if not passed:
         click.echo("Error: the bundle loads but does not sample as it must: see the failed checks above. Export it again.", err=True)
         sys.exit(FAILURE)

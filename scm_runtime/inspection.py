@@ -56,11 +56,11 @@ def _verified(manifest: Manifest) -> str:
     return f"{len(report.cases)} cases against {report.reference}; worst max abs error {worst.max_abs:.2e} of {worst.atol:.2e} allowed"
 
 
-def smoke_test(bundle: str, threads: int | None) -> bool:
+def smoke_test(bundle: str, threads: int | None, *, verify_integrity: bool = True) -> bool:
     """Run the checks of ``scm-runtime smoke`` and print them; returns whether all passed. Raises what Generator raises."""
     console = Console()
     start = time.perf_counter()
-    generator = Generator(bundle, threads=threads)
+    generator = Generator(bundle, threads=threads, verify_integrity=verify_integrity)
     console.print(f"loaded in {(time.perf_counter() - start) * 1e3:.0f} ms", highlight=False)
     table = Table("steps", "finite", "deterministic", "independent of the batch", "batch 1, median", "batch 4, median")
     passed = True

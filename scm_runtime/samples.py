@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import math
 import os
-import tempfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scm_runtime.errors import InvalidArgumentError, OutputError
+from scm_runtime.files import whole_file
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -93,24 +93,15 @@ class Samples:
         image_format = Image.EXTENSION.get(target.suffix.lower())
         if image_format is None or image_format not in Image.SAVE:
             raise OutputError(f"cannot write '{target}': unknown picture format {target.suffix!r}. Use an ending such as .png, .jpg or .webp.")
-        beside = None
         try:
             encoded = io.BytesIO()  # not into the file: some of Pillow's encoders do not notice a full disk
             grid(self.array, columns).save(encoded, format=image_format)
             target.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
-                beside = Path(file.name)
-                file.write(encoded.getbuffer())
-            umask = os.umask(0)
-            os.umask(umask)
-            beside.chmod(0o666 & ~umask)
-            beside.replace(target)
+            with whole_file(target) as part:
+                part.write_bytes(encoded.getbuffer())
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise OutputError(f"cannot write '{target}': {reason}. Choose a folder that you may write to, on a disk with room.") from error
-        finally:
-            if beside is not None:
-                beside.unlink(missing_ok=True)  # gone already if all went well
         return target
 
     def _require_pixels(self) -> None:

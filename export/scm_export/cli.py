@@ -13,25 +13,8 @@ from rich.table import Table
 
 from scm_runtime import __version__
 from scm_runtime.bundle import Verification
-from scm_runtime.cli import clean_errors
+from scm_runtime.cli import IntegerList, clean_errors
 from scm_runtime.errors import MissingDependencyError, VerificationError
-
-
-class _Counts(click.ParamType[tuple[int, ...]]):
-    """Comma-separated positive integers; an empty string for none."""
-
-    name = "counts"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        if isinstance(value, tuple):
-            return value
-        try:
-            counts = tuple(int(part) for part in str(value).split(",") if part.strip())
-        except ValueError:
-            counts = (0,)
-        if any(count < 1 for count in counts):
-            self.fail(f"must be step counts separated by commas, such as 1,2; got {value!r}", param, ctx)
-        return counts
 
 
 @click.command()
@@ -40,7 +23,7 @@ class _Counts(click.ParamType[tuple[int, ...]]):
 @click.option(
     "--dtype", type=click.Choice(["fp32", "fp16"]), default="fp32", show_default=True, help="Of the stored weights. fp16 gives an fp16 and an fp32 graph."
 )
-@click.option("--steps", type=_Counts(), default="1,2", show_default=True, help="Step counts to compose whole samplers for (sample-K.onnx).")
+@click.option("--steps", type=IntegerList(minimum=1), default="1,2", show_default=True, help="Step counts to compose whole samplers for (sample-K.onnx).")
 @click.option("--opset", type=click.IntRange(18, 23), default=20, show_default=True, help="ONNX operator set.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @click.option("--no-verify", is_flag=True, help="Leave out the comparison with PyTorch.")

@@ -27,7 +27,26 @@ DEFAULT_OPSET = 20
 # The dtypes a bundle's graphs compute in, by the dtype its weights are stored in.
 GRAPH_DTYPES: dict[str, tuple[Literal["fp32", "fp16"], ...]] = {"fp32": ("fp32",), "fp16": ("fp16", "fp32")}
 
-Progress = Callable[[str], None]
+
+@dataclass(frozen=True)
+class Options:
+    """How to export; see :func:`export`. Raises InvalidArgumentError for a value out of range."""
+
+    dtype: Literal["fp32", "fp16"] = "fp32"
+    steps: Sequence[int] = (1, 2)
+    opset: int = DEFAULT_OPSET
+    force: bool = False
+    verify: bool = True
+    atol: float | None = None
+    progress: Callable[[str], None] = lambda stage: None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in GRAPH_DTYPES:
+            raise InvalidArgumentError(f"dtype must be one of {', '.join(GRAPH_DTYPES)}, got {self.dtype!r}")
+        if self.opset not in OPSETS:
+            raise InvalidArgumentError(f"opset must be from {OPSETS[0]} to {OPSETS[-1]}, got {self.opset}")
+        if self.atol is not None and not self.atol > 0:
+            raise InvalidArgumentError(f"atol must be above 0, got {self.atol}")
 
 
 @dataclass(frozen=True)
@@ -48,7 +67,7 @@ def export(
     force: bool = False,
     verify: bool = True,
     atol: float | None = None,
-    progress: Progress = lambda stage: None,
+    progress: Callable[[str], None] = lambda stage: None,
 ) -> Exported:
     """Turn a checkpoint into a bundle.
 
@@ -73,46 +92,23 @@ def export(
         VerificationError: the bundle is over tolerance; nothing is left at ``out``.
         ExportError: torch cannot translate the network.
     """
+    options = Options(dtype, steps, opset, force, verify, atol, progress)
     source = Path(checkpoint)
     destination = source.with_suffix(".scm") if out is None else Path(out)
-    check_options(dtype, opset, atol)
     check_destination(destination, force=force)
     progress("reading the checkpoint")
     model = build_model(load_checkpoint(source))
-    return export_model(
-        model,
-        destination,
-        source=Source(file=source.name, sha256=sha256(source)),
-        dtype=dtype,
-        steps=steps,
-        opset=opset,
-        force=force,
-        verify=verify,
-        atol=atol,
-        progress=progress,
-    )
+    return export_model(model, destination, Source(file=source.name, sha256=sha256(source)), options)
 
 
-def export_model(
-    model: Model,
-    destination: Path,
-    *,
-    source: Source,
-    dtype: Literal["fp32", "fp16"] = "fp32",
-    steps: Sequence[int] = (1, 2),
-    opset: int = DEFAULT_OPSET,
-    force: bool = False,
-    verify: bool = True,
-    atol: float | None = None,
-    progress: Progress = lambda stage: None,
-) -> Exported:
-    """Write and verify the bundle of a model; see :func:`export`. The model's weights are rounded to ``dtype``."""
-    check_options(dtype, opset, atol)
+def export_model(model: Model, destination: Path, source: Source, options: Options) -> Exported:
+    """Write and verify the bundle of a model; see :func:`export`. The model's weights are rounded to the dtype they are stored in."""
+    steps, progress = sorted(set(options.steps)), options.progress
     if unknown := sorted(set(steps) - set(model.times)):
         raise InvalidArgumentError(f"steps must be among {sorted(model.times)}, the counts this checkpoint has times for; got {unknown}")
-    references = draw_references(model, sorted(model.times), progress) if verify else []
-    with new_bundle(destination, force=force) as writer:
-        _write_graphs(writer, model, dtype, sorted(set(steps)), opset, progress)
+    references = draw_references(model, sorted(model.times), progress) if options.verify else []
+    with new_bundle(destination, force=options.force) as writer:
+        _write_graphs(writer, model, steps, options)
         progress("writing")
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
@@ -128,38 +124,28 @@ def export_model(
             initial_scale=model.initial_scale,
             times={str(count): times for count, times in sorted(model.times.items())},
             conditioning=model.conditioning,
-            dtypes=GRAPH_DTYPES[dtype],
-            weights_dtype=dtype,
-            opset=opset,
+            dtypes=GRAPH_DTYPES[options.dtype],
+            weights_dtype=options.dtype,
+            opset=options.opset,
             ops={},
-            composed_steps=tuple(sorted(set(steps))),
+            composed_steps=tuple(steps),
             files=writer.close(),
         )
         writer.manifest(manifest)
-        if verify:
-            verification = verify_bundle(writer.folder, manifest, references, atol, progress)
+        if options.verify:
+            verification = verify_bundle(writer.folder, manifest, references, options.atol, progress)
             manifest = msgspec.structs.replace(manifest, verification=verification)
             writer.manifest(manifest)
     return Exported(destination, manifest)
 
 
-def _write_graphs(writer: BundleWriter, model: Model, dtype: str, steps: Sequence[int], opset: int, progress: Progress) -> None:
-    noise = writer.graph("noise.onnx", build_noise(model.sample_shape, opset))
-    model.store_as(dtype)
-    for compute_dtype in GRAPH_DTYPES[dtype]:
-        progress(f"tracing in {compute_dtype}")
-        model.compute_in(compute_dtype)
-        step = writer.graph(f"step.{compute_dtype}.onnx", trace_step(model, opset))
-        decode = writer.graph(f"decode.{compute_dtype}.onnx", build_decode(model.sample_shape, model.decoder, opset))
+def _write_graphs(writer: BundleWriter, model: Model, steps: Sequence[int], options: Options) -> None:
+    noise = writer.graph("noise.onnx", build_noise(model.sample_shape, options.opset))
+    model.store_as(options.dtype)
+    for dtype in GRAPH_DTYPES[options.dtype]:
+        options.progress(f"tracing in {dtype}")
+        model.compute_in(dtype)
+        step = writer.graph(f"step.{dtype}.onnx", trace_step(model, options.opset))
+        decode = writer.graph(f"decode.{dtype}.onnx", build_decode(model.sample_shape, model.decoder, options.opset))
         for count in steps:
-            writer.proto(f"sample-{count}.{compute_dtype}.onnx", compose_sample(model, count, noise, step, decode))
-
-
-def check_options(dtype: str, opset: int, atol: float | None) -> None:
-    """Refuse options out of range; raises InvalidArgumentError."""
-    if dtype not in GRAPH_DTYPES:
-        raise InvalidArgumentError(f"dtype must be one of {', '.join(GRAPH_DTYPES)}, got {dtype!r}")
-    if opset not in OPSETS:
-        raise InvalidArgumentError(f"opset must be from {OPSETS[0]} to {OPSETS[-1]}, got {opset}")
-    if atol is not None and not atol > 0:
-        raise InvalidArgumentError(f"atol must be above 0, got {atol}")
+            writer.proto(f"sample-{count}.{dtype}.onnx", compose_sample(model, count, noise, step, decode))

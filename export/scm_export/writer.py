@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,6 +16,7 @@ from onnxscript import ir
 
 from scm_runtime.bundle import MANIFEST, WEIGHTS, FileEntry, Manifest, sha256
 from scm_runtime.errors import OutputError, ScmError
+from scm_runtime.files import beside
 
 INLINE_BELOW = 1024  #  bytes; smaller tensors stay in the graph
 PAGE = 4096  #          offsets of larger tensors, so that a runtime can map them
@@ -85,25 +85,24 @@ def new_bundle(destination: Path, *, force: bool) -> Iterator[BundleWriter]:
         OutputError: the destination exists (and force is False, or it is no bundle), or cannot be written.
     """
     check_destination(destination, force=force)
-    beside = writer = None
+    part, writer = beside(destination, "part"), None
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(dir=destination.parent, prefix=f".{destination.name}.part-"))
-        writer = BundleWriter(beside)
+        part.mkdir()
+        writer = BundleWriter(part)
         yield writer
-        _flush(beside)
-        beside.chmod(0o755)
+        _flush(part)
         if destination.exists():
-            old = Path(tempfile.mkdtemp(dir=destination.parent, prefix=f".{destination.name}.old-"))
+            old = beside(destination, "old")
             try:
-                destination.rename(old / "bundle")
-                beside.rename(destination)
+                destination.rename(old)
+                part.rename(destination)
             finally:  # an interrupt too must not lose the earlier bundle
                 if not destination.exists():
-                    (old / "bundle").rename(destination)
-                shutil.rmtree(old, ignore_errors=True)
+                    old.rename(destination)
+            shutil.rmtree(old, ignore_errors=True)
         else:
-            beside.rename(destination)
+            part.rename(destination)
     except OSError as error:
         if isinstance(error, ScmError):
             raise
@@ -113,8 +112,7 @@ def new_bundle(destination: Path, *, force: bool) -> Iterator[BundleWriter]:
     finally:
         if writer is not None:
             writer.abandon()
-        if beside is not None and beside.exists():
-            shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def check_destination(destination: Path, *, force: bool) -> None:

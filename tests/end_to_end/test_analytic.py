@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from scm_export.exporter import export_model
+from scm_export.exporter import Options, export_model
 from scm_export.model import ImageDecoder, Model
 from scm_export.parametrisation import default_times
 from scm_runtime import Generator
@@ -41,7 +41,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         decoder=ImageDecoder(),
     )
     source = Source(file="closed form", sha256="0" * 64)
-    return export_model(model, tmp_path_factory.mktemp("analytic") / "gaussian.scm", source=source).path
+    return export_model(model, tmp_path_factory.mktemp("analytic") / "gaussian.scm", source, Options()).path
 
 
 @pytest.mark.parametrize("steps", [1, 2])

@@ -31,7 +31,7 @@ def with_onnxruntime(model: ir.Model) -> Run:
 
 def with_reference(model: ir.Model) -> Run:
     evaluator = ReferenceEvaluator(ir.to_proto(model))
-    return lambda **inputs: np.asarray(list(evaluator.run(None, inputs))[0])
+    return lambda **inputs: np.asarray(next(iter(evaluator.run(None, inputs))))
 
 
 @pytest.fixture(params=[with_onnxruntime, with_reference], ids=["onnxruntime", "reference"])

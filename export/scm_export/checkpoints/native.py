@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 import pickle
-import tempfile
 import warnings
 from collections.abc import Mapping
 from itertools import pairwise
@@ -24,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from scm_runtime.errors import CheckpointError, OutputError
+from scm_runtime.files import whole_file
 
 FORMAT, VERSION = "scm-checkpoint", 1
 
@@ -82,26 +82,16 @@ def save_checkpoint(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> Non
     target = Path(path)
     if target.suffix not in (".pt", ".safetensors"):
         raise CheckpointError(f"'{target}' must end in .pt or .safetensors")
-    header = {key: value for key, value in msgspec.to_builtins(checkpoint, builtin_types=(torch.Tensor,), enc_hook=_keep).items() if key != "weights"}
+    header = {name: msgspec.to_builtins(getattr(checkpoint, name)) for name in checkpoint.__struct_fields__ if name != "weights"}
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.weights.items()}
     try:
-        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
-            beside = Path(file.name)
-        try:
+        with whole_file(target) as part:
             if target.suffix == ".pt":
-                torch.save({**header, "weights": weights}, beside)
+                torch.save({**header, "weights": weights}, part)
             else:
-                save_file(weights, beside, {"scm": msgspec.json.encode(header).decode()})
-            beside.chmod(0o644)
-            beside.replace(target)
-        finally:
-            beside.unlink(missing_ok=True)
+                save_file(weights, part, {"scm": msgspec.json.encode(header).decode()})
     except (OSError, RuntimeError, SafetensorError) as error:
         raise OutputError(f"cannot write '{target}': {error}") from error
-
-
-def _keep(value: object) -> object:
-    return value
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:

@@ -1,0 +1,51 @@
+"""The embedded model: it is the one in the repository, and draws what it drew when it was looked at."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from scm_export import ops
+from scm_export.checkpoints import load_checkpoint
+from scm_export.families import build_model
+from scm_export.parametrisation import Step, sample
+from scm_runtime import Generator
+
+ROOT = Path(__file__).parents[2]
+CHECKPOINT = ROOT / "examples" / "digits" / "digits.pt"
+GOLDEN = ROOT / "tests" / "golden"
+NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+
+
+def test_the_embedded_bundle_was_made_from_the_checkpoint_in_the_repository() -> None:
+    with Generator("digits") as generate:
+        assert generate.manifest.source.sha256 == hashlib.sha256(CHECKPOINT.read_bytes()).hexdigest()
+        assert generate.manifest.verification is not None
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_golden_digits(steps: int) -> None:
+    golden = np.array(Image.open(GOLDEN / f"digits-{steps}-step.png"))
+    with Generator("digits") as generate:
+        drawn = generate(NAMES, seed=0, num_inference_steps=steps, output_type="np").array
+    # Rounding differs between processors: a level or two, nowhere more.
+    np.testing.assert_allclose(np.concatenate(drawn[..., 0], axis=1).astype(int), golden.astype(int), atol=2)
+
+
+def test_the_bundle_draws_what_the_checkpoint_draws_in_pytorch() -> None:
+    model = build_model(load_checkpoint(CHECKPOINT))
+    seeds, labels = list(range(50, 60)), list(range(10))
+    noises = [ops.philox_normal(torch.tensor(seeds), draw, model.sample_shape) for draw in range(3)]
+    x = sample(Step(model.network, model.sigma_data), noises, model.times[2], model.initial_scale, {"class_labels": torch.tensor(labels)})
+    expected = ops.to_image(x, model.decoder.scale, model.decoder.offset).numpy().astype(int)
+    with Generator("digits") as generate:
+        found = generate(labels, seed=seeds, output_type="np").array.astype(int)
+    # The bundle's weights are stored in half precision, after normalisation and gains are folded in.
+    difference = np.abs(found - expected)
+    assert difference.max() <= 8
+    assert difference.mean() < 0.1
