@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +22,8 @@ from scm_export.parametrisation import Step, sample
 from scm_runtime import Generator
 
 DIGITS = Path(__file__).parents[1] / "examples" / "digits" / "digits.pt"
-XXS = UNetConfig(**{**asdict(PRESETS["XXS"]), "img_resolution": 32, "modulation": "scale-shift"})
+# sCM's changes on the XXS width, at 32x32x4.
+XXS = replace(PRESETS["XXS"], img_resolution=32, time_embedding="positional", modulation="scale-shift")
 
 
 def random_checkpoint(config: UNetConfig, path: Path) -> Path:

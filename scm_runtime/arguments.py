@@ -99,7 +99,7 @@ def _column(item: Conditioning, value: Any) -> NDArray[Any] | None:
         if not isinstance(labels, list):
             raise InvalidArgumentError(f"{item.name} must be class indices or label names, got {value!r}")
         indices = np.array([class_index(item, label) for label in labels], np.int64)
-        return indices[0] if labels and (isinstance(value, str) or _is_int(value)) else indices
+        return indices[0] if isinstance(value, str) or _is_int(value) else indices
     try:
         numbers = np.asarray(value, np.float32)
     except (TypeError, ValueError) as error:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
@@ -59,6 +59,15 @@ class Conditioning(Struct, kw_only=True):
     label_names: tuple[str, ...] | None = None
     default: int | float | None = None
 
+    def validate(self) -> None:
+        """Check what the types alone cannot say. Raises ValueError."""
+        if self.dtype != {"class": "int64", "scalar": "float32"}[self.kind] or self.shape:
+            raise ValueError(f"conditioning {self.name!r} of kind {self.kind!r} must be one int64 (class) or float32 (scalar) a sample")
+        if self.kind == "class" and self.num_classes is None:
+            raise ValueError(f"conditioning {self.name!r} of kind 'class' must give num_classes")
+        if self.label_names is not None and len(self.label_names) != self.num_classes:
+            raise ValueError(f"conditioning {self.name!r} must have {self.num_classes} label_names, got {len(self.label_names)}")
+
 
 class Source(Struct, kw_only=True):
     """The checkpoint a bundle was made from."""
@@ -75,7 +84,7 @@ class VerifiedCase(Struct, kw_only=True):
     batch_size: int
     steps: int
     max_abs: float
-    atol: float
+    atol: Annotated[float, Meta(gt=0)]
     psnr: float | None
 
 
@@ -84,7 +93,7 @@ class Verification(Struct, kw_only=True):
 
     reference: str
     device: str
-    cases: tuple[VerifiedCase, ...]
+    cases: Annotated[tuple[VerifiedCase, ...], Meta(min_length=1)]
 
 
 class Manifest(Struct, kw_only=True):
@@ -116,19 +125,22 @@ class Manifest(Struct, kw_only=True):
         for name in self.files:
             if PurePosixPath(name).name != name or "\\" in name or ":" in name or name in ("", ".", "..", MANIFEST):
                 raise ValueError(f"files must have plain names inside the bundle's folder, got {name!r}")
+        if "fp32" not in self.dtypes:
+            raise ValueError(f"dtypes must hold fp32, got {', '.join(self.dtypes)}")
         needed = {"noise.onnx", WEIGHTS, *(f"{graph}.{dtype}.onnx" for graph in ("step", "decode") for dtype in self.dtypes)}
         if missing := sorted(needed - set(self.files)):
             raise ValueError(f"files must list the weights and every graph of the dtypes {', '.join(self.dtypes)}, missing {', '.join(missing)}")
+        if not self.times:
+            raise ValueError("times must hold at least one step count, got none")
         for steps, times in self.times.items():
             if len(times) != int(steps) + 1:
                 raise ValueError(f"times for {steps} steps must have {int(steps) + 1} values, got {len(times)}")
-        if not self.times:
-            raise ValueError("times must hold at least one step count, got none")
+            if any(a <= b for a, b in pairwise(times)):
+                raise ValueError(f"times must be decreasing, got {list(times)} for {steps} steps")
+        if len({times[-1] for times in self.times.values()}) > 1:
+            raise ValueError("times must have the same end for every step count")
         for item in self.conditioning:
-            if item.kind == "class" and item.num_classes is None:
-                raise ValueError(f"conditioning {item.name!r} of kind 'class' must give num_classes")
-            if item.label_names is not None and len(item.label_names) != item.num_classes:
-                raise ValueError(f"conditioning {item.name!r} must have {item.num_classes} label_names, got {len(item.label_names)}")
+            item.validate()
 
 
 def locate(bundle: str | Path) -> Path:
@@ -184,20 +196,19 @@ def check_files(folder: Path, manifest: Manifest, *, hashes: bool = True) -> Non
     """Compare every file of a bundle with its manifest: presence and size always, SHA-256 unless ``hashes`` is False.
 
     Raises:
-        BundleNotFoundError: a file is missing.
-        BundleIntegrityError: a file differs.
+        BundleIntegrityError: a file is missing, cannot be read, or differs.
     """
     for name, entry in manifest.files.items():
         path = folder / name
         if not path.is_file():
-            raise BundleNotFoundError(f"'{folder}' lacks the file {name}, which its manifest lists. Copy the whole folder or export again.")
+            raise BundleIntegrityError(f"'{folder}' lacks the file {name}, which its manifest lists. Copy the whole folder or export again.")
         size = path.stat().st_size
         if size != entry.size:
             raise BundleIntegrityError(f"'{path}' must have {entry.size} bytes, got {size}. Copy the whole folder again or export again.")
         try:
             digest = sha256(path) if hashes else entry.sha256
         except OSError as error:
-            raise BundleNotFoundError(f"cannot read '{path}': {error.strerror}. Expected a file that you may read.") from error
+            raise BundleIntegrityError(f"cannot read '{path}': {error.strerror}. Expected a file that you may read.") from error
         if digest != entry.sha256:
             raise BundleIntegrityError(
                 f"'{path}' must have SHA-256 {entry.sha256[:12]}…, got {digest[:12]}…. The file was changed or damaged: copy or export it again."
@@ -208,8 +219,3 @@ def sha256(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def embedded_bundles() -> Iterator[str]:
-    """Names of the bundles that come with the package."""
-    return (folder.stem for folder in sorted(EMBEDDED.glob("*.scm")))

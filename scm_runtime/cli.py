@@ -10,19 +10,23 @@ from pathlib import Path
 import click
 
 from scm_runtime._version import __version__
-from scm_runtime.errors import BundleNotFoundError, InvalidArgumentError, ScmError
+from scm_runtime.errors import BundleNotFoundError, CheckpointNotFoundError, InvalidArgumentError, ScmError
 
-USAGE_ERROR, FAILURE = 2, 1
+USAGE, FAILURE = 2, 1
+USAGE_ERRORS = (InvalidArgumentError, BundleNotFoundError, CheckpointNotFoundError)
 
 
 @contextmanager
 def clean_errors() -> Iterator[None]:
-    """Turn this project's errors into one message on stderr and an exit code, without a traceback: 2 for wrong arguments, 1 for the rest."""
+    """Turn this project's errors into one message on stderr and an exit code, without a traceback.
+
+    The code is 2 for a wrong argument or a path with nothing there, 1 for the rest.
+    """
     try:
         yield
     except ScmError as error:
         click.echo(f"Error: {error}", err=True)
-        sys.exit(USAGE_ERROR if isinstance(error, InvalidArgumentError | BundleNotFoundError) else FAILURE)
+        sys.exit(USAGE if isinstance(error, USAGE_ERRORS) else FAILURE)
     except MemoryError:
         click.echo("Error: out of memory. Try a smaller batch.", err=True)
         sys.exit(FAILURE)
@@ -110,8 +114,14 @@ def generate(
 
 def _parse_labels(text: str, names: tuple[str, ...]) -> int | str | list[int | str]:
     """Labels as typed: a name where the bundle has one (names may be digits themselves), else a number; one alone serves every sample."""
-    parts = [text.strip()] if text.strip() in names else [part.strip() for part in text.split(",")]
-    labels: list[int | str] = [part if part in names or not part.lstrip("-").isdigit() else int(part) for part in parts]
+
+    def parse(part: str) -> int | str:
+        try:
+            return part if part in names else int(part)
+        except ValueError:
+            return part
+
+    labels = [parse(text.strip())] if text.strip() in names else [parse(part.strip()) for part in text.split(",")]
     return labels[0] if len(labels) == 1 else labels
 
 

@@ -2,15 +2,16 @@
 
     ScmError
     ├── BundleError                 a bundle cannot be used
-    │   ├── BundleNotFoundError     (FileNotFoundError) no bundle at that path, or a file of it is missing
+    │   ├── BundleNotFoundError     (FileNotFoundError) no bundle at that path
     │   ├── BundleSchemaError       (ValueError) the manifest is malformed, or of a newer schema
-    │   └── BundleIntegrityError    (ValueError) a file is not the one the manifest describes
+    │   └── BundleIntegrityError    (ValueError) a file is missing, or not the one the manifest describes
     ├── InvalidArgumentError        (ValueError) an argument of a call is out of range or of the wrong shape
     ├── MissingDependencyError      (ImportError) an optional package is not installed, or two exclude each other
     ├── OutputError                 (OSError) a result cannot be written
     ├── InferenceError              (RuntimeError) ONNX Runtime refused a graph or failed in it
     └── ExportError                 raised by scm_export
         ├── CheckpointError         (ValueError) a checkpoint cannot be read or does not fit its family
+        │   └── CheckpointNotFoundError  (FileNotFoundError) no file at that path
         └── VerificationError       (RuntimeError) the bundle does not compute what the checkpoint computes
 
 Those in parentheses are the built-in errors they are as well.
@@ -33,7 +34,7 @@ class BundleError(ScmError):
 
 
 class BundleNotFoundError(BundleError, FileNotFoundError):
-    """There is no bundle at that path, or a file of it is missing."""
+    """There is no bundle at that path."""
 
 
 class BundleSchemaError(BundleError, ValueError):
@@ -41,7 +42,7 @@ class BundleSchemaError(BundleError, ValueError):
 
 
 class BundleIntegrityError(BundleError, ValueError):
-    """A file of the bundle is not the one its manifest describes."""
+    """A file of the bundle is missing, or not the one its manifest describes."""
 
 
 class InvalidArgumentError(ScmError, ValueError):
@@ -66,6 +67,10 @@ class ExportError(ScmError):
 
 class CheckpointError(ExportError, ValueError):
     """A checkpoint cannot be read, or does not fit its family."""
+
+
+class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
+    """There is no checkpoint at that path."""
 
 
 class VerificationError(ExportError, RuntimeError):

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from types import TracebackType
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, NamedTuple, Self, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -64,8 +64,8 @@ class Generator:
             raise InvalidArgumentError(f"dtype must be one of this bundle's, {', '.join(self.manifest.dtypes)}; got {dtype!r}")
         check_files(self.folder, self.manifest, hashes=verify_integrity)
         self.dtype = dtype
-        self._noise, self._step, self._decode = (
-            Session(self.folder / name, threads=threads) for name in ("noise.onnx", f"step.{dtype}.onnx", f"decode.{dtype}.onnx")
+        self._graphs: _Graphs | None = _Graphs(
+            *(Session(self.folder / name, threads=threads) for name in ("noise.onnx", f"step.{dtype}.onnx", f"decode.{dtype}.onnx"))
         )
 
     def __enter__(self) -> Self:
@@ -78,9 +78,8 @@ class Generator:
         return f"Generator({os.fspath(self.folder)!r}, dtype={self.dtype!r})"
 
     def close(self) -> None:
-        """Give the sessions and their memory back. Later calls raise InvalidArgumentError; closing twice is allowed."""
-        for name in ("_noise", "_step", "_decode"):
-            self.__dict__.pop(name, None)
+        """Give the sessions and their memory back, once calls that run have ended. Later calls raise InvalidArgumentError; closing twice is allowed."""
+        self._graphs = None
 
     def __call__(
         self,
@@ -110,7 +109,7 @@ class Generator:
             batch_size: N.
             latents: float ``[N, *sample]``, standard normal: takes the place of the first draw of noise (as in diffusers, it is scaled here).
             output_type: "pil" makes the pictures before the call returns, "np" leaves them at pixels, "latent" leaves out the decoder.
-            callback_on_step_end: called as ``callback(generator, step, t_next, {"latents": x})`` after each step with x float32 ``[N, *sample]``;
+            callback_on_step_end: called as ``callback(generator, step, t, {"latents": x})`` after the step from time t, with x float32 ``[N, *sample]``;
                 it may return a dict whose "latents" take the place of x.
 
         Returns:
@@ -120,7 +119,8 @@ class Generator:
             InvalidArgumentError: an argument is out of range, of the wrong shape, or does not fit the others; or the Generator is closed.
             InferenceError: ONNX Runtime failed in a graph.
         """
-        if "_step" not in self.__dict__:
+        graphs = self._graphs  # read once: another thread may close the Generator
+        if graphs is None:
             raise InvalidArgumentError("this Generator is closed: make a new one")
         start = time.perf_counter()
         call = resolve_call(
@@ -138,7 +138,7 @@ class Generator:
         seeds, manifest = call.seeds, self.manifest
 
         def noise(draw: int, scale: float) -> NDArray[np.float32]:
-            return cast(NDArray[np.float32], self._noise(seeds=seeds, draw=np.array(draw, np.int64), scale=np.array(scale, np.float32)))
+            return cast(NDArray[np.float32], graphs.noise(seeds=seeds, draw=np.array(draw, np.int64), scale=np.array(scale, np.float32)))
 
         with clock("noise"):
             x = noise(0, manifest.initial_scale) if call.latents is None else call.latents * np.float32(manifest.initial_scale)
@@ -147,13 +147,13 @@ class Generator:
                 fresh = noise(k + 1, 1.0)
             with clock("step"):
                 times = {name: np.full(len(seeds), value, np.float32) for name, value in (("t", t), ("t_next", t_next))}
-                x = self._step(x=x, **times, noise=fresh, **call.conditioning)
+                x = graphs.step(x=x, **times, noise=fresh, **call.conditioning)
             if callback_on_step_end is not None:
-                x = self._call_back(callback_on_step_end, k, t_next, x)
+                x = self._call_back(callback_on_step_end, k, t, x)
         array: NDArray[Any] = x
         if output_type != "latent":
             with clock("decode"):
-                array = self._decode(x=x)
+                array = graphs.decode(x=x)
         samples = Samples(
             array=array,
             seeds=tuple(seeds.tolist()),
@@ -169,8 +169,8 @@ class Generator:
             samples.images  # noqa: B018 - made now, so that the caller's first look is free
         return samples
 
-    def _call_back(self, callback: Callback, k: int, t_next: float, x: NDArray[np.float32]) -> NDArray[np.float32]:
-        returned = callback(self, k, t_next, {"latents": x})
+    def _call_back(self, callback: Callback, k: int, t: float, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        returned = callback(self, k, t, {"latents": x})
         if returned is None:
             return x
         if not isinstance(returned, Mapping):
@@ -183,6 +183,12 @@ class Generator:
         if changed.shape != x.shape:
             raise InvalidArgumentError(f"callback_on_step_end must return latents of the shape {list(x.shape)}, got {list(changed.shape)}")
         return changed
+
+
+class _Graphs(NamedTuple):
+    noise: Session
+    step: Session
+    decode: Session
 
 
 class _Clock:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ def _installed(distribution: str) -> bool:
     return True
 
 
+@cache
 def load_onnxruntime() -> Any:
     """Import ONNX Runtime.
 

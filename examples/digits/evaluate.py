@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from data import SIGMA_DATA, load_digits, to_pixels
+from data import load_digits, to_pixels
 from judge import assess, frechet_distance, load_judge
 from samplers import T_MAX, autoguided, ddim, sample_consistency
 from scm_runtime import Generator
@@ -29,6 +29,24 @@ from train import new_network
 PER_CLASS = 100
 CHUNK = 250
 INTERMEDIATE_TIME = 1.1
+
+
+# What the student must reach: a share of samples recognised as asked, by steps; and a distance, as a share of the undistilled teacher's.
+RECOGNISED = {"student, 1 step": 0.80, "student, 2 steps": 0.85}
+DISTANCE = 0.5
+
+
+def gate_misses(rows: dict[str, dict[str, float]]) -> list[str]:
+    """What is below the gate, in words; an empty list when the student passes."""
+    missed = [
+        f"{name}: {rows[name]['recognised']:.3f} recognised, at least {least} asked" for name, least in RECOGNISED.items() if rows[name]["recognised"] < least
+    ]
+    teacher = rows.get("teacher, not distilled, 2 steps")
+    if teacher is not None and rows["student, 2 steps"]["frechet"] > DISTANCE * teacher["frechet"]:
+        missed.append(
+            f"student, 2 steps: distance {rows['student, 2 steps']['frechet']:.3f}, at most {DISTANCE} of the teacher's {teacher['frechet']:.3f} asked"
+        )
+    return missed
 
 
 def through_bundle(bundle: str, labels: Tensor, steps: int) -> Tensor:
@@ -83,13 +101,18 @@ def main(bundle: str, folder: Path, out: Path) -> None:
         features, classes = assess(judge, draw())
         rows[name] = {"recognised": (classes == labels).float().mean().item(), "frechet": frechet_distance(features, real)}
 
+    missed = gate_misses(rows)
     table = Table("sampler", "recognised as asked", "Fréchet distance", title="1 000 samples, 100 a class")
     for name, row in rows.items():
         table.add_row(name, f"{row['recognised']:.3f}", f"{row['frechet']:.3f}")
     Console().print(table)
-    record = {"samples": len(labels), "sigma_data": SIGMA_DATA, "torch": torch.__version__, "machine": platform.machine(), "results": rows}
+    with Generator(bundle) as generate:
+        source = generate.manifest.source
+    record = {"samples": len(labels), "checkpoint_sha256": source.sha256, "torch": torch.__version__, "machine": platform.machine(), "results": rows}
     out.write_text(json.dumps(record, indent=2) + "\n")
     click.echo(f"wrote {out}")
+    if missed:
+        raise click.ClickException("below the gate: " + "; ".join(missed))
 
 
 if __name__ == "__main__":

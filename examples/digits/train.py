@@ -98,6 +98,7 @@ class Consistency:
             F_frozen, tangent = self.jvp(x / SIGMA_DATA, t, labels, cos * sin * dxdt / SIGMA_DATA, t.cos() * t.sin())
             r = min(1.0, progress / self.warmup)
             g = -(cos**2) * (SIGMA_DATA * F_frozen - dxdt) - r * (cos * sin * x + SIGMA_DATA * tangent)
+            # The paper divides by |g| + c; by the root mean square instead, c keeps its meaning whatever the number of pixels.
             g = g / (g.square().mean((1, 2, 3), keepdim=True).sqrt() + 0.1)
         F = self.net(x / SIGMA_DATA, t, labels)
         weight: Tensor = self.log_weight(t)[:, 0]
@@ -136,10 +137,10 @@ def train_stage(
     net, parameters = stage.net, stage.parameters()
     ema = copy.deepcopy(net).requires_grad_(False)
     optimizer = torch.optim.Adam(parameters, lr=learning_rate, betas=(0.9, 0.99))
-    step = 0
+    step, average = 0, 0.0
     if state_path.exists():
-        state = torch.load(state_path, weights_only=True)
-        step = state["step"]
+        state = torch.load(state_path, weights_only=True, map_location="cpu")
+        step, average = state["step"], state.get("average", 0.0)
         ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
         with torch.no_grad():
@@ -150,7 +151,7 @@ def train_stage(
     (images, labels), _ = load_digits()
     data = batches(to_model(images).to(device), labels.to(device), batch_size)
     loss_function = compile(stage.loss) if isinstance(stage, Diffusion) else stage.loss
-    average, saved = 0.0, time.monotonic()
+    saved = time.monotonic()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
         task = progress.add_task(name, total=steps, completed=step)
@@ -162,7 +163,7 @@ def train_stage(
             optimizer.zero_grad()
             loss.backward()
             for parameter in parameters:
-                if parameter.grad is not None:
+                if parameter.grad is not None:  # a step that overflows in half precision is left out, not spread
                     torch.nan_to_num_(parameter.grad, nan=0.0, posinf=0.0, neginf=0.0)
             optimizer.step()
             net.normalize_weights_()
@@ -173,15 +174,15 @@ def train_stage(
                     mean.lerp_(parameter, 1 - decay)
             average = loss.item() if average == 0.0 else 0.99 * average + 0.01 * loss.item()
             progress.update(task, completed=step, description=f"{name} loss {average:.4f}")
-            if step == round(snapshot_at * steps):
+            if snapshot_at and step == max(1, round(snapshot_at * steps)):
                 save(ema.state_dict(), folder / f"{name}.snapshot.pt")
             if step % 500 == 0 or step == steps:
                 record = {"step": step, "loss": average, **evaluate(ema)}
                 progress.console.print(record)
                 with log_path.open("a") as log:
                     log.write(json.dumps(record) + "\n")
-            if time.monotonic() - saved > 60 or step == steps:
-                state = {"step": step, "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
+            if time.monotonic() - saved > 60 or step % 500 == 0 or step == steps:
+                state = {"step": step, "average": average, "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
                 save({**state, "parameters": [p.detach() for p in parameters], "rng": torch.get_rng_state()}, state_path)
                 saved = time.monotonic()
     return ema

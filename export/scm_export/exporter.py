@@ -20,6 +20,7 @@ from scm_export.writer import BundleWriter, check_destination, new_bundle
 from scm_runtime import __version__
 from scm_runtime.bundle import SCHEMA_VERSION, Manifest, OutputSpec, SampleSpec, Source, sha256
 from scm_runtime.errors import InvalidArgumentError
+from scm_runtime.session import load_onnxruntime
 
 OPSETS = range(18, 24)
 DEFAULT_OPSET = 20
@@ -30,7 +31,7 @@ GRAPH_DTYPES: dict[str, tuple[Literal["fp32", "fp16"], ...]] = {"fp32": ("fp32",
 
 @dataclass(frozen=True)
 class Options:
-    """How to export; see :func:`export`. Raises InvalidArgumentError for a value out of range."""
+    """How to export; see :func:`export`. Raises InvalidArgumentError for a value out of range, MissingDependencyError without ONNX Runtime."""
 
     dtype: Literal["fp32", "fp16"] = "fp32"
     steps: Sequence[int] = (1, 2)
@@ -47,6 +48,8 @@ class Options:
             raise InvalidArgumentError(f"opset must be from {OPSETS[0]} to {OPSETS[-1]}, got {self.opset}")
         if self.atol is not None and not self.atol > 0:
             raise InvalidArgumentError(f"atol must be above 0, got {self.atol}")
+        if self.verify:
+            load_onnxruntime()  # before minutes of work, not after
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,13 @@ from onnxscript import ir
 from scm_export.model import ImageDecoder, Model
 from scm_export.ops.philox import LOW32, MULTIPLIERS, ROUNDS, WEYL
 
-IR_VERSION = 10  # the one of opset 21's time; ONNX Runtime 1.18 and later read it
 BATCH = "batch"
+INLINE_BELOW = 1024  # bytes; smaller tensors stay in their graphs, larger ones lie in the weights file
+
+
+def ir_version(opset: int) -> int:
+    """The oldest IR version that allows an operator set, so that the oldest ONNX Runtime can read the graph."""
+    return helper.find_min_ir_version_for([helper.make_opsetid("", opset)])
 
 
 class _Builder:
@@ -36,7 +41,7 @@ class _Builder:
 
     def model(self, inputs: Sequence[ir.Value], output: ir.Value, opset: int) -> ir.Model:
         graph = ir.Graph(inputs, [output], nodes=self.tape.nodes, initializers=tuple(self.constants.values()), name=self.name, opset_imports={"": opset})
-        return ir.Model(graph, ir_version=IR_VERSION)
+        return ir.Model(graph, ir_version=ir_version(opset))
 
 
 def _value(name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:

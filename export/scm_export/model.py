@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -16,8 +16,8 @@ DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
 class ImageDecoder:
     """Pixels straight from the state: uint8 level = x * scale + offset."""
 
-    scale: float = 255.0
-    offset: float = 127.5
+    scale: float
+    offset: float
 
 
 @dataclass
@@ -34,8 +34,8 @@ class Model:
     """The state starts as this times standard normal noise."""
     times: dict[int, tuple[float, ...]]
     """For each step count its times, the end time last."""
+    decoder: ImageDecoder
     conditioning: tuple[Conditioning, ...] = ()
-    decoder: ImageDecoder = field(default_factory=ImageDecoder)
     licence: str | None = None
 
     @property

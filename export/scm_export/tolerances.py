@@ -8,3 +8,8 @@ SAMPLE_ATOL: dict[tuple[str, str], float] = {
     ("fp32", "fp16"): 1e-2,
     ("fp16", "fp16"): 3e-2,
 }
+
+
+def sample_atol(dtype: str, weights_dtype: str, sigma_data: float = 0.5) -> float:
+    """The tolerance for a state whose standard deviation is ``sigma_data``."""
+    return SAMPLE_ATOL[dtype, weights_dtype] * sigma_data / 0.5

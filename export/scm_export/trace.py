@@ -6,9 +6,9 @@ import logging
 import warnings
 
 import torch
-from onnxscript import ir
+from onnxscript import ir, optimizer
 
-from scm_export.graphs import BATCH, IR_VERSION
+from scm_export.graphs import BATCH, INLINE_BELOW, ir_version
 from scm_export.model import Model
 from scm_export.parametrisation import Step
 from scm_runtime.bundle import Conditioning
@@ -45,19 +45,21 @@ def trace_step(model: Model, opset: int) -> ir.Model:
                 output_names=["x_next"],
                 opset_version=opset,
                 dynamo=True,
+                optimize=False,
                 verbose=False,
             )
+            assert program is not None
+            traced: ir.Model = program.model
+            optimizer.optimize_ir(traced, should_fold=_only_small)
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ExportError(f"torch.onnx cannot translate this network: {reason[-1]}") from error
     finally:
         exporter_log.setLevel(level)
-    assert program is not None
-    traced: ir.Model = program.model
     if missing := {*inputs, *conditioning} - {value.name for value in traced.graph.inputs}:
         raise ExportError(f"the traced step lost its inputs {', '.join(sorted(missing))}")
     _strip(traced)
-    traced.ir_version = IR_VERSION
+    traced.ir_version = ir_version(opset)
     return traced
 
 
@@ -67,6 +69,12 @@ def example(item: Conditioning, n: int) -> torch.Tensor:
         classes = item.num_classes or 1
         return torch.arange(n) * 7 % classes
     return torch.linspace(1.0, 1.5, n)
+
+
+def _only_small(node: ir.Node) -> bool | None:
+    """Keep the weights as they are stored: a constant folded out of one would be a second copy, perhaps in another dtype."""
+    constants = (value.const_value for value in node.inputs if value is not None and value.const_value is not None)
+    return False if any(constant.nbytes >= INLINE_BELOW for constant in constants) else None
 
 
 def _strip(model: ir.Model) -> None:

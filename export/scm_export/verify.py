@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scm_export import ops
 from scm_export.model import Model
 from scm_export.parametrisation import Step, sample
-from scm_export.tolerances import SAMPLE_ATOL
+from scm_export.tolerances import sample_atol
 from scm_export.trace import example
 from scm_runtime.bundle import Manifest, Verification, VerifiedCase
 from scm_runtime.errors import InferenceError, VerificationError
@@ -66,8 +66,7 @@ def verify_bundle(folder: Path, manifest: Manifest, references: Sequence[Referen
     Raises:
         VerificationError: a case is over its tolerance or not finite, or ONNX Runtime refuses a graph.
     """
-    scale = float(np.abs(np.concatenate([reference.latents.ravel() for reference in references])).max())
-    if not math.isfinite(scale):
+    if not all(np.isfinite(reference.latents).all() for reference in references):
         raise VerificationError("the PyTorch sampler itself gives values that are not finite: are these the trained weights?")
     try:
         cases = list(_compare(folder, manifest, references, atol, progress))
@@ -87,7 +86,7 @@ def verify_bundle(folder: Path, manifest: Manifest, references: Sequence[Referen
 
 def _compare(folder: Path, manifest: Manifest, references: Sequence[Reference], atol: float | None, progress: Callable[[str], None]) -> Iterator[VerifiedCase]:
     for dtype in manifest.dtypes:
-        tolerance = SAMPLE_ATOL[dtype, manifest.weights_dtype] if atol is None else atol
+        tolerance = sample_atol(dtype, manifest.weights_dtype, manifest.sigma_data) if atol is None else atol
         with Generator(folder, dtype=dtype, verify_integrity=False) as generate:
             for reference in references:
                 progress(f"verifying the {dtype} graphs: batch {reference.batch_size}, {reference.steps} steps")

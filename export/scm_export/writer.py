@@ -14,12 +14,12 @@ import onnx
 from onnx import ModelProto
 from onnxscript import ir
 
+from scm_export.graphs import INLINE_BELOW
 from scm_runtime.bundle import MANIFEST, WEIGHTS, FileEntry, Manifest, sha256
 from scm_runtime.errors import OutputError, ScmError
 from scm_runtime.files import beside
 
-INLINE_BELOW = 1024  #  bytes; smaller tensors stay in the graph
-PAGE = 4096  #          offsets of larger tensors, so that a runtime can map them
+PAGE = 4096  # offsets of larger tensors, so that a runtime can map them
 
 
 class BundleWriter:
@@ -92,6 +92,7 @@ def new_bundle(destination: Path, *, force: bool) -> Iterator[BundleWriter]:
         writer = BundleWriter(part)
         yield writer
         _flush(part)
+        check_destination(destination, force=force)  # again: something may have appeared there meanwhile
         if destination.exists():
             old = beside(destination, "old")
             try:
@@ -103,11 +104,12 @@ def new_bundle(destination: Path, *, force: bool) -> Iterator[BundleWriter]:
             shutil.rmtree(old, ignore_errors=True)
         else:
             part.rename(destination)
+        _sync(destination.absolute().parent)
     except OSError as error:
         if isinstance(error, ScmError):
             raise
         raise OutputError(
-            f"cannot write the bundle '{destination}': {error.strerror or error}. Nothing was left behind. Free some space or choose another path with -o."
+            f"cannot write the bundle '{destination}': {error.strerror or error}. No bundle was left behind. Free some space or choose another path with -o."
         ) from error
     finally:
         if writer is not None:
@@ -136,8 +138,12 @@ def check_destination(destination: Path, *, force: bool) -> None:
 
 def _flush(folder: Path) -> None:
     for path in (*folder.iterdir(), folder):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

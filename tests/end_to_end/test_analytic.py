@@ -38,7 +38,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         sigma_data=SIGMA_DATA,
         initial_scale=SIGMA_DATA,
         times=default_times(SIGMA_DATA),
-        decoder=ImageDecoder(),
+        decoder=ImageDecoder(scale=255.0, offset=127.5),
     )
     source = Source(file="closed form", sha256="0" * 64)
     return export_model(model, tmp_path_factory.mktemp("analytic") / "gaussian.scm", source, Options()).path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,15 @@ def test_the_embedded_bundle_was_made_from_the_checkpoint_in_the_repository() ->
     with Generator("digits") as generate:
         assert generate.manifest.source.sha256 == hashlib.sha256(CHECKPOINT.read_bytes()).hexdigest()
         assert generate.manifest.verification is not None
+
+
+def test_the_committed_figures_are_of_this_model_and_pass_the_gate() -> None:
+    record = json.loads((CHECKPOINT.parent / "results.json").read_text())
+    rows = record["results"]
+    assert record["checkpoint_sha256"] == hashlib.sha256(CHECKPOINT.read_bytes()).hexdigest()
+    assert rows["student, 2 steps"]["recognised"] >= 0.85
+    assert rows["student, 1 step"]["recognised"] >= 0.80
+    assert rows["student, 2 steps"]["frechet"] <= 0.5 * rows["teacher, not distilled, 2 steps"]["frechet"]
 
 
 @pytest.mark.parametrize("steps", [1, 2])

@@ -22,11 +22,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from scm_runtime.errors import CheckpointError, OutputError
+from scm_runtime.errors import CheckpointError, CheckpointNotFoundError, OutputError
 from scm_runtime.files import whole_file
 
 FORMAT, VERSION = "scm-checkpoint", 1
 
+T_LIMIT = math.pi / 2 + 1e-4  # some samplers round pi/2 up
 Positive = Annotated[float, Meta(gt=0)]
 
 
@@ -39,8 +40,8 @@ class SamplerSpec(Struct, kw_only=True, forbid_unknown_fields=True):
     """The state starts as this times standard normal noise; None = sigma_data."""
     times: dict[str, tuple[float, ...]] | None = None
     """Times by step count, each with its end; None = the paper's for one and two steps."""
-    pixel_scale: float = 255.0
-    """Pixel level = x * pixel_scale + pixel_offset, x in the model's own scale."""
+    pixel_scale: float = 127.5
+    """Pixel level = x * pixel_scale + pixel_offset, x in the model's own scale; the defaults are for data in [-1, 1]."""
     pixel_offset: float = 127.5
 
     def validate(self) -> None:
@@ -53,8 +54,10 @@ class SamplerSpec(Struct, kw_only=True, forbid_unknown_fields=True):
             steps = int(count) if count.isdecimal() else 0
             if steps < 1 or len(times) != steps + 1:
                 raise ValueError(f"sampler.times must give a step count of at least 1 one time more than steps, got {count!r} with {len(times)}")
-            if not all(math.isfinite(t) for t in times) or any(a <= b for a, b in pairwise(times)):
-                raise ValueError(f"sampler.times must be finite and decreasing, got {list(times)} for {count} steps")
+            if not all(0 <= t <= T_LIMIT for t in times) or any(a <= b for a, b in pairwise(times)):
+                raise ValueError(f"sampler.times must be TrigFlow's, decreasing and in [0, {T_LIMIT:.4f}], got {list(times)} for {count} steps")
+        if len({times[-1] for times in (self.times or {}).values()}) > 1:
+            raise ValueError("sampler.times must have the same end for every step count")
         if self.times == {}:
             raise ValueError("sampler.times must hold at least one step count, got none; leave it out for the paper's times")
 
@@ -98,7 +101,8 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Read a checkpoint. No code from the file is run.
 
     Raises:
-        CheckpointError: no such file, no such format, damaged, or more than tensors and plain values in it.
+        CheckpointNotFoundError: no such file.
+        CheckpointError: no such format, damaged, or more than tensors and plain values in it.
     """
     source = Path(path)
     try:
@@ -106,7 +110,10 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             start = file.read(16)
     except OSError as error:
         wrong = {FileNotFoundError: "the file does not exist", IsADirectoryError: "it is a folder"}.get(type(error), error.strerror or str(error))
-        raise CheckpointError(f"no checkpoint at '{source}': {wrong}. Expected a .pt or .safetensors file.") from error
+        missing = isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError)
+        raise (CheckpointNotFoundError if missing else CheckpointError)(
+            f"no checkpoint at '{source}': {wrong}. Expected a .pt or .safetensors file."
+        ) from error
     if not start:
         raise CheckpointError(f"'{source}' is empty. Copy or save the checkpoint again.")
     raw = _read_safetensors(source) if source.suffix == ".safetensors" or start[8:9] == b"{" else _read_pt(source)
@@ -120,7 +127,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             f"'{source}' has checkpoint version {raw.get('version')!r}, this scm-export reads version {VERSION}. Upgrade: pip install -U scm-runtime"
         )
     try:
-        checkpoint = msgspec.convert(raw, Checkpoint, dec_hook=_keep_as)
+        checkpoint = msgspec.convert(raw, Checkpoint)
         checkpoint.sampler.validate()
     except ValueError as error:
         raise CheckpointError(f"'{source}' does not hold what a scm-checkpoint must: {error} (docs/checkpoint-format.md)") from error
@@ -128,10 +135,6 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     if strange:
         raise CheckpointError(f"'{source}': weights must be tensors, got {type(checkpoint.weights[strange[0]]).__name__} for {strange[0]!r}")
     return checkpoint
-
-
-def _keep_as(_: type, value: object) -> object:
-    return value
 
 
 def _read_pt(source: Path) -> object:
@@ -146,7 +149,7 @@ def _read_pt(source: Path) -> object:
                 f"({str(error).strip().splitlines()[0]})"
             ) from error
         raise CheckpointError(f"'{source}' is not a readable .pt file: damaged or of another format ({_first_line(error)}). Copy or save it again.") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, UnicodeDecodeError) as error:
+    except Exception as error:
         raise CheckpointError(
             f"'{source}' is not a readable .pt file: truncated or of another format ({_first_line(error)}). Copy or save it again."
         ) from error

@@ -31,9 +31,12 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
         problems.append(_three("wrong shape", shapes))
     if problems:
         raise CheckpointError("the weights do not match the config: " + "; ".join(problems))
-    if broken := [name for name in expected if not torch.isfinite(weights[name]).all()]:
+    if strange := [f"{name} ({weights[name].dtype})" for name in expected if not weights[name].is_floating_point()]:
+        raise CheckpointError(_three("weights must be of a floating dtype, got", strange))
+    converted = {name: weights[name].to(torch.float32, copy=True) for name in expected}
+    if broken := [name for name, tensor in converted.items() if not torch.isfinite(tensor).all()]:
         raise CheckpointError(_three("weights must be finite, got NaN or infinity in", broken))
-    network.load_state_dict({name: weights[name].to(torch.float32, copy=True) for name in expected}, assign=True)
+    network.load_state_dict(converted, assign=True)
 
 
 def _three(what: str, names: list[str]) -> str:

@@ -48,6 +48,12 @@ class UNetConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.channel_mult or min(self.channel_mult) < 1:
             raise ValueError(f"channel_mult must hold positive numbers, got {list(self.channel_mult)}")
+        for name in ("time_scale", "clip_act"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
+        for name in ("label_balance", "concat_balance", "res_balance", "attn_balance"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
         if self.label_dim < 0 or self.label_dim == 1:
             raise ValueError(f"label_dim must be 0 or at least 2, got {self.label_dim}")
         if self.model_channels < 4 or self.model_channels % 2:
@@ -64,7 +70,7 @@ class UNetConfig:
 
 # Widths of the published EDM2 family (arXiv 2312.02696, table 6; XXS is the small model of its released code).
 PRESETS: dict[str, UNetConfig] = {
-    name: UNetConfig(model_channels=channels, modulation="scale")
+    name: UNetConfig(model_channels=channels, time_embedding="fourier", modulation="scale")
     for name, channels in {"XXS": 64, "XS": 128, "S": 192, "M": 256, "L": 320, "XL": 384, "XXL": 448}.items()
 }
 

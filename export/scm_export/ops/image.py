@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def to_image(x: Tensor, scale: float = 127.5, offset: float = 127.5) -> Tensor:
+def to_image(x: Tensor, scale: float, offset: float) -> Tensor:
     """``round(clamp(x * scale + offset, 0, 255))`` as uint8, channels last; rounds to nearest even.
 
     Args:
