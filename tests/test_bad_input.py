@@ -35,7 +35,7 @@ from scm_runtime import (
 )
 from scm_runtime import cli as runtime_cli
 from scm_runtime.bundle import MANIFEST, sha256
-from scm_runtime.errors import CheckpointError
+from scm_runtime.errors import CheckpointError, CheckpointNotFoundError
 from support import full_disk, tree
 
 
@@ -286,19 +286,20 @@ PLAIN_NAMES = "files must have plain names inside the bundle's folder"
 ONE_SIZE = "all arguments must be for one batch size"
 RANGE = "seed must lie in [-2^63, 2^63)"
 
-EXIT_CODES: dict[type[ScmError], int] = {InvalidArgumentError: 2, BundleNotFoundError: 2}  # usage; all others: 1, failure
+EXIT_CODES: dict[type[ScmError], int] = {InvalidArgumentError: 2, BundleNotFoundError: 2, CheckpointNotFoundError: 2}  # usage; all others: 1, failure
 
 Row = tuple[str, Prepare, type[ScmError], str, str]
 
 CHECKPOINTS: list[Row] = [
-    ("missing", exporting(lambda w: w.here / "none.pt"), CheckpointError, "none.pt': the file does not exist", A_CHECKPOINT),
-    ("folder", exporting(lambda w: w.here), CheckpointError, "it is a folder", A_CHECKPOINT),
+    ("missing", exporting(lambda w: w.here / "none.pt"), CheckpointNotFoundError, "none.pt': the file does not exist", A_CHECKPOINT),
+    ("folder", exporting(lambda w: w.here), CheckpointNotFoundError, "it is a folder", A_CHECKPOINT),
     ("name too long", exporting(lambda w: w.here / f"{'x' * 300}.pt"), CheckpointError, "File name too long", A_CHECKPOINT),
     ("empty", exporting(file("empty.pt", b"")), CheckpointError, "empty.pt' is empty", "Copy or save the checkpoint again"),
     ("nearly whole", exporting(part(0.99)), CheckpointError, "part.pt' is not a readable .pt file: truncated", AGAIN),
     ("half", exporting(part(0.5)), CheckpointError, "part.pt' is not a readable .pt file: truncated", AGAIN),
     ("few bytes", exporting(part(0.0002)), CheckpointError, "part.pt' is not a readable .pt file", AGAIN),
     ("text", exporting(file("notes.pt", b"epoch 3: loss 0.1\n" * 9)), CheckpointError, "notes.pt' is not a readable .pt file", AGAIN),
+    ("truncated pickle", exporting(file("bare.pt", b"\x80\x02X\x01")), CheckpointError, "bare.pt' is not a readable .pt file", AGAIN),
     ("zeros", exporting(file("zeros.pt", bytes(4096))), CheckpointError, "zeros.pt' is not a readable .pt file", AGAIN),
     (
         "code in a torch file",
@@ -392,7 +393,7 @@ CHECKPOINTS: list[Row] = [
     ("pixel_scale", exporting(sampled(pixel_scale=0.0)), CheckpointError, "got 0", "sampler.pixel_scale must be finite and not 0"),
     ("count of times", exporting(sampled(times={"two": (1.0, 0.5, 0.0)})), CheckpointError, "got 'two' with 3", "one time more than steps"),
     ("too few times", exporting(sampled(times={"2": (1.0, 0.0)})), CheckpointError, "got '2' with 2", "one time more than steps"),
-    ("rising times", exporting(sampled(times={"2": (1.0, 1.5, 0.0)})), CheckpointError, "got [1.0, 1.5, 0.0] for 2 steps", "must be finite and decreasing"),
+    ("rising times", exporting(sampled(times={"2": (1.0, 1.5, 0.0)})), CheckpointError, "got [1.0, 1.5, 0.0] for 2 steps", "must be TrigFlow's, decreasing"),
     ("no times", exporting(sampled(times={})), CheckpointError, "got none", "leave it out"),
     ("steps without times", exporting(good, steps=(1, 3)), InvalidArgumentError, "got [3]", "steps must be among [1, 2]"),
 ]
@@ -436,8 +437,8 @@ BUNDLES: list[Row] = [
         A_FOLDER,
     ),
     ("name too long", opening(lambda b: b / ("x" * 300)), BundleNotFoundError, "File name too long", A_FOLDER),
-    ("no graph", opening(without("step.fp32.onnx")), BundleNotFoundError, "lacks the file step.fp32.onnx", COPY),
-    ("no weights", opening(without("weights.onnx.data")), BundleNotFoundError, "lacks the file weights.onnx.data", COPY),
+    ("no graph", opening(without("step.fp32.onnx")), BundleIntegrityError, "lacks the file step.fp32.onnx", COPY),
+    ("no weights", opening(without("weights.onnx.data")), BundleIntegrityError, "lacks the file weights.onnx.data", COPY),
     (
         "wrong hash",
         opening(replaced("weights.onnx.data", lambda data: data[:-1] + bytes([data[-1] ^ 1]))),
@@ -495,6 +496,7 @@ CALLS: list[Row] = [
         "got 'cow'",
         "one of its 4 label names (ant, bee, cat, dog)",
     ),
+    ("label is no number", calling("--labels", "--5", class_labels="--5"), InvalidArgumentError, "got '--5'", "class_labels must be one of its"),
     ("label is a fraction", calling(class_labels=1.5), InvalidArgumentError, "got 1.5", "class_labels must be class indices or label names"),
     ("label is a truth value", calling(class_labels=[True]), InvalidArgumentError, "got True", "class_labels must be from 0 to 3"),
     ("nested labels", calling(class_labels=[[0, 1]]), InvalidArgumentError, "got [0, 1]", "class_labels must be from 0 to 3"),

@@ -120,7 +120,7 @@ def test_integrity(bundle: Path) -> None:
         with pytest.raises(BundleIntegrityError, match=rf"must have {len(data)} bytes, got {len(data) - 1}\."):
             Generator(bundle, verify_integrity=verify)
     path.unlink()
-    with pytest.raises(BundleNotFoundError, match=r"lacks the file sample-1\.fp32\.onnx, which its manifest lists"):
+    with pytest.raises(BundleIntegrityError, match=r"lacks the file sample-1\.fp32\.onnx, which its manifest lists"):
         Generator(bundle, verify_integrity=False)
 
 
@@ -129,7 +129,7 @@ def test_a_file_that_may_not_be_read(tiny_bundle: Path, monkeypatch: pytest.Monk
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr("scm_runtime.bundle.sha256", refuse)
-    with pytest.raises(BundleNotFoundError, match=r"cannot read '.*': Permission denied\. Expected a file that you may read"):
+    with pytest.raises(BundleIntegrityError, match=r"cannot read '.*': Permission denied\. Expected a file that you may read"):
         Generator(tiny_bundle)
 
 

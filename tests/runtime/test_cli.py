@@ -161,7 +161,7 @@ def slow(*_):
     time.sleep(60)
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
-samples.Path.chmod = slow
+samples.Path.replace = slow
 cli.main()
 """
     out = tmp_path / "grid.png"

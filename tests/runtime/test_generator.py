@@ -166,11 +166,11 @@ def test_timings_add_up(tiny: Generator) -> None:
 def test_the_callback_sees_every_step_in_order(tiny: Generator) -> None:
     calls: list[tuple[Generator, int, float, list[str], NDArray[np.float32]]] = []
 
-    def callback(generator: Generator, step: int, t_next: float, values: dict[str, NDArray[np.float32]]) -> None:
-        calls.append((generator, step, t_next, sorted(values), values["latents"].copy()))
+    def callback(generator: Generator, step: int, t: float, values: dict[str, NDArray[np.float32]]) -> None:
+        calls.append((generator, step, t, sorted(values), values["latents"].copy()))
 
     samples = tiny(seed=SEEDS, output_type="latent", callback_on_step_end=callback)
-    assert [call[:4] for call in calls] == [(tiny, 0, tiny.manifest.times["2"][1], ["latents"]), (tiny, 1, 0.0, ["latents"])]
+    assert [call[:4] for call in calls] == [(tiny, 0, tiny.manifest.times["2"][0], ["latents"]), (tiny, 1, tiny.manifest.times["2"][1], ["latents"])]
     np.testing.assert_array_equal(calls[1][4], samples.array)
     assert calls[0][4].shape == samples.array.shape
     assert calls[0][4].dtype == np.float32
@@ -179,10 +179,10 @@ def test_the_callback_sees_every_step_in_order(tiny: Generator) -> None:
 def test_the_callback_replaces_latents(tiny: Generator) -> None:
     other = {0: np.full((1, 3, 8, 8), 0.25, np.float64), 1: np.full((1, 3, 8, 8), -0.5, np.float32)}
 
-    def last(_generator: Generator, step: int, _t_next: float, _values: Mapping[str, object]) -> dict[str, object]:
+    def last(_generator: Generator, step: int, _t: float, _values: Mapping[str, object]) -> dict[str, object]:
         return {"latents": other[step]} if step == 1 else {}
 
-    def first(_generator: Generator, step: int, _t_next: float, _values: Mapping[str, object]) -> dict[str, object] | None:
+    def first(_generator: Generator, step: int, _t: float, _values: Mapping[str, object]) -> dict[str, object] | None:
         return {"latents": other[step]} if step == 0 else None
 
     np.testing.assert_array_equal(tiny(seed=1, output_type="latent", callback_on_step_end=last).array, other[1])
@@ -290,3 +290,11 @@ def test_the_whole_sampler_in_one_graph(tiny: Generator, tiny_bundle: Path, step
     (image,) = graph.run(None, {"seeds": np.array(SEEDS, np.int64), "class_labels": labels})
     assert image.dtype == np.uint8
     np.testing.assert_array_equal(image, tiny(labels, seed=SEEDS, num_inference_steps=steps, output_type="np").array)
+
+
+def test_a_call_that_runs_while_another_thread_closes_ends_well(tiny_bundle: Path) -> None:
+    generate = Generator(tiny_bundle)
+    samples = generate(seed=1, callback_on_step_end=lambda generator, *_: generator.close())
+    assert len(samples) == 1
+    with pytest.raises(InvalidArgumentError, match="closed"):
+        generate(seed=1)

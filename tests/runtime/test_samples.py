@@ -111,7 +111,7 @@ def test_an_interrupt_leaves_the_earlier_file(tmp_path: Path, monkeypatch: pytes
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    for place, name in ((samples_module, "grid"), (Path, "chmod"), (Path, "replace")):
+    for place, name in ((samples_module, "grid"), (Path, "write_bytes"), (Path, "replace")):
         with monkeypatch.context() as patch:
             patch.setattr(place, name, interrupted)
             with pytest.raises(KeyboardInterrupt):
