@@ -5,12 +5,10 @@ It says how many samples are recognised as the class asked for, and gives the fe
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.linalg import sqrtm
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -82,8 +80,6 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     """Fréchet distance between Gaussians fitted to two sets of features, ``[Na, D]`` and ``[Nb, D]``."""
     mean_a, mean_b = a.double().mean(0).numpy(), b.double().mean(0).numpy()
     cov_a, cov_b = torch.cov(a.double().T).numpy(), torch.cov(b.double().T).numpy()
-    root = np.asarray(sqrtm(cov_a @ cov_b))
-    distance = float(((mean_a - mean_b) ** 2).sum() + np.trace(cov_a + cov_b - 2 * root.real))
-    if not math.isfinite(distance):
-        raise ValueError("the features' covariances have no finite product root")
-    return distance
+    # The trace of the root of a product of covariances is the sum of the roots of its eigenvalues, which rounding may make negative.
+    roots = np.sqrt(np.linalg.eigvals(cov_a @ cov_b).real.clip(min=0))
+    return float(((mean_a - mean_b) ** 2).sum() + np.trace(cov_a + cov_b) - 2 * roots.sum())

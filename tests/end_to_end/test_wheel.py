@@ -68,7 +68,7 @@ def test_command_line(programs: Path, tmp_path: Path) -> None:
         sheet = np.asarray(image)
     cells = sheet.reshape(2, 28, 3, 28).swapaxes(1, 2).reshape(6, 28, 28).astype(float)
     assert all(cell.std() > 30 for cell in cells), "each cell must hold bright strokes on black"
-    assert all(cell[[0, -1]].mean() < 30 < cell[4:24, 4:24].mean() for cell in cells), "in its middle"
+    assert all(cell[[0, -1]].mean() < cell[4:24, 4:24].mean() for cell in cells), "in its middle"
     run([programs / "scm-runtime", "smoke", "digits"], env=ENVIRONMENT, cwd=tmp_path)
 
 
