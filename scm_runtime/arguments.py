@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -69,7 +69,7 @@ def resolve_call(
         raise InvalidArgumentError(f"{next(iter(lengths))} must hold at least one value, got none")
 
     if listed is None:
-        first = secrets.randbelow(2**31) if seed is None else int(cast(int, seed))
+        first = int.from_bytes(os.urandom(4), "big") >> 1 if seed is None else int(cast(int, seed))
         listed = [first + i for i in range(n)]
     for value in listed:
         if not -(2**63) <= value < 2**63:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +10,7 @@ from pathlib import Path
 
 def beside(target: Path, what: str) -> Path:
     """A hidden path in the target's folder that nothing else uses."""
-    return target.with_name(f".{target.name}.{what}-{secrets.token_hex(6)}")
+    return target.with_name(f".{target.name}.{what}-{os.urandom(6).hex()}")
 
 
 @contextmanager

@@ -105,13 +105,15 @@ def export(
 
 
 def export_model(model: Model, destination: Path, source: Source, options: Options) -> Exported:
-    """Write and verify the bundle of a model; see :func:`export`. The model's weights are rounded to the dtype they are stored in."""
+    """Write and verify the bundle of a model; see :func:`export`. The model is used up: its weights are rounded, written and given back."""
     steps, progress = sorted(set(options.steps)), options.progress
     if unknown := sorted(set(steps) - set(model.times)):
         raise InvalidArgumentError(f"steps must be among {sorted(model.times)}, the counts this checkpoint has times for; got {unknown}")
     references = draw_references(model, sorted(model.times), progress) if options.verify else []
     with new_bundle(destination, force=options.force) as writer:
         _write_graphs(writer, model, steps, options)
+        parameters = model.parameters
+        model.release()  # the weights are on disk; verification needs the memory
         progress("writing")
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
@@ -120,7 +122,7 @@ def export_model(model: Model, destination: Path, source: Source, options: Optio
             family=model.family,
             licence=model.licence,
             source=source,
-            parameters=model.parameters,
+            parameters=parameters,
             sample=SampleSpec(shape=model.sample_shape),
             output=OutputSpec(kind="image", shape=(*model.sample_shape[1:], model.sample_shape[0])),
             sigma_data=model.sigma_data,

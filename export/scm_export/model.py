@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +48,12 @@ class Model:
         """Round the weights to the dtype they will be stored in, in place, one tensor at a time. Buffers (frequencies) stay in float32."""
         for parameter in self.network.parameters():
             parameter.data = parameter.data.to(DTYPES[dtype])
+
+    def release(self) -> None:
+        """Give the memory of the weights back. The model cannot be used again."""
+        for parameter in self.network.parameters():
+            parameter.data = parameter.data.new_empty(0)
+        gc.collect()  # tracing leaves cycles behind
 
     def compute_in(self, dtype: str) -> None:
         """Set the dtype of the feature maps."""

@@ -69,7 +69,7 @@ def verify_bundle(folder: Path, manifest: Manifest, references: Sequence[Referen
     if not all(np.isfinite(reference.latents).all() for reference in references):
         raise VerificationError("the PyTorch sampler itself gives values that are not finite: are these the trained weights?")
     try:
-        cases = list(_compare(folder, manifest, references, atol, progress))
+        cases = sorted(_compare(folder, manifest, references, atol, progress), key=lambda case: (case.dtype, case.graph != "step", case.graph))
     except InferenceError as error:
         raise VerificationError(f"the bundle does not run: {error}") from error
     report = Verification(reference=f"PyTorch {torch.__version__} eager, fp32", device="cpu", cases=tuple(cases))
@@ -87,6 +87,9 @@ def verify_bundle(folder: Path, manifest: Manifest, references: Sequence[Referen
 def _compare(folder: Path, manifest: Manifest, references: Sequence[Reference], atol: float | None, progress: Callable[[str], None]) -> Iterator[VerifiedCase]:
     for dtype in manifest.dtypes:
         tolerance = sample_atol(dtype, manifest.weights_dtype, manifest.sigma_data) if atol is None else atol
+        # Largest first: what the allocator keeps of a session that is done, the next one can use.
+        for count in sorted(manifest.composed_steps, reverse=True):
+            yield from _compare_composed(folder, manifest, dtype, count, [one for one in references if one.steps == count], tolerance, progress)
         with Generator(folder, dtype=dtype, verify_integrity=False) as generate:
             for reference in references:
                 progress(f"verifying the {dtype} graphs: batch {reference.batch_size}, {reference.steps} steps")
@@ -99,15 +102,25 @@ def _compare(folder: Path, manifest: Manifest, references: Sequence[Reference], 
                     callback_on_step_end=partial(_keep_state, states),
                 )
                 yield _case("step", dtype, reference, _max_abs(states[-1], reference.latents), tolerance, samples.array)
-        for count in manifest.composed_steps:
-            session = Session(folder / f"sample-{count}.{dtype}.onnx")
-            for reference in (one for one in references if one.steps == count):
-                progress(f"verifying sample-{count}.{dtype}: batch {reference.batch_size}")
-                inputs = {item.name: np.array(reference.conditioning[item.name], item.dtype) for item in manifest.conditioning}
-                pixels = session(seeds=np.array(reference.seeds, np.int64), **inputs)
-                # A whole sampler returns pixels alone: their difference, in the state's scale, where rounding adds up to a level.
-                error = _max_abs(pixels, reference.pixels) * reference.level
-                yield _case(f"sample-{count}", dtype, reference, error, tolerance + reference.level, pixels)
+
+
+def _compare_composed(
+    folder: Path,
+    manifest: Manifest,
+    dtype: str,
+    count: int,
+    references: Sequence[Reference],
+    tolerance: float,
+    progress: Callable[[str], None],
+) -> Iterator[VerifiedCase]:
+    session = Session(folder / f"sample-{count}.{dtype}.onnx")  # a function of its own: one session's weights are in memory at a time
+    for reference in references:
+        progress(f"verifying sample-{count}.{dtype}: batch {reference.batch_size}")
+        inputs = {item.name: np.array(reference.conditioning[item.name], item.dtype) for item in manifest.conditioning}
+        pixels = session(seeds=np.array(reference.seeds, np.int64), **inputs)
+        # A whole sampler returns pixels alone: their difference, in the state's scale, where rounding adds up to a level.
+        error = _max_abs(pixels, reference.pixels) * reference.level
+        yield _case(f"sample-{count}", dtype, reference, error, tolerance + reference.level, pixels)
 
 
 def _keep_state(states: list[NDArray[np.float32]], _generator: Generator, _step: int, _t: float, values: dict[str, NDArray[np.float32]]) -> None:
