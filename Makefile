@@ -28,7 +28,7 @@ help: ## this list
 
 demo: $(LIGHT) ## draw twenty digits with the embedded model; installs no torch
 	@mkdir -p $(dir $(DEMO))
-	$(BIN)/scm-runtime generate digits --labels $(LABELS) --seed 0 -o $(DEMO)
+	$(BIN)/scm-runtime generate digits --labels $(LABELS) --seed 1460 --columns 10 -o $(DEMO)
 	@echo "The digits are in $(CURDIR)/$(DEMO)"
 
 test: $(FULL) ## run the tests (ARGS="-k noise" to choose)

@@ -95,7 +95,10 @@ def generate(
 ) -> None:
     """Draw samples from BUNDLE, a folder or the name of an embedded bundle, into a picture."""
     from scm_runtime.generator import Generator
+    from scm_runtime.samples import picture_format
 
+    with clean_errors():
+        picture_format(out)  # before the work, not after
     with clean_errors(), Generator(bundle, threads=threads, verify_integrity=not skip_integrity) as generator:
         names = next((item.label_names for item in generator.manifest.conditioning if item.name == "class_labels"), None) or ()
         samples = generator(
@@ -107,7 +110,9 @@ def generate(
             output_type="np",
         )
         path = samples.save(out, columns=columns)
-    seeds = f"seed {samples.seeds[0]}" if len(samples) == 1 else f"seeds {samples.seeds[0]}…{samples.seeds[-1]}"
+    first, last = samples.seeds[0], samples.seeds[-1]
+    listed = f"{first}…{last}" if samples.seeds == tuple(range(first, last + 1)) else ", ".join(map(str, samples.seeds))
+    seeds = f"seed {first}" if len(samples) == 1 else f"seeds {listed}"
     count = "1 sample" if len(samples) == 1 else f"{len(samples)} samples"
     click.echo(f"wrote {path} ({count}, {seeds}, {len(samples.timings.steps)} steps, {samples.timings.total * 1e3:.0f} ms)")
 
@@ -128,7 +133,8 @@ def _parse_labels(text: str, names: tuple[str, ...]) -> int | str | list[int | s
 @main.command()
 @click.argument("bundle")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
-def inspect(bundle: str, as_json: bool) -> None:
+@skip_integrity_option
+def inspect(bundle: str, as_json: bool, skip_integrity: bool) -> None:
     """Show what BUNDLE is, what it takes, and how it was verified; check its files."""
     import msgspec
 
@@ -138,7 +144,7 @@ def inspect(bundle: str, as_json: bool) -> None:
     with clean_errors():
         folder = locate(bundle)
         manifest = read_manifest(folder)
-        check_files(folder, manifest)
+        check_files(folder, manifest, hashes=not skip_integrity)
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(manifest), indent=2).decode())
     else:

@@ -18,7 +18,10 @@ def whole_file(target: Path) -> Iterator[Path]:
     """A path to write to that takes the target's place when the block ends well, and vanishes when it does not. Raises what the system raises."""
     part = beside(target, "part")
     try:
+        part.touch(exist_ok=False)
+        mode = part.stat().st_mode
         yield part
+        part.chmod(mode)  # the user's umask; some writers make private files
         part.replace(target)
     finally:
         part.unlink(missing_ok=True)

@@ -50,9 +50,9 @@ class Generator:
                 presence and sizes are checked all the same.
 
         Raises:
-            BundleNotFoundError: no bundle there, or one of its files is missing.
+            BundleNotFoundError: no bundle there.
             BundleSchemaError: its manifest is malformed or of a newer schema.
-            BundleIntegrityError: a file is not the one the manifest describes.
+            BundleIntegrityError: a file is missing, or not the one the manifest describes.
             InvalidArgumentError: threads or dtype out of range.
             MissingDependencyError: ONNX Runtime is not installed.
             InferenceError: ONNX Runtime refuses a graph.

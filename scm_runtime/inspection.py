@@ -21,8 +21,11 @@ def show_manifest(folder: Path, manifest: Manifest) -> None:
     """Print a manifest as tables."""
     console = Console()
     facts = Table(show_header=False, box=None, pad_edge=False)
+    facts.add_column(no_wrap=True)
+    facts.add_column(overflow="fold")
     for name, value in {
-        "bundle": f"{manifest.name}, {folder}",
+        "bundle": manifest.name,
+        "folder": str(folder),
         "family": manifest.family,
         "parameters": f"{manifest.parameters / 1e6:.2f} M, stored in {manifest.weights_dtype}",
         "graphs": ", ".join(manifest.dtypes) + f", opset {manifest.opset}",

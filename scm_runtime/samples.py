@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 
 PICTURE_CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
+ONE_ROW = 3  # so many pictures stand side by side; more make a grid
 
 
 @dataclass(frozen=True)
@@ -80,19 +81,14 @@ class Samples:
             The path.
 
         Raises:
-            InvalidArgumentError: these are latents, or columns is below 1.
-            OutputError: the file cannot be written, or its ending names no picture format. An earlier file is left as it was.
+            InvalidArgumentError: these are latents, columns is below 1, or the path's ending names no picture format.
+            OutputError: the file cannot be written. An earlier file is left as it was.
         """
         self._require_pixels()
         if columns is not None and columns < 1:
             raise InvalidArgumentError(f"columns must be at least 1, got {columns}")
-        from PIL import Image
-
         target = Path(path)
-        Image.init()
-        image_format = Image.EXTENSION.get(target.suffix.lower())
-        if image_format is None or image_format not in Image.SAVE:
-            raise OutputError(f"cannot write '{target}': unknown picture format {target.suffix!r}. Use an ending such as .png, .jpg or .webp.")
+        image_format = picture_format(target)
         try:
             encoded = io.BytesIO()  # not into the file: some of Pillow's encoders do not notice a full disk
             grid(self.array, columns).save(encoded, format=image_format)
@@ -113,12 +109,23 @@ class Samples:
             )
 
 
+def picture_format(path: Path) -> str:
+    """Pillow's name of the format that a path's ending asks for; raises InvalidArgumentError where it can write none such."""
+    from PIL import Image
+
+    Image.init()
+    name = Image.EXTENSION.get(path.suffix.lower())
+    if name is None or name not in Image.SAVE:
+        raise InvalidArgumentError(f"cannot write '{path}': unknown picture format {path.suffix!r}. Use an ending such as .png, .jpg or .webp.")
+    return name
+
+
 def grid(pixels: NDArray[np.uint8], columns: int | None = None) -> Image.Image:
     """Pictures ``[N, H, W, C]`` side by side, row by row; one alone as it is."""
     from PIL import Image
 
     n, height, width, channels = pixels.shape
-    columns = min(n, columns or math.ceil(math.sqrt(n)))
+    columns = min(n, columns or (n if n <= ONE_ROW else math.ceil(math.sqrt(n))))
     rows = math.ceil(n / columns)
     sheet = np.zeros((rows * columns, height, width, channels), np.uint8)
     sheet[:n] = pixels

@@ -62,7 +62,7 @@ class Session:
         """
         ort = load_onnxruntime()
         options = ort.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what goes wrong is raised, not printed
         # Between runs the cores belong to the host: waiting threads sleep instead of spinning.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if threads is not None:
@@ -83,7 +83,8 @@ class Session:
         try:
             result: NDArray[Any] = self._session.run(self._outputs, inputs)[0]
         except Exception as error:
-            raise InferenceError(f"'{self.path.name}' failed: {error}") from error
+            hint = " Out of memory: try a smaller batch." if "allocate memory" in str(error) else ""
+            raise InferenceError(f"'{self.path.name}' failed: {error}.{hint}") from error
         return result
 
 

@@ -276,7 +276,7 @@ ANOTHER = "Choose another path with -o"
 AGAIN = "Copy or save it again"
 DOCUMENT = "docs/checkpoint-format.md"
 A_CHECKPOINT = "Expected a .pt or .safetensors file"
-NOT_LOADED = "is a pickle that wants to run code, and was not loaded"
+NOT_LOADED = "is a pickle that wants to run code"
 TENSORS_ONLY = "must hold tensors and plain values only"
 MISMATCH = "the weights do not match the config"
 A_PLACE = "Choose a folder that you may write to"
@@ -300,6 +300,7 @@ CHECKPOINTS: list[Row] = [
     ("few bytes", exporting(part(0.0002)), CheckpointError, "part.pt' is not a readable .pt file", AGAIN),
     ("text", exporting(file("notes.pt", b"epoch 3: loss 0.1\n" * 9)), CheckpointError, "notes.pt' is not a readable .pt file", AGAIN),
     ("truncated pickle", exporting(file("bare.pt", b"\x80\x02X\x01")), CheckpointError, "bare.pt' is not a readable .pt file", AGAIN),
+    ("a picture", exporting(file("digits.png", b"\x89PNG\r\n\x1a\n" + bytes(64))), CheckpointError, "digits.png' is not a readable .pt file", AGAIN),
     ("zeros", exporting(file("zeros.pt", bytes(4096))), CheckpointError, "zeros.pt' is not a readable .pt file", AGAIN),
     (
         "code in a torch file",
@@ -414,7 +415,7 @@ OUTPUTS: list[Row] = [
         "a.png': ",
         A_PLACE,
     ),
-    ("picture: unknown ending", saving("out.xyz"), OutputError, "unknown picture format '.xyz'", "Use an ending such as .png"),
+    ("picture: unknown ending", saving("out.xyz"), InvalidArgumentError, "unknown picture format '.xyz'", "Use an ending such as .png"),
     ("picture: name too long", saving(f"{'x' * 300}.png"), OutputError, "File name too long", A_PLACE),
     ("picture: disk full", saving("out.bmp", 100), OutputError, "out.bmp': File too large", "on a disk with room"),
     (

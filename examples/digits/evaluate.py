@@ -63,7 +63,7 @@ def through_bundle(bundle: str, labels: Tensor, steps: int) -> Tensor:
 @click.command(help=__doc__)
 @click.option("--bundle", default="digits", show_default=True, help="The student: a bundle's folder or the embedded one.")
 @click.option("--folder", type=click.Path(path_type=Path), default=Path("runs/digits"), show_default=True, help="Of the training: judge and teacher.")
-@click.option("--out", type=click.Path(path_type=Path), default=Path(__file__).with_name("results.json"), show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/digits/results.json"), show_default=True)
 def main(bundle: str, folder: Path, out: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     judge = load_judge(folder / "judge.pt")
@@ -87,6 +87,9 @@ def main(bundle: str, folder: Path, out: Path) -> None:
             "teacher, DDIM 32 steps": lambda: to_pixels(ddim(teacher, labels, 32, seed=1)),
             "teacher with autoguidance, DDIM 32 steps": lambda: to_pixels(ddim(guided, labels, 32, seed=1)),
         }
+
+    else:
+        click.echo(f"no teacher in {folder}: its rows, and the gate on the distance, are left out (train.py makes one)")
 
     # What no sampler can beat: digits of the training set against the rest of it.
     first = torch.cat([(targets == digit).nonzero()[:PER_CLASS, 0] for digit in range(10)])

@@ -23,7 +23,11 @@ from scm_runtime.errors import MissingDependencyError, VerificationError
 @click.option(
     "--dtype", type=click.Choice(["fp32", "fp16"]), default="fp32", show_default=True, help="Of the stored weights. fp16 gives an fp16 and an fp32 graph."
 )
-@click.option("--steps", type=IntegerList(minimum=1), default="1,2", show_default=True, help="Step counts to compose whole samplers for (sample-K.onnx).")
+@click.option(
+    "--steps",
+    type=IntegerList(minimum=1),
+    help="Step counts to compose whole samplers for (sample-K.onnx): 1,2. By default all that the checkpoint has times for.",
+)
 @click.option("--opset", type=click.IntRange(18, 23), default=20, show_default=True, help="ONNX operator set.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @click.option("--no-verify", is_flag=True, help="Leave out the comparison with PyTorch.")
@@ -34,7 +38,7 @@ def main(
     checkpoint: Path,
     out: Path | None,
     dtype: str,
-    steps: tuple[int, ...],
+    steps: tuple[int, ...] | None,
     opset: int,
     force: bool,
     no_verify: bool,

@@ -34,7 +34,7 @@ class Options:
     """How to export; see :func:`export`. Raises InvalidArgumentError for a value out of range, MissingDependencyError without ONNX Runtime."""
 
     dtype: Literal["fp32", "fp16"] = "fp32"
-    steps: Sequence[int] = (1, 2)
+    steps: Sequence[int] | None = None
     opset: int = DEFAULT_OPSET
     force: bool = False
     verify: bool = True
@@ -65,7 +65,7 @@ def export(
     out: str | os.PathLike[str] | None = None,
     *,
     dtype: Literal["fp32", "fp16"] = "fp32",
-    steps: Sequence[int] = (1, 2),
+    steps: Sequence[int] | None = None,
     opset: int = DEFAULT_OPSET,
     force: bool = False,
     verify: bool = True,
@@ -78,7 +78,7 @@ def export(
         checkpoint: a scm-checkpoint, ``.pt`` or ``.safetensors``. No code from it is run.
         out: the bundle's folder; by default the checkpoint's path with the ending ``.scm``.
         dtype: of the stored weights. fp16 gives an fp16 and an fp32 graph over the same half weights.
-        steps: step counts to compose whole samplers for, ``sample-K``; each must have times in the checkpoint. May be empty.
+        steps: step counts to compose whole samplers for, ``sample-K``; each must have times in the checkpoint. None for all that do; may be empty.
         opset: ONNX operator set, 18 to 23.
         force: replace an existing bundle.
         verify: compare the bundle's samples with PyTorch's, at batch 1 and 3, with every step count the model has times for.
@@ -106,7 +106,7 @@ def export(
 
 def export_model(model: Model, destination: Path, source: Source, options: Options) -> Exported:
     """Write and verify the bundle of a model; see :func:`export`. The model is used up: its weights are rounded, written and given back."""
-    steps, progress = sorted(set(options.steps)), options.progress
+    steps, progress = sorted(set(model.times if options.steps is None else options.steps)), options.progress
     if unknown := sorted(set(steps) - set(model.times)):
         raise InvalidArgumentError(f"steps must be among {sorted(model.times)}, the counts this checkpoint has times for; got {unknown}")
     references = draw_references(model, sorted(model.times), progress) if options.verify else []

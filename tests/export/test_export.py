@@ -96,7 +96,7 @@ def test_an_unconditional_guided_model_has_the_inputs_it_needs(tiny_checkpoint: 
     checkpoint.weights["emb_guidance.weight"] = torch.randn(32, 16, generator=torch.Generator().manual_seed(0))
     del checkpoint.weights["emb_label.weight"]
     save_checkpoint(checkpoint, tmp_path / "guided.pt")
-    done = export(tmp_path / "guided.pt", steps=())
+    done = export(tmp_path / "guided.pt", steps=(), dtype="fp16")
     assert done.path == tmp_path / "guided.scm"
     assert [item.name for item in done.manifest.conditioning] == ["guidance_scale"]
     with Generator(done.path) as generate:

@@ -142,7 +142,7 @@ def test_a_real_process(tiny_bundle: Path, tmp_path: Path) -> None:
     assert (good.stderr, good.stdout.startswith("wrote ")) == ("", True)
     bad_label: list[str | Path] = ["-o", tmp_path / "x.png", "--labels", "4"]
     bad_ending: list[str | Path] = ["-o", tmp_path / "x.xyz"]
-    for arguments, code in ((bad_label, 2), (bad_ending, 1)):
+    for arguments, code in ((bad_label, 2), (bad_ending, 2)):
         bad = run(command("generate", tiny_bundle, *arguments), check=False)
         assert (bad.returncode, bad.stdout) == (code, "")
         assert bad.stderr.startswith("Error: ")

@@ -67,7 +67,7 @@ def test_formats(tmp_path: Path, ending: str) -> None:
 
 @pytest.mark.parametrize("name", ["grid", "grid.xyz", "grid.psd", ".png"])  # psd: Pillow reads it only
 def test_an_unknown_ending(tmp_path: Path, name: str) -> None:
-    with pytest.raises(OutputError, match=r"unknown picture format '.*'\. Use an ending such as \.png"):
+    with pytest.raises(InvalidArgumentError, match=r"unknown picture format '.*'\. Use an ending such as \.png"):
         make(1).save(tmp_path / name)
     assert tree(tmp_path) == {}
 

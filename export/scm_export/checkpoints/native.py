@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import pickle
+import re
 import warnings
 from collections.abc import Mapping
 from itertools import pairwise
@@ -143,10 +144,11 @@ def _read_pt(source: Path) -> object:
             warnings.simplefilter("ignore")  # about pickles that it then refuses
             return torch.load(source, map_location="cpu", weights_only=True, mmap=_is_zip(source))
     except pickle.UnpicklingError as error:
-        if "Unsupported" in str(error) or "GLOBAL" in str(error):
+        refused = re.search(r"(?:GLOBAL|Unsupported global:|Unsupported class) ?(\S+)", str(error))
+        if refused or "TorchScript" in str(error):
+            name = f" ({refused[1]})" if refused else ""
             raise CheckpointError(
-                f"'{source}' is a pickle that wants to run code, and was not loaded: it must hold tensors and plain values only. "
-                f"({str(error).strip().splitlines()[0]})"
+                f"'{source}' is a pickle that wants to run code{name}, and was not loaded: it must hold tensors and plain values only."
             ) from error
         raise CheckpointError(f"'{source}' is not a readable .pt file: damaged or of another format ({_first_line(error)}). Copy or save it again.") from error
     except Exception as error:

@@ -19,7 +19,7 @@ from scm_export.ops import cosine_attention, modulate_silu, mp_cat, mp_silu, mp_
 
 @dataclass(frozen=True, kw_only=True)
 class UNetConfig:
-    """What fixes the network's architecture. The defaults are EDM2's at 512x512 pixels, that is 64x64 latents."""
+    """What fixes the network's architecture. The defaults are EDM2-S's at 512x512 pixels, that is 64x64 latents, with sCM's changes."""
 
     img_resolution: int = 64  #                        Height and width of x.
     img_channels: int = 4  #                           Channels of x.
@@ -149,6 +149,11 @@ class MPConv(nn.Module):
         if w.ndim == 4 and w.shape[-1] > 1:
             return functional.conv2d(x.permute(0, 3, 1, 2), w, padding=w.shape[-1] // 2).permute(0, 2, 3, 1)
         return functional.linear(x, w.flatten(1))
+
+
+def plain_linear(x: Tensor, layer: nn.Linear) -> Tensor:
+    """A layer without weight normalisation, in the dtype of its input whatever the one its weight is stored in."""
+    return functional.linear(x, layer.weight.to(x.dtype))
 
 
 # ----------------------------------------------------------------------------
@@ -302,11 +307,11 @@ class UNet(nn.Module):
         if self.emb_t_k is not None:
             if t_end is None:
                 raise ValueError("this network has a segment embedding: t_end must be given, got None")
-            emb = emb + self.emb_t_k(features(t_end))
+            emb = emb + plain_linear(features(t_end), self.emb_t_k)
         if self.emb_guidance is not None:
             if guidance_scale is None:
                 raise ValueError("this network has a guidance embedding: guidance_scale must be given, got None")
-            emb = emb + self.emb_guidance(features(guidance_scale))
+            emb = emb + plain_linear(features(guidance_scale), self.emb_guidance)
         if self.emb_label is not None:
             if class_labels is None:
                 raise ValueError(f"this network is conditional on {self.config.label_dim} classes: class_labels must be given, got None")
