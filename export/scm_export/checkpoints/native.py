@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import pickle
+import pickletools
 import re
 import warnings
 from collections.abc import Mapping
@@ -144,17 +145,29 @@ def _read_pt(source: Path) -> object:
             warnings.simplefilter("ignore")  # about pickles that it then refuses
             return torch.load(source, map_location="cpu", weights_only=True, mmap=_is_zip(source))
     except pickle.UnpicklingError as error:
-        refused = re.search(r"(?:GLOBAL|Unsupported global:|Unsupported class) ?(\S+)", str(error))
-        if refused or "TorchScript" in str(error):
-            name = f" ({refused[1]})" if refused else ""
+        if name := _callable_in(source, error):
             raise CheckpointError(
-                f"'{source}' is a pickle that wants to run code{name}, and was not loaded: it must hold tensors and plain values only."
+                f"'{source}' is a pickle that wants to run code ({name}), and was not loaded: it must hold tensors and plain values only."
             ) from error
-        raise CheckpointError(f"'{source}' is not a readable .pt file: damaged or of another format ({_first_line(error)}). Copy or save it again.") from error
+        raise CheckpointError(f"'{source}' is not a readable .pt file: damaged or of another format. Copy or save it again.") from error
     except Exception as error:
         raise CheckpointError(
             f"'{source}' is not a readable .pt file: truncated or of another format ({_first_line(error)}). Copy or save it again."
         ) from error
+
+
+def _callable_in(source: Path, error: pickle.UnpicklingError) -> str | None:
+    """What a refused pickle would have called, if it is a pickle: torch names it, except in newer protocols, which are searched without running them."""
+    if named := re.search(r"Unsupported (?:global: GLOBAL|class) (\S+)", str(error)):
+        return named[1]
+    try:
+        with source.open("rb") as file:
+            for operation, argument, _ in pickletools.genops(file):
+                if operation.name in ("GLOBAL", "STACK_GLOBAL", "INST", "REDUCE"):
+                    return str(argument or "a function of its own choice")
+    except Exception:  # noqa: BLE001 - not a pickle, then
+        return None
+    return None
 
 
 def _is_zip(source: Path) -> bool:
