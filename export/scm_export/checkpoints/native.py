@@ -158,7 +158,7 @@ def _read_pt(source: Path) -> object:
 
 def _callable_in(source: Path, error: pickle.UnpicklingError) -> str | None:
     """What a refused pickle would have called, if it is a pickle: torch names it, except in newer protocols, which are searched without running them."""
-    if named := re.search(r"Unsupported (?:global: GLOBAL|class) (\S+)", str(error)):
+    if named := re.search(r"unsupported (?:global: )?(?:GLOBAL|class) (\S+)", str(error), re.IGNORECASE):
         return named[1]
     try:
         with source.open("rb") as file:
