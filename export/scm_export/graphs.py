@@ -95,8 +95,10 @@ def build_noise(sample_shape: Sequence[int], opset: int) -> ir.Model:
         b.op("Add", b.op("Mul", word, b.const(unit * 2.0**-32, np.float32)), b.const(unit * 2.0**-33, np.float32))
         for word, unit in zip(words, (1.0, 2 * math.pi), strict=True)
     )
-    radius = b.op("Sqrt", b.op("Mul", b.op("Log", u), b.const(-2.0, np.float32)))
-    normal = b.op("Mul", b.op("Mul", radius, b.op("Sin", v)), scale)
+    # In float64: vectorised float32 logarithms and sines differ in the last bit with an element's place in the batch.
+    u, v = (b.op("Cast", value, to=TensorProto.DOUBLE) for value in (u, v))
+    radius = b.op("Sqrt", b.op("Mul", b.op("Log", u), b.const(-2.0, np.float64)))
+    normal = b.op("Mul", b.op("Cast", b.op("Mul", radius, b.op("Sin", v)), to=TensorProto.FLOAT), scale)
     noise = b.op("Reshape", normal, b.const([0, *sample_shape], np.int64))
     noise.name, noise.dtype, noise.shape = "noise", ir.DataType.FLOAT, ir.Shape([BATCH, *sample_shape])
     return b.model([seeds, draw, scale], noise, opset)

@@ -47,6 +47,14 @@ def test_golden_digits(steps: int) -> None:
     np.testing.assert_allclose(np.concatenate(drawn[..., 0], axis=1).astype(int), golden.astype(int), atol=2)
 
 
+def test_a_sample_is_the_same_to_the_bit_in_any_batch_and_order() -> None:
+    with Generator("digits") as generate:
+        alone = {seed: generate(seed=seed, output_type="latent").array[0] for seed in range(13)}
+        for seeds in (list(range(7)), list(range(12, -1, -1)), [5, 5, 1]):
+            together = generate(seed=seeds, output_type="latent").array
+            np.testing.assert_array_equal(together, np.stack([alone[seed] for seed in seeds]))
+
+
 def test_the_bundle_draws_what_the_checkpoint_draws_in_pytorch() -> None:
     model = build_model(load_checkpoint(CHECKPOINT))
     seeds, labels = list(range(50, 60)), list(range(10))

@@ -89,8 +89,8 @@ class PositionalEmbedding(nn.Module):
         self.register_buffer("freqs", scale * 10.0 ** (-4 * torch.arange(half) / (half - 1)))
 
     def forward(self, t: Tensor) -> Tensor:
-        angle = t.float()[:, None] * self.freqs
-        return torch.cat([angle.cos(), angle.sin()], dim=-1) * math.sqrt(2)
+        angle = (t.float()[:, None] * self.freqs).double()  # float32 sines differ in the last bit with the place in the batch
+        return torch.cat([angle.cos(), angle.sin()], dim=-1).float() * math.sqrt(2)
 
 
 class MPFourier(nn.Module):
@@ -105,7 +105,7 @@ class MPFourier(nn.Module):
         self.register_buffer("phases", 2 * math.pi * torch.rand(channels))
 
     def forward(self, t: Tensor) -> Tensor:
-        return torch.cos(t.float()[:, None] * self.freqs + self.phases) * math.sqrt(2)
+        return torch.cos((t.float()[:, None] * self.freqs + self.phases).double()).float() * math.sqrt(2)
 
 
 # ----------------------------------------------------------------------------

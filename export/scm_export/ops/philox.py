@@ -35,7 +35,8 @@ def philox_normal(seeds: Tensor, draw: int, shape: Sequence[int]) -> Tensor:
     r0, r1, _, _ = philox((zero + draw, zero, element & LOW32, element >> 32), key0, key1)
     u = r0.float() * 2.0**-32 + 2.0**-33
     v = r1.float() * (2 * math.pi * 2.0**-32) + 2 * math.pi * 2.0**-33
-    return ((-2 * u.log()).sqrt() * v.sin()).reshape(len(seeds), *shape)
+    u, v = u.double(), v.double()  # so that the last bit does not depend on an element's place in the batch
+    return ((-2 * u.log()).sqrt() * v.sin()).float().reshape(len(seeds), *shape)
 
 
 def philox(counter: tuple[Tensor, ...], key0: Tensor, key1: Tensor) -> tuple[Tensor, ...]:
