@@ -120,6 +120,10 @@ class Manifest(Struct, kw_only=True):
     verification: Verification | None = None
     files: dict[str, FileEntry]
 
+    def to_json(self) -> bytes:
+        """The text of ``scm.json``."""
+        return msgspec.json.format(msgspec.json.encode(self), indent=2)
+
     def validate(self) -> None:
         """Check what the types alone cannot say. Raises ValueError."""
         for name in self.files:

@@ -136,8 +136,6 @@ def _parse_labels(text: str, names: tuple[str, ...]) -> int | str | list[int | s
 @skip_integrity_option
 def inspect(bundle: str, as_json: bool, skip_integrity: bool) -> None:
     """Show what BUNDLE is, what it takes, and how it was verified; check its files."""
-    import msgspec
-
     from scm_runtime.bundle import check_files, locate, read_manifest
     from scm_runtime.inspection import show_manifest
 
@@ -146,7 +144,7 @@ def inspect(bundle: str, as_json: bool, skip_integrity: bool) -> None:
         manifest = read_manifest(folder)
         check_files(folder, manifest, hashes=not skip_integrity)
     if as_json:
-        click.echo(msgspec.json.format(msgspec.json.encode(manifest), indent=2).decode())
+        click.echo(manifest.to_json().decode())
     else:
         show_manifest(folder, manifest)
 

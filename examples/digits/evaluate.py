@@ -22,13 +22,12 @@ from torch import Tensor
 
 from data import load_digits, to_pixels
 from judge import assess, frechet_distance, load_judge
-from samplers import T_MAX, autoguided, ddim, sample_consistency
+from samplers import TWO_STEPS, autoguided, ddim, sample_consistency
 from scm_runtime import Generator
 from train import new_network
 
 PER_CLASS = 100
 CHUNK = 250
-INTERMEDIATE_TIME = 1.1
 
 
 # What the student must reach: a share of samples recognised as asked, by steps; and a distance, as a share of the undistilled teacher's.
@@ -81,9 +80,8 @@ def main(bundle: str, folder: Path, out: Path) -> None:
         snapshot = new_network(device, torch.load(folder / "teacher.snapshot.pt", weights_only=True))
         teacher.compute_dtype = snapshot.compute_dtype = torch.float32
         guided = autoguided(teacher, snapshot, 2.5)
-        times = (T_MAX, INTERMEDIATE_TIME)
         samplers |= {
-            "teacher, not distilled, 2 steps": lambda: to_pixels(sample_consistency(teacher, labels, times, seed=1)),
+            "teacher, not distilled, 2 steps": lambda: to_pixels(sample_consistency(teacher, labels, TWO_STEPS, seed=1)),
             "teacher, DDIM 32 steps": lambda: to_pixels(ddim(teacher, labels, 32, seed=1)),
             "teacher with autoguidance, DDIM 32 steps": lambda: to_pixels(ddim(guided, labels, 32, seed=1)),
         }

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from data import SIGMA_DATA
+from scm_export.parametrisation import INTERMEDIATE_TIME, t_max
 
-T_MAX = math.atan(80 / SIGMA_DATA)
+T_MAX = t_max(SIGMA_DATA)
+TWO_STEPS = (T_MAX, INTERMEDIATE_TIME)
 
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from data import LABEL_NAMES, PIXEL_MEAN, PIXEL_STD, SIGMA_DATA, load_digits, to_model, to_pixels
 from judge import assess, frechet_distance, load_judge
-from samplers import T_MAX, Network, autoguided, ddim, sample_consistency
+from samplers import T_MAX, TWO_STEPS, Network, autoguided, ddim, sample_consistency
 from scm_export.checkpoints import Checkpoint, SamplerSpec, save_checkpoint
 from scm_export.networks.edm2 import PositionalEmbedding, UNet, UNetConfig
 
@@ -273,7 +273,7 @@ def main(
         learning_rate=learning_rate,
         batch_size=batch_size,
         ema_decay=0.998,
-        evaluate=evaluate(lambda net, labels: sample_consistency(net, labels, (T_MAX, 1.1), seed=1)),
+        evaluate=evaluate(lambda net, labels: sample_consistency(net, labels, TWO_STEPS, seed=1)),
         compile=compiler,
     )
     checkpoint = folder / ("digits.pt" if method == "scd" else "digits-sct.pt")

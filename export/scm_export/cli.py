@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Literal, cast
 
 import click
-import msgspec
 from rich.console import Console
 from rich.table import Table
 
@@ -79,7 +78,7 @@ def main(
                 terminal.print(_table(error.report))
             raise
     if as_json:
-        click.echo(msgspec.json.format(msgspec.json.encode(done.manifest), indent=2).decode())
+        click.echo(done.manifest.to_json().decode())
         return
     console = Console()
     if done.manifest.verification is None:

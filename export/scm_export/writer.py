@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import msgspec
 import onnx
 from onnx import ModelProto
 from onnxscript import ir
@@ -74,7 +73,7 @@ class BundleWriter:
 
     def manifest(self, manifest: Manifest) -> None:
         """Write ``scm.json``, over an earlier one if there is one."""
-        (self.folder / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")
+        (self.folder / MANIFEST).write_bytes(manifest.to_json() + b"\n")
 
 
 @contextmanager
