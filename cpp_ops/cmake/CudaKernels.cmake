@@ -1,0 +1,23 @@
+# SCM_OPS_CUDA_FOUND: whether to build CUDA kernels, and for what: SCM_OPS_CUDA_ARCHITECTURES, SCM_OPS_CUDA_VERSION.
+set(SCM_OPS_CUDA_FOUND OFF)
+set(SCM_OPS_CUDA_VERSION "")
+# Real code for Ampere (A100; 30 series), Ada and Hopper, and PTX of the last for what comes after.
+set(SCM_OPS_CUDA_ARCHITECTURES 80-real 86-real 89-real 90-real 90-virtual CACHE STRING "CUDA architectures to compile for")
+
+if(NOT SCM_OPS_CUDA MATCHES "^(AUTO|ON|OFF)$")
+  message(FATAL_ERROR "SCM_OPS_CUDA must be ON, OFF or AUTO, got '${SCM_OPS_CUDA}'")
+endif()
+if(NOT SCM_OPS_CUDA STREQUAL "OFF")
+  include(CheckLanguage)
+  check_language(CUDA)
+  if(CMAKE_CUDA_COMPILER)
+    enable_language(CUDA)
+    find_package(CUDAToolkit REQUIRED)
+    set(SCM_OPS_CUDA_FOUND ON)
+    set(SCM_OPS_CUDA_VERSION "${CUDAToolkit_VERSION_MAJOR}.${CUDAToolkit_VERSION_MINOR}")
+  elseif(SCM_OPS_CUDA STREQUAL "ON")
+    message(FATAL_ERROR "SCM_OPS_CUDA=ON, and no nvcc was found. Install the CUDA toolkit, name it with CUDACXX, or set SCM_OPS_CUDA=AUTO or OFF.")
+  else()
+    message(STATUS "No nvcc: CPU kernels only")
+  endif()
+endif()

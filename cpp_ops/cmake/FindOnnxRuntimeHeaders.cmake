@@ -1,0 +1,160 @@
+# find_package(OnnxRuntimeHeaders): ONNX Runtime's C and C++ headers, which no wheel ships. Looks, in this order, at
+#
+#   1. -DONNXRUNTIME_INCLUDE_DIR=…, the folder with onnxruntime_c_api.h; nowhere else if it is given
+#   2. the system and CMAKE_PREFIX_PATH
+#   3. Debian's package libonnxruntime-dev, unpacked into the build folder   } unless
+#   4. the project's release archive                                         } SCM_OPS_FETCH_HEADERS=OFF
+#
+# Gives the target OnnxRuntime::Headers and OnnxRuntimeHeaders_INCLUDE_DIR, OnnxRuntimeHeaders_API_VERSION (18) and
+# OnnxRuntimeHeaders_VERSION (1.18: the headers do not tell the patch). Without headers of API 18 or newer, REQUIRED or not, it ends
+# CMake with all that was tried.
+
+include("${CMAKE_CURRENT_LIST_DIR}/DebianPackage.cmake")
+
+option(SCM_OPS_FETCH_HEADERS "Fetch ONNX Runtime's headers where the system has none" ON)
+set(ONNXRUNTIME_INCLUDE_DIR "" CACHE PATH "Folder with ONNX Runtime's onnxruntime_c_api.h")
+
+set(_ort_oldest 18)
+set(_ort_package_suite trixie)  # the first release with the package
+
+# SHA-256 of the archives of 1.21.0, the version that Debian has.
+set(_ort_release 1.21.0)
+set(_ort_linux-x64.tgz 7485c7e7aac6501b27e353dcbe068e45c61ab51fbaf598d13970dfae669d20bf)
+set(_ort_linux-aarch64.tgz 4508084bde1232ee1ab4b6fad2155be0ea2ccab1c1aae9910ddb3fb68a60805e)
+set(_ort_osx-x86_64.tgz 8305afd2d75ee5702844a23b099d41885af30ad3d1b4cf3d8d795e3d8c1f9396)
+set(_ort_osx-arm64.tgz 5c3f2064ee97eb7774e87f396735c8eada7287734f1bb7847467ad30d4036115)
+set(_ort_win-x64.zip 5c07bb2805cd666dda75fa9bfa60e75f2f90d478b952298dd9d55c00740d81bf)
+
+# The API version of the headers in a folder, or the reason why they cannot be used.
+function(_ort_inspect folder api problem)
+  set(${api} "" PARENT_SCOPE)
+  set(${problem} "" PARENT_SCOPE)
+  if(NOT EXISTS "${folder}/onnxruntime_c_api.h")
+    set(${problem} "no onnxruntime_c_api.h in '${folder}'" PARENT_SCOPE)
+    return()
+  endif()
+  file(STRINGS "${folder}/onnxruntime_c_api.h" line REGEX "^#define ORT_API_VERSION[ \t]+[0-9]+")
+  string(REGEX MATCH "[0-9]+" version "${line}")
+  if(NOT version OR version LESS _ort_oldest)
+    set(${problem} "'${folder}' has ORT_API_VERSION '${version}', expected ${_ort_oldest} (ONNX Runtime 1.${_ort_oldest}) or newer" PARENT_SCOPE)
+    return()
+  endif()
+  set(${api} "${version}" PARENT_SCOPE)
+endfunction()
+
+# Unpacks the release archive for this platform below the build folder.
+function(_ort_fetch_release folder problem)
+  set(${folder} "" PARENT_SCOPE)
+  set(${problem} "" PARENT_SCOPE)
+  string(TOLOWER "${CMAKE_SYSTEM_NAME}-${CMAKE_SYSTEM_PROCESSOR}" platform)
+  if(platform MATCHES "^linux-(x86_64|amd64)$")
+    set(kind linux-x64.tgz)
+  elseif(platform MATCHES "^linux-(aarch64|arm64)$")
+    set(kind linux-aarch64.tgz)
+  elseif(platform MATCHES "^darwin-x86_64$")
+    set(kind osx-x86_64.tgz)
+  elseif(platform MATCHES "^darwin-arm64$")
+    set(kind osx-arm64.tgz)
+  elseif(platform MATCHES "^windows-(amd64|x86_64)$")
+    set(kind win-x64.zip)
+  else()
+    set(${problem} "the project has no release for ${platform}" PARENT_SCOPE)
+    return()
+  endif()
+  string(REGEX MATCH "^[^.]+" name "${kind}")
+  string(REGEX MATCH "[^.]+$" ending "${kind}")
+  set(name "onnxruntime-${name}-${_ort_release}")
+  set(root "${CMAKE_BINARY_DIR}/_onnxruntime")
+  if(NOT EXISTS "${root}/${name}/.unpacked")
+    set(url "https://github.com/microsoft/onnxruntime/releases/download/v${_ort_release}/${name}.${ending}")
+    set(archive "${root}/${name}.${ending}")
+    message(STATUS "Fetching ${url}")
+    file(DOWNLOAD "${url}" "${archive}" STATUS status INACTIVITY_TIMEOUT 20 TIMEOUT 300)
+    list(POP_FRONT status code)
+    if(code)
+      file(REMOVE "${archive}")
+      set(${problem} "${url}: ${status}" PARENT_SCOPE)
+      return()
+    endif()
+    file(SHA256 "${archive}" digest)
+    if(NOT digest STREQUAL "${_ort_${kind}}")
+      file(REMOVE "${archive}")
+      set(${problem} "${url} must have SHA-256 ${_ort_${kind}}, got ${digest}" PARENT_SCOPE)
+      return()
+    endif()
+    file(ARCHIVE_EXTRACT INPUT "${archive}" DESTINATION "${root}" PATTERNS "*/include/*")
+    file(REMOVE "${archive}")
+    file(TOUCH "${root}/${name}/.unpacked")
+  endif()
+  set(${folder} "${root}/${name}/include" PARENT_SCOPE)
+endfunction()
+
+set(_ort_tried "")
+set(_ort_folder "")
+set(_ort_api "")
+if(ONNXRUNTIME_INCLUDE_DIR)
+  _ort_inspect("${ONNXRUNTIME_INCLUDE_DIR}" _ort_api _ort_problem)
+  if(_ort_problem)
+    message(FATAL_ERROR "ONNXRUNTIME_INCLUDE_DIR cannot be used: ${_ort_problem}. Name the folder that holds the header, or leave it out.")
+  endif()
+  set(_ort_folder "${ONNXRUNTIME_INCLUDE_DIR}")
+endif()
+
+if(NOT _ort_folder)
+  find_path(_ort_system onnxruntime_c_api.h PATH_SUFFIXES onnxruntime onnxruntime/core/session core/session NO_CACHE)
+  set(_ort_problem "onnxruntime_c_api.h is in none of its folders")
+  if(_ort_system)
+    _ort_inspect("${_ort_system}" _ort_api _ort_problem)
+  endif()
+  if(_ort_api)
+    set(_ort_folder "${_ort_system}")
+  else()
+    string(APPEND _ort_tried "\n  - the system: ${_ort_problem}")
+  endif()
+endif()
+
+if(NOT _ort_folder AND SCM_OPS_FETCH_HEADERS)
+  scm_debian_package(_ort_root _ort_problem libonnxruntime-dev SUITE ${_ort_package_suite})
+  if(_ort_root)
+    _ort_inspect("${_ort_root}/usr/include/onnxruntime" _ort_api _ort_problem)
+  endif()
+  if(_ort_api)
+    set(_ort_folder "${_ort_root}/usr/include/onnxruntime")
+  else()
+    string(APPEND _ort_tried "\n  - Debian's package libonnxruntime-dev: ${_ort_problem}")
+  endif()
+endif()
+
+if(NOT _ort_folder AND SCM_OPS_FETCH_HEADERS)
+  _ort_fetch_release(_ort_include _ort_problem)
+  if(_ort_include)
+    _ort_inspect("${_ort_include}" _ort_api _ort_problem)
+  endif()
+  if(_ort_api)
+    set(_ort_folder "${_ort_include}")
+  else()
+    string(APPEND _ort_tried "\n  - the release archive: ${_ort_problem}")
+  endif()
+endif()
+
+if(NOT _ort_folder)
+  if(NOT SCM_OPS_FETCH_HEADERS)
+    string(APPEND _ort_tried "\n  - fetching them: forbidden by SCM_OPS_FETCH_HEADERS=OFF")
+  endif()
+  # Indented lines are not filled.
+  message(FATAL_ERROR "ONNX Runtime's headers were not found. Tried${_ort_tried}\n"
+    "Install them (Debian 13 and later: apt-get install libonnxruntime-dev), or name the folder of onnxruntime_c_api.h:\n"
+    "  cmake -DONNXRUNTIME_INCLUDE_DIR=/path/to/include …, or ONNXRUNTIME_INCLUDE_DIR=/path/to/include pip install …")
+endif()
+
+set(OnnxRuntimeHeaders_INCLUDE_DIR "${_ort_folder}")
+set(OnnxRuntimeHeaders_API_VERSION "${_ort_api}")
+set(OnnxRuntimeHeaders_VERSION "1.${_ort_api}")
+
+include(FindPackageHandleStandardArgs)
+find_package_handle_standard_args(OnnxRuntimeHeaders REQUIRED_VARS OnnxRuntimeHeaders_INCLUDE_DIR VERSION_VAR OnnxRuntimeHeaders_VERSION)
+
+if(NOT TARGET OnnxRuntime::Headers)
+  add_library(OnnxRuntime::Headers INTERFACE IMPORTED)
+  target_include_directories(OnnxRuntime::Headers SYSTEM INTERFACE "${OnnxRuntimeHeaders_INCLUDE_DIR}")
+endif()

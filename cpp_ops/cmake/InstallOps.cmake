@@ -1,0 +1,26 @@
+# scm_install_ops(<target> OPSET <version> ORT_API <version>)
+#
+# Installs the library, and beside it scm_ops.json, which tells scm_runtime/native.py what the library is before it is loaded. Call it
+# where CMAKE_CUDA_COMPILER and CMAKE_CUDA_ARCHITECTURES are known: they are written down if the language CUDA is enabled.
+
+include_guard(GLOBAL)
+
+function(scm_install_ops target)
+  cmake_parse_arguments(PARSE_ARGV 1 arg "" "OPSET;ORT_API" "")
+  file(STRINGS "${CMAKE_CURRENT_FUNCTION_LIST_DIR}/../../scm_runtime/_version.py" line REGEX "^__version__ = ")
+  string(REGEX MATCH "[0-9][^\"]*" _ops_version "${line}")
+  set(_ops_cuda null)
+  get_property(languages GLOBAL PROPERTY ENABLED_LANGUAGES)
+  if(CUDA IN_LIST languages)
+    string(REGEX MATCH "^[0-9]+\\.[0-9]+" version "${CMAKE_CUDA_COMPILER_VERSION}")
+    get_target_property(architectures ${target} CUDA_ARCHITECTURES)
+    string(REGEX REPLACE "-(real|virtual)" "" architectures "${architectures}")
+    list(REMOVE_DUPLICATES architectures)
+    list(JOIN architectures "\", \"" architectures)
+    set(_ops_cuda "{\"version\": \"${version}\", \"architectures\": [\"${architectures}\"]}")
+  endif()
+  configure_file("${CMAKE_CURRENT_FUNCTION_LIST_DIR}/scm_ops.json.in" "${CMAKE_CURRENT_BINARY_DIR}/scm_ops.json" @ONLY)
+  # A DLL is a RUNTIME artefact, a shared object or dylib a LIBRARY.
+  install(TARGETS ${target} LIBRARY DESTINATION scm_runtime/_native RUNTIME DESTINATION scm_runtime/_native)
+  install(FILES "${CMAKE_CURRENT_BINARY_DIR}/scm_ops.json" DESTINATION scm_runtime/_native)
+endfunction()

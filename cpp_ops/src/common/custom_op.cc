@@ -1,0 +1,52 @@
+#include "common/custom_op.h"
+
+#include <algorithm>
+
+namespace scm {
+
+Shapes input_shapes(const OrtApi& api, OrtShapeInferContext* context) {
+  std::size_t count = 0;
+  check(api, api.ShapeInferContext_GetInputCount(context, &count));
+  Shapes shapes(count);
+  for (std::size_t i = 0; i < count; ++i) {
+    OrtTensorTypeAndShapeInfo* info = nullptr;
+    OrtStatus* status = api.ShapeInferContext_GetInputTypeShape(context, i, &info);
+    if (status || !info) {  // nothing is known of this input
+      if (status) api.ReleaseStatus(status);
+      shapes[i].ranked = false;
+      continue;
+    }
+    std::size_t rank = 0;
+    check(api, api.GetDimensionsCount(info, &rank));
+    std::vector<std::int64_t> sizes(rank);
+    std::vector<const char*> symbols(rank);
+    check(api, api.GetDimensions(info, sizes.data(), rank));
+    check(api, api.GetSymbolicDimensions(info, symbols.data(), rank));
+    for (std::size_t axis = 0; axis < rank; ++axis) shapes[i].dims.push_back({sizes[axis], symbols[axis]});
+  }
+  return shapes;
+}
+
+void set_output_shapes(const OrtApi& api, OrtShapeInferContext* context, const Shapes& shapes, const std::vector<ONNXTensorElementDataType>& types) {
+  for (std::size_t i = 0; i < shapes.size(); ++i) {
+    // ONNX Runtime takes an unknown size without a name for the size -1: such a shape is better left open.
+    const bool settled = std::all_of(shapes[i].dims.begin(), shapes[i].dims.end(), [](const Dim& dim) { return dim.known() || (dim.symbol && *dim.symbol); });
+    if (!shapes[i].ranked || !settled) continue;
+    OrtTensorTypeAndShapeInfo* info = nullptr;
+    check(api, api.CreateTensorTypeAndShapeInfo(&info));
+    const std::unique_ptr<OrtTensorTypeAndShapeInfo, decltype(api.ReleaseTensorTypeAndShapeInfo)> owner(info, api.ReleaseTensorTypeAndShapeInfo);
+    std::vector<std::int64_t> sizes;
+    std::vector<const char*> symbols;
+    for (const Dim& dim : shapes[i].dims) {
+      sizes.push_back(dim.value);
+      symbols.push_back(dim.known() || !dim.symbol ? "" : dim.symbol);
+    }
+    check(api, api.SetTensorElementType(info, types[i]));
+    check(api, api.SetDimensions(info, sizes.data(), sizes.size()));
+    check(api, api.SetSymbolicDimensions(info, symbols.data(), symbols.size()));
+    OrtStatus* status = api.ShapeInferContext_SetOutputTypeShape(context, i, info);
+    if (status) api.ReleaseStatus(status);  // an optional output that the node does not have
+  }
+}
+
+}  // namespace scm

@@ -1,0 +1,177 @@
+// From an operator's class to the OrtCustomOp structures that ONNX Runtime takes: one for each device and element type.
+//
+// An operator is a class with
+//   kName, kInputs, kOutputs    its name and its arguments, in order
+//   kInplace                    pairs (input, output): the output may be written over the input
+//   Op(const Attributes&)       reads and checks the attributes
+//   infer(inputs) -> outputs    checks the shapes of the inputs and gives those of the outputs
+//   cpu<T>(Context&), cuda<T>(Context&)
+#pragma once
+
+#include <array>
+#include <exception>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "common/kernel.h"
+#include "common/ort.h"
+
+namespace scm {
+
+using Shapes = std::vector<Shape>;
+
+enum class Type { element, float32, int64, uint8 };  // `element` is T, the type that varies
+
+struct Argument {
+  const char* name;
+  Type type = Type::element;
+  bool optional = false;
+};
+
+struct Inplace {
+  int input, output;
+};
+
+enum class Device { cpu, cuda };
+
+template <typename T>
+constexpr ONNXTensorElementDataType kElementType = ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
+template <>
+constexpr ONNXTensorElementDataType kElementType<float> = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+template <>
+constexpr ONNXTensorElementDataType kElementType<float16> = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
+template <>
+constexpr ONNXTensorElementDataType kElementType<bfloat16> = ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16;
+
+template <typename T>
+constexpr ONNXTensorElementDataType onnx_type(Type type) {
+  switch (type) {
+    case Type::float32:
+      return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+    case Type::int64:
+      return ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64;
+    case Type::uint8:
+      return ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8;
+    case Type::element:
+      break;
+  }
+  return kElementType<T>;
+}
+
+// Runs `body` and turns what it throws into a status that names the operator. Nothing is thrown across the ABI.
+template <typename Body>
+OrtStatus* guarded(const OrtApi& api, const char* op, const Body& body) noexcept {
+  try {
+    try {
+      body();
+      return nullptr;
+    } catch (const Error& error) {
+      return api.CreateStatus(ORT_INVALID_ARGUMENT, ("scm::" + std::string(op) + ": " + error.reason).c_str());
+    } catch (const std::exception& error) {
+      return api.CreateStatus(ORT_FAIL, ("scm::" + std::string(op) + ": " + error.what()).c_str());
+    }
+  } catch (...) {  // no memory for the message
+    return api.CreateStatus(ORT_FAIL, op);
+  }
+}
+
+Shapes input_shapes(const OrtApi& api, OrtShapeInferContext* context);  // what the context knows; symbols live as long as the context
+void set_output_shapes(const OrtApi& api, OrtShapeInferContext* context, const Shapes& shapes, const std::vector<ONNXTensorElementDataType>& types);
+
+template <class Op, typename T, Device kDevice>
+struct CustomOp : OrtCustomOp {
+  const OrtApi& api;
+
+  explicit CustomOp(const OrtApi& ort) : OrtCustomOp{}, api(ort) {
+    OrtCustomOp::version = SCM_OPS_ORT_API;
+    GetName = [](const OrtCustomOp*) { return Op::kName; };
+    GetExecutionProviderType = [](const OrtCustomOp*) { return kDevice == Device::cuda ? "CUDAExecutionProvider" : "CPUExecutionProvider"; };
+    GetInputTypeCount = [](const OrtCustomOp*) { return std::size(Op::kInputs); };
+    GetInputType = [](const OrtCustomOp*, std::size_t i) { return onnx_type<T>(Op::kInputs[i].type); };
+    GetInputCharacteristic = [](const OrtCustomOp*, std::size_t) { return INPUT_OUTPUT_REQUIRED; };
+    GetInputMemoryType = [](const OrtCustomOp*, std::size_t) { return OrtMemTypeDefault; };
+    GetOutputTypeCount = [](const OrtCustomOp*) { return std::size(Op::kOutputs); };
+    GetOutputType = [](const OrtCustomOp*, std::size_t i) { return onnx_type<T>(Op::kOutputs[i].type); };
+    GetOutputCharacteristic = [](const OrtCustomOp*, std::size_t i) { return Op::kOutputs[i].optional ? INPUT_OUTPUT_OPTIONAL : INPUT_OUTPUT_REQUIRED; };
+    GetVariadicInputMinArity = [](const OrtCustomOp*) { return 1; };
+    GetVariadicInputHomogeneity = [](const OrtCustomOp*) { return 1; };
+    GetVariadicOutputMinArity = [](const OrtCustomOp*) { return 1; };
+    GetVariadicOutputHomogeneity = [](const OrtCustomOp*) { return 1; };
+    GetStartVersion = [](const OrtCustomOp*) { return 1; };
+    GetEndVersion = [](const OrtCustomOp*) { return 1; };
+    CreateKernelV2 = [](const OrtCustomOp* op, const OrtApi* ort, const OrtKernelInfo* info, void** kernel) {
+      (void)op;
+      return guarded(*ort, Op::kName, [&] { *kernel = new Kernel{*ort, Op(Attributes(*ort, info))}; });
+    };
+    KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
+      const Kernel& self = *static_cast<const Kernel*>(kernel);
+      return guarded(self.api, Op::kName, [&] {
+        Context run(self.api, context);
+        if constexpr (kDevice == Device::cuda) {
+          self.op.template cuda<T>(run);
+        } else {
+          self.op.template cpu<T>(run);
+        }
+      });
+    };
+    KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
+    InferOutputShapeFn = [](const OrtCustomOp* op, OrtShapeInferContext* context) {
+      const OrtApi& ort = static_cast<const CustomOp*>(op)->api;
+      return guarded(ort, Op::kName, [&] {
+        std::vector<ONNXTensorElementDataType> types;
+        for (const Argument& output : Op::kOutputs) types.push_back(onnx_type<T>(output.type));
+        const Op self{Attributes(ort, context)};
+        set_output_shapes(ort, context, self.infer(input_shapes(ort, context)), types);
+      });
+    };
+    GetMayInplace = [](int** inputs, int** outputs) -> std::size_t {
+      constexpr std::size_t count = std::size(Op::kInplace);
+      *inputs = new int[count];
+      *outputs = new int[count];
+      for (std::size_t i = 0; i < count; ++i) {
+        (*inputs)[i] = Op::kInplace[i].input;
+        (*outputs)[i] = Op::kInplace[i].output;
+      }
+      return count;
+    };
+    ReleaseMayInplace = [](int* inputs, int* outputs) {
+      delete[] inputs;
+      delete[] outputs;
+    };
+  }
+
+  struct Kernel {
+    const OrtApi& api;
+    Op op;
+  };
+};
+
+// Runs a CPU kernel over `count` rows (or elements, or samples) on the session's threads.
+template <typename Params>
+void run_on_cpu(const Context& run, const Params& params, CpuKernel<Params> kernel, std::int64_t count, std::int64_t grain) {
+  run.parallel(count, grain, [&](std::int64_t begin, std::int64_t end) { kernel(params, begin, end); });
+}
+
+inline void check_launch(const char* error) {
+  if (error) throw Error{std::string("CUDA: ") + error};
+}
+
+using CustomOps = std::vector<std::unique_ptr<OrtCustomOp, void (*)(OrtCustomOp*)>>;
+
+template <class Op, typename T, Device kDevice>
+void add(CustomOps& ops, const OrtApi& api) {
+  ops.emplace_back(new CustomOp<Op, T, kDevice>(api), [](OrtCustomOp* op) { delete static_cast<CustomOp<Op, T, kDevice>*>(op); });
+}
+
+// Adds an operator for every device and element type; `Types` are those of its `element` arguments.
+template <class Op, typename T, typename... Types>
+void add_all(CustomOps& ops, const OrtApi& api) {
+  if constexpr (kElementType<T> != ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16) add<Op, T, Device::cpu>(ops, api);
+#ifdef SCM_OPS_CUDA
+  add<Op, T, Device::cuda>(ops, api);
+#endif
+  if constexpr (sizeof...(Types) > 0) add_all<Op, Types...>(ops, api);
+}
+
+}  // namespace scm

@@ -1,0 +1,65 @@
+// What an operator's op.h, cpu.cc and cuda.cu have in common.
+//
+// CPU kernels are compiled once for each instruction set and chosen when they run, so that one binary serves old and new processors. op.h declares
+// the kernels of a `template <typename T> struct Params` in the operator's namespace with SCM_DECLARE_KERNELS; cpu.cc defines
+//   template <typename T> void SCM_CPU(const Params<T>&, std::int64_t begin, std::int64_t end);
+// and cuda.cu
+//   template <typename T> const char* cuda(const Params<T>&, void* stream);
+// each instantiated for its types. begin and end count what the operator can divide: rows, elements or samples.
+//
+// cpu.cc must not include ONNX Runtime or call templates of the standard library: the linker keeps one copy of such a function, compiled for who knows
+// which processor.
+#pragma once
+
+#include <cstdint>
+
+#include "common/types.h"
+
+#define SCM_PASTE_EXPANDED(a, b) a##b
+#define SCM_PASTE(a, b) SCM_PASTE_EXPANDED(a, b)
+#define SCM_CPU SCM_PASTE(cpu_, SCM_ISA)
+
+#define SCM_INSTANTIATE_CPU                                                               \
+  template void SCM_CPU<float>(const Params<float>&, std::int64_t, std::int64_t);         \
+  template void SCM_CPU<float16>(const Params<float16>&, std::int64_t, std::int64_t);
+#define SCM_INSTANTIATE_CUDA                                   \
+  template const char* cuda<float>(const Params<float>&, void*);     \
+  template const char* cuda<float16>(const Params<float16>&, void*); \
+  template const char* cuda<bfloat16>(const Params<bfloat16>&, void*);
+
+// `cuda` returns null, or what CUDA says is wrong with the launch.
+#define SCM_DECLARE_KERNELS                                             \
+  template <typename T>                                                 \
+  void cpu_generic(const Params<T>&, std::int64_t begin, std::int64_t end); \
+  template <typename T>                                                 \
+  void cpu_v3(const Params<T>&, std::int64_t begin, std::int64_t end);  \
+  template <typename T>                                                 \
+  void cpu_v4(const Params<T>&, std::int64_t begin, std::int64_t end);  \
+  template <typename T>                                                 \
+  const char* cuda(const Params<T>&, void* stream);                     \
+  template <typename T>                                                 \
+  CpuKernel<Params<T>> cpu_kernel() {                                   \
+    return SCM_CHOOSE_KERNEL(T);                                        \
+  }
+
+#ifdef SCM_OPS_X86_LEVELS
+#define SCM_CHOOSE_KERNEL(T) cpu_level() == CpuLevel::v4 ? cpu_v4<T> : cpu_level() == CpuLevel::v3 ? cpu_v3<T> : cpu_generic<T>
+#else
+#define SCM_CHOOSE_KERNEL(T) cpu_generic<T>
+#endif
+
+namespace scm {
+
+template <typename Params>
+using CpuKernel = void (*)(const Params&, std::int64_t begin, std::int64_t end);
+
+enum class CpuLevel { generic, v3, v4 };  // the psABI's levels of x86-64: v3 has AVX2 and FMA, v4 AVX-512
+
+CpuLevel cpu_level();  // of this processor, as the operating system lets it be used
+
+// A piece of work for one thread, in elements: small enough to share, large enough that sharing costs little.
+constexpr std::int64_t kGrain = 16384;
+
+constexpr std::int64_t grain_in_rows(std::int64_t row) { return row >= kGrain || row < 1 ? 1 : kGrain / row; }
+
+}  // namespace scm

@@ -1,0 +1,63 @@
+// The element arithmetic that CPU and CUDA kernels share. EDM2 is arXiv 2312.02696.
+#pragma once
+
+#include "common/types.h"
+
+namespace scm {
+inline namespace SCM_ISA {
+
+// e^x to about one unit in the last place, without branches or tables, so that loops over it vectorise. Clamped to the range of normal floats.
+SCM_HD float exponential(float x) {
+#ifdef __CUDA_ARCH__
+  return __expf(x);
+#else
+  x = x < -87.0f ? -87.0f : x;
+  x = x > 88.0f ? 88.0f : x;
+  const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the integer nearest to x / ln 2 lands in the low bits
+  const float n = shifted - 12582912.0f;
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  return p * float_of((bits_of(shifted) << 23) + 0x3f800000u);
+#endif
+}
+
+// mp_silu: silu(x) / 0.596 (EDM2, equation 81).
+SCM_HD float activate(float x) {
+  const float denominator = 1.0f + exponential(-x);
+#ifdef __CUDA_ARCH__
+  return __fdividef(x, denominator) * (1.0f / 0.596f);
+#else
+  return x / denominator * (1.0f / 0.596f);
+#endif
+}
+
+// NaN stays NaN, as with torch.clamp.
+SCM_HD float clamp(float x, float bound) {
+  x = x < -bound ? -bound : x;
+  return x > bound ? bound : x;
+}
+
+// A pixel's level: rounded to nearest even, NaN to 0.
+SCM_HD std::uint8_t to_level(float x) {
+  x = x > 0.0f ? x : 0.0f;
+  x = x < 255.0f ? x : 255.0f;
+  return static_cast<std::uint8_t>(bits_of(x + 12582912.0f) & 0xffu);  // 1.5 * 2^23: the addition rounds
+}
+
+// The factor of a pixel norm (EDM2, equation 30): 1 / (eps + |x| / sqrt(C)).
+SCM_HD float inverse_norm(float sum_of_squares, float channels, float eps) {
+#ifdef __CUDA_ARCH__
+  return 1.0f / (eps + sqrtf(sum_of_squares / channels));
+#else
+  return 1.0f / (eps + __builtin_sqrtf(sum_of_squares / channels));
+#endif
+}
+
+}  // namespace SCM_ISA
+}  // namespace scm
