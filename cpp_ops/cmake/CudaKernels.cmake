@@ -1,6 +1,5 @@
-# SCM_OPS_CUDA_FOUND: whether to build CUDA kernels, and for what: SCM_OPS_CUDA_ARCHITECTURES, SCM_OPS_CUDA_VERSION.
+# SCM_OPS_CUDA_FOUND: whether to build CUDA kernels, for SCM_OPS_CUDA_ARCHITECTURES.
 set(SCM_OPS_CUDA_FOUND OFF)
-set(SCM_OPS_CUDA_VERSION "")
 # Real code for Ampere (A100; 30 series), Ada and Hopper, and PTX of the last for what comes after.
 set(SCM_OPS_CUDA_ARCHITECTURES 80-real 86-real 89-real 90-real 90-virtual CACHE STRING "CUDA architectures to compile for")
 
@@ -13,8 +12,13 @@ if(NOT SCM_OPS_CUDA STREQUAL "OFF")
   if(CMAKE_CUDA_COMPILER)
     enable_language(CUDA)
     find_package(CUDAToolkit REQUIRED)
-    set(SCM_OPS_CUDA_FOUND ON)
-    set(SCM_OPS_CUDA_VERSION "${CUDAToolkit_VERSION_MAJOR}.${CUDAToolkit_VERSION_MINOR}")
+    if(CMAKE_CUDA_COMPILER_ID STREQUAL "NVIDIA" AND CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 12.0)
+      set(SCM_OPS_CUDA_FOUND ON)
+    elseif(SCM_OPS_CUDA STREQUAL "ON")
+      message(FATAL_ERROR "The CUDA kernels need nvcc 12.0 or newer, got ${CMAKE_CUDA_COMPILER_ID} ${CMAKE_CUDA_COMPILER_VERSION}")
+    else()
+      message(STATUS "nvcc ${CMAKE_CUDA_COMPILER_VERSION} is older than 12.0: CPU kernels only")
+    endif()
   elseif(SCM_OPS_CUDA STREQUAL "ON")
     message(FATAL_ERROR "SCM_OPS_CUDA=ON, and no nvcc was found. Install the CUDA toolkit, name it with CUDACXX, or set SCM_OPS_CUDA=AUTO or OFF.")
   else()

@@ -58,7 +58,7 @@ enum class CpuLevel { generic, v3, v4 };  // the psABI's levels of x86-64: v3 ha
 CpuLevel cpu_level();  // of this processor, as the operating system lets it be used
 
 // A piece of work for one thread, in elements: small enough to share, large enough that sharing costs little.
-constexpr std::int64_t kGrain = 16384;
+constexpr std::int64_t kGrain = 32768;
 
 constexpr std::int64_t grain_in_rows(std::int64_t row) { return row >= kGrain || row < 1 ? 1 : kGrain / row; }
 

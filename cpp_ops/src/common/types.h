@@ -59,10 +59,8 @@ SCM_HD float to_float(float16 x) {
 #else
   const std::uint32_t sign = static_cast<std::uint32_t>(x.bits & 0x8000u) << 16;
   const std::uint32_t magnitude = x.bits & 0x7fffu;
-  const float normal = float_of((magnitude << 13) + 0x38000000u);                   // exponent bias 15 to 127
-  const float subnormal = static_cast<float>(static_cast<std::int32_t>(magnitude)) * 5.9604644775390625e-8f;  // 2^-24
-  const float finite = magnitude < 0x0400u ? subnormal : normal;
-  const std::uint32_t special = (magnitude << 13) | 0x7f800000u;                    // infinity, NaN
+  const float finite = float_of(magnitude << 13) * 0x1p112f;  // exponent bias 15 to 127, subnormal numbers too
+  const std::uint32_t special = (magnitude << 13) | 0x7f800000u;  // infinity, NaN
   return float_of((magnitude >= 0x7c00u ? special : bits_of(finite)) | sign);
 #endif
 }
@@ -78,10 +76,14 @@ struct Rounded<float> {
 template <>
 struct Rounded<bfloat16> {
   static SCM_HD bfloat16 from(float x) {
+#ifdef __CUDA_ARCH__
+    return {__bfloat16_as_ushort(__float2bfloat16_rn(x))};
+#else
     const std::uint32_t bits = bits_of(x);
     const std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     const std::uint32_t nan = (bits >> 16) | 0x40u;
     return {static_cast<std::uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded)};
+#endif
   }
 };
 
@@ -91,15 +93,13 @@ struct Rounded<float16> {
 #ifdef __CUDA_ARCH__
     return {__half_as_ushort(__float2half_rn(x))};
 #else
-    const std::uint32_t bits = bits_of(x);
-    const std::uint32_t sign = (bits >> 16) & 0x8000u;
-    const std::uint32_t magnitude = bits & 0x7fffffffu;
-    const std::uint32_t normal = (magnitude - 0x38000000u + 0x0fffu + ((magnitude >> 13) & 1u)) >> 13;  // to nearest even; may carry into infinity
-    const std::uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000u;                  // the addition rounds to multiples of 2^-24
-    std::uint32_t result = magnitude < 0x38800000u ? subnormal : normal;
-    result = magnitude >= 0x47800000u ? 0x7c00u : result;
-    result = magnitude > 0x7f800000u ? 0x7e00u : result;
-    return {static_cast<std::uint16_t>(result | sign)};
+    // Adding a power of two 2^(e + 13), e the exponent of x and at least that of the subnormals, lets the addition itself round to 11 bits.
+    const std::uint32_t twice = bits_of(x) << 1;  // without the sign
+    const std::uint32_t exponent = (twice & 0xff000000u) < 0x71000000u ? 0x71000000u : twice & 0xff000000u;
+    const float overflowing = float_of(twice >> 1) * 0x1p112f * 0x1p-110f;  // infinite from 2^16 on
+    const std::uint32_t rounded = bits_of(float_of((exponent >> 1) + 0x07800000u) + overflowing);
+    const std::uint32_t magnitude = ((rounded >> 13) & 0x7c00u) + (rounded & 0x0fffu);
+    return {static_cast<std::uint16_t>((twice > 0xff000000u ? 0x7e00u : magnitude) | ((bits_of(x) >> 16) & 0x8000u))};
 #endif
   }
 };

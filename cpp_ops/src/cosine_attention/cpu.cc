@@ -1,5 +1,5 @@
 // A block of queries against all keys of its head. Both products, q k^T and softmax v, go through one register-blocked multiplication whose vectors
-// have the width of the instruction set; keys are transposed and values padded for it.
+// have the width of the instruction set; keys and values are laid out for it in panels of kColumns columns, padded with zeros.
 #include "cosine_attention/op.h"
 
 #include <cstdlib>
@@ -20,12 +20,12 @@ constexpr int kColumns = 2 * kLanes;
 
 typedef float Vector __attribute__((vector_size(kLanes * sizeof(float)), may_alias));
 
-// C[kRows, columns] = A[kRows, depth] B[depth, columns]; columns is a multiple of kColumns, B and C are aligned for vectors.
+// C[kRows, columns] = A[kRows, depth] B, with B in panels [columns / kColumns, depth, kColumns]; B and C are aligned for vectors.
 void multiply(const float* A, const float* B, float* C, std::int64_t depth, std::int64_t columns) {
   for (std::int64_t column = 0; column < columns; column += kColumns) {
     Vector sums[kRows][2] = {};
     for (std::int64_t k = 0; k < depth; ++k) {
-      const auto* b = reinterpret_cast<const Vector*>(B + k * columns + column);
+      const auto* b = reinterpret_cast<const Vector*>(B + column * depth + k * kColumns);
 #pragma GCC unroll 8
       for (int row = 0; row < kRows; ++row) {
         sums[row][0] += A[row * depth + k] * b[0];
@@ -59,7 +59,8 @@ float exponentials(float* scores, std::int64_t length, std::int64_t columns) {
   float sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (std::int64_t i = 0; i < length; ++i) {
-    scores[i] = exponential(scores[i] - largest);
+    const float below = scores[i] - largest;
+    scores[i] = exponential(bounded(below, 87.0f)) + (below - below);  // NaN stays NaN
     sum += scores[i];
   }
   for (std::int64_t i = length; i < columns; ++i) scores[i] = 0;
@@ -105,9 +106,14 @@ void SCM_CPU(const Params<T>& p, std::int64_t begin, std::int64_t end) {
       loaded = head;
       for (std::int64_t l = 0; l < length; ++l) {
         const float norm_k = factor(k + l * token, size, p.eps), norm_v = factor(v + l * token, size, p.eps);
-        for (std::int64_t c = 0; c < size; ++c) K[c * keys + l] = to_float(k[l * token + c]) * norm_k;
+        float *column = K + l / kColumns * kColumns * size + l % kColumns, *row = V + l * kColumns;
+        for (std::int64_t c = 0; c < size; ++c) column[c * kColumns] = to_float(k[l * token + c]) * norm_k;
+        for (std::int64_t panel = 0; panel < size; panel += kColumns) {
+          const std::int64_t count = size - panel < kColumns ? size - panel : kColumns;
+          const T* part = v + l * token + panel;
 #pragma omp simd
-        for (std::int64_t c = 0; c < size; ++c) V[l * width + c] = to_float(v[l * token + c]) * norm_v;
+          for (std::int64_t c = 0; c < count; ++c) row[panel * keys + c] = to_float(part[c]) * norm_v;
+        }
       }
     }
     const std::int64_t first = unit % blocks * kQueries, last = first + kQueries < length ? first + kQueries : length;

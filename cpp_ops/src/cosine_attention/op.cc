@@ -47,8 +47,8 @@ struct CosineAttention {
     auto p = params<T>(run);
     bool out_of_memory = false;
     p.out_of_memory = &out_of_memory;
-    const std::int64_t blocks = p.samples * p.heads * cosine_attention::query_blocks(p.length);
-    run_on_cpu(run, p, cosine_attention::cpu_kernel<T>(), blocks, blocks / 32 + 1);  // blocks of one head share its keys
+    const std::int64_t blocks = cosine_attention::query_blocks(p.length);
+    run_on_cpu(run, p, cosine_attention::cpu_kernel<T>(), p.samples * p.heads * blocks, (blocks + 1) / 2);  // blocks of one head share its keys
     if (out_of_memory) throw std::bad_alloc();
   }
 

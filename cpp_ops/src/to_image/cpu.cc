@@ -3,17 +3,28 @@
 
 namespace scm::to_image {
 
+namespace {
+
+constexpr std::int64_t kTile = 256;  // pixels
+
+// One channel of a tile: contiguous levels first, which vectorises, then their places among the other channels.
+template <typename T>
+void place(const T* x, std::uint8_t* image, std::int64_t channels, std::int64_t count, float scale, float offset) {
+  std::uint8_t levels[kTile];
+#pragma omp simd
+  for (std::int64_t i = 0; i < count; ++i) levels[i] = to_level(to_float(x[i]) * scale + offset);
+  for (std::int64_t i = 0; i < count; ++i) image[i * channels] = levels[i];
+}
+
+}  // namespace
+
 template <typename T>
 void SCM_CPU(const Params<T>& p, std::int64_t begin, std::int64_t end) {
   while (begin < end) {  // pixels of one sample at a time
-    const std::int64_t sample = begin / p.pixels, sample_end = (sample + 1) * p.pixels, stop = end < sample_end ? end : sample_end;
-    const std::int64_t first = begin - sample * p.pixels, count = stop - begin;
-    for (std::int64_t c = 0; c < p.channels; ++c) {
-      const T* x = p.x + (sample * p.channels + c) * p.pixels + first;
-      std::uint8_t* image = p.image + begin * p.channels + c;
-#pragma omp simd
-      for (std::int64_t i = 0; i < count; ++i) image[i * p.channels] = to_level(to_float(x[i]) * p.scale + p.offset);
-    }
+    const std::int64_t sample = begin / p.pixels, sample_end = (sample + 1) * p.pixels, limit = end < sample_end ? end : sample_end;
+    const std::int64_t stop = limit - begin < kTile ? limit : begin + kTile;
+    const T* x = p.x + sample * p.channels * p.pixels + (begin - sample * p.pixels);
+    for (std::int64_t c = 0; c < p.channels; ++c) place(x + c * p.pixels, p.image + begin * p.channels + c, p.channels, stop - begin, p.scale, p.offset);
     begin = stop;
   }
 }

@@ -1,0 +1,57 @@
+// x_next = cos t' (cos t x - sin t sigma_data F) + sin t' sigma_data noise. The grid's y counts samples; two threads of a block find the sines and
+// cosines, in double, for the block. A thread takes two vectors of four elements, or two elements.
+#include "common/cuda.h"
+#include "consistency_step/op.h"
+
+namespace scm::consistency_step {
+namespace {
+
+constexpr int kFour = 4;  // floats in 16 bytes
+
+template <typename T, int kWidth>
+struct Inputs {
+  Vector<float, kWidth> x, noise;
+  Vector<T, kWidth> F;
+};
+
+template <typename T, int kWidth>
+__global__ void __launch_bounds__(kThreads) kernel(const Params<T> p) {
+  __shared__ float sines[2], cosines[2];  // of t, t'
+  for (std::int64_t sample = blockIdx.y; sample < p.samples; sample += gridDim.y) {
+    __syncthreads();  // the sample before is done
+    if (threadIdx.x < 2) {
+      double sine, cosine;
+      sincos(static_cast<double>(threadIdx.x == 0 ? p.t[sample] : p.t_next[sample]), &sine, &cosine);
+      sines[threadIdx.x] = static_cast<float>(sine);
+      cosines[threadIdx.x] = static_cast<float>(cosine);
+    }
+    __syncthreads();
+    const float cos = cosines[0], sin = sines[0] * p.sigma_data, cos_next = cosines[1], sin_next = sines[1] * p.sigma_data;
+    const std::int64_t start = sample * p.size;
+    for_each(
+        p.size / kWidth,
+        [&](std::int64_t i) { return Inputs<T, kWidth>{load<kWidth>(p.x + start, i), load<kWidth>(p.noise + start, i), load<kWidth>(p.F + start, i)}; },
+        [&](std::int64_t i, const Inputs<T, kWidth>& in) {
+          Vector<float, kWidth> x_next;
+#pragma unroll
+          for (int c = 0; c < kWidth; ++c) {
+            const float denoised = cos * in.x.values[c] - sin * to_float(in.F.values[c]);
+            x_next.values[c] = cos_next * denoised + sin_next * in.noise.values[c];
+          }
+          store(p.x_next + start, i, x_next);
+        });
+  }
+}
+
+}  // namespace
+
+template <typename T>
+const char* cuda(const Params<T>& p, void* stream) {
+  if (p.size % kFour == 0 && aligned(16, p.x, p.noise, p.x_next) && aligned(kFour * sizeof(T), p.F)) {
+    return launch(kernel<T, kFour>, grid_of(p.size / kFour, kShare, p.samples), kThreads, stream, p);
+  }
+  return launch(kernel<T, 1>, grid_of(p.size, kShare, p.samples), kThreads, stream, p);
+}
+SCM_INSTANTIATE_CUDA
+
+}  // namespace scm::consistency_step

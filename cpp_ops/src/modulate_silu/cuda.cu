@@ -1,0 +1,46 @@
+// z = mp_silu(y scale), one scale a sample and channel. The grid's y counts samples; a thread takes two vectors of 16 bytes of one sample, or two
+// elements. The scales, a row a sample, come from the cache.
+#include "common/cuda.h"
+#include "modulate_silu/op.h"
+
+namespace scm::modulate_silu {
+namespace {
+
+template <typename T, int kWidth>
+struct Pair {
+  Vector<T, kWidth> y, scale;
+};
+
+template <typename T, int kWidth>
+__global__ void __launch_bounds__(kThreads) kernel(const Params<T> p) {
+  const std::int64_t channels = p.channels / kWidth;
+  for (std::int64_t sample = blockIdx.y; sample < p.samples; sample += gridDim.y) {
+    const T* y = p.y + sample * p.pixels * p.channels;
+    const T* scale = p.scale + sample * p.channels;
+    T* z = p.z + sample * p.pixels * p.channels;
+    for_each(
+        p.pixels * channels,
+        [&](std::int64_t i) { return Pair<T, kWidth>{load<kWidth>(y, i), load<kWidth>(scale, i - quotient(i, channels) * channels)}; },
+        [&](std::int64_t i, const Pair<T, kWidth>& in) {
+          Vector<T, kWidth> result;
+#pragma unroll
+          for (int c = 0; c < kWidth; ++c) result.values[c] = from_float<T>(activate(to_float(in.y.values[c]) * to_float(in.scale.values[c])));
+          store(z, i, result);
+        });
+  }
+}
+
+}  // namespace
+
+template <typename T>
+const char* cuda(const Params<T>& p, void* stream) {
+  constexpr int width = kWidest<T>;
+  const std::int64_t count = p.pixels * p.channels;
+  if (p.channels % width == 0 && aligned(16, p.y, p.scale, p.z)) {
+    return launch(kernel<T, width>, grid_of(count / width, kShare, p.samples), kThreads, stream, p);
+  }
+  return launch(kernel<T, 1>, grid_of(count, kShare, p.samples), kThreads, stream, p);
+}
+SCM_INSTANTIATE_CUDA
+
+}  // namespace scm::modulate_silu

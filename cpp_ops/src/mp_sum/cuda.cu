@@ -1,0 +1,39 @@
+// y = clamp(a weight_a + b weight_b, -clip, clip), and mp_silu(y) if it is asked for. A thread takes two vectors of 16 bytes, or two elements.
+#include "common/cuda.h"
+#include "mp_sum/op.h"
+
+namespace scm::mp_sum {
+namespace {
+
+template <typename T, int kWidth>
+struct Pair {
+  Vector<T, kWidth> a, b;
+};
+
+template <typename T, int kWidth>
+__global__ void __launch_bounds__(kThreads) kernel(const Params<T> p) {
+  for_each(
+      p.count / kWidth, [&](std::int64_t i) { return Pair<T, kWidth>{load<kWidth>(p.a, i), load<kWidth>(p.b, i)}; },
+      [&](std::int64_t i, const Pair<T, kWidth>& in) {
+        Vector<T, kWidth> y;
+#pragma unroll
+        for (int c = 0; c < kWidth; ++c) {
+          y.values[c] = from_float<T>(clamp(to_float(in.a.values[c]) * p.weight_a + to_float(in.b.values[c]) * p.weight_b, p.clip));
+        }
+        store(p.y, i, y);
+        if (p.activated) store(p.activated, i, activate(y));
+      });
+}
+
+}  // namespace
+
+template <typename T>
+const char* cuda(const Params<T>& p, void* stream) {
+  if (p.count % kWidest<T> == 0 && aligned(16, p.a, p.b, p.y, p.activated)) {
+    return launch(kernel<T, kWidest<T>>, grid_of(p.count / kWidest<T>, kShare), kThreads, stream, p);
+  }
+  return launch(kernel<T, 1>, grid_of(p.count, kShare), kThreads, stream, p);
+}
+SCM_INSTANTIATE_CUDA
+
+}  // namespace scm::mp_sum

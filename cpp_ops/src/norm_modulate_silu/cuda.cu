@@ -1,0 +1,109 @@
+// z = mp_silu(pixel_norm(y) pixel_norm(s) + pixel_norm(b)), with s and b one row each a sample. The grid's y counts samples. A row of y belongs to 1 to
+// 32 lanes of a warp, which hold it in registers between the sum of its squares and the result; rows too long for that are read a second time. Those
+// lanes also find the norms of s and b, once for all their rows, and take s and b from the cache again for every row.
+#include "common/cuda.h"
+#include "norm_modulate_silu/op.h"
+
+namespace scm::norm_modulate_silu {
+namespace {
+
+// The modulation of a sample: its two rows and their factors.
+template <typename T, int kWidth>
+struct Modulation {
+  const T *scale, *shift;
+  float norm_scale, norm_shift;
+
+  __device__ __forceinline__ Modulation(const Params<T>& p, std::int64_t sample, int lane, int lanes)
+      : scale(p.modulation + sample * 2 * p.channels), shift(scale + p.channels) {
+    float squares_scale = 0, squares_shift = 0;
+    for (std::int64_t v = lane; v < p.channels / kWidth; v += lanes) {
+      squares_scale += sum_of_squares(load<kWidth>(scale, v));
+      squares_shift += sum_of_squares(load<kWidth>(shift, v));
+    }
+    norm_scale = inverse_norm(group_sum(squares_scale, lanes), static_cast<float>(p.channels), p.eps);
+    norm_shift = inverse_norm(group_sum(squares_shift, lanes), static_cast<float>(p.channels), p.eps);
+  }
+
+  // Of vector v of a row whose norm and norm_scale make up `factor`.
+  __device__ __forceinline__ Vector<T, kWidth> apply(std::int64_t v, const Vector<T, kWidth>& y, float factor) const {
+    const Vector<T, kWidth> s = load<kWidth>(scale, v), b = load<kWidth>(shift, v);
+    Vector<T, kWidth> z;
+#pragma unroll
+    for (int c = 0; c < kWidth; ++c) {
+      z.values[c] = from_float<T>(activate(to_float(y.values[c]) * factor * to_float(s.values[c]) + to_float(b.values[c]) * norm_shift));
+    }
+    return z;
+  }
+};
+
+template <typename T, int kWidth, int kVectors>
+__global__ void __launch_bounds__(kThreads) kernel(const Params<T> p, int lanes) {
+  const int vectors = static_cast<int>(p.channels / kWidth), lane = static_cast<int>(threadIdx.x) & (lanes - 1);
+  const std::int64_t rows = kThreads / lanes;  // of a block
+  for (std::int64_t sample = blockIdx.y; sample < p.samples; sample += gridDim.y) {
+    const Modulation<T, kWidth> modulation(p, sample, lane, lanes);
+    for (std::int64_t first = blockIdx.x * rows; first < p.pixels; first += gridDim.x * rows) {
+      const std::int64_t pixel = first + threadIdx.x / lanes, row = sample * p.pixels + pixel;
+      const int count = pixel < p.pixels ? vectors : 0;  // lanes without a row must come to the sum too
+      Vector<T, kWidth> y[kVectors];
+      float sum = 0;
+#pragma unroll
+      for (int j = 0; j < kVectors; ++j) {
+        if (lane + j * lanes < count) y[j] = load<kWidth>(p.y, row * vectors + lane + j * lanes);
+      }
+#pragma unroll
+      for (int j = 0; j < kVectors; ++j) {
+        if (lane + j * lanes < count) sum += sum_of_squares(y[j]);
+      }
+      const float factor = inverse_norm(group_sum(sum, lanes), static_cast<float>(p.channels), p.eps) * modulation.norm_scale;
+#pragma unroll
+      for (int j = 0; j < kVectors; ++j) {
+        if (lane + j * lanes < count) store(p.z, row * vectors + lane + j * lanes, modulation.apply(lane + j * lanes, y[j], factor));
+      }
+    }
+  }
+}
+
+// A warp to a row.
+template <typename T, int kWidth>
+__global__ void __launch_bounds__(kThreads) long_rows(const Params<T> p) {
+  const std::int64_t vectors = p.channels / kWidth, warps = kThreads / kWarp;
+  const int lane = threadIdx.x % kWarp;
+  for (std::int64_t sample = blockIdx.y; sample < p.samples; sample += gridDim.y) {
+    const Modulation<T, kWidth> modulation(p, sample, lane, kWarp);
+    for (std::int64_t pixel = blockIdx.x * warps + threadIdx.x / kWarp; pixel < p.pixels; pixel += gridDim.x * warps) {
+      const std::int64_t start = (sample * p.pixels + pixel) * vectors;
+      float sum = 0;
+#pragma unroll 4
+      for (std::int64_t v = lane; v < vectors; v += kWarp) sum += sum_of_squares(load<kWidth>(p.y, start + v));
+      const float factor = inverse_norm(group_sum(sum, kWarp), static_cast<float>(p.channels), p.eps) * modulation.norm_scale;
+      for (std::int64_t v = lane; v < vectors; v += kWarp) store(p.z, start + v, modulation.apply(v, load<kWidth>(p.y, start + v), factor));
+    }
+  }
+}
+
+// Enough blocks to fill the largest GPUs several times over. More would find the modulation's norms more often than they must.
+constexpr std::int64_t kBlocks = 4096;
+
+dim3 grid(std::int64_t pixels, std::int64_t rows, std::int64_t samples) {
+  const std::int64_t most = ceil_div(kBlocks, samples), needed = ceil_div(pixels, rows);
+  return grid_of(needed < most ? needed : most, 1, samples);
+}
+
+}  // namespace
+
+template <typename T>
+const char* cuda(const Params<T>& p, void* stream) {
+  const bool wide = p.channels % kWidest<T> == 0 && aligned(16, p.y, p.modulation, p.z);
+  return with_row_shape<T>(p.channels, wide, [&](auto width, auto per_lane) {
+    if constexpr (per_lane.value == 0) {
+      return launch(long_rows<T, width.value>, grid(p.pixels, kThreads / kWarp, p.samples), kThreads, stream, p);
+    } else {
+      const int lanes = lanes_of(p.channels / width.value, per_lane.value);
+      return launch(kernel<T, width.value, per_lane.value>, grid(p.pixels, kThreads / lanes, p.samples), kThreads, stream, p, lanes);
+    }
+  });
+}
+SCM_INSTANTIATE_CUDA
+
+}  // namespace scm::norm_modulate_silu

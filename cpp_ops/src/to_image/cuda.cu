@@ -1,0 +1,64 @@
+// Bytes round(clamp(x scale + offset, 0, 255)), channels first to channels last. The grid's y counts samples. For 1 and 3 channels a thread takes four
+// neighbouring pixels: one load a channel and whole words to write. Otherwise it takes one, and a warp's bytes meet in the cache.
+#include "common/cuda.h"
+#include "to_image/op.h"
+
+namespace scm::to_image {
+namespace {
+
+constexpr int kPixels = 4;
+
+template <typename T, int kChannels>
+__global__ void __launch_bounds__(kThreads) four_pixels(const Params<T> p) {
+  struct Levels {
+    Vector<T, kPixels> planes[kChannels];
+  };
+  for (std::int64_t sample = blockIdx.y; sample < p.samples; sample += gridDim.y) {
+    const T* x = p.x + sample * kChannels * p.pixels;
+    std::uint8_t* image = p.image + sample * kChannels * p.pixels;
+    for_each(
+        p.pixels / kPixels,
+        [&](std::int64_t i) {
+          Levels in;
+#pragma unroll
+          for (int c = 0; c < kChannels; ++c) in.planes[c] = load<kPixels>(x + c * p.pixels, i);
+          return in;
+        },
+        [&](std::int64_t i, const Levels& in) {
+#pragma unroll
+          for (int word = 0; word < kChannels; ++word) {
+            Vector<std::uint8_t, 4> bytes;
+#pragma unroll
+            for (int byte = 0; byte < 4; ++byte) {
+              const int index = word * 4 + byte;  // in the four pixels
+              bytes.values[byte] = to_level(to_float(in.planes[index % kChannels].values[index / kChannels]) * p.scale + p.offset);
+            }
+            store(image, i * kChannels + word, bytes);
+          }
+        });
+  }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads) one_pixel(const Params<T> p) {
+  for (std::int64_t sample = blockIdx.y; sample < p.samples; sample += gridDim.y) {
+    const T* x = p.x + sample * p.channels * p.pixels;
+    std::uint8_t* image = p.image + sample * p.channels * p.pixels;
+    for (std::int64_t pixel = std::int64_t{blockIdx.x} * kThreads + threadIdx.x; pixel < p.pixels; pixel += std::int64_t{gridDim.x} * kThreads) {
+      for (std::int64_t c = 0; c < p.channels; ++c) image[pixel * p.channels + c] = to_level(to_float(x[c * p.pixels + pixel]) * p.scale + p.offset);
+    }
+  }
+}
+
+}  // namespace
+
+template <typename T>
+const char* cuda(const Params<T>& p, void* stream) {
+  if ((p.channels == 1 || p.channels == 3) && p.pixels % kPixels == 0 && aligned(kPixels * sizeof(T), p.x) && aligned(4, p.image)) {
+    return launch(p.channels == 1 ? four_pixels<T, 1> : four_pixels<T, 3>, grid_of(p.pixels / kPixels, kShare, p.samples), kThreads, stream, p);
+  }
+  return launch(one_pixel<T>, grid_of(p.pixels, kThreads, p.samples), kThreads, stream, p);
+}
+SCM_INSTANTIATE_CUDA
+
+}  // namespace scm::to_image
