@@ -1,10 +1,13 @@
 # The only commands that people and CI call. Everything lands in .venv, which the first target that needs it makes.
 #
 #   make test PYTHON=python3.12        another interpreter for .venv
+#   make ops SCM_OPS_CUDA=OFF          the library for the CPU alone
 #
 # A stamp is written only after its install has succeeded, so a broken download is tried again by the next call.
 
 PYTHON ?= python3
+CMAKE  ?= cmake
+CTEST  ?= ctest
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
@@ -12,8 +15,10 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 MADE     := $(VENV)/.stamp-made
 LIGHT    := $(VENV)/.stamp-light
 FULL     := $(VENV)/.stamp-full
+OPS      := $(VENV)/.stamp-ops
 PACKAGE  := pyproject.toml constraints.txt scm_runtime/_version.py
 EXTRAS   := cpu,export,hub,example,test,dev
+KERNELS  := $(shell find cpp_ops -name '.*' -prune -o -type f -print)
 
 DEMO     := demo/digits.png
 LABELS   := 0,1,2,3,4,5,6,7,8,9,0,1,2,3,4,5,6,7,8,9
@@ -21,17 +26,17 @@ BENCHES  := $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:  # two pips must not fill one .venv at a time
-.PHONY: help demo test lint types bench format dist constraints clean
+.PHONY: help demo test lint types ops ops-test ops-sanitize bench format dist constraints clean
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## /\1	/p' $(MAKEFILE_LIST) | while IFS='	' read -r name what; do printf '  make %-12s %s\n' "$$name" "$$what"; done
+	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | while IFS='	' read -r name what; do printf '  make %-12s %s\n' "$$name" "$$what"; done
 
 demo: $(LIGHT) ## draw twenty digits with the embedded model; installs no torch
 	@mkdir -p $(dir $(DEMO))
 	$(BIN)/scm-runtime generate digits --labels $(LABELS) --seed 1460 --columns 10 -o $(DEMO)
 	@echo "The digits are in $(CURDIR)/$(DEMO)"
 
-test: $(FULL) ## run the tests (ARGS="-k noise" to choose)
+test: $(FULL) $(OPS) ## run the tests (ARGS="-k noise" to choose)
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(FULL) ## ruff: rules and format
@@ -41,7 +46,16 @@ lint: $(FULL) ## ruff: rules and format
 types: $(FULL) ## mypy --strict
 	$(BIN)/mypy --strict
 
-bench: $(FULL) ## run every script in benchmarks/
+ops: $(LIGHT) ## build the library of kernels and put it where .venv finds it (SCM_OPS_CUDA=ON|OFF|AUTO, OPS_FLAGS for CMake)
+	$(call build-ops,$(or $(SCM_OPS_CUDA),AUTO))
+
+ops-test: $(LIGHT) ## build and run the C++ tests of the library
+	$(call test-ops,build/ops-test,)
+
+ops-sanitize: $(LIGHT) ## the same under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(call test-ops,build/sanitize,-DSCM_OPS_SANITIZE=ON)
+
+bench: $(FULL) $(OPS) ## run every script in benchmarks/
 	@set -e; for script in $(BENCHES); do echo "== $$script"; $(BIN)/python "$$script"; done
 
 format: $(FULL) ## put the code into ruff's format and mend what it can
@@ -71,6 +85,40 @@ clean: ## remove what was built or drawn; .venv stays
 	rm -rf build dist demo .mypy_cache .ruff_cache .pytest_cache
 	find scm_runtime export tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
+# -- The library of kernels --------------------------------------------------------------------------------------------
+
+# CUDA kernels take minutes to compile. An install builds none unless told to; `make ops` does where there is nvcc, and what it
+# last built is what later targets keep up to date with the sources.
+
+CHECK_CMAKE = command -v $(CMAKE) > /dev/null \
+	|| { echo "The library of kernels needs CMake 3.24 or newer, and $(CMAKE) was not found. Install it (apt-get install cmake) or name one: make $@ CMAKE=..." >&2; exit 1; }
+NINJA       = $(if $(wildcard $(1)/CMakeCache.txt),,$(if $(shell command -v ninja),-G Ninja))
+JOBS       ?= $(shell nproc 2> /dev/null || echo 2)
+SITE        = $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("platlib"))')
+
+# $(1): ON, OFF or AUTO, or nothing for what it was last time
+define build-ops
+@$(CHECK_CMAKE)
+$(CMAKE) -S cpp_ops -B build/ops $(call NINJA,build/ops) -DCMAKE_BUILD_TYPE=Release $(if $(1),-DSCM_OPS_CUDA=$(1)) $(OPS_FLAGS)
+$(CMAKE) --build build/ops --parallel $(JOBS)
+$(CMAKE) --install build/ops --prefix "$(SITE)"
+@# An editable install that was made without the library does not look there.
+@$(BIN)/python -c 'import sys; from scm_runtime.native import find_library; sys.exit(find_library() is None)' \
+	|| SCM_REQUIRE_OPS=1 SCM_OPS_CUDA=$(1) $(PIP) install --no-deps -e .
+@touch $(OPS)
+endef
+
+# $(1): where; $(2): further options
+define test-ops
+@$(CHECK_CMAKE)
+$(CMAKE) -S cpp_ops -B $(1) $(call NINJA,$(1)) -DSCM_OPS_CUDA=$(or $(SCM_OPS_CUDA),OFF) -DSCM_OPS_TESTS=ON $(2) $(OPS_FLAGS)
+$(CMAKE) --build $(1) --parallel $(JOBS)
+$(CTEST) --test-dir $(1) --output-on-failure
+endef
+
+$(OPS): $(LIGHT) $(KERNELS)
+	$(call build-ops,$(or $(SCM_OPS_CUDA),$(if $(wildcard build/ops/CMakeCache.txt),,OFF)))
+
 # -- The virtual environment ------------------------------------------------------------------------------------------
 
 CHECK_PYTHON = command -v $(PYTHON) > /dev/null \
@@ -83,10 +131,16 @@ $(MADE):
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
+# The library that pip builds is as new as its sources; where `make ops` has built another, that one is put back.
+INSTALL = SCM_OPS_CUDA=$(or $(SCM_OPS_CUDA),OFF) $(PIP) install -c constraints.txt -e
+FRESH   = @test -e build/ops/CMakeCache.txt || touch $(OPS)
+
 $(LIGHT): $(MADE) $(PACKAGE)
-	$(PIP) install -c constraints.txt -e '.[cpu]'
+	$(INSTALL) '.[cpu]'
 	@touch $@
+	$(FRESH)
 
 $(FULL): $(MADE) $(PACKAGE)
-	$(PIP) install -c constraints.txt -e '.[$(EXTRAS)]'
+	$(INSTALL) '.[$(EXTRAS)]'
 	@touch $(LIGHT) $@
+	$(FRESH)

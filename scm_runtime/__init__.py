@@ -18,10 +18,11 @@ from scm_runtime.errors import (
     InferenceError,
     InvalidArgumentError,
     MissingDependencyError,
+    NativeOpsError,
     OutputError,
     ScmError,
 )
-from scm_runtime.generator import Generator
+from scm_runtime.generator import Generator, GeneratorInfo
 from scm_runtime.samples import Samples, Timings
 
 __all__ = [
@@ -30,10 +31,12 @@ __all__ = [
     "BundleNotFoundError",
     "BundleSchemaError",
     "Generator",
+    "GeneratorInfo",
     "InferenceError",
     "InvalidArgumentError",
     "Manifest",
     "MissingDependencyError",
+    "NativeOpsError",
     "OutputError",
     "Samples",
     "ScmError",

@@ -20,6 +20,9 @@ SCHEMA_VERSION = 1
 MANIFEST = "scm.json"
 WEIGHTS = "weights.onnx.data"
 
+OPS_DOMAIN = "scm"
+OPS_VERSION = 1  # of the operator set that scm-export writes: docs/custom-ops.md
+
 EMBEDDED = Path(__file__).parent / "bundles"
 
 Positive = Annotated[int, Meta(ge=1)]

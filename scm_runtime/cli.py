@@ -6,11 +6,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from scm_runtime._version import __version__
 from scm_runtime.errors import BundleNotFoundError, CheckpointNotFoundError, InvalidArgumentError, ScmError
+
+if TYPE_CHECKING:
+    from scm_runtime.native import NativeOps
 
 USAGE, FAILURE = 2, 1
 USAGE_ERRORS = (InvalidArgumentError, BundleNotFoundError, CheckpointNotFoundError)
@@ -55,6 +59,11 @@ class IntegerList(click.ParamType[tuple[int, ...]]):
 
 
 skip_integrity_option = click.option("--skip-integrity", is_flag=True, help="Do not compare SHA-256 sums: saves the reading of large bundles.")
+native_ops_option = click.option(
+    "--native-ops/--no-native-ops",
+    default=None,
+    help="Run the native library's kernels, or the function bodies in the graphs. By default the kernels where they can be used.",
+)
 threads_option = click.option("--threads", type=int, help="Threads to compute with; by default one a core.")
 
 
@@ -79,6 +88,7 @@ def main() -> None:
 @click.option("--batch-size", type=int, help="Number of samples; by default as many as labels or seeds.")
 @click.option("--columns", type=click.IntRange(1), help="Pictures a row of the grid.")
 @click.option("--guidance-scale", type=float, help="For models that take a guidance scale.")
+@native_ops_option
 @threads_option
 @skip_integrity_option
 def generate(
@@ -90,6 +100,7 @@ def generate(
     batch_size: int | None,
     columns: int | None,
     guidance_scale: float | None,
+    native_ops: bool | None,
     threads: int | None,
     skip_integrity: bool,
 ) -> None:
@@ -99,7 +110,8 @@ def generate(
 
     with clean_errors():
         picture_format(out)  # before the work, not after
-    with clean_errors(), Generator(bundle, threads=threads, verify_integrity=not skip_integrity) as generator:
+    kernels: NativeOps = "auto" if native_ops is None else native_ops
+    with clean_errors(), Generator(bundle, threads=threads, native_ops=kernels, verify_integrity=not skip_integrity) as generator:
         names = next((item.label_names for item in generator.manifest.conditioning if item.name == "class_labels"), None) or ()
         samples = generator(
             None if labels is None else _parse_labels(labels, names),
@@ -151,14 +163,15 @@ def inspect(bundle: str, as_json: bool, skip_integrity: bool) -> None:
 
 @main.command()
 @click.argument("bundle")
+@native_ops_option
 @threads_option
 @skip_integrity_option
-def smoke(bundle: str, threads: int | None, skip_integrity: bool) -> None:
+def smoke(bundle: str, native_ops: bool | None, threads: int | None, skip_integrity: bool) -> None:
     """Check that BUNDLE works on this machine: it loads, samples are finite and reproducible alone and in a batch. Prints latencies; the exit code tells."""
     from scm_runtime.inspection import smoke_test
 
     with clean_errors():
-        passed = smoke_test(bundle, threads, verify_integrity=not skip_integrity)
+        passed = smoke_test(bundle, threads, native_ops="auto" if native_ops is None else native_ops, verify_integrity=not skip_integrity)
     if not passed:
         click.echo("Error: the bundle loads but does not sample as it must: see the failed checks above. Export it again.", err=True)
         sys.exit(FAILURE)

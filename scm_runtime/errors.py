@@ -9,6 +9,7 @@
     ├── MissingDependencyError      (ImportError) an optional package is not installed, or two exclude each other
     ├── OutputError                 (OSError) a result cannot be written
     ├── InferenceError              (RuntimeError) ONNX Runtime refused a graph or failed in it
+    ├── NativeOpsError              (RuntimeError) the native kernels were asked for and cannot be used
     └── ExportError                 raised by scm_export
         ├── CheckpointError         (ValueError) a checkpoint cannot be read or does not fit its family
         │   └── CheckpointNotFoundError  (FileNotFoundError) no file at that path
@@ -59,6 +60,10 @@ class OutputError(ScmError, OSError):
 
 class InferenceError(ScmError, RuntimeError):
     """ONNX Runtime refused a graph or failed in it."""
+
+
+class NativeOpsError(ScmError, RuntimeError):
+    """The native kernels were asked for, and the library is missing, refused, or of another version than the bundle."""
 
 
 class ExportError(ScmError):

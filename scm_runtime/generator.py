@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, Self, cast
@@ -23,10 +24,33 @@ from numpy.typing import ArrayLike, NDArray
 from scm_runtime.arguments import Labels, Seeds, resolve_call
 from scm_runtime.bundle import Manifest, check_files, locate, read_manifest
 from scm_runtime.errors import InvalidArgumentError
+from scm_runtime.native import Library, check_native_ops, open_with_kernels
 from scm_runtime.samples import PICTURE_CHANNELS, Samples, Timings
-from scm_runtime.session import Session, check_threads
+from scm_runtime.session import Session, check_threads, load_onnxruntime
 
 Callback = Callable[["Generator", int, float, dict[str, NDArray[np.float32]]], Mapping[str, Any] | None]
+
+
+@dataclass(frozen=True)
+class GeneratorInfo:
+    """What a Generator runs, and on what."""
+
+    bundle: str
+    """Its name in the manifest."""
+    dtype: str
+    """Of the graphs: "fp32", "fp16" or "bf16"."""
+    device: str
+    """So far always "cpu"."""
+    provider: str
+    """ONNX Runtime's name of what runs the step graph: "CPUExecutionProvider"."""
+    onnxruntime: str
+    """Its version."""
+    native_ops: bool
+    """Whether the library's kernels run; else the function bodies in the graphs do."""
+    native_ops_version: str | None
+    """Of the library, where its kernels run."""
+    native_ops_reason: str | None
+    """Why they do not run, and what would mend it."""
 
 
 class Generator:
@@ -38,6 +62,7 @@ class Generator:
         *,
         dtype: Literal["fp32", "fp16", "bf16"] = "fp32",
         threads: int | None = None,
+        native_ops: bool | Literal["auto"] = "auto",
         verify_integrity: bool = True,
     ) -> None:
         """Open a bundle.
@@ -46,6 +71,8 @@ class Generator:
             bundle: a folder written by ``scm-export``, or the name of an embedded bundle: ``"digits"``.
             dtype: which of the bundle's graphs to run; every bundle has fp32, the fastest on a CPU.
             threads: threads inside an operator; None for one a core.
+            native_ops: True runs the kernels of scm-runtime's native library; False the function bodies in the graphs, which need no library;
+                "auto" the kernels where they can be used, and else the bodies. ``info`` says which run, the logger ``scm_runtime`` why.
             verify_integrity: compare the SHA-256 of every file with the manifest. False saves the reading of large bundles;
                 presence and sizes are checked all the same.
 
@@ -53,19 +80,34 @@ class Generator:
             BundleNotFoundError: no bundle there.
             BundleSchemaError: its manifest is malformed or of a newer schema.
             BundleIntegrityError: a file is missing, or not the one the manifest describes.
-            InvalidArgumentError: threads or dtype out of range.
+            InvalidArgumentError: threads, native_ops or dtype out of range.
             MissingDependencyError: ONNX Runtime is not installed.
+            NativeOpsError: native_ops is True, and the kernels cannot be used.
             InferenceError: ONNX Runtime refuses a graph.
         """
-        threads = check_threads(threads)
+        threads, native_ops = check_threads(threads), check_native_ops(native_ops)
         self.folder = locate(os.fspath(bundle))
         self.manifest: Manifest = read_manifest(self.folder)
         if dtype not in self.manifest.dtypes:
             raise InvalidArgumentError(f"dtype must be one of this bundle's, {', '.join(self.manifest.dtypes)}; got {dtype!r}")
         check_files(self.folder, self.manifest, hashes=verify_integrity)
         self.dtype = dtype
-        self._graphs: _Graphs | None = _Graphs(
-            *(Session(self.folder / name, threads=threads) for name in ("noise.onnx", f"step.{dtype}.onnx", f"decode.{dtype}.onnx"))
+
+        def open_graphs(library: Library | None) -> _Graphs:
+            names, path = ("noise.onnx", f"step.{dtype}.onnx", f"decode.{dtype}.onnx"), library.path if library else None
+            return _Graphs(*(Session(self.folder / name, threads=threads, library=path) for name in names))
+
+        graphs, kernels = open_with_kernels(self.manifest, native_ops, open_graphs)
+        self._graphs: _Graphs | None = graphs
+        self.info = GeneratorInfo(
+            bundle=self.manifest.name,
+            dtype=dtype,
+            device="cpu",
+            provider=graphs.step.provider,
+            onnxruntime=load_onnxruntime().__version__,
+            native_ops=kernels.library is not None,
+            native_ops_version=kernels.library.facts.version if kernels.library else None,
+            native_ops_reason=kernels.reason,
         )
 
     def __enter__(self) -> Self:

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from scm_runtime.bundle import Conditioning, Manifest
 from scm_runtime.generator import Generator
+from scm_runtime.native import NativeOps
 
 REPEATS = 5
 
@@ -28,7 +29,7 @@ def show_manifest(folder: Path, manifest: Manifest) -> None:
         "folder": str(folder),
         "family": manifest.family,
         "parameters": f"{manifest.parameters / 1e6:.2f} M, stored in {manifest.weights_dtype}",
-        "graphs": ", ".join(manifest.dtypes) + f", opset {manifest.opset}",
+        "graphs": ", ".join(manifest.dtypes) + "".join(f", {domain} {version}" for domain, version in {"opset": manifest.opset, **manifest.ops}.items()),
         "state": f"float32 [N, {', '.join(map(str, manifest.sample.shape))}], sigma_d {manifest.sigma_data:g}",
         "output": f"{manifest.output.kind}, uint8 [N, {', '.join(map(str, manifest.output.shape))}]",
         **{f"times, {count} step{'s' * (count != '1')}": " → ".join(f"{t:.6g}" for t in times) for count, times in manifest.times.items()},
@@ -59,12 +60,16 @@ def _verified(manifest: Manifest) -> str:
     return f"{len(report.cases)} cases against {report.reference}; worst max abs error {worst.max_abs:.2e} of {worst.atol:.2e} allowed"
 
 
-def smoke_test(bundle: str, threads: int | None, *, verify_integrity: bool = True) -> bool:
+def smoke_test(bundle: str, threads: int | None, *, native_ops: NativeOps = "auto", verify_integrity: bool = True) -> bool:
     """Run the checks of ``scm-runtime smoke`` and print them; returns whether all passed. Raises what Generator raises."""
     console = Console()
     start = time.perf_counter()
-    generator = Generator(bundle, threads=threads, verify_integrity=verify_integrity)
+    generator = Generator(bundle, threads=threads, native_ops=native_ops, verify_integrity=verify_integrity)
     console.print(f"loaded in {(time.perf_counter() - start) * 1e3:.0f} ms", highlight=False)
+    info = generator.info
+    console.print(f"{info.dtype} on {info.device}, ONNX Runtime {info.onnxruntime} ({info.provider})", highlight=False)
+    kernels = f"native kernels {info.native_ops_version}" if info.native_ops else f"function bodies, no native kernels: {info.native_ops_reason}"
+    console.print(kernels, highlight=False, markup=False, soft_wrap=True)
     table = Table("steps", "finite", "deterministic", "independent of the batch", "batch 1, median", "batch 4, median")
     passed = True
     with generator:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from scm_runtime.errors import InferenceError, InvalidArgumentError, MissingDependencyError
+from scm_runtime.errors import InferenceError, InvalidArgumentError, MissingDependencyError, NativeOpsError
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -50,15 +50,17 @@ def load_onnxruntime() -> Any:
 class Session:
     """One ONNX graph, ready to run on the CPU provider. Safe to call from several threads."""
 
-    def __init__(self, path: Path, *, threads: int | None = None) -> None:
+    def __init__(self, path: Path, *, threads: int | None = None, library: Path | None = None) -> None:
         """Open a graph.
 
         Args:
             path: the ``.onnx`` file; its external data lie beside it.
             threads: threads inside an operator; None leaves the choice to ONNX Runtime (one a core).
+            library: custom operators; their kernels take the place of the function bodies in the graph, all or none.
 
         Raises:
             InferenceError: ONNX Runtime refuses the graph.
+            NativeOpsError: ONNX Runtime refuses the library, or the library this ONNX Runtime.
         """
         ort = load_onnxruntime()
         options = ort.SessionOptions()
@@ -67,11 +69,21 @@ class Session:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if threads is not None:
             options.intra_op_num_threads = threads
+        if library is not None:
+            try:
+                options.register_custom_ops_library(os.fspath(library))
+            except Exception as error:
+                raise NativeOpsError(
+                    f"ONNX Runtime {ort.__version__} cannot use the library of native kernels '{library}': {error}. "
+                    "Install an ONNX Runtime and an scm-runtime that fit, or run without the kernels: native_ops=False"
+                ) from error
         self.path = path
         try:
             self._session: onnxruntime.InferenceSession = ort.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:
-            raise InferenceError(f"ONNX Runtime {ort.__version__} cannot open '{path}': {error}. Upgrade it, or export the checkpoint again.") from error
+            remedy = "Upgrade it, or export the checkpoint again" + (", or run without the native kernels: native_ops=False" if library else ".")
+            raise InferenceError(f"ONNX Runtime {ort.__version__} cannot open '{path}': {error}. {remedy}") from error
+        self.provider: str = self._session.get_providers()[0]
         self._outputs = [output.name for output in self._session.get_outputs()]
 
     def __call__(self, **inputs: NDArray[Any]) -> NDArray[Any]:

@@ -1,9 +1,14 @@
-"""The wheel, in a new environment that has never seen torch, draws digits."""
+"""The wheel, in a new environment that has never seen torch, draws digits: with the native library, and without where it cannot be built."""
 
 from __future__ import annotations
 
+import ctypes
 import os
+import re
+import shutil
+import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -11,36 +16,65 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from scm_runtime.native import FACTS, LIBRARY
 from support import BLOCK_IMPORTS, ROOT, run
 
-# Nothing of this environment may leak into the new one.
-ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))}
+# Nothing of this environment may leak into the new one; the build is the quick one.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV", "SCM_"))} | {"SCM_OPS_CUDA": "OFF"}
+IMPOSSIBLE = ENVIRONMENT | {"CC": "/nonexistent", "CXX": "/nonexistent"}
+NATIVE = {f"scm_runtime/_native/{name}" for name in (LIBRARY, FACTS)}
+
+
+def build(folder: Path, env: dict[str, str], *, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Build a wheel from this checkout into a folder; what is compiled stays there too."""
+    pip: list[str | Path] = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"]
+    return run([*pip, "--wheel-dir", folder, "--config-settings", f"build-dir={folder / 'build'}", ROOT], cwd=folder, env=env, check=check)
+
+
+def environment(folder: Path, *what: str | Path) -> Path:
+    """The programs of a new virtual environment, after ``pip install``."""
+    run([sys.executable, "-m", "venv", "--without-pip", folder], env=ENVIRONMENT)
+    scripts = folder / ("Scripts" if os.name == "nt" else "bin")
+    pip: list[str | Path] = [sys.executable, "-m", "pip", "--python", scripts / "python"]
+    run([*pip, "install", "--quiet", "--no-compile", "-c", ROOT / "constraints.txt", *what], env=ENVIRONMENT)
+    return scripts
+
+
+def site_packages(programs: Path) -> Path:
+    return Path(run([programs / "python", "-c", "import sysconfig; print(sysconfig.get_path('platlib'))"], env=ENVIRONMENT).stdout.strip())
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from this checkout."""
+    """With the library, or an error."""
     folder = tmp_path_factory.mktemp("wheel")
-    run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, ROOT], cwd=folder)
+    build(folder, ENVIRONMENT | {"SCM_REQUIRE_OPS": "1"})
+    (path,) = folder.glob("scm_runtime-*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def plain_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built where there is no compiler."""
+    folder = tmp_path_factory.mktemp("plain-wheel")
+    build(folder, IMPOSSIBLE)
     (path,) = folder.glob("scm_runtime-*.whl")
     return path
 
 
 @pytest.fixture(scope="module")
 def programs(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The programs of a new virtual environment with the wheel and its extra [cpu]."""
-    folder = tmp_path_factory.mktemp("environment") / "venv"
-    run([sys.executable, "-m", "venv", folder], env=ENVIRONMENT)
-    scripts = folder / ("Scripts" if os.name == "nt" else "bin")
-    run([scripts / "python", "-m", "pip", "install", "--quiet", "-c", ROOT / "constraints.txt", f"{wheel}[cpu]"], env=ENVIRONMENT)
-    return scripts
+    """Of an environment with the wheel and its extra [cpu]."""
+    return environment(tmp_path_factory.mktemp("environment") / "venv", f"{wheel}[cpu]")
 
 
-def test_contents(wheel: Path) -> None:
-    """The two packages as they lie here, nothing else, for any platform."""
-    assert wheel.name.endswith("-py3-none-any.whl")
+def contents(wheel: Path) -> set[str]:
     with zipfile.ZipFile(wheel) as archive:
-        inside = {name for name in archive.namelist() if not name.split("/")[0].endswith(".dist-info")}
+        return {name for name in archive.namelist() if not name.split("/")[0].endswith(".dist-info")}
+
+
+def test_contents(wheel: Path, plain_wheel: Path) -> None:
+    """The two packages as they lie here, and nothing else but the library, which binds the wheel to a platform and to no Python."""
     packages = {"scm_runtime": ROOT, "scm_export": ROOT / "export"}
     here = {
         path.relative_to(parent).as_posix()
@@ -48,12 +82,65 @@ def test_contents(wheel: Path) -> None:
         for path in (parent / package).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
-    assert inside == here
-    assert {"scm_runtime/py.typed", "scm_export/py.typed", "scm_runtime/bundles/digits.scm/scm.json"} <= inside
+    assert {"scm_runtime/py.typed", "scm_export/py.typed", "scm_runtime/bundles/digits.scm/scm.json"} <= here
+    assert contents(plain_wheel) == here
+    assert contents(wheel) == here | NATIVE
+    assert plain_wheel.name.endswith("-py3-none-any.whl")
+    platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    assert wheel.name.endswith(f"-py3-none-{platform}.whl")
+
+
+def test_the_library_has_one_export_and_needs_the_system_alone(wheel: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        library = archive.extract(f"scm_runtime/_native/{LIBRARY}", tmp_path)
+    ctypes.CDLL(library).RegisterCustomOps  # noqa: B018 - raises where it is missing
+    if shutil.which("readelf"):
+        listed = run(["readelf", "--dyn-syms", "--wide", library]).stdout.splitlines()
+        defined = [line.split() for line in listed if len(line.split()) == 8 and line.split()[4] in ("GLOBAL", "WEAK", "UNIQUE") and line.split()[6] != "UND"]
+        assert [fields[7] for fields in defined] == ["RegisterCustomOps"]
+        needed = set(re.findall(r"\(NEEDED\).*\[(.*)\]", run(["readelf", "--dynamic", "--wide", library]).stdout))
+        assert all(re.match(r"(libc|libm|libdl|libpthread|librt|ld-linux.*)\.so", name) for name in needed), needed
+
+
+def test_a_required_library_that_cannot_be_built(tmp_path: Path) -> None:
+    done = build(tmp_path, IMPOSSIBLE | {"SCM_REQUIRE_OPS": "1"}, check=False)
+    assert done.returncode != 0
+    assert "SCM_REQUIRE_OPS is set, and the library of kernels in cpp_ops/ could not be built" in done.stdout + done.stderr
+    assert "/nonexistent" in done.stdout + done.stderr, "the reason"
+    assert not list(tmp_path.glob("*.whl"))
+
+
+def test_with_and_without_the_kernels(programs: Path, tmp_path: Path) -> None:
+    program = """
+import numpy as np
+from scm_runtime import Generator
+
+pixels = []
+for native_ops in (True, False):
+    with Generator("digits", native_ops=native_ops) as generate:
+        assert generate.info.native_ops is native_ops, generate.info
+        pixels.append(generate(seed=range(20), output_type="np").array.astype(int))
+off = np.abs(pixels[0] - pixels[1])
+assert off.max() <= 1 and (off > 0).mean() <= 1e-3, (off.max(), (off > 0).mean())
+assert Generator("digits").info.native_ops
+"""
+    run([programs / "python", "-c", program], env=ENVIRONMENT, cwd=tmp_path)
+
+
+def test_without_the_library(plain_wheel: Path, programs: Path, tmp_path: Path) -> None:
+    scripts = environment(tmp_path / "venv", "--no-deps", plain_wheel)
+    (site_packages(scripts) / "others.pth").write_text(str(site_packages(programs)))  # what it needs is installed already; it comes first
+    run([scripts / "scm-runtime", "generate", "digits", "--seed", "0", "-o", "digit.png"], env=ENVIRONMENT, cwd=tmp_path)
+    assert (tmp_path / "digit.png").is_file()
+    done = run([scripts / "scm-runtime", "smoke", "digits"], env=ENVIRONMENT, cwd=tmp_path)
+    assert "function bodies, no native kernels: this installation has no _native/" in done.stdout
+    refused = run([scripts / "scm-runtime", "smoke", "digits", "--native-ops"], env=ENVIRONMENT, cwd=tmp_path, check=False)
+    assert refused.returncode == 1
+    assert "SCM_REQUIRE_OPS=1" in refused.stderr
 
 
 def test_torch_is_not_there(programs: Path) -> None:
-    listed = run([programs / "python", "-m", "pip", "list", "--format=freeze"], env=ENVIRONMENT).stdout
+    listed = run([sys.executable, "-m", "pip", "--python", programs / "python", "list", "--format=freeze"], env=ENVIRONMENT).stdout
     names = {line.split("==")[0].lower().replace("_", "-") for line in listed.splitlines()}
     assert {"scm-runtime", "onnxruntime", "numpy"} <= names
     assert not {"torch", "onnx", "onnxscript", "onnx-ir"} & names

@@ -78,7 +78,7 @@ def test_errors_are_also_the_builtin_ones() -> None:
     assert issubclass(scm_runtime.OutputError, OSError)
     assert issubclass(scm_runtime.InferenceError, RuntimeError)
     errors = [value for name in scm_runtime.__all__ if isinstance(value := getattr(scm_runtime, name), type) and issubclass(value, Exception)]
-    assert len(errors) == 9
+    assert len(errors) == 10
     assert all(issubclass(error, scm_runtime.ScmError) for error in errors)
 
 

@@ -1,0 +1,283 @@
+"""Which run, the kernels of the native library or the function bodies: with stub libraries, compiled here, in place of the real one.
+
+That kernels and bodies compute the same is tested in tests/ops and, for whole bundles, in tests/end_to_end.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import onnxruntime
+import pytest
+from click.testing import CliRunner
+
+import scm_runtime
+from scm_runtime import Generator, InferenceError, InvalidArgumentError, NativeOpsError, native
+from scm_runtime.bundle import OPS_DOMAIN, OPS_VERSION, Manifest
+from scm_runtime.cli import main
+from scm_runtime.session import Session
+
+FACTS = {"version": "9.8.7", "ops": {OPS_DOMAIN: OPS_VERSION}, "ort_api": 18, "ort_headers": "1.21", "cuda": None, "compiler": "cc"}
+
+# The first members of ONNX Runtime's interface, which never move: enough to make a status.
+STUBS = {
+    "accepts": "void *RegisterCustomOps(void *options, const void *base) { return 0; }",
+    "refuses": """
+        typedef struct { const void *(*GetApi)(unsigned); const char *(*GetVersionString)(void); } Base;
+        typedef void *(*CreateStatus)(int, const char *);
+        void *RegisterCustomOps(void *options, const Base *base) {
+            return (*(const CreateStatus *)base->GetApi(1))(1, "scm_ops needs ONNX Runtime 1.99 or newer");
+        }""",
+    "exports_nothing": "int unused;",
+}
+
+InstallStub = Callable[..., Path]
+Log = list[tuple[str, str]]
+
+
+@pytest.fixture(scope="session")
+def stubs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Shared libraries by name."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("needs a C compiler")
+    folder, libraries = tmp_path_factory.mktemp("stubs"), {}
+    for name, source in STUBS.items():
+        (folder / f"{name}.c").write_text(source)
+        libraries[name] = folder / f"{name}.so"
+        subprocess.run([compiler, "-shared", "-fPIC", "-o", libraries[name], folder / f"{name}.c"], check=True)
+    return libraries
+
+
+@pytest.fixture
+def install(stubs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> InstallStub:
+    """``install("accepts", version="…")`` puts a stub and its facts where the library is looked for; returns its path."""
+
+    def put(stub: str, **facts: Any) -> Path:
+        folder = tmp_path / "site" / native.FOLDER
+        folder.mkdir(parents=True)
+        library = folder / native.LIBRARY
+        shutil.copy(stubs[stub], library)
+        (folder / native.FACTS).write_bytes(msgspec.json.encode(FACTS | facts))
+        monkeypatch.setattr(scm_runtime, "__path__", [str(folder.parent), *scm_runtime.__path__])
+        return library
+
+    return put
+
+
+@pytest.fixture
+def no_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "LIBRARY", "libabsent.so")
+
+
+@pytest.fixture
+def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
+    """The tiny bundle, which says that it holds operators of this version. The stubs have no kernels for them."""
+    return with_ops(tiny_bundle, tmp_path / "tiny.scm", {OPS_DOMAIN: OPS_VERSION})
+
+
+def with_ops(bundle: Path, copy: Path, ops: dict[str, int]) -> Path:
+    """A copy of a bundle whose manifest names these operators."""
+    shutil.copytree(bundle, copy, copy_function=lambda source, target: Path(target).hardlink_to(source))
+    manifest = msgspec.json.decode((copy / "scm.json").read_bytes(), type=Manifest)
+    manifest.ops = ops
+    (copy / "scm.json").unlink()
+    (copy / "scm.json").write_bytes(manifest.to_json())
+    return copy
+
+
+@pytest.fixture
+def log() -> Iterator[Log]:
+    """What the logger gets, as (level, message)."""
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append((record.levelname, record.getMessage()))
+
+    lines: Log = []
+    logger, keep = logging.getLogger("scm_runtime"), Keep()
+    native._log_once.cache_clear()
+    level = logger.level
+    logger.setLevel(logging.DEBUG)
+    logger.addHandler(keep)
+    yield lines
+    logger.removeHandler(keep)
+    logger.setLevel(level)
+
+
+def test_the_kernels_run_where_they_can(bundle: Path, install: InstallStub, log: Log) -> None:
+    install("accepts")
+    for native_ops in ("auto", True):
+        with Generator(bundle, native_ops=native_ops) as generate:
+            assert generate.info.native_ops is True
+            assert (generate.info.native_ops_version, generate.info.native_ops_reason) == ("9.8.7", None)
+            assert len(generate(seed=1, output_type="np")) == 1
+    assert log == []
+
+
+def test_info(bundle: Path, install: InstallStub) -> None:
+    install("refuses")
+    info = Generator(bundle, native_ops=False).info
+    assert (info.bundle, info.dtype, info.device, info.provider) == ("tiny", "fp32", "cpu", "CPUExecutionProvider")
+    assert info.onnxruntime == onnxruntime.__version__
+    assert (info.native_ops, info.native_ops_version, info.native_ops_reason) == (False, None, "native_ops=False")
+
+
+def test_false_never_registers(bundle: Path, install: InstallStub, log: Log) -> None:
+    install("refuses")
+    with Generator(bundle, native_ops=False) as generate:
+        generate(seed=1, output_type="np")
+    assert log == []
+
+
+def test_without_the_library(bundle: Path, no_library: None, log: Log, tiny: Generator) -> None:
+    for _ in range(2):
+        with Generator(bundle) as generate:
+            assert generate.info.native_ops is False
+            np.testing.assert_array_equal(generate(seed=1, output_type="np").array, tiny(seed=1, output_type="np").array)
+    assert "this installation has no _native/libabsent.so" in str(generate.info.native_ops_reason)
+    ((level, message),) = log  # once, however many Generators
+    assert (level, message) == ("DEBUG", f"the function bodies run instead of the native kernels: {generate.info.native_ops_reason}")
+    with pytest.raises(NativeOpsError, match=r"native_ops=True, but this installation has no _native/libabsent\.so.*make ops") as caught:
+        Generator(bundle, native_ops=True)
+    assert isinstance(caught.value, RuntimeError)
+
+
+@pytest.mark.parametrize(
+    ("ops", "message"),
+    [
+        ({}, r"the bundle 'tiny' holds no scm:: operators\. .*without --no-custom-ops"),
+        ({OPS_DOMAIN: 2}, r"the bundle 'tiny' has operators of scm:: version 2, and '.*' kernels for scm:: version 1\. Upgrade scm-runtime\."),
+        ({"other": 1}, r"the bundle 'tiny' has operators of other:: version 1, and '.*' kernels for scm:: version 1\. Upgrade scm-runtime\."),
+    ],
+    ids=["none", "newer", "another-domain"],
+)
+def test_a_bundle_that_the_library_does_not_fit(tiny_bundle: Path, tmp_path: Path, install: InstallStub, log: Log, ops: dict[str, int], message: str) -> None:
+    install("accepts")
+    bundle = with_ops(tiny_bundle, tmp_path / "tiny.scm", ops)
+    with Generator(bundle) as generate:
+        assert len(generate(seed=1, output_type="np")) == 1
+        assert not generate.info.native_ops
+    assert [level for level, _ in log] == ["DEBUG"]
+    with pytest.raises(NativeOpsError, match="native_ops=True, but " + message):
+        Generator(bundle, native_ops=True)
+
+
+def test_a_library_of_a_newer_operator_set(bundle: Path, install: InstallStub) -> None:
+    install("accepts", ops={OPS_DOMAIN: 2})
+    with pytest.raises(NativeOpsError, match=r"has operators of scm:: version 1, and '.*' kernels for scm:: version 2\. Export its checkpoint again"):
+        Generator(bundle, native_ops=True)
+    assert Generator(bundle).info.native_ops is False
+
+
+def test_a_library_with_further_domains(bundle: Path, install: InstallStub) -> None:
+    install("accepts", ops={OPS_DOMAIN: OPS_VERSION, "other": 3})
+    assert Generator(bundle, native_ops=True).info.native_ops is True
+
+
+@pytest.mark.parametrize(
+    ("stub", "message"),
+    [
+        ("refuses", "scm_ops needs ONNX Runtime 1.99 or newer"),  # built for a newer one
+        ("exports_nothing", "RegisterCustomOps"),
+    ],
+)
+def test_a_library_that_is_refused(bundle: Path, install: InstallStub, log: Log, stub: str, message: str) -> None:
+    library = install(stub)
+    with pytest.raises(NativeOpsError, match="native_ops=False") as caught:
+        Generator(bundle, native_ops=True)
+    for part in (f"ONNX Runtime {onnxruntime.__version__} ", str(library), message):
+        assert part in str(caught.value)
+    with Generator(bundle) as generate:
+        assert generate.info.native_ops is False
+        assert generate.info.native_ops_reason == str(caught.value)
+        assert len(generate(seed=1, output_type="np")) == 1
+    ((level, logged),) = log
+    assert level == "WARNING"
+    assert message in logged
+
+
+@pytest.mark.parametrize("damage", ["missing", "no JSON", "half"])
+def test_a_damaged_installation(bundle: Path, install: InstallStub, log: Log, damage: str) -> None:
+    facts = install("accepts").with_name(native.FACTS)
+    facts.unlink()
+    if damage != "missing":
+        facts.write_text("{" if damage == "no JSON" else '{"version": "1"}')
+    with pytest.raises(NativeOpsError, match=r"scm_ops\.json', which tells of the library of native kernels, cannot be read: .*Install scm-runtime again"):
+        Generator(bundle, native_ops=True)
+    assert Generator(bundle).info.native_ops is False
+    assert [level for level, _ in log] == ["WARNING"]
+
+
+def test_graphs_that_open_without_the_library_only(bundle: Path, install: InstallStub, log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel is missing for a type, say: ONNX Runtime does not fall back to the body inside a session."""
+    original = Session.__init__
+
+    def refuse(self: Session, path: Path, *, library: Path | None = None, **keywords: Any) -> None:
+        if library is not None and path.name.startswith("decode"):
+            raise InferenceError("no kernel")
+        original(self, path, library=library, **keywords)
+
+    monkeypatch.setattr(Session, "__init__", refuse)
+    install("accepts")
+    with pytest.raises(InferenceError, match="no kernel"):
+        Generator(bundle, native_ops=True)
+    with Generator(bundle) as generate:
+        assert generate.info.native_ops is False
+        assert len(generate(seed=1, output_type="np")) == 1
+    assert log == [("WARNING", "the function bodies run instead of the native kernels: no kernel")]
+
+
+def test_a_graph_that_opens_neither_way(bundle: Path, install: InstallStub, log: Log) -> None:
+    install("accepts")
+    step = bundle / "step.fp32.onnx"
+    size = step.stat().st_size
+    step.unlink()
+    step.write_bytes(b"x" * size)
+    with pytest.raises(InferenceError, match=r"cannot open '.*step\.fp32\.onnx'.*native_ops=False"):
+        Generator(bundle, native_ops=True, verify_integrity=False)
+    with pytest.raises(InferenceError, match=r"cannot open '.*step\.fp32\.onnx'.*export the checkpoint again\.$"):
+        Generator(bundle, verify_integrity=False)
+    assert log == []
+
+
+@pytest.mark.parametrize("value", ["yes", None, 1, "on"], ids=repr)
+def test_other_values_of_native_ops(tiny_bundle: Path, value: Any) -> None:
+    with pytest.raises(InvalidArgumentError, match=r"native_ops must be True, False or 'auto', got "):
+        Generator(tiny_bundle, native_ops=value)
+
+
+def test_on_the_command_line(bundle: Path, install: InstallStub, tmp_path: Path) -> None:
+    def call(*arguments: str | Path) -> Any:
+        return CliRunner(catch_exceptions=False).invoke(main, [str(argument) for argument in arguments])
+
+    library = install("accepts")
+    assert "native kernels 9.8.7\n" in call("smoke", bundle, "--threads", "1").stdout
+    assert "function bodies, no native kernels: native_ops=False\n" in call("smoke", bundle, "--no-native-ops", "--threads", "1").stdout
+    assert "scm 1" in call("inspect", bundle).stdout
+    generate: list[str | Path] = ["generate", bundle, "-o", tmp_path / "x.png", "--seed", "1"]
+    smoke: list[str | Path] = ["smoke", bundle]
+    for options in ([], ["--native-ops"], ["--no-native-ops"]):
+        assert call(*generate, *options).exit_code == 0
+    library.with_name(native.FACTS).write_bytes(msgspec.json.encode(FACTS | {"ops": {OPS_DOMAIN: 2}}))
+    assert call(*generate).exit_code == 0
+    for command in (generate, smoke):
+        result = call(*command, "--native-ops")
+        assert result.exit_code == 1
+        assert result.stderr.startswith("Error: native_ops=True, but the bundle 'tiny' has operators of scm:: version 1")
+
+
+def test_the_library_of_this_checkout() -> None:
+    """What was built from cpp_ops/ has kernels for the operators that scm-export writes."""
+    library = native.find_library()
+    if library is None:
+        pytest.skip("no library: make ops")
+    assert library.facts.ops == {OPS_DOMAIN: OPS_VERSION}
+    assert library.facts.ort_api <= int(onnxruntime.__version__.split(".")[1])
