@@ -29,7 +29,7 @@ constexpr void (*kOps[])(CustomOps&, const OrtApi&) = {
 // ONNX Runtime keeps pointers to the domain and its operators for as long as a session lives, and this library loaded for as long.
 class Domain {
  public:
-  explicit Domain(const OrtApi& api) : api_(api) {
+  explicit Domain(const OrtApi& api) : Domain(api, nullptr) {  // from here on the destructor runs, whatever is thrown
     for (const auto add : kOps) add(ops_, api);
     check(api, api.CreateCustomOpDomain("scm", &domain_));
     for (const auto& op : ops_) check(api, api.CustomOpDomain_Add(domain_, op.get()));
@@ -41,9 +41,11 @@ class Domain {
   OrtCustomOpDomain* get() const { return domain_; }
 
  private:
+  Domain(const OrtApi& api, OrtCustomOpDomain* domain) : api_(api), domain_(domain) {}
+
   const OrtApi& api_;
   CustomOps ops_;
-  OrtCustomOpDomain* domain_ = nullptr;
+  OrtCustomOpDomain* domain_;
 };
 
 }  // namespace

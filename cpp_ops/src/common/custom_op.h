@@ -127,6 +127,7 @@ struct CustomOp : OrtCustomOp {
     };
     GetMayInplace = [](int** inputs, int** outputs) -> std::size_t {
       constexpr std::size_t count = std::size(Op::kInplace);
+      if (count == 0) return 0;  // ONNX Runtime releases nothing then
       *inputs = new int[count];
       *outputs = new int[count];
       for (std::size_t i = 0; i < count; ++i) {

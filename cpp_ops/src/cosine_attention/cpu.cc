@@ -1,5 +1,8 @@
-// A block of queries against all keys of its head. Both products, q k^T and softmax v, go through one register-blocked multiplication whose vectors
-// have the width of the instruction set; keys and values are laid out for it in panels of kColumns columns, padded with zeros.
+// A block of queries against the keys of its head, some keys at a time, so that scores and weights stay in the first-level cache. Everything is kept
+// transposed, keys by queries: the exponentials and their sums then run over queries, and neither keys nor values need another layout than they have.
+//
+// Normalised vectors are no longer than sqrt(head_size), so no score is above sqrt(head_size): that bound takes the place of the row's maximum. Heads of
+// more than 3600 channels have a lower one, so that the weights of ordinary scores stay normal numbers.
 #include "cosine_attention/op.h"
 
 #include <cstdlib>
@@ -17,26 +20,38 @@ constexpr int kLanes = 8, kRows = 4;
 constexpr int kLanes = 4, kRows = 4;
 #endif
 constexpr int kColumns = 2 * kLanes;
+constexpr std::int64_t kKeys = 64;  // at a time
+static_assert(kQueries % kColumns == 0 && kQueries % kRows == 0 && kKeys % kRows == 0);
 
-typedef float Vector __attribute__((vector_size(kLanes * sizeof(float)), may_alias));
+typedef float Vector __attribute__((vector_size(kLanes * sizeof(float))));
 
-// C[kRows, columns] = A[kRows, depth] B, with B in panels [columns / kColumns, depth, kColumns]; B and C are aligned for vectors.
-void multiply(const float* A, const float* B, float* C, std::int64_t depth, std::int64_t columns) {
-  for (std::int64_t column = 0; column < columns; column += kColumns) {
-    Vector sums[kRows][2] = {};
-    for (std::int64_t k = 0; k < depth; ++k) {
-      const auto* b = reinterpret_cast<const Vector*>(B + column * depth + k * kColumns);
+inline Vector load(const float* x) {
+  Vector vector;
+  __builtin_memcpy(&vector, x, sizeof vector);
+  return vector;
+}
+
+inline void store(float* x, Vector vector) { __builtin_memcpy(x, &vector, sizeof vector); }
+
+// C[kRows, kColumns] (+)= A B: A's element (row, k) at A[row * row_stride + k * depth_stride], B's rows at a distance of `b_stride`.
+template <bool kAccumulate>
+inline void multiply(const float* A, std::int64_t row_stride, std::int64_t depth_stride, const float* B, std::int64_t b_stride, float* C,
+                     std::int64_t c_stride, std::int64_t depth) {
+  Vector sums[kRows][2] = {};
+  for (std::int64_t k = 0; k < depth; ++k) {
+    const Vector b0 = load(B + k * b_stride), b1 = load(B + k * b_stride + kLanes);
 #pragma GCC unroll 8
-      for (int row = 0; row < kRows; ++row) {
-        sums[row][0] += A[row * depth + k] * b[0];
-        sums[row][1] += A[row * depth + k] * b[1];
-      }
-    }
     for (int row = 0; row < kRows; ++row) {
-      auto* c = reinterpret_cast<Vector*>(C + row * columns + column);
-      c[0] = sums[row][0];
-      c[1] = sums[row][1];
+      const float a = A[row * row_stride + k * depth_stride];
+      sums[row][0] += a * b0;
+      sums[row][1] += a * b1;
     }
+  }
+#pragma GCC unroll 8
+  for (int row = 0; row < kRows; ++row) {
+    float* c = C + row * c_stride;
+    store(c, kAccumulate ? load(c) + sums[row][0] : sums[row][0]);
+    store(c + kLanes, kAccumulate ? load(c + kLanes) + sums[row][1] : sums[row][1]);
   }
 }
 
@@ -51,89 +66,115 @@ float factor(const T* x, std::int64_t size, float eps) {
   return inverse_norm(sum, static_cast<float>(size), eps);
 }
 
-// Exponentials of the first `length` of a row of scores, zeros behind them; returns 1 / their sum.
-float exponentials(float* scores, std::int64_t length, std::int64_t columns) {
-  float largest = scores[0];
-#pragma omp simd reduction(max : largest)
-  for (std::int64_t i = 0; i < length; ++i) largest = scores[i] > largest ? scores[i] : largest;
-  float sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (std::int64_t i = 0; i < length; ++i) {
-    const float below = scores[i] - largest;
-    scores[i] = exponential(bounded(below, 87.0f)) + (below - below);  // NaN stays NaN
-    sum += scores[i];
+// Rows of a tensor as floats where they can be multiplied: in place, or copied and padded with zeros.
+struct Rows {
+  const float* data;
+  std::int64_t stride;
+};
+
+template <typename T>
+Rows copied(const T* x, std::int64_t token, std::int64_t count, std::int64_t size, float* copy) {
+  const std::int64_t width = padded(size);
+  for (std::int64_t row = 0; row < kKeys; ++row) {
+    for (std::int64_t c = 0; c < width; ++c) copy[row * width + c] = row < count && c < size ? to_float(x[row * token + c]) : 0;
   }
-  for (std::int64_t i = length; i < columns; ++i) scores[i] = 0;
-  return 1 / sum;
+  return {copy, width};
 }
 
-// Floats of one thread: the keys and values of the head it is at, and a few rows of queries, scores and results.
+template <typename T>
+Rows rows_of(const T* x, std::int64_t token, std::int64_t count, std::int64_t size, float* copy) {
+  return copied(x, token, count, size, copy);
+}
+
+inline Rows rows_of(const float* x, std::int64_t token, std::int64_t count, std::int64_t size, float* copy) {
+  if (count == kKeys && size % kColumns == 0) return {x, token};
+  return copied(x, token, count, size, copy);
+}
+
+// A key's scores become its weights, times the factor of its value; their sums go to the queries.
+inline void exponentials(float* scores, float* sums, std::int64_t queries, float norm_k, float norm_v, float largest) {
+#pragma omp simd
+  for (std::int64_t i = 0; i < queries; ++i) {
+    const float below = scores[i] * norm_k - largest;
+    const float weight = exponential(bounded(below, 87.0f)) + (below - below);  // NaN stays NaN
+    sums[i] += weight;
+    scores[i] = weight * norm_v;
+  }
+}
+
+// Floats of one thread.
 struct Scratch {
-  std::int64_t keys, values, queries, scores, results, total;
+  std::int64_t norms, queries, scores, sums, keys, values, results, total;
 
   explicit Scratch(std::int64_t length, std::int64_t size)
-      : keys(0),
-        values(keys + size * padded(length)),
-        queries(values + padded(length) * padded(size)),
-        scores(queries + padded(kRows * size)),
-        results(scores + kRows * padded(length)),
-        total(results + kRows * padded(size)) {}
+      : norms(0),
+        queries(norms + 2 * length),
+        scores(queries + size * kQueries),
+        sums(scores + kKeys * kQueries),
+        keys(sums + kQueries),
+        values(keys + kKeys * padded(size)),
+        results(values + kKeys * padded(size)),
+        total(results + kQueries * padded(size)) {}
 };
 
 }  // namespace
 
 template <typename T>
 void SCM_CPU(const Params<T>& p, std::int64_t begin, std::int64_t end) {
-  const std::int64_t size = p.head_size, length = p.length, blocks = query_blocks(length), keys = padded(length), width = padded(size);
+  const std::int64_t size = p.head_size, length = p.length, blocks = query_blocks(length), width = padded(size);
   const Scratch at(length, size);
-  const std::size_t bytes = static_cast<std::size_t>(at.total) * sizeof(float);  // every part is a multiple of kColumns
-  auto* scratch = static_cast<float*>(std::aligned_alloc(kColumns * sizeof(float), bytes));
+  auto* scratch = static_cast<float*>(std::malloc(static_cast<std::size_t>(at.total) * sizeof(float)));
   if (!scratch) {
     __atomic_store_n(p.out_of_memory, true, __ATOMIC_RELAXED);
     return;
   }
-  __builtin_memset(scratch, 0, bytes);
-  float *K = scratch + at.keys, *V = scratch + at.values, *Q = scratch + at.queries, *S = scratch + at.scores, *R = scratch + at.results;
-  const float temperature = 1 / __builtin_sqrtf(static_cast<float>(size));
+  float *Q = scratch + at.queries, *S = scratch + at.scores, *sums = scratch + at.sums, *R = scratch + at.results;
+  float *norm_k = scratch + at.norms, *norm_v = norm_k + length;
+  const float root = __builtin_sqrtf(static_cast<float>(size)), temperature = 1 / root, largest = root < 60 ? root : 60;
   const std::int64_t token = 3 * p.heads * size;  // from one position to the next
-  std::int64_t loaded = -1;
+  std::int64_t normed = -1;  // the head whose factors are at hand
   for (std::int64_t unit = begin; unit < end; ++unit) {
-    const std::int64_t head = unit / blocks;  // counted over all samples
-    const std::int64_t sample = head / p.heads;
-    const T* q = p.qkv + sample * length * token + head % p.heads * size;
+    const std::int64_t sample = unit / blocks / p.heads, head = unit / blocks % p.heads, first = unit % blocks * kQueries;
+    const std::int64_t queries = length - first < kQueries ? length - first : kQueries, columns = padded(queries);
+    const T* q = p.qkv + sample * length * token + head * size;
     const T *k = q + p.heads * size, *v = k + p.heads * size;
-    if (head != loaded) {
-      loaded = head;
+    if (unit / blocks != normed) {
+      normed = unit / blocks;
       for (std::int64_t l = 0; l < length; ++l) {
-        const float norm_k = factor(k + l * token, size, p.eps), norm_v = factor(v + l * token, size, p.eps);
-        float *column = K + l / kColumns * kColumns * size + l % kColumns, *row = V + l * kColumns;
-        for (std::int64_t c = 0; c < size; ++c) column[c * kColumns] = to_float(k[l * token + c]) * norm_k;
-        for (std::int64_t panel = 0; panel < size; panel += kColumns) {
-          const std::int64_t count = size - panel < kColumns ? size - panel : kColumns;
-          const T* part = v + l * token + panel;
-#pragma omp simd
-          for (std::int64_t c = 0; c < count; ++c) row[panel * keys + c] = to_float(part[c]) * norm_v;
+        norm_k[l] = factor(k + l * token, size, p.eps);
+        norm_v[l] = factor(v + l * token, size, p.eps);
+      }
+    }
+    for (std::int64_t query = 0; query < columns; ++query) {
+      const T* x = q + (first + query) * token;
+      const float scale = query < queries ? factor(x, size, p.eps) * temperature : 0;
+      for (std::int64_t c = 0; c < size; ++c) Q[c * kQueries + query] = query < queries ? to_float(x[c]) * scale : 0;
+      sums[query] = 0;
+    }
+    for (std::int64_t i = 0; i < kQueries * width; ++i) R[i] = 0;
+    for (std::int64_t key = 0; key < length; key += kKeys) {
+      const std::int64_t count = length - key < kKeys ? length - key : kKeys;
+      const Rows keys = rows_of(k + key * token, token, count, size, scratch + at.keys);
+      const Rows values = rows_of(v + key * token, token, count, size, scratch + at.values);
+      for (std::int64_t row = 0; row < count; row += kRows) {
+        for (std::int64_t query = 0; query < columns; query += kColumns) {
+          multiply<false>(keys.data + row * keys.stride, keys.stride, 1, Q + query, kQueries, S + row * kQueries + query, kQueries, size);
+        }
+      }
+      for (std::int64_t row = 0; row < count; ++row) {
+        exponentials(S + row * kQueries, sums, columns, norm_k[key + row], norm_v[key + row], largest);
+      }
+      for (std::int64_t query = 0; query < queries; query += kRows) {
+        for (std::int64_t c = 0; c < width; c += kColumns) {
+          multiply<true>(S + query, 1, kQueries, values.data + c, values.stride, R + query * width + c, width, count);
         }
       }
     }
-    const std::int64_t first = unit % blocks * kQueries, last = first + kQueries < length ? first + kQueries : length;
-    for (std::int64_t query = first; query < last; query += kRows) {
-      const std::int64_t rows = last - query < kRows ? last - query : kRows;
-      for (std::int64_t row = 0; row < rows; ++row) {
-        const T* x = q + (query + row) * token;
-        const float scale = factor(x, size, p.eps) * temperature;
+    for (std::int64_t query = 0; query < queries; ++query) {
+      T* y = p.y + ((sample * length + first + query) * p.heads + head) * size;
+      const float inverse = 1 / sums[query];
 #pragma omp simd
-        for (std::int64_t c = 0; c < size; ++c) Q[row * size + c] = to_float(x[c]) * scale;
-      }
-      multiply(Q, K, S, size, keys);
-      float inverse[kRows];
-      for (std::int64_t row = 0; row < kRows; ++row) inverse[row] = exponentials(S + row * keys, length, keys);
-      multiply(S, V, R, keys, width);
-      for (std::int64_t row = 0; row < rows; ++row) {
-        T* y = p.y + ((sample * length + query + row) * p.heads + head % p.heads) * size;
-#pragma omp simd
-        for (std::int64_t c = 0; c < size; ++c) y[c] = from_float<T>(R[row * width + c] * inverse[row]);
-      }
+      for (std::int64_t c = 0; c < size; ++c) y[c] = from_float<T>(R[query * width + c] * inverse);
     }
   }
   std::free(scratch);

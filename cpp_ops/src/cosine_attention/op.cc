@@ -17,7 +17,7 @@ struct CosineAttention {
   float eps;
 
   explicit CosineAttention(const Attributes& attributes) : heads(attributes.integer("heads")), eps(attributes.real("eps")) {
-    if (heads < 1) throw Error{"heads must be at least 1, got " + std::to_string(heads)};
+    if (heads < 1 || heads > 0x7fffffff) throw Error{"heads must be in [1, 2^31), got " + std::to_string(heads)};
   }
 
   Shapes infer(const Shapes& inputs) const {
@@ -48,7 +48,7 @@ struct CosineAttention {
     bool out_of_memory = false;
     p.out_of_memory = &out_of_memory;
     const std::int64_t blocks = cosine_attention::query_blocks(p.length);
-    run_on_cpu(run, p, cosine_attention::cpu_kernel<T>(), p.samples * p.heads * blocks, (blocks + 1) / 2);  // blocks of one head share its keys
+    run_on_cpu(run, p, cosine_attention::cpu_kernel<T>(), p.samples * p.heads * blocks, blocks < 8 ? blocks : blocks / 2);  // blocks of one head share its keys
     if (out_of_memory) throw std::bad_alloc();
   }
 
