@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ class Case:
     operator: str
     size: str
     inputs: tuple[torch.Tensor, ...]
-    attributes: dict[str, object]
+    attributes: dict[str, Any]
     eager: Callable[..., object]
     outputs: int = 1
 
@@ -75,7 +76,13 @@ def cases(device: str) -> list[Case]:
             Case("MPCat, activated", size, (full(c // 2), full(c // 2)), {"t": 0.5}, ops.mp_cat_silu, outputs=2),
             Case("ModulateSiLU", size, (x, rows(c)), {}, ops.modulate_silu),
             Case("NormModulateSiLU", size, (x, rows(2 * c)), {"eps": 1e-4}, ops.norm_modulate_silu),
-            Case("ConsistencyStep", size, (state, state.to(dtype), state.clone(), t, t.clone()), {"sigma_data": 0.5}, lambda *a: ops.consistency_step(*a, 0.5)),
+            Case(
+                "ConsistencyStep",
+                size,
+                (state, state.to(dtype), state.clone(), t, t.clone()),
+                {"sigma_data": 0.5},
+                partial(ops.consistency_step, sigma_data=0.5),
+            ),
             Case("ToImage", size, (image,), {"scale": 127.5, "offset": 127.5}, lambda x: ops.to_image(x, 127.5, 127.5)),
         ]
         seeds, scalar = torch.arange(n, device=device), torch.ones((), device=device, dtype=f32)

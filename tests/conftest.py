@@ -22,6 +22,26 @@ def pytest_configure() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)  # hundreds of lines an export
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked and (reason := _no_gpu()):
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason=f"needs a GPU: {reason}"))
+
+
+def _no_gpu() -> str | None:
+    """Why the tests marked gpu cannot run here."""
+    try:
+        import torch
+    except ImportError as error:
+        return str(error)
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    if "CUDAExecutionProvider" not in load_onnxruntime().get_available_providers():
+        return "this ONNX Runtime has no CUDA provider"
+    return None
+
+
 def pytest_report_header() -> list[str]:
     versions = [f"python {platform.python_version()}", *(f"{name} {_version(name)}" for name in ("numpy", "torch", "onnx", "onnxscript"))]
     return [", ".join(versions), _onnxruntime()]

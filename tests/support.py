@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+
+import pytest
+
+from scm_runtime.native import find_library
 
 ROOT = Path(__file__).parents[1]
 
@@ -26,6 +31,14 @@ class Block:
 
 sys.meta_path.insert(0, Block)
 """
+
+
+def native_library() -> Path:
+    """The library of kernels; skips the test where there is none, unless SCM_REQUIRE_OPS says that there must be."""
+    library = find_library()
+    if library is None:
+        (pytest.fail if os.environ.get("SCM_REQUIRE_OPS") else pytest.skip)("there is no library of native kernels: make ops")
+    return library.path
 
 
 @contextmanager

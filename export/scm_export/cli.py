@@ -31,6 +31,7 @@ from scm_runtime.errors import MissingDependencyError, VerificationError
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @click.option("--no-verify", is_flag=True, help="Leave out the comparison with PyTorch.")
 @click.option("--atol", type=click.FloatRange(0, min_open=True), help="Largest absolute error allowed, in the scale of the state; by default by dtype.")
+@click.option("--no-custom-ops", is_flag=True, help="Standard ONNX alone, for other runtimes and tools.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON instead of the table.")
 @click.version_option(__version__)
 def main(
@@ -42,6 +43,7 @@ def main(
     force: bool,
     no_verify: bool,
     atol: float | None,
+    no_custom_ops: bool,
     as_json: bool,
 ) -> None:
     """Turn the trained consistency model in CHECKPOINT into a bundle that scm-runtime samples.
@@ -72,6 +74,7 @@ def main(
                     verify=not no_verify,
                     atol=atol,
                     progress=show,
+                    custom_ops=not no_custom_ops,
                 )
         except VerificationError as error:
             if error.report is not None:

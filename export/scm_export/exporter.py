@@ -9,16 +9,19 @@ from pathlib import Path
 from typing import Literal
 
 import msgspec
+from onnx import ModelProto
+from onnxscript import ir
 
 from scm_export.checkpoints import load_checkpoint
 from scm_export.families import build_model
+from scm_export.functions import inline_functions
 from scm_export.graphs import build_decode, build_noise, compose_sample
 from scm_export.model import Model
 from scm_export.trace import trace_step
 from scm_export.verify import draw_references, verify_bundle
 from scm_export.writer import BundleWriter, check_destination, new_bundle
 from scm_runtime import __version__
-from scm_runtime.bundle import SCHEMA_VERSION, Manifest, OutputSpec, SampleSpec, Source, sha256
+from scm_runtime.bundle import OPS_DOMAIN, OPS_VERSION, SCHEMA_VERSION, Manifest, OutputSpec, SampleSpec, Source, sha256
 from scm_runtime.errors import InvalidArgumentError
 from scm_runtime.session import load_onnxruntime
 
@@ -40,6 +43,7 @@ class Options:
     verify: bool = True
     atol: float | None = None
     progress: Callable[[str], None] = lambda stage: None
+    custom_ops: bool = True
 
     def __post_init__(self) -> None:
         if self.dtype not in GRAPH_DTYPES:
@@ -71,6 +75,7 @@ def export(
     verify: bool = True,
     atol: float | None = None,
     progress: Callable[[str], None] = lambda stage: None,
+    custom_ops: bool = True,
 ) -> Exported:
     """Turn a checkpoint into a bundle.
 
@@ -84,6 +89,8 @@ def export(
         verify: compare the bundle's samples with PyTorch's, at batch 1 and 3, with every step count the model has times for.
         atol: largest absolute difference allowed, in the state's scale; None for the table in ``tolerances.py``.
         progress: called with the name of each stage as it begins.
+        custom_ops: keep the operators of docs/custom-ops.md as nodes, with function bodies for runtimes without the library. False puts
+            the bodies in their place: standard ONNX, for other runtimes and tools.
 
     Returns:
         The bundle's path and manifest.
@@ -95,7 +102,7 @@ def export(
         VerificationError: the bundle is over tolerance; nothing is left at ``out``.
         ExportError: torch cannot translate the network.
     """
-    options = Options(dtype, steps, opset, force, verify, atol, progress)
+    options = Options(dtype, steps, opset, force, verify, atol, progress, custom_ops)
     source = Path(checkpoint)
     destination = source.with_suffix(".scm") if out is None else Path(out)
     check_destination(destination, force=force)
@@ -132,7 +139,7 @@ def export_model(model: Model, destination: Path, source: Source, options: Optio
             dtypes=GRAPH_DTYPES[options.dtype],
             weights_dtype=options.dtype,
             opset=options.opset,
-            ops={},
+            ops={OPS_DOMAIN: OPS_VERSION} if options.custom_ops else {},
             composed_steps=tuple(steps),
             files=writer.close(),
         )
@@ -145,12 +152,17 @@ def export_model(model: Model, destination: Path, source: Source, options: Optio
 
 
 def _write_graphs(writer: BundleWriter, model: Model, steps: Sequence[int], options: Options) -> None:
-    noise = writer.graph("noise.onnx", build_noise(model.sample_shape, options.opset))
+    def write(name: str, graph: ir.Model) -> ModelProto:
+        if not options.custom_ops:
+            inline_functions(graph)
+        return writer.graph(f"{name}.onnx", graph)
+
+    noise = write("noise", build_noise(model.sample_shape, options.opset))
     model.store_as(options.dtype)
     for dtype in GRAPH_DTYPES[options.dtype]:
         options.progress(f"tracing in {dtype}")
         model.compute_in(dtype)
-        step = writer.graph(f"step.{dtype}.onnx", trace_step(model, options.opset))
-        decode = writer.graph(f"decode.{dtype}.onnx", build_decode(model.sample_shape, model.decoder, options.opset))
+        step = write(f"step.{dtype}", trace_step(model, options.opset))
+        decode = write(f"decode.{dtype}", build_decode(model.sample_shape, model.decoder, options.opset))
         for count in steps:
             writer.proto(f"sample-{count}.{dtype}.onnx", compose_sample(model, count, noise, step, decode))

@@ -13,3 +13,13 @@ SAMPLE_ATOL: dict[tuple[str, str], float] = {
 def sample_atol(dtype: str, weights_dtype: str, sigma_data: float = 0.5) -> float:
     """The tolerance for a state whose standard deviation is ``sigma_data``."""
     return SAMPLE_ATOL[dtype, weights_dtype] * sigma_data / 0.5
+
+
+# Largest difference of one operator's output from its reference, |difference| <= atol + rtol |reference|, by the output's dtype. The reference is
+# computed in float32; an implementation in half precision may round after every operation. The inputs are of the order of 1.
+OP_TOLERANCE: dict[str, tuple[float, float]] = {
+    "float32": (1e-5, 1e-5),
+    "float16": (4e-3, 4e-3),
+    "bfloat16": (3e-2, 3e-2),
+    "uint8": (0, 0),
+}

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 import warnings
+from contextlib import nullcontext
 
 import torch
-from onnxscript import ir, optimizer
+from onnxscript import ir
 
-from scm_export.graphs import BATCH, INLINE_BELOW, ir_version
+from scm_export.functions import attach_functions, optimize
+from scm_export.graphs import BATCH, ir_version
 from scm_export.model import Model
+from scm_export.ops import operators_as_nodes
 from scm_export.parametrisation import Step
 from scm_runtime.bundle import Conditioning
 from scm_runtime.errors import ExportError
@@ -17,10 +20,16 @@ from scm_runtime.errors import ExportError
 TRACE_BATCH = 2  # sizes 0 and 1 would specialise
 
 
-def trace_step(model: Model, opset: int) -> ir.Model:
+def trace_step(model: Model, opset: int, *, operators: bool = True) -> ir.Model:
     """Trace one step of a model's sampler, in the dtype the model computes in now.
 
-    The weights of the result are the model's own tensors, not copies.
+    Args:
+        model: its weights become the result's: they are not copied.
+        opset: ONNX operator set.
+        operators: False traces through the functions of ``scm_export.ops`` to torch's own operators, as any exporter would; for comparison.
+
+    Returns:
+        The graph, with ``scm`` nodes and their function bodies.
 
     Raises:
         ExportError: torch cannot translate the network.
@@ -35,7 +44,7 @@ def trace_step(model: Model, opset: int) -> ir.Model:
     level = exporter_log.level
     exporter_log.setLevel(logging.ERROR)  # it warns of optional packages that no graph here needs
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        with torch.no_grad(), warnings.catch_warnings(), operators_as_nodes() if operators else nullcontext():
             warnings.simplefilter("ignore")  # deprecations inside torch and onnxscript
             program = torch.onnx.export(
                 step,
@@ -50,7 +59,7 @@ def trace_step(model: Model, opset: int) -> ir.Model:
             )
             assert program is not None
             traced: ir.Model = program.model
-            optimizer.optimize_ir(traced, should_fold=_only_small)
+            optimize(traced)
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ExportError(f"torch.onnx cannot translate this network: {reason[-1]}") from error
@@ -60,6 +69,7 @@ def trace_step(model: Model, opset: int) -> ir.Model:
         raise ExportError(f"the traced step lost its inputs {', '.join(sorted(missing))}")
     _strip(traced)
     traced.ir_version = ir_version(opset)
+    attach_functions(traced)
     return traced
 
 
@@ -69,12 +79,6 @@ def example(item: Conditioning, n: int) -> torch.Tensor:
         classes = item.num_classes or 1
         return torch.arange(n) * 7 % classes
     return torch.linspace(1.0, 1.5, n)
-
-
-def _only_small(node: ir.Node) -> bool | None:
-    """Keep the weights as they are stored: a constant folded out of one would be a second copy, perhaps in another dtype."""
-    constants = (value.const_value for value in node.inputs if value is not None and value.const_value is not None)
-    return False if any(constant.nbytes >= INLINE_BELOW for constant in constants) else None
 
 
 def _strip(model: ir.Model) -> None:

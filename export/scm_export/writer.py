@@ -13,7 +13,7 @@ import onnx
 from onnx import ModelProto
 from onnxscript import ir
 
-from scm_export.graphs import INLINE_BELOW
+from scm_export.functions import INLINE_BELOW
 from scm_runtime.bundle import MANIFEST, WEIGHTS, FileEntry, Manifest, sha256
 from scm_runtime.errors import OutputError, ScmError
 from scm_runtime.files import beside

@@ -1,24 +1,53 @@
-"""The elementary functions that networks and samplers are made of: one file an idea, channels last.
+"""The operators of docs/custom-ops.md, one file each: the PyTorch reference, the operator's schema and its ONNX function body.
 
-Feature maps are ``[N, H, W, C]`` (or ``[N, C]`` for embeddings); the channel axis is always the last one. EDM2 is arXiv 2312.02696,
-sCM is arXiv 2410.11081. Norms are taken in float32 whatever the input's dtype; every function returns its input's dtype.
+Networks and samplers call the functions, in training as in export; while a step is traced they become nodes of the domain ``scm``.
+Feature maps are channels last, ``[N, ..., C]``. EDM2 is arXiv 2312.02696, sCM is arXiv 2410.11081. Norms are taken in float32 whatever the
+input's dtype; functions that state no other dtype return their input's.
 """
 
-from scm_export.ops.attention import cosine_attention
-from scm_export.ops.consistency import consistency_step
-from scm_export.ops.image import to_image
-from scm_export.ops.magnitude import modulate_silu, mp_cat, mp_silu, mp_sum, norm_modulate_silu, pixel_norm
-from scm_export.ops.philox import philox_normal
+from scm_export.ops.consistency_step import CONSISTENCY_STEP, consistency_step
+from scm_export.ops.cosine_attention import COSINE_ATTENTION, cosine_attention
+from scm_export.ops.modulate_silu import MODULATE_SILU, modulate_silu
+from scm_export.ops.mp_cat import MP_CAT, mp_cat, mp_cat_silu
+from scm_export.ops.mp_silu import MP_SILU, mp_silu
+from scm_export.ops.mp_sum import MP_SUM, mp_sum, mp_sum_silu
+from scm_export.ops.norm_modulate_silu import NORM_MODULATE_SILU, norm_modulate_silu
+from scm_export.ops.operator import Operator, operators_as_nodes
+from scm_export.ops.philox_normal import PHILOX_NORMAL, philox_normal
+from scm_export.ops.pixel_norm import PIXEL_NORM, pixel_norm, pixel_norm_silu
+from scm_export.ops.to_image import TO_IMAGE, to_image
+
+OPERATORS: dict[str, Operator] = {
+    operator.name: operator
+    for operator in (
+        PIXEL_NORM,
+        MP_SILU,
+        MP_SUM,
+        MP_CAT,
+        MODULATE_SILU,
+        NORM_MODULATE_SILU,
+        COSINE_ATTENTION,
+        CONSISTENCY_STEP,
+        PHILOX_NORMAL,
+        TO_IMAGE,
+    )
+}
 
 __all__ = [
-    "consistency_step",
-    "cosine_attention",
-    "modulate_silu",
-    "mp_cat",
+    "OPERATORS",
+    "Operator",
+    "operators_as_nodes",
+    "pixel_norm",
+    "pixel_norm_silu",
     "mp_silu",
     "mp_sum",
+    "mp_sum_silu",
+    "mp_cat",
+    "mp_cat_silu",
+    "modulate_silu",
     "norm_modulate_silu",
+    "cosine_attention",
+    "consistency_step",
     "philox_normal",
-    "pixel_norm",
     "to_image",
 ]

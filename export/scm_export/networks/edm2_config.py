@@ -1,0 +1,65 @@
+"""What fixes an EDM2 network's architecture, and the published sizes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNetConfig:
+    """What fixes the network's architecture. The defaults are EDM2-S's at 512x512 pixels, that is 64x64 latents, with sCM's changes."""
+
+    img_resolution: int = 64  #                        Height and width of x.
+    img_channels: int = 4  #                           Channels of x.
+    label_dim: int = 1000  #                           Number of classes; 0 = unconditional.
+    model_channels: int = 192  #                       Channels of the highest level.
+    channel_mult: tuple[int, ...] = (1, 2, 3, 4)  #    Width of each level, in model_channels.
+    num_blocks: int = 3  #                             Residual blocks a level.
+    attn_resolutions: tuple[int, ...] = (16, 8)  #     Resolutions with self-attention.
+    channels_per_head: int = 64  #                     Size of an attention head.
+    patch_size: int = 1  #                             Pixels folded into channels before the first convolution, per axis.
+    time_embedding: Literal["positional", "fourier"] = "positional"
+    time_scale: float = 1.0  #                         Highest frequency of the positional embedding, radians per unit of c_noise.
+    modulation: Literal["scale-shift", "scale"] = "scale-shift"  # sCM's double normalisation, or EDM2's 1 + gain * linear(emb).
+    guidance_embedding: bool = False  #                Guidance scale as an input (sCD at 512x512).
+    segment_embedding: bool = False  #                 End time of the segment as an input (multistep consistency).
+    label_balance: float = 0.5  #                      Share of the label in the embedding.
+    concat_balance: float = 0.5  #                     Share of the skip connections.
+    res_balance: float = 0.3  #                        Share of the residual branch.
+    attn_balance: float = 0.3  #                       Share of the attention branch.
+    clip_act: float = 256.0  #                         Bound on the activations after each block.
+
+    def validate(self) -> None:
+        """Check that the numbers make a network; raises ValueError."""
+        for name in ("img_resolution", "img_channels", "model_channels", "num_blocks", "patch_size", "channels_per_head"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.channel_mult or min(self.channel_mult) < 1:
+            raise ValueError(f"channel_mult must hold positive numbers, got {list(self.channel_mult)}")
+        for name in ("time_scale", "clip_act"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
+        for name in ("label_balance", "concat_balance", "res_balance", "attn_balance"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        if self.label_dim < 0 or self.label_dim == 1:
+            raise ValueError(f"label_dim must be 0 or at least 2, got {self.label_dim}")
+        if self.model_channels < 4 or self.model_channels % 2:
+            raise ValueError(f"model_channels must be even and at least 4, got {self.model_channels}")
+        divisor = self.patch_size << (len(self.channel_mult) - 1)
+        if self.img_resolution % divisor:
+            raise ValueError(f"img_resolution must be a multiple of {divisor} (patch_size and {len(self.channel_mult)} levels), got {self.img_resolution}")
+        for level, mult in enumerate(self.channel_mult):
+            resolution, channels = self.img_resolution // self.patch_size >> level, self.model_channels * mult
+            lowest = level == len(self.channel_mult) - 1
+            if (lowest or resolution in self.attn_resolutions) and channels % self.channels_per_head:
+                raise ValueError(f"channels_per_head must divide the {channels} channels at resolution {resolution}, got {self.channels_per_head}")
+
+
+# Widths of the published EDM2 family (arXiv 2312.02696, table 6; XXS is the small model of its released code).
+PRESETS: dict[str, UNetConfig] = {
+    name: UNetConfig(model_channels=channels, time_embedding="fourier", modulation="scale")
+    for name, channels in {"XXS": 64, "XS": 128, "S": 192, "M": 256, "L": 320, "XL": 384, "XXL": 448}.items()
+}

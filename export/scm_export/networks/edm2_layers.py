@@ -1,0 +1,105 @@
+"""What EDM2's blocks are made of: embeddings of a number, layers with normalised weights, resampling. Feature maps are ``[N, H, W, C]``."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+# ----------------------------------------------------------------------------
+# Embeddings of a number as cosines (and sines).
+
+
+class PositionalEmbedding(nn.Module):
+    """``sqrt(2) [cos(t f), sin(t f)]`` with frequencies f from ``scale`` down to ``scale * 1e-4``."""
+
+    freqs: Tensor
+
+    def __init__(self, channels: int, scale: float = 1.0) -> None:
+        super().__init__()
+        half = channels // 2
+        self.register_buffer("freqs", scale * 10.0 ** (-4 * torch.arange(half) / (half - 1)))
+
+    def forward(self, t: Tensor) -> Tensor:
+        angle = (t.float()[:, None] * self.freqs).double()  # float32 sines differ in the last bit with the place in the batch
+        return torch.cat([angle.cos(), angle.sin()], dim=-1).float() * math.sqrt(2)
+
+
+class MPFourier(nn.Module):
+    """EDM2's magnitude-preserving Fourier features with random frequencies and phases (equation 75)."""
+
+    freqs: Tensor
+    phases: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("freqs", 2 * math.pi * torch.randn(channels))
+        self.register_buffer("phases", 2 * math.pi * torch.rand(channels))
+
+    def forward(self, t: Tensor) -> Tensor:
+        return torch.cos((t.float()[:, None] * self.freqs + self.phases).double()).float() * math.sqrt(2)
+
+
+# ----------------------------------------------------------------------------
+# Convolution or fully connected layer whose weight vectors have unit magnitude
+# (equation 47): w = gain * normalize(w) / sqrt(fan_in). fold() makes it a constant.
+
+
+class MPConv(nn.Module):
+    """Stored as in EDM2's checkpoints. ``groups`` outputs that are stored interleaved (EDM2's q, k, v) are computed one group after the other."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: tuple[int, ...] = (), groups: int = 1) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, *kernel))
+        self.groups = groups
+        self.folded = False
+
+    def normalized_weight(self) -> Tensor:
+        """The weight with every output's vector at magnitude sqrt(fan_in)."""
+        w = self.weight.float()
+        norm: Tensor = torch.linalg.vector_norm(w, dim=tuple(range(1, w.ndim)), keepdim=True)
+        return w / (1e-4 + norm / math.sqrt(w[0].numel()))
+
+    @torch.no_grad()
+    def normalize_(self) -> None:
+        """Forced weight normalisation (equation 66): call it after every optimiser step."""
+        self.weight.copy_(self.normalized_weight())
+
+    def applied_weight(self, gain: Tensor | float = 1.0) -> Tensor:
+        """The weight that inputs are multiplied with."""
+        w = self.normalized_weight() * (gain / math.sqrt(self.weight[0].numel()))
+        return w.unflatten(0, (-1, self.groups)).transpose(0, 1).flatten(0, 1) if self.groups > 1 else w
+
+    @torch.no_grad()
+    def fold(self, gain: float = 1.0) -> None:
+        """Replace the weight by the one that is applied. The layer can no longer be trained."""
+        self.weight.copy_(self.applied_weight(gain))
+        self.folded = True
+
+    def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
+        w = (self.weight if self.folded else self.applied_weight(gain)).to(x.dtype)
+        if w.ndim == 4 and w.shape[-1] > 1:
+            return functional.conv2d(x.permute(0, 3, 1, 2), w, padding=w.shape[-1] // 2).permute(0, 2, 3, 1)
+        return functional.linear(x, w.flatten(1))
+
+
+def plain_linear(x: Tensor, layer: nn.Linear) -> Tensor:
+    """A layer without weight normalisation, in the dtype of its input whatever the one its weight is stored in."""
+    return functional.linear(x, layer.weight.to(x.dtype))
+
+
+# ----------------------------------------------------------------------------
+# Resampling with the filter [1, 1].
+
+
+def downsample(x: Tensor) -> Tensor:
+    """Mean of each 2x2 square: ``[N, 2H, 2W, C]`` to ``[N, H, W, C]``."""
+    return functional.avg_pool2d(x.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
+
+
+def upsample(x: Tensor) -> Tensor:
+    """Nearest neighbour: ``[N, H, W, C]`` to ``[N, 2H, 2W, C]``."""
+    n, h, w, c = x.shape
+    return x[:, :, None, :, None, :].expand(n, h, 2, w, 2, c).reshape(n, 2 * h, 2 * w, c)

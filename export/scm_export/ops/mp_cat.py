@@ -1,0 +1,81 @@
+"""``MPCat``: a concatenation over channels that preserves magnitude (EDM2, arXiv 2312.02696, equation 103)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from scm_export.ops.mp_silu import mp_silu
+from scm_export.ops.operator import Operator, as_nodes
+
+
+def mp_cat(a: Tensor, b: Tensor, t: float = 0.5) -> Tensor:
+    """Concatenate so that ``a`` and ``b`` contribute in the ratio ``1-t : t`` whatever their widths.
+
+    Args:
+        a: ``[..., A]``.
+        b: ``[..., B]``, of the same dtype.
+        t: share of ``b`` in the magnitude of the result, in [0, 1].
+
+    Returns:
+        ``[..., A + B]``: with ``s = sqrt((A + B) / ((1-t)^2 + t^2))``, ``[a s (1-t) / sqrt(A), b s t / sqrt(B)]``.
+    """
+    if as_nodes():
+        return MP_CAT.node(a, b, shape=_joined(a, b), t=t)[0]
+    channels_a, channels_b = a.shape[-1], b.shape[-1]
+    scale = math.sqrt((channels_a + channels_b) / ((1 - t) ** 2 + t**2))
+    return torch.cat([a * (scale * (1 - t) / math.sqrt(channels_a)), b * (scale * t / math.sqrt(channels_b))], dim=-1)
+
+
+def mp_cat_silu(a: Tensor, b: Tensor, t: float = 0.5) -> tuple[Tensor, Tensor]:
+    """``y = mp_cat(a, b, t)`` and ``mp_silu(y)``."""
+    if as_nodes():
+        y, activated = MP_CAT.node(a, b, outputs=2, shape=_joined(a, b), t=t)
+        return y, activated
+    y = mp_cat(a, b, t)
+    return y, mp_silu(y)
+
+
+def _joined(a: Tensor, b: Tensor) -> tuple[int, ...]:
+    return (*a.shape[:-1], a.shape[-1] + b.shape[-1])
+
+
+MP_CAT = Operator(
+    name="MPCat",
+    inputs={"a": "T", "b": "T"},
+    attributes=("t",),
+    output="y",
+    output_type="T",
+    activated=True,
+    # sqrt(A + B) / sqrt(A) = sqrt(1 + B / A) takes the fewest nodes: they run at every call, for the batch keeps shapes from being constants.
+    body="""
+        one = Constant <value_float = 1.0> ()
+        t = Constant <value_float: float = @t> ()
+        rest = Sub (one, t)
+        t_square = Mul (t, t)
+        rest_square = Mul (rest, rest)
+        squares = Add (t_square, rest_square)
+        magnitude = Sqrt (squares)
+        share_a = Div (rest, magnitude)
+        share_b = Div (t, magnitude)
+        shape_a = Shape <start = -1> (a)
+        shape_b = Shape <start = -1> (b)
+        channels_a = Cast <to = 1> (shape_a)
+        channels_b = Cast <to = 1> (shape_b)
+        b_to_a = Div (channels_b, channels_a)
+        a_to_b = Div (channels_a, channels_b)
+        joined_to_a = Add (b_to_a, one)
+        joined_to_b = Add (a_to_b, one)
+        scale_a = Sqrt (joined_to_a)
+        scale_b = Sqrt (joined_to_b)
+        weight_a = Mul (scale_a, share_a)
+        weight_b = Mul (scale_b, share_b)
+        weight_a_T = CastLike (weight_a, a)
+        weight_b_T = CastLike (weight_b, b)
+        weighted_a = Mul (a, weight_a_T)
+        weighted_b = Mul (b, weight_b_T)
+        y = Concat <axis = -1> (weighted_a, weighted_b)
+    """,
+)

@@ -1,0 +1,183 @@
+"""Every operator in every form it has, against its PyTorch reference in float32, over dtypes, odd sizes and empty ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from numpy.typing import NDArray
+from onnx import ModelProto, helper
+from onnx.reference import ReferenceEvaluator
+from support import native_library
+from torch import Tensor
+
+from scm_export import ops
+from scm_export.graphs import ir_version
+from scm_export.ops import OPERATORS
+from scm_export.tolerances import OP_TOLERANCE
+from scm_runtime.bundle import OPS_DOMAIN, OPS_VERSION
+
+Arrays = tuple[NDArray[Any], ...]
+Attribute = float | tuple[int, ...]
+Implementation = Callable[[str, Arrays, Mapping[str, Attribute], int], Arrays]
+"""From an operator's name, inputs, attributes and number of outputs to its outputs."""
+
+# ----------------------------------------------------------------------------
+# Cases. An input is a shape, filled with normal numbers, or the values themselves.
+
+
+@dataclass(frozen=True)
+class Case:
+    inputs: tuple[tuple[int, ...] | NDArray[Any], ...]
+    attributes: Mapping[str, Attribute]
+
+
+MAPS = [(3, 1), (1, 5, 3), (3, 64, 7), (1, 7, 5, 64), (3, 4, 3, 65), (3, 77, 64), (0, 4, 4, 7), (3, 0, 4, 7)]
+EXTREMES = np.array([[0, 0, 0, 0], [6e4, 6e4, -6e4, 6e4], [1e-7, 0, 0, 0]])
+TIMES = np.array([0.0, 1.1, 1.5645])
+SEEDS = np.array([0, 7, -1, 2**32, -(2**63), 2**63 - 1])
+LEVELS = np.array([-math.inf, -3, -1.9921875, -1.0, -0.0078125, 0.0, 0.0078125, 0.5, 1.9921875, 3, math.inf, math.nan]).reshape(2, 1, 2, 3)
+
+CASES: dict[str, list[Case]] = {
+    "PixelNorm": [Case((shape,), {"eps": 1e-4}) for shape in MAPS] + [Case((EXTREMES,), {"eps": 1e-4}), Case(((2, 5),), {"eps": 0.5})],
+    "MPSiLU": [Case((shape,), {}) for shape in [*MAPS, ()]],
+    "MPSum": [
+        *(Case((shape, shape), {"t": 0.3, "clip": 256.0}) for shape in MAPS),
+        *(Case(((3, 5), (3, 5)), {"t": t, "clip": clip}) for t, clip in [(0.0, math.inf), (1.0, math.inf), (0.5, 0.5)]),
+    ],
+    "MPCat": [
+        *(Case((shape, (*shape[:-1], width)), {"t": 0.5}) for shape, width in zip(MAPS, (64, 1, 3, 65, 7, 128, 7, 7), strict=True)),
+        *(Case(((3, 5, 3), (3, 5, 4)), {"t": t}) for t in (0.0, 0.3, 1.0)),
+    ],
+    "ModulateSiLU": [Case((shape, (shape[0], shape[-1])), {}) for shape in MAPS],
+    "NormModulateSiLU": [Case((shape, (shape[0], 2 * shape[-1])), {"eps": 1e-4}) for shape in MAPS],
+    "CosineAttention": [
+        Case(((n, length, 3 * channels),), {"heads": heads, "eps": 1e-4})
+        for n, length, channels, heads in [(1, 1, 1, 1), (3, 5, 3, 3), (3, 64, 64, 2), (1, 77, 65, 1), (3, 77, 24, 3), (0, 5, 8, 2), (3, 0, 8, 2)]
+    ],
+    "ConsistencyStep": [
+        Case((shape, shape, shape, TIMES[: shape[0]], TIMES[::-1][: shape[0]].copy()), {"sigma_data": 0.5})
+        for shape in [(3, 1), (1, 3, 7, 7), (3, 4, 5, 65), (0, 3, 7, 7), (3, 3, 0, 7)]
+    ],
+    "PhiloxNormal": [
+        Case((SEEDS[:n], np.array(draw), np.array(scale)), {"shape": shape})
+        for n, draw, scale, shape in [(6, 0, 1.0, (3, 8, 8)), (3, 2**32 - 1, 0.5, (65,)), (1, 7, 80.0, (1, 1, 1)), (0, 1, 1.0, (3, 5)), (3, 1, 1.0, (3, 0, 5))]
+    ],
+    "ToImage": [
+        *(Case((shape,), {"scale": 64.0, "offset": 127.5}) for shape in [(1, 1, 7, 5), (3, 3, 5, 7), (2, 4, 64, 65), (0, 3, 5, 7), (3, 3, 0, 7)]),
+        Case((LEVELS,), {"scale": 64.0, "offset": 127.5}),
+    ],
+}
+
+
+def arrays(op: str, case: Case, dtype: str) -> Arrays:
+    rng = np.random.default_rng(0)
+    dtypes = (_name(kind, dtype) for kind in OPERATORS[op].inputs.values())
+    drawn = (rng.standard_normal(given) if isinstance(given, tuple) else given for given in case.inputs)
+    return tuple(np.asarray(values).astype(name) for values, name in zip(drawn, dtypes, strict=True))
+
+
+def _name(kind: str, dtype: str) -> str:
+    """NumPy's name of a type in an operator's schema."""
+    return {"T": dtype, "float": "float32"}.get(kind, kind)
+
+
+# ----------------------------------------------------------------------------
+# Implementations.
+
+
+def in_torch(op: str, inputs: Arrays, attributes: Mapping[str, Attribute], outputs: int) -> Arrays:
+    functions: dict[str, Callable[..., Tensor | tuple[Tensor, Tensor]]] = {
+        "PixelNorm": (ops.pixel_norm, ops.pixel_norm_silu)[outputs - 1],
+        "MPSiLU": ops.mp_silu,
+        "MPSum": (ops.mp_sum, ops.mp_sum_silu)[outputs - 1],
+        "MPCat": (ops.mp_cat, ops.mp_cat_silu)[outputs - 1],
+        "ModulateSiLU": ops.modulate_silu,
+        "NormModulateSiLU": ops.norm_modulate_silu,
+        "CosineAttention": ops.cosine_attention,
+        "ConsistencyStep": ops.consistency_step,
+        "PhiloxNormal": lambda seeds, draw, scale, shape: ops.philox_normal(seeds, int(draw), shape, float(scale)),
+        "ToImage": ops.to_image,
+    }
+    found = functions[op](*(torch.from_numpy(array) for array in inputs), **attributes)
+    return tuple(tensor.numpy() for tensor in (found if isinstance(found, tuple) else (found,)))
+
+
+def in_onnxruntime(opset: int, *, kernel: bool = False, provider: str = "CPUExecutionProvider") -> Implementation:
+    def run(op: str, inputs: Arrays, attributes: Mapping[str, Attribute], outputs: int) -> Arrays:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        if kernel:
+            options.register_custom_ops_library(str(native_library()))
+        model = _model(op, inputs, attributes, outputs, opset).SerializeToString()
+        session = onnxruntime.InferenceSession(model, options, providers=[provider])
+        assert session.get_providers()[0] == provider
+        return tuple(session.run(None, dict(zip(OPERATORS[op].inputs, inputs, strict=True))))
+
+    return run
+
+
+def in_reference_evaluator(op: str, inputs: Arrays, attributes: Mapping[str, Attribute], outputs: int) -> Arrays:
+    evaluator = ReferenceEvaluator(_model(op, inputs, attributes, outputs, opset=20))
+    with np.errstate(all="ignore"):  # NumPy warns where the others are silent
+        found = evaluator.run(None, dict(zip(OPERATORS[op].inputs, inputs, strict=True)))
+    return tuple(np.asarray(array) for array in found)
+
+
+def _model(op: str, inputs: Arrays, attributes: Mapping[str, Attribute], outputs: int, opset: int) -> ModelProto:
+    """A graph of one node. The batch is open, the other sizes are known, as in an exported step: both steer what ONNX Runtime does with it."""
+    operator = OPERATORS[op]
+    element = next((array.dtype.name for array, kind in zip(inputs, operator.inputs.values(), strict=True) if kind == "T"), "")
+    result = helper.np_dtype_to_tensor_dtype(np.dtype(_name(operator.output_type, element)))
+    names = operator.output_names(outputs)
+    given = [
+        helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), ["batch", *array.shape[1:]] if array.ndim else [])
+        for name, array in zip(operator.inputs, inputs, strict=True)
+    ]
+    asked = [helper.make_tensor_value_info(name, result, None) for name in names]
+    node = helper.make_node(op, list(operator.inputs), names, domain=OPS_DOMAIN)
+    node.attribute.extend(helper.make_attribute(name, value) for name, value in attributes.items())
+    return helper.make_model(
+        helper.make_graph([node], op, given, asked),
+        functions=[operator.function(opset, inputs[0].ndim, outputs)],
+        opset_imports=[helper.make_opsetid("", opset), helper.make_opsetid(OPS_DOMAIN, OPS_VERSION)],
+        ir_version=ir_version(opset),
+    )
+
+
+IMPLEMENTATIONS = [
+    pytest.param(in_torch, id="torch"),
+    pytest.param(in_reference_evaluator, id="body in the reference evaluator"),
+    pytest.param(in_onnxruntime(18), id="body in ONNX Runtime, opset 18"),
+    pytest.param(in_onnxruntime(20), id="body in ONNX Runtime, opset 20"),
+    pytest.param(in_onnxruntime(23), id="body in ONNX Runtime, opset 23"),
+    pytest.param(in_onnxruntime(20, kernel=True), id="CPU kernel"),
+    pytest.param(in_onnxruntime(20, kernel=True, provider="CUDAExecutionProvider"), id="CUDA kernel", marks=pytest.mark.gpu),
+]
+
+# ----------------------------------------------------------------------------
+# Tests.
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("op", OPERATORS)
+def test_an_operator_is_its_reference(op: str, dtype: str, implementation: Implementation) -> None:
+    for case in CASES[op]:
+        inputs = arrays(op, case, dtype)
+        wide = tuple(array.astype(np.float32) if array.dtype == np.float16 else array for array in inputs)
+        for outputs in (1, 2) if OPERATORS[op].activated else (1,):
+            expected = in_torch(op, wide, case.attributes, outputs)
+            found = implementation(op, inputs, case.attributes, outputs)
+            kind = _name(OPERATORS[op].output_type, dtype)
+            atol, rtol = OP_TOLERANCE[kind]
+            for one, other in zip(found, expected, strict=True):
+                message = f"inputs {[array.shape for array in inputs]}, attributes {dict(case.attributes)}, {outputs} outputs"
+                assert (one.dtype, one.shape) == (np.dtype(kind), other.shape), message
+                np.testing.assert_allclose(one.astype(np.float32), other.astype(np.float32), atol=atol, rtol=rtol, err_msg=message)

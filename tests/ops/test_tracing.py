@@ -1,0 +1,153 @@
+"""Operators in exported graphs: as nodes with bodies, as their bodies alone, and not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from click.testing import CliRunner
+from numpy.typing import NDArray
+from onnx import ModelProto
+from onnxscript import ir
+from torch import Tensor, nn
+
+from scm_export import cli, ops
+from scm_export.checkpoints import load_checkpoint
+from scm_export.families import build_model
+from scm_export.model import ImageDecoder, Model
+from scm_export.ops import OPERATORS, operators_as_nodes
+from scm_export.parametrisation import Step
+from scm_export.trace import trace_step
+from scm_runtime import Generator
+from scm_runtime.bundle import OPS_DOMAIN, OPS_VERSION, read_manifest
+from scm_runtime.errors import ExportError
+
+USED = {"PixelNorm", "MPSiLU", "MPSum", "MPCat", "NormModulateSiLU", "CosineAttention", "ConsistencyStep"}
+GRAPHS = {
+    "noise.onnx": {"PhiloxNormal"},
+    "step.fp32.onnx": USED,
+    "decode.fp32.onnx": {"ToImage"},
+    "sample-2.fp32.onnx": {"PhiloxNormal", *USED, "ToImage"},
+}
+
+
+def of_a_network(function: Callable[[Tensor], Tensor]) -> ModelProto:
+    """The traced step of a network without weights: the function of x, ``[N, 3, 4, 5]``."""
+
+    class Network(nn.Module):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return function(x)
+
+    model = Model("test", Network(), (3, 4, 5), sigma_data=0.5, initial_scale=0.5, times={1: (1.5, 0.0)}, decoder=ImageDecoder(1.0, 0.0))
+    return ir.to_proto(trace_step(model, 20))
+
+
+def inputs() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "x": torch.randn(3, 3, 4, 5, generator=generator),
+        "t": torch.tensor([0.3, 1.1, 1.5]),
+        "t_next": torch.tensor([0.0, 0.3, 1.1]),
+        "noise": torch.randn(3, 3, 4, 5, generator=generator),
+    }
+
+
+def run(model: ModelProto | Path, **values: Tensor) -> NDArray[Any]:
+    """In a session that knows nothing of the operators."""
+    session = onnxruntime.InferenceSession(model if isinstance(model, Path) else model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return np.asarray(session.run(None, {name: value.numpy() for name, value in values.items()})[0])
+
+
+def scm_nodes(model: ModelProto) -> list[onnx.NodeProto]:
+    return [node for node in model.graph.node if node.domain == OPS_DOMAIN]
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_a_graph_holds_operators_with_all_attributes_and_their_bodies(tiny_bundle: Path, name: str) -> None:
+    model = onnx.load(tiny_bundle / name, load_external_data=False)
+    nodes = scm_nodes(model)
+    assert {node.op_type for node in nodes} == {function.name for function in model.functions} == GRAPHS[name]
+    assert {entry.domain: entry.version for entry in model.opset_import} == {"": 20, OPS_DOMAIN: OPS_VERSION}
+    for node in nodes:
+        assert {attribute.name for attribute in node.attribute} == set(OPERATORS[node.op_type].attributes)
+        # Networks of this family read both outputs of every norm and concatenation, and one of every sum.
+        assert len(node.output) == (2 if node.op_type in ("PixelNorm", "MPCat") else 1)
+    if name in ("noise.onnx", "decode.fp32.onnx"):
+        assert list(model.graph.node) == nodes
+    assert read_manifest(tiny_bundle).ops == {OPS_DOMAIN: OPS_VERSION}
+
+
+def test_the_traced_step_is_pytorchs_on_a_bare_onnxruntime(tiny_checkpoint: Path, tiny_bundle: Path) -> None:
+    model = build_model(load_checkpoint(tiny_checkpoint))
+    generator = torch.Generator().manual_seed(0)
+    x, noise = torch.randn(2, 3, 3, 8, 8, generator=generator)
+    t, t_next, labels = torch.tensor([0.3, 1.1, 1.5]), torch.tensor([0.0, 0.3, 1.1]), torch.tensor([0, 3, 1])
+    expected = Step(model.network, model.sigma_data)(x, t, t_next, noise, {"class_labels": labels})
+    found = run(tiny_bundle / "step.fp32.onnx", x=x, t=t, t_next=t_next, noise=noise, class_labels=labels)
+    np.testing.assert_allclose(found, expected.numpy(), atol=1e-5, rtol=1e-5)
+
+
+def test_without_custom_ops_the_same_samples_come_from_standard_onnx(tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    out = tmp_path / "plain.scm"
+    result = CliRunner().invoke(cli.main, [str(tiny_checkpoint), "-o", str(out), "--no-custom-ops"])
+    assert result.exit_code == 0, result.output
+    assert read_manifest(out).ops == {}
+    for path in out.glob("*.onnx"):
+        model = onnx.load(path, load_external_data=False)
+        assert not model.functions
+        assert {node.domain for node in model.graph.node} == {""}
+        assert [entry.domain for entry in model.opset_import] == [""]
+    sizes = [read_manifest(bundle).files["weights.onnx.data"].size for bundle in (out, tiny_bundle)]
+    assert sizes[0] == sizes[1]  # no constant came to lie beside the weights
+    with Generator(out) as plain, Generator(tiny_bundle) as usual:
+        found, expected = (generate([0, 1, 2, 3], seed=0, output_type="latent").array for generate in (plain, usual))
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_a_step_can_be_traced_through_the_operators(tiny_checkpoint: Path) -> None:
+    model = build_model(load_checkpoint(tiny_checkpoint))
+    plain = ir.to_proto(trace_step(model, 20, operators=False))
+    assert not plain.functions
+    assert not scm_nodes(plain)
+
+
+def test_outside_of_a_trace_functions_compute() -> None:
+    def fail() -> None:
+        with operators_as_nodes():
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert ops.mp_silu(torch.ones(1)).item() == pytest.approx(0.7311 / 0.596, rel=1e-3)
+
+
+def test_an_output_that_nobody_reads_is_left_out() -> None:
+    model = of_a_network(lambda x: ops.mp_sum_silu(x, x * 2, t=0.3)[0])
+    assert [len(node.output) for node in scm_nodes(model)] == [1, 1]
+    assert np.isfinite(run(model, **inputs())).all()
+
+
+def test_one_reader_is_enough_for_an_output_to_stay_everywhere() -> None:
+    def function(x: Tensor) -> Tensor:
+        return ops.mp_sum_silu(ops.mp_sum(x, x * 2, t=0.3), x, t=0.5)[1]
+
+    model = of_a_network(function)
+    assert [len(node.output) for node in scm_nodes(model) if node.op_type == "MPSum"] == [2, 2]
+    x, t, t_next, noise = inputs().values()
+    expected = ops.consistency_step(x, function(x / 0.5), noise, t, t_next, 0.5)
+    np.testing.assert_allclose(run(model, **inputs()), expected.numpy(), atol=1e-5)
+
+
+def test_one_operator_on_maps_of_two_ranks_is_refused() -> None:
+    def function(x: Tensor) -> Tensor:
+        scale = x.mean((1, 2))
+        return ops.modulate_silu(ops.modulate_silu(x, scale).flatten(1, 2), scale).reshape(x.shape)
+
+    with pytest.raises(ExportError, match=r"all ModulateSiLU nodes in a graph must have one known rank, got the shapes \[\w+,3,4,5\], \[\w+,12,5\]"):
+        of_a_network(function)
