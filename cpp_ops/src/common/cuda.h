@@ -10,8 +10,10 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "common/math.h"
+#include "common/ptx.h"
 
 namespace scm {
 
@@ -53,11 +55,44 @@ bool aligned(std::uintptr_t bytes, Pointers... pointers) {
 
 // -- Device ------------------------------------------------------------------------------------------------------------------
 
-// One access of kWidth elements.
+template <typename T>
+__device__ __forceinline__ T from_bits(std::uint32_t bits) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    return float_of(bits);
+  } else {
+    return {static_cast<std::uint16_t>(bits)};
+  }
+}
+
+__device__ __forceinline__ std::uint32_t to_bits(float x) { return bits_of(x); }
+__device__ __forceinline__ std::uint32_t to_bits(float16 x) { return x.bits; }
+__device__ __forceinline__ std::uint32_t to_bits(bfloat16 x) { return x.bits; }
+
+// One access of kWidth elements. It holds words: of elements, compilers make as many registers as soon as a load is issued, and wait for it.
 template <typename T, int kWidth>
 struct alignas(sizeof(T) * kWidth) Vector {
-  T values[kWidth];
+  using Word = std::conditional_t<sizeof(T) * kWidth < 4, std::uint16_t, std::uint32_t>;
+  static constexpr int kBits = 8 * sizeof(T), kPerWord = sizeof(Word) / sizeof(T);
+  Word words[kWidth / kPerWord];
+
+  __device__ __forceinline__ float operator[](int i) const { return to_float(from_bits<T>(words[i / kPerWord] >> (i % kPerWord * kBits))); }
 };
+
+// The vector of the elements make(i), rounded.
+template <typename T, int kWidth, typename Make>
+__device__ __forceinline__ Vector<T, kWidth> vector_of(const Make& make) {
+  using V = Vector<T, kWidth>;
+  V y;
+#pragma unroll
+  for (int word = 0; word < kWidth / V::kPerWord; ++word) {
+    if constexpr (V::kPerWord == 2) {
+      y.words[word] = pack<T>(make(2 * word), make(2 * word + 1));
+    } else {
+      y.words[word] = static_cast<typename V::Word>(to_bits(from_float<T>(make(word))));
+    }
+  }
+  return y;
+}
 
 template <int kWidth, typename T>
 __device__ __forceinline__ Vector<T, kWidth> load(const T* x, std::int64_t vector) {
@@ -71,17 +106,14 @@ __device__ __forceinline__ void store(T* y, std::int64_t vector, const Vector<T,
 
 template <typename T, int kWidth>
 __device__ __forceinline__ Vector<T, kWidth> activate(const Vector<T, kWidth>& x) {
-  Vector<T, kWidth> y;
-#pragma unroll
-  for (int i = 0; i < kWidth; ++i) y.values[i] = from_float<T>(activate(to_float(x.values[i])));
-  return y;
+  return vector_of<T, kWidth>([&](int i) { return activate(x[i]); });
 }
 
 template <typename T, int kWidth>
 __device__ __forceinline__ float sum_of_squares(const Vector<T, kWidth>& x) {
   float sum = 0;
 #pragma unroll
-  for (int i = 0; i < kWidth; ++i) sum += to_float(x.values[i]) * to_float(x.values[i]);
+  for (int i = 0; i < kWidth; ++i) sum += x[i] * x[i];
   return sum;
 }
 
@@ -89,6 +121,11 @@ __device__ __forceinline__ float sum_of_squares(const Vector<T, kWidth>& x) {
 __device__ __forceinline__ float group_sum(float x, unsigned lanes) {
   for (unsigned distance = lanes / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(0xffffffffu, x, static_cast<int>(distance));
   return x;
+}
+
+// The factor of a pixel norm, as inverse_norm in common/math.h, but without the steps that make a root and a quotient exact to the last bit.
+__device__ __forceinline__ float norm_factor(float sum_of_squares, float inverse_channels, float eps) {
+  return __fdividef(1.0f, eps + sqrt_approximate(sum_of_squares * inverse_channels));
 }
 
 // A 64-bit division takes dozens of instructions, and most numbers are small.

@@ -4,16 +4,16 @@
 
 namespace scm {
 
-Shapes input_shapes(const OrtApi& api, OrtShapeInferContext* context) {
+Inferred infer_inputs(const OrtApi& api, OrtShapeInferContext* context) {
   std::size_t count = 0;
   check(api, api.ShapeInferContext_GetInputCount(context, &count));
-  Shapes shapes(count);
+  Inferred inputs{Shapes(count), std::vector<ONNXTensorElementDataType>(count, ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED)};
   for (std::size_t i = 0; i < count; ++i) {
     OrtTensorTypeAndShapeInfo* info = nullptr;
     OrtStatus* status = api.ShapeInferContext_GetInputTypeShape(context, i, &info);
     if (status || !info) {  // nothing is known of this input
       if (status) api.ReleaseStatus(status);
-      shapes[i].ranked = false;
+      inputs.shapes[i].ranked = false;
       continue;
     }
     std::size_t rank = 0;
@@ -22,12 +22,14 @@ Shapes input_shapes(const OrtApi& api, OrtShapeInferContext* context) {
     std::vector<const char*> symbols(rank);
     check(api, api.GetDimensions(info, sizes.data(), rank));
     check(api, api.GetSymbolicDimensions(info, symbols.data(), rank));
-    for (std::size_t axis = 0; axis < rank; ++axis) shapes[i].dims.push_back({sizes[axis], symbols[axis]});
+    for (std::size_t axis = 0; axis < rank; ++axis) inputs.shapes[i].dims.push_back({sizes[axis], symbols[axis]});
+    check(api, api.GetTensorElementType(info, &inputs.types[i]));
   }
-  return shapes;
+  return inputs;
 }
 
-void set_output_shapes(const OrtApi& api, OrtShapeInferContext* context, const Shapes& shapes, const std::vector<ONNXTensorElementDataType>& types) {
+void set_outputs(const OrtApi& api, OrtShapeInferContext* context, const Inferred& outputs) {
+  const Shapes& shapes = outputs.shapes;
   for (std::size_t i = 0; i < shapes.size(); ++i) {
     // ONNX Runtime takes an unknown size without a name for the size -1: such a shape is better left open.
     const bool settled = std::all_of(shapes[i].dims.begin(), shapes[i].dims.end(), [](const Dim& dim) { return dim.known() || (dim.symbol && *dim.symbol); });
@@ -41,7 +43,7 @@ void set_output_shapes(const OrtApi& api, OrtShapeInferContext* context, const S
       sizes.push_back(dim.value);
       symbols.push_back(dim.known() || !dim.symbol ? "" : dim.symbol);
     }
-    check(api, api.SetTensorElementType(info, types[i]));
+    check(api, api.SetTensorElementType(info, outputs.types[i]));
     check(api, api.SetDimensions(info, sizes.data(), sizes.size()));
     check(api, api.SetSymbolicDimensions(info, symbols.data(), symbols.size()));
     OrtStatus* status = api.ShapeInferContext_SetOutputTypeShape(context, i, info);

@@ -76,8 +76,14 @@ OrtStatus* guarded(const OrtApi& api, const char* op, const Body& body) noexcept
   }
 }
 
-Shapes input_shapes(const OrtApi& api, OrtShapeInferContext* context);  // what the context knows; symbols live as long as the context
-void set_output_shapes(const OrtApi& api, OrtShapeInferContext* context, const Shapes& shapes, const std::vector<ONNXTensorElementDataType>& types);
+// What is known of a node's inputs; symbols live as long as the context.
+struct Inferred {
+  Shapes shapes;
+  std::vector<ONNXTensorElementDataType> types;
+};
+
+Inferred infer_inputs(const OrtApi& api, OrtShapeInferContext* context);
+void set_outputs(const OrtApi& api, OrtShapeInferContext* context, const Inferred& outputs);
 
 template <class Op, typename T, Device kDevice>
 struct CustomOp : OrtCustomOp {
@@ -119,10 +125,16 @@ struct CustomOp : OrtCustomOp {
     InferOutputShapeFn = [](const OrtCustomOp* op, OrtShapeInferContext* context) {
       const OrtApi& ort = static_cast<const CustomOp*>(op)->api;
       return guarded(ort, Op::kName, [&] {
-        std::vector<ONNXTensorElementDataType> types;
-        for (const Argument& output : Op::kOutputs) types.push_back(onnx_type<T>(output.type));
+        const Inferred inputs = infer_inputs(ort, context);
+        // ONNX Runtime asks one of the operators of a name for all element types: this node's is that of its inputs.
+        ONNXTensorElementDataType element = kElementType<T>;
+        for (std::size_t i = 0; i < std::size(Op::kInputs); ++i) {
+          if (Op::kInputs[i].type == Type::element && inputs.types[i] != ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED) element = inputs.types[i];
+        }
         const Op self{Attributes(ort, context)};
-        set_output_shapes(ort, context, self.infer(input_shapes(ort, context)), types);
+        Inferred outputs{self.infer(inputs.shapes), {}};
+        for (const Argument& output : Op::kOutputs) outputs.types.push_back(output.type == Type::element ? element : onnx_type<T>(output.type));
+        set_outputs(ort, context, outputs);
       });
     };
     GetMayInplace = [](int** inputs, int** outputs) -> std::size_t {

@@ -14,6 +14,13 @@
 
 namespace scm {
 
+// To about one unit in the last place.
+__device__ __forceinline__ float sqrt_approximate(float x) {
+  float y;
+  asm("sqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // 2^x to 2^-22 of its size; 0 where it would be denormal.
 __device__ __forceinline__ float exp2_approximate(float x) {
   float y;
