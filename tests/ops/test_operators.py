@@ -14,7 +14,6 @@ import torch
 from numpy.typing import NDArray
 from onnx import ModelProto, helper
 from onnx.reference import ReferenceEvaluator
-from support import native_library
 from torch import Tensor
 
 from scm_export import ops
@@ -22,6 +21,7 @@ from scm_export.graphs import ir_version
 from scm_export.ops import OPERATORS
 from scm_export.tolerances import OP_TOLERANCE
 from scm_runtime.bundle import OPS_DOMAIN, OPS_VERSION
+from support import native_library
 
 Arrays = tuple[NDArray[Any], ...]
 Attribute = float | tuple[int, ...]
