@@ -6,10 +6,9 @@
 # A stamp is written only after its install has succeeded, so a broken download is tried again by the next call.
 
 PYTHON ?= python3
-CMAKE  ?= cmake
-CTEST  ?= ctest
 VENV   := .venv
 BIN    := $(VENV)/bin
+CMAKE  := $(BIN)/cmake
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 MADE     := $(VENV)/.stamp-made
@@ -46,13 +45,13 @@ lint: $(FULL) ## ruff: rules and format
 types: $(FULL) ## mypy --strict
 	$(BIN)/mypy --strict
 
-ops: $(LIGHT) ## build the library of kernels and put it where .venv finds it (SCM_OPS_CUDA=ON|OFF|AUTO, OPS_FLAGS for CMake)
+ops: $(FULL) ## build the library of kernels and put it where .venv finds it (SCM_OPS_CUDA=ON|OFF|AUTO, OPS_FLAGS for CMake)
 	$(call build-ops,$(or $(SCM_OPS_CUDA),AUTO))
 
-ops-test: $(LIGHT) ## build and run the C++ tests of the library
+ops-test: $(FULL) ## build and run the C++ tests of the library
 	$(call test-ops,build/ops-test,)
 
-ops-sanitize: $(LIGHT) ## the same under AddressSanitizer and UndefinedBehaviorSanitizer
+ops-sanitize: $(FULL) ## the same under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(call test-ops,build/sanitize,-DSCM_OPS_SANITIZE=ON)
 
 bench: $(FULL) $(OPS) ## run every script in benchmarks/
@@ -90,16 +89,13 @@ clean: ## remove what was built or drawn; .venv stays
 # CUDA kernels take minutes to compile. An install builds none unless told to; `make ops` does where there is nvcc, and what it
 # last built is what later targets keep up to date with the sources.
 
-CHECK_CMAKE = command -v $(CMAKE) > /dev/null \
-	|| { echo "The library of kernels needs CMake 3.24 or newer, and $(CMAKE) was not found. Install it (apt-get install cmake) or name one: make $@ CMAKE=..." >&2; exit 1; }
-NINJA       = $(if $(wildcard $(1)/CMakeCache.txt),,$(if $(shell command -v ninja),-G Ninja))
+GENERATOR   = $(if $(wildcard $(1)/CMakeCache.txt),,-G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja))
 JOBS       ?= $(shell nproc 2> /dev/null || echo 2)
 SITE        = $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("platlib"))')
 
 # $(1): ON, OFF or AUTO, or nothing for what it was last time
 define build-ops
-@$(CHECK_CMAKE)
-$(CMAKE) -S cpp_ops -B build/ops $(call NINJA,build/ops) -DCMAKE_BUILD_TYPE=Release $(if $(1),-DSCM_OPS_CUDA=$(1)) $(OPS_FLAGS)
+$(CMAKE) -S cpp_ops -B build/ops $(call GENERATOR,build/ops) -DCMAKE_BUILD_TYPE=Release $(if $(1),-DSCM_OPS_CUDA=$(1)) $(OPS_FLAGS)
 $(CMAKE) --build build/ops --parallel $(JOBS)
 $(CMAKE) --install build/ops --prefix "$(SITE)"
 @# An editable install that was made without the library does not look there.
@@ -110,13 +106,12 @@ endef
 
 # $(1): where; $(2): further options
 define test-ops
-@$(CHECK_CMAKE)
-$(CMAKE) -S cpp_ops -B $(1) $(call NINJA,$(1)) -DSCM_OPS_CUDA=$(or $(SCM_OPS_CUDA),OFF) -DSCM_OPS_TESTS=ON $(2) $(OPS_FLAGS)
+$(CMAKE) -S cpp_ops -B $(1) $(call GENERATOR,$(1)) -DSCM_OPS_CUDA=$(or $(SCM_OPS_CUDA),OFF) -DSCM_OPS_TESTS=ON $(2) $(OPS_FLAGS)
 $(CMAKE) --build $(1) --parallel $(JOBS)
-$(CTEST) --test-dir $(1) --output-on-failure
+$(BIN)/ctest --test-dir $(1) --output-on-failure
 endef
 
-$(OPS): $(LIGHT) $(KERNELS)
+$(OPS): $(FULL) $(KERNELS)
 	$(call build-ops,$(or $(SCM_OPS_CUDA),$(if $(wildcard build/ops/CMakeCache.txt),,OFF)))
 
 # -- The virtual environment ------------------------------------------------------------------------------------------
