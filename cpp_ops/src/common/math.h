@@ -32,9 +32,9 @@ SCM_HD float exponential(float x) {
 #endif
 }
 
-// mp_silu: silu(x) / 0.596 (EDM2, equation 81). Beyond 60 the exponential no longer shows in a float.
+// mp_silu: silu(x) / 0.596 (EDM2, equation 81). Below -87 the result is 0 but for numbers of 1e37 and more.
 SCM_HD float activate(float x) {
-  const float denominator = 1.0f + exponential(-bounded(x, 60.0f));
+  const float denominator = 1.0f + exponential(-bounded(x, 87.0f));
 #ifdef __CUDA_ARCH__
   return __fdividef(x, denominator) * (1.0f / 0.596f);
 #else

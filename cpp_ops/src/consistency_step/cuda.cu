@@ -32,13 +32,7 @@ __global__ void __launch_bounds__(kThreads) kernel(const Params<T> p) {
         p.size / kWidth,
         [&](std::int64_t i) { return Inputs<T, kWidth>{load<kWidth>(p.x + start, i), load<kWidth>(p.noise + start, i), load<kWidth>(p.F + start, i)}; },
         [&](std::int64_t i, const Inputs<T, kWidth>& in) {
-          Vector<float, kWidth> x_next;
-#pragma unroll
-          for (int c = 0; c < kWidth; ++c) {
-            const float denoised = cos * in.x.values[c] - sin * to_float(in.F.values[c]);
-            x_next.values[c] = cos_next * denoised + sin_next * in.noise.values[c];
-          }
-          store(p.x_next + start, i, x_next);
+          store(p.x_next + start, i, vector_of<float, kWidth>([&](int c) { return cos_next * (cos * in.x[c] - sin * in.F[c]) + sin_next * in.noise[c]; }));
         });
   }
 }

@@ -1,8 +1,7 @@
 // A block of queries against the keys of its head, some keys at a time, so that scores and weights stay in the first-level cache. Everything is kept
 // transposed, keys by queries: the exponentials and their sums then run over queries, and neither keys nor values need another layout than they have.
 //
-// Normalised vectors are no longer than sqrt(head_size), so no score is above sqrt(head_size): that bound takes the place of the row's maximum. Heads of
-// more than 3600 channels have a lower one, so that the weights of ordinary scores stay normal numbers.
+// Normalised vectors are no longer than sqrt(head_size), so scores are within +-sqrt(head_size) and need no row's maximum taken off before the exponential.
 #include "cosine_attention/op.h"
 
 #include <cstdlib>
@@ -92,11 +91,11 @@ inline Rows rows_of(const float* x, std::int64_t token, std::int64_t count, std:
 }
 
 // A key's scores become its weights, times the factor of its value; their sums go to the queries.
-inline void exponentials(float* scores, float* sums, std::int64_t queries, float norm_k, float norm_v, float largest) {
+inline void exponentials(float* scores, float* sums, std::int64_t queries, float norm_k, float norm_v) {
 #pragma omp simd
   for (std::int64_t i = 0; i < queries; ++i) {
-    const float below = scores[i] * norm_k - largest;
-    const float weight = exponential(bounded(below, 87.0f)) + (below - below);  // NaN stays NaN
+    const float score = scores[i] * norm_k;
+    const float weight = exponential(bounded(score, 87.0f)) + (score - score);  // NaN stays NaN
     sums[i] += weight;
     scores[i] = weight * norm_v;
   }
@@ -130,7 +129,7 @@ void SCM_CPU(const Params<T>& p, std::int64_t begin, std::int64_t end) {
   }
   float *Q = scratch + at.queries, *S = scratch + at.scores, *sums = scratch + at.sums, *R = scratch + at.results;
   float *norm_k = scratch + at.norms, *norm_v = norm_k + length;
-  const float root = __builtin_sqrtf(static_cast<float>(size)), temperature = 1 / root, largest = root < 60 ? root : 60;
+  const float temperature = 1 / __builtin_sqrtf(static_cast<float>(size));
   const std::int64_t token = 3 * p.heads * size;  // from one position to the next
   std::int64_t normed = -1;  // the head whose factors are at hand
   for (std::int64_t unit = begin; unit < end; ++unit) {
@@ -162,7 +161,7 @@ void SCM_CPU(const Params<T>& p, std::int64_t begin, std::int64_t end) {
         }
       }
       for (std::int64_t row = 0; row < count; ++row) {
-        exponentials(S + row * kQueries, sums, columns, norm_k[key + row], norm_v[key + row], largest);
+        exponentials(S + row * kQueries, sums, columns, norm_k[key + row], norm_v[key + row]);
       }
       for (std::int64_t query = 0; query < queries; query += kRows) {
         for (std::int64_t c = 0; c < width; c += kColumns) {

@@ -69,16 +69,13 @@ struct Tile {
 
  private:
   static __device__ __forceinline__ Vector<T, kWidth> normalised(const Vector<T, kWidth>& x, bool inside, float eps) {
-    const float norm = inverse_norm(group_sum(sum_of_squares(x), kLanes), kHead, eps), factor = inside ? norm : 0.0f;
-    Vector<T, kWidth> y;
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) y.values[i] = from_float<T>(to_float(x.values[i]) * factor);
-    return y;
+    const float norm = norm_factor(group_sum(sum_of_squares(x), kLanes), 1.0f / kHead, eps), factor = inside ? norm : 0.0f;
+    return vector_of<T, kWidth>([&](int i) { return x[i] * factor; });
   }
 };
 
 // What the scores of a query are multiplied by, from the sum of squares of a lane's share of it, a quarter: for powers of 2 instead of e.
-__device__ __forceinline__ float query_scale(float squares, float eps) { return inverse_norm(group_sum(squares, 4), kHead, eps) * (kLog2e / 8); }
+__device__ __forceinline__ float query_scale(float squares, float eps) { return norm_factor(group_sum(squares, 4), 1.0f / kHead, eps) * (kLog2e / 8); }
 
 // -- float16 and bfloat16: a warp has kTiles times 16 queries ------------------------------------------------------------------------
 
@@ -88,15 +85,15 @@ constexpr int kStride16 = kHead + 8;  // 144 bytes: the eight rows that are read
 template <typename T>
 __device__ __forceinline__ void load_pair(const T* x, std::uint32_t& bits, float& squares) {
   const Vector<T, 2> pair = load<2>(x, 0);
-  bits = pair.values[0].bits | static_cast<std::uint32_t>(pair.values[1].bits) << 16;
+  bits = pair.words[0];
   squares += sum_of_squares(pair);
 }
 
 template <typename T, int kTiles>
-__global__ void __launch_bounds__(kBlock, kTiles == 1 ? 3 : 2) halves(const Params<T> p) {
+__global__ void __launch_bounds__(kBlock, 4 - kTiles) halves(const Params<T> p) {
   alignas(16) __shared__ T keys[kKeys16][kStride16];
   alignas(16) __shared__ T values[kKeys16][kStride16];
-  constexpr int kQueries = kWarps * kTiles * 16;
+  constexpr int kQueries = kWarps * kTiles * 16, kChunk = 32 / kTiles;  // keys at a time: enough independent products, few enough registers
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
   const std::int64_t blocks = ceil_div(p.length, kQueries);
   for (std::int64_t unit = blockIdx.x; unit < p.samples * p.heads * blocks; unit += gridDim.x) {
@@ -135,10 +132,10 @@ __global__ void __launch_bounds__(kBlock, kTiles == 1 ? 3 : 2) halves(const Para
       __syncthreads();
       if (first + kKeys16 < p.length) next.load_from(head, first + kKeys16, p.length);
       const int count = p.length - first < kKeys16 ? static_cast<int>(p.length - first) : kKeys16;
-      for (int chunk = 0; chunk < count; chunk += 16) {  // 16 keys
-        float scores[kTiles][2][4] = {};
+      for (int chunk = 0; chunk < count; chunk += kChunk) {
+        float scores[kTiles][kChunk / 8][4] = {};
 #pragma unroll
-        for (int n = 0; n < 2; ++n) {
+        for (int n = 0; n < kChunk / 8; ++n) {
 #pragma unroll
           for (int part = 0; part < kHead / 32; ++part) {
             std::uint32_t b[4];
@@ -151,11 +148,11 @@ __global__ void __launch_bounds__(kBlock, kTiles == 1 ? 3 : 2) halves(const Para
           }
         }
         // What a lane holds of the scores as C is what it must hold of their exponentials as A.
-        std::uint32_t weights[kTiles][4];
+        std::uint32_t weights[kTiles][kChunk / 16][4];
 #pragma unroll
         for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
-          for (int n = 0; n < 2; ++n) {
+          for (int n = 0; n < kChunk / 8; ++n) {
             float e[4];
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
@@ -164,18 +161,21 @@ __global__ void __launch_bounds__(kBlock, kTiles == 1 ? 3 : 2) halves(const Para
             }
             sums[m][0] += e[0] + e[1];
             sums[m][1] += e[2] + e[3];
-            weights[m][2 * n] = pack<T>(e[0], e[1]);
-            weights[m][2 * n + 1] = pack<T>(e[2], e[3]);
+            weights[m][n / 2][n % 2 * 2] = pack<T>(e[0], e[1]);
+            weights[m][n / 2][n % 2 * 2 + 1] = pack<T>(e[2], e[3]);
           }
         }
 #pragma unroll
-        for (int n = 0; n < kHead / 8; n += 2) {
-          std::uint32_t b[4];
-          load_matrices_transposed(b, &values[chunk + lane % 16][n * 8 + lane / 16 * 8]);
+        for (int step = 0; step < kChunk / 16; ++step) {
 #pragma unroll
-          for (int m = 0; m < kTiles; ++m) {
-            multiply_add<T>(y[m][n], weights[m], b[0], b[1]);
-            multiply_add<T>(y[m][n + 1], weights[m], b[2], b[3]);
+          for (int n = 0; n < kHead / 8; n += 2) {
+            std::uint32_t b[4];
+            load_matrices_transposed(b, &values[chunk + step * 16 + lane % 16][n * 8 + lane / 16 * 8]);
+#pragma unroll
+            for (int m = 0; m < kTiles; ++m) {
+              multiply_add<T>(y[m][n], weights[m][step], b[0], b[1]);
+              multiply_add<T>(y[m][n + 1], weights[m][step], b[2], b[3]);
+            }
           }
         }
       }
@@ -185,7 +185,7 @@ __global__ void __launch_bounds__(kBlock, kTiles == 1 ? 3 : 2) halves(const Para
     for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float inverse = 1.0f / group_sum(sums[m][half], 4);
+        const float inverse = __fdividef(1.0f, group_sum(sums[m][half], 4));
         const std::int64_t query = first_query + m * 16 + half * 8;
         if (query < p.length) {
           auto* out = reinterpret_cast<std::uint32_t*>(head.y + query * head.out_token);
@@ -272,13 +272,13 @@ __global__ void __launch_bounds__(kBlock) floats(const Params<float> p) {
       float scores[kKeys32 / 8][4] = {};
 #pragma unroll
       for (int s = 0; s < kHead / 16; ++s) {
-        const auto &low = q[0][s].values, &high = q[1][s].values;
+        const Vector<float, 4>&low = q[0][s], &high = q[1][s];
         const SplitA even(low[0], high[0], low[1], high[1]), odd(low[2], high[2], low[3], high[3]);
 #pragma unroll
         for (int n = 0; n < kKeys32 / 8; ++n) {
           const Vector<float, 4> k = load<4>(keys[n * 8 + g], s * 4 + t);
-          multiply_add_split(scores[n], even, Split(k.values[0]), Split(k.values[1]));
-          multiply_add_split(scores[n], odd, Split(k.values[2]), Split(k.values[3]));
+          multiply_add_split(scores[n], even, Split(k[0]), Split(k[1]));
+          multiply_add_split(scores[n], odd, Split(k[2]), Split(k[3]));
         }
       }
 #pragma unroll
@@ -295,23 +295,21 @@ __global__ void __launch_bounds__(kBlock) floats(const Params<float> p) {
         for (int part = 0; part < 2; ++part) {
           const Vector<float, 4> even = load<4>(values[n * 8 + 2 * t], part * 8 + g), odd = load<4>(values[n * 8 + 2 * t + 1], part * 8 + g);
 #pragma unroll
-          for (int i = 0; i < 4; ++i) multiply_add_split(y[part * 4 + i], weights, Split(even.values[i]), Split(odd.values[i]));
+          for (int i = 0; i < 4; ++i) multiply_add_split(y[part * 4 + i], weights, Split(even[i]), Split(odd[i]));
         }
       }
     }
 
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float inverse = 1.0f / group_sum(sums[half], 4);
+      const float inverse = __fdividef(1.0f, group_sum(sums[half], 4));
       const std::int64_t query = first_query + half * 8;
       if (query < p.length) {
 #pragma unroll
         for (int part = 0; part < 2; ++part) {
 #pragma unroll
           for (int column = 0; column < 2; ++column) {  // 2t, 2t + 1
-            Vector<float, 4> four;
-#pragma unroll
-            for (int i = 0; i < 4; ++i) four.values[i] = y[part * 4 + i][half * 2 + column] * inverse;
+            const auto four = vector_of<float, 4>([&](int i) { return y[part * 4 + i][half * 2 + column] * inverse; });
             store(head.y + query * head.out_token, part * 8 + 2 * t + column, four);
           }
         }
@@ -339,7 +337,7 @@ __device__ void norms(float (&factors)[kKeysAny], const T* x, std::int64_t first
       }
     }
     sum = group_sum(sum, kWarp);
-    if (threadIdx.x % kWarp == 0) factors[row] = inverse_norm(sum, static_cast<float>(p.head_size), p.eps);
+    if (threadIdx.x % kWarp == 0) factors[row] = norm_factor(sum, 1.0f / static_cast<float>(p.head_size), p.eps);
   }
 }
 
@@ -413,7 +411,7 @@ __global__ void __launch_bounds__(kBlockAny) any_size(const Params<T> p) {
       __syncwarp();
     }
 
-    const float inverse = 1.0f / group_sum(sum, kLanesAny);
+    const float inverse = __fdividef(1.0f, group_sum(sum, kLanesAny));
     if (first_query + row < p.length) {
 #pragma unroll
       for (int i = 0; i < kSlice / kLanesAny; ++i) {

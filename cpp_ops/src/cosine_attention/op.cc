@@ -7,6 +7,8 @@
 namespace scm {
 namespace {
 
+constexpr std::int64_t kLargestHead = 6400;  // scores up to 80, whose exponentials and their sums are floats
+
 struct CosineAttention {
   static constexpr const char* kName = "CosineAttention";
   static constexpr std::array kInputs{Argument{"qkv"}};
@@ -28,6 +30,7 @@ struct CosineAttention {
     Shape y = qkv;
     if (qkv[2].known()) {
       if (qkv[2].value % (3 * heads) != 0) fail("qkv", qkv, "channels that are a multiple of 3 * heads = " + std::to_string(3 * heads));
+      if (qkv[2].value / (3 * heads) > kLargestHead) fail("qkv", qkv, "at most " + std::to_string(kLargestHead) + " channels a head");
       y.dims[2] = {qkv[2].value / 3};
     } else {
       y.dims[2] = {};

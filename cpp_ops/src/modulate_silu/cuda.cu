@@ -21,12 +21,7 @@ __global__ void __launch_bounds__(kThreads) kernel(const Params<T> p) {
     for_each(
         p.pixels * channels,
         [&](std::int64_t i) { return Pair<T, kWidth>{load<kWidth>(y, i), load<kWidth>(scale, i - quotient(i, channels) * channels)}; },
-        [&](std::int64_t i, const Pair<T, kWidth>& in) {
-          Vector<T, kWidth> result;
-#pragma unroll
-          for (int c = 0; c < kWidth; ++c) result.values[c] = from_float<T>(activate(to_float(in.y.values[c]) * to_float(in.scale.values[c])));
-          store(z, i, result);
-        });
+        [&](std::int64_t i, const Pair<T, kWidth>& in) { store(z, i, vector_of<T, kWidth>([&](int c) { return activate(in.y[c] * in.scale[c]); })); });
   }
 }
 

@@ -22,9 +22,7 @@ __global__ void __launch_bounds__(kThreads) kernel(const Params<T> p) {
         return c < a ? Part<T, kWidth>{load<kWidth>(p.a, row * a + c), p.scale_a} : Part<T, kWidth>{load<kWidth>(p.b, row * b + c - a), p.scale_b};
       },
       [&](std::int64_t i, const Part<T, kWidth>& part) {
-        Vector<T, kWidth> y;
-#pragma unroll
-        for (int c = 0; c < kWidth; ++c) y.values[c] = from_float<T>(to_float(part.x.values[c]) * part.scale);
+        const auto y = vector_of<T, kWidth>([&](int c) { return part.x[c] * part.scale; });
         store(p.y, i, y);
         if (p.activated) store(p.activated, i, activate(y));
       });

@@ -15,11 +15,7 @@ __global__ void __launch_bounds__(kThreads) kernel(const Params<T> p) {
   for_each(
       p.count / kWidth, [&](std::int64_t i) { return Pair<T, kWidth>{load<kWidth>(p.a, i), load<kWidth>(p.b, i)}; },
       [&](std::int64_t i, const Pair<T, kWidth>& in) {
-        Vector<T, kWidth> y;
-#pragma unroll
-        for (int c = 0; c < kWidth; ++c) {
-          y.values[c] = from_float<T>(clamp(to_float(in.a.values[c]) * p.weight_a + to_float(in.b.values[c]) * p.weight_b, p.clip));
-        }
+        const auto y = vector_of<T, kWidth>([&](int c) { return clamp(in.a[c] * p.weight_a + in.b[c] * p.weight_b, p.clip); });
         store(p.y, i, y);
         if (p.activated) store(p.activated, i, activate(y));
       });

@@ -11,28 +11,23 @@ namespace {
 template <typename T, int kWidth>
 struct Modulation {
   const T *scale, *shift;
-  float norm_scale, norm_shift;
+  float inverse_channels, norm_scale, norm_shift;
 
   __device__ __forceinline__ Modulation(const Params<T>& p, std::int64_t sample, int lane, int lanes)
-      : scale(p.modulation + sample * 2 * p.channels), shift(scale + p.channels) {
+      : scale(p.modulation + sample * 2 * p.channels), shift(scale + p.channels), inverse_channels(__fdividef(1.0f, static_cast<float>(p.channels))) {
     float squares_scale = 0, squares_shift = 0;
     for (std::int64_t v = lane; v < p.channels / kWidth; v += lanes) {
       squares_scale += sum_of_squares(load<kWidth>(scale, v));
       squares_shift += sum_of_squares(load<kWidth>(shift, v));
     }
-    norm_scale = inverse_norm(group_sum(squares_scale, lanes), static_cast<float>(p.channels), p.eps);
-    norm_shift = inverse_norm(group_sum(squares_shift, lanes), static_cast<float>(p.channels), p.eps);
+    norm_scale = norm_factor(group_sum(squares_scale, lanes), inverse_channels, p.eps);
+    norm_shift = norm_factor(group_sum(squares_shift, lanes), inverse_channels, p.eps);
   }
 
   // Of vector v of a row whose norm and norm_scale make up `factor`.
   __device__ __forceinline__ Vector<T, kWidth> apply(std::int64_t v, const Vector<T, kWidth>& y, float factor) const {
     const Vector<T, kWidth> s = load<kWidth>(scale, v), b = load<kWidth>(shift, v);
-    Vector<T, kWidth> z;
-#pragma unroll
-    for (int c = 0; c < kWidth; ++c) {
-      z.values[c] = from_float<T>(activate(to_float(y.values[c]) * factor * to_float(s.values[c]) + to_float(b.values[c]) * norm_shift));
-    }
-    return z;
+    return vector_of<T, kWidth>([&](int c) { return activate(y[c] * factor * s[c] + b[c] * norm_shift); });
   }
 };
 
@@ -55,7 +50,7 @@ __global__ void __launch_bounds__(kThreads) kernel(const Params<T> p, int lanes)
       for (int j = 0; j < kVectors; ++j) {
         if (lane + j * lanes < count) sum += sum_of_squares(y[j]);
       }
-      const float factor = inverse_norm(group_sum(sum, lanes), static_cast<float>(p.channels), p.eps) * modulation.norm_scale;
+      const float factor = norm_factor(group_sum(sum, lanes), modulation.inverse_channels, p.eps) * modulation.norm_scale;
 #pragma unroll
       for (int j = 0; j < kVectors; ++j) {
         if (lane + j * lanes < count) store(p.z, row * vectors + lane + j * lanes, modulation.apply(lane + j * lanes, y[j], factor));
@@ -76,7 +71,7 @@ __global__ void __launch_bounds__(kThreads) long_rows(const Params<T> p) {
       float sum = 0;
 #pragma unroll 4
       for (std::int64_t v = lane; v < vectors; v += kWarp) sum += sum_of_squares(load<kWidth>(p.y, start + v));
-      const float factor = inverse_norm(group_sum(sum, kWarp), static_cast<float>(p.channels), p.eps) * modulation.norm_scale;
+      const float factor = norm_factor(group_sum(sum, kWarp), modulation.inverse_channels, p.eps) * modulation.norm_scale;
       for (std::int64_t v = lane; v < vectors; v += kWarp) store(p.z, start + v, modulation.apply(v, load<kWidth>(p.y, start + v), factor));
     }
   }

@@ -8,9 +8,7 @@ namespace {
 
 template <typename T, int kWidth>
 __device__ __forceinline__ void write(const Params<T>& p, std::int64_t vector, const Vector<T, kWidth>& x, float scale) {
-  Vector<T, kWidth> y;
-#pragma unroll
-  for (int c = 0; c < kWidth; ++c) y.values[c] = from_float<T>(to_float(x.values[c]) * scale);
+  const auto y = vector_of<T, kWidth>([&](int c) { return x[c] * scale; });
   store(p.y, vector, y);
   if (p.activated) store(p.activated, vector, activate(y));
 }
@@ -19,6 +17,7 @@ template <typename T, int kWidth, int kVectors>
 __global__ void __launch_bounds__(kThreads) kernel(const Params<T> p, int lanes) {
   const int vectors = static_cast<int>(p.channels / kWidth), lane = static_cast<int>(threadIdx.x) & (lanes - 1);
   const std::int64_t rows = kThreads / lanes;  // of a block
+  const float inverse_channels = __fdividef(1.0f, static_cast<float>(p.channels));
   for (std::int64_t first = blockIdx.x * rows; first < p.rows; first += gridDim.x * rows) {
     const std::int64_t row = first + threadIdx.x / lanes;
     const int count = row < p.rows ? vectors : 0;  // lanes without a row must come to the sum too
@@ -32,7 +31,7 @@ __global__ void __launch_bounds__(kThreads) kernel(const Params<T> p, int lanes)
     for (int j = 0; j < kVectors; ++j) {
       if (lane + j * lanes < count) sum += sum_of_squares(x[j]);
     }
-    const float scale = inverse_norm(group_sum(sum, lanes), static_cast<float>(p.channels), p.eps);
+    const float scale = norm_factor(group_sum(sum, lanes), inverse_channels, p.eps);
 #pragma unroll
     for (int j = 0; j < kVectors; ++j) {
       if (lane + j * lanes < count) write(p, row * vectors + lane + j * lanes, x[j], scale);
@@ -44,11 +43,12 @@ __global__ void __launch_bounds__(kThreads) kernel(const Params<T> p, int lanes)
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(kThreads) long_rows(const Params<T> p) {
   const std::int64_t vectors = p.channels / kWidth, warps = kThreads / kWarp;
+  const float inverse_channels = __fdividef(1.0f, static_cast<float>(p.channels));
   for (std::int64_t row = blockIdx.x * warps + threadIdx.x / kWarp; row < p.rows; row += gridDim.x * warps) {
     float sum = 0;
 #pragma unroll 4
     for (std::int64_t v = threadIdx.x % kWarp; v < vectors; v += kWarp) sum += sum_of_squares(load<kWidth>(p.x, row * vectors + v));
-    const float scale = inverse_norm(group_sum(sum, kWarp), static_cast<float>(p.channels), p.eps);
+    const float scale = norm_factor(group_sum(sum, kWarp), inverse_channels, p.eps);
     for (std::int64_t v = threadIdx.x % kWarp; v < vectors; v += kWarp) write(p, row * vectors + v, load<kWidth>(p.x, row * vectors + v), scale);
   }
 }

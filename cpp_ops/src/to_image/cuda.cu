@@ -27,13 +27,13 @@ __global__ void __launch_bounds__(kThreads) four_pixels(const Params<T> p) {
         [&](std::int64_t i, const Levels& in) {
 #pragma unroll
           for (int word = 0; word < kChannels; ++word) {
-            Vector<std::uint8_t, 4> bytes;
+            std::uint32_t bytes = 0;
 #pragma unroll
             for (int byte = 0; byte < 4; ++byte) {
               const int index = word * 4 + byte;  // in the four pixels
-              bytes.values[byte] = to_level(to_float(in.planes[index % kChannels].values[index / kChannels]) * p.scale + p.offset);
+              bytes |= std::uint32_t{to_level(in.planes[index % kChannels][index / kChannels] * p.scale + p.offset)} << (8 * byte);
             }
-            store(image, i * kChannels + word, bytes);
+            reinterpret_cast<std::uint32_t*>(image)[i * kChannels + word] = bytes;
           }
         });
   }

@@ -1,0 +1,186 @@
+// What all operators have in common: registration, declared types, and that errors become statuses.
+#include "common/custom_op.h"
+
+#include <algorithm>
+#include <set>
+
+#include "support.h"
+
+// A test asks for more memory than there is, and wants null.
+#if defined(__SANITIZE_ADDRESS__)
+extern "C" __attribute__((visibility("default"))) const char* __asan_default_options() { return "allocator_may_return_null=1"; }
+#elif defined(__SANITIZE_THREAD__)
+extern "C" __attribute__((visibility("default"))) const char* __tsan_default_options() { return "allocator_may_return_null=1"; }
+#endif
+
+namespace scm::testing {
+namespace {
+
+struct Example {
+  const char* op;
+  std::vector<Tensor> inputs;
+  Attributes attributes;
+  std::size_t outputs;
+};
+
+// A small node of every operator.
+std::vector<Example> examples(ONNXTensorElementDataType type) {
+  const Tensor x = random(type, {2, 5, 4}), per_sample = random(kFloat, {2});
+  const Tensor state = random(kFloat, {2, 5, 4});
+  return {
+      {"PixelNorm", {x}, {{"eps", 1e-4f}}, 2},
+      {"MPSiLU", {x}, {}, 1},
+      {"MPSum", {x, x}, {{"t", 0.3f}, {"clip", 256.0f}}, 2},
+      {"MPCat", {x, x}, {{"t", 0.5f}}, 2},
+      {"ModulateSiLU", {x, random(type, {2, 4})}, {}, 1},
+      {"NormModulateSiLU", {x, random(type, {2, 8})}, {{"eps", 1e-4f}}, 1},
+      {"CosineAttention", {random(type, {2, 5, 12})}, {{"heads", std::int64_t{2}}, {"eps", 1e-4f}}, 1},
+      {"ConsistencyStep", {state, x, state, per_sample, per_sample}, {{"sigma_data", 0.5f}}, 1},
+      {"PhiloxNormal", {integers({2}, {1, 2}), integers({}, {0}), scalar(1)}, {{"shape", Sizes{3, 4}}}, 1},
+      {"ToImage", {random(type, {2, 3, 4, 5})}, {{"scale", 127.5f}, {"offset", 128.0f}}, 1},
+  };
+}
+
+TEST(RegistrationTest, OffersEveryOperatorForFloatAndHalfOnTheCpu) {
+  EXPECT_EQ(fake_ort::library().domain, "scm");
+  std::multiset<std::string> names;
+  for (const OrtCustomOp* op : fake_ort::library().ops) {
+    if (op->GetExecutionProviderType(op) == std::string("CPUExecutionProvider")) names.insert(op->GetName(op));
+    EXPECT_EQ(op->version, 18u);
+    EXPECT_EQ(op->GetStartVersion(op), 1);
+    EXPECT_EQ(op->GetEndVersion(op), 1);
+  }
+  std::multiset<std::string> expected;
+  for (const auto type : {kFloat, kHalf}) {
+    for (const Example& example : examples(type)) {
+      if (example.op != std::string("PhiloxNormal") || type == kFloat) expected.insert(example.op);
+    }
+  }
+  EXPECT_EQ(names, expected);
+}
+
+TEST(RegistrationTest, FailsWithAStatusWhereverOnnxRuntimeFails) {
+  const auto& failures = fake_ort::library().failures;
+  EXPECT_EQ(failures.size(), fake_ort::library().ops.size() + 2);  // one call for the domain, one for each operator, one for the session
+  for (const std::string& failure : failures) EXPECT_EQ(failure, "scm::RegisterCustomOps: this call was to fail");
+}
+
+TEST(RegistrationTest, ServesManySessions) {
+  for (int session = 0; session < 3; ++session) {
+    const auto [error, domains] = fake_ort::register_with(18, "1.18.0");
+    EXPECT_EQ(error, "");
+    EXPECT_EQ(domains, std::vector<std::string>{"scm"});
+  }
+  EXPECT_EQ(fake_ort::register_with(25, "1.25.0").first, "");
+}
+
+TEST(RegistrationTest, RefusesAnOnnxRuntimeThatIsTooOld) {
+  const auto [error, domains] = fake_ort::register_with(15, "1.15.0");
+  EXPECT_NE(error.find("1.18"), std::string::npos) << error;
+  EXPECT_NE(error.find("1.15.0"), std::string::npos) << error;
+  EXPECT_TRUE(domains.empty());
+  EXPECT_EQ(fake_ort::live_objects(), 0);
+}
+
+TEST(CustomOpTest, MayWorkInPlaceWhereTypesAndSizesAgree) {
+  for (const auto type : {kFloat, kHalf}) {
+    for (const Example& example : examples(type)) {
+      SCOPED_TRACE(example.op);
+      std::vector<ONNXTensorElementDataType> types;
+      for (const Tensor& input : example.inputs) types.push_back(input.type);
+      const OrtCustomOp* op = fake_ort::find(example.op, types);
+      ASSERT_NE(op, nullptr);
+      for (const auto& [input, output] : fake_ort::may_inplace(*op)) {
+        ASSERT_LT(static_cast<std::size_t>(input), types.size());
+        ASSERT_LT(static_cast<std::size_t>(output), op->GetOutputTypeCount(op));
+        EXPECT_EQ(op->GetInputType(op, static_cast<std::size_t>(input)), op->GetOutputType(op, static_cast<std::size_t>(output)));
+        Options options = with_outputs(std::vector<bool>(example.outputs, true));
+        const Outcome apart = fake_ort::run(example.op, example.inputs, example.attributes, options);
+        options.written_over = input;
+        const Outcome over = fake_ort::run(example.op, example.inputs, example.attributes, options);
+        ASSERT_EQ(apart.error + over.error, "");
+        for (std::size_t i = 0; i < example.outputs; ++i) expect_same_bits(over.outputs[i], apart.outputs[i]);
+      }
+    }
+  }
+}
+
+TEST(CustomOpTest, RunsAndInfersTheSameShapesAndTypes) {
+  for (const auto type : {kFloat, kHalf}) {
+    for (const Example& example : examples(type)) {
+      SCOPED_TRACE(example.op);
+      std::vector<Spec> specs;
+      for (const Tensor& input : example.inputs) specs.push_back(spec(input));
+      const Outcome outcome = fake_ort::run(example.op, example.inputs, example.attributes, with_outputs(std::vector<bool>(example.outputs, true)));
+      const auto inference = fake_ort::infer(example.op, specs, example.attributes, example.outputs);
+      ASSERT_EQ(outcome.error + inference.error, "");
+      for (std::size_t i = 0; i < example.outputs; ++i) {
+        EXPECT_EQ(spec(outcome.outputs[i]).shape, inference.outputs[i].shape);
+        EXPECT_EQ(outcome.outputs[i].type, inference.outputs[i].type);
+      }
+    }
+  }
+}
+
+TEST(CustomOpTest, RefusesANodeWithoutAnyOneOfItsAttributes) {
+  for (const Example& example : examples(kFloat)) {
+    for (const auto& [name, value] : example.attributes) {
+      SCOPED_TRACE(std::string(example.op) + " and " + name);
+      Attributes lacking = example.attributes, mistyped = example.attributes;
+      lacking.erase(name);
+      mistyped[name] = std::string("text");
+      expect_refused(example.op, example.inputs, lacking, {name});
+      expect_refused(example.op, example.inputs, mistyped, {});
+    }
+  }
+}
+
+// Every call of the API fails once: a status comes back, nothing is thrown, and nothing leaks.
+TEST(CustomOpTest, TurnsFailuresOfOnnxRuntimeIntoStatuses) {
+  for (const Example& example : examples(kHalf)) {
+    SCOPED_TRACE(example.op);
+    Options options = with_outputs(std::vector<bool>(example.outputs, true));
+    const std::string expected = std::string("scm::") + example.op + ": this call was to fail";
+    Outcome outcome;
+    for (options.failing_call = 0;; ++options.failing_call) {
+      outcome = fake_ort::run(example.op, example.inputs, example.attributes, options);
+      if (outcome.error.empty()) break;
+      EXPECT_EQ(outcome.error, expected) << "call " << options.failing_call;
+      ASSERT_LT(options.failing_call, 100);
+    }
+    // 5 calls for each input, 3 for each output, 1 for each attribute, and 1 to divide the work.
+    const std::size_t calls = 5 * example.inputs.size() + 3 * example.outputs + example.attributes.size() + (outcome.pieces > 0);
+    EXPECT_EQ(static_cast<std::size_t>(options.failing_call), calls);
+  }
+}
+
+TEST(CustomOpTest, InfersWhatItCanWhereOnnxRuntimeFails) {
+  for (const Example& example : examples(kHalf)) {
+    SCOPED_TRACE(example.op);
+    std::vector<Spec> specs;
+    for (const Tensor& input : example.inputs) specs.push_back(spec(input));
+    const std::string expected = std::string("scm::") + example.op + ": this call was to fail";
+    int errors = 0;
+    for (int call = 0; call < 60; ++call) {  // an unknown input or an absent output is no error
+      const auto inference = fake_ort::infer(example.op, specs, example.attributes, example.outputs, call);
+      if (inference.error.empty()) continue;
+      EXPECT_EQ(inference.error, expected) << "call " << call;
+      ++errors;
+    }
+    EXPECT_GT(errors, 3);
+  }
+}
+
+TEST(CustomOpTest, ReportsAFailureToDivideTheWork) {
+  Options options;
+  options.failing_call = 9;  // after the attributes, input and output
+  const Outcome outcome = fake_ort::run("PixelNorm", {random(kFloat, {1000, 64})}, {{"eps", 1e-4f}}, options);
+  EXPECT_EQ(outcome.error, "scm::PixelNorm: this call was to fail");
+}
+
+TEST(CustomOpTest, InfersNothingForOutputsThatTheNodeDoesNotHave) {
+  EXPECT_EQ(inferred("PixelNorm", {{kFloat, "[2, 3]"}}, {{"eps", 1e-4f}}, 0), std::vector<std::string>{});
+}
+
+}  // namespace
+}  // namespace scm::testing

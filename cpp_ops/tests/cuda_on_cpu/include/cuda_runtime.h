@@ -1,0 +1,98 @@
+// Stands in for the CUDA Toolkit's header: what the kernels in src use of it, for machine.h. Their intrinsics are those of <cmath>: more exact than a GPU's.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#include "machine.h"
+
+#define __host__
+#define __device__
+#define __global__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+#define __shared__ static  // one block at a time
+
+// -- Launches ----------------------------------------------------------------------------------------------------------------
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9, cudaErrorLaunchFailure = 719 };
+struct CUstream_st;
+using cudaStream_t = CUstream_st*;
+
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  std::size_t dynamicSmemBytes;
+  cudaStream_t stream;
+};
+
+inline cudaError_t& last_error() {
+  static cudaError_t error = cudaSuccess;
+  return error;
+}
+
+inline cudaError_t cudaGetLastError() { return std::exchange(last_error(), cudaSuccess); }
+
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaSuccess ? "no error" : error == cudaErrorInvalidConfiguration ? "invalid configuration argument" : "unspecified launch failure";
+}
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
+  const dim3 grid = config->gridDim, block = config->blockDim;
+  if (grid.x == 0 || grid.x > 0x7fffffffu || grid.y == 0 || grid.y > 65535 || grid.z != 1) return last_error() = cudaErrorInvalidConfiguration;
+  if (machine::options.refuse_launches) return last_error() = cudaErrorLaunchFailure;
+  machine::run({grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, [=] { kernel(arguments...); });
+  return cudaSuccess;
+}
+
+// -- Barriers and shuffles -----------------------------------------------------------------------------------------------------
+
+inline void __syncthreads(int site = __builtin_LINE()) { machine::block_barrier(site); }
+
+inline void __syncwarp(int site = __builtin_LINE()) {
+  machine::warp_instruction(site, nullptr, [](void* const*) {});
+}
+
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int site = __builtin_LINE()) {
+  struct Lane {
+    T value, result;
+    int lane_mask;
+  };
+  if (mask != 0xffffffffu) machine::fail("shuffles with a part of its warp, which this machine does not know");
+  Lane self{value, {}, lane_mask};
+  machine::warp_instruction(site, &self, [](void* const* lanes) {
+    for (int i = 0; i < 32; ++i) {
+      Lane& lane = *static_cast<Lane*>(lanes[i]);
+      lane.result = static_cast<Lane*>(lanes[i ^ lane.lane_mask])->value;
+    }
+  });
+  return self.result;
+}
+
+// -- Arithmetic ----------------------------------------------------------------------------------------------------------------
+
+inline std::uint32_t __float_as_uint(float x) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+inline float __uint_as_float(std::uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+inline float __expf(float x) { return std::exp(x); }
+inline float __fdividef(float x, float y) { return x / y; }
+inline float __fmul_rn(float x, float y) { return x * y; }

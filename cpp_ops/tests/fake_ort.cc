@@ -1,0 +1,620 @@
+#include "fake_ort.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <memory>
+#include <numeric>
+#include <sstream>
+#include <thread>
+
+extern "C" OrtStatus* ORT_API_CALL RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base);
+
+// What the C API declares and leaves open.
+
+struct OrtStatus {
+  OrtErrorCode code;
+  std::string text;
+};
+
+struct OrtTensorTypeAndShapeInfo {
+  ONNXTensorElementDataType type = ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
+  std::vector<std::int64_t> sizes;
+  std::vector<std::string> symbols;
+  bool lent = false;  // belongs to a context: not to be released by the library
+};
+
+struct OrtValue {
+  ONNXTensorElementDataType type;
+  std::vector<std::int64_t> shape;
+  std::byte* data;
+};
+
+struct OrtOpAttr {
+  fake_ort::Attribute value;
+};
+
+struct OrtKernelInfo {
+  const fake_ort::Attributes& attributes;
+};
+
+struct OrtShapeInferContext {
+  std::map<std::string, OrtOpAttr> attributes;
+  std::vector<std::unique_ptr<OrtTensorTypeAndShapeInfo>> inputs;  // null where nothing is known
+  std::vector<std::unique_ptr<OrtTensorTypeAndShapeInfo>> outputs;
+};
+
+struct OrtKernelContext {
+  const OrtCustomOp& op;
+  const fake_ort::Options& options;
+  std::vector<OrtValue> inputs;
+  std::vector<std::vector<std::byte>*> input_bytes;
+  std::vector<OrtValue> outputs;
+  std::vector<std::vector<std::byte>> output_bytes;
+  mutable std::size_t pieces = 0;
+};
+
+struct OrtCustomOpDomain {
+  std::string name;
+  std::vector<const OrtCustomOp*> ops;
+};
+
+struct OrtSessionOptions {
+  std::vector<const OrtCustomOpDomain*> domains;
+};
+
+namespace fake_ort {
+namespace {
+
+std::atomic<int> live{0};
+std::atomic<int> calls_before_failure{kNever};
+
+OrtStatus* ORT_API_CALL create_status(OrtErrorCode code, const char* text) noexcept {
+  ++live;
+  return new OrtStatus{code, text};
+}
+
+const char* ORT_API_CALL error_message(const OrtStatus* status) noexcept { return status->text.c_str(); }
+
+void ORT_API_CALL release_status(OrtStatus* status) noexcept {
+  if (status) --live;
+  delete status;
+}
+
+OrtStatus* failure(const std::string& text) { return create_status(ORT_FAIL, text.c_str()); }
+
+constexpr char kPlanted[] = "this call was to fail";
+
+// At the beginning of every call that can fail.
+OrtStatus* planted() {
+  if (calls_before_failure == kNever) return nullptr;
+  return calls_before_failure-- == 0 ? failure(kPlanted) : nullptr;
+}
+
+#define PLANTED_FAILURE                                 \
+  do {                                                  \
+    if (OrtStatus* status = planted()) return status;   \
+  } while (false)
+
+// Sets the call that fails for as long as it lives.
+class Planted {
+ public:
+  explicit Planted(int call) { calls_before_failure = call; }
+  ~Planted() { calls_before_failure = kNever; }
+};
+
+std::string take(OrtStatus* status) {
+  if (!status) return "";
+  std::string text = status->text;
+  EXPECT_FALSE(text.empty()) << "an error without a text";
+  release_status(status);
+  return text;
+}
+
+std::size_t width(ONNXTensorElementDataType type) {
+  switch (type) {
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8:
+      return 1;
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16:
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16:
+      return 2;
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT:
+      return 4;
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64:
+      return 8;
+    default:
+      ADD_FAILURE() << "element type " << type;
+      return 1;
+  }
+}
+
+// -- Attributes -------------------------------------------------------------------------------------------------------
+
+template <typename Value>
+OrtStatus* attribute(const OrtKernelInfo* info, const char* name, const Value** value) {
+  const auto found = info->attributes.find(name);
+  if (found == info->attributes.end()) return failure(std::string("No attribute with name:'") + name + "'is defined.");
+  *value = std::get_if<Value>(&found->second);
+  return *value ? nullptr : failure(std::string("Requested attribute: ") + name + " has another type");
+}
+
+OrtStatus* ORT_API_CALL attribute_float(const OrtKernelInfo* info, const char* name, float* out) noexcept {
+  PLANTED_FAILURE;
+  const float* value = nullptr;
+  OrtStatus* status = attribute(info, name, &value);
+  if (!status) *out = *value;
+  return status;
+}
+
+OrtStatus* ORT_API_CALL attribute_int64(const OrtKernelInfo* info, const char* name, std::int64_t* out) noexcept {
+  PLANTED_FAILURE;
+  const std::int64_t* value = nullptr;
+  OrtStatus* status = attribute(info, name, &value);
+  if (!status) *out = *value;
+  return status;
+}
+
+OrtStatus* ORT_API_CALL attribute_int64s(const OrtKernelInfo* info, const char* name, std::int64_t* out, std::size_t* size) noexcept {
+  PLANTED_FAILURE;
+  const std::vector<std::int64_t>* value = nullptr;
+  if (OrtStatus* status = attribute(info, name, &value)) return status;
+  const std::size_t room = *size;
+  *size = value->size();
+  if (!out) return nullptr;
+  if (room < value->size()) return failure("Result buffer is not large enough");
+  std::copy(value->begin(), value->end(), out);
+  return nullptr;
+}
+
+OrtStatus* ORT_API_CALL inference_attribute(const OrtShapeInferContext* context, const char* name, const OrtOpAttr** out) noexcept {
+  PLANTED_FAILURE;
+  const auto found = context->attributes.find(name);
+  if (found == context->attributes.end()) return failure(std::string("Attribute ") + name + " does not exist.");
+  *out = &found->second;
+  return nullptr;
+}
+
+OrtStatus* ORT_API_CALL read_attribute(const OrtOpAttr* attribute, OrtOpAttrType type, void* data, std::size_t room, std::size_t* out) noexcept {
+  PLANTED_FAILURE;
+  const auto copy = [&](const void* from, std::size_t bytes) -> OrtStatus* {
+    *out = bytes;
+    if (room < bytes) return failure("Size of data not large enough to hold the attribute.");
+    if (bytes > 0) std::memcpy(data, from, bytes);
+    return nullptr;
+  };
+  if (const auto* real = std::get_if<float>(&attribute->value); real && type == ORT_OP_ATTR_FLOAT) return copy(real, sizeof *real);
+  if (const auto* integer = std::get_if<std::int64_t>(&attribute->value); integer && type == ORT_OP_ATTR_INT) return copy(integer, sizeof *integer);
+  if (const auto* integers = std::get_if<std::vector<std::int64_t>>(&attribute->value); integers && type == ORT_OP_ATTR_INTS) {
+    return copy(integers->data(), integers->size() * sizeof(std::int64_t));
+  }
+  return failure("Attribute has no value of this type.");
+}
+
+// -- Types and shapes -------------------------------------------------------------------------------------------------
+
+OrtStatus* ORT_API_CALL create_info(OrtTensorTypeAndShapeInfo** out) noexcept {
+  PLANTED_FAILURE;
+  ++live;
+  *out = new OrtTensorTypeAndShapeInfo;
+  return nullptr;
+}
+
+void ORT_API_CALL release_info(OrtTensorTypeAndShapeInfo* info) noexcept {
+  if (!info) return;
+  EXPECT_FALSE(info->lent) << "released what belongs to the context";
+  if (info->lent) return;
+  --live;
+  delete info;
+}
+
+OrtStatus* ORT_API_CALL dimension_count(const OrtTensorTypeAndShapeInfo* info, std::size_t* out) noexcept {
+  PLANTED_FAILURE;
+  *out = info->sizes.size();
+  return nullptr;
+}
+
+OrtStatus* ORT_API_CALL dimensions(const OrtTensorTypeAndShapeInfo* info, std::int64_t* out, std::size_t count) noexcept {
+  PLANTED_FAILURE;
+  std::copy_n(info->sizes.begin(), std::min(count, info->sizes.size()), out);
+  return nullptr;
+}
+
+OrtStatus* ORT_API_CALL symbolic_dimensions(const OrtTensorTypeAndShapeInfo* info, const char** out, std::size_t count) noexcept {
+  PLANTED_FAILURE;
+  for (std::size_t i = 0; i < std::min(count, info->symbols.size()); ++i) out[i] = info->symbols[i].c_str();
+  return nullptr;
+}
+
+OrtStatus* ORT_API_CALL element_type(const OrtTensorTypeAndShapeInfo* info, ONNXTensorElementDataType* out) noexcept {
+  PLANTED_FAILURE;
+  *out = info->type;
+  return nullptr;
+}
+
+OrtStatus* ORT_API_CALL set_element_type(OrtTensorTypeAndShapeInfo* info, ONNXTensorElementDataType type) noexcept {
+  PLANTED_FAILURE;
+  info->type = type;
+  return nullptr;
+}
+
+OrtStatus* ORT_API_CALL set_dimensions(OrtTensorTypeAndShapeInfo* info, const std::int64_t* sizes, std::size_t count) noexcept {
+  PLANTED_FAILURE;
+  info->sizes.assign(sizes, sizes + count);
+  return nullptr;
+}
+
+OrtStatus* ORT_API_CALL set_symbolic_dimensions(OrtTensorTypeAndShapeInfo* info, const char** symbols, std::size_t count) noexcept {
+  PLANTED_FAILURE;
+  info->symbols.assign(symbols, symbols + count);
+  return nullptr;
+}
+
+OrtStatus* ORT_API_CALL inference_input_count(const OrtShapeInferContext* context, std::size_t* out) noexcept {
+  PLANTED_FAILURE;
+  *out = context->inputs.size();
+  return nullptr;
+}
+
+OrtStatus* ORT_API_CALL inference_input(const OrtShapeInferContext* context, std::size_t i, OrtTensorTypeAndShapeInfo** out) noexcept {
+  PLANTED_FAILURE;
+  if (i >= context->inputs.size() || !context->inputs[i]) return failure("Failed to fetch type shape info for the index.");
+  *out = context->inputs[i].get();
+  return nullptr;
+}
+
+OrtStatus* ORT_API_CALL set_inference_output(const OrtShapeInferContext* context, std::size_t i, const OrtTensorTypeAndShapeInfo* info) noexcept {
+  PLANTED_FAILURE;
+  if (i >= context->outputs.size()) return failure("the node has no such output");
+  *const_cast<OrtShapeInferContext*>(context)->outputs[i] = *info;
+  return nullptr;
+}
+
+// -- Tensors and threads ----------------------------------------------------------------------------------------------
+
+OrtStatus* ORT_API_CALL get_input(const OrtKernelContext* context, std::size_t i, const OrtValue** out) noexcept {
+  PLANTED_FAILURE;
+  if (i >= context->inputs.size()) return failure("input index out of range");
+  *out = &context->inputs[i];
+  return nullptr;
+}
+
+OrtStatus* ORT_API_CALL output_count(const OrtKernelContext* context, std::size_t* out) noexcept {
+  PLANTED_FAILURE;
+  *out = context->options.outputs.size();
+  return nullptr;
+}
+
+OrtStatus* ORT_API_CALL get_output(OrtKernelContext* context, std::size_t i, const std::int64_t* sizes, std::size_t rank, OrtValue** out) noexcept {
+  PLANTED_FAILURE;
+  if (i >= context->outputs.size()) return failure("output index out of range");
+  if (!context->options.outputs[i]) {
+    *out = nullptr;
+    return nullptr;
+  }
+  OrtValue& output = context->outputs[i];
+  EXPECT_EQ(output.data, nullptr) << "asked for an output twice";
+  output.type = context->op.GetOutputType(&context->op, i);
+  output.shape.assign(sizes, sizes + rank);
+  std::int64_t bytes = static_cast<std::int64_t>(width(output.type));
+  for (const std::int64_t size : output.shape) {
+    EXPECT_GE(size, 0) << "output " << i << " has a size that is not known";
+    if (size < 0 || __builtin_mul_overflow(bytes, size, &bytes)) return failure("the shape has a negative size or too many elements");
+  }
+  static std::byte nothing;
+  if (context->options.pretend_memory) {
+    output.data = &nothing;
+  } else if (bytes > std::int64_t{1} << 30) {
+    return failure("cannot allocate " + std::to_string(bytes) + " bytes");
+  } else if (i == 0 && context->options.written_over >= 0) {
+    auto& taken = *context->input_bytes[static_cast<std::size_t>(context->options.written_over)];
+    EXPECT_EQ(taken.size(), static_cast<std::size_t>(bytes)) << "an output over an input of another size";
+    output.data = taken.empty() ? &nothing : taken.data();
+  } else {
+    context->output_bytes[i].assign(static_cast<std::size_t>(bytes), std::byte{0xa5});  // neither zeros nor a plausible result
+    output.data = bytes ? context->output_bytes[i].data() : &nothing;
+  }
+  *out = &output;
+  return nullptr;
+}
+
+OrtStatus* ORT_API_CALL type_and_shape(const OrtValue* value, OrtTensorTypeAndShapeInfo** out) noexcept {
+  PLANTED_FAILURE;
+  ++live;
+  *out = new OrtTensorTypeAndShapeInfo{value->type, value->shape, std::vector<std::string>(value->shape.size()), false};
+  return nullptr;
+}
+
+OrtStatus* ORT_API_CALL tensor_data(OrtValue* value, void** out) noexcept {
+  PLANTED_FAILURE;
+  *out = value->data;
+  return nullptr;
+}
+
+OrtStatus* ORT_API_CALL parallel_for(const OrtKernelContext* context, void (*run)(void*, std::size_t), std::size_t total, std::size_t, void* data) noexcept {
+  PLANTED_FAILURE;
+  context->pieces += total;
+  if (context->options.threads == Threads::one) {
+    for (std::size_t i = 0; i < total; ++i) run(data, i);
+  } else if (context->options.threads == Threads::one_backwards) {
+    for (std::size_t i = total; i-- > 0;) run(data, i);
+  } else {
+    std::atomic<std::size_t> next{0};
+    std::vector<std::thread> threads;
+    for (int thread = 0; thread < 4; ++thread) {
+      threads.emplace_back([&] {
+        for (std::size_t i = next++; i < total; i = next++) run(data, i);
+      });
+    }
+    for (std::thread& thread : threads) thread.join();
+  }
+  return nullptr;
+}
+
+// -- Registration -----------------------------------------------------------------------------------------------------
+
+OrtStatus* ORT_API_CALL create_domain(const char* name, OrtCustomOpDomain** out) noexcept {
+  PLANTED_FAILURE;
+  ++live;
+  *out = new OrtCustomOpDomain{name, {}};
+  return nullptr;
+}
+
+void ORT_API_CALL release_domain(OrtCustomOpDomain* domain) noexcept {
+  if (domain) --live;
+  delete domain;
+}
+
+OrtStatus* ORT_API_CALL add_op(OrtCustomOpDomain* domain, const OrtCustomOp* op) noexcept {
+  PLANTED_FAILURE;
+  domain->ops.push_back(op);
+  return nullptr;
+}
+
+OrtStatus* ORT_API_CALL add_domain(OrtSessionOptions* options, OrtCustomOpDomain* domain) noexcept {
+  PLANTED_FAILURE;
+  options->domains.push_back(domain);
+  return nullptr;
+}
+
+OrtApi make_api() {
+  OrtApi api{};  // what is not set here, the library may not call
+  api.CreateStatus = create_status;
+  api.GetErrorMessage = error_message;
+  api.ReleaseStatus = release_status;
+  api.KernelInfoGetAttribute_float = attribute_float;
+  api.KernelInfoGetAttribute_int64 = attribute_int64;
+  api.KernelInfoGetAttributeArray_int64 = attribute_int64s;
+  api.ShapeInferContext_GetAttribute = inference_attribute;
+  api.ReadOpAttr = read_attribute;
+  api.CreateTensorTypeAndShapeInfo = create_info;
+  api.ReleaseTensorTypeAndShapeInfo = release_info;
+  api.GetDimensionsCount = dimension_count;
+  api.GetDimensions = dimensions;
+  api.GetSymbolicDimensions = symbolic_dimensions;
+  api.GetTensorElementType = element_type;
+  api.SetTensorElementType = set_element_type;
+  api.SetDimensions = set_dimensions;
+  api.SetSymbolicDimensions = set_symbolic_dimensions;
+  api.ShapeInferContext_GetInputCount = inference_input_count;
+  api.ShapeInferContext_GetInputTypeShape = inference_input;
+  api.ShapeInferContext_SetOutputTypeShape = set_inference_output;
+  api.KernelContext_GetInput = get_input;
+  api.KernelContext_GetOutputCount = output_count;
+  api.KernelContext_GetOutput = get_output;
+  api.GetTensorTypeAndShape = type_and_shape;
+  api.GetTensorMutableData = tensor_data;
+  api.KernelContext_ParallelFor = parallel_for;
+  api.CreateCustomOpDomain = create_domain;
+  api.ReleaseCustomOpDomain = release_domain;
+  api.CustomOpDomain_Add = add_op;
+  api.AddCustomOpDomain = add_domain;
+  return api;
+}
+
+const OrtApi api = make_api();  // needs no destructor: the library calls it at the very end too
+
+std::uint32_t offered_api = 18;
+const char* offered_version = "1.18.0";
+
+const OrtApi* ORT_API_CALL get_api(std::uint32_t version) noexcept { return version <= offered_api ? &api : nullptr; }
+const char* ORT_API_CALL get_version() noexcept { return offered_version; }
+
+const OrtApiBase base{get_api, get_version};
+
+// -- Text -------------------------------------------------------------------------------------------------------------
+
+std::unique_ptr<OrtTensorTypeAndShapeInfo> parse(const Spec& spec) {
+  if (spec.shape == "?") return nullptr;
+  auto info = std::make_unique<OrtTensorTypeAndShapeInfo>();
+  info->type = spec.type;
+  info->lent = true;
+  std::string text = spec.shape.substr(1, spec.shape.size() - 2);
+  std::replace(text.begin(), text.end(), ',', ' ');
+  std::istringstream words(text);
+  for (std::string word; words >> word;) {
+    const bool known = std::isdigit(static_cast<unsigned char>(word[0])) != 0;
+    info->sizes.push_back(known ? std::stoll(word) : -1);
+    info->symbols.push_back(known || word == "?" ? "" : word);
+  }
+  return info;
+}
+
+Spec to_spec(const OrtTensorTypeAndShapeInfo& info) {
+  if (info.type == ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED) return {info.type, "?"};
+  std::string text = "[";
+  for (std::size_t i = 0; i < info.sizes.size(); ++i) {
+    const std::string symbol = i < info.symbols.size() ? info.symbols[i] : "";
+    EXPECT_TRUE(info.sizes[i] < 0 || symbol.empty()) << "a size that is known and has a name";
+    text += (i ? ", " : "") + (info.sizes[i] >= 0 ? std::to_string(info.sizes[i]) : symbol.empty() ? "?" : symbol);
+  }
+  return {info.type, text + "]"};
+}
+
+}  // namespace
+
+Spec spec(const Tensor& tensor) {
+  OrtTensorTypeAndShapeInfo info;
+  info.type = tensor.type;
+  info.sizes = tensor.shape;
+  return to_spec(info);
+}
+
+int live_objects() { return live; }
+
+const Library& library() {
+  static const Library registered = [] {
+    Library result;
+    OrtSessionOptions options;
+    for (int call = 0;; ++call) {
+      OrtStatus* status = nullptr;
+      {
+        const Planted planted_failure(call);
+        status = RegisterCustomOps(&options, &base);
+      }
+      if (!status) break;
+      result.failures.push_back(take(status));
+    }
+    EXPECT_EQ(options.domains.size(), 1u);
+    EXPECT_EQ(live, 1) << "failed registrations must leave nothing behind";
+    live = 0;
+    result.domain = options.domains.at(0)->name;
+    result.ops = options.domains.at(0)->ops;
+    return result;
+  }();
+  return registered;
+}
+
+const OrtCustomOp* find(const std::string& name, const std::vector<ONNXTensorElementDataType>& inputs) {
+  const OrtCustomOp* found = nullptr;
+  for (const OrtCustomOp* op : library().ops) {
+    bool fits = op->GetName(op) == name && op->GetExecutionProviderType(op) == std::string("CPUExecutionProvider");
+    fits = fits && op->GetInputTypeCount(op) == inputs.size();
+    for (std::size_t i = 0; fits && i < inputs.size(); ++i) fits = op->GetInputType(op, i) == inputs[i];
+    if (!fits) continue;
+    EXPECT_EQ(found, nullptr) << name << " is registered twice for one type";
+    found = op;
+  }
+  return found;
+}
+
+std::vector<std::pair<int, int>> may_inplace(const OrtCustomOp& op) {
+  int *inputs = nullptr, *outputs = nullptr;
+  const std::size_t count = op.GetMayInplace(&inputs, &outputs);
+  std::vector<std::pair<int, int>> pairs;
+  for (std::size_t i = 0; i < count; ++i) pairs.emplace_back(inputs[i], outputs[i]);
+  if (count > 0) op.ReleaseMayInplace(inputs, outputs);  // as ONNX Runtime does: of nothing, nothing is released
+  return pairs;
+}
+
+std::pair<std::string, std::vector<std::string>> register_with(std::uint32_t newest_api, const char* version) {
+  library();
+  offered_api = newest_api;
+  offered_version = version;
+  OrtSessionOptions options;
+  std::pair<std::string, std::vector<std::string>> result;
+  result.first = take(RegisterCustomOps(&options, &base));
+  for (const OrtCustomOpDomain* domain : options.domains) result.second.push_back(domain->name);
+  offered_api = 18;
+  offered_version = "1.18.0";
+  return result;
+}
+
+Outcome run(const std::string& name, std::vector<Tensor> inputs, const Attributes& attributes, const Options& options) {
+  std::vector<ONNXTensorElementDataType> types;
+  for (const Tensor& input : inputs) types.push_back(input.type);
+  const OrtCustomOp* op = find(name, types);
+  if (!op) return {"there is no operator " + name + " for these types", {}, 0};
+  const std::size_t declared = op->GetOutputTypeCount(op);
+  EXPECT_LE(options.outputs.size(), declared);
+  for (std::size_t i = 0; i < declared; ++i) {
+    const bool present = i < options.outputs.size() && options.outputs[i];
+    EXPECT_TRUE(present || op->GetOutputCharacteristic(op, i) == INPUT_OUTPUT_OPTIONAL) << "output " << i << " is not optional";
+  }
+  if (options.written_over >= 0) {
+    const auto allowed = may_inplace(*op);
+    const std::pair<int, int> asked{options.written_over, 0};
+    EXPECT_NE(std::find(allowed.begin(), allowed.end(), asked), allowed.end()) << "not among GetMayInplace";
+  }
+
+  const std::vector<Tensor> before = inputs;
+  static std::byte nothing;
+  OrtKernelContext context{*op, options, {}, {}, {}, {}, 0};
+  for (Tensor& input : inputs) {
+    context.inputs.push_back({input.type, input.shape, input.bytes.empty() ? &nothing : input.bytes.data()});
+    context.input_bytes.push_back(&input.bytes);
+  }
+  context.outputs.resize(options.outputs.size(), OrtValue{ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED, {}, nullptr});
+  context.output_bytes.resize(options.outputs.size());
+
+  const int live_before = live;
+  Outcome outcome;
+  try {
+    const Planted planted_failure(options.failing_call);
+    const OrtKernelInfo info{attributes};
+    void* kernel = nullptr;
+    outcome.error = take(op->CreateKernelV2(op, &api, &info, &kernel));
+    EXPECT_EQ(outcome.error.empty(), kernel != nullptr) << outcome.error;
+    if (outcome.error.empty()) {
+      outcome.error = take(op->KernelComputeV2(kernel, &context));
+      op->KernelDestroy(kernel);
+    }
+  } catch (...) {
+    ADD_FAILURE() << name << " threw across the ABI";
+  }
+  EXPECT_EQ(live, live_before) << name << " kept or gave back too many objects";
+  outcome.pieces = context.pieces;
+  for (std::size_t i = 0; i < inputs.size(); ++i) {
+    const bool kept = inputs[i].bytes == before[i].bytes || static_cast<int>(i) == options.written_over;
+    EXPECT_TRUE(kept) << name << " wrote to input " << i;
+  }
+  if (!outcome.error.empty() || options.pretend_memory) return outcome;
+  for (std::size_t i = 0; i < options.outputs.size(); ++i) {
+    const OrtValue& output = context.outputs[i];
+    EXPECT_EQ(output.data != nullptr, options.outputs[i]) << "output " << i;
+    const bool over = i == 0 && options.written_over >= 0;
+    outcome.outputs.push_back({output.type, output.shape, over ? inputs[static_cast<std::size_t>(options.written_over)].bytes : context.output_bytes[i]});
+  }
+  return outcome;
+}
+
+namespace {
+
+Inference infer(const OrtCustomOp* op, const std::vector<Spec>& inputs, const Attributes& attributes, std::size_t outputs, int failing_call) {
+  OrtShapeInferContext context;
+  for (const auto& [key, value] : attributes) context.attributes[key] = {value};
+  for (const Spec& input : inputs) context.inputs.push_back(parse(input));
+  for (std::size_t i = 0; i < outputs; ++i) context.outputs.push_back(std::make_unique<OrtTensorTypeAndShapeInfo>());
+  const int live_before = live;
+  Inference result;
+  try {
+    const Planted planted_failure(failing_call);
+    result.error = take(op->InferOutputShapeFn(op, &context));
+  } catch (...) {
+    ADD_FAILURE() << op->GetName(op) << " threw across the ABI";
+  }
+  EXPECT_EQ(live, live_before) << op->GetName(op) << " kept or gave back too many objects";
+  if (!result.error.empty()) return result;
+  for (const auto& output : context.outputs) result.outputs.push_back(to_spec(*output));
+  return result;
+}
+
+}  // namespace
+
+Inference infer(const std::string& name, const std::vector<Spec>& inputs, const Attributes& attributes, std::size_t outputs, int failing_call) {
+  std::vector<ONNXTensorElementDataType> types;
+  for (const Spec& input : inputs) types.push_back(input.type);
+  const OrtCustomOp* own = find(name, types);
+  if (!own) return {"there is no operator " + name + " for these types", {}};
+  const Inference result = infer(own, inputs, attributes, outputs, failing_call);
+  for (const OrtCustomOp* op : library().ops) {
+    if (op == own || op->GetName(op) != name || failing_call != kNever) continue;
+    const Inference other = infer(op, inputs, attributes, outputs, kNever);
+    EXPECT_EQ(other.error, result.error);
+    EXPECT_TRUE(other.outputs == result.outputs) << name << " infers other shapes or types for type " << op->GetInputType(op, 0);
+  }
+  return result;
+}
+
+}  // namespace fake_ort

@@ -1,0 +1,83 @@
+// As much of ONNX Runtime as the library calls, and no more: the operators run through the library's real entry point and callbacks, with strict checks on
+// what they ask for. It counts the objects that the library must give back, and can let any one call of the API fail.
+#pragma once
+
+#include <onnxruntime_c_api.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <string>
+#include <variant>
+#include <vector>
+
+namespace fake_ort {
+
+struct Tensor {
+  ONNXTensorElementDataType type;
+  std::vector<std::int64_t> shape;
+  std::vector<std::byte> bytes;
+};
+
+using Attribute = std::variant<float, std::int64_t, std::vector<std::int64_t>, std::string>;
+using Attributes = std::map<std::string, Attribute>;
+
+enum class Threads { one, one_backwards, many };
+
+constexpr int kNever = -1;
+
+struct Options {
+  std::vector<bool> outputs{true};      // of the node; false: an optional output without a name
+  int written_over = -1;                // the input whose memory output 0 takes
+  Threads threads = Threads::one;       // of KernelContext_ParallelFor
+  int failing_call = kNever;            // the call of the API, counted from 0, that fails
+  bool pretend_memory = false;          // outputs have no memory: for tests in which the kernel stops before it writes
+};
+
+struct Outcome {
+  std::string error;  // empty if all went well
+  std::vector<Tensor> outputs;
+  std::size_t pieces = 0;  // into which ParallelFor was asked to divide the work; 0 if it was not called
+};
+
+// Creates a kernel of the CPU operator that takes these inputs, runs it and destroys it.
+Outcome run(const std::string& op, std::vector<Tensor> inputs, const Attributes& attributes = {}, const Options& options = {});
+
+// A type and a shape as text: "[2, H, ?]" has a known, a symbolic and an unknown size, "?" not even a known rank.
+struct Spec {
+  ONNXTensorElementDataType type;
+  std::string shape;
+
+  bool operator==(const Spec& other) const { return type == other.type && shape == other.shape; }
+};
+
+Spec spec(const Tensor& tensor);
+
+struct Inference {
+  std::string error;
+  std::vector<Spec> outputs;  // the shape is "?" where the operator gave none
+};
+
+// Shape inference of the CPU operator that takes these inputs. All operators of its name must infer the same: ONNX Runtime asks any one of them, whatever
+// the node's types.
+Inference infer(const std::string& op, const std::vector<Spec>& inputs, const Attributes& attributes = {}, std::size_t outputs = 1, int failing_call = kNever);
+
+// What the library registers. `failures` are the errors of the attempts before the one that succeeded, with one more call of the API allowed each time.
+struct Library {
+  std::string domain;
+  std::vector<const OrtCustomOp*> ops;
+  std::vector<std::string> failures;
+};
+
+const Library& library();
+
+const OrtCustomOp* find(const std::string& op, const std::vector<ONNXTensorElementDataType>& inputs);  // CPU operators only
+
+std::vector<std::pair<int, int>> may_inplace(const OrtCustomOp& op);
+
+// RegisterCustomOps on an ONNX Runtime of this version: the error, or the domains that the session got.
+std::pair<std::string, std::vector<std::string>> register_with(std::uint32_t newest_api, const char* version);
+
+int live_objects();  // made by the API and not given back, apart from the registered domain
+
+}  // namespace fake_ort
