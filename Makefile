@@ -25,7 +25,7 @@ BENCHES  := $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:  # two pips must not fill one .venv at a time
-.PHONY: help demo test lint types ops ops-test ops-sanitize bench format dist constraints clean
+.PHONY: help demo test test-gpu lint types ops ops-test ops-sanitize bench format dist constraints clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | while IFS='	' read -r name what; do printf '  make %-12s %s\n' "$$name" "$$what"; done
@@ -44,6 +44,11 @@ lint: $(FULL) ## ruff: rules and format
 
 types: $(FULL) ## mypy --strict
 	$(BIN)/mypy --strict
+
+test-gpu: $(FULL) ## run the GPU tests, once more under compute-sanitizer where it is installed (needs onnxruntime-gpu and a CUDA build of torch in .venv)
+	$(call build-ops,ON)
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+	! command -v compute-sanitizer > /dev/null || compute-sanitizer --error-exitcode 1 $(BIN)/python -m pytest -m gpu tests/ops $(ARGS)
 
 ops: $(FULL) ## build the library of kernels and put it where .venv finds it (SCM_OPS_CUDA=ON|OFF|AUTO, OPS_FLAGS for CMake)
 	$(call build-ops,$(or $(SCM_OPS_CUDA),AUTO))
@@ -90,23 +95,26 @@ clean: ## remove what was built or drawn; .venv stays
 # last built is what later targets keep up to date with the sources.
 
 GENERATOR   = $(if $(wildcard $(1)/CMakeCache.txt),,-G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja))
+# What CONTRIBUTING.md says of the environment holds for these targets as for pip.
+HEADERS     = $(if $(ONNXRUNTIME_INCLUDE_DIR),-DONNXRUNTIME_INCLUDE_DIR=$(ONNXRUNTIME_INCLUDE_DIR)) $(if $(SCM_OPS_FETCH_HEADERS),-DSCM_OPS_FETCH_HEADERS=$(SCM_OPS_FETCH_HEADERS))
+CONFIGURE   = $(CMAKE) -S cpp_ops -B $(1) $(call GENERATOR,$(1)) -DSCM_OPS_WERROR=ON $(HEADERS)
 JOBS       ?= $(shell nproc 2> /dev/null || echo 2)
 SITE        = $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("platlib"))')
 
 # $(1): ON, OFF or AUTO, or nothing for what it was last time
 define build-ops
-$(CMAKE) -S cpp_ops -B build/ops $(call GENERATOR,build/ops) -DCMAKE_BUILD_TYPE=Release $(if $(1),-DSCM_OPS_CUDA=$(1)) $(OPS_FLAGS)
+$(call CONFIGURE,build/ops) -DCMAKE_BUILD_TYPE=Release $(if $(1),-DSCM_OPS_CUDA=$(1)) $(OPS_FLAGS)
 $(CMAKE) --build build/ops --parallel $(JOBS)
 $(CMAKE) --install build/ops --prefix "$(SITE)"
 @# An editable install that was made without the library does not look there.
 @$(BIN)/python -c 'import sys; from scm_runtime.native import find_library; sys.exit(find_library() is None)' \
-	|| SCM_REQUIRE_OPS=1 SCM_OPS_CUDA=$(1) $(PIP) install --no-deps -e .
+	|| SCM_REQUIRE_OPS=1 SCM_OPS_CUDA=$(or $(1),OFF) $(PIP) install --no-deps -e .
 @touch $(OPS)
 endef
 
 # $(1): where; $(2): further options
 define test-ops
-$(CMAKE) -S cpp_ops -B $(1) $(call GENERATOR,$(1)) -DSCM_OPS_CUDA=$(or $(SCM_OPS_CUDA),OFF) -DSCM_OPS_TESTS=ON $(2) $(OPS_FLAGS)
+$(call CONFIGURE,$(1)) -DSCM_OPS_CUDA=$(or $(SCM_OPS_CUDA),OFF) -DSCM_OPS_TESTS=ON $(2) $(OPS_FLAGS)
 $(CMAKE) --build $(1) --parallel $(JOBS)
 $(BIN)/ctest --test-dir $(1) --output-on-failure
 endef

@@ -128,7 +128,7 @@ def _why_not(manifest: Manifest, library: Library | None) -> str | None:
         return f"{bundle} holds no {OPS_DOMAIN}:: operators. Export its checkpoint again, without --no-custom-ops."
     if library is None:
         return (
-            f"this installation has no {FOLDER}/{LIBRARY}. Build it: pip install --force-reinstall --no-deps scm-runtime, "
+            f"this installation has no {FOLDER}/{LIBRARY}. Build it: pip install --force-reinstall --no-cache-dir --no-deps scm-runtime, "
             f"where SCM_REQUIRE_OPS=1 shows why it cannot be built; in the repository: make ops"
         )
     has = library.facts.ops

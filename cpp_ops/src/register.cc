@@ -1,6 +1,5 @@
 // The library's only export: registers the operators of the domain `scm` with a session's options.
-#include <memory>
-#include <string>
+#include <cstdio>
 
 #include "ops.h"
 
@@ -55,8 +54,9 @@ extern "C" SCM_OPS_EXPORT OrtStatus* ORT_API_CALL RegisterCustomOps(OrtSessionOp
   const OrtApi* api = base->GetApi(SCM_OPS_ORT_API);
   if (!api) {
     const OrtApi* oldest = base->GetApi(1);  // enough to say what is wrong
-    const std::string reason = "scm_ops needs ONNX Runtime 1." + std::to_string(SCM_OPS_ORT_API) + " or newer, got " + base->GetVersionString();
-    return oldest->CreateStatus(ORT_FAIL, reason.c_str());
+    char reason[128];
+    std::snprintf(reason, sizeof reason, "scm_ops needs ONNX Runtime 1.%d or newer, got %s", SCM_OPS_ORT_API, base->GetVersionString());
+    return oldest->CreateStatus(ORT_FAIL, reason);
   }
   return scm::guarded(*api, "RegisterCustomOps", [&] {
     static const scm::Domain domain(*api);

@@ -187,3 +187,18 @@ def test_exporting_says_what_is_missing(programs: Path, tmp_path: Path) -> None:
     assert "pip install 'scm-runtime[export,cpu]'" in done.stderr
     assert "Traceback" not in done.stderr
     assert run([programs / "scm-export", "--help"], env=ENVIRONMENT).stdout.startswith("Usage: ")
+
+
+def test_a_bare_onnxruntime_draws_the_same(programs: Path, tmp_path: Path) -> None:
+    """sample-2 in an InferenceSession, in a process that may import nothing of ours, gives the pixels of the Generator."""
+    bundle = site_packages(programs) / "scm_runtime" / "bundles" / "digits.scm"
+    bare = """
+import numpy as np, onnxruntime
+
+session = onnxruntime.InferenceSession(sys.argv[2], providers=["CPUExecutionProvider"])
+np.save("bare.npy", session.run(None, {"seeds": np.arange(20), "class_labels": np.arange(20) % 10})[0])
+"""
+    run([programs / "python", "-c", BLOCK_IMPORTS + bare, "scm_runtime,scm_export,torch,onnx", bundle / "sample-2.fp32.onnx"], env=ENVIRONMENT, cwd=tmp_path)
+    ours = "import numpy as np; from scm_runtime import Generator; np.save('ours.npy', Generator('digits', native_ops=False)(seed=range(20)).array)"
+    run([programs / "python", "-c", ours], env=ENVIRONMENT, cwd=tmp_path)
+    np.testing.assert_array_equal(np.load(tmp_path / "bare.npy"), np.load(tmp_path / "ours.npy"))

@@ -59,7 +59,10 @@ CASES: dict[str, list[Case]] = {
     "NormModulateSiLU": [Case((shape, (shape[0], 2 * shape[-1])), {"eps": 1e-4}) for shape in MAPS],
     "CosineAttention": [
         Case(((n, length, 3 * channels),), {"heads": heads, "eps": 1e-4})
-        for n, length, channels, heads in [(1, 1, 1, 1), (3, 5, 3, 3), (3, 64, 64, 2), (1, 77, 65, 1), (3, 77, 24, 3), (0, 5, 8, 2), (3, 0, 8, 2)]
+        for n, length, channels, heads in [
+            *((1, 1, 1, 1), (3, 5, 3, 3), (3, 64, 64, 2), (1, 77, 65, 1), (3, 77, 24, 3), (0, 5, 8, 2), (3, 0, 8, 2)),
+            *((1, 64, 64, 1), (1, 77, 64, 1), (3, 256, 128, 2), (1, 1024, 64, 1)),  # heads of 64 channels, the networks' own
+        ]
     ],
     "ConsistencyStep": [
         Case((shape, shape, shape, TIMES[: shape[0]], TIMES[::-1][: shape[0]].copy()), {"sigma_data": 0.5})
@@ -71,6 +74,7 @@ CASES: dict[str, list[Case]] = {
     ],
     "ToImage": [
         *(Case((shape,), {"scale": 64.0, "offset": 127.5}) for shape in [(1, 1, 7, 5), (3, 3, 5, 7), (2, 4, 64, 65), (0, 3, 5, 7), (3, 3, 0, 7)]),
+        Case(((3, 3, 65, 65),), {"scale": 127.5, "offset": 127.5}),
         Case((LEVELS,), {"scale": 64.0, "offset": 127.5}),
     ],
 }

@@ -155,7 +155,7 @@ __device__ __forceinline__ void for_each(std::int64_t count, Load load, Store st
 
 // -- Rows to norm: a row belongs to a group of lanes of one warp, kVectors vectors a lane, all in registers: read once ---------------
 
-// How many lanes a row takes, a power of two, so that each has about kVectors vectors of it.
+// How many lanes a row takes, a power of two, so that each has about kVectors vectors of it; a whole warp if with_row_shape chose more than two.
 inline int lanes_of(std::int64_t vectors, int per_lane) {
   int lanes = 1;
   while (lanes < static_cast<int>(kWarp) && std::int64_t{lanes} * per_lane < vectors) lanes *= 2;

@@ -11,6 +11,8 @@
 #include <array>
 #include <exception>
 #include <memory>
+#include <new>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -114,10 +116,16 @@ struct CustomOp : OrtCustomOp {
       const Kernel& self = *static_cast<const Kernel*>(kernel);
       return guarded(self.api, Op::kName, [&] {
         Context run(self.api, context);
-        if constexpr (kDevice == Device::cuda) {
-          self.op.template cuda<T>(run);
-        } else {
-          self.op.template cpu<T>(run);
+        try {
+          if constexpr (kDevice == Device::cuda) {
+            self.op.template cuda<T>(run);
+          } else {
+            self.op.template cpu<T>(run);
+          }
+        } catch (const std::exception& error) {  // not the inputs' fault, but perhaps their size's
+          std::string shapes;
+          for (std::size_t i = 0; i < std::size(Op::kInputs); ++i) shapes += (i ? ", " : "") + to_string(run.input(i).shape);
+          throw std::runtime_error(error.what() + (" with inputs of the shapes " + shapes));
         }
       });
     };
@@ -140,8 +148,13 @@ struct CustomOp : OrtCustomOp {
     GetMayInplace = [](int** inputs, int** outputs) -> std::size_t {
       constexpr std::size_t count = std::size(Op::kInplace);
       if (count == 0) return 0;  // ONNX Runtime releases nothing then
-      *inputs = new int[count];
-      *outputs = new int[count];
+      *inputs = new (std::nothrow) int[count];
+      *outputs = new (std::nothrow) int[count];
+      if (!*inputs || !*outputs) {
+        delete[] *inputs;
+        delete[] *outputs;
+        return 0;
+      }
       for (std::size_t i = 0; i < count; ++i) {
         (*inputs)[i] = Op::kInplace[i].input;
         (*outputs)[i] = Op::kInplace[i].output;
@@ -167,7 +180,7 @@ void run_on_cpu(const Context& run, const Params& params, CpuKernel<Params> kern
 }
 
 inline void check_launch(const char* error) {
-  if (error) throw Error{std::string("CUDA: ") + error};
+  if (error) throw std::runtime_error(std::string("CUDA: ") + error);
 }
 
 using CustomOps = std::vector<std::unique_ptr<OrtCustomOp, void (*)(OrtCustomOp*)>>;

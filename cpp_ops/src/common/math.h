@@ -42,6 +42,15 @@ SCM_HD float activate(float x) {
 #endif
 }
 
+// Rounded to float before anything is added to it, as in the function bodies; CPU kernels that use it are compiled with -ffp-contract=off.
+SCM_HD float product(float a, float b) {
+#ifdef __CUDA_ARCH__
+  return __fmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+
 // NaN stays NaN, as with torch.clamp.
 SCM_HD float clamp(float x, float bound) {
   x = x < -bound ? -bound : x;

@@ -90,7 +90,7 @@ __device__ __forceinline__ void load_pair(const T* x, std::uint32_t& bits, float
 }
 
 template <typename T, int kTiles>
-__global__ void __launch_bounds__(kBlock, 4 - kTiles) halves(const Params<T> p) {
+__global__ void __launch_bounds__(kBlock, 2) halves(const Params<T> p) {
   alignas(16) __shared__ T keys[kKeys16][kStride16];
   alignas(16) __shared__ T values[kKeys16][kStride16];
   constexpr int kQueries = kWarps * kTiles * 16, kChunk = 32 / kTiles;  // keys at a time: enough independent products, few enough registers
@@ -408,7 +408,6 @@ __global__ void __launch_bounds__(kBlockAny) any_size(const Params<T> p) {
         y[i] *= correction;
         for (int key = 0; key < kKeysAny; ++key) y[i] += weights[row][key] * v[key][lane + i * kLanesAny];
       }
-      __syncwarp();
     }
 
     const float inverse = __fdividef(1.0f, group_sum(sum, kLanesAny));

@@ -7,7 +7,7 @@
 namespace scm {
 namespace {
 
-constexpr std::int64_t kLargestHead = 6400;  // scores up to 80, whose exponentials and their sums are floats
+constexpr std::int64_t kLargestHead = 4096;  // scores up to 64: their exponentials, sums of those, and products with values are floats
 
 struct CosineAttention {
   static constexpr const char* kName = "CosineAttention";

@@ -16,7 +16,7 @@ struct Params {
 
 // The CPU kernel divides its work into blocks of queries of one head of one sample.
 constexpr std::int64_t kQueries = 64;
-constexpr std::int64_t query_blocks(std::int64_t length) { return (length + kQueries - 1) / kQueries; }
+static constexpr std::int64_t query_blocks(std::int64_t length) { return (length + kQueries - 1) / kQueries; }
 
 SCM_DECLARE_KERNELS
 

@@ -14,7 +14,8 @@ struct Modulation {
   float inverse_channels, norm_scale, norm_shift;
 
   __device__ __forceinline__ Modulation(const Params<T>& p, std::int64_t sample, int lane, int lanes)
-      : scale(p.modulation + sample * 2 * p.channels), shift(scale + p.channels), inverse_channels(__fdividef(1.0f, static_cast<float>(p.channels))) {
+      : scale(p.modulation + sample * 2 * p.channels), shift(scale + p.channels) {
+    inverse_channels = __fdividef(1.0f, static_cast<float>(p.channels));
     float squares_scale = 0, squares_shift = 0;
     for (std::int64_t v = lane; v < p.channels / kWidth; v += lanes) {
       squares_scale += sum_of_squares(load<kWidth>(scale, v));
@@ -32,19 +33,20 @@ struct Modulation {
 };
 
 template <typename T, int kWidth, int kVectors>
-__global__ void __launch_bounds__(kThreads) kernel(const Params<T> p, int lanes) {
+__global__ void __launch_bounds__(kThreads) kernel(const Params<T> p, int lanes_of_row) {
+  const int lanes = kWidth > 1 && kVectors > 2 ? static_cast<int>(kWarp) : lanes_of_row;  // known, it makes for fewer addresses
   const int vectors = static_cast<int>(p.channels / kWidth), lane = static_cast<int>(threadIdx.x) & (lanes - 1);
   const std::int64_t rows = kThreads / lanes;  // of a block
   for (std::int64_t sample = blockIdx.y; sample < p.samples; sample += gridDim.y) {
     const Modulation<T, kWidth> modulation(p, sample, lane, lanes);
     for (std::int64_t first = blockIdx.x * rows; first < p.pixels; first += gridDim.x * rows) {
-      const std::int64_t pixel = first + threadIdx.x / lanes, row = sample * p.pixels + pixel;
+      const std::int64_t pixel = first + threadIdx.x / lanes, start = (sample * p.pixels + pixel) * vectors + lane;
       const int count = pixel < p.pixels ? vectors : 0;  // lanes without a row must come to the sum too
       Vector<T, kWidth> y[kVectors];
       float sum = 0;
 #pragma unroll
       for (int j = 0; j < kVectors; ++j) {
-        if (lane + j * lanes < count) y[j] = load<kWidth>(p.y, row * vectors + lane + j * lanes);
+        if (lane + j * lanes < count) y[j] = load<kWidth>(p.y, start + j * lanes);
       }
 #pragma unroll
       for (int j = 0; j < kVectors; ++j) {
@@ -53,7 +55,7 @@ __global__ void __launch_bounds__(kThreads) kernel(const Params<T> p, int lanes)
       const float factor = norm_factor(group_sum(sum, lanes), modulation.inverse_channels, p.eps) * modulation.norm_scale;
 #pragma unroll
       for (int j = 0; j < kVectors; ++j) {
-        if (lane + j * lanes < count) store(p.z, row * vectors + lane + j * lanes, modulation.apply(lane + j * lanes, y[j], factor));
+        if (lane + j * lanes < count) store(p.z, start + j * lanes, modulation.apply(lane + j * lanes, y[j], factor));
       }
     }
   }

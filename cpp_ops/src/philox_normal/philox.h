@@ -14,15 +14,6 @@ SCM_HD double square_root(double x) {
 #endif
 }
 
-// Rounded to float before anything is added to it, as in the function body; cpu.cc is compiled with -ffp-contract=off for this.
-SCM_HD float product(float a, float b) {
-#ifdef __CUDA_ARCH__
-  return __fmul_rn(a, b);
-#else
-  return a * b;
-#endif
-}
-
 // ln u for a float in (0, 1]: u = m 2^e with m in [sqrt(1/2), sqrt(2)), ln m = 2 artanh((m - 1) / (m + 1)); the series' remainder is below 1e-14.
 SCM_HD double logarithm(float u) {
   const std::uint32_t bits = bits_of(u);

@@ -14,18 +14,20 @@ __device__ __forceinline__ void write(const Params<T>& p, std::int64_t vector, c
 }
 
 template <typename T, int kWidth, int kVectors>
-__global__ void __launch_bounds__(kThreads) kernel(const Params<T> p, int lanes) {
+__global__ void __launch_bounds__(kThreads) kernel(const Params<T> p, int lanes_of_row) {
+  const int lanes = kWidth > 1 && kVectors > 2 ? static_cast<int>(kWarp) : lanes_of_row;  // known, it makes for fewer addresses
   const int vectors = static_cast<int>(p.channels / kWidth), lane = static_cast<int>(threadIdx.x) & (lanes - 1);
   const std::int64_t rows = kThreads / lanes;  // of a block
   const float inverse_channels = __fdividef(1.0f, static_cast<float>(p.channels));
   for (std::int64_t first = blockIdx.x * rows; first < p.rows; first += gridDim.x * rows) {
     const std::int64_t row = first + threadIdx.x / lanes;
     const int count = row < p.rows ? vectors : 0;  // lanes without a row must come to the sum too
+    const std::int64_t start = row * vectors + lane;
     Vector<T, kWidth> x[kVectors];
     float sum = 0;
 #pragma unroll
     for (int j = 0; j < kVectors; ++j) {
-      if (lane + j * lanes < count) x[j] = load<kWidth>(p.x, row * vectors + lane + j * lanes);
+      if (lane + j * lanes < count) x[j] = load<kWidth>(p.x, start + j * lanes);
     }
 #pragma unroll
     for (int j = 0; j < kVectors; ++j) {
@@ -34,7 +36,7 @@ __global__ void __launch_bounds__(kThreads) kernel(const Params<T> p, int lanes)
     const float scale = norm_factor(group_sum(sum, lanes), inverse_channels, p.eps);
 #pragma unroll
     for (int j = 0; j < kVectors; ++j) {
-      if (lane + j * lanes < count) write(p, row * vectors + lane + j * lanes, x[j], scale);
+      if (lane + j * lanes < count) write(p, start + j * lanes, x[j], scale);
     }
   }
 }

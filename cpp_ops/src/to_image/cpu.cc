@@ -12,7 +12,7 @@ template <typename T>
 void place(const T* x, std::uint8_t* image, std::int64_t channels, std::int64_t count, float scale, float offset) {
   std::uint8_t levels[kTile];
 #pragma omp simd
-  for (std::int64_t i = 0; i < count; ++i) levels[i] = to_level(to_float(x[i]) * scale + offset);
+  for (std::int64_t i = 0; i < count; ++i) levels[i] = to_level(product(to_float(x[i]), scale) + offset);
   for (std::int64_t i = 0; i < count; ++i) image[i * channels] = levels[i];
 }
 

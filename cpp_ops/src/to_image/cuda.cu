@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kThreads) four_pixels(const Params<T> p) {
 #pragma unroll
             for (int byte = 0; byte < 4; ++byte) {
               const int index = word * 4 + byte;  // in the four pixels
-              bytes |= std::uint32_t{to_level(in.planes[index % kChannels][index / kChannels] * p.scale + p.offset)} << (8 * byte);
+              bytes |= std::uint32_t{to_level(product(in.planes[index % kChannels][index / kChannels], p.scale) + p.offset)} << (8 * byte);
             }
             reinterpret_cast<std::uint32_t*>(image)[i * kChannels + word] = bytes;
           }
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kThreads) one_pixel(const Params<T> p) {
     const T* x = p.x + sample * p.channels * p.pixels;
     std::uint8_t* image = p.image + sample * p.channels * p.pixels;
     for (std::int64_t pixel = std::int64_t{blockIdx.x} * kThreads + threadIdx.x; pixel < p.pixels; pixel += std::int64_t{gridDim.x} * kThreads) {
-      for (std::int64_t c = 0; c < p.channels; ++c) image[pixel * p.channels + c] = to_level(to_float(x[c * p.pixels + pixel]) * p.scale + p.offset);
+      for (std::int64_t c = 0; c < p.channels; ++c) image[pixel * p.channels + c] = to_level(product(to_float(x[c * p.pixels + pixel]), p.scale) + p.offset);
     }
   }
 }

@@ -3,11 +3,12 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
+#include <ostream>
 #include <random>
 #include <string>
-#include <tuple>
 
 #include "consistency_step/op.h"
 #include "cosine_attention/op.h"
@@ -102,14 +103,20 @@ TYPED_TEST_SUITE(KernelsTest, Elements, Names);
 
 // -- Runs ---------------------------------------------------------------------------------------------------------------------
 
-// Where the arrays of a run lie: how many elements from an aligned address, each input and each output; outputs over inputs.
+// Where the arrays of a run lie: how many elements from an aligned address, each of the operator's inputs and outputs; whether the output is an input.
 struct Layout {
-  int input = 0, output = 0;
+  std::array<int, 4> offsets;
   bool in_place = false;
 };
 
-const std::vector<Layout> kLayouts{{}, {0, 0, true}, {1, 1, true}, {1, 1, false}, {0, 3, false}, {5, 0, false}};
-const std::vector<Layout> kFewLayouts{{}, {0, 0, true}, {1, 1, true}};
+const std::vector<Layout> kLayouts{{{}, false},           {{}, true},            {{1, 1, 1, 1}, true},  {{1, 0, 0, 0}, false},
+                                   {{0, 3, 0, 0}, false}, {{0, 0, 5, 0}, false}, {{0, 0, 0, 1}, false}};
+const std::vector<Layout> kFewLayouts{{{}, false}, {{}, true}, {{1, 1, 1, 1}, true}};
+
+std::ostream& operator<<(std::ostream& out, const Layout& layout) {
+  for (const int offset : layout.offsets) out << offset << ' ';
+  return out << (layout.in_place ? "in place" : "apart");
+}
 
 // Calls `run`, which launches a kernel once and returns its outputs, in the order of the threads and against it, and in a grid of few blocks.
 template <typename Run>
@@ -159,11 +166,11 @@ TYPED_TEST(KernelsTest, MPSiLUFollowsItsFormula) {
   using T = TypeParam;
   for (const std::int64_t count : kCounts) {
     for (const Layout& layout : kLayouts) {
-      SCOPED_TRACE(::testing::Message() << count << " elements, offsets " << layout.input << ", " << layout.output);
+      SCOPED_TRACE(::testing::Message() << count << " elements, offsets " << layout);
       std::vector<T> input = random<T>(count, 1, 4);
       input[0] = rounded<T>({-100})[0];
       const auto outputs = the_same_anyhow([&]() -> std::vector<Values> {
-        Array<T> x(input, layout.input), y(input.size(), layout.output);
+        Array<T> x(input, layout.offsets[0]), y(input.size(), layout.offsets[1]);
         EXPECT_EQ(mp_silu::cuda<T>({x.data(), layout.in_place ? x.data() : y.data(), count}, nullptr), nullptr);
         return {exact(layout.in_place ? x.values() : y.values())};
       });
@@ -177,11 +184,11 @@ TYPED_TEST(KernelsTest, MPSumFollowsItsFormula) {
   for (const std::int64_t count : kCounts) {
     for (const Layout& layout : kLayouts) {
       for (const bool activate : {false, true}) {
-        SCOPED_TRACE(::testing::Message() << count << " elements, offsets " << layout.input << ", " << layout.output << ", activated " << activate);
+        SCOPED_TRACE(::testing::Message() << count << " elements, offsets " << layout << ", activated " << activate);
         std::vector<T> left = random<T>(count, 1), right = random<T>(count, 2);
         left[0] = rounded<T>({kNan})[0];
         const auto outputs = the_same_anyhow([&]() -> std::vector<Values> {
-          Array<T> a(left, layout.input), b(right), y(left.size(), layout.output), activated(left.size());
+          Array<T> a(left, layout.offsets[0]), b(right, layout.offsets[1]), y(left.size(), layout.offsets[2]), activated(left.size(), layout.offsets[3]);
           T* out = layout.in_place ? (activate ? a.data() : b.data()) : y.data();
           EXPECT_EQ(mp_sum::cuda<T>({a.data(), b.data(), out, activate ? activated.data() : nullptr, count, 0.6f, 0.8f, 1.5f}, nullptr), nullptr);
           return {exact(layout.in_place ? (activate ? a.values() : b.values()) : y.values()), activate ? exact(activated.values()) : Values{}};
@@ -206,12 +213,12 @@ TYPED_TEST(KernelsTest, MPCatFollowsItsFormula) {
     for (const std::int64_t rows : {1, 5, 12}) {
       for (const Layout& layout : kLayouts) {
         if (layout.in_place) continue;
-        SCOPED_TRACE(::testing::Message() << rows << " rows of " << channels_a << " and " << channels_b << " channels, offsets " << layout.input << ", "
-                                          << layout.output);
+        SCOPED_TRACE(::testing::Message() << rows << " rows of " << channels_a << " and " << channels_b << " channels, offsets " << layout);
         const std::vector<T> left = random<T>(rows * channels_a, 1), right = random<T>(rows * channels_b, 2);
         const bool activate = rows > 1;
         const auto outputs = the_same_anyhow([&]() -> std::vector<Values> {
-          Array<T> a(left, layout.input), b(right), y(left.size() + right.size(), layout.output), activated(left.size() + right.size());
+          Array<T> a(left, layout.offsets[0]), b(right, layout.offsets[1]);
+          Array<T> y(left.size() + right.size(), layout.offsets[2]), activated(left.size() + right.size(), layout.offsets[3]);
           EXPECT_EQ(mp_cat::cuda<T>({a.data(), b.data(), y.data(), activate ? activated.data() : nullptr, rows, channels_a, channels_b, 0.7f, 1.3f}, nullptr),
                     nullptr);
           return {exact(y.values()), activate ? exact(activated.values()) : Values{}};
@@ -233,10 +240,10 @@ TYPED_TEST(KernelsTest, ModulateSiLUFollowsItsFormula) {
   for (const std::int64_t channels : {1, 3, 7, 8, 64, 65, 448}) {
     for (const auto& [samples, pixels] : {std::pair<std::int64_t, std::int64_t>{1, 1}, {3, 1}, {1, 5}, {3, 12}, {5, 2}}) {
       for (const Layout& layout : kLayouts) {
-        SCOPED_TRACE(::testing::Message() << samples << " x " << pixels << " x " << channels << ", offsets " << layout.input << ", " << layout.output);
+        SCOPED_TRACE(::testing::Message() << samples << " x " << pixels << " x " << channels << ", offsets " << layout);
         const std::vector<T> input = random<T>(samples * pixels * channels, 1), scales = random<T>(samples * channels, 2);
         const auto outputs = the_same_anyhow([&]() -> std::vector<Values> {
-          Array<T> y(input, layout.input), scale(scales, layout.output), z(input.size(), layout.output);
+          Array<T> y(input, layout.offsets[0]), scale(scales, layout.offsets[1]), z(input.size(), layout.offsets[2]);
           EXPECT_EQ(modulate_silu::cuda<T>({y.data(), scale.data(), layout.in_place ? y.data() : z.data(), samples, pixels, channels}, nullptr), nullptr);
           return {exact(layout.in_place ? y.values() : z.values())};
         });
@@ -255,14 +262,14 @@ TYPED_TEST(KernelsTest, ConsistencyStepFollowsItsFormula) {
   for (const std::int64_t size : {1, 3, 4, 511, 1027, 2048}) {
     for (const std::int64_t samples : {1, 3, 5}) {
       for (const Layout& layout : kLayouts) {
-        SCOPED_TRACE(::testing::Message() << samples << " x " << size << ", offsets " << layout.input << ", " << layout.output);
+        SCOPED_TRACE(::testing::Message() << samples << " x " << size << ", offsets " << layout);
         const std::vector<float> states = random<float>(samples * size, 1), noises = random<float>(samples * size, 3);
         const std::vector<T> predictions = random<T>(samples * size, 2);
         const std::vector<float> times{1.57079f, 0.3f, 0, 1, 0.7f}, next{0, 0.2f, 0.1f, 1.2f, 0.01f};
         const bool over_noise = samples == 3;
         const auto outputs = the_same_anyhow([&]() -> std::vector<Values> {
-          Array<float> x(states, layout.input), noise(noises), x_next(states.size(), layout.output), t(times), t_next(next);
-          Array<T> F(predictions, layout.input);
+          Array<float> x(states, layout.offsets[0]), noise(noises, layout.offsets[1]), x_next(states.size(), layout.offsets[2]), t(times), t_next(next);
+          Array<T> F(predictions, layout.offsets[3]);
           Array<float>& out = layout.in_place ? (over_noise ? noise : x) : x_next;
           EXPECT_EQ(consistency_step::cuda<T>({x.data(), F.data(), noise.data(), t.data(), t_next.data(), out.data(), samples, size, 0.5f}, nullptr), nullptr);
           return {exact(out.values())};
@@ -285,14 +292,14 @@ TYPED_TEST(KernelsTest, ToImageFollowsItsFormula) {
     for (const std::int64_t pixels : {1, 4, 7, 784, 2052}) {
       for (const Layout& layout : kLayouts) {
         if (layout.in_place) continue;
-        SCOPED_TRACE(::testing::Message() << channels << " channels, " << pixels << " pixels, offsets " << layout.input << ", " << layout.output);
+        SCOPED_TRACE(::testing::Message() << channels << " channels, " << pixels << " pixels, offsets " << layout);
         const std::int64_t samples = 3;
         std::vector<T> input = random<T>(samples * channels * pixels, 1);
         input[0] = rounded<T>({kNan})[0];
         input.back() = rounded<T>({-kInfinity})[0];
         const auto outputs = the_same_anyhow([&]() -> std::vector<Values> {
-          Array<T> x(input, layout.input);
-          Array<std::uint8_t> image(input.size(), layout.output);
+          Array<T> x(input, layout.offsets[0]);
+          Array<std::uint8_t> image(input.size(), layout.offsets[1]);
           EXPECT_EQ(to_image::cuda<T>({x.data(), image.data(), samples, channels, pixels, 127.5f, 128}, nullptr), nullptr);
           return {exact(image.values())};
         });
@@ -350,11 +357,11 @@ TYPED_TEST(KernelsTest, PixelNormFollowsItsFormula) {
     for (const std::int64_t rows : {1, 3, 37}) {
       if (channels > 1000 && rows > 3) continue;
       for (const Layout& layout : channels > 65 ? kFewLayouts : kLayouts) {
-        SCOPED_TRACE(::testing::Message() << rows << " x " << channels << ", offsets " << layout.input << ", " << layout.output);
+        SCOPED_TRACE(::testing::Message() << rows << " x " << channels << ", offsets " << layout);
         const std::vector<T> input = random<T>(rows * channels, 1);
         const bool activate = rows > 1;
         const auto outputs = the_same_anyhow([&]() -> std::vector<Values> {
-          Array<T> x(input, layout.input), y(input.size(), layout.output), activated(input.size());
+          Array<T> x(input, layout.offsets[0]), y(input.size(), layout.offsets[1]), activated(input.size(), layout.offsets[2]);
           T* out = layout.in_place ? x.data() : y.data();
           EXPECT_EQ(pixel_norm::cuda<T>({x.data(), out, activate ? activated.data() : nullptr, rows, channels, kEps}, nullptr), nullptr);
           return {exact(layout.in_place ? x.values() : y.values()), activate ? exact(activated.values()) : Values{}};
@@ -383,10 +390,10 @@ TYPED_TEST(KernelsTest, NormModulateSiLUFollowsItsFormula) {
     for (const auto& [samples, pixels] : {std::pair<std::int64_t, std::int64_t>{1, 1}, {3, 5}, {1, 70}}) {
       if (channels > 65 && pixels > 5) continue;
       for (const Layout& layout : channels > 65 ? kFewLayouts : kLayouts) {
-        SCOPED_TRACE(::testing::Message() << samples << " x " << pixels << " x " << channels << ", offsets " << layout.input << ", " << layout.output);
+        SCOPED_TRACE(::testing::Message() << samples << " x " << pixels << " x " << channels << ", offsets " << layout);
         const std::vector<T> input = random<T>(samples * pixels * channels, 1), modulations = random<T>(samples * 2 * channels, 2, 3);
         const auto outputs = the_same_anyhow([&]() -> std::vector<Values> {
-          Array<T> y(input, layout.input), modulation(modulations, layout.output), z(input.size(), layout.output);
+          Array<T> y(input, layout.offsets[0]), modulation(modulations, layout.offsets[1]), z(input.size(), layout.offsets[2]);
           T* out = layout.in_place ? y.data() : z.data();
           EXPECT_EQ(norm_modulate_silu::cuda<T>({y.data(), modulation.data(), out, samples, pixels, channels, kEps}, nullptr), nullptr);
           return {exact(layout.in_place ? y.values() : z.values())};
@@ -448,9 +455,9 @@ std::vector<T> random_qkv(const Shape& shape, double scale = 1) {
 }
 
 template <typename T>
-Values run_attention(const std::vector<T>& qkv, const Shape& shape, int offset = 0) {
-  Array<T> input(qkv, offset), y(qkv.size() / 3);
-  EXPECT_EQ(cosine_attention::cuda<T>({input.data(), y.data(), shape.samples, shape.length, shape.heads, shape.head_size, kEps, nullptr}, nullptr), nullptr);
+Values run_attention(const std::vector<T>& qkv, const Shape& shape, int offset = 0, int offset_y = 0, float eps = kEps) {
+  Array<T> input(qkv, offset), y(qkv.size() / 3, offset_y);
+  EXPECT_EQ(cosine_attention::cuda<T>({input.data(), y.data(), shape.samples, shape.length, shape.heads, shape.head_size, eps, nullptr}, nullptr), nullptr);
   return exact(y.values());
 }
 
@@ -462,8 +469,8 @@ template <typename T>
 
 TYPED_TEST(KernelsTest, AttentionOfHeadsOf64FollowsItsFormula) {
   using T = TypeParam;
-  for (const Shape& shape : {Shape{1, 1, 1, 64}, Shape{3, 5, 1, 64}, Shape{1, 8, 2, 64}, Shape{1, 17, 1, 64}, Shape{3, 64, 2, 64}, Shape{1, 65, 3, 64}, Shape{1, 77, 1, 64},
-                             Shape{1, 111, 1, 64}}) {
+  for (const Shape& shape : {Shape{1, 1, 1, 64}, Shape{3, 5, 1, 64}, Shape{1, 8, 2, 64}, Shape{1, 17, 1, 64}, Shape{3, 64, 2, 64}, Shape{1, 65, 3, 64},
+                             Shape{1, 77, 1, 64}, Shape{1, 111, 1, 64}}) {
     SCOPED_TRACE(::testing::Message() << shape.samples << " x " << shape.length << ", " << shape.heads << " heads");
     const std::vector<T> qkv = random_qkv<T>(shape);
     const auto outputs = the_same_anyhow([&] { return std::vector<Values>{run_attention(qkv, shape)}; });
@@ -476,7 +483,8 @@ TYPED_TEST(KernelsTest, AttentionOfHeadsOf64FollowsItsFormula) {
 
 TYPED_TEST(KernelsTest, AttentionOfAnyHeadSizeFollowsItsFormula) {
   using T = TypeParam;
-  for (const Shape& shape : {Shape{1, 1, 1, 1}, Shape{3, 5, 2, 3}, Shape{1, 64, 1, 16}, Shape{1, 77, 2, 32}, Shape{1, 33, 3, 80}, Shape{1, 40, 1, 128}, Shape{1, 5, 1, 300}}) {
+  for (const Shape& shape : {Shape{1, 1, 1, 1}, Shape{3, 5, 2, 3}, Shape{1, 64, 1, 16}, Shape{1, 77, 2, 32}, Shape{1, 33, 3, 80}, Shape{1, 40, 1, 128},
+                             Shape{1, 5, 1, 300}}) {
     SCOPED_TRACE(::testing::Message() << shape.samples << " x " << shape.length << ", " << shape.heads << " heads of " << shape.head_size);
     const std::vector<T> qkv = random_qkv<T>(shape);
     const auto outputs = the_same_anyhow([&] { return std::vector<Values>{run_attention(qkv, shape)}; });
@@ -487,19 +495,30 @@ TYPED_TEST(KernelsTest, AttentionOfAnyHeadSizeFollowsItsFormula) {
 TYPED_TEST(KernelsTest, AttentionTakesPointersThatAreNotAligned) {
   const Shape shape{1, 70, 1, 64};
   const std::vector<TypeParam> qkv = random_qkv<TypeParam>(shape);
-  EXPECT_TRUE(attention_close<TypeParam>(run_attention(qkv, shape, 1), attention_of(exact(qkv), shape)));
+  EXPECT_TRUE(attention_close<TypeParam>(run_attention(qkv, shape, 1, 0), attention_of(exact(qkv), shape)));
+  EXPECT_TRUE(attention_close<TypeParam>(run_attention(qkv, shape, 0, 1), attention_of(exact(qkv), shape)));
+}
+
+// Behind the last key there are zeros, whose norm is 0 then.
+TYPED_TEST(KernelsTest, AttentionTakesAnEpsOfZero) {
+  for (const std::int64_t size : {64, 16}) {
+    const Shape shape{1, 21, 1, size};
+    const std::vector<TypeParam> qkv = random_qkv<TypeParam>(shape);
+    EXPECT_TRUE(close(run_attention(qkv, shape, 0, 0, 0.0f), run_attention(qkv, shape), 0.02, 0.02));
+  }
 }
 
 // Many heads go to the kernel with two tiles of queries to a warp, and a sample must not depend on its batch.
 TYPED_TEST(KernelsTest, AttentionIsTheSameToTheBitInALargeBatch) {
   using T = TypeParam;
-  for (const std::int64_t length : {100, 128}) {
+  for (const std::int64_t length : {100, 128, 200}) {
     const Shape one{1, length, 1, 64}, many{256, length, 1, 64};
     const std::vector<T> qkv = random_qkv<T>(one);
     const Values alone = run_attention(qkv, one);
-    std::vector<T> batch = random_qkv<T>(many);
+    std::vector<T> batch(qkv.size() * 256);
     std::copy(qkv.begin(), qkv.end(), batch.begin());
-    machine::options.only_blocks = sizeof(T) == 4 ? 2 : 1;  // all of the first sample
+    const std::int64_t queries = sizeof(T) == 4 ? 64 : 128;  // of a block
+    machine::options.only_blocks = static_cast<unsigned>((length + queries - 1) / queries);  // the first sample
     Values first = run_attention(batch, many);
     machine::options = {};
     first.resize(alone.size());

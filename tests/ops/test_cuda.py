@@ -1,0 +1,120 @@
+"""The CUDA kernels on a GPU, beyond the row they have in test_operators.py: bfloat16, the large attention, graphs, torch's own noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper
+from torch import Tensor
+
+from scm_export import ops
+from scm_export.tolerances import OP_TOLERANCE
+from scm_runtime.bundle import OPS_DOMAIN, OPS_VERSION
+from support import native_library
+
+pytestmark = pytest.mark.gpu
+
+ELEMENTS = {
+    torch.float32: TensorProto.FLOAT,
+    torch.float16: TensorProto.FLOAT16,
+    torch.bfloat16: TensorProto.BFLOAT16,
+    torch.int64: TensorProto.INT64,
+    torch.uint8: TensorProto.UINT8,
+}
+
+
+Run = Callable[[], None]
+
+
+def kernel(op: str, inputs: tuple[Tensor, ...], like: tuple[Tensor, ...], *, graph: bool = False, **attributes: Any) -> tuple[Run, tuple[Tensor, ...]]:
+    """One node on CUDA tensors, bound to them and to outputs shaped as ``like``: what runs it, and the outputs."""
+    names, results = [f"i{k}" for k in range(len(inputs))], [f"o{k}" for k in range(len(like))]
+    given = [helper.make_tensor_value_info(name, ELEMENTS[x.dtype], list(x.shape)) for name, x in zip(names, inputs, strict=True)]
+    asked = [helper.make_tensor_value_info(name, ELEMENTS[x.dtype], list(x.shape)) for name, x in zip(results, like, strict=True)]
+    node = helper.make_node(op, names, results, domain=OPS_DOMAIN)
+    node.attribute.extend(helper.make_attribute(name, value) for name, value in attributes.items())
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid(OPS_DOMAIN, OPS_VERSION)]
+    model = helper.make_model(helper.make_graph([node], op, given, asked), opset_imports=opsets, ir_version=9)
+    options = onnxruntime.SessionOptions()
+    options.register_custom_ops_library(str(native_library()))
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=[("CUDAExecutionProvider", {"enable_cuda_graph": str(int(graph))})])
+    assert session.get_providers()[0] == "CUDAExecutionProvider"
+    outputs = tuple(torch.empty_like(x) for x in like)
+    binding = session.io_binding()
+    for name, x in zip(names, inputs, strict=True):
+        binding.bind_input(name, "cuda", 0, ELEMENTS[x.dtype], tuple(x.shape), x.data_ptr())
+    for name, x in zip(results, outputs, strict=True):
+        binding.bind_output(name, "cuda", 0, ELEMENTS[x.dtype], tuple(x.shape), x.data_ptr())
+
+    def run() -> None:
+        torch.cuda.synchronize()
+        session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+
+    return run, outputs
+
+
+def assert_close(found: Tensor, expected: Tensor) -> None:
+    atol, rtol = OP_TOLERANCE[str(found.dtype).removeprefix("torch.")]
+    torch.testing.assert_close(found.float(), expected.float(), atol=atol, rtol=rtol)
+
+
+CASES: dict[str, tuple[list[tuple[int, ...]], dict[str, Any], Callable[..., Tensor | tuple[Tensor, Tensor]]]] = {
+    "PixelNorm": ([(3, 7, 5, 65)], {"eps": 1e-4}, ops.pixel_norm_silu),
+    "MPSiLU": ([(3, 7, 5, 64)], {}, ops.mp_silu),
+    "MPSum": ([(3, 7, 5, 64), (3, 7, 5, 64)], {"t": 0.3, "clip": 256.0}, ops.mp_sum_silu),
+    "MPCat": ([(3, 7, 5, 64), (3, 7, 5, 24)], {"t": 0.5}, ops.mp_cat_silu),
+    "ModulateSiLU": ([(3, 7, 5, 64), (3, 64)], {}, ops.modulate_silu),
+    "NormModulateSiLU": ([(3, 16, 16, 448), (3, 896)], {"eps": 1e-4}, ops.norm_modulate_silu),
+    "CosineAttention": ([(3, 77, 3 * 128)], {"heads": 2, "eps": 1e-4}, ops.cosine_attention),
+    "ToImage": ([(3, 3, 33, 65)], {"scale": 64.0, "offset": 127.5}, ops.to_image),
+}
+
+
+@pytest.mark.parametrize("op", CASES)
+def test_bfloat16(op: str) -> None:
+    torch.manual_seed(0)
+    shapes, attributes, reference = CASES[op]
+    inputs = tuple(torch.randn(shape, device="cuda").bfloat16() for shape in shapes)
+    expected = reference(*(x.float() for x in inputs), **attributes)
+    wanted = expected if isinstance(expected, tuple) else (expected,)
+    run, outputs = kernel(op, inputs, tuple(x if x.dtype == torch.uint8 else x.bfloat16() for x in wanted), **attributes)
+    run()
+    for one, other in zip(outputs, wanted, strict=True):
+        assert_close(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("n", "length", "heads"), [(1, 64, 1), (1, 1024, 6), (8, 256, 20), (2, 1000, 32)])
+def test_attention_of_the_networks(dtype: torch.dtype, n: int, length: int, heads: int) -> None:
+    torch.manual_seed(0)
+    qkv = torch.randn(n, length, 3 * 64 * heads, device="cuda").to(dtype)
+    expected = ops.cosine_attention(qkv.float(), heads)
+    run, (found,) = kernel("CosineAttention", (qkv,), (expected.to(dtype),), heads=heads, eps=1e-4)
+    run()
+    assert_close(found, expected)
+
+
+def test_a_kernel_can_be_captured_in_a_cuda_graph() -> None:
+    a, b = (torch.randn(1, 16, 16, 64, device="cuda") for _ in range(2))
+    run, (found,) = kernel("MPSum", (a, b), (a,), graph=True, t=0.3, clip=256.0)
+    for _ in range(4):  # ONNX Runtime warms up, captures, and replays
+        run()
+    a.copy_(torch.randn_like(a))
+    run()
+    assert_close(found, ops.mp_sum(a, b, 0.3, 256.0))
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**40 + 3])
+def test_the_noise_is_that_of_torch_on_cuda(seed: int) -> None:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    seeds, scale = torch.tensor([seed], device="cuda"), torch.ones((), device="cuda")
+    for draw in range(3):
+        expected = torch.randn(1, 4, 64, 64, device="cuda", generator=generator)
+        run, (found,) = kernel("PhiloxNormal", (seeds, torch.tensor(draw, device="cuda"), scale), (expected,), shape=[4, 64, 64])
+        run()
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
