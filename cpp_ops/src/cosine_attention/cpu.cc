@@ -6,7 +6,7 @@
 
 #include <cstdlib>
 
-#include "common/math.h"
+#include "common/rows.h"
 
 namespace scm::cosine_attention {
 namespace {
@@ -55,15 +55,6 @@ inline void multiply(const float* A, std::int64_t row_stride, std::int64_t depth
 }
 
 constexpr std::int64_t padded(std::int64_t count) { return (count + kColumns - 1) / kColumns * kColumns; }
-
-// The factor that normalises a head's vector.
-template <typename T>
-float factor(const T* x, std::int64_t size, float eps) {
-  float sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (std::int64_t c = 0; c < size; ++c) sum += to_float(x[c]) * to_float(x[c]);
-  return inverse_norm(sum, static_cast<float>(size), eps);
-}
 
 // Rows of a tensor as floats where they can be multiplied: in place, or copied and padded with zeros.
 struct Rows {
@@ -140,13 +131,13 @@ void SCM_CPU(const Params<T>& p, std::int64_t begin, std::int64_t end) {
     if (unit / blocks != normed) {
       normed = unit / blocks;
       for (std::int64_t l = 0; l < length; ++l) {
-        norm_k[l] = factor(k + l * token, size, p.eps);
-        norm_v[l] = factor(v + l * token, size, p.eps);
+        norm_k[l] = row_factor(k + l * token, size, p.eps);
+        norm_v[l] = row_factor(v + l * token, size, p.eps);
       }
     }
     for (std::int64_t query = 0; query < columns; ++query) {
       const T* x = q + (first + query) * token;
-      const float scale = query < queries ? factor(x, size, p.eps) * temperature : 0;
+      const float scale = query < queries ? row_factor(x, size, p.eps) * temperature : 0;
       for (std::int64_t c = 0; c < size; ++c) Q[c * kQueries + query] = query < queries ? to_float(x[c]) * scale : 0;
       sums[query] = 0;
     }

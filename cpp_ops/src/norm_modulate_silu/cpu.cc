@@ -1,22 +1,10 @@
-#include "common/math.h"
+#include "common/rows.h"
 #include "norm_modulate_silu/op.h"
 
 namespace scm::norm_modulate_silu {
-namespace {
-
-template <typename T>
-float sum_of_squares(const T* x, std::int64_t channels) {
-  float sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (std::int64_t c = 0; c < channels; ++c) sum += to_float(x[c]) * to_float(x[c]);
-  return sum;
-}
-
-}  // namespace
 
 template <typename T>
 void SCM_CPU(const Params<T>& p, std::int64_t begin, std::int64_t end) {
-  const auto width = static_cast<float>(p.channels);
   std::int64_t sample = -1;
   float norm_scale = 0, norm_shift = 0;
   for (std::int64_t row = begin; row < end; ++row) {
@@ -24,12 +12,12 @@ void SCM_CPU(const Params<T>& p, std::int64_t begin, std::int64_t end) {
     const T* shift = scale + p.channels;
     if (row / p.pixels != sample) {
       sample = row / p.pixels;
-      norm_scale = inverse_norm(sum_of_squares(scale, p.channels), width, p.eps);
-      norm_shift = inverse_norm(sum_of_squares(shift, p.channels), width, p.eps);
+      norm_scale = row_factor(scale, p.channels, p.eps);
+      norm_shift = row_factor(shift, p.channels, p.eps);
     }
     const T* y = p.y + row * p.channels;
     T* z = p.z + row * p.channels;
-    const float factor = inverse_norm(sum_of_squares(y, p.channels), width, p.eps) * norm_scale;
+    const float factor = row_factor(y, p.channels, p.eps) * norm_scale;
 #pragma omp simd
     for (std::int64_t c = 0; c < p.channels; ++c) z[c] = from_float<T>(activate(to_float(y[c]) * factor * to_float(scale[c]) + to_float(shift[c]) * norm_shift));
   }

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from scm_export.ops.mp_silu import mp_silu
-from scm_export.ops.operator import Operator, as_nodes
+from scm_export.ops.operator import Operator, as_nodes, balance_statements
 
 
 def mp_cat(a: Tensor, b: Tensor, t: float = 0.5) -> Tensor:
@@ -50,16 +50,8 @@ MP_CAT = Operator(
     output_type="T",
     activated=True,
     # sqrt(A + B) / sqrt(A) = sqrt(1 + B / A) takes the fewest nodes: they run at every call, for the batch keeps shapes from being constants.
-    body="""
-        one = Constant <value_float = 1.0> ()
-        t = Constant <value_float: float = @t> ()
-        rest = Sub (one, t)
-        t_square = Mul (t, t)
-        rest_square = Mul (rest, rest)
-        squares = Add (t_square, rest_square)
-        magnitude = Sqrt (squares)
-        share_a = Div (rest, magnitude)
-        share_b = Div (t, magnitude)
+    body=f"""
+        {balance_statements("share_a", "share_b")}
         shape_a = Shape <start = -1> (a)
         shape_b = Shape <start = -1> (b)
         channels_a = Cast <to = 1> (shape_a)

@@ -7,7 +7,7 @@ import math
 from torch import Tensor
 
 from scm_export.ops.mp_silu import mp_silu
-from scm_export.ops.operator import Operator, as_nodes
+from scm_export.ops.operator import Operator, as_nodes, balance_statements
 
 
 def mp_sum(a: Tensor, b: Tensor, t: float, clip: float = math.inf) -> Tensor:
@@ -42,16 +42,8 @@ MP_SUM = Operator(
     output="y",
     output_type="T",
     activated=True,
-    body="""
-        one = Constant <value_float = 1.0> ()
-        t = Constant <value_float: float = @t> ()
-        rest = Sub (one, t)
-        t_square = Mul (t, t)
-        rest_square = Mul (rest, rest)
-        squares = Add (t_square, rest_square)
-        magnitude = Sqrt (squares)
-        weight_a = Div (rest, magnitude)
-        weight_b = Div (t, magnitude)
+    body=f"""
+        {balance_statements("weight_a", "weight_b")}
         weight_a_T = CastLike (weight_a, a)
         weight_b_T = CastLike (weight_b, b)
         weighted_a = Mul (a, weight_a_T)

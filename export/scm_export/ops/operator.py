@@ -45,6 +45,21 @@ def silu_statements(x: str, y: str) -> str:
     """
 
 
+def balance_statements(a: str, b: str) -> str:
+    """``a = (1-t) / sqrt((1-t)^2 + t^2)`` and ``b = t / sqrt((1-t)^2 + t^2)``, from the attribute t; leaves ``one`` behind."""
+    return f"""
+        one = Constant <value_float = 1.0> ()
+        t = Constant <value_float: float = @t> ()
+        rest = Sub (one, t)
+        t_square = Mul (t, t)
+        rest_square = Mul (rest, rest)
+        squares = Add (t_square, rest_square)
+        magnitude = Sqrt (squares)
+        {a} = Div (rest, magnitude)
+        {b} = Div (t, magnitude)
+    """
+
+
 @dataclass(frozen=True, kw_only=True)
 class Operator:
     """One operator: its schema and the statements of its ONNX function body.
