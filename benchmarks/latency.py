@@ -18,7 +18,7 @@ from scm_export import export, ops
 from scm_export.checkpoints import Checkpoint, SamplerSpec, load_checkpoint, save_checkpoint
 from scm_export.families import build_model
 from scm_export.networks.edm2 import PRESETS, UNet, UNetConfig
-from scm_export.parametrisation import Step, sample
+from scm_export.parametrisation import sample
 from scm_runtime import Generator
 
 DIGITS = Path(__file__).parents[1] / "examples" / "digits" / "digits.pt"
@@ -37,13 +37,13 @@ def random_checkpoint(config: UNetConfig, path: Path) -> Path:
 
 def eager(checkpoint: Path, labels: list[int]) -> Callable[[], object]:
     model = build_model(load_checkpoint(checkpoint))
-    step, seeds, classes = Step(model.network, model.sigma_data), torch.arange(len(labels)), torch.tensor(labels)
+    step, seeds, classes = model.step, torch.arange(len(labels)), torch.tensor(labels)
 
     @torch.inference_mode()
     def run() -> object:
         noises = [ops.philox_normal(seeds, draw, model.sample_shape) for draw in range(3)]
         x = sample(step, noises, model.times[2], model.initial_scale, {"class_labels": classes})
-        return ops.to_image(x, model.decoder.scale, model.decoder.offset).numpy()
+        return model.decode(x).numpy()
 
     return run
 

@@ -31,7 +31,6 @@ from scm_export import ops
 from scm_export.checkpoints import load_checkpoint
 from scm_export.families import build_model
 from scm_export.networks.edm2 import PRESETS, UNetConfig
-from scm_export.parametrisation import Step
 from scm_export.trace import trace_step
 from scm_export.writer import BundleWriter
 from scm_runtime.native import find_library
@@ -226,7 +225,7 @@ def steps(device: str) -> dict[str, Any]:
             torch.manual_seed(0)
             x, t = torch.randn(1, *model.sample_shape, device=device), torch.full((1,), 1.5, device=device)
             inputs = {"x": x, "t": t, "t_next": t - 0.5, "noise": x.flip(-1).contiguous(), "class_labels": torch.tensor([3], device=device)}
-            step = Step(model.network.to(device), model.sigma_data)
+            step = model.step.to(device)
             *state, labels = inputs.values()
             candidates = {
                 "native": bound(session(folder / "scm.onnx", device, native=True), inputs, device),

@@ -26,6 +26,11 @@ OPS_VERSION = 1  # of the operator set that scm-export writes: docs/custom-ops.m
 EMBEDDED = Path(__file__).parent / "bundles"
 
 Positive = Annotated[int, Meta(ge=1)]
+Dimension = Annotated[str, Meta(pattern="^[a-z][a-z0-9_]*$")]  # a free one, by name
+Dtype = Literal["fp32", "fp16", "bf16"]
+
+STEP_INPUTS = ("x", "t", "t_next", "noise")
+CONDITIONING_DTYPES = {"class": "int64", "scalar": "float32", "embedding": "float32", "mask": "int64"}
 
 
 class FileEntry(Struct, kw_only=True):
@@ -42,32 +47,53 @@ class SampleSpec(Struct, kw_only=True):
 
 
 class OutputSpec(Struct, kw_only=True):
-    """What ``decode`` returns: uint8 ``[N, *shape]`` with shape ``[H, W, C]`` for images."""
+    """What ``decode`` returns, ``[N, *shape]``.
 
-    kind: Literal["image"]
-    shape: Annotated[tuple[Positive, ...], Meta(min_length=3, max_length=3)]
+    ``kind`` "image": uint8, shape ``[H, W, C]``; "latent": float32, the state as it is, in a bundle that was made without a decoder.
+    """
+
+    kind: Literal["image", "latent"]
+    shape: Annotated[tuple[Positive, ...], Meta(min_length=1)]
 
 
 class Conditioning(Struct, kw_only=True):
     """One input of the step graph beyond the state, ``[N, *shape]``.
 
-    ``kind`` "class" holds class indices in [0, num_classes); "scalar" one number a sample. ``default`` stands in where a call gives none.
+    ``kind`` "class" holds class indices in [0, num_classes), "scalar" one number a sample, "embedding" real numbers, "mask" ones and zeros.
+    A name in ``shape`` is a free dimension: it has one size within a call, the same in every input that names it.
+    ``default`` stands in where a call gives none; a mask is then all ones, an embedding must be given.
     """
 
     name: Annotated[str, Meta(pattern="^[a-z][a-z0-9_]*$")]
-    kind: Literal["class", "scalar"]
+    kind: Literal["class", "scalar", "embedding", "mask"]
     dtype: Literal["int64", "float32"]
-    shape: tuple[int, ...] = ()
+    shape: tuple[Positive | Dimension, ...] = ()
     num_classes: Positive | None = None
     label_names: tuple[str, ...] | None = None
     default: int | float | None = None
 
+    @property
+    def is_array(self) -> bool:
+        """Whether a sample has an array of it, not one number."""
+        return self.kind in ("embedding", "mask")
+
+    def describe(self) -> str:
+        """Dtype and shape: ``float32 [N, tokens, 2304]``."""
+        return f"{self.dtype} [{', '.join(map(str, ('N', *self.shape)))}]"
+
     def validate(self) -> None:
         """Check what the types alone cannot say. Raises ValueError."""
-        if self.dtype != {"class": "int64", "scalar": "float32"}[self.kind] or self.shape:
-            raise ValueError(f"conditioning {self.name!r} of kind {self.kind!r} must be one int64 (class) or float32 (scalar) a sample")
+        what = f"conditioning {self.name!r} of kind {self.kind!r}"
+        if self.name in STEP_INPUTS:
+            raise ValueError(f"conditioning must have other names than the step graph's {', '.join(STEP_INPUTS)}, got {self.name!r}")
+        if self.dtype != CONDITIONING_DTYPES[self.kind]:
+            raise ValueError(f"{what} must have the dtype {CONDITIONING_DTYPES[self.kind]}, got {self.dtype}")
+        if self.is_array != bool(self.shape):
+            raise ValueError(f"{what} must be {'an array' if self.is_array else 'one number'} a sample, got the shape {list(self.shape)}")
+        if self.is_array and self.default not in (None, 1 if self.kind == "mask" else None):
+            raise ValueError(f"{what} must have no default, got {self.default}")
         if self.kind == "class" and self.num_classes is None:
-            raise ValueError(f"conditioning {self.name!r} of kind 'class' must give num_classes")
+            raise ValueError(f"{what} must give num_classes")
         if self.label_names is not None and len(self.label_names) != self.num_classes:
             raise ValueError(f"conditioning {self.name!r} must have {self.num_classes} label_names, got {len(self.label_names)}")
 
@@ -80,7 +106,7 @@ class Source(Struct, kw_only=True):
 
 
 class VerifiedCase(Struct, kw_only=True):
-    """One comparison with the PyTorch sampler: ``max_abs`` in the state's scale, ``psnr`` in dB over uint8 pixels (null = identical)."""
+    """One comparison with the reference sampler: ``max_abs`` and ``mean_abs`` in the state's scale, ``psnr`` in dB over uint8 pixels (null = identical)."""
 
     graph: str
     dtype: str
@@ -89,6 +115,9 @@ class VerifiedCase(Struct, kw_only=True):
     max_abs: float
     atol: Annotated[float, Meta(gt=0)]
     psnr: float | None
+    device: str = "cpu"
+    mean_abs: float | None = None
+    guidance_scale: float | None = None
 
 
 class Verification(Struct, kw_only=True):
@@ -114,8 +143,9 @@ class Manifest(Struct, kw_only=True):
     sigma_data: float
     initial_scale: float
     times: dict[Annotated[str, Meta(pattern="^[1-9][0-9]*$")], tuple[float, ...]]
+    time_unit: Literal["radians", "sigma", "timestep"] = "radians"
     conditioning: tuple[Conditioning, ...]
-    dtypes: Annotated[tuple[Literal["fp32", "fp16", "bf16"], ...], Meta(min_length=1)]
+    dtypes: Annotated[tuple[Dtype, ...], Meta(min_length=1)]
     weights_dtype: str
     opset: int
     ops: dict[str, int]
@@ -146,8 +176,15 @@ class Manifest(Struct, kw_only=True):
                 raise ValueError(f"times must be decreasing, got {list(times)} for {steps} steps")
         if len({times[-1] for times in self.times.values()}) > 1:
             raise ValueError("times must have the same end for every step count")
+        if self.output.kind == "image" and len(self.output.shape) != 3:
+            raise ValueError(f"output of kind 'image' must have the shape [H, W, C], got {list(self.output.shape)}")
+        if self.output.kind == "latent" and self.output.shape != self.sample.shape:
+            raise ValueError(f"output of kind 'latent' must have the state's shape {list(self.sample.shape)}, got {list(self.output.shape)}")
         for item in self.conditioning:
             item.validate()
+        names = [item.name for item in self.conditioning]
+        if len(set(names)) < len(names):
+            raise ValueError(f"conditioning must have different names, got {', '.join(names)}")
 
 
 def locate(bundle: str | Path) -> Path:

@@ -11,7 +11,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 from onnxscript import ir
 
 from scm_export.functions import attach_functions
-from scm_export.model import ImageDecoder, Model
+from scm_export.model import ImageDecoder, Latents, Model
 from scm_export.ops import OPERATORS, Operator
 from scm_runtime.bundle import OPS_DOMAIN
 
@@ -30,10 +30,13 @@ def build_noise(sample_shape: Sequence[int], opset: int) -> ir.Model:
     return _single_node("noise", OPERATORS["PhiloxNormal"], inputs, attributes, _value("noise", ir.DataType.FLOAT, [BATCH, *sample_shape]), opset)
 
 
-def build_decode(sample_shape: Sequence[int], decoder: ImageDecoder, opset: int) -> ir.Model:
-    """decode: x float32 ``[N, C, H, W]`` to uint8 ``[N, H, W, C]``."""
-    channels, height, width = sample_shape
+def build_decode(sample_shape: Sequence[int], decoder: ImageDecoder | Latents, opset: int) -> ir.Model:
+    """decode: x float32 ``[N, C, H, W]`` to uint8 ``[N, H, W, C]``, or, where samples are latents, to itself."""
     x = _value("x", ir.DataType.FLOAT, [BATCH, *sample_shape])
+    if isinstance(decoder, Latents):
+        output = _value("latent", ir.DataType.FLOAT, [BATCH, *sample_shape])
+        return _model("decode", [x], ir.Node("", "Identity", [x], outputs=[output], name="decode"), opset)
+    channels, height, width = sample_shape
     attributes = [ir.AttrFloat32("scale", decoder.scale), ir.AttrFloat32("offset", decoder.offset)]
     return _single_node("decode", OPERATORS["ToImage"], [x], attributes, _value("image", ir.DataType.UINT8, [BATCH, height, width, channels]), opset)
 
@@ -43,8 +46,11 @@ def _value(name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Valu
 
 
 def _single_node(name: str, operator: Operator, inputs: Sequence[ir.Value], attributes: Sequence[ir.Attr], output: ir.Value, opset: int) -> ir.Model:
-    node = ir.Node(OPS_DOMAIN, operator.name, inputs, attributes, outputs=[output], name=name)
-    graph = ir.Graph(inputs, [output], nodes=[node], name=name, opset_imports={"": opset})
+    return _model(name, inputs, ir.Node(OPS_DOMAIN, operator.name, inputs, attributes, outputs=[output], name=name), opset)
+
+
+def _model(name: str, inputs: Sequence[ir.Value], node: ir.Node, opset: int) -> ir.Model:
+    graph = ir.Graph(inputs, node.outputs, nodes=[node], name=name, opset_imports={"": opset})
     model = ir.Model(graph, ir_version=ir_version(opset))
     attach_functions(model)
     return model
@@ -52,7 +58,7 @@ def _single_node(name: str, operator: Operator, inputs: Sequence[ir.Value], attr
 
 # ----------------------------------------------------------------------------
 # sample-K: noise, K steps and decode in one graph, for hosts that want a single
-# call: seeds int64 [N], conditioning... -> image. The parts share their constants.
+# call: seeds int64 [N], conditioning... -> image or latent. The parts share their constants.
 
 
 def compose_sample(model: Model, steps: int, noise: ModelProto, step: ModelProto, decode: ModelProto) -> ModelProto:
@@ -78,13 +84,12 @@ def compose_sample(model: Model, steps: int, noise: ModelProto, step: ModelProto
             inputs[name] = f"step{k}/{name}s"
             nodes.append(helper.make_node("Expand", [constant(f"step{k}/{name}", np.float32(time)), "batch_shape"], [inputs[name]]))
         x = _instantiate(step.graph, f"step{k}/", inputs, nodes)
-    nodes.append(helper.make_node("Identity", [_instantiate(decode.graph, "decode/", {"x": x}, nodes)], ["image"]))
+    output = onnx.ValueInfoProto()
+    output.CopyFrom(decode.graph.output[0])
+    nodes.append(helper.make_node("Identity", [_instantiate(decode.graph, "decode/", {"x": x}, nodes)], [output.name]))
 
     constants = [_constant(part.graph, tensor) for part in (noise, step, decode) for tensor in part.graph.initializer]
-    image = onnx.ValueInfoProto()
-    image.CopyFrom(decode.graph.output[0])
-    image.name = "image"
-    graph = helper.make_graph(nodes, f"sample-{steps}", [seeds, *conditioning.values()], [image], constants)
+    graph = helper.make_graph(nodes, f"sample-{steps}", [seeds, *conditioning.values()], [output], constants)
     imports = {entry.domain: entry for part in (noise, step, decode) for entry in part.opset_import}
     functions = {function.name: function for part in (noise, step, decode) for function in part.functions}
     return helper.make_model(graph, opset_imports=list(imports.values()), ir_version=step.ir_version, functions=list(functions.values()))

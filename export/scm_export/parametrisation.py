@@ -1,9 +1,15 @@
-"""From what a network predicts to what a sampler needs: one function an equation. TrigFlow (sCM, arXiv 2410.11081, section 3) is the common ground."""
+"""From what a network predicts to what a sampler needs: one function an equation.
+
+TrigFlow (sCM, arXiv 2410.11081, section 3) is the common ground: ``x_t = cos t x0 + sin t z`` with z ~ N(0, sigma_d^2) and t in [0, pi/2]. A network
+trained in another parametrisation is read as TrigFlow's F, with the denoised sample ``f(x, t) = cos t x - sin t sigma_d F``.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +18,11 @@ from scm_export.ops import consistency_step
 
 SIGMA_MAX = 80.0  #           of EDM; the largest noise the models are trained on
 INTERMEDIATE_TIME = 1.1  #    second time of two-step sampling, on every data set (sCM, appendix on sampling)
+
+ParametrisationName = Literal["trigflow", "trigflow-negated", "edm", "flow", "x0"]
+Solver = Literal["consistency", "ddim"]
+Network = Callable[[Tensor, Tensor], Tensor]
+"""A network with its conditioning bound: (its input ``[N, ...]``, its noise level ``[N]``) to its output, shaped as its input."""
 
 
 def t_max(sigma_data: float) -> float:
@@ -24,26 +35,111 @@ def default_times(sigma_data: float) -> dict[int, tuple[float, ...]]:
     return {1: (t_max(sigma_data), 0.0), 2: (t_max(sigma_data), INTERMEDIATE_TIME, 0.0)}
 
 
-class Step(nn.Module):
-    """One step of the sampler, the module that is traced: ``(x, t, t_next, noise, conditioning...) -> x_next``.
+# ----------------------------------------------------------------------------
+# (network, x, t, sigma_d) -> F, for x at TrigFlow's time t.
 
-    Everything is float32 ``[N, *sample]`` but t and t_next, float32 ``[N]``, and the conditioning, ``[N, ...]``.
+
+def trigflow(network: Network, x: Tensor, t: Tensor, sigma_data: float) -> Tensor:
+    """``F = network(x / sigma_d, t)`` (sCM, equation 5)."""
+    return network(x / sigma_data, t)
+
+
+def trigflow_negated(network: Network, x: Tensor, t: Tensor, sigma_data: float) -> Tensor:
+    """``F = -network(x / sigma_d, t)``: networks trained on the opposite sign."""
+    return -network(x / sigma_data, t)
+
+
+def edm(network: Network, x: Tensor, t: Tensor, sigma_data: float) -> Tensor:
+    """``F = -F_edm(c_in x_sigma, ln(sigma) / 4)`` with ``sigma = sigma_d tan t`` (EDM, arXiv 2206.00364, table 1).
+
+    EDM's state is ``x_sigma = x / cos t``, so that its scaled input ``c_in x_sigma = x_sigma / sqrt(sigma^2 + sigma_d^2)`` is ``x / sigma_d``.
+    """
+    sin, cos = t.double().sin(), t.double().cos()
+    return -network(x / sigma_data, (torch.log(sigma_data * sin / cos) / 4).float())
+
+
+def flow(network: Network, x: Tensor, t: Tensor, sigma_data: float) -> Tensor:
+    """Flow matching's velocity, noise minus data of unit scale, at ``u = sin t / (cos t + sin t)`` of the path ``(1 - u) data + u noise``.
+
+    The path's state is ``h = x / sigma_d / (cos t + sin t)``, and the denoised ``h - u v`` gives
+    ``F = ((1 - 2u) h + (1 - 2u + 2u^2) v) / sqrt(u^2 + (1 - u)^2)`` (SANA-Sprint, arXiv 2503.09641, section 3.1).
+    """
+    sin, cos = t.double().sin(), t.double().cos()
+    u = sin / (cos + sin)
+    size = torch.sqrt(u**2 + (1 - u) ** 2)
+    h = x * _per_sample(size / sigma_data, x)
+    v = network(h, u.float())
+    return _per_sample((1 - 2 * u) / size, x) * h + _per_sample((1 - 2 * u + 2 * u**2) / size, x) * v
+
+
+def x0(network: Network, x: Tensor, t: Tensor, sigma_data: float) -> Tensor:
+    """``F = (cos t x - D) / (sin t sigma_d)`` for a network that predicts the denoised sample, in the data's scale: ``D = network(x, t)``."""
+    sin, cos = t.double().sin(), t.double().cos()
+    return (_per_sample(cos, x) * x - network(x, t)) / _per_sample(sin * sigma_data, x)
+
+
+PARAMETRISATIONS: dict[ParametrisationName, Callable[[Network, Tensor, Tensor, float], Tensor]] = {
+    "trigflow": trigflow,
+    "trigflow-negated": trigflow_negated,
+    "edm": edm,
+    "flow": flow,
+    "x0": x0,
+}
+
+
+# ----------------------------------------------------------------------------
+# One step, and the sampler.
+
+
+class Step(nn.Module):
+    """One step of a TrigFlow sampler, the module that is traced: ``(x, t, t_next, noise, conditioning) -> x_next``.
+
+    Everything is float32 ``[N, *sample]`` but t and t_next, float32 ``[N]``, and the conditioning, ``[N, ...]`` by name: the network's keyword
+    arguments. The solver "consistency" jumps to the data and noises again; "ddim" follows the ODE to ``t_next`` and reads no noise. With
+    ``segments`` the network is also told where the segment ends, as ``t_end = t_next``.
     """
 
-    def __init__(self, network: nn.Module, sigma_data: float) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        sigma_data: float,
+        parametrisation: ParametrisationName = "trigflow",
+        solver: Solver = "consistency",
+        *,
+        segments: bool = False,
+    ) -> None:
         super().__init__()
-        self.network, self.sigma_data = network, sigma_data
+        self.network, self.sigma_data, self.parametrisation, self.solver, self.segments = network, sigma_data, parametrisation, solver, segments
 
     def forward(self, x: Tensor, t: Tensor, t_next: Tensor, noise: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
-        F = self.network(x / self.sigma_data, t, **conditioning)
+        end = {"t_end": t_next} if self.segments else {}
+
+        def network(x: Tensor, level: Tensor) -> Tensor:
+            F: Tensor = self.network(x, level, **conditioning, **end)
+            return F
+
+        F = PARAMETRISATIONS[self.parametrisation](network, x, t, self.sigma_data)
+        if self.solver == "ddim":
+            return ddim_step(x, F, t, t_next, self.sigma_data)
         return consistency_step(x, F, noise, t, t_next, self.sigma_data)
 
 
+def ddim_step(x: Tensor, F: Tensor, t: Tensor, t_next: Tensor, sigma_data: float) -> Tensor:
+    """``cos(t - t') x - sin(t - t') sigma_d F``: the ODE's first-order step (sCM, section 3), and the jump inside a segment."""
+    angle = t.double() - t_next.double()
+    return _per_sample(angle.cos(), x) * x - _per_sample(angle.sin() * sigma_data, x) * F
+
+
 @torch.no_grad()
-def sample(step: Step, noises: list[Tensor], times: tuple[float, ...], initial_scale: float, conditioning: dict[str, Tensor]) -> Tensor:
+def sample(step: nn.Module, noises: Sequence[Tensor], times: tuple[float, ...], initial_scale: float, conditioning: dict[str, Tensor]) -> Tensor:
     """The sampler in eager PyTorch, for reference: noises are the draws 0, 1, …, float32 ``[N, *sample]``; returns the final state."""
     x = noises[0] * initial_scale
     for k, (t, t_next) in enumerate(pairwise(times)):
         moments = (torch.full((len(x),), value, device=x.device) for value in (t, t_next))
         x = step(x, *moments, noises[k + 1], conditioning)
     return x
+
+
+def _per_sample(values: Tensor, x: Tensor) -> Tensor:
+    """``[N]`` in float64 (a float32 sine differs in the last bit with a sample's place in the batch), ready to be multiplied with x."""
+    return values.to(x.dtype).reshape(-1, *(1,) * (x.ndim - 1))

@@ -1,23 +1,29 @@
-"""From a PyTorch step to an ONNX graph with a dynamic batch."""
+"""From PyTorch modules to ONNX graphs with a dynamic batch."""
 
 from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Mapping
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from onnxscript import ir
+from torch import Tensor, nn
 
 from scm_export.functions import attach_functions, optimize
 from scm_export.graphs import BATCH, ir_version
 from scm_export.model import Model
 from scm_export.ops import operators_as_nodes
-from scm_export.parametrisation import Step
 from scm_runtime.bundle import Conditioning
 from scm_runtime.errors import ExportError
 
 TRACE_BATCH = 2  # sizes 0 and 1 would specialise
+TRACE_SIZES = 6  # of the first free dimension of a conditioning input, 7 of the second, …: sizes that no other dimension has by chance
+LARGEST = 2**20  # of a free dimension
+
+Shape = dict[int, Any]  # free dimensions by axis, torch.export.Dim
 
 
 def trace_step(model: Model, opset: int, *, operators: bool = True) -> ir.Model:
@@ -34,12 +40,60 @@ def trace_step(model: Model, opset: int, *, operators: bool = True) -> ir.Model:
     Raises:
         ExportError: torch cannot translate the network.
     """
-    step = Step(model.network, model.sigma_data).eval()
     x = torch.zeros(TRACE_BATCH, *model.sample_shape)
     t = torch.full((TRACE_BATCH,), 0.5)
     inputs = {"x": x, "t": t, "t_next": t.clone(), "noise": x.clone()}
-    conditioning = {item.name: example(item, TRACE_BATCH) for item in model.conditioning}
-    batch = {0: torch.export.Dim(BATCH, min=1, max=2**20)}
+    names = sorted({size for item in model.conditioning for size in item.shape if isinstance(size, str)})
+    sizes = {name: TRACE_SIZES + i for i, name in enumerate(names)}
+    free = {name: torch.export.Dim(name, min=1, max=LARGEST) for name in names}
+    batch = torch.export.Dim(BATCH, min=1, max=LARGEST)
+    conditioning = {item.name: example(item, TRACE_BATCH, sizes) for item in model.conditioning}
+    shapes = {item.name: {0: batch, **{axis: free[size] for axis, size in enumerate(item.shape, 1) if isinstance(size, str)}} for item in model.conditioning}
+    return _trace(
+        "step",
+        model.step,
+        {**inputs, "conditioning": conditioning},
+        {**{name: {0: batch} for name in inputs}, "conditioning": shapes},
+        [*inputs, *conditioning],
+        "x_next",
+        opset,
+        operators=operators,
+    )
+
+
+def trace_map(name: str, network: nn.Module, example: Tensor, input: str, output: str, opset: int) -> ir.Model:
+    """Trace a network of one input, decoder or encoder, in the dtype it computes in now; ``example`` is a valid input for at least two samples.
+
+    Raises:
+        ExportError: torch cannot translate the network.
+    """
+    batch = torch.export.Dim(BATCH, min=1, max=LARGEST)
+    return _trace(name, _OneInput(network), {"input": example}, {"input": {0: batch}}, [input], output, opset)
+
+
+class _OneInput(nn.Module):
+    """Gives a network's input a name of ours, whatever its own argument is called."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, input: Tensor) -> Tensor:
+        y: Tensor = self.network(input)
+        return y
+
+
+def _trace(
+    name: str,
+    module: nn.Module,
+    arguments: Mapping[str, Any],
+    shapes: Mapping[str, Any],
+    inputs: list[str],
+    output: str,
+    opset: int,
+    *,
+    operators: bool = True,
+) -> ir.Model:
     exporter_log = logging.getLogger("torch.onnx")
     level = exporter_log.level
     exporter_log.setLevel(logging.ERROR)  # it warns of optional packages that no graph here needs
@@ -47,11 +101,11 @@ def trace_step(model: Model, opset: int, *, operators: bool = True) -> ir.Model:
         with torch.no_grad(), warnings.catch_warnings(), operators_as_nodes() if operators else nullcontext():
             warnings.simplefilter("ignore")  # deprecations inside torch and onnxscript
             program = torch.onnx.export(
-                step,
-                kwargs={**inputs, "conditioning": conditioning},
-                dynamic_shapes={**dict.fromkeys(inputs, batch), "conditioning": dict.fromkeys(conditioning, batch)},
-                input_names=[*inputs, *conditioning],
-                output_names=["x_next"],
+                module.eval(),
+                kwargs=dict(arguments),
+                dynamic_shapes=dict(shapes),
+                input_names=inputs,
+                output_names=[output],
                 opset_version=opset,
                 dynamo=True,
                 optimize=False,
@@ -62,31 +116,38 @@ def trace_step(model: Model, opset: int, *, operators: bool = True) -> ir.Model:
             optimize(traced)
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ExportError(f"torch.onnx cannot translate this network: {reason[-1]}") from error
+        raise ExportError(f"torch.onnx cannot translate the network of {name}: {reason[-1]}") from error
     finally:
         exporter_log.setLevel(level)
-    if missing := {*inputs, *conditioning} - {value.name for value in traced.graph.inputs}:
-        raise ExportError(f"the traced step lost its inputs {', '.join(sorted(missing))}")
-    _strip(traced)
+    if missing := set(inputs) - {value.name for value in traced.graph.inputs}:
+        raise ExportError(f"the traced {name} lost its inputs {', '.join(sorted(missing))}")
+    _strip(traced, name)
     traced.ir_version = ir_version(opset)
     attach_functions(traced)
     return traced
 
 
-def example(item: Conditioning, n: int) -> torch.Tensor:
-    """A valid value of a conditioning input for n samples, different for each."""
-    if item.kind == "class":
-        classes = item.num_classes or 1
-        return torch.arange(n) * 7 % classes
-    return torch.linspace(1.0, 1.5, n)
+def example(item: Conditioning, n: int, sizes: Mapping[str, int] | None = None) -> Tensor:
+    """A valid value of a conditioning input for n samples, different for each; ``sizes`` are those of its free dimensions."""
+    shape = [(sizes or {}).get(size, TRACE_SIZES) if isinstance(size, str) else size for size in item.shape]
+    match item.kind:
+        case "class":
+            return torch.arange(n) * 7 % (item.num_classes or 1)
+        case "scalar":
+            return torch.linspace(1.0, 1.5, n) * (1.0 if item.default is None else item.default)
+        case "embedding":
+            return torch.randn(n, *shape, generator=torch.Generator().manual_seed(n))
+        case "mask":  # one token less for each further sample
+            kept = torch.arange(shape[-1]) < (shape[-1] - torch.arange(n)).clamp(min=1).reshape(-1, *(1,) * len(shape))
+            return kept.expand(n, *shape).to(torch.int64)
 
 
-def _strip(model: ir.Model) -> None:
+def _strip(model: ir.Model, name: str) -> None:
     """Leave out what the exporter notes for debugging: stack traces with this machine's paths, and docs."""
     model.metadata_props.clear()
     model.doc_string = None
     model.graph.metadata_props.clear()
-    model.graph.name = "step"
+    model.graph.name = name
     for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
         value.metadata_props.clear()
     for node in model.graph.all_nodes():

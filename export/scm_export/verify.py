@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 
 from scm_export import ops
-from scm_export.model import Model
-from scm_export.parametrisation import Step, sample
+from scm_export.model import ImageDecoder, Model, Reference
+from scm_export.parametrisation import sample
 from scm_export.tolerances import sample_atol
 from scm_export.trace import example
 from scm_runtime.bundle import Manifest, Verification, VerifiedCase
@@ -24,25 +24,27 @@ from scm_runtime.generator import Generator
 from scm_runtime.session import Session
 
 BATCH_SIZES = (1, 3)
+EAGER = f"PyTorch {torch.__version__} eager, fp32"
 FIRST_SEED = 20241011  # any will do
 
 
 @dataclass(frozen=True)
-class Reference:
+class Drawn:
     """What PyTorch draws for one batch size and step count."""
 
     batch_size: int
     steps: int
     seeds: list[int]
-    conditioning: dict[str, list[float]]
+    conditioning: dict[str, NDArray[Any]]
     latents: NDArray[np.float32]
     pixels: NDArray[np.uint8]
-    level: float  #  one level of a pixel, in the state's scale
+    level: float  #  one level of a pixel, in the state's scale; of a decoder's pixels, 1
 
 
-def draw_references(model: Model, steps: Sequence[int], progress: Callable[[str], None]) -> list[Reference]:
+def draw_references(model: Model, steps: Sequence[int], progress: Callable[[str], None]) -> list[Drawn]:
     """Sample with the model in PyTorch, in float32, for every batch size and step count to be verified."""
-    step, references = Step(model.network, model.sigma_data), []
+    references = []
+    reference = model.reference or Reference(EAGER, lambda noises, times, conditioning: sample(model.step, noises, times, model.initial_scale, conditioning))
     model.compute_in("fp32")
     for batch_size in BATCH_SIZES:
         seeds = torch.arange(FIRST_SEED, FIRST_SEED + batch_size)
@@ -50,14 +52,15 @@ def draw_references(model: Model, steps: Sequence[int], progress: Callable[[str]
         for count in steps:
             progress(f"sampling in PyTorch: batch {batch_size}, {count} steps")
             noises = [ops.philox_normal(seeds, draw, model.sample_shape) for draw in range(count + 1)]
-            latents = sample(step, noises, model.times[count], model.initial_scale, conditioning)
-            pixels = ops.to_image(latents, model.decoder.scale, model.decoder.offset)
-            listed = {name: values.tolist() for name, values in conditioning.items()}
-            references.append(Reference(batch_size, count, seeds.tolist(), listed, latents.numpy(), pixels.numpy(), 1 / abs(model.decoder.scale)))
+            latents = reference.sample(noises, model.times[count], conditioning)
+            pixels = model.decode(latents)
+            level = 1 / abs(model.decoder.scale) if isinstance(model.decoder, ImageDecoder) else 1.0
+            arrays = {name: values.numpy() for name, values in conditioning.items()}
+            references.append(Drawn(batch_size, count, seeds.tolist(), arrays, latents.numpy(), pixels.numpy(), level))
     return references
 
 
-def verify_bundle(folder: Path, manifest: Manifest, references: Sequence[Reference], atol: float | None, progress: Callable[[str], None]) -> Verification:
+def verify_bundle(folder: Path, manifest: Manifest, references: Sequence[Drawn], atol: float | None, progress: Callable[[str], None]) -> Verification:
     """Draw the references' samples through the bundle's graphs and compare.
 
     Returns:
@@ -72,7 +75,7 @@ def verify_bundle(folder: Path, manifest: Manifest, references: Sequence[Referen
         cases = sorted(_compare(folder, manifest, references, atol, progress), key=lambda case: (case.dtype, case.graph != "step", case.graph))
     except InferenceError as error:
         raise VerificationError(f"the bundle does not run: {error}") from error
-    report = Verification(reference=f"PyTorch {torch.__version__} eager, fp32", device="cpu", cases=tuple(cases))
+    report = Verification(reference=EAGER, device="cpu", cases=tuple(cases))
     if bad := [case for case in cases if not case.max_abs <= case.atol]:
         worst = max(bad, key=lambda case: case.max_abs if math.isfinite(case.max_abs) else math.inf)
         raise VerificationError(
@@ -84,7 +87,7 @@ def verify_bundle(folder: Path, manifest: Manifest, references: Sequence[Referen
     return report
 
 
-def _compare(folder: Path, manifest: Manifest, references: Sequence[Reference], atol: float | None, progress: Callable[[str], None]) -> Iterator[VerifiedCase]:
+def _compare(folder: Path, manifest: Manifest, references: Sequence[Drawn], atol: float | None, progress: Callable[[str], None]) -> Iterator[VerifiedCase]:
     for dtype in manifest.dtypes:
         tolerance = sample_atol(dtype, manifest.weights_dtype, manifest.sigma_data) if atol is None else atol
         # Largest first: what the allocator keeps of a session that is done, the next one can use.
@@ -110,14 +113,14 @@ def _compare_composed(
     manifest: Manifest,
     dtype: str,
     count: int,
-    references: Sequence[Reference],
+    references: Sequence[Drawn],
     tolerance: float,
     progress: Callable[[str], None],
 ) -> Iterator[VerifiedCase]:
     session = Session(folder / f"sample-{count}.{dtype}.onnx")  # a function of its own: one session's weights are in memory at a time
     for reference in references:
         progress(f"verifying sample-{count}.{dtype}: batch {reference.batch_size}")
-        inputs = {item.name: np.array(reference.conditioning[item.name], item.dtype) for item in manifest.conditioning}
+        inputs = {item.name: reference.conditioning[item.name] for item in manifest.conditioning}
         pixels = session(seeds=np.array(reference.seeds, np.int64), **inputs)
         # A whole sampler returns pixels alone: their difference, in the state's scale, where rounding adds up to a level.
         error = _max_abs(pixels, reference.pixels) * reference.level
@@ -132,7 +135,7 @@ def _max_abs(a: NDArray[Any], b: NDArray[Any]) -> float:
     return float(np.abs(a.astype(np.float64) - b.astype(np.float64)).max())
 
 
-def _case(graph: str, dtype: str, reference: Reference, error: float, atol: float, pixels: NDArray[np.uint8]) -> VerifiedCase:
+def _case(graph: str, dtype: str, reference: Drawn, error: float, atol: float, pixels: NDArray[np.uint8]) -> VerifiedCase:
     mse = float(np.square(pixels.astype(np.float64) - reference.pixels).mean())
     return VerifiedCase(
         graph=graph,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from scm_export.exporter import Options, export_model
 from scm_export.model import ImageDecoder, Model
-from scm_export.parametrisation import default_times
+from scm_export.parametrisation import Step, default_times
 from scm_runtime import Generator
 from scm_runtime.bundle import Source
 
@@ -33,7 +33,7 @@ class GaussianConsistency(nn.Module):
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = Model(
         family="gaussian",
-        network=GaussianConsistency(),
+        step=Step(GaussianConsistency(), SIGMA_DATA),
         sample_shape=(1, 1, 1),
         sigma_data=SIGMA_DATA,
         initial_scale=SIGMA_DATA,

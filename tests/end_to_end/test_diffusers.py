@@ -13,7 +13,7 @@ from torch import Tensor
 from scm_export import ops
 from scm_export.checkpoints import load_checkpoint
 from scm_export.families import build_model
-from scm_export.parametrisation import Step, sample
+from scm_export.parametrisation import sample
 from scm_export.tolerances import sample_atol
 from scm_runtime import Generator
 
@@ -25,6 +25,7 @@ SEEDS, LABELS = [11, 12, 13], [0, 2, 3]
 
 def with_scheduler(checkpoint: Path) -> Tensor:
     model = build_model(load_checkpoint(checkpoint))
+    network = model.step.get_submodule("network")
     noises = [ops.philox_normal(torch.tensor(SEEDS), draw, model.sample_shape) for draw in range(3)]
     scheduler = SCMScheduler(prediction_type="trigflow", sigma_data=model.sigma_data)
     scheduler.set_timesteps(2, max_timesteps=model.times[2][0], intermediate_timesteps=model.times[2][1])
@@ -32,7 +33,7 @@ def with_scheduler(checkpoint: Path) -> Tensor:
     draws = iter(noises[1:])
     with torch.no_grad(), mock.patch("diffusers.schedulers.scheduling_scm.randn_tensor", side_effect=lambda *_, **__: next(draws)):
         for t in scheduler.timesteps[:-1]:
-            F = model.network(x / model.sigma_data, t.expand(len(x)), class_labels=torch.tensor(LABELS))
+            F = network(x / model.sigma_data, t.expand(len(x)), class_labels=torch.tensor(LABELS))
             x, denoised = scheduler.step(model.sigma_data * F, t, x, return_dict=False)
     assert isinstance(denoised, Tensor)
     return denoised
@@ -42,7 +43,7 @@ def test_two_steps_equal_the_scheduler_from_diffusers(tiny_checkpoint: Path, tin
     expected = with_scheduler(tiny_checkpoint)
     model = build_model(load_checkpoint(tiny_checkpoint))
     noises = [ops.philox_normal(torch.tensor(SEEDS), draw, model.sample_shape) for draw in range(3)]
-    ours = sample(Step(model.network, model.sigma_data), noises, model.times[2], model.initial_scale, {"class_labels": torch.tensor(LABELS)})
+    ours = sample(model.step, noises, model.times[2], model.initial_scale, {"class_labels": torch.tensor(LABELS)})
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
     with Generator(tiny_bundle) as generate:
         found = generate(LABELS, seed=SEEDS, output_type="latent").array

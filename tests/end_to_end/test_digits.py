@@ -14,7 +14,7 @@ from PIL import Image
 from scm_export import ops
 from scm_export.checkpoints import load_checkpoint
 from scm_export.families import build_model
-from scm_export.parametrisation import Step, sample
+from scm_export.parametrisation import sample
 from scm_runtime import Generator
 
 ROOT = Path(__file__).parents[2]
@@ -59,8 +59,8 @@ def test_the_bundle_draws_what_the_checkpoint_draws_in_pytorch() -> None:
     model = build_model(load_checkpoint(CHECKPOINT))
     seeds, labels = list(range(50, 60)), list(range(10))
     noises = [ops.philox_normal(torch.tensor(seeds), draw, model.sample_shape) for draw in range(3)]
-    x = sample(Step(model.network, model.sigma_data), noises, model.times[2], model.initial_scale, {"class_labels": torch.tensor(labels)})
-    expected = ops.to_image(x, model.decoder.scale, model.decoder.offset).numpy().astype(int)
+    x = sample(model.step, noises, model.times[2], model.initial_scale, {"class_labels": torch.tensor(labels)})
+    expected = model.decode(x).numpy().astype(int)
     with Generator("digits") as generate:
         found = generate(labels, seed=seeds, output_type="np").array.astype(int)
     # The bundle's weights are stored in half precision, after normalisation and gains are folded in.

@@ -13,7 +13,7 @@ import torch
 from scm_export.exporter import Options, export_model
 from scm_export.model import ImageDecoder, Model
 from scm_export.networks.edm2 import PRESETS, UNet
-from scm_export.parametrisation import default_times, t_max
+from scm_export.parametrisation import Step, default_times, t_max
 from scm_runtime import Generator
 from scm_runtime.bundle import Conditioning, Source
 from support import native_library
@@ -28,7 +28,7 @@ def test_xxl_gives_the_same_pixels_with_the_kernels_and_without(tmp_path: Path) 
     torch.nn.init.ones_(network.out_gain)
     model = Model(
         family="edm2",
-        network=network.fold().eval(),
+        step=Step(network.fold().eval(), 0.5),
         sample_shape=(4, 64, 64),
         sigma_data=0.5,
         initial_scale=0.5 * float(np.sin(t_max(0.5))),

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from scm_export import cli, export, ops
 from scm_export.checkpoints import load_checkpoint, save_checkpoint
 from scm_export.families import build_model
-from scm_export.parametrisation import Step, sample
+from scm_export.parametrisation import sample
 from scm_export.tolerances import sample_atol
 from scm_runtime import Generator
 from scm_runtime.bundle import WEIGHTS, read_manifest
@@ -30,7 +30,7 @@ def test_the_bundle_samples_what_pytorch_samples(tiny_checkpoint: Path, tiny_bun
     model = build_model(load_checkpoint(tiny_checkpoint))
     seeds, labels = [3, -4, 5, 6, 7], [0, 3, 1, 2, 2]
     noises = [ops.philox_normal(torch.tensor(seeds), draw, model.sample_shape) for draw in range(3)]
-    expected = sample(Step(model.network, 0.5), noises, model.times[2], model.initial_scale, {"class_labels": torch.tensor(labels)})
+    expected = sample(model.step, noises, model.times[2], model.initial_scale, {"class_labels": torch.tensor(labels)})
     with Generator(tiny_bundle) as generate:
         found = generate(labels, seed=seeds, output_type="latent")
     np.testing.assert_allclose(found.array, expected.numpy(), atol=sample_atol("fp32", "fp32"))
@@ -42,7 +42,7 @@ def test_the_manifest_describes_the_bundle(tiny_checkpoint: Path, tiny_bundle: P
     assert manifest.source.sha256 == hashlib.sha256(tiny_checkpoint.read_bytes()).hexdigest()
     assert manifest.times["1"] == pytest.approx((1.564546, 0), abs=1e-6)
     assert manifest.times["2"] == pytest.approx((1.564546, 1.1, 0), abs=1e-6)
-    assert manifest.parameters == sum(p.numel() for p in build_model(load_checkpoint(tiny_checkpoint)).network.parameters())
+    assert manifest.parameters == sum(p.numel() for p in build_model(load_checkpoint(tiny_checkpoint)).step.parameters())
     assert set(manifest.files) | {"scm.json"} == {path.name for path in tiny_bundle.iterdir()}
     assert manifest.verification is not None
     cases = {(case.graph, case.batch_size, case.steps) for case in manifest.verification.cases}

@@ -44,7 +44,7 @@ def of_a_network(function: Callable[[Tensor], Tensor]) -> ModelProto:
         def forward(self, x: Tensor, t: Tensor) -> Tensor:
             return function(x)
 
-    model = Model("test", Network(), (3, 4, 5), sigma_data=0.5, initial_scale=0.5, times={1: (1.5, 0.0)}, decoder=ImageDecoder(1.0, 0.0))
+    model = Model("test", Step(Network(), 0.5), (3, 4, 5), sigma_data=0.5, initial_scale=0.5, times={1: (1.5, 0.0)}, decoder=ImageDecoder(1.0, 0.0))
     return ir.to_proto(trace_step(model, 20))
 
 
@@ -88,7 +88,7 @@ def test_the_traced_step_is_pytorchs_on_a_bare_onnxruntime(tiny_checkpoint: Path
     generator = torch.Generator().manual_seed(0)
     x, noise = torch.randn(2, 3, 3, 8, 8, generator=generator)
     t, t_next, labels = torch.tensor([0.3, 1.1, 1.5]), torch.tensor([0.0, 0.3, 1.1]), torch.tensor([0, 3, 1])
-    expected = Step(model.network, model.sigma_data)(x, t, t_next, noise, {"class_labels": labels})
+    expected = model.step(x, t, t_next, noise, {"class_labels": labels})
     found = run(tiny_bundle / "step.fp32.onnx", x=x, t=t, t_next=t_next, noise=noise, class_labels=labels)
     np.testing.assert_allclose(found, expected.numpy(), atol=1e-5, rtol=1e-5)
 

@@ -36,7 +36,9 @@ Positive = Annotated[float, Meta(gt=0)]
 class SamplerSpec(Struct, kw_only=True, forbid_unknown_fields=True):
     """How the network was trained to be sampled."""
 
-    parametrisation: Literal["trigflow"] = "trigflow"
+    parametrisation: Literal["trigflow", "trigflow-negated", "edm", "flow", "x0"] = "trigflow"
+    solver: Literal["consistency", "ddim"] = "consistency"
+    """How a step moves: to the data and back into fresh noise, or along the ODE without noise (diffusion teachers, segments)."""
     sigma_data: Positive = 0.5
     initial_scale: Positive | None = None
     """The state starts as this times standard normal noise; None = sigma_data."""
@@ -45,6 +47,9 @@ class SamplerSpec(Struct, kw_only=True, forbid_unknown_fields=True):
     pixel_scale: float = 127.5
     """Pixel level = x * pixel_scale + pixel_offset, x in the model's own scale; the defaults are for data in [-1, 1]."""
     pixel_offset: float = 127.5
+    latent_mean: tuple[float, ...] | None = None
+    latent_std: tuple[float, ...] | None = None
+    """Of the autoencoder's latents, by channel, before they were scaled to sigma_data: z = x * latent_std / sigma_data + latent_mean."""
 
     def validate(self) -> None:
         """Check what the types alone cannot say. Raises ValueError."""
@@ -75,6 +80,10 @@ class Checkpoint(Struct, kw_only=True, forbid_unknown_fields=True):
     label_names: tuple[str, ...] | None = None
     licence: str | None = None
     weights: dict[str, Any]
+
+    def describe(self) -> str:
+        """A few words for messages."""
+        return f"the checkpoint of the family {self.family!r}"
 
 
 def save_checkpoint(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> None:

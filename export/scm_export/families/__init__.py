@@ -1,19 +1,36 @@
-"""Families: one file each, from a checkpoint's metadata and tensors to a :class:`~scm_export.model.Model`."""
+"""Families of models: each turns a checkpoint into a :class:`~scm_export.model.Model`. How to add one: docs/adding-a-family.md."""
 
-from collections.abc import Callable
-
-from scm_export.checkpoints import Checkpoint
-from scm_export.families.edm2 import build_edm2
+from scm_export.checkpoints import Loaded
+from scm_export.families import edm2
+from scm_export.families.family import BuildOptions, Family
 from scm_export.model import Model
-from scm_runtime.errors import CheckpointError
+from scm_runtime.errors import CheckpointError, InvalidArgumentError
 
-FAMILIES: dict[str, Callable[[Checkpoint], Model]] = {
-    "edm2": build_edm2,
+__all__ = ["FAMILIES", "BuildOptions", "Family", "build_model", "find_family"]
+
+FAMILIES: dict[str, Family] = {
+    "edm2": edm2.FAMILY,
 }
 
 
-def build_model(checkpoint: Checkpoint) -> Model:
-    """Make the model of a checkpoint; raises CheckpointError for an unknown family or contents that do not fit it."""
-    if checkpoint.family not in FAMILIES:
-        raise CheckpointError(f"family must be one of {', '.join(sorted(FAMILIES))}, got {checkpoint.family!r}")
-    return FAMILIES[checkpoint.family](checkpoint)
+def find_family(loaded: Loaded, name: str | None = None) -> str:
+    """Name of the family a checkpoint belongs to: the one given, or the one that recognises it.
+
+    Raises:
+        InvalidArgumentError: there is no family of the name given.
+        CheckpointError: none recognises the checkpoint; the message lists what was looked for.
+    """
+    if name is not None:
+        if name not in FAMILIES:
+            raise InvalidArgumentError(f"family must be one of {', '.join(FAMILIES)}, got {name!r}")
+        return name
+    for known, family in FAMILIES.items():
+        if family.recognises(loaded):
+            return known
+    looked_for = "".join(f"\n  {known}: {family.looks_for}" for known, family in FAMILIES.items())
+    raise CheckpointError(f"{loaded.describe()} belongs to no known family. Looked for:{looked_for}\n--family chooses one all the same.")
+
+
+def build_model(loaded: Loaded, options: BuildOptions | None = None, family: str | None = None) -> Model:
+    """Make the model of a checkpoint; see :func:`find_family`."""
+    return FAMILIES[find_family(loaded, family)].build(loaded, options or BuildOptions())

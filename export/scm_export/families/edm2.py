@@ -5,21 +5,29 @@ from __future__ import annotations
 import msgspec
 import torch
 
-from scm_export.checkpoints import Checkpoint
+from scm_export.checkpoints import Checkpoint, Loaded
+from scm_export.families.family import BuildOptions, Family
 from scm_export.families.weights import load_weights
 from scm_export.model import ImageDecoder, Model
 from scm_export.networks.edm2 import UNet, UNetConfig
-from scm_export.parametrisation import default_times
+from scm_export.parametrisation import Step, default_times
 from scm_runtime.bundle import Conditioning
 from scm_runtime.errors import CheckpointError
 
 
-def build_edm2(checkpoint: Checkpoint) -> Model:
+def recognises_edm2(loaded: Loaded) -> bool:
+    return isinstance(loaded, Checkpoint) and loaded.family == "edm2"
+
+
+def build_edm2(loaded: Loaded, options: BuildOptions) -> Model:
     """A Model from a checkpoint whose config has the fields of :class:`~scm_export.networks.edm2.UNetConfig`.
 
     Raises:
         CheckpointError: config or weights do not fit the network.
     """
+    if not isinstance(loaded, Checkpoint):
+        raise CheckpointError(f"the family edm2 is read from scm-checkpoints and EDM2's pickles, got {loaded.describe()}")
+    checkpoint = loaded
     unknown = sorted(set(checkpoint.config) - set(UNetConfig.__dataclass_fields__))
     try:
         if unknown:
@@ -28,15 +36,15 @@ def build_edm2(checkpoint: Checkpoint) -> Model:
         config.validate()
     except ValueError as error:
         raise CheckpointError(f"config of the family edm2: {error}") from error
-    if config.segment_embedding:
-        raise CheckpointError("config of the family edm2: segment_embedding must be false, got true: multistep segments are no sCM sampler")
+    sampler = checkpoint.sampler
+    if config.segment_embedding and sampler.solver != "ddim":
+        raise CheckpointError(f"config of the family edm2: with segment_embedding, sampler.solver must be 'ddim', got {sampler.solver!r}")
 
     with torch.device("meta"):
         network = UNet(config)
     load_weights(network, checkpoint.weights)
     network.eval().fold()
 
-    sampler = checkpoint.sampler
     conditioning = []
     if config.label_dim:
         names = checkpoint.label_names
@@ -50,7 +58,7 @@ def build_edm2(checkpoint: Checkpoint) -> Model:
         times = {int(count): values for count, values in sampler.times.items()}
     return Model(
         family="edm2",
-        network=network,
+        step=Step(network, sampler.sigma_data, sampler.parametrisation, sampler.solver, segments=config.segment_embedding),
         sample_shape=(config.img_channels, config.img_resolution, config.img_resolution),
         sigma_data=sampler.sigma_data,
         initial_scale=sampler.sigma_data if sampler.initial_scale is None else sampler.initial_scale,
@@ -59,3 +67,10 @@ def build_edm2(checkpoint: Checkpoint) -> Model:
         decoder=ImageDecoder(sampler.pixel_scale, sampler.pixel_offset),
         licence=checkpoint.licence,
     )
+
+
+FAMILY = Family(
+    looks_for="a scm-checkpoint whose family is edm2, or a pickle of NVIDIA's EDM2 or of edm2_sCM",
+    recognises=recognises_edm2,
+    build=build_edm2,
+)

@@ -79,12 +79,14 @@ class Operator:
     activated: bool = False
     """Whether there is an optional second output, ``mp_silu`` of the first."""
 
-    def node(self, *inputs: Tensor, outputs: int = 1, shape: Sequence[int] | None = None, **attributes: float) -> Sequence[Tensor]:
-        """A node in the graph that is being traced; its outputs have the first input's dtype, and its shape unless one is given."""
+    def node(
+        self, *inputs: Tensor, outputs: int = 1, shape: Sequence[int] | None = None, dtype: torch.dtype | None = None, **attributes: float
+    ) -> Sequence[Tensor]:
+        """A node in the graph that is being traced; its outputs have the first input's dtype and shape unless others are given."""
         like = inputs[0]
         shapes = [like.shape if shape is None else shape] * outputs
         return torch.onnx.ops.symbolic_multi_out(
-            f"{OPS_DOMAIN}::{self.name}", inputs, {**attributes}, dtypes=[like.dtype] * outputs, shapes=shapes, version=OPS_VERSION
+            f"{OPS_DOMAIN}::{self.name}", inputs, {**attributes}, dtypes=[dtype or like.dtype] * outputs, shapes=shapes, version=OPS_VERSION
         )
 
     def output_names(self, outputs: int) -> list[str]:

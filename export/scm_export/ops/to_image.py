@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from scm_export.ops.operator import Operator
+from scm_export.ops.operator import Operator, as_nodes
 
 
 def to_image(x: Tensor, scale: float, offset: float) -> Tensor:
-    """``round(clamp(x * scale + offset, 0, 255))`` as uint8, channels last; rounds to nearest even, NaN gives 0. Never traced.
+    """``round(clamp(x * scale + offset, 0, 255))`` as uint8, channels last; rounds to nearest even, NaN gives 0.
 
     Args:
         x: ``[N, C, H, W]``, any floating dtype.
@@ -19,6 +19,9 @@ def to_image(x: Tensor, scale: float, offset: float) -> Tensor:
     Returns:
         uint8 ``[N, H, W, C]``.
     """
+    if as_nodes():
+        n, channels, height, width = x.shape
+        return TO_IMAGE.node(x, shape=(n, height, width, channels), dtype=torch.uint8, scale=scale, offset=offset)[0]
     level = (x.float() * scale + offset).nan_to_num(nan=0.0).clamp(0, 255)
     return level.round().to(torch.uint8).permute(0, 2, 3, 1)
 
