@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, cast
@@ -11,7 +11,8 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from scm_runtime.bundle import Conditioning, Manifest
+from scm_runtime.bundle import Manifest
+from scm_runtime.conditioning import fill, free_sizes, is_int, read_column, to_array
 from scm_runtime.errors import InvalidArgumentError
 
 Labels = int | str | Sequence[int | str] | NDArray[np.integer[Any]]
@@ -33,8 +34,7 @@ class Call:
 def resolve_call(
     manifest: Manifest,
     *,
-    class_labels: Labels | None,
-    guidance_scale: float | Sequence[float] | None,
+    conditioning: Mapping[str, Any],
     seed: Seeds | None,
     batch_size: int | None,
     latents: ArrayLike | None,
@@ -42,28 +42,32 @@ def resolve_call(
     timesteps: Sequence[float] | None,
     output_type: str,
 ) -> Call:
-    """Check a call's arguments against the manifest and bring them to one batch size; raises InvalidArgumentError."""
+    """Check a call's arguments against the manifest and bring them to one batch size; raises InvalidArgumentError.
+
+    ``conditioning`` is by the names of the step graph's inputs; None stands for not given.
+    """
     if output_type not in ("pil", "np", "latent"):
         raise InvalidArgumentError(f"output_type must be 'pil', 'np' or 'latent', got {output_type!r}")
-    if batch_size is not None and (not _is_int(batch_size) or batch_size < 1):
+    if batch_size is not None and (not is_int(batch_size) or batch_size < 1):
         raise InvalidArgumentError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
-    given: dict[str, Any] = {"class_labels": class_labels, "guidance_scale": guidance_scale}
     inputs = {item.name: item for item in manifest.conditioning}
-    for name, value in given.items():
+    for name, value in conditioning.items():
         if value is not None and name not in inputs:
             takes = ", ".join(inputs) or "no conditioning"
             raise InvalidArgumentError(f"{name} was given, but the bundle {manifest.name!r} takes {takes}")
-    start = None if latents is None else _latents(latents, manifest.sample.shape)
-    columns = {name: _column(item, given.get(name)) for name, item in inputs.items()}
-    listed = None if seed is None or _is_int(seed) else _integers("seed", seed)
+    start = None if latents is None else read_latents(latents, manifest.sample.shape)
+    given = {name: conditioning.get(name) for name in inputs}
+    columns = {name: None if value is None else read_column(inputs[name], value) for name, value in given.items()}
+    sizes = free_sizes(inputs, columns)
+    listed = None if seed is None or is_int(seed) else _integers("seed", seed)
 
-    lengths = {name: len(column) for name, column in columns.items() if column is not None and column.ndim}
+    lengths = {name: column.length for name, column in columns.items() if column is not None and column.length is not None}
     lengths |= {} if listed is None else {"seed": len(listed)}
     lengths |= {} if start is None else {"latents": len(start)}
     lengths |= {} if batch_size is None else {"batch_size": int(batch_size)}
     if len(set(lengths.values())) > 1:
-        sizes = ", ".join(f"{name}: {length}" for name, length in lengths.items())
-        raise InvalidArgumentError(f"all arguments must be for one batch size, got {sizes}")
+        listing = ", ".join(f"{name}: {length}" for name, length in lengths.items())
+        raise InvalidArgumentError(f"all arguments must be for one batch size, got {listing}")
     n = next(iter(lengths.values()), 1)
     if n < 1:
         raise InvalidArgumentError(f"{next(iter(lengths))} must hold at least one value, got none")
@@ -75,70 +79,31 @@ def resolve_call(
         if not -(2**63) <= value < 2**63:
             raise InvalidArgumentError(f"seed must lie in [-2^63, 2^63), got {value}")
     seeds = np.array(listed, np.int64)
-    conditioning = {name: _fill(inputs[name], column, seeds) for name, column in columns.items()}
-    return Call(seeds, conditioning, _times(manifest, num_inference_steps, timesteps), start)
+    filled = {name: fill(inputs[name], column, seeds, sizes) for name, column in columns.items()}
+    return Call(seeds, filled, _times(manifest, num_inference_steps, timesteps), start)
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool | np.bool_)
+def gather_conditioning(others: Mapping[str, Any] | None, **named: Any) -> dict[str, Any]:
+    """Conditioning from a call's named arguments (None: not given) and its mapping of others; raises InvalidArgumentError."""
+    if others is None:
+        return named
+    if not isinstance(others, Mapping):
+        raise InvalidArgumentError(f"conditioning must be a dict of the model's inputs by name, got {type(others).__name__}")
+    if twice := [str(name) for name in others if named.get(name) is not None]:
+        raise InvalidArgumentError(f"{', '.join(twice)} must be given once, got it in conditioning too")
+    return named | dict(others)
 
 
 def _integers(name: str, values: object) -> list[int]:
     items = np.asarray(values).tolist() if isinstance(values, np.ndarray) else values
-    if isinstance(items, str) or not isinstance(items, Sequence) or not all(_is_int(item) for item in items):
+    if isinstance(items, str) or not isinstance(items, Sequence) or not all(is_int(item) for item in items):
         raise InvalidArgumentError(f"{name} must be an integer or a list of integers, got {values!r}")
     return [int(item) for item in items]
 
 
-def _column(item: Conditioning, value: Any) -> NDArray[Any] | None:
-    """A conditioning argument as a checked array: a scalar for all samples, or one value a sample; None where none was given."""
-    if value is None:
-        return None
-    if item.kind == "class":
-        labels = [value] if isinstance(value, str) or _is_int(value) else np.asarray(value, object).tolist()
-        if not isinstance(labels, list):
-            raise InvalidArgumentError(f"{item.name} must be class indices or label names, got {value!r}")
-        indices = np.array([class_index(item, label) for label in labels], np.int64)
-        return indices[0] if isinstance(value, str) or _is_int(value) else indices
-    try:
-        numbers = np.asarray(value, np.float32)
-    except (TypeError, ValueError) as error:
-        raise InvalidArgumentError(f"{item.name} must be a number or one a sample, got {value!r}") from error
-    if numbers.ndim > 1 or not np.isfinite(numbers).all():
-        raise InvalidArgumentError(f"{item.name} must be a finite number or one a sample, got {value!r}")
-    return numbers
-
-
-def class_index(item: Conditioning, label: object) -> int:
-    """Index of a class given by number or by name; raises InvalidArgumentError."""
-    classes = cast(int, item.num_classes)
-    if isinstance(label, str):
-        names = item.label_names or ()
-        if label in names:
-            return names.index(label)
-        known = ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
-        expected = f"one of its {len(names)} label names ({known})" if names else f"an index from 0 to {classes - 1}: the bundle has no label names"
-        raise InvalidArgumentError(f"{item.name} must be {expected}, got {label!r}")
-    if not _is_int(label) or not 0 <= cast(int, label) < classes:
-        raise InvalidArgumentError(f"{item.name} must be from 0 to {classes - 1}, got {label!r}")
-    return int(cast(int, label))
-
-
-def _fill(item: Conditioning, column: NDArray[Any] | None, seeds: NDArray[np.int64]) -> NDArray[Any]:
-    if column is not None:
-        return np.ascontiguousarray(np.broadcast_to(column, seeds.shape))
-    if item.default is not None:
-        return np.full(seeds.shape, item.default, item.dtype)
-    if item.kind == "class":
-        return seeds % cast(int, item.num_classes)
-    raise InvalidArgumentError(f"this bundle needs {item.name}: a number, or one a sample")
-
-
-def _latents(latents: ArrayLike, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    try:
-        array = np.ascontiguousarray(latents, np.float32)
-    except (TypeError, ValueError) as error:
-        raise InvalidArgumentError(f"latents must be an array of numbers, got {type(latents).__name__}") from error
+def read_latents(latents: ArrayLike, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """A state ``[N, *shape]`` from a caller; raises InvalidArgumentError."""
+    array = to_array("latents", latents)
     if array.ndim != len(shape) + 1 or array.shape[1:] != tuple(shape):
         raise InvalidArgumentError(f"latents must have shape [N, {', '.join(map(str, shape))}], got {list(array.shape)}")
     if not np.isfinite(array).all():
@@ -159,11 +124,11 @@ def _times(manifest: Manifest, steps: int | None, timesteps: Sequence[float] | N
         largest = max(t for known in manifest.times.values() for t in known)
         bounded = all(end < t <= largest * (1 + 1e-6) for t in times)  # NaN fails here too
         if not times or not bounded or any(a <= b for a, b in pairwise(times)):
-            raise InvalidArgumentError(f"timesteps must be decreasing, above {end:g} and at most {largest:g}, got {times}")
+            raise InvalidArgumentError(f"timesteps must be decreasing, above {end:g} and at most {largest:g} ({manifest.time_unit}), got {times}")
         return (*times, end)
     if steps is None:
         steps = DEFAULT_STEPS if DEFAULT_STEPS in counts else counts[0]
-    if not _is_int(steps) or steps < 1:
+    if not is_int(steps) or steps < 1:
         raise InvalidArgumentError(f"num_inference_steps must be an integer of at least 1, got {steps!r}")
     if int(steps) not in counts:
         raise InvalidArgumentError(

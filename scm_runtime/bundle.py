@@ -6,7 +6,7 @@ The manifest is the only file a host must read first. It holds no model mathemat
 from __future__ import annotations
 
 import hashlib
-import re
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
@@ -22,8 +22,6 @@ WEIGHTS = "weights.onnx.data"
 
 OPS_DOMAIN = "scm"
 OPS_VERSION = 1  # of the operator set that scm-export writes: docs/custom-ops.md
-
-EMBEDDED = Path(__file__).parent / "bundles"
 
 Positive = Annotated[int, Meta(ge=1)]
 Dimension = Annotated[str, Meta(pattern="^[a-z][a-z0-9_]*$")]  # a free one, by name
@@ -106,7 +104,13 @@ class Source(Struct, kw_only=True):
 
 
 class VerifiedCase(Struct, kw_only=True):
-    """One comparison with the reference sampler: ``max_abs`` and ``mean_abs`` in the state's scale, ``psnr`` in dB over uint8 pixels (null = identical)."""
+    """One comparison with the reference sampler.
+
+    ``graph`` "step" with ``steps``: whole samplers through that graph, compared by their final states; with ``steps`` 0: single evaluations, one sample
+    at each of ``times``. "sample-K": the composed sampler. Other graphs, which have ``steps`` 0: alone, on the reference's input.
+    ``max_abs`` and ``mean_abs`` are in the scale of the state, or in levels of a pixel where a network makes the pixels. ``psnr`` is in dB (null = identical)
+    over uint8 pixels; over the state, with the reference's range as the peak, where no pixels were made.
+    """
 
     graph: str
     dtype: str
@@ -118,6 +122,11 @@ class VerifiedCase(Struct, kw_only=True):
     device: str = "cpu"
     mean_abs: float | None = None
     guidance_scale: float | None = None
+    min_psnr: float | None = None
+    """That ``psnr`` had to reach."""
+    times: tuple[float, ...] = ()
+    sizes: dict[str, int] = {}
+    """Of the conditioning's free dimensions, by name."""
 
 
 class Verification(Struct, kw_only=True):
@@ -157,6 +166,15 @@ class Manifest(Struct, kw_only=True):
         """The text of ``scm.json``."""
         return msgspec.json.format(msgspec.json.encode(self), indent=2)
 
+    def optional_graph(self, kind: Literal["encode", "preview"], dtype: Dtype) -> str | None:
+        """File of a graph that not every bundle has: the one in a dtype, or the one in fp32; None where there is neither."""
+        return next((name for name in (f"{kind}.{dtype}.onnx", f"{kind}.fp32.onnx") if name in self.files), None)
+
+    def files_for(self, dtype: Dtype) -> tuple[str, ...]:
+        """The files that a Generator reads to compute in a dtype."""
+        optional = (self.optional_graph("encode", dtype), self.optional_graph("preview", dtype))
+        return ("noise.onnx", f"step.{dtype}.onnx", f"decode.{dtype}.onnx", *(name for name in optional if name), WEIGHTS)
+
     def validate(self) -> None:
         """Check what the types alone cannot say. Raises ValueError."""
         for name in self.files:
@@ -185,26 +203,6 @@ class Manifest(Struct, kw_only=True):
         names = [item.name for item in self.conditioning]
         if len(set(names)) < len(names):
             raise ValueError(f"conditioning must have different names, got {', '.join(names)}")
-
-
-def locate(bundle: str | Path) -> Path:
-    """Folder of a bundle given by path, or by name for one inside the package.
-
-    Raises:
-        BundleNotFoundError: there is no folder with a manifest at either place.
-    """
-    path = Path(bundle)
-    try:
-        if (path / MANIFEST).is_file():
-            return path
-    except OSError as error:
-        raise BundleNotFoundError(f"no bundle at '{path}': {error.strerror}. Expected a folder written by scm-export.") from error
-    embedded = EMBEDDED / f"{bundle}.scm"
-    if re.fullmatch(r"[A-Za-z0-9_-]+", str(bundle)) and (embedded / MANIFEST).is_file():
-        return embedded
-    names = ", ".join(repr(folder.stem) for folder in sorted(EMBEDDED.glob("*.scm"))) or "none"
-    wrong = f"has no {MANIFEST}" if path.is_dir() else "is a file" if path.exists() else "does not exist"
-    raise BundleNotFoundError(f"no bundle at '{path}': it {wrong}. Expected a folder written by scm-export, or the name of an embedded bundle ({names}).")
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -236,14 +234,14 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def check_files(folder: Path, manifest: Manifest, *, hashes: bool = True) -> None:
-    """Compare every file of a bundle with its manifest: presence and size always, SHA-256 unless ``hashes`` is False.
+def check_files(folder: Path, manifest: Manifest, names: Iterable[str] | None = None, *, hashes: bool = True) -> None:
+    """Compare files of a bundle, all or those named, with its manifest: presence and size always, SHA-256 unless ``hashes`` is False.
 
     Raises:
         BundleIntegrityError: a file is missing, cannot be read, or differs.
     """
-    for name, entry in manifest.files.items():
-        path = folder / name
+    for name in manifest.files if names is None else names:
+        entry, path = manifest.files[name], folder / name
         if not path.is_file():
             raise BundleIntegrityError(f"'{folder}' lacks the file {name}, which its manifest lists. Copy the whole folder or export again.")
         size = path.stat().st_size

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 import click
 
 from scm_runtime._version import __version__
-from scm_runtime.errors import BundleNotFoundError, CheckpointNotFoundError, InvalidArgumentError, ScmError
+from scm_runtime.errors import BundleNotFoundError, CheckpointNotFoundError, HubNotFoundError, InvalidArgumentError, ScmError
 
 if TYPE_CHECKING:
     from scm_runtime.native import NativeOps
 
 USAGE, FAILURE = 2, 1
-USAGE_ERRORS = (InvalidArgumentError, BundleNotFoundError, CheckpointNotFoundError)
+USAGE_ERRORS = (InvalidArgumentError, BundleNotFoundError, CheckpointNotFoundError, HubNotFoundError)
 
 
 @contextmanager
@@ -64,6 +64,7 @@ native_ops_option = click.option(
     default=None,
     help="Run the native library's kernels, or the function bodies in the graphs. By default the kernels where they can be used.",
 )
+revision_option = click.option("--revision", help="Of a repository on the hub: branch, tag or commit. By default its main branch.")
 threads_option = click.option("--threads", type=int, help="Threads to compute with; by default one a core.")
 
 
@@ -88,6 +89,13 @@ def main() -> None:
 @click.option("--batch-size", type=int, help="Number of samples; by default as many as labels or seeds.")
 @click.option("--columns", type=click.IntRange(1), help="Pictures a row of the grid.")
 @click.option("--guidance-scale", type=float, help="For models that take a guidance scale.")
+@click.option(
+    "--prompt-embeds",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="For models of text: a .npz with prompt_embeds, [tokens, D] or [N, tokens, D], and prompt_attention_mask where some tokens do not count; "
+    "or a .npy with prompt_embeds alone.",
+)
+@revision_option
 @native_ops_option
 @threads_option
 @skip_integrity_option
@@ -100,18 +108,24 @@ def generate(
     batch_size: int | None,
     columns: int | None,
     guidance_scale: float | None,
+    prompt_embeds: Path | None,
+    revision: str | None,
     native_ops: bool | None,
     threads: int | None,
     skip_integrity: bool,
 ) -> None:
-    """Draw samples from BUNDLE, a folder or the name of an embedded bundle, into a picture."""
+    """Draw samples from BUNDLE into a picture. BUNDLE is a folder, the name of an embedded bundle, or org/name on the Hugging Face hub."""
+    from scm_runtime.embeddings import read_embeddings
     from scm_runtime.generator import Generator
-    from scm_runtime.samples import picture_format
+    from scm_runtime.samples import EXPORT_A_DECODER, picture_format
 
     with clean_errors():
         picture_format(out)  # before the work, not after
+        prompts = None if prompt_embeds is None else read_embeddings(prompt_embeds)
     kernels: NativeOps = "auto" if native_ops is None else native_ops
-    with clean_errors(), Generator(bundle, threads=threads, native_ops=kernels, verify_integrity=not skip_integrity) as generator:
+    with clean_errors(), Generator(bundle, revision=revision, threads=threads, native_ops=kernels, verify_integrity=not skip_integrity) as generator:
+        if generator.manifest.output.kind != "image":
+            raise InvalidArgumentError(f"the bundle {generator.manifest.name!r} makes latents, no pictures: it has no decoder. {EXPORT_A_DECODER}")
         names = next((item.label_names for item in generator.manifest.conditioning if item.name == "class_labels"), None) or ()
         samples = generator(
             None if labels is None else _parse_labels(labels, names),
@@ -119,6 +133,7 @@ def generate(
             num_inference_steps=steps,
             batch_size=batch_size,
             guidance_scale=guidance_scale,
+            conditioning=prompts,
             output_type="np",
         )
         path = samples.save(out, columns=columns)
@@ -145,33 +160,40 @@ def _parse_labels(text: str, names: tuple[str, ...]) -> int | str | list[int | s
 @main.command()
 @click.argument("bundle")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
+@revision_option
 @skip_integrity_option
-def inspect(bundle: str, as_json: bool, skip_integrity: bool) -> None:
-    """Show what BUNDLE is, what it takes, and how it was verified; check its files."""
-    from scm_runtime.bundle import check_files, locate, read_manifest
+def inspect(bundle: str, as_json: bool, revision: str | None, skip_integrity: bool) -> None:
+    """Show what BUNDLE is, what it takes, and how it was verified; check its files, of a repository on the hub those in the cache."""
+    from scm_runtime.bundle import check_files, read_manifest
     from scm_runtime.inspection import show_manifest
+    from scm_runtime.location import find
 
     with clean_errors():
-        folder = locate(bundle)
+        folder, repository = find(bundle, revision)
         manifest = read_manifest(folder)
-        check_files(folder, manifest, hashes=not skip_integrity)
+        here = [name for name in manifest.files if repository is None or (folder / name).is_file()]
+        check_files(folder, manifest, here, hashes=not skip_integrity)
     if as_json:
         click.echo(manifest.to_json().decode())
     else:
-        show_manifest(folder, manifest)
+        show_manifest(folder, manifest, here)
 
 
 @main.command()
 @click.argument("bundle")
+@revision_option
 @native_ops_option
 @threads_option
 @skip_integrity_option
-def smoke(bundle: str, native_ops: bool | None, threads: int | None, skip_integrity: bool) -> None:
-    """Check that BUNDLE works on this machine: it loads, samples are finite and reproducible alone and in a batch. Prints latencies; the exit code tells."""
+def smoke(bundle: str, revision: str | None, native_ops: bool | None, threads: int | None, skip_integrity: bool) -> None:
+    """Check that BUNDLE works on this machine: it loads, samples are finite and reproducible alone and in a batch. Prints latencies; the exit code tells.
+
+    A model of text gets random numbers for embeddings: its text encoder is not part of the bundle.
+    """
     from scm_runtime.inspection import smoke_test
 
     with clean_errors():
-        passed = smoke_test(bundle, threads, native_ops="auto" if native_ops is None else native_ops, verify_integrity=not skip_integrity)
+        passed = smoke_test(bundle, threads, revision=revision, native_ops="auto" if native_ops is None else native_ops, verify_integrity=not skip_integrity)
     if not passed:
         click.echo("Error: the bundle loads but does not sample as it must: see the failed checks above. Export it again.", err=True)
         sys.exit(FAILURE)

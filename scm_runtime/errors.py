@@ -5,6 +5,8 @@
     │   ├── BundleNotFoundError     (FileNotFoundError) no bundle at that path
     │   ├── BundleSchemaError       (ValueError) the manifest is malformed, or of a newer schema
     │   └── BundleIntegrityError    (ValueError) a file is missing, or not the one the manifest describes
+    ├── HubError                    (OSError) the Hugging Face hub refuses, or cannot be reached
+    │   └── HubNotFoundError        (FileNotFoundError) no such repository, revision or file there, or offline and not in the cache
     ├── InvalidArgumentError        (ValueError) an argument of a call is out of range or of the wrong shape
     ├── MissingDependencyError      (ImportError) an optional package is not installed, or two exclude each other
     ├── OutputError                 (OSError) a result cannot be written
@@ -44,6 +46,14 @@ class BundleSchemaError(BundleError, ValueError):
 
 class BundleIntegrityError(BundleError, ValueError):
     """A file of the bundle is missing, or not the one its manifest describes."""
+
+
+class HubError(ScmError, OSError):
+    """The Hugging Face hub refuses, or cannot be reached."""
+
+
+class HubNotFoundError(HubError, FileNotFoundError):
+    """The hub has no such repository, revision or file; or it is not to be asked, and the cache has none."""
 
 
 class InvalidArgumentError(ScmError, ValueError):

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 
 PICTURE_CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
+EXPORT_A_DECODER = "Decode them yourself, or export the checkpoint again with its decoder: scm-export … --decoder FOLDER"
 ONE_ROW = 3  # so many pictures stand side by side; more make a grid
 
 
@@ -49,6 +50,8 @@ class Samples:
     conditioning: dict[str, NDArray[Any]]
     """The conditioning inputs as the model got them, ``[N, ...]`` each, for instance ``class_labels``."""
     timings: Timings
+    has_decoder: bool = True
+    """False: the bundle was made without one, and ``array`` holds latents whatever the ``output_type``."""
 
     def __len__(self) -> int:
         return len(self.array)
@@ -101,6 +104,8 @@ class Samples:
         return target
 
     def _require_pixels(self) -> None:
+        if not self.has_decoder:
+            raise InvalidArgumentError(f"these samples are latents, in .array: their bundle has no decoder. {EXPORT_A_DECODER}")
         if self.array.dtype != np.uint8:
             raise InvalidArgumentError("these samples are latents: ask for output_type='pil' or 'np' to get pictures")
         if self.array.shape[-1] not in PICTURE_CHANNELS:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from scm_runtime import hub
+from scm_runtime.bundle import WEIGHTS
 from scm_runtime.errors import InferenceError, InvalidArgumentError, MissingDependencyError, NativeOpsError
 
 if TYPE_CHECKING:
@@ -79,12 +81,17 @@ class Session:
                 ) from error
         self.path = path
         try:
-            self._session: onnxruntime.InferenceSession = ort.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+            self._session: onnxruntime.InferenceSession = self._open(options)
         except Exception as error:
             remedy = "Upgrade it, or export the checkpoint again" + (", or run without the native kernels: native_ops=False" if library else ".")
             raise InferenceError(f"ONNX Runtime {ort.__version__} cannot open '{path}': {error}. {remedy}") from error
         self.provider: str = self._session.get_providers()[0]
-        self._outputs = [output.name for output in self._session.get_outputs()]
+        outputs = [output.name for output in self._session.get_outputs()]
+        if len(outputs) != 1:
+            raise InferenceError(f"'{path}' must have one output, got {', '.join(outputs)}. Export the checkpoint again.")
+        self.output: str = outputs[0]
+        self.shapes: dict[str, tuple[int | str | None, ...]] = {value.name: tuple(value.shape) for value in self._session.get_inputs()}
+        """Of each input; a name or None for a free dimension."""
 
     def __call__(self, **inputs: NDArray[Any]) -> NDArray[Any]:
         """Run the graph on arrays named as its inputs and return its only output.
@@ -93,11 +100,32 @@ class Session:
             InferenceError: ONNX Runtime failed in the graph.
         """
         try:
-            result: NDArray[Any] = self._session.run(self._outputs, inputs)[0]
+            result: NDArray[Any] = self._session.run([self.output], inputs)[0]
         except Exception as error:
             hint = " Out of memory: try a smaller batch." if "allocate memory" in str(error) else ""
             raise InferenceError(f"'{self.path.name}' failed: {error}.{hint}") from error
         return result
+
+    def _open(self, options: Any) -> Any:
+        """Open the graph, with its weights from memory where ONNX Runtime will not follow the link that the hub's cache has for them.
+
+        ONNX Runtime reads external data in the folder of the graph alone, so that a hostile graph cannot read other files. It makes an exception for
+        the cache of huggingface_hub: 1.24.1 does not, 1.24.2 to 1.31 do where the weights lie in the folder of the file that the graph is a
+        link to, which huggingface_hub 2 has given up for large files, and 1.32 does always. Our own way costs the size of the weights in memory.
+        """
+
+        def attempt() -> Any:
+            return load_onnxruntime().InferenceSession(os.fspath(self.path), options, providers=["CPUExecutionProvider"])
+
+        try:
+            return attempt()
+        except Exception:
+            weights = hub.blob(self.path.with_name(WEIGHTS))
+            if weights is None:
+                raise
+            self._weights = np.memmap(weights, np.uint8, "r")  # kept: ONNX Runtime reads it as it opens the graph, and holds on to the options
+            options.add_external_initializers_from_files_in_memory([WEIGHTS], [self._weights], [len(self._weights)])
+            return attempt()
 
 
 def check_threads(threads: int | None) -> int | None:

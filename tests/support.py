@@ -52,9 +52,11 @@ def full_disk(room: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def run_python(program: str, *arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+def run_python(
+    program: str, *arguments: str | Path, check: bool = True, cwd: Path | None = None, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run a program in a fresh interpreter of this environment. With ``check``, a failure shows what it printed."""
-    return run([sys.executable, "-c", program, *map(str, arguments)], check=check)
+    return run([sys.executable, "-c", program, *map(str, arguments)], check=check, cwd=cwd, env=env)
 
 
 def run(command: Sequence[str | Path], *, check: bool = True, cwd: Path | None = None, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:

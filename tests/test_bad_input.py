@@ -35,6 +35,7 @@ from scm_runtime import (
 )
 from scm_runtime import cli as runtime_cli
 from scm_runtime.bundle import MANIFEST, sha256
+from scm_runtime.embeddings import read_embeddings
 from scm_runtime.errors import CheckpointError, CheckpointNotFoundError
 from support import full_disk, tree
 
@@ -263,6 +264,23 @@ def threads(count: Any) -> Prepare:
     return prepare
 
 
+def embedding_file(data: bytes | None) -> Prepare:
+    def prepare(world: World) -> Attempt:
+        path = world.here / "prompt.npz"
+        if data is not None:
+            path.write_bytes(data)
+        return Attempt(lambda: read_embeddings(path), runtime_cli.main, ["generate", world.bundle, "-o", world.here / "out.png", "--prompt-embeds", path])
+
+    return prepare
+
+
+def revision(name: str) -> Prepare:
+    def prepare(world: World) -> Attempt:
+        return Attempt(lambda: Generator(world.bundle, revision=name), runtime_cli.main, ["inspect", world.bundle, "--revision", name])
+
+    return prepare
+
+
 def dtype(name: Any) -> Prepare:
     return lambda world: Attempt(lambda: Generator(world.bundle, dtype=name))
 
@@ -272,6 +290,7 @@ def dtype(name: Any) -> Prepare:
 
 NAN = float("nan")
 LATENTS = np.zeros((1, 3, 8, 8), np.float32)
+PIXELS = np.zeros((1, 8, 8, 3), np.uint8)
 ANOTHER = "Choose another path with -o"
 AGAIN = "Copy or save it again"
 DOCUMENT = "docs/checkpoint-format.md"
@@ -438,6 +457,7 @@ BUNDLES: list[Row] = [
         A_FOLDER,
     ),
     ("name too long", opening(lambda b: b / ("x" * 300)), BundleNotFoundError, "File name too long", A_FOLDER),
+    ("a revision of a folder", revision("main"), InvalidArgumentError, "revision 'main' is for a repository of the hub", "Leave the revision out"),
     ("no graph", opening(without("step.fp32.onnx")), BundleIntegrityError, "lacks the file step.fp32.onnx", COPY),
     ("no weights", opening(without("weights.onnx.data")), BundleIntegrityError, "lacks the file weights.onnx.data", COPY),
     (
@@ -565,6 +585,26 @@ CALLS: list[Row] = [
     ("0 threads", threads(0), InvalidArgumentError, "got 0", "threads must be an integer of at least 1"),
     ("half a thread", threads(0.5), InvalidArgumentError, "got 0.5", "threads must be an integer of at least 1"),
     ("dtype", dtype("fp16"), InvalidArgumentError, "got 'fp16'", "dtype must be one of this bundle's, fp32"),
+    ("embeddings", calling(prompt_embeds=np.zeros((7, 5))), InvalidArgumentError, "prompt_embeds was given", "takes class_labels"),
+    (
+        "no file of embeddings",
+        embedding_file(None),
+        InvalidArgumentError,
+        "prompt.npz': No such file or directory",
+        "Expected a .npz with the array prompt_embeds",
+    ),
+    ("a file of embeddings that is text", embedding_file(b"a cat"), InvalidArgumentError, "prompt.npz': ", "Expected a .npz with the array prompt_embeds"),
+    ("conditioning of no name", calling(conditioning={"text": 1}), InvalidArgumentError, "text was given", "takes class_labels"),
+    ("conditioning is a list", calling(conditioning=[1]), InvalidArgumentError, "got list", "conditioning must be a dict"),
+    ("no encoder", lambda w: Attempt(lambda: w.generator.encode(PIXELS)), InvalidArgumentError, "'tiny' has no encoder", "--with-encoder"),
+    ("no previews", lambda w: Attempt(lambda: w.generator.decode(LATENTS, preview=True)), InvalidArgumentError, "no preview decoder", "--preview-decoder"),
+    (
+        "decode something else",
+        lambda w: Attempt(lambda: w.generator.decode(LATENTS[0])),
+        InvalidArgumentError,
+        "got [3, 8, 8]",
+        "latents must have shape [N, 3, 8, 8]",
+    ),
 ]
 
 CASES = {"checkpoint": CHECKPOINTS, "output": OUTPUTS, "bundle": BUNDLES, "call": CALLS}

@@ -3,9 +3,9 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from scm_export.exporter import Exported, export
+    from scm_export.exporter import Exported, Options, export, plan
 
-__all__ = ["Exported", "export"]
+__all__ = ["Exported", "Options", "export", "plan"]
 
 
 def __getattr__(name: str) -> object:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from unittest.mock import patch
 
 from onnx import FunctionProto
-from onnxscript import ir, optimizer
+from onnxscript import ir, optimizer, rewriter
 
 from scm_export.ops import OPERATORS
 from scm_runtime.bundle import OPS_DOMAIN, OPS_VERSION
@@ -38,7 +39,10 @@ def inline_functions(model: ir.Model) -> None:
 
 def optimize(model: ir.Model) -> None:
     """Fold constants and remove what nobody reads; the weights stay as they are stored. Inlines functions."""
-    optimizer.optimize_ir(model, should_fold=_only_small)
+    # Without the rules x + 0 = x and the like: they take any constant below 1e-8 for 0, and with it an epsilon out of a denominator.
+    rules = tuple(rule for rule in rewriter._DEFAULT_REWRITE_RULES if rule not in rewriter._no_op.rules)
+    with patch.object(rewriter, "_DEFAULT_REWRITE_RULES", rules):  # optimize_ir has no argument for them
+        optimizer.optimize_ir(model, should_fold=_only_small)
 
 
 def _body(name: str, nodes: Sequence[ir.Node], opset: int) -> FunctionProto:

@@ -14,12 +14,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from scm_export.choices import ParametrisationName
 from scm_export.ops import consistency_step
 
 SIGMA_MAX = 80.0  #           of EDM; the largest noise the models are trained on
 INTERMEDIATE_TIME = 1.1  #    second time of two-step sampling, on every data set (sCM, appendix on sampling)
 
-ParametrisationName = Literal["trigflow", "trigflow-negated", "edm", "flow", "x0"]
 Solver = Literal["consistency", "ddim"]
 Network = Callable[[Tensor, Tensor], Tensor]
 """A network with its conditioning bound: (its input ``[N, ...]``, its noise level ``[N]``) to its output, shaped as its input."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from itertools import chain
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_map
+
+from scm_export.promotion import MatchDtypes
 
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
@@ -28,17 +31,20 @@ class Precision(nn.Module):
     graphs of every dtype.
     """
 
-    def __init__(self, network: nn.Module, islands: Island = norms) -> None:
+    def __init__(self, network: nn.Module, islands: Island = norms, *, match_dtypes: bool = False) -> None:
         """Wrap a network.
 
         Args:
             network: called with the wrapper's own arguments, floating tensors cast; but one number a sample, a time or a scale, stays float32.
             islands: (dotted name, module) to whether the module computes in float32.
+            match_dtypes: the network was not written for half precision. Its buffers stay float32 too, and its operators are
+                helped (``promotion.py``).
         """
         super().__init__()
         self.network = network
         self.compute_dtype = torch.float32
-        self._wide: set[str] = set()
+        self._match_dtypes = match_dtypes
+        self._wide: set[str] = {name for name, _ in network.named_buffers()} if match_dtypes else set()
         for name, module in network.named_modules():
             if islands(name, module):
                 module.register_forward_pre_hook(_enter, with_kwargs=True)
@@ -49,7 +55,9 @@ class Precision(nn.Module):
         dtype = self.compute_dtype
         tensors = {name: _cast(tensor, torch.float32 if name in self._wide else dtype) for name, tensor in _tensors(self.network)}
         args, kwargs = tree_map(lambda value: value if _is_per_sample(value) else _cast(value, dtype), (args, kwargs))
-        return tree_map(lambda value: _cast(value, torch.float32), functional_call(self.network, tensors, args, kwargs))
+        with MatchDtypes() if self._match_dtypes else nullcontext():
+            output = functional_call(self.network, tensors, args, kwargs)
+        return tree_map(lambda value: _cast(value, torch.float32), output)
 
     def _leave(self, _module: nn.Module, _args: Any, output: Any) -> Any:
         return tree_map(lambda value: _cast(value, self.compute_dtype), output)

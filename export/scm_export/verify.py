@@ -1,148 +1,273 @@
-"""Does the bundle compute what the checkpoint computes? The PyTorch sampler in float32 against the bundle's graphs, through the runtime itself."""
+"""Does the bundle compute what the checkpoint computes? Its graphs against the references, through the runtime's own sessions."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from scm_export import ops
-from scm_export.model import ImageDecoder, Model, Reference
-from scm_export.parametrisation import sample
-from scm_export.tolerances import sample_atol
-from scm_export.trace import example
-from scm_runtime.bundle import Manifest, Verification, VerifiedCase
+from scm_export.bf16 import emulated
+from scm_export.references import BATCH_SIZES, Drawn, Evaluated, Mapped, References, Way, describe
+from scm_export.tolerances import PIXEL_ATOL, min_psnr, passes, sample_atol
+from scm_runtime.bundle import Dtype, Manifest, Verification, VerifiedCase
 from scm_runtime.errors import InferenceError, VerificationError
-from scm_runtime.generator import Generator
 from scm_runtime.session import Session
 
-BATCH_SIZES = (1, 3)
-EAGER = f"PyTorch {torch.__version__} eager, fp32"
-FIRST_SEED = 20241011  # any will do
+DEVICES = ("cpu",)  # every one that sessions can be opened on
+
+Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """What PyTorch draws for one batch size and step count."""
+class Compared:
+    """Samples of the reference and the bundle's, as pixels uint8 ``[N, H, W, C]`` or latents float32 ``[N, C, ...]``."""
 
-    batch_size: int
-    steps: int
-    seeds: list[int]
-    conditioning: dict[str, NDArray[Any]]
-    latents: NDArray[np.float32]
-    pixels: NDArray[np.uint8]
-    level: float  #  one level of a pixel, in the state's scale; of a decoder's pixels, 1
+    title: str
+    expected: NDArray[Any]
+    found: NDArray[Any]
 
 
-def draw_references(model: Model, steps: Sequence[int], progress: Callable[[str], None]) -> list[Drawn]:
-    """Sample with the model in PyTorch, in float32, for every batch size and step count to be verified."""
-    references = []
-    reference = model.reference or Reference(EAGER, lambda noises, times, conditioning: sample(model.step, noises, times, model.initial_scale, conditioning))
-    model.compute_in("fp32")
-    for batch_size in BATCH_SIZES:
-        seeds = torch.arange(FIRST_SEED, FIRST_SEED + batch_size)
-        conditioning = {item.name: example(item, batch_size) for item in model.conditioning}
-        for count in steps:
-            progress(f"sampling in PyTorch: batch {batch_size}, {count} steps")
-            noises = [ops.philox_normal(seeds, draw, model.sample_shape) for draw in range(count + 1)]
-            latents = reference.sample(noises, model.times[count], conditioning)
-            pixels = model.decode(latents)
-            level = 1 / abs(model.decoder.scale) if isinstance(model.decoder, ImageDecoder) else 1.0
-            arrays = {name: values.numpy() for name, values in conditioning.items()}
-            references.append(Drawn(batch_size, count, seeds.tolist(), arrays, latents.numpy(), pixels.numpy(), level))
-    return references
+@dataclass
+class Outcome:
+    """What a comparison showed, good or bad."""
+
+    reference: str
+    cases: list[VerifiedCase] = field(default_factory=list)
+    pictures: list[Compared] = field(default_factory=list)
+    failure: str | None = None
+    """Why nothing more could be compared: a graph does not run, or PyTorch's own results are not finite."""
+
+    @property
+    def verification(self) -> Verification | None:
+        """For the manifest; None where nothing was compared."""
+        cases = sorted(self.cases, key=lambda case: (case.device, case.dtype, case.graph != "step", case.graph))
+        return Verification(reference=self.reference, device=", ".join(DEVICES), cases=tuple(cases)) if cases else None
+
+    @property
+    def passed(self) -> bool:
+        """Whether everything could be compared and is within tolerance."""
+        return self.failure is None and all(passes(case) for case in self.cases)
+
+    def require_passed(self) -> None:
+        """Raises VerificationError unless the bundle passed."""
+        if self.failure is not None:
+            raise VerificationError(self.failure, self.verification)
+        if bad := [case for case in self.cases if not passes(case)]:
+            worst = max(bad, key=lambda case: case.max_abs / case.atol if math.isfinite(case.max_abs) else math.inf)
+            what = f"{worst.graph}.{worst.dtype} at batch {worst.batch_size}" + (f", {worst.steps} steps" if worst.steps else "")
+            quality = "" if worst.min_psnr is None or worst.psnr is None else f", PSNR {worst.psnr:.1f} dB, at least {worst.min_psnr:g}"
+            raise VerificationError(
+                f"{len(bad)} of {len(self.cases)} cases are over tolerance; the worst is {what}: max abs error {worst.max_abs:.3g}, "
+                f"tolerance {worst.atol:.3g}{quality}. No bundle was written. --report FILE.html shows the pictures, --atol sets another tolerance, "
+                "--no-verify leaves the check out.",
+                self.verification,
+            )
 
 
-def verify_bundle(folder: Path, manifest: Manifest, references: Sequence[Drawn], atol: float | None, progress: Callable[[str], None]) -> Verification:
-    """Draw the references' samples through the bundle's graphs and compare.
+def verify_bundle(folder: Path, manifest: Manifest, references: References, atol: float | None, progress: Progress) -> Outcome:
+    """Draw the references' samples through the bundle's graphs, in every dtype and on every device, and compare.
 
-    Returns:
-        All cases with how far off they were, within tolerance.
-
-    Raises:
-        VerificationError: a case is over its tolerance or not finite, or ONNX Runtime refuses a graph.
+    Args:
+        folder: of the bundle. A stand-in for a bfloat16 graph lies there for as long as it takes to open it.
+        manifest: of the bundle.
+        references: of the same model.
+        atol: the largest difference allowed, in the state's scale; None for the tables of ``tolerances.py``. Tolerances of pixels change in proportion,
+            and no PSNR is asked for.
+        progress: called with the name of each stage.
     """
-    if not all(np.isfinite(reference.latents).all() for reference in references):
-        raise VerificationError("the PyTorch sampler itself gives values that are not finite: are these the trained weights?")
+    outcome = Outcome(references.name)
+    if not references.finite:
+        outcome.failure = "the PyTorch sampler itself gives values that are not finite: are these the trained weights?"
+        return outcome
     try:
-        cases = sorted(_compare(folder, manifest, references, atol, progress), key=lambda case: (case.dtype, case.graph != "step", case.graph))
+        for device in DEVICES:
+            for dtype in manifest.dtypes:
+                graphs = _Graphs(folder, manifest, dtype, device, references, atol, progress)
+                # Largest first: what the allocator keeps of a session that is done, the next one can use. One session is in memory at a time.
+                for count in sorted(manifest.composed_steps, reverse=True):
+                    outcome.cases += _composed(graphs, count)
+                singles, sampled = _step(graphs)
+                outcome.cases += singles
+                for case, picture in _decoded(graphs, sampled):
+                    outcome.cases.append(case)
+                    outcome.pictures += [] if picture is None else [picture]
+                for mapped in references.mapped:
+                    outcome.cases += _mapped(graphs, mapped)
     except InferenceError as error:
-        raise VerificationError(f"the bundle does not run: {error}") from error
-    report = Verification(reference=EAGER, device="cpu", cases=tuple(cases))
-    if bad := [case for case in cases if not case.max_abs <= case.atol]:
-        worst = max(bad, key=lambda case: case.max_abs if math.isfinite(case.max_abs) else math.inf)
-        raise VerificationError(
-            f"{len(bad)} of {len(cases)} cases are over tolerance; the worst is {worst.graph}.{worst.dtype} at batch {worst.batch_size}, "
-            f"{worst.steps} steps: max abs error {worst.max_abs:.3g}, tolerance {worst.atol:.3g}. "
-            "No bundle was written. --atol sets another tolerance, --no-verify leaves the check out.",
-            report,
-        )
-    return report
+        outcome.failure = f"the bundle does not run: {error}"
+    return outcome
 
 
-def _compare(folder: Path, manifest: Manifest, references: Sequence[Drawn], atol: float | None, progress: Callable[[str], None]) -> Iterator[VerifiedCase]:
-    for dtype in manifest.dtypes:
-        tolerance = sample_atol(dtype, manifest.weights_dtype, manifest.sigma_data) if atol is None else atol
-        # Largest first: what the allocator keeps of a session that is done, the next one can use.
-        for count in sorted(manifest.composed_steps, reverse=True):
-            yield from _compare_composed(folder, manifest, dtype, count, [one for one in references if one.steps == count], tolerance, progress)
+@dataclass(frozen=True)
+class _Graphs:
+    """The graphs of a bundle in one dtype on one device, and what is asked of them."""
+
+    folder: Path
+    manifest: Manifest
+    dtype: Dtype
+    device: str
+    references: References
+    atol: float | None
+    progress: Progress
+
+    @contextmanager
+    def open(self, graph: str) -> Iterator[Session]:
         # Without the native library: what is verified is what the bundle itself holds.
-        with Generator(folder, dtype=dtype, native_ops=False, verify_integrity=False) as generate:
-            for reference in references:
-                progress(f"verifying the {dtype} graphs: batch {reference.batch_size}, {reference.steps} steps")
-                states: list[NDArray[np.float32]] = []
-                samples = generate(
-                    **reference.conditioning,  # type: ignore[arg-type]  # keywords by name
-                    seed=reference.seeds,
-                    num_inference_steps=reference.steps,
-                    output_type="np",
-                    callback_on_step_end=partial(_keep_state, states),
-                )
-                yield _case("step", dtype, reference, _max_abs(states[-1], reference.latents), tolerance, samples.array)
+        path = self.folder / f"{graph}.{self.dtype}.onnx"
+        if self.dtype == "bf16" and self.device == "cpu":
+            with emulated(path) as stand_in:
+                session = Session(stand_in)
+        else:
+            session = Session(path)
+        yield session
+
+    def state_atol(self, expected: NDArray[np.float32]) -> float:
+        """In proportion to the state's own size, where that is more than that of data: weights that were never trained can make it so."""
+        if self.atol is not None:
+            return self.atol
+        return sample_atol(self.dtype, self.manifest.weights_dtype, max(self.references.sigma_data, float(expected.std())))
+
+    @property
+    def pixel_atol(self) -> float:
+        """In levels, for pixels that a network makes."""
+        dtypes = (self.dtype, self.manifest.weights_dtype)
+        return PIXEL_ATOL[dtypes] * (1 if self.atol is None else self.atol / sample_atol(*dtypes, self.references.sigma_data))
+
+    def case(
+        self,
+        graph: str,
+        expected: NDArray[Any],
+        found: NDArray[Any],
+        atol: float,
+        *,
+        way: Way | None = None,
+        steps: int = 0,
+        times: Sequence[float] = (),
+        unit: float = 1.0,
+        pixels: tuple[NDArray[Any], NDArray[Any]] | None = None,
+    ) -> VerifiedCase:
+        """Compare; ``unit`` is what a difference of 1 is in the scale of ``atol``, ``pixels`` are (expected, found) for the PSNR, where there are any."""
+        difference = np.abs(found.astype(np.float64) - expected.astype(np.float64)) * unit
+        return VerifiedCase(
+            graph=graph,
+            dtype=self.dtype,
+            device=self.device,
+            batch_size=len(found),
+            steps=steps,
+            times=tuple(times),
+            guidance_scale=None if way is None else way.guidance_scale,
+            sizes={} if way is None else way.sizes,
+            max_abs=float(difference.max()),
+            mean_abs=float(difference.mean()),
+            atol=atol,
+            psnr=_psnr(*(pixels or (expected, found))),
+            min_psnr=None if self.atol is not None else min_psnr(self.dtype, self.manifest.weights_dtype),
+        )
 
 
-def _compare_composed(
-    folder: Path,
-    manifest: Manifest,
-    dtype: str,
-    count: int,
-    references: Sequence[Drawn],
-    tolerance: float,
-    progress: Callable[[str], None],
-) -> Iterator[VerifiedCase]:
-    session = Session(folder / f"sample-{count}.{dtype}.onnx")  # a function of its own: one session's weights are in memory at a time
-    for reference in references:
-        progress(f"verifying sample-{count}.{dtype}: batch {reference.batch_size}")
-        inputs = {item.name: reference.conditioning[item.name] for item in manifest.conditioning}
-        pixels = session(seeds=np.array(reference.seeds, np.int64), **inputs)
-        # A whole sampler returns pixels alone: their difference, in the state's scale, where rounding adds up to a level.
-        error = _max_abs(pixels, reference.pixels) * reference.level
-        yield _case(f"sample-{count}", dtype, reference, error, tolerance + reference.level, pixels)
+def _psnr(expected: NDArray[Any], found: NDArray[Any]) -> float | None:
+    """In dB, the peak being 255 for pixels and else the range of what is expected; None for identical arrays, NaN for what is not finite."""
+    mse = float(np.square(found.astype(np.float64) - expected).mean())
+    peak = 255.0 if expected.dtype == np.uint8 else float(np.ptp(expected))
+    if mse == 0:
+        return None
+    return 10 * math.log10(max(peak, 1e-30) ** 2 / mse) if math.isfinite(mse) else math.nan
 
 
-def _keep_state(states: list[NDArray[np.float32]], _generator: Generator, _step: int, _t: float, values: dict[str, NDArray[np.float32]]) -> None:
-    states.append(values["latents"])
+# ----------------------------------------------------------------------------
+# Whole samplers in one graph. Functions of their own: a session's memory goes when they return.
 
 
-def _max_abs(a: NDArray[Any], b: NDArray[Any]) -> float:
-    return float(np.abs(a.astype(np.float64) - b.astype(np.float64)).max())
+def _composed(graphs: _Graphs, count: int) -> list[VerifiedCase]:
+    wanted = [(one, n) for one in graphs.references.drawn if one.steps == count for n in one.composed]
+    if not wanted:
+        return []
+    cases, level = [], graphs.references.level
+    with graphs.open(f"sample-{count}") as session:
+        for drawn, n in wanted:
+            graphs.progress(f"verifying sample-{count}.{graphs.dtype}: batch {n}{describe(drawn.way)}")
+            assert drawn.pixels is not None
+            found = session(seeds=drawn.seeds[-n:], **{name: values[-n:] for name, values in drawn.conditioning.items()})
+            expected = drawn.pixels[-n:]
+            if expected.dtype != np.uint8:
+                atol, unit = graphs.state_atol(expected), 1.0
+            elif level is None:
+                atol, unit = graphs.pixel_atol, 1.0
+            else:  # a whole sampler returns pixels alone: their difference, in the state's scale, where rounding adds up to a level
+                atol, unit = graphs.state_atol(drawn.latents) + level, level
+            cases.append(graphs.case(f"sample-{count}", expected, found, atol, way=drawn.way, steps=count, unit=unit))
+    return cases
 
 
-def _case(graph: str, dtype: str, reference: Drawn, error: float, atol: float, pixels: NDArray[np.uint8]) -> VerifiedCase:
-    mse = float(np.square(pixels.astype(np.float64) - reference.pixels).mean())
-    return VerifiedCase(
-        graph=graph,
-        dtype=dtype,
-        batch_size=reference.batch_size,
-        steps=reference.steps,
-        max_abs=error,
-        atol=atol,
-        psnr=None if mse == 0 else 10 * math.log10(255**2 / mse),
+# ----------------------------------------------------------------------------
+# The step graph: single evaluations, and the runtime's loop.
+
+Sampled = tuple[Drawn, NDArray[np.float32]]
+
+
+def _step(graphs: _Graphs) -> tuple[list[VerifiedCase], list[Sampled]]:
+    cases, sampled = [], []
+    noise = Session(graphs.folder / "noise.onnx")
+    with graphs.open("step") as step:
+        for evaluated in graphs.references.evaluated:
+            graphs.progress(f"verifying step.{graphs.dtype}: single evaluations")
+            cases.append(_evaluation(graphs, step, evaluated))
+        for drawn in graphs.references.drawn:
+            for n in drawn.batch_sizes:
+                graphs.progress(f"verifying step.{graphs.dtype}: {drawn.steps} step{'s' * (drawn.steps != 1)}, batch {n}{describe(drawn.way)}")
+                sampled.append((drawn, _sample(graphs.manifest, noise, step, drawn, n)))
+    return cases, sampled
+
+
+def _evaluation(graphs: _Graphs, step: Session, evaluated: Evaluated) -> VerifiedCase:
+    times = evaluated.inputs["t"].tolist()
+    return graphs.case(
+        "step", evaluated.x_next, step(**evaluated.inputs), graphs.state_atol(evaluated.x_next), way=evaluated.way, times=[float(f"{t:.7g}") for t in times]
     )
+
+
+def _sample(manifest: Manifest, noise: Session, step: Session, drawn: Drawn, n: int) -> NDArray[np.float32]:
+    """What Generator does, the last n samples of the reference in a batch of their own."""
+    seeds, conditioning = drawn.seeds[-n:], {name: values[-n:] for name, values in drawn.conditioning.items()}
+
+    def draw(index: int, scale: float) -> NDArray[np.float32]:
+        return noise(seeds=seeds, draw=np.array(index, np.int64), scale=np.array(scale, np.float32))
+
+    x = draw(0, manifest.initial_scale)
+    for k, pair in enumerate(pairwise(manifest.times[str(drawn.steps)])):
+        moments = {name: np.full(n, value, np.float32) for name, value in zip(("t", "t_next"), pair, strict=True)}
+        x = step(x=x, **moments, noise=draw(k + 1, 1.0), **conditioning)
+    return x
+
+
+# ----------------------------------------------------------------------------
+# Pixels: of the samples, where the reference has any; and the networks between latents and images alone.
+
+
+def _decoded(graphs: _Graphs, sampled: Sequence[Sampled]) -> Iterator[tuple[VerifiedCase, Compared | None]]:
+    with graphs.open("decode") as decode:
+        for drawn, states in sampled:
+            n, expected = len(states), drawn.latents[-len(states) :]
+            pixels = picture = None
+            if drawn.pixels is not None and len(drawn.pixels) >= n:
+                pixels = (drawn.pixels[-n:], decode(x=states))
+                title = f"{graphs.dtype} on {graphs.device}, {drawn.steps} step{'s' * (drawn.steps != 1)}{describe(drawn.way)}"
+                picture = Compared(title, *pixels) if n == len(drawn.pixels) else None
+            yield graphs.case("step", expected, states, graphs.state_atol(expected), way=drawn.way, steps=drawn.steps, pixels=pixels), picture
+
+
+def _mapped(graphs: _Graphs, mapped: Mapped) -> list[VerifiedCase]:
+    atol = graphs.pixel_atol if mapped.expected.dtype == np.uint8 else graphs.state_atol(mapped.expected)
+    with graphs.open(mapped.graph) as session:
+        cases = []
+        for n in (n for n in BATCH_SIZES if n <= len(mapped.given)):
+            graphs.progress(f"verifying {mapped.graph}.{graphs.dtype}: batch {n}")
+            cases.append(graphs.case(mapped.graph, mapped.expected[-n:], session(**{mapped.input: mapped.given[-n:]}), atol))
+        return cases

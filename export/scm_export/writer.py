@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import numpy as np
 import onnx
 from onnx import ModelProto
 from onnxscript import ir
@@ -27,6 +28,7 @@ class BundleWriter:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._weights = (folder / WEIGHTS).open("xb")
+        self._sum = hashlib.sha256()
         self._places: dict[bytes, int] = {}
 
     def graph(self, name: str, model: ir.Model) -> ModelProto:
@@ -34,7 +36,7 @@ class BundleWriter:
         for value in model.graph.initializers.values():
             tensor = value.const_value
             if tensor is not None and tensor.nbytes >= INLINE_BELOW:
-                offset = self._store(tensor.tobytes())
+                offset = self._store(np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8).data)
                 value.const_value = ir.ExternalTensor(
                     WEIGHTS, offset, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=value.name or "", base_dir=self.folder
                 )
@@ -50,21 +52,25 @@ class BundleWriter:
         self._weights.flush()
         onnx.checker.check_model(path)
 
-    def _store(self, data: bytes) -> int:
+    def _store(self, data: memoryview) -> int:
         digest = hashlib.sha256(data).digest()
         if digest not in self._places:
-            if padding := -self._weights.tell() % (PAGE if len(data) >= 16 * PAGE else 64):
-                self._weights.write(bytes(padding))
+            self._append(bytes(-self._weights.tell() % (PAGE if len(data) >= 16 * PAGE else 64)))
             self._places[digest] = self._weights.tell()
-            self._weights.write(data)
+            self._append(data)
         return self._places[digest]
+
+    def _append(self, data: bytes | memoryview) -> None:
+        self._weights.write(data)
+        self._sum.update(data)  # rather than read gigabytes again
 
     def close(self) -> dict[str, FileEntry]:
         """Finish the weights file and describe every file for the manifest."""
         if self._weights.tell() == 0:
-            self._weights.write(bytes(64))  # an analytic model has no weights; the file is part of the layout
+            self._append(bytes(64))  # an analytic model has no weights; the file is part of the layout
         self._weights.close()
-        return {path.name: FileEntry(size=path.stat().st_size, sha256=sha256(path)) for path in sorted(self.folder.iterdir())}
+        sums = {WEIGHTS: self._sum.hexdigest()}
+        return {path.name: FileEntry(size=path.stat().st_size, sha256=sums.get(path.name) or sha256(path)) for path in sorted(self.folder.iterdir())}
 
     def abandon(self) -> None:
         """Let go of the weights file, whatever became of it; after close() this does nothing."""

@@ -11,7 +11,10 @@ import msgspec
 import pytest
 
 from scm_runtime import BundleIntegrityError, BundleNotFoundError, BundleSchemaError, Generator, Manifest
-from scm_runtime.bundle import MANIFEST, check_files, locate, read_manifest, sha256
+from scm_runtime.bundle import MANIFEST, check_files, read_manifest, sha256
+from scm_runtime.location import locate
+
+EMBEDDING = {"name": "prompt_embeds", "kind": "embedding", "dtype": "float32", "shape": ["tokens", 8]}
 
 
 @pytest.fixture
@@ -61,6 +64,26 @@ def test_unknown_keys_are_ignored(bundle: Path) -> None:
         assert len(generator(seed=1)) == 1
 
 
+def test_the_embedded_bundle_is_of_an_earlier_writer() -> None:
+    """Keys that came later have defaults."""
+    folder = locate("digits")
+    written = msgspec.json.decode((folder / MANIFEST).read_bytes())
+    assert "time_unit" not in written
+    manifest = read_manifest(folder)
+    assert manifest.time_unit == "radians"
+    assert manifest.verification is not None
+    case = manifest.verification.cases[0]
+    assert (case.device, case.mean_abs, case.guidance_scale) == ("cpu", None, None)
+
+
+def test_conditioning_with_free_dimensions(bundle: Path) -> None:
+    mask = {"name": "prompt_attention_mask", "kind": "mask", "dtype": "int64", "shape": ["tokens"], "default": 1}
+    edit(bundle, lambda raw: raw["conditioning"].extend([EMBEDDING, mask]))
+    embeds, ones = read_manifest(bundle).conditioning[1:]
+    assert (embeds.shape, embeds.describe()) == (("tokens", 8), "float32 [N, tokens, 8]")
+    assert (ones.shape, ones.describe()) == (("tokens",), "int64 [N, tokens]")
+
+
 @pytest.mark.parametrize(
     "name",
     ["/etc/passwd", "../step.fp32.onnx", "..", ".", "", "a/b.onnx", "a\\b.onnx", "..\\b.onnx", "C:b.onnx", "C:\\b.onnx", "scm.json", "./b.onnx", "b.onnx/"],
@@ -90,6 +113,27 @@ def test_names_of_files(bundle: Path, name: str) -> None:
         (lambda raw: raw["conditioning"][0].update(num_classes=5), "conditioning 'class_labels' must have 5 label_names, got 4"),
         (lambda raw: raw["sample"].update(shape=[3, 0, 8]), "shape"),
         (lambda raw: raw["output"].update(kind="smell"), "smell"),
+        (lambda raw: raw["output"].update(shape=[8, 8]), r"output of kind 'image' must have the shape \[H, W, C\], got \[8, 8\]"),
+        (lambda raw: raw["output"].update(kind="latent"), r"output of kind 'latent' must have the state's shape \[3, 8, 8\], got \[8, 8, 3\]"),
+        (lambda raw: raw.update(time_unit="seconds"), "seconds"),
+        (lambda raw: raw["conditioning"].append(EMBEDDING | {"shape": []}), "'prompt_embeds' of kind 'embedding' must be an array a sample, got the shape"),
+        (lambda raw: raw["conditioning"].append(EMBEDDING | {"shape": ["Tokens", 8]}), r"\$\.conditioning\[1\]\.shape"),
+        (lambda raw: raw["conditioning"].append(EMBEDDING | {"shape": ["tokens", 0]}), r"\$\.conditioning\[1\]\.shape"),
+        (lambda raw: raw["conditioning"].append(EMBEDDING | {"dtype": "int64"}), "'prompt_embeds' of kind 'embedding' must have the dtype float32, got int64"),
+        (lambda raw: raw["conditioning"].append(EMBEDDING | {"default": 0.0}), "'prompt_embeds' of kind 'embedding' must have no default, got 0.0"),
+        (
+            lambda raw: raw["conditioning"].append(EMBEDDING | {"name": "t_next"}),
+            "conditioning must have other names than the step graph's x, t, t_next, noise",
+        ),
+        (
+            lambda raw: raw["conditioning"].append(EMBEDDING | {"name": "class_labels"}),
+            "conditioning must have different names, got class_labels, class_labels",
+        ),
+        (lambda raw: raw["conditioning"].append(EMBEDDING | {"kind": "mask"}), "'prompt_embeds' of kind 'mask' must have the dtype int64, got float32"),
+        (
+            lambda raw: raw["conditioning"][0].update(shape=["tokens"]),
+            r"'class_labels' of kind 'class' must be one number a sample, got the shape \['tokens'\]",
+        ),
     ],
 )
 def test_malformed(bundle: Path, change: Callable[[dict[str, Any]], object], message: str) -> None:
@@ -140,14 +184,12 @@ def test_an_extra_file_does_no_harm(bundle: Path) -> None:
 
 def test_locate(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert locate(tiny_bundle) == locate(str(tiny_bundle)) == tiny_bundle
-    monkeypatch.setattr("scm_runtime.bundle.EMBEDDED", tiny_bundle.parent)
+    monkeypatch.setattr("scm_runtime.location.EMBEDDED", tiny_bundle.parent)
     assert locate("tiny") == tiny_bundle
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
     for name, wrong in {"file": "is a file", "folder": "has no scm.json", "nothing": "does not exist"}.items():
-        with pytest.raises(
-            BundleNotFoundError, match=rf"no bundle at '.*{name}': it {wrong}\. Expected a folder .* or the name of an embedded bundle \('tiny'\)"
-        ):
+        with pytest.raises(BundleNotFoundError, match=rf"no bundle at '.*{name}': it {wrong}\. Expected a folder .* the name of an embedded bundle \('tiny'\)"):
             locate(tmp_path / name)
 
 

@@ -56,7 +56,7 @@ def test_the_import_alone_is_light() -> None:
 import sys
 import scm_runtime
 
-heavy = {"onnxruntime", "PIL", "rich", "click"} & set(sys.modules)
+heavy = {"onnxruntime", "PIL", "rich", "click", "huggingface_hub", "zipfile"} & set(sys.modules)
 assert not heavy, heavy
 """
     run_python(program)
@@ -73,12 +73,14 @@ def test_errors_are_also_the_builtin_ones() -> None:
     assert issubclass(scm_runtime.BundleNotFoundError, FileNotFoundError)
     assert issubclass(scm_runtime.BundleSchemaError, ValueError)
     assert issubclass(scm_runtime.BundleIntegrityError, ValueError)
+    assert issubclass(scm_runtime.HubError, OSError)
+    assert issubclass(scm_runtime.HubNotFoundError, FileNotFoundError)
     assert issubclass(scm_runtime.InvalidArgumentError, ValueError)
     assert issubclass(scm_runtime.MissingDependencyError, ImportError)
     assert issubclass(scm_runtime.OutputError, OSError)
     assert issubclass(scm_runtime.InferenceError, RuntimeError)
     errors = [value for name in scm_runtime.__all__ if isinstance(value := getattr(scm_runtime, name), type) and issubclass(value, Exception)]
-    assert len(errors) == 10
+    assert len(errors) == 12
     assert all(issubclass(error, scm_runtime.ScmError) for error in errors)
 
 

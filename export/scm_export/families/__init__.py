@@ -1,7 +1,7 @@
 """Families of models: each turns a checkpoint into a :class:`~scm_export.model.Model`. How to add one: docs/adding-a-family.md."""
 
 from scm_export.checkpoints import Loaded
-from scm_export.families import edm2
+from scm_export.families import consistency, edm2, latent_consistency, module, sana_sprint
 from scm_export.families.family import BuildOptions, Family
 from scm_export.model import Model
 from scm_runtime.errors import CheckpointError, InvalidArgumentError
@@ -10,6 +10,10 @@ __all__ = ["FAMILIES", "BuildOptions", "Family", "build_model", "find_family"]
 
 FAMILIES: dict[str, Family] = {
     "edm2": edm2.FAMILY,
+    "sana-sprint": sana_sprint.FAMILY,
+    "module": module.FAMILY,
+    "consistency": consistency.FAMILY,
+    "latent-consistency": latent_consistency.FAMILY,
 }
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import msgspec
 import torch
 
-from scm_export.checkpoints import Checkpoint, Loaded
+from scm_export.checkpoints import Checkpoint, Loaded, SamplerSpec
+from scm_export.families.autoencoders import SCM_STATISTICS, ImageNetworks, LatentStatistics, image_networks, pixel_networks
 from scm_export.families.family import BuildOptions, Family
 from scm_export.families.weights import load_weights
-from scm_export.model import ImageDecoder, Model
+from scm_export.model import Model
 from scm_export.networks.edm2 import UNet, UNetConfig
 from scm_export.parametrisation import Step, default_times
 from scm_runtime.bundle import Conditioning
@@ -56,17 +57,32 @@ def build_edm2(loaded: Loaded, options: BuildOptions) -> Model:
     times = default_times(sampler.sigma_data)
     if sampler.times is not None:
         times = {int(count): values for count, values in sampler.times.items()}
+    sample_shape = (config.img_channels, config.img_resolution, config.img_resolution)
+    images = _images(sample_shape, sampler, options)
     return Model(
         family="edm2",
         step=Step(network, sampler.sigma_data, sampler.parametrisation, sampler.solver, segments=config.segment_embedding),
-        sample_shape=(config.img_channels, config.img_resolution, config.img_resolution),
+        sample_shape=sample_shape,
         sigma_data=sampler.sigma_data,
         initial_scale=sampler.sigma_data if sampler.initial_scale is None else sampler.initial_scale,
         times=times,
         conditioning=tuple(conditioning),
-        decoder=ImageDecoder(sampler.pixel_scale, sampler.pixel_offset),
+        decoder=images.decoder,
+        encoder=images.encoder,
+        preview=images.preview,
         licence=checkpoint.licence,
     )
+
+
+def _images(sample_shape: tuple[int, ...], sampler: SamplerSpec, options: BuildOptions) -> ImageNetworks:
+    """Latents are what a checkpoint says to be so, by their statistics, or what a user gives a decoder for; anything else is pixels, RGBA too."""
+    pixels, mean, std = (sampler.pixel_scale, sampler.pixel_offset), sampler.latent_mean, sampler.latent_std
+    if mean is None and std is None and options.decoder is None:
+        return pixel_networks(options, sample_shape, pixels)
+    if (mean is None) != (std is None):
+        raise CheckpointError("sampler.latent_mean and sampler.latent_std go together, got one of them")
+    statistics = SCM_STATISTICS if mean is None or std is None else LatentStatistics(mean, std)
+    return image_networks(options, sample_shape, sampler.sigma_data, statistics=statistics, pixels=pixels)
 
 
 FAMILY = Family(

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from scm_export.checkpoints import Loaded
 from scm_export.model import Model
-
-Dtype = Literal["fp32", "fp16", "bf16"]
+from scm_runtime.bundle import Dtype
 
 
 @dataclass(frozen=True)
@@ -39,3 +37,5 @@ class Family:
     """Raises CheckpointError for contents that do not fit the family."""
     dtype: Dtype = "fp32"
     """To store the weights in unless the user says otherwise."""
+    refuses: Mapping[Dtype, str] = field(default_factory=dict)
+    """Dtypes that its models cannot be exported in, each with the reason and what to use."""

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
 
 import torch
 from torch import Tensor, nn
 
+from scm_export.checkpoints.state_dict import strip_prefixes
 from scm_runtime.errors import CheckpointError
 
 
-def load_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Give the network exactly these tensors, as float32. Memory is taken one tensor at a time.
+def load_weights(network: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Give the network exactly these tensors, as float32, and leave the dictionary empty.
+
+    A tensor that is float32 already becomes the network's own, which may change it in place; where it lies in a mapped file, the pages that change are
+    copied and the file stays as it is. Others are converted and given back one at a time.
 
     Raises:
         CheckpointError: names or shapes differ; the message gives the first three keys of each kind.
     """
-    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    own = network.state_dict()
+    expected = {name: tuple(tensor.shape) for name, tensor in own.items()}
+    strip_prefixes(weights, expected)
     problems = []
     if missing := [name for name in expected if name not in weights]:
         problems.append(_three("missing", missing))
@@ -31,12 +37,29 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
         problems.append(_three("wrong shape", shapes))
     if problems:
         raise CheckpointError("the weights do not match the config: " + "; ".join(problems))
-    if strange := [f"{name} ({weights[name].dtype})" for name in expected if not weights[name].is_floating_point()]:
+    if strange := [f"{name} ({weights[name].dtype})" for name in expected if own[name].is_floating_point() and not weights[name].is_floating_point()]:
         raise CheckpointError(_three("weights must be of a floating dtype, got", strange))
-    converted = {name: weights[name].to(torch.float32, copy=True) for name in expected}
-    if broken := [name for name, tensor in converted.items() if not torch.isfinite(tensor).all()]:
+    owned, storages = {}, set[int]()
+    for name in expected:
+        tensor = weights.pop(name)
+        dtype = torch.float32 if own[name].is_floating_point() else own[name].dtype  # counters and indices
+        owned[name] = tensor if _is_plain(tensor, storages) else tensor.to("cpu", dtype, copy=True, memory_format=torch.contiguous_format)
+        storages.add(tensor.untyped_storage().data_ptr())
+    if broken := [name for name, tensor in owned.items() if not _is_finite(tensor)]:
         raise CheckpointError(_three("weights must be finite, got NaN or infinity in", broken))
-    network.load_state_dict(converted, assign=True)
+    network.load_state_dict(owned, assign=True)
+
+
+def _is_plain(tensor: Tensor, storages: set[int]) -> bool:
+    """Whether a tensor can become a parameter as it is. Two that share memory cannot: each will be scaled in place."""
+    storage = tensor.untyped_storage()
+    whole = tensor.is_contiguous() and storage.nbytes() == tensor.nbytes
+    return whole and tensor.dtype == torch.float32 and tensor.device.type == "cpu" and storage.data_ptr() not in storages
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Its extremes are NaN where any element is; they take no memory, as torch.isfinite of all elements does."""
+    return not tensor.numel() or not tensor.is_floating_point() or all(math.isfinite(extreme) for extreme in tensor.aminmax())
 
 
 def _three(what: str, names: list[str]) -> str:

@@ -112,7 +112,8 @@ class UNet(nn.Module):
         channels = [config.model_channels * m for m in config.channel_mult]
         resolution = config.img_resolution // config.patch_size
         x_channels = config.img_channels * config.patch_size**2
-        emb_inputs, emb_channels = config.model_channels, max(channels)
+        emb_inputs = config.model_channels * (config.channel_mult_noise or config.channel_mult[0])
+        emb_channels = config.model_channels * (config.channel_mult_emb or max(config.channel_mult))
 
         if config.time_embedding == "positional":
             self.emb_pos: PositionalEmbedding | None = PositionalEmbedding(emb_inputs, config.time_scale)

@@ -16,9 +16,11 @@ class UNetConfig:
     label_dim: int = 1000  #                           Number of classes; 0 = unconditional.
     model_channels: int = 192  #                       Channels of the highest level.
     channel_mult: tuple[int, ...] = (1, 2, 3, 4)  #    Width of each level, in model_channels.
+    channel_mult_noise: int | None = None  #           Width of the time's features, in model_channels; None = as the highest level.
+    channel_mult_emb: int | None = None  #             Width of the embedding, in model_channels; None = as the widest level.
     num_blocks: int = 3  #                             Residual blocks a level.
     attn_resolutions: tuple[int, ...] = (16, 8)  #     Resolutions with self-attention.
-    channels_per_head: int = 64  #                     Size of an attention head.
+    channels_per_head: int = 64  #                     Least size of an attention head; a level narrower than it has no attention.
     patch_size: int = 1  #                             Pixels folded into channels before the first convolution, per axis.
     time_embedding: Literal["positional", "fourier"] = "positional"
     time_scale: float = 1.0  #                         Highest frequency of the positional embedding, radians per unit of c_noise.
@@ -29,18 +31,22 @@ class UNetConfig:
     concat_balance: float = 0.5  #                     Share of the skip connections.
     res_balance: float = 0.3  #                        Share of the residual branch.
     attn_balance: float = 0.3  #                       Share of the attention branch.
-    clip_act: float = 256.0  #                         Bound on the activations after each block.
+    clip_act: float = 256.0  #                         Bound on the activations after each block; infinity = none.
 
     def validate(self) -> None:
         """Check that the numbers make a network; raises ValueError."""
         for name in ("img_resolution", "img_channels", "model_channels", "num_blocks", "patch_size", "channels_per_head"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.channel_mult or min(self.channel_mult) < 1:
-            raise ValueError(f"channel_mult must hold positive numbers, got {list(self.channel_mult)}")
-        for name in ("time_scale", "clip_act"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
+            most = 100 if name == "num_blocks" else 100_000  # beyond, torch fails with messages of its own
+            if not 1 <= getattr(self, name) <= most:
+                raise ValueError(f"{name} must be at least 1 and at most {most}, got {getattr(self, name)}")
+        for name in ("channel_mult", "channel_mult_noise", "channel_mult_emb"):
+            mults = self.channel_mult if name == "channel_mult" else (getattr(self, name) or 1,)
+            if not mults or not all(1 <= mult <= 1000 for mult in mults):
+                raise ValueError(f"{name} must be from 1 to 1000, got {getattr(self, name)}")
+        if not 0 < self.time_scale < math.inf:
+            raise ValueError(f"time_scale must be above 0 and finite, got {self.time_scale}")
+        if not self.clip_act > 0:
+            raise ValueError(f"clip_act must be above 0, got {self.clip_act}")
         for name in ("label_balance", "concat_balance", "res_balance", "attn_balance"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
@@ -54,8 +60,12 @@ class UNetConfig:
         for level, mult in enumerate(self.channel_mult):
             resolution, channels = self.img_resolution // self.patch_size >> level, self.model_channels * mult
             lowest = level == len(self.channel_mult) - 1
-            if (lowest or resolution in self.attn_resolutions) and channels % self.channels_per_head:
-                raise ValueError(f"channels_per_head must divide the {channels} channels at resolution {resolution}, got {self.channels_per_head}")
+            heads = channels // self.channels_per_head
+            if (lowest or resolution in self.attn_resolutions) and heads and channels % heads:
+                raise ValueError(
+                    f"channels_per_head must give heads of one size to the {channels} channels at resolution {resolution}, "
+                    f"got {self.channels_per_head}, which makes {heads}"
+                )
 
 
 # Widths of the published EDM2 family (arXiv 2312.02696, table 6; XXS is the small model of its released code).

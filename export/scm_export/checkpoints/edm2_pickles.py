@@ -1,0 +1,274 @@
+"""From a pickle of NVIDIA's EDM2 or of edm2_sCM to a Checkpoint of the family edm2: which class it is, how it was built, how it is to be sampled.
+
+What a class computes is known by its name: a file whose author changed a class without renaming it is exported as what the name stands for.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from scm_export.checkpoints.header import SamplerSpec
+from scm_export.checkpoints.native import Checkpoint
+from scm_export.checkpoints.persistence import Saved, pickle_errors, read_persistent
+from scm_export.checkpoints.stored_tensors import as_floats
+from scm_export.parametrisation import SIGMA_MAX, default_times
+from scm_runtime.errors import CheckpointError
+
+# What the classes are named, and what they are built with, in the constructors' order.
+NETWORKS = ("Precond", "TrigFlowPrecond")
+UNETS = ("UNet", "TrigFlowUNet")
+LAYERS = ("Block", "MPConv", "MPFourier", "PositionalEmbedding", "ModuleDict", "Linear")
+ENCODERS = ("StandardRGBEncoder", "StabilityVAEEncoder")
+NETWORK_ARGUMENTS = ("img_resolution", "img_channels", "label_dim", "use_fp16", "sigma_data", "logvar_channels")
+UNET_ARGUMENTS = (
+    *("img_resolution", "img_channels", "label_dim", "model_channels", "channel_mult", "channel_mult_noise", "channel_mult_emb"),
+    *("num_blocks", "attn_resolutions", "label_balance", "concat_balance", "segment_conditioning"),
+)
+BLOCK_ARGUMENTS = ("channels_per_head", "res_balance", "attn_balance", "clip_act", "resample_filter")
+WITHOUT_EFFECT = ("use_fp16", "logvar_channels", "dropout", "dout_resolutions", "segment_conditioning")  #  on samples, or seen from the weights
+
+# The network's estimate of its own loss, for training.
+UNCERTAINTY = ("logvar_fourier.", "logvar_pos.", "logvar_linear.")
+
+# EDM2's latents of sd-vae-ft-mse, by its encoder's defaults: of an autoencoder that is fed images in [0, 1], not in [-1, 1] as it was trained.
+LATENT_MEAN: tuple[float, ...] = (5.81, 3.25, 0.12, -2.15)
+LATENT_STD: tuple[float, ...] = (4.17, 4.62, 3.71, 3.28)
+# EDM2 cuts 255 times the decoded image down to whole levels; here levels are rounded, and 255 itself must stay 255.
+PIXELS_FROM_ZERO_TO_ONE = {"pixel_scale": 255.0, "pixel_offset": -0.499}
+
+TEACHER_STEPS = (8, 16, 32)
+SEGMENTS = (1, 2, 4)  #  where the file does not say how many
+
+
+def load_edm2_pickle(path: str | os.PathLike[str], network: str | None = None) -> Checkpoint:
+    """The network in an EDM2-style pickle, ready to be built. Nothing from the file is run.
+
+    Args:
+        path: a snapshot, a post-hoc EMA, or a pickled network.
+        network: which one, by its name in the error, where the file holds several.
+
+    Raises:
+        CheckpointError: the file wants more than data, or is damaged; it holds no network, several, or one of an unknown class or architecture.
+    """
+    source = Path(path)
+    content = read_persistent(source)
+    with pickle_errors(source):  # its tensors are only read now
+        return checkpoint_from_persistent(content, network, f"'{source}'")
+
+
+def is_plain_pickle(start: bytes) -> bool:
+    """Whether a file that begins with these 16 bytes is a pickle of protocol 2 or later, and not one of torch.save's, which begin with its magic number."""
+    return start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05") and not start.startswith(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.")
+
+
+def checkpoint_from_persistent(content: object, network: str | None = None, where: str = "the pickle") -> Checkpoint:
+    """The same from what :func:`~scm_export.checkpoints.persistence.read_persistent` returned; ``where`` begins the messages."""
+    snapshot = _snapshot(content)
+    found = _choose(dict(_networks(snapshot.get("ema", content), "ema")), network, where)
+    _check_classes(found, where)
+    config, sigma_data = _config(found, where)
+    stored = {name.removeprefix("unet."): tensor for name, tensor in found.named_tensors().items() if not name.startswith(UNCERTAINTY)}
+    config |= {
+        "time_embedding": "fourier" if "emb_fourier.freqs" in stored else "positional",
+        "modulation": "scale" if any(name.endswith(".emb_gain") for name in stored) else "scale-shift",
+        "segment_embedding": "emb_t_k.weight" in stored,
+    }
+    sampler = SamplerSpec(
+        **_sampling(found.class_name, snapshot.get("loss_fn"), sigma_data, segments=config["segment_embedding"]),
+        **_pixels(snapshot.get("encoder"), config["img_channels"], sigma_data, where),
+    )
+    try:
+        sampler.validate()
+    except ValueError as error:
+        raise CheckpointError(f"{where}: the loss does not describe how to sample: {error}") from error
+    return Checkpoint(family="edm2", config=config, sampler=sampler, weights={name: tensor.load() for name, tensor in stored.items()})
+
+
+# ----------------------------------------------------------------------------
+# Where in the file the network is.
+
+
+def _snapshot(content: object) -> dict[Any, Any]:
+    """The dict with the network under "ema", wherever it is nested; empty if there is none."""
+    return next((value for _, value in _walk(content, "") if isinstance(value, dict) and "ema" in value), {})
+
+
+def _networks(content: object, name: str) -> Iterator[tuple[str, Saved]]:
+    for path, value in _walk(content, name):
+        if isinstance(value, Saved):
+            yield path, value
+
+
+def _walk(content: object, name: str) -> Iterator[tuple[str, object]]:
+    """Everything in nested containers, each thing once, outer things first."""
+    waiting, seen = deque([(name, content)]), set[int]()
+    while waiting:
+        path, value = waiting.popleft()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        yield path, value
+        items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+        waiting.extend((f"{path[:200]}.{str(key)[:100]}".lstrip("."), item) for key, item in items if isinstance(item, dict | list | tuple | Saved))
+
+
+def _choose(networks: dict[str, Saved], name: str | None, where: str) -> Saved:
+    if not networks:
+        raise CheckpointError(f"{where} holds no network: a snapshot of EDM2 is a dict with one under 'ema'")
+    if name is None and len(networks) == 1:
+        return next(iter(networks.values()))
+    if name in networks:
+        return networks[name]
+    raise CheckpointError(
+        f"{where} holds {len(networks)} networks: {', '.join(networks)}; got {name!r}. "
+        "Choose one with load_edm2_pickle(path, network=NAME) and write it with save_checkpoint, both in scm_export.checkpoints."
+    )
+
+
+# ----------------------------------------------------------------------------
+# What the network is.
+
+
+def _check_classes(network: Saved, where: str) -> None:
+    """Every part must be of a class that the family's network has in that place."""
+    for name, module in network.named_modules():
+        known = NETWORKS if not name else UNETS if name == "unet" else LAYERS
+        _check_class(module, known, f"{where}: {name or 'the network'}")
+    if "unet" not in network.modules:
+        raise CheckpointError(f"{where}: a {network.class_name} must have a part 'unet', got {', '.join(network.modules) or 'none'}")
+
+
+def _check_class(saved: Saved, known: Sequence[str], what: str) -> None:
+    if saved.class_name not in known:
+        closest = difflib.get_close_matches(saved.class_name, known, n=1, cutoff=0)[0]
+        raise CheckpointError(f"{what} is of the unknown class {saved.class_name[:100]!r}. The closest known one is {closest!r}; known are {', '.join(known)}.")
+
+
+def _config(network: Saved, where: str) -> tuple[dict[str, Any], float]:
+    """Fields of UNetConfig that the file gives, and sigma_data. What was changed after construction counts as it is now."""
+    unet = network.modules["unet"]
+    arguments = {
+        **_bound(network, NETWORK_ARGUMENTS, where),
+        **_bound(unet, UNET_ARGUMENTS, where),
+        **{name: network.attributes[name] for name in NETWORK_ARGUMENTS if name in network.attributes},
+        **{name: unet.attributes[name] for name in UNET_ARGUMENTS if name in unet.attributes},
+        **_block_attributes(unet, where),
+    }
+    if unknown := sorted(set(arguments) - {*NETWORK_ARGUMENTS, *UNET_ARGUMENTS, *BLOCK_ARGUMENTS, *WITHOUT_EFFECT}):
+        raise CheckpointError(f"{where}: the {network.class_name} was built with {', '.join(unknown)}, which no {network.class_name} known here has")
+    if missing := [name for name in ("img_resolution", "img_channels", "label_dim") if name not in arguments]:
+        raise CheckpointError(f"{where}: the {network.class_name} must have {', '.join(missing)} among its arguments or attributes, got none")
+    arguments = {name: _plain(value, f"{where}: {name}") for name, value in arguments.items()}
+    if arguments.pop("resample_filter", (1, 1)) != (1, 1):
+        raise CheckpointError(f"{where}: resample_filter must be [1, 1]; other filters are not supported")
+    if arguments.get("clip_act", 0) is None:
+        arguments["clip_act"] = math.inf
+    sigma_data = arguments.pop("sigma_data", 0.5)
+    if not isinstance(sigma_data, int | float) or not 1e-6 < sigma_data < 1e6:
+        raise CheckpointError(f"{where}: sigma_data must be above 0 and finite, got {sigma_data!r:.100}")
+    return {name: value for name, value in arguments.items() if name not in WITHOUT_EFFECT}, float(sigma_data)
+
+
+def _bound(saved: Saved, names: Sequence[str], where: str) -> dict[str, Any]:
+    """The constructor's arguments by name."""
+    if len(saved.args) > len(names):
+        raise CheckpointError(f"{where}: a {saved.class_name} takes at most {len(names)} arguments by position, got {len(saved.args)}")
+    return {**dict(zip(names, saved.args, strict=False)), **{str(name): value for name, value in saved.kwargs.items()}}
+
+
+def _plain(value: object, what: str) -> object:
+    """A constructor's argument: one value, or some numbers as a tuple."""
+    if value is None or isinstance(value, int | float | str):
+        return value
+    if isinstance(value, list | tuple) and len(value) <= 64 and all(isinstance(number, int | float) for number in value):
+        return tuple(value)
+    raise CheckpointError(f"{what} must be a number, text or a short list of numbers, got {type(value).__name__}")
+
+
+def _block_attributes(unet: Saved, where: str) -> dict[str, Any]:
+    """What all blocks have in common."""
+    blocks = {name: module.attributes for name, module in unet.named_modules() if module.class_name == "Block"}
+    common: dict[str, Any] = {}
+    for name, attributes in blocks.items():
+        for key in BLOCK_ARGUMENTS:
+            if key in attributes and common.setdefault(key, _plain(attributes[key], name)) != _plain(attributes[key], name):
+                raise CheckpointError(f"{where}: all blocks must have the same {key}, got another in {name}")
+    return common
+
+
+# ----------------------------------------------------------------------------
+# How it is sampled.
+
+
+def _sampling(class_name: str, loss: object, sigma_data: float, *, segments: bool) -> dict[str, Any]:
+    """Fields of SamplerSpec. The loss, where the file has it, says what a network was trained to do; without it an EDM network is a diffusion model,
+    a TrigFlow network a consistency model."""
+    trained_with = loss.class_name if isinstance(loss, Saved) else ""
+    said = loss.attributes if isinstance(loss, Saved) else {}
+    sigma_max = _number(said, "sigma_max", SIGMA_MAX)
+    start = math.atan(sigma_max / sigma_data)
+    solver = "ddim"
+    if segments:
+        count, schedule = _number(said, "num_segments", 0), said.get("boundary_schedule", "uniform_t")
+        times = {n: segment_times(start, n, schedule) for n in ([int(count)] if 1 <= count <= 64 else SEGMENTS)}
+    elif trained_with == "EDMConsistencyDistillLoss":
+        between, steps = as_floats(said.get("student_sigma_mids")), int(min(max(_number(said, "S", 8), 2), 64))
+        sigmas = (sigma_max, *between, 0.0) if between else karras_sigmas(steps, _number(said, "sigma_min", 0.002), sigma_max, _number(said, "rho", 7.0))
+        times = {len(sigmas) - 1: _angles(sigmas, sigma_data)}
+    elif class_name == "Precond" or trained_with == "TrigFlowLoss":
+        times = {n: _angles(karras_sigmas(n), sigma_data) for n in TEACHER_STEPS}
+    else:
+        solver, times = "consistency", default_times(sigma_data)
+    return {
+        "parametrisation": "edm" if class_name == "Precond" else "trigflow",
+        "solver": solver,
+        "sigma_data": sigma_data,
+        "initial_scale": sigma_data * math.sin(start),  # = sigma_max cos(start), EDM's noise at its largest
+        "times": {str(count): values for count, values in times.items()},
+    }
+
+
+def karras_sigmas(steps: int, sigma_min: float = 0.002, sigma_max: float = SIGMA_MAX, rho: float = 7.0) -> tuple[float, ...]:
+    """EDM's noise levels for at least 2 steps, the last 0 (arXiv 2206.00364, equation 5)."""
+    first, last = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    return (*((first + i / (steps - 1) * (last - first)) ** rho for i in range(steps)), 0.0)
+
+
+def segment_times(start: float, segments: int, schedule: str = "uniform_t") -> tuple[float, ...]:
+    """Boundaries of edm2_sCM's segments from ``start`` down to 0, radians: evenly spaced in t, or in the logarithm of tan t."""
+    shares = [1 - k / segments for k in range(segments)]
+    if schedule == "uniform_log_snr":
+        low, high = math.log(math.tan(1e-6)), math.log(math.tan(start))
+        return (start, *(math.atan(math.exp(low + share * (high - low))) for share in shares[1:]), 0.0)
+    return (*(start * share for share in shares), 0.0)
+
+
+def _angles(sigmas: Sequence[float], sigma_data: float) -> tuple[float, ...]:
+    """``t = arctan(sigma / sigma_d)``."""
+    return tuple(math.atan(sigma / sigma_data) for sigma in sigmas)
+
+
+def _number(attributes: dict[str, Any], name: str, default: float) -> float:
+    value = attributes.get(name)
+    return float(value) if isinstance(value, int | float) and 0 < value < math.inf else default
+
+
+def _pixels(encoder: object, channels: object, sigma_data: float, where: str) -> dict[str, Any]:
+    """Fields of SamplerSpec that lead from the state to pixels."""
+    if isinstance(encoder, Saved):
+        _check_class(encoder, ENCODERS, f"{where}: the encoder")
+    if (channels != 4) if not isinstance(encoder, Saved) else encoder.class_name == "StandardRGBEncoder":
+        return {}
+    mean, std = LATENT_MEAN, LATENT_STD
+    if isinstance(encoder, Saved):  # x = z * scale + bias
+        scale, bias = as_floats(encoder.attributes.get("scale")), as_floats(encoder.attributes.get("bias"))
+        if not scale or not bias or not len(scale) == len(bias) == channels or not all(scale):
+            raise CheckpointError(f"{where}: the encoder must have a scale other than 0 and a bias for each of the {channels} channels of its latents")
+        mean, std = tuple(-b / s for b, s in zip(bias, scale, strict=True)), tuple(sigma_data / s for s in scale)
+    return {"latent_mean": mean, "latent_std": std, **PIXELS_FROM_ZERO_TO_ONE}

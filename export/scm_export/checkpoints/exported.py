@@ -1,0 +1,239 @@
+"""Reads what ``torch.export.save`` wrote without loading it as torch does, which would run what the file says.
+
+``torch.export.load`` evaluates the file's size expressions with sympy's ``sympify``, looks operators up as attributes from ``torch`` on (``torch.os.system`` is
+one), makes Python source of the file's names, and unpickles. Here the JSON is read as data: operators by a table, tensors by their bytes.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor
+
+from scm_export.checkpoints.archive import check_archive
+from scm_export.checkpoints.operator_graph import Call, Operations, OperatorGraph, Outputs, Ref, from_exported_program, is_assertion
+from scm_export.checkpoints.torch_file import TRUST, current_folder_importable, first_line
+from scm_runtime.errors import CheckpointError
+
+SCHEMA_MAJOR = 8  # of torch 2.9 to 2.13
+
+DTYPES = {
+    1: torch.uint8,
+    2: torch.int8,
+    3: torch.int16,
+    4: torch.int32,
+    5: torch.int64,
+    6: torch.float16,
+    7: torch.float32,
+    8: torch.float64,
+    12: torch.bool,
+    13: torch.bfloat16,
+}
+LAYOUTS = {7: torch.strided}
+MEMORY_FORMATS = {1: torch.contiguous_format, 2: torch.channels_last, 3: torch.channels_last_3d, 4: torch.preserve_format}
+
+# Operators on sizes. "**" is left out: its results can be astronomically long.
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    **{f"_operator.{name}": getattr(operator, name) for name in ("add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "getitem")},
+    **{f"_operator.{name}": getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge", "and_", "or_", "not_")},
+    **{f"math.{name}": getattr(math, name) for name in ("ceil", "floor", "trunc")},
+    **{f"torch.{name}": getattr(torch, name) for name in ("sym_float", "sym_int", "sym_max", "sym_min", "sym_not", "sym_ite", "sym_sqrt")},
+}
+ATEN = "torch.ops.aten."
+WRITES_FILES = ("save", "from_file")  # all of aten that opens one (seen: the schemas with a file name in torch 2.13)
+
+
+def read_exported(source: Path, *, trust: bool = False) -> OperatorGraph:
+    """The network in a ``.pt2`` file. Without ``trust`` nothing of it is run.
+
+    Raises:
+        CheckpointError: damaged, of another version, with operators or objects that only trusted loading can open, or for one batch size alone.
+    """
+    check_archive(source)
+    try:
+        operations = _load(source) if trust else _read(source)
+        network = OperatorGraph(operations)
+    except CheckpointError:
+        raise
+    except zipfile.BadZipFile as error:
+        raise CheckpointError(f"'{source}' is damaged: {error}. Copy or save it again.") from error
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, msgspec.DecodeError) as error:
+        raise CheckpointError(
+            f"'{source}' does not hold what torch.export.save writes ({type(error).__name__}: {first_line(error)}). "
+            f"Save it again with this torch, {torch.__version__}."
+        ) from error
+    if static := [name for name, shape in network.shapes.items() if not shape or shape[0] is not None]:
+        shapes = ", ".join(f"{name!r}: {{0: batch}}" for name in network.inputs)
+        raise CheckpointError(
+            f"'{source}' was exported for one batch size ({static[0]} has the shape {list(network.shapes[static[0]])}). Export it with a free one: "
+            f"batch = torch.export.Dim('batch'); torch.export.export(network, args, kwargs, dynamic_shapes={{{shapes}}})"
+        )
+    return network
+
+
+def _load(source: Path) -> Operations:
+    """As torch does, running what the file says."""
+    try:
+        with current_folder_importable(), source.open("rb") as file:
+            return from_exported_program(torch.export.load(file))
+    except Exception as error:
+        raise CheckpointError(f"'{source}' cannot be loaded by torch.export.load: {type(error).__name__}: {first_line(error)}") from error
+
+
+def _read(source: Path) -> Operations:
+    with zipfile.ZipFile(source) as archive:
+        names = {name.partition("/")[2]: name for name in archive.namelist()}
+        models = [name for name in names if name.startswith("models/") and name.endswith(".json")]
+        if len(models) != 1:
+            held = "code compiled by AOTInductor alone" if any(name.startswith("data/aotinductor/") for name in names) else f"{len(models)} programs"
+            raise CheckpointError(f"'{source}' must hold one exported program, as torch 2.9 and newer save it, got {held}. Use torch.export.save.")
+        if archive.read(names.get("byteorder", "")) != b"little" if "byteorder" in names else False:
+            raise CheckpointError(f"'{source}' was saved on a big-endian machine. Save it again on another.")
+        raw = msgspec.json.decode(archive.read(names[models[0]]))
+        if (version := raw["schema_version"]["major"]) != SCHEMA_MAJOR:
+            raise CheckpointError(f"'{source}' has version {version} of the format of torch.export, this scm-export reads version {SCHEMA_MAJOR}. {TRUST}")
+        stem = models[0].removeprefix("models/").removesuffix(".json")
+        tensors: dict[str, Tensor] = {}
+        for kind in ("constants", "weights"):
+            name = f"data/{kind}/{stem}_{kind}_config.json"
+            config = msgspec.json.decode(archive.read(names[name]))["config"]
+            tensors |= _tensors(source, archive, config, f"{names[models[0]].partition('/')[0]}/data/{kind}/")
+    return _Reader(source, raw["graph_module"], tensors).read()
+
+
+def _tensors(source: Path, archive: zipfile.ZipFile, config: Mapping[str, Any], folder: str) -> dict[str, Tensor]:
+    storages: dict[str, bytearray] = {}  # tied weights share one
+    found = {}
+    for name, payload in config.items():
+        if payload["use_pickle"]:
+            raise _refused(source, f"the pickled object {name!r}")
+        meta, path = payload["tensor_meta"], payload["path_name"]
+        shape, stride = (tuple(int(size["as_int"]) for size in meta[key]) for key in ("sizes", "strides"))
+        offset, dtype = int(meta["storage_offset"]["as_int"]), DTYPES[meta["dtype"]]
+        if path not in storages:
+            storages[path] = bytearray(archive.read(folder + path))
+        held = len(storages[path]) // dtype.itemsize
+        last = offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+        count: int = math.prod(shape)
+        if min((offset, *shape, *stride)) < 0 or (count and last >= held) or count > max(held, 1):
+            raise CheckpointError(f"'{source}': shape and storage of {name} disagree: shape {list(shape)}, strides {list(stride)}, {held} elements stored")
+        flat = torch.frombuffer(storages[path], dtype=dtype, count=held) if held else torch.empty(0, dtype=dtype)
+        found[name] = flat.as_strided(shape, stride, offset)
+    return found
+
+
+class _Reader:
+    """From the JSON of a graph to a program."""
+
+    def __init__(self, source: Path, raw: Mapping[str, Any], stored: Mapping[str, Tensor]) -> None:
+        self.source, self.raw, self.stored, self.operations = source, raw, stored, Operations()
+
+    def read(self) -> Operations:
+        graph, operations = self.raw["graph"], self.operations
+        for spec in self.raw["signature"]["input_specs"]:
+            self.input(*_only(spec))
+        for name in operations.inputs:
+            operations.shapes[name] = tuple(size.get("as_int") for size in graph["tensor_values"][name]["sizes"])
+        for node in graph["nodes"]:
+            if not is_assertion(node["target"].removeprefix(ATEN)):
+                self.call(node)
+        outputs = [spec["user_output"]["arg"] for spec in self.raw["signature"]["output_specs"] if "user_output" in spec]
+        operations.output = str(outputs[0]["as_tensor"]["name"])
+        return operations
+
+    def input(self, kind: str, spec: Mapping[str, Any]) -> None:
+        operations = self.operations
+        match kind:
+            case "user_input":
+                if "as_tensor" not in spec["arg"]:
+                    raise CheckpointError(f"'{self.source}': the program's inputs must be tensors, got one {_only(spec['arg'])[0].removeprefix('as_')}")
+                operations.inputs.append(str(spec["arg"]["as_tensor"]["name"]))
+            case "parameter" | "buffer" | "tensor_constant":
+                target = str(spec[f"{kind}_name"])
+                operations.tensors[str(spec["arg"]["name"])] = target
+                (operations.parameters if kind == "parameter" else operations.buffers)[target] = self.stored[target]
+            case "constant_input":
+                operations.constants[str(spec["name"])] = self.argument(spec["value"])
+            case _:
+                raise _refused(self.source, f"an input of the kind {kind}")
+
+    def call(self, node: Mapping[str, Any]) -> None:
+        given = [(item["name"], self.argument(item["arg"]), item.get("kind", 1)) for item in node["inputs"]]
+        args = tuple(value for _, value, kind in given if kind != 2)
+        if any(name == "train" and value is True for name, value, _ in given):
+            raise CheckpointError(f"'{self.source}' was exported in training mode ({node['target']}). Call .eval() on the network and export it again.")
+        kwargs = {str(name): value for name, value, kind in given if kind == 2}
+        outputs = [_names(item) for item in node["outputs"]]
+        self.operations.calls.append(Call(self.operator(str(node["target"])), args, kwargs, outputs[0] if len(outputs) == 1 else tuple(outputs)))
+
+    def operator(self, target: str) -> Callable[..., Any]:
+        if target in FUNCTIONS:
+            return FUNCTIONS[target]
+        name, _, overload = target.removeprefix(ATEN).partition(".")
+        if not target.startswith(ATEN) or name in WRITES_FILES or not name.isidentifier() or name.startswith("__"):
+            raise _refused(self.source, f"the operator {target[:200]!r}")
+        found = getattr(getattr(torch.ops.aten, name), overload or "default")
+        if not isinstance(found, torch._ops.OpOverload):
+            raise _refused(self.source, f"the operator {target[:200]!r}")
+        return found
+
+    def argument(self, raw: Mapping[str, Any]) -> Any:
+        kind, value = _only(raw)
+        match kind:
+            case "as_none":
+                return None
+            case "as_tensor":
+                return Ref(str(value["name"]))
+            case "as_name":
+                return Ref(str(value))
+            case "as_tensors" | "as_nested_tensors":
+                return [self.argument({"as_tensors": one}) if isinstance(one, list) else Ref(str(one["name"])) for one in value]
+            case "as_int" | "as_bool" | "as_string" | "as_ints" | "as_bools" | "as_strings" | "as_int_lists":
+                return value
+            case "as_float":
+                return float(value)  # infinity is a string
+            case "as_floats":
+                return [float(one) for one in value]
+            case "as_sym_int" | "as_sym_float" | "as_sym_bool" | "as_optional_tensor":
+                return self.argument(value)
+            case "as_sym_ints" | "as_sym_floats" | "as_sym_bools" | "as_optional_tensors":
+                return [self.argument(one) for one in value]
+            case "as_scalar_type":
+                return DTYPES[value]
+            case "as_memory_format":
+                return MEMORY_FORMATS[value]
+            case "as_layout":
+                return LAYOUTS[value]
+            case "as_device":
+                return torch.device("cpu")  # whatever it was exported on
+        raise _refused(self.source, f"an argument of the kind {kind.removeprefix('as_')}")
+
+
+def _names(raw: Mapping[str, Any]) -> Outputs:
+    """The names of what an operator returns."""
+    kind, value = _only(raw)
+    match kind:
+        case "as_none":
+            return None
+        case "as_tensor" | "as_optional_tensor" | "as_sym_int" | "as_sym_float" | "as_sym_bool":
+            return str(value.get("name") or value["as_name"])
+        case "as_tensors" | "as_sym_ints":
+            return tuple(str(one.get("name") or one["as_name"]) for one in value)
+    raise ValueError(f"unknown output {kind}")
+
+
+def _only(raw: Mapping[str, Any]) -> tuple[str, Any]:
+    """Key and value of a tagged union."""
+    ((kind, value),) = raw.items()
+    return kind, value
+
+
+def _refused(source: Path, what: str) -> CheckpointError:
+    return CheckpointError(f"'{source}' holds {what}, which could run code, and was not loaded. {TRUST}")

@@ -1,0 +1,301 @@
+"""Reads a pickle without running anything: an interpreter of the opcodes that data needs, over the parser of the standard library.
+
+Not a subclass of ``pickle.Unpickler``: that one calls whatever REDUCE finds on its stack, sets attributes of whatever BUILD finds there, and allocates
+gigabytes for a nine-byte file that asks for a high memo index. Here a global stays a name until the reader's table says what it stands for.
+"""
+
+from __future__ import annotations
+
+import pickletools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol, runtime_checkable
+
+# A snapshot of the largest published network has some 50 000 opcodes. Each can make an object many times its own size in the file.
+MAX_OPCODES = 2_000_000
+MAX_LINE = 1 << 16
+INLINE = 1 << 12  #  bytes; what is longer stays in the file until it is wanted
+
+
+class ForbiddenPickleError(Exception):
+    """The pickle wants more than data; the text names what it wants."""
+
+
+class MalformedPickleError(Exception):
+    """The pickle is damaged, or holds something that no pickler writes."""
+
+
+@dataclass(frozen=True)
+class Blob:
+    """A long string of bytes of a pickle: in a file, or as the text that protocol 2 writes in its place, a character a byte."""
+
+    source: Path | str
+    start: int
+    size: int
+
+    def read(self, start: int, size: int) -> bytearray:
+        """A copy of ``size`` bytes from ``start`` on."""
+        if start < 0 or size < 0 or start + size > self.size:
+            raise MalformedPickleError(f"{size} bytes wanted at {start} of {self.size}")
+        first = self.start + start
+        if isinstance(self.source, str):
+            return bytearray(self.source[first : first + size].encode("latin-1"))
+        data = bytearray(size)
+        with self.source.open("rb") as file:
+            file.seek(first)
+            if file.readinto(data) != size:
+                raise MalformedPickleError("the file has changed while it was read")
+        return data
+
+
+@dataclass(frozen=True)
+class StandIn:
+    """What a global of a pickle is replaced by. ``call`` answers REDUCE with the same arguments, ``new`` answers NEWOBJ with none."""
+
+    call: Callable[..., object] | None = None
+    new: Callable[[], object] | None = None
+
+
+@runtime_checkable
+class Buildable(Protocol):
+    """An object of ours that takes the state a pickle gives it."""
+
+    def build(self, state: object) -> None: ...
+
+
+@dataclass(frozen=True)
+class Global:
+    """A name that the reader knows, as it lies on the stack."""
+
+    name: str
+
+
+StandIns = Mapping[str, StandIn]
+
+
+def read_pickle(path: Path, stand_ins: StandIns) -> object:
+    """What the pickle in a file holds: containers, plain values and what the stand-ins made. Long byte strings are :class:`Blob`.
+
+    Raises:
+        ForbiddenPickleError: it names a global without a stand-in, or uses an opcode that data needs no use of.
+        MalformedPickleError: damaged, or too long to be data.
+        OSError: the file cannot be read.
+    """
+    with path.open("rb") as file:
+        return Interpreter(_Bounded(file, path.stat().st_size), stand_ins, path).run()
+
+
+def read_small_pickle(data: BinaryIO, stand_ins: StandIns, persistent: Callable[[object], object] | None = None) -> object:
+    """The same for one in memory, of which the position is left behind its end. ``persistent`` answers persistent ids."""
+    return Interpreter(data, stand_ins, None, persistent).run()
+
+
+class _Bounded:
+    """A file for pickletools, which asks for as many bytes as the pickle claims: never more than there are."""
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self.file, self.size = file, size
+        self.tell = file.tell
+
+    def read(self, size: int) -> bytes:
+        return self.file.read(min(size, self.size - self.file.tell()))
+
+    def readline(self) -> bytes:
+        return self.file.readline(MAX_LINE)
+
+
+class Interpreter:
+    """The pickle machine: a stack, marks on it, and a memo."""
+
+    def __init__(self, source: Any, stand_ins: StandIns, path: Path | None, persistent: Callable[[object], object] | None = None) -> None:
+        self.source, self.stand_ins, self.path, self.persistent = source, stand_ins, path, persistent
+        self.stack: list[Any] = []
+        self.below: list[list[Any]] = []  # the stacks below each mark
+        self.memo: dict[int, object] = {}
+
+    def run(self) -> object:
+        try:
+            for count, (opcode, argument, _) in enumerate(pickletools.genops(self.source)):
+                if count > MAX_OPCODES:
+                    raise MalformedPickleError(f"it has more than {MAX_OPCODES} opcodes")
+                if opcode.name in PUSHED:
+                    self.stack.append(PUSHED[opcode.name](argument))
+                elif opcode.name in HANDLERS:
+                    HANDLERS[opcode.name](self, argument)
+                elif opcode.name not in IGNORED:
+                    raise ForbiddenPickleError(_forbidden(opcode.name, argument))
+            return self.stack.pop()
+        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, MemoryError) as error:  # from pickletools, and from odd operands
+            raise MalformedPickleError(str(error) or type(error).__name__) from error
+
+    # Containers.
+
+    def mark(self, _: object) -> None:
+        self.below.append(self.stack)
+        self.stack = []
+
+    def pop_mark(self, _: object = None) -> list[Any]:
+        items, self.stack = self.stack, self.below.pop()
+        return items
+
+    def append(self, _: object) -> None:
+        item = self.stack.pop()
+        _of(self.stack[-1], list).append(item)
+
+    def appends(self, _: object) -> None:
+        items = self.pop_mark()
+        _of(self.stack[-1], list).extend(items)
+
+    def set_item(self, _: object) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        _set_items(self.stack[-1], [key, value])
+
+    def set_items(self, _: object) -> None:
+        items = self.pop_mark()
+        _set_items(self.stack[-1], items)
+
+    def add_items(self, _: object) -> None:
+        items = self.pop_mark()
+        _of(self.stack[-1], set).update(map(_key, items))
+
+    def collect(self, make: Callable[[list[Any]], object]) -> None:
+        items = self.pop_mark()
+        self.stack.append(make(items))
+
+    def tuple_of(self, count: int) -> None:
+        items = [self.stack.pop() for _ in range(count)]
+        self.stack.append(tuple(reversed(items)))
+
+    # Long byte strings stay in the file; pickletools has just read past them.
+
+    def byte_string(self, data: bytes) -> None:
+        if self.path is None or len(data) <= INLINE:
+            self.stack.append(bytes(data))
+        else:
+            self.stack.append(Blob(self.path, self.source.tell() - len(data), len(data)))
+
+    # What in an unpickler would import, call and set.
+
+    def import_name(self, argument: str) -> None:
+        self._push_global(*argument.split(" ", 1))
+
+    def import_from_stack(self, _: object) -> None:
+        name, module = self.stack.pop(), self.stack.pop()
+        self._push_global(_of(module, str), _of(name, str))
+
+    def _push_global(self, module: str, name: str) -> None:
+        full = f"{module}.{name}"
+        if full not in self.stand_ins:
+            raise ForbiddenPickleError(_short(full))
+        self.stack.append(Global(full))
+
+    def reduce(self, _: object) -> None:
+        arguments, function = _of(self.stack.pop(), tuple), self.stack.pop()
+        call = self.stand_ins[function.name].call if isinstance(function, Global) else None
+        if call is None:
+            raise ForbiddenPickleError(f"a call of {_what(function)}")
+        self.stack.append(call(*arguments))
+
+    def new_object(self, _: object) -> None:
+        arguments, cls = self.stack.pop(), self.stack.pop()
+        new = self.stand_ins[cls.name].new if isinstance(cls, Global) else None
+        if new is None or arguments != ():
+            raise ForbiddenPickleError(f"an object of {_what(cls)}")
+        self.stack.append(new())
+
+    def build(self, _: object) -> None:
+        state, target = self.stack.pop(), self.stack[-1]
+        if isinstance(target, Buildable):
+            target.build(state)
+        elif not (isinstance(target, dict) and (state is None or isinstance(state, dict))):  # attributes of a dictionary are not kept
+            raise ForbiddenPickleError(f"the state of {_what(target)}")
+
+    def persistent_id(self, _: object) -> None:
+        if self.persistent is None:
+            raise ForbiddenPickleError("a persistent id")
+        self.stack.append(self.persistent(self.stack.pop()))
+
+
+def _as_is(argument: Any) -> object:
+    return argument
+
+
+PUSHED: dict[str, Callable[[Any], object]] = {
+    **dict.fromkeys(("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"), _as_is),
+    **dict.fromkeys(("UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"), _as_is),
+    "NONE": lambda _: None,
+    "NEWTRUE": lambda _: True,
+    "NEWFALSE": lambda _: False,
+    "EMPTY_LIST": lambda _: [],
+    "EMPTY_TUPLE": lambda _: (),
+    "EMPTY_DICT": lambda _: {},
+    "EMPTY_SET": lambda _: set(),
+}
+
+IGNORED = {"PROTO", "FRAME", "STOP"}
+
+HANDLERS: dict[str, Callable[[Interpreter, Any], object]] = {
+    "MARK": Interpreter.mark,
+    "POP": lambda machine, _: machine.stack.pop(),
+    "POP_MARK": Interpreter.pop_mark,
+    "LIST": lambda machine, _: machine.collect(list),
+    "TUPLE": lambda machine, _: machine.collect(tuple),
+    "TUPLE1": lambda machine, _: machine.tuple_of(1),
+    "TUPLE2": lambda machine, _: machine.tuple_of(2),
+    "TUPLE3": lambda machine, _: machine.tuple_of(3),
+    "DICT": lambda machine, _: machine.collect(lambda items: _set_items({}, items)),
+    "APPEND": Interpreter.append,
+    "APPENDS": Interpreter.appends,
+    "SETITEM": Interpreter.set_item,
+    "SETITEMS": Interpreter.set_items,
+    "ADDITEMS": Interpreter.add_items,
+    "FROZENSET": lambda machine, _: machine.collect(lambda items: frozenset(map(_key, items))),
+    **dict.fromkeys(("SHORT_BINBYTES", "BINBYTES", "BINBYTES8", "BYTEARRAY8"), Interpreter.byte_string),
+    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), lambda machine, index: machine.memo.update({index: machine.stack[-1]})),
+    "MEMOIZE": lambda machine, _: machine.memo.update({len(machine.memo): machine.stack[-1]}),
+    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), lambda machine, index: machine.stack.append(machine.memo[index])),
+    "GLOBAL": Interpreter.import_name,
+    "STACK_GLOBAL": Interpreter.import_from_stack,
+    "REDUCE": Interpreter.reduce,
+    "NEWOBJ": Interpreter.new_object,
+    "BUILD": Interpreter.build,
+    "BINPERSID": Interpreter.persistent_id,
+}
+
+
+def _of(value: Any, kind: type) -> Any:
+    if not isinstance(value, kind):
+        raise MalformedPickleError(f"a {kind.__name__} must stand where there is a {type(value).__name__}")
+    return value
+
+
+def _set_items(target: object, items: list[Any]) -> object:
+    for key, value in zip(items[::2], items[1::2], strict=True):
+        _of(target, dict)[_key(key)] = value
+    return target
+
+
+def _key(value: Any) -> str | float | None:
+    """A key of a plain kind: the hash of a deeply nested tuple overflows the C stack."""
+    if value is None or isinstance(value, str | float | int):
+        return value
+    raise MalformedPickleError(f"a key must be text or a number, got {type(value).__name__}")
+
+
+def _forbidden(opcode: str, argument: object) -> str:
+    """What an opcode that is not followed wants, by name where it gives one."""
+    if opcode == "INST" and isinstance(argument, str):
+        return _short(argument.replace(" ", ".", 1))
+    if opcode.startswith("EXT"):
+        return f"the extension {argument}"
+    return "a persistent id" if opcode == "PERSID" else f"the opcode {opcode}"
+
+
+def _what(value: object) -> str:
+    return value.name if isinstance(value, Global) else f"a {type(value).__name__}"
+
+
+def _short(name: str) -> str:
+    """For a message: of bearable length, and without characters that a terminal obeys."""
+    return (name if len(name) <= 200 else name[:200] + "...").encode("unicode_escape").decode()

@@ -1,0 +1,238 @@
+"""A TorchScript program run from Python, operator by operator, so that torch.export can trace it with a free batch. Only for files that are trusted:
+TorchScript's own operators write files, and its loader runs methods of the program."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scm_export.checkpoints.archive import check_archive
+from scm_export.checkpoints.operator_graph import hold_tensors, tensor_named
+from scm_export.checkpoints.torch_file import TRUST, first_line
+from scm_runtime.errors import CheckpointError
+
+DTYPES = {
+    0: torch.uint8,
+    1: torch.int8,
+    2: torch.int16,
+    3: torch.int32,
+    4: torch.int64,
+    5: torch.float16,
+    6: torch.float32,
+    7: torch.float64,
+    11: torch.bool,
+    15: torch.bfloat16,
+}
+NUMBERS: dict[torch.dtype, int] = {dtype: number for number, dtype in DTYPES.items()}
+MEMORY_FORMATS = {0: torch.contiguous_format, 1: torch.preserve_format, 2: torch.channels_last, 3: torch.channels_last_3d}
+
+
+def read_torchscript(source: Path, *, trust: bool = False) -> ScriptedNetwork:
+    """The network in a TorchScript archive.
+
+    Raises:
+        CheckpointError: not trusted, damaged, or it uses what cannot be exported.
+    """
+    check_archive(source)
+    if not trust:
+        raise CheckpointError(
+            f"'{source}' is a TorchScript program, which torch can only load by running code from it, and was not loaded. {TRUST} "
+            "A .pt2 of torch.export.save, or weights with --factory, need no trust."
+        )
+    try:
+        return ScriptedNetwork(torch.jit.load(source, map_location="cpu").eval())
+    except Exception as error:
+        raise CheckpointError(f"'{source}' cannot be loaded as TorchScript: {first_line(error)}. Copy or save it again.") from error
+
+
+class ScriptedNetwork(nn.Module):
+    """Runs a program: ``(x, level, **conditioning)``, the conditioning by the names of the further arguments of the program's ``forward``."""
+
+    def __init__(self, script: torch.jit.ScriptModule) -> None:
+        super().__init__()
+        parameters = {name: tensor.detach() for name, tensor in script.named_parameters()}
+        hold_tensors(self, parameters, {name: tensor.detach() for name, tensor in script.named_buffers()})
+        forward: Any = script.forward
+        self.inputs = [argument.name for argument in forward.schema.arguments[1:]]
+        self.graph = script.inlined_graph
+        self._paths: dict[str, str] = {next(self.graph.inputs()).debugName(): ""}  # values that are modules, by their dotted names
+        self._attributes: dict[str, Any] = {}
+        self._read_attributes(script, self.graph)
+
+    def _read_attributes(self, script: torch.jit.ScriptModule, block: Any) -> None:
+        for node in block.nodes():
+            if node.kind() == "prim::GetAttr":
+                base, output = self._paths[node.input().debugName()], node.output().debugName()
+                value: Any = reduce(getattr, [*filter(None, base.split(".")), node.s("name")], script)
+                self._paths[output] = f"{base}.{node.s('name')}".lstrip(".")
+                if isinstance(value, Tensor) and self._paths[output] not in self.state_dict():
+                    hold_tensors(self, {}, {self._paths[output]: value.detach()})
+                elif not isinstance(value, Tensor | torch.jit.ScriptModule):
+                    self._attributes[output] = value
+            for inner in node.blocks():
+                self._read_attributes(script, inner)
+
+    def forward(self, x: Tensor, level: Tensor, **conditioning: Tensor) -> Any:
+        given = {**dict(zip(self.inputs, (x, level), strict=False)), **conditioning}
+        names = [value.debugName() for value in self.graph.inputs()]
+        values: dict[str, Any] = dict(zip(names, [None, *(given[name] for name in self.inputs)], strict=True))
+        return self._run(self.graph, values)[0]
+
+    def _run(self, block: Any, values: dict[str, Any]) -> list[Any]:
+        for node in block.nodes():
+            results = self._node(node, values)
+            values.update(zip((output.debugName() for output in node.outputs()), results, strict=True))
+        return [values[output.debugName()] for output in block.outputs()]
+
+    def _node(self, node: Any, values: dict[str, Any]) -> list[Any]:
+        kind = node.kind()
+        if kind == "prim::Constant":
+            return [node.output().toIValue()]
+        if kind == "prim::GetAttr":
+            name = node.output().debugName()
+            path = self._paths[name]
+            return [self._attributes[name] if name in self._attributes else tensor_named(self, path) if self._is_tensor(path) else None]
+        arguments = [values[value.debugName()] for value in node.inputs()]
+        if kind == "prim::If":
+            return self._run(next(iter(node.blocks())) if arguments[0] else list(node.blocks())[1], values)
+        if kind == "prim::Loop":
+            return self._loop(next(iter(node.blocks())), arguments, values)
+        if kind in PRIMITIVES:
+            return PRIMITIVES[kind](arguments)
+        if not kind.startswith("aten::"):
+            raise NotImplementedError(f"TorchScript's {kind} cannot be exported; export the network with torch.export.save or --factory")
+        result = _aten(node, arguments)
+        return list(result) if node.outputsSize() > 1 else [result]
+
+    def _is_tensor(self, path: str) -> bool:
+        base, _, last = path.rpartition(".")
+        holder = self.get_submodule(base)
+        return last in holder._parameters or last in holder._buffers
+
+    def _loop(self, body: Any, arguments: list[Any], values: dict[str, Any]) -> list[Any]:
+        most, condition, *carried = arguments
+        inputs = [value.debugName() for value in body.inputs()]
+        index = 0
+        while condition and index < most:
+            values.update(zip(inputs, [index, *carried], strict=True))
+            condition, *carried = self._run(body, values)
+            index += 1
+        return carried
+
+
+def _raise(arguments: list[Any]) -> list[Any]:
+    raise ValueError(f"the program refuses its inputs: {arguments[0]}")
+
+
+PRIMITIVES: dict[str, Callable[[list[Any]], list[Any]]] = {
+    "prim::ListConstruct": lambda items: [list(items)],
+    "prim::TupleConstruct": lambda items: [tuple(items)],
+    "prim::TupleUnpack": lambda items: list(items[0]),
+    "prim::ListUnpack": lambda items: list(items[0]),
+    "prim::TupleIndex": lambda items: [items[0][items[1]]],
+    "prim::NumToTensor": lambda items: [items[0]],
+    "prim::Uninitialized": lambda items: [None],
+    "prim::unchecked_cast": lambda items: [items[0]],
+    "prim::unchecked_unwrap_optional": lambda items: [items[0]],
+    "prim::RaiseException": _raise,
+    "prim::dtype": lambda items: [NUMBERS[items[0].dtype]],
+    "prim::device": lambda items: [items[0].device],
+    "prim::layout": lambda items: [0],
+    "prim::is_cuda": lambda items: [False],
+    "prim::requires_grad": lambda items: [False],
+    "prim::data": lambda items: [items[0]],
+    "prim::min": lambda items: [min(items[0] if len(items) == 1 else items)],
+    "prim::max": lambda items: [max(items[0] if len(items) == 1 else items)],
+}
+
+
+def _append(items: list[Any], item: object) -> list[Any]:
+    items.append(item)
+    return items
+
+
+# Operators of TorchScript on numbers, lists and sizes. In Python, since sizes are symbols while the graph is traced.
+ON_VALUES: dict[str, Callable[..., Any]] = {
+    **{name: getattr(operator, name) for name in ("add", "sub", "mul", "floordiv", "truediv", "neg", "eq", "ne", "lt", "le", "gt", "ge")},
+    **{f"__{name}__": getattr(operator, f"{name}_") for name in ("and", "or", "not", "is")},
+    "__isnot__": operator.is_not,
+    "__getitem__": operator.getitem,
+    "__contains__": operator.contains,
+    "__range_length": lambda low, high, step: len(range(low, high, step)),
+    "__derive_index": lambda index, start, step: start + index * step,
+    "remainder": operator.mod,
+    "div": operator.truediv,
+    "pow": operator.pow,
+    "len": len,
+    "Int": lambda value: value,
+    "Float": lambda value: value if isinstance(value, torch.SymFloat) else float(value),
+    "Bool": bool,
+    "ScalarImplicit": lambda value: value,
+    "IntImplicit": lambda value: value,
+    "FloatImplicit": lambda value: value,
+    "ceil": lambda value: -((-value) // 1),
+    "floor": lambda value: value // 1,
+    "sqrt": lambda value: value**0.5,
+    "format": lambda text, *items: text.format(*items),
+    "warn": lambda *_: None,
+}
+ON_LISTS: dict[str, Callable[..., Any]] = {
+    "__getitem__": operator.getitem,
+    "slice": lambda items, start=None, end=None, step=1: items[start:end:step],
+    "add": operator.add,
+    "append": _append,
+    "len": len,
+    "list": list,
+}
+ON_TENSORS: dict[str, Callable[..., Any]] = {
+    "size": lambda tensor, *axis: tensor.shape[axis[0]] if axis else list(tensor.shape),
+    "len": lambda tensor: tensor.shape[0],
+    "dim": lambda tensor: tensor.dim(),
+    "numel": lambda tensor: tensor.numel(),
+    "is_floating_point": lambda tensor: tensor.is_floating_point(),
+    "__isnot__": operator.is_not,
+    "__is__": operator.is_,
+    "Int": int,
+    "Float": float,
+    "Bool": bool,
+    "detach": lambda tensor: tensor.detach(),
+}
+
+
+def _aten(node: Any, arguments: list[Any]) -> Any:
+    name, _, overload = node.schema().partition("(")[0].removeprefix("aten::").partition(".")
+    kinds = ([ON_LISTS] if arguments and isinstance(arguments[0], list) else []) + [ON_TENSORS if _holds_tensors(arguments) else ON_VALUES]
+    for table in kinds:
+        if name in table:
+            return table[name](*arguments)
+    found = getattr(getattr(torch.ops.aten, name), overload or "default")
+    args, kwargs = [], {}
+    for argument, value in zip(found._schema.arguments, arguments, strict=True):
+        given = _typed(str(argument.real_type), value)
+        if argument.kwarg_only:
+            kwargs[argument.name] = given
+        else:
+            args.append(given)
+    return found(*args, **kwargs)
+
+
+def _holds_tensors(value: Any) -> bool:
+    return isinstance(value, Tensor) or (isinstance(value, list | tuple) and any(map(_holds_tensors, value)))
+
+
+def _typed(type: str, value: Any) -> Any:
+    """TorchScript has numbers where torch has types of its own; and a program for a GPU is exported on the CPU."""
+    if isinstance(value, torch.device):
+        return torch.device("cpu")
+    if not isinstance(value, int) or isinstance(value, bool):
+        return value
+    for kind, table in (("ScalarType", DTYPES), ("MemoryFormat", MEMORY_FORMATS), ("Layout", {0: torch.strided})):
+        if kind in type:
+            return table[value]
+    return value

@@ -1,0 +1,205 @@
+"""The family ``latent-consistency``: latent consistency models (arXiv 2310.04378) from a folder of diffusers' LatentConsistencyModelPipeline.
+
+The state is Stable Diffusion's, ``sqrt(alpha_t) latents + sqrt(1 - alpha_t) noise``, and a time is a timestep of its training, a whole number; 0 stands for
+the end, without noise. The text model is no part of a bundle: its embeddings are an input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scm_export.checkpoints import DiffusersFolder, Loaded
+from scm_export.families.autoencoders import downsampling, image_networks
+from scm_export.families.diffusers_networks import (
+    check_size,
+    free_batch,
+    injected_noise,
+    keep_times,
+    make_network,
+    make_scheduler,
+    read_weights,
+    sample_size,
+    share_weights,
+    unet_islands,
+)
+from scm_export.families.family import BuildOptions, Family
+from scm_export.families.weights import load_weights
+from scm_export.model import Model, Reference
+from scm_export.precision import Precision
+from scm_runtime.bundle import Conditioning
+from scm_runtime.errors import CheckpointError
+
+PIPELINES = ("LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline")
+UNET, SCHEDULER = "UNet2DConditionModel", "LCMScheduler"
+STEPS = (1, 2, 4, 8)
+GUIDANCE_SCALE = 8.5  # the pipeline's default
+SIGMA_DATA = 1.0  #     diffusers scales latents to unit variance
+
+
+class GuidedUNet(nn.Module):
+    """diffusers' U-Net under this project's names: ``(x, timestep, prompt_embeds, guidance_scale)`` to its prediction, ``[N, C, H, W]``."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
+        config: Any = unet.config
+        half = config.time_cond_proj_dim // 2
+        # No buffer, whose dtype would follow the network's: the sines' arguments are in the thousands. And no exponential in the graph, for the same reason:
+        # its last bit differs between libraries.
+        self.frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * -(torch.log(torch.tensor(10000.0)) / (half - 1)))
+        self.padding = config.time_cond_proj_dim % 2
+
+    def forward(self, x: Tensor, timestep: Tensor, prompt_embeds: Tensor, guidance_scale: Tensor) -> Tensor:
+        angles = ((guidance_scale - 1) * 1000)[:, None] * self.frequencies
+        w = nn.functional.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, self.padding))
+        y: Tensor = self.unet(x, timestep, encoder_hidden_states=prompt_embeds, timestep_cond=w, return_dict=False)[0]
+        return y
+
+
+class LatentConsistencyStep(nn.Module):
+    """One step from timestep t to t_next, whole numbers in float32: Algorithm 3 of arXiv 2310.04378, as LCMScheduler has it."""
+
+    coefficients: Tensor
+    renoising: Tensor
+
+    def __init__(self, unet: nn.Module, scheduler: Any) -> None:
+        """From a U-Net and its scheduler, whose table of alphas becomes part of the step."""
+        super().__init__()
+        self.network = Precision(GuidedUNet(unet), unet_islands)
+        config = scheduler.config
+        self.prediction, self.clip = config.prediction_type, float(config.clip_sample_range) if config.clip_sample else None
+        alphas = scheduler.alphas_cumprod
+        c_skip, c_out = scheduler.get_scalings_for_boundary_condition_discrete(torch.arange(len(alphas)))
+        self.register_buffer("coefficients", torch.stack([c_skip, c_out, alphas.sqrt(), (1 - alphas).sqrt()], dim=1))  # of t: [T, 4]
+        after = torch.cat([torch.ones(1), alphas[1:]])
+        self.register_buffer("renoising", torch.stack([after.sqrt(), (1 - after).sqrt()], dim=1))  # of t_next: [T, 2]
+
+    def forward(self, x: Tensor, t: Tensor, t_next: Tensor, noise: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
+        t, t_next = t.round(), t_next.round()
+        c_skip, c_out, signal, spread = _rows(self.coefficients, t)
+        y: Tensor = self.network(x, t, **conditioning)
+        match self.prediction:
+            case "epsilon":
+                x0 = (x - spread * y) / signal
+            case "v_prediction":
+                x0 = signal * x - spread * y
+            case _:
+                x0 = y
+        if self.clip is not None:
+            x0 = x0.clamp(-self.clip, self.clip)
+        denoised = c_out * x0 + c_skip * x
+        signal, spread = _rows(self.renoising, t_next)
+        return signal * denoised + spread * noise
+
+
+def recognises_latent_consistency(loaded: Loaded) -> bool:
+    if not isinstance(loaded, DiffusersFolder):
+        return False
+    return loaded.pipeline in PIPELINES or (loaded.find(SCHEDULER) is not None and loaded.find(UNET) is not None)
+
+
+def build_latent_consistency(loaded: Loaded, options: BuildOptions) -> Model:
+    """A Model from a folder of LatentConsistencyModelPipeline.
+
+    Raises:
+        CheckpointError: the folder is another model's, lacks a part, or its weights do not fit its configuration.
+        InvalidArgumentError: the network cannot make images of the size asked for.
+    """
+    component = loaded.find(UNET) if isinstance(loaded, DiffusersFolder) else None
+    if not isinstance(loaded, DiffusersFolder) or component is None:
+        raise CheckpointError(f"the family latent-consistency is read from a diffusers folder with a {UNET}, got {loaded.describe()}")
+    scheduler = make_scheduler(loaded, SCHEDULER)
+    unet, original = make_network(loaded, component), make_network(loaded, component)
+    config: Any = unet.config
+    _check(config, scheduler.config, loaded)
+    sample_shape = (config.in_channels, *sample_size(config, options.size, downsampling(options, loaded)))
+    free_batch(unet)
+    check_size(unet, sample_shape, encoder_hidden_states=torch.empty(1, 1, config.cross_attention_dim, device="meta"))
+    keep_times(unet)
+    images = image_networks(options, sample_shape, SIGMA_DATA, folder=loaded)  # before the weights are read: it may be missing
+    load_weights(unet, read_weights(loaded, component))
+    share_weights(original, unet)
+    return Model(
+        family="latent-consistency",
+        step=LatentConsistencyStep(unet, scheduler),
+        sample_shape=sample_shape,
+        sigma_data=SIGMA_DATA,
+        initial_scale=float(scheduler.init_noise_sigma),
+        times={count: _times(scheduler, count) for count in STEPS if count <= scheduler.config.original_inference_steps},
+        time_unit="timestep",
+        conditioning=(
+            Conditioning(name="prompt_embeds", kind="embedding", dtype="float32", shape=("tokens", config.cross_attention_dim)),
+            Conditioning(name="guidance_scale", kind="scalar", dtype="float32", default=GUIDANCE_SCALE),
+        ),
+        decoder=images.decoder,
+        encoder=images.encoder,
+        preview=images.preview,
+        reference=lcm_scheduler(original, scheduler),
+    )
+
+
+def _check(unet: Any, scheduler: Any, folder: DiffusersFolder) -> None:
+    """Refuse what LatentConsistencyModelPipeline cannot run either. Raises CheckpointError."""
+    if unet.time_cond_proj_dim is None:
+        raise CheckpointError(
+            f"the {UNET} of {folder.describe()} must have time_cond_proj_dim, the embedding of the guidance scale, as distilled U-Nets have; "
+            "this one has none. With LCM-LoRA it would need classifier-free guidance: that is not supported."
+        )
+    unused = dict.fromkeys(("addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_hid_dim_type"))
+    for name, value in {**unused, "out_channels": unet.in_channels}.items():
+        if unet[name] != value:
+            raise CheckpointError(
+                f"{name} of the {UNET} in {folder.describe()} must be {value!r}, got {unet[name]!r}: models with more inputs are not supported"
+            )
+    if not isinstance(unet.cross_attention_dim, int):
+        raise CheckpointError(f"cross_attention_dim of the {UNET} in {folder.describe()} must be a whole number, got {unet.cross_attention_dim!r}")
+    if scheduler.thresholding:
+        raise CheckpointError(f"the {SCHEDULER} of {folder.describe()} must have thresholding = false: dynamic thresholding is not for latents")
+    predictions = ("epsilon", "sample", "v_prediction")
+    if scheduler.prediction_type not in predictions:
+        raise CheckpointError(f"prediction_type of the {SCHEDULER} must be one of {', '.join(predictions)}, got {scheduler.prediction_type!r}")
+
+
+def _times(scheduler: Any, count: int) -> tuple[float, ...]:
+    scheduler.set_timesteps(count)
+    return (*map(float, scheduler.timesteps.tolist()), 0.0)
+
+
+def lcm_scheduler(unet: nn.Module, scheduler: Any) -> Reference:
+    """diffusers' scheduler over diffusers' U-Net, as in the loop of LatentConsistencyModelPipeline."""
+    import diffusers
+    from diffusers.models.embeddings import get_timestep_embedding
+    from diffusers.schedulers import scheduling_lcm
+
+    @torch.no_grad()
+    def sample(noises: Sequence[Tensor], times: tuple[float, ...], conditioning: dict[str, Tensor]) -> Tensor:
+        scheduler.set_timesteps(len(times) - 1)
+        scheduler.timesteps = torch.tensor(times[:-1]).long()  # the same, or others that a caller chose
+        config: Any = unet.config
+        w = get_timestep_embedding((conditioning["guidance_scale"] - 1) * 1000, config.time_cond_proj_dim)
+        x: Tensor = noises[0] * scheduler.init_noise_sigma
+        with injected_noise(scheduling_lcm, noises[1:]):
+            for t in scheduler.timesteps:
+                y = unet(x, t, encoder_hidden_states=conditioning["prompt_embeds"], timestep_cond=w, return_dict=False)[0]
+                x, _ = scheduler.step(y, t, x, return_dict=False)
+        return x
+
+    return Reference(f"{SCHEDULER} of diffusers {diffusers.__version__}", sample)
+
+
+def _rows(table: Tensor, t: Tensor) -> list[Tensor]:
+    """The rows of a table ``[T, K]`` for timesteps ``[N]``: K tensors, each ready to be multiplied with the state."""
+    rows = table[t.long().clamp(0, len(table) - 1)]
+    return [column.reshape(-1, 1, 1, 1) for column in rows.unbind(1)]
+
+
+FAMILY = Family(
+    looks_for=f"a diffusers folder of {PIPELINES[0]}: a {UNET} with a {SCHEDULER}",
+    recognises=recognises_latent_consistency,
+    build=build_latent_consistency,
+    dtype="fp16",
+)

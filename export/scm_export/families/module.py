@@ -1,0 +1,192 @@
+"""The family ``module``: a network of the user's own, from a factory, an exported program, TorchScript or a pickled module."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from msgspec import Struct
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+
+from scm_export.checkpoints import Checkpoint, Loaded, Program, SamplerSpec
+from scm_export.checkpoints.header import PositiveInteger, convert
+from scm_export.families.autoencoders import ImageNetworks, LatentStatistics, image_networks, pixel_networks
+from scm_export.families.family import BuildOptions, Family
+from scm_export.families.weights import load_weights
+from scm_export.model import Model
+from scm_export.parametrisation import Step, default_times
+from scm_export.precision import Precision, norms
+from scm_export.trace import TRACE_BATCH, example
+from scm_runtime.bundle import Conditioning
+from scm_runtime.errors import CheckpointError
+
+PIXEL_CHANNELS = (1, 3, 4)
+
+
+class ModuleConfig(Struct, kw_only=True, forbid_unknown_fields=True):
+    """``[config]`` of the family."""
+
+    sample_shape: tuple[PositiveInteger, ...]
+    """Of the state, [C, H, W] for pictures and latents of pictures."""
+    keep_fp32: tuple[str, ...] = ()
+    """Names of modules that compute in float32 whatever the dtype, "*" for any part: the time embedding, norms written by hand."""
+    arguments: dict[str, Any] = {}
+    """Keyword arguments of the factory."""
+
+
+def recognises_module(loaded: Loaded) -> bool:
+    return isinstance(loaded, Program) or (isinstance(loaded, Checkpoint) and loaded.family == "module")
+
+
+def build_module(loaded: Loaded, options: BuildOptions) -> Model:
+    """A Model of a network that takes ``(x, level, **conditioning)`` and returns a tensor shaped as x, or something whose first element is one.
+
+    Raises:
+        CheckpointError: the network is missing, does not take what the config says, or its weights do not fit it.
+    """
+    if not isinstance(loaded, Program):
+        raise CheckpointError(
+            f"the family module needs the network itself, {loaded.describe()} has weights alone: give --factory package.module:function, which returns it"
+        )
+    header, sampler = loaded.header, loaded.header.sampler
+    try:
+        config = convert(header.config, ModuleConfig)
+        conditioning = tuple(item.conditioning() for item in header.conditioning)
+        if header.label_names is not None:
+            conditioning = _with_label_names(conditioning, header.label_names)
+    except ValueError as error:
+        raise CheckpointError(f"config of the family module: {error} (docs/checkpoint-format.md)") from error
+    if options.size is not None:
+        raise CheckpointError("a network of the family module has the sample_shape of its config: leave out the size")
+    _check_inputs(loaded, conditioning)
+    network = loaded.network.eval().requires_grad_(False)
+    if loaded.weights is not None:
+        try:
+            load_weights(network, loaded.weights)
+        except CheckpointError as error:
+            raise CheckpointError(f"{loaded.describe()}: {error}") from error
+    else:
+        _check_weights(network, loaded.describe())
+    images = _images(config.sample_shape, sampler, options)
+    precision = Precision(network, _islands(network, config.keep_fp32), match_dtypes=True)
+    model = Model(
+        family="module",
+        step=Step(FirstOutput(precision), sampler.sigma_data, sampler.parametrisation, sampler.solver),
+        sample_shape=config.sample_shape,
+        sigma_data=sampler.sigma_data,
+        initial_scale=sampler.sigma_data if sampler.initial_scale is None else sampler.initial_scale,
+        times=default_times(sampler.sigma_data) if sampler.times is None else {int(count): times for count, times in sampler.times.items()},
+        conditioning=conditioning,
+        decoder=images.decoder,
+        encoder=images.encoder,
+        preview=images.preview,
+        licence=header.licence,
+    )
+    _try(model, loaded)
+    return model
+
+
+class FirstOutput(nn.Module):
+    """A network that may return a tuple or a diffusers output: the first of it."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor, level: Tensor, **conditioning: Tensor) -> Tensor:
+        output: Any = self.network(x, level, **conditioning)
+        while not isinstance(output, Tensor):
+            if isinstance(output, dict) and output:
+                output = next(iter(output.values()))
+            elif isinstance(output, tuple | list) and output:
+                output = output[0]
+            else:
+                raise TypeError(f"it must return a tensor, got {type(output).__name__}")
+        return output.float()
+
+
+def _with_label_names(conditioning: tuple[Conditioning, ...], names: tuple[str, ...]) -> tuple[Conditioning, ...]:
+    """The header's names belong to the one input of classes."""
+    classes = [item for item in conditioning if item.kind == "class"]
+    if len(classes) != 1:
+        raise ValueError(f"label_names need one conditioning of kind 'class', got {len(classes)}; give each its own label_names")
+    classes[0].label_names = names
+    classes[0].validate()
+    return conditioning
+
+
+def _check_inputs(loaded: Program, conditioning: tuple[Conditioning, ...]) -> None:
+    if loaded.inputs is None:
+        return
+    named, given = list(loaded.inputs[2:]), [item.name for item in conditioning]
+    if len(loaded.inputs) < 2 or sorted(named) != sorted(given):
+        raise CheckpointError(
+            f"{loaded.describe()} takes {', '.join(loaded.inputs)}: the state, its level, and then exactly the [[conditioning]] of the config, "
+            f"got {', '.join(given) or 'none'}"
+        )
+
+
+def _check_weights(network: nn.Module, what: str) -> None:
+    broken = [name for name, tensor in network.state_dict().items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
+    if broken:
+        raise CheckpointError(f"{what}: weights must be finite, got NaN or infinity in {', '.join(broken[:3])}")
+    network.float()
+
+
+def _islands(network: nn.Module, keep_fp32: tuple[str, ...]) -> Callable[[str, nn.Module], bool]:
+    """Norms, and the modules named; what lies inside a named one is left to it."""
+    names = [name for name, _ in network.named_modules() if name]
+    kept = {name for name in names if any(fnmatchcase(name, pattern) for pattern in keep_fp32)}
+    for pattern in keep_fp32:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            close = difflib.get_close_matches(pattern, names, n=1)
+            raise CheckpointError(f"config.keep_fp32 must name modules of the network, got {pattern!r}{f'; did you mean {close[0]!r}?' if close else ''}")
+
+    def inside(name: str) -> bool:
+        return any(name.startswith(f"{outer}.") for outer in kept)
+
+    return lambda name, module: not inside(name) and (name in kept or norms(name, module))
+
+
+def _images(sample_shape: tuple[int, ...], sampler: SamplerSpec, options: BuildOptions) -> ImageNetworks:
+    """Latents are what the config gives statistics of, what a decoder is given for, or what has no number of channels of a picture."""
+    pixels, mean, std = (sampler.pixel_scale, sampler.pixel_offset), sampler.latent_mean, sampler.latent_std
+    if (mean is None) != (std is None):
+        raise CheckpointError("sampler.latent_mean and sampler.latent_std go together, got one of them")
+    statistics = None if mean is None or std is None else LatentStatistics(mean, std)
+    if len(sample_shape) == 3 and statistics is None and options.decoder is None and (sample_shape[0] in PIXEL_CHANNELS or options.latents):
+        return pixel_networks(options, sample_shape, pixels)
+    return image_networks(options, sample_shape, sampler.sigma_data, statistics=statistics, pixels=pixels)
+
+
+def _try(model: Model, loaded: Program) -> None:
+    """Call the step without computing anything, at two batch sizes: what does not fit together shows in the network's own words."""
+    for n in (TRACE_BATCH, TRACE_BATCH + 1):
+        x, t = torch.zeros(n, *model.sample_shape), torch.full((n,), math.pi / 4)
+        conditioning = {item.name: example(item, n) for item in model.conditioning}
+        try:
+            with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as fake:
+                fakes = [fake.from_tensor(tensor) for tensor in (x, t, t, x)]
+                output = model.step(*fakes, {name: fake.from_tensor(tensor) for name, tensor in conditioning.items()})
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            return  # the exporter says what in the network depends on values
+        except Exception as error:
+            asked = ", ".join(["x", "level", *(f"{item.name}=" for item in model.conditioning)])
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise CheckpointError(
+                f"{loaded.describe()} cannot be called as network({asked}) with x of {[n, *model.sample_shape]}: {type(error).__name__}: {reason}"
+            ) from error
+        if output.shape != x.shape:
+            raise CheckpointError(f"{loaded.describe()} must return a tensor shaped as x, {list(x.shape)}, got {list(output.shape)}")
+
+
+FAMILY = Family(
+    looks_for="a network of your own: --factory package.module:function, a .pt2, or TorchScript; described by --config FILE.toml",
+    recognises=recognises_module,
+    build=build_module,
+)

@@ -1,0 +1,138 @@
+"""``--dry-run``: what an export would make, from the model alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from msgspec import Struct
+from torch import Tensor, nn
+
+from scm_export.choices import GRAPH_DTYPES
+from scm_export.functions import INLINE_BELOW
+from scm_export.model import DTYPES, ImageDecoder, ImageNetwork, Latents, Model
+from scm_runtime.bundle import STEP_INPUTS, Conditioning, Dtype, OutputSpec, Source
+
+
+class PlannedInput(Struct, kw_only=True):
+    """One input of the step graph; a shape's first dimension is N."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+class Plan(Struct, kw_only=True):
+    """A bundle that could be."""
+
+    out: str
+    family: str
+    licence: str | None
+    source: Source
+    parameters: dict[str, int]
+    """Of each network, by the graph it becomes."""
+    decoder: str
+    inputs: tuple[PlannedInput, ...]
+    conditioning: tuple[Conditioning, ...]
+    sample_shape: tuple[int, ...]
+    output: OutputSpec
+    sigma_data: float
+    initial_scale: float
+    time_unit: str
+    times: dict[str, tuple[float, ...]]
+    weights_dtype: str
+    weights_bytes: dict[str, int]
+    """Expected size of the weights file, by the dtype of the stored weights."""
+    opset: int
+    custom_ops: bool
+    graphs: tuple[str, ...]
+
+    def to_json(self) -> bytes:
+        """As JSON text."""
+        return msgspec.json.format(msgspec.json.encode(self), indent=2)
+
+    def facts(self) -> dict[str, str]:
+        """As lines for a terminal, by name."""
+        own = self.weights_bytes[self.weights_dtype]
+        others = ", ".join(f"{name} {_size(size)}" for name, size in self.weights_bytes.items() if name != self.weights_dtype)
+        return {
+            "checkpoint": f"{self.source.file} (SHA-256 {self.source.sha256[:12]}…)",
+            "family": self.family,
+            "licence": self.licence or "not stated",
+            "parameters": ", ".join(f"{name} {count / 1e6:,.2f} M" for name, count in self.parameters.items()),
+            "inputs": ", ".join(f"{item.name} {item.dtype} [{', '.join(map(str, item.shape))}]" for item in self.inputs),
+            "state": f"float32 [N, {', '.join(map(str, self.sample_shape))}], sigma_d {self.sigma_data:g}, starts as {self.initial_scale:g} × noise",
+            "decoder": self.decoder,
+            "output": f"{self.output.kind} [N, {', '.join(map(str, self.output.shape))}]",
+            **{
+                f"times, {count} step{'s' * (count != '1')}": f"{' → '.join(f'{t:.6g}' for t in times)} ({self.time_unit})"
+                for count, times in self.times.items()
+            },
+            "weights": f"{self.weights_dtype}, {_size(own)} (in {others})",
+            "graphs": f"opset {self.opset}{', scm operators' if self.custom_ops else ', standard operators alone'}: {', '.join(self.graphs)}",
+            "bundle": self.out,
+        }
+
+
+def make_plan(model: Model, destination: Path, source: Source, dtype: Dtype, steps: Sequence[int], opset: int, *, custom_ops: bool) -> Plan:
+    """The plan of a model's export, its weights being stored in ``dtype``."""
+    parts: dict[str, Any] = {"step": model.step, "decode": model.decoder, "preview": model.preview, "encode": model.encoder}
+    networks = {name: part.network if isinstance(part, ImageNetwork) else part for name, part in parts.items()}
+    counts = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items() if isinstance(network, nn.Module)}
+    kinds = ["step", "decode", *(name for name in ("preview", "encode") if parts[name] is not None), *(f"sample-{count}" for count in steps)]
+    shapes: dict[str, tuple[int | str, ...]] = {name: () if name in ("t", "t_next") else model.sample_shape for name in STEP_INPUTS}
+    inputs = [*((name, "float32", shape) for name, shape in shapes.items()), *((item.name, item.dtype, item.shape) for item in model.conditioning)]
+    return Plan(
+        out=str(destination),
+        family=model.family,
+        licence=model.licence,
+        source=source,
+        parameters=counts,
+        decoder=_describe(model, counts.get("decode", 0)),
+        inputs=tuple(PlannedInput(name=name, dtype=kind, shape=("N", *shape)) for name, kind, shape in inputs),
+        conditioning=model.conditioning,
+        sample_shape=model.sample_shape,
+        output=model.output,
+        sigma_data=model.sigma_data,
+        initial_scale=model.initial_scale,
+        time_unit=model.time_unit,
+        times={str(count): times for count, times in sorted(model.times.items())},
+        weights_dtype=dtype,
+        weights_bytes={name: _bytes(model, DTYPES[name]) for name in DTYPES},
+        opset=opset,
+        custom_ops=custom_ops,
+        graphs=("noise.onnx", *(f"{kind}.{compute}.onnx" for compute in GRAPH_DTYPES[dtype] for kind in kinds)),
+    )
+
+
+def _describe(model: Model, parameters: int) -> str:
+    match model.decoder:
+        case ImageDecoder(scale=scale, offset=offset):
+            return f"none needed: levels are the state × {scale:g} + {offset:g}"
+        case ImageNetwork():
+            return f"a network of {parameters / 1e6:,.2f} M parameters"
+        case Latents():
+            return "none: samples are latents"
+
+
+def _bytes(model: Model, dtype: torch.dtype) -> int:
+    """What the writer puts into the weights file: every tensor once, parameters in ``dtype``, buffers as they are."""
+    sizes = {}
+    for tensor, itemsize in _tensors(model, dtype):
+        size = tensor.numel() * itemsize
+        if size >= INLINE_BELOW:
+            sizes[tensor.data_ptr(), tuple(tensor.shape)] = size
+    return sum(sizes.values())
+
+
+def _tensors(model: Model, dtype: torch.dtype) -> Iterator[tuple[Tensor, int]]:
+    for network in model.networks:
+        yield from ((parameter, dtype.itemsize) for parameter in network.parameters())
+        yield from ((buffer, buffer.itemsize) for buffer in network.buffers())
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -1,0 +1,48 @@
+"""Weights stored in the shape and order in which they are multiplied, so that no session reorders them while it opens, each in memory of its own."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from onnxscript import ir
+
+from scm_export.functions import INLINE_BELOW
+
+
+def store_as_read(model: ir.Model) -> None:
+    """Take every Reshape and Transpose of a weight out of a graph and do it to the weight, also where a Cast stands between the two.
+
+    PyTorch's ``linear`` multiplies with the transpose of what it stores. The tensors in the result are views of those given.
+    """
+    for node in list(model.graph):
+        if node.op_type not in ("Reshape", "Transpose") or node.domain:
+            continue
+        source, output = node.inputs[0], node.outputs[0]
+        weight = _weight(source)
+        if source is None or weight is None or weight.const_value is None or output.is_graph_output():
+            continue
+        array = _apply(node, weight.const_value.numpy())
+        if array is None:
+            continue
+        weight.const_value = ir.Tensor(array, weight.const_value.dtype, name=weight.name)
+        weight.shape = source.shape = ir.Shape(array.shape)
+        output.replace_all_uses_with(source)
+        model.graph.remove(node, safe=True)
+
+
+def _weight(value: ir.Value | None) -> ir.Value | None:
+    """The initializer that a value is, or is the Cast of, if it is large and read here alone."""
+    if value is None or len(value.uses()) != 1:
+        return None
+    producer = value.producer()
+    if producer is not None:
+        return _weight(producer.inputs[0]) if producer.op_type == "Cast" and not producer.domain else None
+    return value if value.is_initializer() and value.const_value is not None and value.const_value.nbytes >= INLINE_BELOW else None
+
+
+def _apply(node: ir.Node, array: NDArray[np.generic]) -> NDArray[np.generic] | None:
+    if node.op_type == "Transpose":
+        order = node.attributes.get("perm")
+        return array.transpose(None if order is None else list(order.as_ints()))
+    shape = node.outputs[0].shape
+    return array.reshape(shape.numpy()) if shape is not None and shape.is_static() else None

@@ -1,0 +1,60 @@
+"""The open graphs of a bundle in one dtype: noise, step and decode at once, encode and preview when they are first asked for."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Literal
+
+from scm_runtime.bundle import Dtype, Manifest
+from scm_runtime.errors import InferenceError, InvalidArgumentError
+from scm_runtime.session import Session
+
+# What the exporter must be told for a bundle to have the graph.
+EXPORT_OPTIONS = {"encode": "--with-encoder", "preview": "--preview-decoder FOLDER"}
+
+
+class Graphs:
+    """Sessions over a bundle's graphs. Safe to use from several threads."""
+
+    def __init__(self, folder: Path, manifest: Manifest, dtype: Dtype, *, threads: int | None, library: Path | None) -> None:
+        """Open noise, step and decode.
+
+        Args:
+            folder: of the bundle.
+            manifest: of the bundle.
+            dtype: which graphs.
+            threads: see Session.
+            library: see Session.
+
+        Raises:
+            InferenceError: ONNX Runtime refuses a graph.
+            NativeOpsError: ONNX Runtime refuses the library.
+        """
+        self._folder, self._manifest, self._dtype, self._threads, self._library = folder, manifest, dtype, threads, library
+        self._lock = threading.Lock()
+        self._optional: dict[str, Session] = {}
+        self.noise = self._open("noise.onnx")
+        self.step = self._open(f"step.{dtype}.onnx")
+        self.decode = self._open(f"decode.{dtype}.onnx")
+
+    def optional(self, kind: Literal["encode", "preview"]) -> Session:
+        """Encode or preview, opened by the first call. Raises InvalidArgumentError where the bundle has none, InferenceError where it cannot be opened."""
+        with self._lock:
+            if kind not in self._optional:
+                name = self._manifest.optional_graph(kind, self._dtype)
+                if name is None:
+                    what = {"encode": "encoder", "preview": "preview decoder"}[kind]
+                    raise InvalidArgumentError(
+                        f"the bundle {self._manifest.name!r} has no {what}. Export its checkpoint again with one: scm-export … {EXPORT_OPTIONS[kind]}"
+                    )
+                self._optional[kind] = self._open(name)
+            return self._optional[kind]
+
+    def _open(self, name: str) -> Session:
+        try:
+            return Session(self._folder / name, threads=self._threads, library=self._library)
+        except InferenceError as error:
+            if self._dtype == "fp32":
+                raise
+            raise InferenceError(f"{error} Or compute in fp32, which every bundle can: dtype='fp32'.") from error

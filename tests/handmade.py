@@ -1,0 +1,214 @@
+"""A bundle written by hand, without the exporter: a sampler of text with an encoder and a preview decoder, small enough to be computed again in NumPy.
+
+Every input changes what comes out; heights differ from widths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from scm_runtime.bundle import MANIFEST, WEIGHTS, Conditioning, FileEntry, Manifest, OutputSpec, SampleSpec, Source, sha256
+
+SAMPLE, PICTURE, SMALL = (2, 4, 6), (8, 12, 3), (4, 6, 3)
+WIDTH = 5  # of the embeddings
+TIMES: dict[str, tuple[float, ...]] = {"1": (1.5, 0.0), "2": (1.5, 1.0, 0.0)}
+INITIAL_SCALE = 0.5
+GUIDANCE, SCORE = 4.5, 6.0  # defaults
+
+HEADER = '<ir_version: 9, opset_import: ["": 20]>'
+
+NOISE = """noise (int64[batch] seeds, int64 draw, float scale) => (float[batch,2,4,6] noise) {
+    s = Cast<to=1>(seeds)
+    shape = Constant<value_ints=[-1, 1, 1, 1]>()
+    s4 = Reshape(s, shape)
+    a = Constant<value_float=1.7>()
+    sa = Mul(s4, a)
+    zero = Constant<value_float=0.0>()
+    size = Constant<value_float=48.0>()
+    one = Constant<value_float=1.0>()
+    index = Range(zero, size, one)
+    plane = Constant<value_ints=[1, 2, 4, 6]>()
+    i4 = Reshape(index, plane)
+    d = Cast<to=1>(draw)
+    p = Add(sa, i4)
+    q = Add(p, d)
+    z = Sin(q)
+    noise = Mul(z, scale)
+}"""
+
+# x / 2 + 0.1 t + t_next noise + guidance_scale text + 0.01 score, where text is the mean embedding of the tokens that count, times the weights
+STEP = """step (float[batch,2,4,6] x, float[batch] t, float[batch] t_next, float[batch,2,4,6] noise, float[batch,tokens,5] prompt_embeds,
+        int64[batch,tokens] prompt_attention_mask, float[batch] guidance_scale, float[batch] score) => (float[batch,2,4,6] x_next) {
+    m = Cast<to=1>(prompt_attention_mask)
+    last = Constant<value_ints=[-1]>()
+    m3 = Unsqueeze(m, last)
+    em = Mul(prompt_embeds, m3)
+    middle = Constant<value_ints=[1]>()
+    total = ReduceSum<keepdims=0>(em, middle)
+    count = ReduceSum<keepdims=0>(m3, middle)
+    pooled = Div(total, count)
+    text = MatMul(pooled, weights)
+    column = Constant<value_ints=[-1, 1]>()
+    g = Reshape(guidance_scale, column)
+    gt = Mul(g, text)
+    channels = Constant<value_ints=[-1, 2, 1, 1]>()
+    gt4 = Reshape(gt, channels)
+    one = Constant<value_ints=[-1, 1, 1, 1]>()
+    t4 = Reshape(t, one)
+    n4 = Reshape(t_next, one)
+    s4 = Reshape(score, one)
+    half = Constant<value_float=0.5>()
+    tenth = Constant<value_float=0.1>()
+    hundredth = Constant<value_float=0.01>()
+    a = Mul(x, half)
+    b = Mul(t4, tenth)
+    c = Mul(n4, noise)
+    d = Mul(s4, hundredth)
+    ab = Add(a, b)
+    abc = Add(ab, c)
+    abcd = Add(abc, d)
+    x_next = Add(abcd, gt4)
+}"""
+
+PREVIEW_BODY = """
+    first = Constant<value_ints=[0]>()
+    second = Constant<value_ints=[1]>()
+    c0 = Gather<axis=1>(x, first)
+    c1 = Gather<axis=1>(x, second)
+    both = Add(c0, c1)
+    rgb = Concat<axis=1>(c0, c1, both)
+    scale = Constant<value_float=32.0>()
+    offset = Constant<value_float=128.0>()
+    scaled = Mul(rgb, scale)
+    moved = Add(scaled, offset)
+    rounded = Round(moved)
+    low = Constant<value_float=0.0>()
+    high = Constant<value_float=255.0>()
+    clipped = Clip(rounded, low, high)
+    pixels = Cast<to=2>(clipped)
+    small = Transpose<perm=[0, 2, 3, 1]>(pixels)
+"""
+
+PREVIEW = f"preview (float[batch,2,4,6] x) => (uint8[batch,4,6,3] image) {{{PREVIEW_BODY}    image = Identity(small)\n}}"
+
+DECODE = f"""decode (float[batch,2,4,6] x) => (uint8[batch,8,12,3] image) {{{PREVIEW_BODY}
+    spread = Constant<value_ints=[-1, 4, 1, 6, 1, 3]>()
+    spaced = Reshape(small, spread)
+    doubled = Constant<value_ints=[1, 1, 2, 1, 2, 1]>()
+    tiled = Tile(spaced, doubled)
+    full = Constant<value_ints=[-1, 8, 12, 3]>()
+    image = Reshape(tiled, full)
+}}"""
+
+LATENT = "decode (float[batch,2,4,6] x) => (float[batch,2,4,6] latents) { latents = Identity(x) }"
+
+ENCODE = """encode (uint8[batch,8,12,3] image) => (float[batch,2,4,6] x) {
+    f = Cast<to=1>(image)
+    offset = Constant<value_float=128.0>()
+    scale = Constant<value_float=32.0>()
+    centred = Sub(f, offset)
+    scaled = Div(centred, scale)
+    spread = Constant<value_ints=[-1, 4, 2, 6, 2, 3]>()
+    blocks = Reshape(scaled, spread)
+    within = Constant<value_ints=[2, 4]>()
+    mean = ReduceMean<keepdims=0>(blocks, within)
+    two = Constant<value_ints=[0, 1]>()
+    kept = Gather<axis=3>(mean, two)
+    x = Transpose<perm=[0, 3, 1, 2]>(kept)
+}"""
+
+
+def projection() -> NDArray[np.float32]:
+    """The only weights, ``[D, 2]``."""
+    return np.linspace(-0.2, 0.3, WIDTH * 2, dtype=np.float32).reshape(WIDTH, 2)
+
+
+def write_text_bundle(folder: Path, *, decoder: bool = True, extras: Iterable[str] = ("encode", "preview"), name: str = "text", gain: float = 1.0) -> Path:
+    """Write the bundle. ``gain`` scales its weights, so that two revisions of it differ; without ``decoder`` it makes latents."""
+    folder.mkdir(parents=True)
+    (folder / WEIGHTS).write_bytes((projection() * np.float32(gain)).tobytes() + bytes(64))
+    graphs = {"noise": NOISE, "step.fp32": STEP, "decode.fp32": DECODE if decoder else LATENT}
+    graphs |= {f"{extra}.fp32": {"encode": ENCODE, "preview": PREVIEW}[extra] for extra in extras}
+    for graph, text in graphs.items():
+        model = onnx.parser.parse_model(HEADER + text)
+        if graph.startswith("step"):
+            model.graph.initializer.append(_external("weights", [WIDTH, 2]))
+        (folder / f"{graph}.onnx").write_bytes(model.SerializeToString())
+    conditioning = (
+        Conditioning(name="prompt_embeds", kind="embedding", dtype="float32", shape=("tokens", WIDTH)),
+        Conditioning(name="prompt_attention_mask", kind="mask", dtype="int64", shape=("tokens",)),
+        Conditioning(name="guidance_scale", kind="scalar", dtype="float32", default=GUIDANCE),
+        Conditioning(name="score", kind="scalar", dtype="float32", default=SCORE),
+    )
+    manifest = Manifest(
+        schema_version=1,
+        name=name,
+        producer="hand",
+        family="handmade",
+        licence=None,
+        source=Source(file="none", sha256="0" * 64),
+        parameters=WIDTH * 2,
+        sample=SampleSpec(shape=SAMPLE),
+        output=OutputSpec(kind="image", shape=PICTURE) if decoder else OutputSpec(kind="latent", shape=SAMPLE),
+        sigma_data=0.5,
+        initial_scale=INITIAL_SCALE,
+        times=TIMES,
+        conditioning=conditioning,
+        dtypes=("fp32",),
+        weights_dtype="fp32",
+        opset=20,
+        ops={},
+        files={path.name: FileEntry(size=path.stat().st_size, sha256=sha256(path)) for path in sorted(folder.iterdir())},
+    )
+    manifest.validate()
+    (folder / MANIFEST).write_bytes(manifest.to_json())
+    return folder
+
+
+def _external(name: str, dims: list[int]) -> onnx.TensorProto:
+    tensor = onnx.TensorProto(name=name, data_type=onnx.TensorProto.FLOAT, dims=dims, data_location=onnx.TensorProto.EXTERNAL)
+    for key, value in {"location": WEIGHTS, "offset": "0", "length": str(4 * int(np.prod(dims)))}.items():
+        tensor.external_data.add(key=key, value=value)
+    return tensor
+
+
+# ----------------------------------------------------------------------------
+# The same in NumPy.
+
+
+def noise(seeds: NDArray[np.int64], draw: int) -> NDArray[np.float32]:
+    """The noise graph at scale 1."""
+    index = np.arange(np.prod(SAMPLE), dtype=np.float32).reshape(1, *SAMPLE)
+    drawn: NDArray[np.float32] = np.sin(seeds.astype(np.float32).reshape(-1, 1, 1, 1) * np.float32(1.7) + index + np.float32(draw))
+    return drawn
+
+
+def sample(seeds: Any, embeds: Any, mask: Any = None, guidance: Any = GUIDANCE, score: Any = SCORE, steps: int = 2, gain: float = 1.0) -> NDArray[np.float32]:
+    """The whole sampler up to the latents ``[N, *sample]``: every argument is a single one, or one a sample."""
+    seeds = np.asarray(seeds, np.int64)
+    embeds = np.broadcast_to(np.asarray(embeds, np.float32), (len(seeds), *np.shape(embeds)[-2:]))
+    counts = np.broadcast_to(np.float32(1) if mask is None else np.asarray(mask, np.float32), embeds.shape[:2])[..., None]
+    text = (embeds * counts).sum(1) / counts.sum(1) @ (projection() * np.float32(gain))
+    guided = (np.reshape(np.asarray(guidance, np.float32), (-1, 1)) * text)[:, :, None, None]
+    x = noise(seeds, 0) * np.float32(INITIAL_SCALE)
+    for k, (t, t_next) in enumerate(pairwise(TIMES[str(steps)])):
+        x = x / 2 + 0.1 * t + t_next * noise(seeds, k + 1) + 0.01 * np.reshape(np.asarray(score, np.float32), (-1, 1, 1, 1)) + guided
+    return x.astype(np.float32)
+
+
+def small_pictures(x: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """The preview graph."""
+    rgb = np.stack([x[:, 0], x[:, 1], x[:, 0] + x[:, 1]], axis=-1)
+    return np.clip(np.round(rgb * np.float32(32) + 128), 0, 255).astype(np.uint8)
+
+
+def pictures(x: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """The decode graph."""
+    return small_pictures(x).repeat(2, axis=1).repeat(2, axis=2)
