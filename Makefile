@@ -25,7 +25,7 @@ BENCHES  := $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:  # two pips must not fill one .venv at a time
-.PHONY: help demo test test-gpu lint types ops ops-test ops-sanitize bench format dist constraints clean
+.PHONY: help demo test test-gpu lint types ops ops-test ops-sanitize bench bench-large format dist constraints clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | while IFS='	' read -r name what; do printf '  make %-12s %s\n' "$$name" "$$what"; done
@@ -61,6 +61,9 @@ ops-sanitize: $(FULL) ## the same under AddressSanitizer and UndefinedBehaviorSa
 
 bench: $(FULL) $(OPS) ## run every script in benchmarks/
 	@set -e; for script in $(BENCHES); do echo "== $$script"; $(BIN)/python "$$script"; done
+
+bench-large: $(FULL) $(OPS) ## export and run the models of 1.5 billion parameters: most of an hour, 14 GB of memory, 15 GB of disk
+	$(BIN)/python benchmarks/export.py XXL SANA-Sprint
 
 format: $(FULL) ## put the code into ruff's format and mend what it can
 	$(BIN)/ruff check --fix

@@ -52,13 +52,15 @@ def load_onnxruntime() -> Any:
 class Session:
     """One ONNX graph, ready to run on the CPU provider. Safe to call from several threads."""
 
-    def __init__(self, path: Path, *, threads: int | None = None, library: Path | None = None) -> None:
+    def __init__(self, path: Path, *, threads: int | None = None, library: Path | None = None, frugal: bool = False) -> None:
         """Open a graph.
 
         Args:
             path: the ``.onnx`` file; its external data lie beside it.
             threads: threads inside an operator; None leaves the choice to ONNX Runtime (one a core).
             library: custom operators; their kernels take the place of the function bodies in the graph, all or none.
+            frugal: slower, but a graph that holds a step several times keeps one set of its weights. Otherwise ONNX Runtime multiplies constants
+                into the weights of each copy, and packs each copy's own.
 
         Raises:
             InferenceError: ONNX Runtime refuses the graph.
@@ -71,6 +73,9 @@ class Session:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if threads is not None:
             options.intra_op_num_threads = threads
+        if frugal:
+            options.enable_cpu_mem_arena = False
+            options.add_session_config_entry("session.disable_prepacking", "1")
         if library is not None:
             try:
                 options.register_custom_ops_library(os.fspath(library))
@@ -81,7 +86,7 @@ class Session:
                 ) from error
         self.path = path
         try:
-            self._session: onnxruntime.InferenceSession = self._open(options)
+            self._session: onnxruntime.InferenceSession = self._open(options, ["ConvMulFusion"] if frugal else [])
         except Exception as error:
             remedy = "Upgrade it, or export the checkpoint again" + (", or run without the native kernels: native_ops=False" if library else ".")
             raise InferenceError(f"ONNX Runtime {ort.__version__} cannot open '{path}': {error}. {remedy}") from error
@@ -106,7 +111,7 @@ class Session:
             raise InferenceError(f"'{self.path.name}' failed: {error}.{hint}") from error
         return result
 
-    def _open(self, options: Any) -> Any:
+    def _open(self, options: Any, disabled_optimizers: list[str]) -> Any:
         """Open the graph, with its weights from memory where ONNX Runtime will not follow the link that the hub's cache has for them.
 
         ONNX Runtime reads external data in the folder of the graph alone, so that a hostile graph cannot read other files. It makes an exception for
@@ -115,7 +120,8 @@ class Session:
         """
 
         def attempt() -> Any:
-            return load_onnxruntime().InferenceSession(os.fspath(self.path), options, providers=["CPUExecutionProvider"])
+            providers = ["CPUExecutionProvider"]
+            return load_onnxruntime().InferenceSession(os.fspath(self.path), options, providers=providers, disabled_optimizers=disabled_optimizers)
 
         try:
             return attempt()

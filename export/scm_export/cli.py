@@ -22,7 +22,7 @@ from scm_runtime.errors import MissingDependencyError, VerificationError
 
 if TYPE_CHECKING:
     from scm_export.exporter import Exported
-    from scm_export.plan import Plan
+    from scm_export.dry_run import Plan
 
 INTERRUPTED = 130  # as a shell has it: 128 + SIGINT
 

@@ -18,8 +18,9 @@ from scm_export.choices import DEFAULT_OPSET, GRAPH_DTYPES, LOWEST_OPSET, OPSETS
 from scm_export.families import FAMILIES, BuildOptions, build_model, find_family
 from scm_export.functions import inline_functions
 from scm_export.graphs import build_decode, build_noise, compose_sample
+from scm_export.memory import give_back_freed_memory
 from scm_export.model import ImageDecoder, ImageNetwork, Latents, Model
-from scm_export.plan import Plan, make_plan
+from scm_export.dry_run import Plan, make_plan
 from scm_export.references import draw_references
 from scm_export.report import check_report_path, write_report
 from scm_export.trace import TRACE_BATCH, trace_map, trace_step
@@ -246,6 +247,7 @@ def export_model(model: Model, destination: Path, source: Source, options: Optio
         _write_graphs(writer, model, steps, opset, dtype, options)
         parameters = model.parameters
         model.release()  # the weights are on disk; verification needs the memory
+        give_back_freed_memory()
         progress("writing")
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,

@@ -122,8 +122,8 @@ class Model:
     def release(self) -> None:
         """Give the memory of the weights back. The model cannot be used again."""
         for network in self.networks:
-            for parameter in network.parameters():
-                parameter.data = parameter.data.new_empty(0)
+            for tensor in (*network.parameters(), *network.buffers()):  # one buffer is enough to keep a mapped file
+                tensor.data = tensor.data.new_empty(0)
         gc.collect()  # tracing leaves cycles behind
 
     def compute_in(self, dtype: str) -> None:

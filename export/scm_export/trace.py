@@ -16,6 +16,7 @@ from scm_export.functions import attach_functions, optimize
 from scm_export.graphs import BATCH, ir_version
 from scm_export.model import Model
 from scm_export.ops import operators_as_nodes
+from scm_export.weight_layout import store_as_read
 from scm_runtime.bundle import Conditioning
 from scm_runtime.errors import ExportError
 
@@ -114,6 +115,7 @@ def _trace(
             assert program is not None
             traced: ir.Model = program.model
             optimize(traced)
+            store_as_read(traced)
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ExportError(f"torch.onnx cannot translate the network of {name}: {reason[-1]}") from error

@@ -90,7 +90,7 @@ def verify_bundle(folder: Path, manifest: Manifest, references: References, atol
         for device in DEVICES:
             for dtype in manifest.dtypes:
                 graphs = _Graphs(folder, manifest, dtype, device, references, atol, progress)
-                # Largest first: what the allocator keeps of a session that is done, the next one can use. One session is in memory at a time.
+                # One session is in memory at a time.
                 for count in sorted(manifest.composed_steps, reverse=True):
                     outcome.cases += _composed(graphs, count)
                 singles, sampled = _step(graphs)
@@ -118,14 +118,14 @@ class _Graphs:
     progress: Progress
 
     @contextmanager
-    def open(self, graph: str) -> Iterator[Session]:
+    def open(self, graph: str, *, frugal: bool = False) -> Iterator[Session]:
         # Without the native library: what is verified is what the bundle itself holds.
         path = self.folder / f"{graph}.{self.dtype}.onnx"
         if self.dtype == "bf16" and self.device == "cpu":
             with emulated(path) as stand_in:
-                session = Session(stand_in)
+                session = Session(stand_in, frugal=frugal)
         else:
-            session = Session(path)
+            session = Session(path, frugal=frugal)
         yield session
 
     def state_atol(self, expected: NDArray[np.float32]) -> float:
@@ -190,7 +190,7 @@ def _composed(graphs: _Graphs, count: int) -> list[VerifiedCase]:
     if not wanted:
         return []
     cases, level = [], graphs.references.level
-    with graphs.open(f"sample-{count}") as session:
+    with graphs.open(f"sample-{count}", frugal=True) as session:
         for drawn, n in wanted:
             graphs.progress(f"verifying sample-{count}.{graphs.dtype}: batch {n}{describe(drawn.way)}")
             assert drawn.pixels is not None

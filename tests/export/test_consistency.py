@@ -76,7 +76,10 @@ def noises(seeds: Sequence[int], shape: tuple[int, ...], count: int) -> list[Ten
 @torch.no_grad()
 def with_scheduler(folder: Path, seeds: Sequence[int], timesteps: list[int], shape: tuple[int, ...], **conditioning: Tensor) -> list[NDArray[np.float32]]:
     """diffusers' loop, with the U-Net as diffusers loads it: the states after each step."""
-    unet, scheduler = UNet2DModel.from_pretrained(folder / "unet"), CMStochasticIterativeScheduler.from_pretrained(folder / "scheduler")
+    unet, scheduler = (
+        UNet2DModel.from_pretrained(folder / "unet", low_cpu_mem_usage=False),
+        CMStochasticIterativeScheduler.from_pretrained(folder / "scheduler"),
+    )
     unet.eval()
     scheduler.set_timesteps(timesteps=timesteps)
     x, *draws = noises(seeds, shape, len(timesteps))
@@ -111,7 +114,7 @@ def test_one_and_two_steps_equal_the_scheduler_in_any_batch(labelled: Path, bund
 
 def test_the_pipeline_of_diffusers_makes_the_same_images(plain: Path) -> None:
     model = build_model(load(plain))
-    pipeline = ConsistencyModelPipeline.from_pretrained(plain)
+    pipeline = ConsistencyModelPipeline.from_pretrained(plain, low_cpu_mem_usage=False)
     pipeline.set_progress_bar_config(disable=True)
     for timesteps in ([0], TWO_STEPS):
         first, *draws = noises([1, 2, 3], model.sample_shape, len(timesteps))
@@ -126,7 +129,7 @@ def test_the_pipeline_of_diffusers_makes_the_same_images(plain: Path) -> None:
 def test_two_steps_go_through_the_authors_noise_level(plain: Path, tmp_path: Path, levels: int, size: int, second: int) -> None:
     folder = tmp_path / "cm"
     scheduler = CMStochasticIterativeScheduler(num_train_timesteps=levels)
-    ConsistencyModelPipeline(UNet2DModel.from_pretrained(plain / "unet"), scheduler).save_pretrained(folder)
+    ConsistencyModelPipeline(UNet2DModel.from_pretrained(plain / "unet", low_cpu_mem_usage=False), scheduler).save_pretrained(folder)
     scheduler.set_timesteps(timesteps=[second, 0])
     model = build_model(load(folder), BuildOptions(size=(size, size)))
     assert model.times[2] == tuple(scheduler.sigmas.tolist())
@@ -165,7 +168,7 @@ def test_the_family_is_found_and_images_can_be_encoded(labelled: Path, tmp_path:
 def test_what_the_pipeline_cannot_run_is_refused(plain: Path, tmp_path: Path) -> None:
     def with_config(part: str, **changes: Any) -> Path:
         folder = tmp_path / "-".join(changes)
-        UNet2DModel.from_pretrained(plain / "unet").save_pretrained(folder / "unet")
+        UNet2DModel.from_pretrained(plain / "unet", low_cpu_mem_usage=False).save_pretrained(folder / "unet")
         CMStochasticIterativeScheduler().save_pretrained(folder / "scheduler")
         (folder / "model_index.json").write_bytes((plain / "model_index.json").read_bytes())
         path = next((folder / part).glob("*config.json"))
@@ -179,14 +182,14 @@ def test_what_the_pipeline_cannot_run_is_refused(plain: Path, tmp_path: Path) ->
         ("unet", {"block_out_channels": [8, 12]}, "wrong shape"),
         ("unet", {"down_block_types": ["NoBlock", "DownBlock2D"]}, "diffusers .* cannot make a UNet2DModel .*NoBlock"),
         ("unet", {"sample_size": None}, "--size"),
-        ("scheduler", {"sigma_min": -0.002}, "sigma_min"),
+        ("scheduler", {"sigma_min": -0.002}, "0 < sigma_min < sigma_max, got -0.002"),
     ]
     for part, changes, message in refused:
         with pytest.raises(CheckpointError, match=message):
             build_model(load(with_config(part, **changes)))
     with pytest.raises(InvalidArgumentError, match=r"cannot take a state of \[3, 15, 16\].*--size"):
         build_model(load(plain), BuildOptions(size=(15, 16)))
-    ConsistencyModelPipeline.from_pretrained(plain).unet.save_pretrained(tmp_path / "alone")
+    ConsistencyModelPipeline.from_pretrained(plain, low_cpu_mem_usage=False).unet.save_pretrained(tmp_path / "alone")
     with pytest.raises(CheckpointError, match="belongs to no known family"):
         build_model(load(tmp_path / "alone"))
     assert build_model(load(tmp_path / "alone"), family="consistency").times == build_model(load(plain)).times

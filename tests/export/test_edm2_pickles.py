@@ -422,6 +422,7 @@ def spoiled(network: Any) -> None:
         (argument(num_blocks="two"), "num_blocks"),
         (argument(num_blocks=10**9), "num_blocks must be at least 1 and at most 100, got 1000000000"),
         (argument(channel_mult=[{}]), "channel_mult must be a number, text or a short list of numbers, got list"),
+        (argument(channels_per_head=18), "unet.enc.8x8_block0 has 3 heads for 36 channels, which channels_per_head = 18 does not give"),
         (argument(channel_mult=[1, 1, 1]), "the weights do not match the config"),
         (lambda network: network.__dict__.update(sigma_data=0.0), "sigma_data must be above 0 and finite, got 0.0"),
         (lambda network: network.unet.enc["8x8_down"].__dict__.update(res_balance=0.5), "all blocks must have the same res_balance"),

@@ -138,12 +138,9 @@ def test_a_report_inside_the_bundle_it_replaces_is_refused(tiny_checkpoint: Path
     assert tree(tmp_path) == before
 
 
-def case(**fields: Any) -> VerifiedCase:
-    return VerifiedCase(**({"graph": "step", "dtype": "fp32", "batch_size": 1, "steps": 1, "max_abs": 0.5, "atol": 1.0, "psnr": 30.0} | fields))
-
-
 def page_of(manifest: Manifest, *compared: Compared) -> str:
-    return to_html(manifest, Outcome("theirs <& ours>", [case()], list(compared)))
+    case = VerifiedCase(graph="step", dtype="fp32", batch_size=1, steps=1, max_abs=0.5, atol=1.0, psnr=30.0)
+    return to_html(manifest, Outcome("theirs <& ours>", [case], list(compared)))
 
 
 def test_latents_are_shown_channel_by_channel_in_the_references_range(tiny_bundle: Path) -> None:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import io
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
+import onnx
 import pytest
 from click.testing import CliRunner, Result
 from numpy.typing import NDArray
 from PIL import Image
 
 import handmade
-from scm_runtime import Generator, InvalidArgumentError, session
+from scm_runtime import Generator, InferenceError, InvalidArgumentError, session
+from scm_runtime.bundle import MANIFEST, FileEntry, read_manifest, sha256
 from scm_runtime.cli import main
 from scm_runtime.samples import grid
 from support import tree
@@ -233,6 +237,41 @@ def test_encoder_and_preview_are_opened_once_and_when_needed(bundle: Path, monke
     assert sorted(opened[3:]) == ["encode.fp32.onnx", "preview.fp32.onnx"]
     assert all(np.array_equal(preview, handmade.small_pictures(x)) for preview in previews)
     assert all(np.array_equal(code, codes[0]) for code in codes)
+
+
+def with_half_graphs(bundle: Path, copy: Path, step: bytes | None = None) -> Path:
+    """A copy of a bundle that lists fp16 graphs too: those of fp32, or another step. Encoder and preview are in fp32 alone."""
+    shutil.copytree(bundle, copy)
+    manifest = read_manifest(copy)
+    for graph in ("step", "decode"):
+        data = step if step is not None and graph == "step" else (bundle / f"{graph}.fp32.onnx").read_bytes()
+        path = copy / f"{graph}.fp16.onnx"
+        path.write_bytes(data)
+        manifest.files[path.name] = FileEntry(size=len(data), sha256=sha256(path))
+    (copy / MANIFEST).write_bytes(msgspec.structs.replace(manifest, dtypes=("fp32", "fp16")).to_json())
+    return copy
+
+
+def test_encoder_and_preview_in_fp32_serve_other_dtypes(bundle: Path, tmp_path: Path) -> None:
+    with Generator(with_half_graphs(bundle, tmp_path / "half.scm"), dtype="fp16") as generator:
+        x = generator(prompt_embeds=EMBEDS, seed=7, output_type="latent").array
+        np.testing.assert_array_equal(generator.decode(x, preview=True), handmade.small_pictures(x))
+        np.testing.assert_allclose(generator.encode(generator.decode(x)), x, atol=0.5 / 32 + 1e-6)
+
+
+def test_a_dtype_that_onnxruntime_cannot_compute_in(bundle: Path, tmp_path: Path) -> None:
+    half = with_half_graphs(bundle, tmp_path / "half.scm", step=b"no graph")
+    with pytest.raises(InferenceError, match=r"cannot open '.*step\.fp16\.onnx'.* Or compute in fp32, which every bundle can: dtype='fp32'"):
+        Generator(half, dtype="fp16")
+    Generator(half).close()
+
+
+def test_a_graph_with_two_outputs(tmp_path: Path) -> None:
+    path = tmp_path / "step.fp32.onnx"
+    text = f"{handmade.HEADER} g (float[n] x) => (float[n] a, float[n] b) {{ a = Identity(x)\n b = Neg(x) }}"
+    path.write_bytes(onnx.parser.parse_model(text).SerializeToString())
+    with pytest.raises(InferenceError, match=r"step\.fp32\.onnx' must have one output, got a, b"):
+        session.Session(path)
 
 
 PIXELS = np.zeros((1, *handmade.PICTURE), np.uint8)

@@ -167,6 +167,7 @@ def _config(network: Saved, where: str) -> tuple[dict[str, Any], float]:
     arguments = {name: _plain(value, f"{where}: {name}") for name, value in arguments.items()}
     if arguments.pop("resample_filter", (1, 1)) != (1, 1):
         raise CheckpointError(f"{where}: resample_filter must be [1, 1]; other filters are not supported")
+    _check_heads(unet, arguments.get("channels_per_head", 64), where)
     if arguments.get("clip_act", 0) is None:
         arguments["clip_act"] = math.inf
     sigma_data = arguments.pop("sigma_data", 0.5)
@@ -180,6 +181,16 @@ def _bound(saved: Saved, names: Sequence[str], where: str) -> dict[str, Any]:
     if len(saved.args) > len(names):
         raise CheckpointError(f"{where}: a {saved.class_name} takes at most {len(names)} arguments by position, got {len(saved.args)}")
     return {**dict(zip(names, saved.args, strict=False)), **{str(name): value for name, value in saved.kwargs.items()}}
+
+
+def _check_heads(unet: Saved, channels_per_head: object, where: str) -> None:
+    """The one part of the architecture that shows in no tensor's shape."""
+    for name, module in unet.named_modules():
+        heads, channels = (module.attributes.get(key) for key in ("num_heads", "out_channels"))
+        if heads and isinstance(channels, int) and isinstance(channels_per_head, int) and heads != channels // max(channels_per_head, 1):
+            raise CheckpointError(
+                f"{where}: unet.{name} has {heads!r:.20} heads for {channels} channels, which channels_per_head = {channels_per_head} does not give"
+            )
 
 
 def _plain(value: object, what: str) -> object:

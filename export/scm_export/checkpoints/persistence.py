@@ -55,7 +55,7 @@ class Saved:
                 raise MalformedPickleError(f"the module {name[:MAX_NAME]!r} is held twice, or too deep in others")
             seen.add(id(module))
             yield name, module
-            waiting += [(f"{name}.{child}" if name else child, part) for child, part in module.modules.items()]
+            waiting += reversed([(f"{name}.{child}" if name else child, part) for child, part in module.modules.items()])
 
     def named_tensors(self) -> dict[str, StoredTensor]:
         """All parameters and buffers in it by their dotted names, as in a state_dict.

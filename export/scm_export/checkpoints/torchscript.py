@@ -4,6 +4,7 @@ TorchScript's own operators write files, and its loader runs methods of the prog
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Callable
 from functools import reduce
 from pathlib import Path
@@ -46,7 +47,9 @@ def read_torchscript(source: Path, *, trust: bool = False) -> ScriptedNetwork:
             "A .pt2 of torch.export.save, or weights with --factory, need no trust."
         )
     try:
-        return ScriptedNetwork(torch.jit.load(source, map_location="cpu").eval())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # TorchScript is deprecated; its files are still about
+            return ScriptedNetwork(torch.jit.load(source, map_location="cpu").eval())
     except Exception as error:
         raise CheckpointError(f"'{source}' cannot be loaded as TorchScript: {first_line(error)}. Copy or save it again.") from error
 

@@ -5,6 +5,7 @@ The state is EDM's, data plus noise of standard deviation sigma, and a time is a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -86,7 +87,7 @@ def build_consistency(loaded: Loaded, options: BuildOptions) -> Model:
     scheduler = make_scheduler(loaded, SCHEDULER)
     unet, original = make_network(loaded, component), make_network(loaded, component)
     config: Any = unet.config
-    _check(config, loaded)
+    _check(config, scheduler.config, loaded)
     sample_shape = (config.in_channels, *sample_size(config, options.size))
     labelled = {} if config.num_class_embeds is None else {"class_labels": torch.zeros(1, dtype=torch.int64, device="meta")}
     free_batch(unet)
@@ -112,12 +113,19 @@ def build_consistency(loaded: Loaded, options: BuildOptions) -> Model:
     )
 
 
-def _check(config: Any, folder: DiffusersFolder) -> None:
+def _check(unet: Any, scheduler: Any, folder: DiffusersFolder) -> None:
     """Refuse what ConsistencyModelPipeline cannot run either. Raises CheckpointError."""
-    expected = {"class_embed_type": None, "time_embedding_type": "positional", "out_channels": config.in_channels}
+    expected = {"class_embed_type": None, "time_embedding_type": "positional", "out_channels": unet.in_channels}
     for name, value in expected.items():
-        if config[name] != value:
-            raise CheckpointError(f"{name} of the {UNET} in {folder.describe()} must be {value!r} in a consistency model, got {config[name]!r}")
+        if unet[name] != value:
+            raise CheckpointError(f"{name} of the {UNET} in {folder.describe()} must be {value!r} in a consistency model, got {unet[name]!r}")
+    if not 0 < scheduler.sigma_min < scheduler.sigma_max < math.inf:
+        raise CheckpointError(
+            f"the {SCHEDULER} of {folder.describe()} must have 0 < sigma_min < sigma_max, got {scheduler.sigma_min} and {scheduler.sigma_max}"
+        )
+    for name in ("sigma_data", "rho"):
+        if not 0 < scheduler[name] < math.inf:
+            raise CheckpointError(f"{name} of the {SCHEDULER} in {folder.describe()} must be a number above 0, got {scheduler[name]}")
 
 
 def _times(scheduler: Any, size: int) -> dict[int, tuple[float, ...]]:

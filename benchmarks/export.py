@@ -1,0 +1,157 @@
+"""What does an export cost, verification included? Seconds and peak memory, by size of the model; and do the largest bundles open and run on a CPU?
+
+    python benchmarks/export.py                      XXS and S: minutes, 3 GB of memory
+    python benchmarks/export.py XXL SANA-Sprint      1.5 and 1.6 billion parameters: most of an hour, 14 GB of memory, 15 GB of disk (TMPDIR)
+
+Weights are random. Every checkpoint is written, exported and sampled from in processes of their own, whose peaks are what the system reports as
+``ru_maxrss``. Rows of models that are not asked for stay in the results.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, TypeVar
+
+# Nothing large is imported here: on Linux a process counts the size of the one that started it as its own peak.
+from _common import RESULTS, keep, machine
+
+DTYPES = {"XXS": ("fp32",), "S": ("fp32",), "XXL": ("fp32", "fp16"), "SANA-Sprint": ("bf16",)}
+SMALL = ("XXS", "S")
+TOKENS = 300  # of a text
+
+T = TypeVar("T")
+
+
+def write_checkpoint(name: str, folder: Path) -> Path:
+    """A model with random weights, which are in memory once at most."""
+    import torch
+
+    if name == "SANA-Sprint":
+        from _sana_sprint import full_size_folder
+
+        path = folder / "sana-sprint"
+        full_size_folder(path)
+        return path
+    from scm_export.checkpoints import Checkpoint, SamplerSpec, save_checkpoint
+    from scm_export.networks.edm2 import PRESETS, UNet
+
+    torch.manual_seed(0)
+    network = UNet(PRESETS[name])
+    torch.nn.init.ones_(network.out_gain)
+    path = folder / f"{name}.pt"
+    save_checkpoint(Checkpoint(family="edm2", config=asdict(PRESETS[name]), sampler=SamplerSpec(), weights=network.state_dict()), path)
+    return path
+
+
+def export_bundle(checkpoint: Path, bundle: Path, dtype: str) -> dict[str, Any]:
+    """Export, and tell what it took: seconds by stage, with the peak of memory so far at the end of each."""
+    start = time.perf_counter()
+    from scm_export import export
+
+    stages: list[dict[str, Any]] = []
+    name, began = "importing", start
+
+    def progress(stage: str) -> None:
+        nonlocal name, began
+        now = time.perf_counter()
+        stages.append({"stage": name, "seconds": round(now - began, 2), "peak_bytes": peak()})
+        name, began = stage, now
+
+    exported = export(checkpoint, bundle, dtype=dtype, latents=checkpoint.is_dir(), progress=progress)  # type: ignore[arg-type]  # one of DTYPES
+    progress("")
+    weights = 4 * exported.manifest.parameters
+    return {
+        "parameters": exported.manifest.parameters,
+        "fp32_weights_bytes": weights,
+        "seconds": time.perf_counter() - start,
+        "peak_bytes": peak(),
+        "peak / fp32 weights": peak() / weights,
+        "bundle_bytes": sum(path.stat().st_size for path in bundle.iterdir()),
+        "cases_verified": len(exported.manifest.verification.cases) if exported.manifest.verification else 0,
+        "stages": stages,
+    }
+
+
+def run_two_steps(bundle: Path) -> dict[str, Any]:
+    """Open a bundle's fp32 graphs and draw one sample in two steps, to its latents."""
+    import numpy as np
+
+    from scm_runtime import Generator
+
+    start = time.perf_counter()
+    with Generator(bundle, verify_integrity=False) as generate:
+        loaded = time.perf_counter()
+        rng = np.random.default_rng(0)
+        conditioning: dict[str, Any] = {}
+        for item in generate.manifest.conditioning:
+            if item.kind == "class":
+                conditioning[item.name] = 207
+            elif item.kind == "embedding":
+                shape = [TOKENS if isinstance(size, str) else size for size in item.shape]
+                conditioning[item.name] = rng.standard_normal((1, *shape), np.float32)
+        latents = generate(**conditioning, seed=0, num_inference_steps=2, output_type="latent").array
+        ran = time.perf_counter()
+        native_ops = generate.info.native_ops
+    return {
+        "load_seconds": loaded - start,
+        "two_steps_seconds": ran - loaded,
+        "native_ops": native_ops,
+        "peak_bytes": peak(),
+        "finite": bool(np.isfinite(latents).all()),
+        "latents_std": float(latents.std()),
+    }
+
+
+def peak() -> int:
+    """Of this process so far, bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def in_a_process(function: Callable[..., T], *args: object) -> T:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
+def measure(name: str) -> dict[str, Any]:
+    """The rows of one model, by ``name dtype``."""
+    rows = {}
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = in_a_process(write_checkpoint, name, Path(folder))
+        for dtype in DTYPES[name]:
+            with tempfile.TemporaryDirectory() as out:
+                bundle = Path(out) / "bundle.scm"
+                row = in_a_process(export_bundle, checkpoint, bundle, dtype)
+                rows[f"{name} {dtype}"] = {**row, "run": in_a_process(run_two_steps, bundle)}
+    return rows
+
+
+def earlier_rows() -> dict[str, Any]:
+    """What this machine measured before."""
+    try:
+        kept = json.loads((RESULTS / "export.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return dict(kept["figures"]) if kept["machine"] == machine() else {}
+
+
+def main() -> None:
+    names = sys.argv[1:] or SMALL
+    if unknown := sorted(set(names) - set(DTYPES)):
+        sys.exit(f"no model {', '.join(unknown)}; there are {', '.join(DTYPES)}")
+    rows = earlier_rows()
+    for name in names:
+        rows |= measure(name)
+        keep("export", rows)
+
+
+if __name__ == "__main__":
+    main()

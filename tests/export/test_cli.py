@@ -1,0 +1,136 @@
+"""``scm-export``'s command line: options that exclude each other, repositories of the hub, and interruption."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from hub_cache import add_snapshot, commit_of
+from scm_export import cli, exporter
+from scm_export.choices import PARAMETRISATION_NAMES
+from scm_export.parametrisation import PARAMETRISATIONS
+from scm_runtime.bundle import read_manifest
+from support import BLOCK_IMPORTS, run_python, tree
+
+REPOSITORY = "someone/model"
+
+
+def scm_export(*arguments: str | Path, code: int = 0) -> tuple[str, str]:
+    """Standard output and error."""
+    result = CliRunner(catch_exceptions=False).invoke(cli.main, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output
+    assert "Traceback" not in result.output
+    return result.stdout, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "wrong"),
+    [
+        (["--latents", "--decoder", "vae"], "give one of them"),
+        (["--with-encoder"], "with_encoder was given, but the samples of this model are pixels"),
+        (["--preview-decoder", "."], "preview_decoder was given"),
+        (["--size", "16x16"], "size must be this model's own, 8x8, got 16x16"),
+        (["--size", "16"], "must be HEIGHTxWIDTH in pixels"),
+        (["--size", "0x8"], "at least 1, got 0x8"),
+        (["--dtype", "bf16", "--opset", "20"], "opset must be from 22 to 23 for bf16, got 20"),
+        (["--dtype", "int8"], "'int8' is not one of"),
+        (["--opset", "17"], "18<=x<=23"),
+        (["--family", "sdxl"], "family must be one of"),
+        (["--revision", "main"], "Leave the revision out"),
+        (["--parametrisation", "v"], "'v' is not one of"),
+        (["--report", "report.html", "--no-verify"], "give one of them"),
+    ],
+)
+def test_options_that_cannot_be_meant_are_refused_and_nothing_is_made(
+    options: list[str], wrong: str, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    _, error = scm_export(tiny_checkpoint, "-o", "out.scm", *options, code=2)
+    assert wrong in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_needs_no_torch_and_knows_every_option() -> None:
+    done = run_python(
+        BLOCK_IMPORTS + "sys.argv = ['scm-export', '--help']\nfrom scm_export.cli import main\nmain()", "torch,onnx,onnxscript,onnxruntime,diffusers"
+    )
+    for option in cli.main.params:
+        if isinstance(option, click.Option):
+            assert option.opts[-1] in done.stdout
+            assert option.help
+
+
+def test_every_option_is_one_of_the_exporters_and_the_other_way_round() -> None:
+    names = {option.name for option in cli.main.params}
+    assert names - {"checkpoint", "out", "dry_run", "as_json", "version"} == set(exporter.Options.__dataclass_fields__) - {"progress"}
+    assert set(PARAMETRISATION_NAMES) == set(PARAMETRISATIONS)
+
+
+def interrupt(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("stage", ["load", "draw_references", "trace_step", "verify_bundle"])
+def test_an_interrupt_leaves_nothing_and_exits_with_130(stage: str, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exporter, stage, interrupt)
+    before = tree(tmp_path)
+    _, error = scm_export(tiny_checkpoint, "-o", tmp_path / "out.scm", "--steps", "", "--report", tmp_path / "report.html", code=130)
+    assert "Interrupted" in error
+    assert tree(tmp_path) == before
+
+
+# ----------------------------------------------------------------------------
+# Repositories of the hub, out of a cache folder.
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache of a machine without a network."""
+    constants = pytest.importorskip("huggingface_hub").constants
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    return folder
+
+
+def test_a_repository_with_one_checkpoint_is_exported_under_its_name(cache: Path, tiny_checkpoint: Path) -> None:
+    commit = commit_of("first")
+    add_snapshot(cache, REPOSITORY, commit, {"README.md": b"a model", "weights/tiny.pt": tiny_checkpoint.read_bytes()}, refs=["main", "v1"])
+    scm_export(REPOSITORY, "--revision", "v1", "--no-verify", "--steps", "")
+    assert [path.name for path in Path().iterdir()] == ["model.scm"]
+    manifest = read_manifest(Path("model.scm"))
+    assert manifest.source.file == f"{REPOSITORY}@{commit}"
+    assert manifest.name == "model"
+    planned, _ = scm_export(REPOSITORY, "-o", "other.scm", "--dry-run", "--json")
+    assert json.loads(planned)["source"] == {"file": manifest.source.file, "sha256": manifest.source.sha256}
+
+
+def test_of_several_checkpoints_none_is_guessed(cache: Path) -> None:
+    add_snapshot(cache, REPOSITORY, commit_of("first"), {"a.pt": b"1", "b.safetensors": b"2"}, refs=["main"])
+    _, error = scm_export(REPOSITORY, code=1)
+    assert "got 2 files of weights: a.pt, b.safetensors" in error
+    assert "give its path" in error
+
+
+def test_a_path_that_is_there_comes_before_the_hub(cache: Path, tiny_checkpoint: Path) -> None:
+    add_snapshot(cache, REPOSITORY, commit_of("first"), {"a.pt": b"not this one"}, refs=["main"])
+    Path("someone").mkdir()
+    shutil.copy(tiny_checkpoint, REPOSITORY)
+    planned, _ = scm_export(REPOSITORY, "--dry-run", "--json")
+    assert json.loads(planned)["source"]["file"] == "model"
+    assert json.loads(planned)["out"] == "someone/model.scm"
+
+
+def test_a_repository_that_is_not_in_the_cache_is_a_clear_error(cache: Path) -> None:
+    _, error = scm_export("nobody/nothing", code=2)
+    assert "nobody/nothing" in error
+    assert "HF_HUB_OFFLINE" in error

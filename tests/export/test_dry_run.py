@@ -1,0 +1,99 @@
+"""``--dry-run``: what it says is what an export makes, and it makes nothing itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from scm_export import Options, cli, exporter, plan
+from scm_export.exporter import export_model
+from scm_export.dry_run import make_plan
+from scm_runtime.bundle import WEIGHTS, Source
+from support import tree
+from text_model import text_model
+
+SOURCE = Source(file="none", sha256="0" * 64)
+
+
+def dry_run(checkpoint: Path, *options: str | Path) -> Any:
+    result = CliRunner(catch_exceptions=False).invoke(cli.main, [str(checkpoint), "--dry-run", *map(str, options)])
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout) if "--json" in options else result.stdout
+
+
+def test_the_plan_is_what_the_export_makes(tiny_checkpoint: Path, tiny_bundle: Path) -> None:
+    manifest, planned = json.loads((tiny_bundle / "scm.json").read_text()), dry_run(tiny_checkpoint, "--json")
+    for name in ("family", "licence", "source", "conditioning", "output", "sigma_data", "initial_scale", "time_unit", "times", "weights_dtype", "opset"):
+        assert planned[name] == manifest[name], name
+    assert planned["sample_shape"] == manifest["sample"]["shape"]
+    assert planned["parameters"] == {"step": manifest["parameters"]}
+    assert {*planned["graphs"], WEIGHTS} == set(manifest["files"])
+    assert planned["out"] == str(tiny_checkpoint.with_suffix(".scm"))
+    assert [(item["name"], item["shape"]) for item in planned["inputs"]] == [
+        *(("x", ["N", 3, 8, 8]), ("t", ["N"]), ("t_next", ["N"]), ("noise", ["N", 3, 8, 8])),
+        ("class_labels", ["N"]),
+    ]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_the_size_of_the_weights_is_known_beforehand(dtype: Any, tmp_path: Path) -> None:
+    planned = make_plan(text_model(), tmp_path, SOURCE, dtype, [1], 22, custom_ops=True)
+    done = export_model(text_model(), tmp_path / "text.scm", SOURCE, Options(dtype=dtype, steps=(1,), opset=22, verify=False))
+    assert done.manifest.files[WEIGHTS].size == pytest.approx(planned.weights_bytes[dtype], rel=0.15)  # tensors are padded to 64 bytes
+    assert planned.weights_bytes["fp32"] > 1.5 * planned.weights_bytes["bf16"]
+    assert {*planned.graphs, WEIGHTS} == set(done.manifest.files)
+    assert set(planned.parameters) == {"step", "decode", "preview", "encode"}
+
+
+@pytest.mark.parametrize("options", [["--json"], ["--report", "report.html"], ["--dtype", "fp16", "--steps", "1"]])
+def test_nothing_is_traced_and_nothing_is_written(options: Sequence[str], tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*_: object, **__: object) -> None:
+        raise AssertionError("a dry run got this far")
+
+    for name in ("new_bundle", "trace_step", "draw_references", "write_report"):
+        monkeypatch.setattr(exporter, name, forbidden)
+    monkeypatch.setattr(torch.onnx, "export", forbidden)
+    monkeypatch.chdir(tmp_path)
+    beside = tree(tiny_checkpoint.parent)
+    dry_run(tiny_checkpoint, "-o", "tiny.scm", *options)
+    assert list(tmp_path.iterdir()) == []
+    assert tree(tiny_checkpoint.parent) == beside
+
+
+def test_the_table_says_it_in_words(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    table = dry_run(tiny_checkpoint, "--dtype", "fp16", "--steps", "2", "--no-custom-ops")
+    for words in (
+        "edm2",
+        "class_labels int64 [N]",
+        "1.56455 → 1.1 → 0 (radians)",
+        "fp16, ",
+        "sample-2.fp16.onnx",
+        "standard operators alone",
+        "nothing was written",
+    ):
+        assert words in table
+    assert "sample-1" not in table
+
+
+def test_mistakes_show_in_a_dry_run_too(tiny_checkpoint: Path, tiny_bundle: Path) -> None:
+    for arguments, wrong in (
+        ([tiny_checkpoint, "--steps", "3"], "steps must be among [1, 2]"),
+        ([tiny_checkpoint, "-o", tiny_bundle], "replace it with --force"),
+        ([tiny_checkpoint, "--latents"], "latents was given, but the samples of this model are pixels"),
+    ):
+        result = CliRunner(catch_exceptions=False).invoke(cli.main, [*map(str, arguments), "--dry-run"])
+        assert result.exit_code in (1, 2)
+        assert wrong in result.stderr
+
+
+def test_in_python_it_takes_the_same_options(tiny_checkpoint: Path) -> None:
+    planned = plan(tiny_checkpoint, "elsewhere.scm", Options(dtype="bf16"))
+    assert (planned.out, planned.weights_dtype, planned.opset) == ("elsewhere.scm", "bf16", 22)
+    assert not Path("elsewhere.scm").exists()

@@ -1,0 +1,123 @@
+"""Networks as a user of the family ``module`` has them: two levels, two heads, odd widths, conditioning of every kind. Factories, and things that are none."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+SHAPE = (3, 10, 14)
+CLASSES = 5
+TOKENS = 8  # dimension of a token
+NOT_A_FUNCTION = 7
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(3, width)
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+        self.shift = nn.Linear(18, width)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        return x + self.conv(functional.silu(self.norm(x) + self.shift(embedding)[:, :, None, None]))
+
+
+class OwnNetwork(nn.Module):
+    """Time embedding, classes, a guidance scale, text with a mask; convolutions on two levels, attention to the text on the lower one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.freqs = nn.Buffer(torch.tensor([1.0, 5.0, 25.0, 125.0]))
+        self.time_embed = nn.Sequential(nn.Linear(9, 18), nn.SiLU(), nn.Linear(18, 18))
+        self.classes = nn.Embedding(CLASSES, 18)
+        self.conv_in = nn.Conv2d(3, 9, 3, padding=1)
+        self.high, self.low = Block(9), Block(18)
+        self.down, self.up = nn.Conv2d(9, 18, 2, stride=2), nn.ConvTranspose2d(18, 9, 2, stride=2)
+        self.query, self.key_value = nn.Linear(18, 18), nn.Linear(TOKENS, 36)
+        self.conv_out = nn.Conv2d(18, 3, 3, padding=1)
+
+    def forward(self, x: Tensor, level: Tensor, class_labels: Tensor, guidance: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
+        angles = level[:, None] * self.freqs
+        embedding = self.time_embed(torch.cat([angles.cos(), angles.sin(), guidance[:, None]], dim=1)) + self.classes(class_labels)
+        skip = self.high(self.conv_in(x), embedding)
+        h = self.low(self.down(skip), embedding)
+        n, c, height, width = h.shape
+        query = self.query(h.flatten(2).mT).reshape(n, height * width, 2, 9).transpose(1, 2)
+        key, value = self.key_value(text).reshape(n, -1, 2, 18).transpose(1, 2).chunk(2, dim=-1)
+        mask = text_mask.to(torch.bool)[:, None, None, :]
+        h = h + functional.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).reshape(n, height * width, c).mT.reshape(h.shape)
+        y: Tensor = self.conv_out(torch.cat([skip, self.up(h)], dim=1))
+        return y
+
+
+class Plain(nn.Module):
+    """Without conditioning; ``how`` it returns its result."""
+
+    def __init__(self, how: str = "tensor", channels: int = 3) -> None:
+        super().__init__()
+        self.how = how
+        self.conv = nn.Conv2d(3, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, level: Tensor) -> object:
+        y = self.conv(x) * level[:, None, None, None]
+        return {"tensor": y, "tuple": (y, level), "dict": {"sample": y}, "nested": ([y], level), "nothing": None}[self.how]
+
+
+class Waves(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.angles = nn.Linear(1, 6)
+
+    def forward(self, level: Tensor) -> Tensor:
+        y: Tensor = self.angles(level[:, None] * 123).sin()
+        return y
+
+
+class Sensitive(nn.Module):
+    """Whose time embedding needs more digits than bfloat16 has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.time_embed = Waves()
+        self.conv, self.out = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 3, 3, padding=1)
+
+    def forward(self, x: Tensor, level: Tensor) -> Tensor:
+        y: Tensor = self.out(self.conv(x) * self.time_embed(level)[:, :, None, None])
+        return y
+
+
+class DataDependent(nn.Module):
+    """Cannot be traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x: Tensor, level: Tensor) -> Tensor:
+        y: Tensor = self.conv(x) * (2.0 if level.max().item() > 1 else 1.0)
+        return y
+
+
+def own() -> nn.Module:
+    return OwnNetwork()
+
+
+def plain(how: str = "tensor", channels: int = 3) -> nn.Module:
+    return Plain(how, channels)
+
+
+def sensitive() -> nn.Module:
+    return Sensitive()
+
+
+def data_dependent() -> nn.Module:
+    return DataDependent()
+
+
+def raising() -> nn.Module:
+    raise KeyError("no such width")
+
+
+def a_state_dict() -> object:
+    return Plain().state_dict()
