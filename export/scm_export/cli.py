@@ -21,8 +21,8 @@ from scm_runtime.cli import IntegerList, clean_errors
 from scm_runtime.errors import MissingDependencyError, VerificationError
 
 if TYPE_CHECKING:
-    from scm_export.exporter import Exported
     from scm_export.dry_run import Plan
+    from scm_export.exporter import Exported
 
 INTERRUPTED = 130  # as a shell has it: 128 + SIGINT
 

@@ -15,12 +15,12 @@ from onnxscript import ir
 from scm_export.checkpoints import DiffusersFolder, load
 from scm_export.checkpoints.from_hub import fetch
 from scm_export.choices import DEFAULT_OPSET, GRAPH_DTYPES, LOWEST_OPSET, OPSETS, ParametrisationName
+from scm_export.dry_run import Plan, make_plan
 from scm_export.families import FAMILIES, BuildOptions, build_model, find_family
 from scm_export.functions import inline_functions
 from scm_export.graphs import build_decode, build_noise, compose_sample
 from scm_export.memory import give_back_freed_memory
 from scm_export.model import ImageDecoder, ImageNetwork, Latents, Model
-from scm_export.dry_run import Plan, make_plan
 from scm_export.references import draw_references
 from scm_export.report import check_report_path, write_report
 from scm_export.trace import TRACE_BATCH, trace_map, trace_step

@@ -32,8 +32,6 @@ def scm_export(*arguments: str | Path, code: int = 0) -> tuple[str, str]:
     ("options", "wrong"),
     [
         (["--latents", "--decoder", "vae"], "give one of them"),
-        (["--with-encoder"], "with_encoder was given, but the samples of this model are pixels"),
-        (["--preview-decoder", "."], "preview_decoder was given"),
         (["--size", "16x16"], "size must be this model's own, 8x8, got 16x16"),
         (["--size", "16"], "must be HEIGHTxWIDTH in pixels"),
         (["--size", "0x8"], "at least 1, got 0x8"),
@@ -91,7 +89,7 @@ def test_an_interrupt_leaves_nothing_and_exits_with_130(stage: str, tiny_checkpo
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The cache of a machine without a network."""
-    constants = pytest.importorskip("huggingface_hub").constants
+    constants = pytest.importorskip("huggingface_hub.constants")
     folder = tmp_path / "cache"
     folder.mkdir()
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
