@@ -49,6 +49,10 @@ def load_onnxruntime() -> Any:
     return onnxruntime
 
 
+# Of ONNX Runtime, by name: what makes new weights out of those in the file.
+COPYING_OPTIMIZERS = ("ConstantFolding", "ConvMulFusion", "NchwcTransformer")
+
+
 class Session:
     """One ONNX graph, ready to run on the CPU provider. Safe to call from several threads."""
 
@@ -59,8 +63,8 @@ class Session:
             path: the ``.onnx`` file; its external data lie beside it.
             threads: threads inside an operator; None leaves the choice to ONNX Runtime (one a core).
             library: custom operators; their kernels take the place of the function bodies in the graph, all or none.
-            frugal: slower, but a graph that holds a step several times keeps one set of its weights. Otherwise ONNX Runtime multiplies constants
-                into the weights of each copy, and packs each copy's own.
+            frugal: slower, but with little more memory than the weights take. Otherwise they are reordered for convolutions, for a moment beside
+                a first copy if they are in half precision; and in a graph that holds a step several times, scaled and packed once for each.
 
         Raises:
             InferenceError: ONNX Runtime refuses the graph.
@@ -86,7 +90,7 @@ class Session:
                 ) from error
         self.path = path
         try:
-            self._session: onnxruntime.InferenceSession = self._open(options, ["ConvMulFusion"] if frugal else [])
+            self._session: onnxruntime.InferenceSession = self._open(options, list(COPYING_OPTIMIZERS) if frugal else [])
         except Exception as error:
             remedy = "Upgrade it, or export the checkpoint again" + (", or run without the native kernels: native_ops=False" if library else ".")
             raise InferenceError(f"ONNX Runtime {ort.__version__} cannot open '{path}': {error}. {remedy}") from error

@@ -20,7 +20,8 @@ class Block(nn.Module):
         self.shift = nn.Linear(18, width)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        return x + self.conv(functional.silu(self.norm(x) + self.shift(embedding)[:, :, None, None]))
+        y: Tensor = x + self.conv(functional.silu(self.norm(x) + self.shift(embedding)[:, :, None, None]))
+        return y
 
 
 class OwnNetwork(nn.Module):

@@ -368,7 +368,7 @@ CHECKPOINTS: list[Row] = [
         "got float for 'out_gain'",
         "weights must be tensors",
     ),
-    ("unknown family", exporting(edited(lambda raw: raw.update(family="gan"))), CheckpointError, "got 'gan'", "family must be one of edm2"),
+    ("unknown family", exporting(edited(lambda raw: raw.update(family="gan"))), CheckpointError, "family 'gan' belongs to no known", "--family chooses one"),
     ("unknown config field", exporting(configured(widht=3)), CheckpointError, "unknown fields widht", "known are img_resolution, img_channels"),
     ("config of another type", exporting(configured(num_blocks="many")), CheckpointError, "num_blocks", "Expected `int`"),
     ("config out of range", exporting(configured(img_resolution=9)), CheckpointError, "got 9", "img_resolution must be a multiple of 2"),

@@ -63,7 +63,7 @@ class Size(click.ParamType[tuple[int, int]]):
 @click.option(
     "--steps",
     type=IntegerList(minimum=1),
-    help="Step counts to compose whole samplers for (sample-K.onnx): 1,2. By default all that the checkpoint has times for.",
+    help="Step counts to compose whole samplers for (sample-K.onnx): 1,2. By default those up to 4 that the checkpoint has times for.",
 )
 @click.option(
     "--opset",

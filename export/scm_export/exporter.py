@@ -14,7 +14,7 @@ from onnxscript import ir
 
 from scm_export.checkpoints import DiffusersFolder, load
 from scm_export.checkpoints.from_hub import fetch
-from scm_export.choices import DEFAULT_OPSET, GRAPH_DTYPES, LOWEST_OPSET, OPSETS, ParametrisationName
+from scm_export.choices import DEFAULT_OPSET, GRAPH_DTYPES, LOWEST_OPSET, MOST_STEPS, OPSETS, ParametrisationName
 from scm_export.dry_run import Plan, make_plan
 from scm_export.families import FAMILIES, BuildOptions, build_model, find_family
 from scm_export.functions import inline_functions
@@ -130,7 +130,8 @@ def export(
         with_encoder: also write the autoencoder's encoder, ``encode.*.onnx``.
         preview_decoder: folder (or repository) of a small autoencoder (AutoencoderTiny), written as ``preview.*.onnx``.
         size: height and width of the images, pixels; None for the checkpoint's own.
-        steps: step counts to compose whole samplers for, ``sample-K``; each must have times in the checkpoint. None for all that do; may be empty.
+        steps: step counts to compose whole samplers for, ``sample-K``; each must have times in the checkpoint. None for those up to 4,
+            or else the smallest; may be empty.
         opset: ONNX operator set, 18 to 23; None for 20, or 22 for bf16, which needs it.
         custom_ops: keep the operators of docs/custom-ops.md as nodes, with function bodies for runtimes without the library. False puts
             the bodies in their place: standard ONNX, for other runtimes and tools.
@@ -229,7 +230,8 @@ def _check_use(model: Model, options: Options) -> None:
 
 def _steps(model: Model, options: Options) -> list[int]:
     """Of the composed samplers; raises InvalidArgumentError for a count that has no times."""
-    steps = sorted(set(model.times if options.steps is None else options.steps))
+    few = [count for count in model.times if count <= MOST_STEPS] or [min(model.times)]
+    steps = sorted(set(few if options.steps is None else options.steps))
     if unknown := sorted(set(steps) - set(model.times)):
         raise InvalidArgumentError(f"steps must be among {sorted(model.times)}, the counts this checkpoint has times for; got {unknown}")
     return steps

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from scm_export import ops
+from scm_export.choices import MOST_STEPS
 from scm_export.model import ImageDecoder, ImageNetwork, Model, Reference
 from scm_export.parametrisation import sample
 from scm_export.trace import example
@@ -133,9 +134,9 @@ class _Planned:
 
 
 def _plan(model: Model) -> Iterator[_Planned]:
-    """The ways × step counts × batch sizes; of a large network: up to two steps, the batch of 3 with the largest count, the other ways with the smallest."""
+    """The ways × step counts up to 4 × batch sizes; of a large network up to two steps, the batch of 3 with the largest, other ways with the smallest."""
     large, one, both = model.parameters > LARGE_NETWORK, BATCH_SIZES[:1], BATCH_SIZES
-    counts = [count for count in sorted(model.times) if not large or count <= 2] or [min(model.times)]
+    counts = [count for count in sorted(model.times) if count <= (2 if large else MOST_STEPS)] or [min(model.times)]
     small_pictures = not _is_large(model.decoder)
     for index, way in enumerate(_ways(model)):
         for count in counts if not (large and index) else counts[:1]:

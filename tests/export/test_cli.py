@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from hub_cache import add_snapshot, commit_of
+from hub_cache import Hub, add_snapshot, commit_of, serving
 from scm_export import cli, exporter
 from scm_export.choices import PARAMETRISATION_NAMES
 from scm_export.parametrisation import PARAMETRISATIONS
@@ -132,3 +133,40 @@ def test_a_repository_that_is_not_in_the_cache_is_a_clear_error(cache: Path) -> 
     _, error = scm_export("nobody/nothing", code=2)
     assert "nobody/nothing" in error
     assert "HF_HUB_OFFLINE" in error
+
+
+FETCH = """
+import sys
+from scm_export.checkpoints.from_hub import fetch
+
+found = fetch(sys.argv[1], None, lambda stage: None)
+print(*sorted(path.relative_to(found.path).as_posix() for path in found.path.rglob("*") if path.is_file()), sep="\\n")
+"""
+PIPELINE = {"_class_name": "SomePipeline", "unet": ["diffusers", "UNet2DModel"], "vae": ["diffusers", "AutoencoderKL"], "text_encoder": ["transformers", "T5"]}
+CONFIGURATIONS = {"unet/config.json": b"{}", "vae/config.json": b"{}", "text_encoder/config.json": b"{}"}
+UNUSED = {
+    "text_encoder/model.safetensors": b"large",
+    "unet/diffusion_flax_model.msgpack": b"large",
+    "preview.png": b"large",
+    "all-in-one.safetensors": b"large",
+}
+
+
+def test_of_a_pipeline_the_networks_are_fetched_and_nothing_else(tmp_path: Path) -> None:
+    needed = {
+        "model_index.json": json.dumps(PIPELINE).encode(),
+        **CONFIGURATIONS,
+        "unet/diffusion_pytorch_model.safetensors.index.json": b"{}",
+        "unet/diffusion_pytorch_model-00001-of-00002.safetensors": b"1",
+        "unet/diffusion_pytorch_model-00002-of-00002.safetensors": b"2",
+        "vae/diffusion_pytorch_model.bin": b"3",
+    }
+    others = {"unet/diffusion_pytorch_model.fp16.safetensors": b"half", "unet/diffusion_pytorch_model.bin": b"again"}
+    hub = Hub()
+    hub.add(REPOSITORY, commit_of("first"), {**needed, **others, **UNUSED})
+    hub.add("someone/vae", commit_of("vae"), {"config.json": b"{}", "diffusion_pytorch_model.safetensors": b"4", "diffusion_pytorch_model.bin": b"5"})
+    with serving(hub):
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        ours = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        assert run_python(FETCH, REPOSITORY, env=kept | ours, cwd=tmp_path).stdout.split() == sorted(needed)
+        assert run_python(FETCH, "someone/vae", env=kept | ours, cwd=tmp_path).stdout.split() == ["config.json", "diffusion_pytorch_model.safetensors"]

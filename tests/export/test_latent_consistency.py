@@ -65,15 +65,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def bundle(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    done = export(folder, tmp_path_factory.mktemp("bundle") / "lcm.scm", dtype="fp32", steps=(2,))
-    assert done.manifest.verification is not None
-    assert "LCMScheduler" in done.manifest.verification.reference
+    done = export(folder, tmp_path_factory.mktemp("bundle") / "lcm.scm", dtype="fp32", steps=(), verify=False)
     assert done.manifest.time_unit == "timestep"
     return done.path
 
 
-def noises(seeds: Sequence[int], count: int) -> list[Tensor]:
-    return [ops.philox_normal(torch.tensor(seeds), draw, (4, *SIZE)) for draw in range(count + 1)]
+def noises(seeds: Sequence[int], count: int, size: tuple[int, int] = SIZE) -> list[Tensor]:
+    return [ops.philox_normal(torch.tensor(seeds), draw, (4, *size)) for draw in range(count + 1)]
 
 
 def embeddings(n: int, tokens: int) -> Tensor:
@@ -113,7 +111,7 @@ def test_the_bundle_equals_the_scheduler_for_any_batch_and_length_of_text(folder
     assert len(expected) == steps
     for state, exact in zip(states, expected, strict=True):
         np.testing.assert_allclose(state, exact, atol=1e-4)
-        assert 0.5 < exact.std() < 2
+        assert 0.2 < exact.std() < 2
     vae = AutoencoderKL.from_pretrained(folder / "vae", low_cpu_mem_usage=False).eval()
     with torch.no_grad():
         image = vae.decode(torch.from_numpy(expected[-1]) / vae.config.scaling_factor).sample
@@ -132,9 +130,9 @@ def test_the_guidance_scale_is_the_pipelines_by_default_and_has_effect(bundle: P
 
 def test_the_pipeline_of_diffusers_makes_the_same_latents(tmp_path: Path) -> None:
     folder = save(tmp_path / "lcm")  # predicts the noise, as published models do
-    model = build_model(load(folder))
     assert find_family(load(folder)) == "latent-consistency"
-    assert model.output.shape == (12, 20, 3)
+    model = build_model(load(folder), BuildOptions(size=(16, 24)))  # the pipeline wants multiples of 8
+    assert (model.sample_shape, model.output.shape) == ((4, 8, 12), (16, 24, 3))
     parts = {
         "unet": UNet2DConditionModel.from_pretrained(folder / "unet", low_cpu_mem_usage=False),
         "vae": AutoencoderKL.from_pretrained(folder / "vae", low_cpu_mem_usage=False),
@@ -145,8 +143,8 @@ def test_the_pipeline_of_diffusers_makes_the_same_latents(tmp_path: Path) -> Non
     pipeline.set_progress_bar_config(disable=True)
     text = embeddings(2, 77)
     for steps in (1, 2, 4, 8):
-        first, *draws = noises([1, 2], steps)
-        arguments = {"prompt_embeds": text, "latents": first, "num_inference_steps": steps, "guidance_scale": 7.5, "height": 12, "width": 20}
+        first, *draws = noises([1, 2], steps, (8, 12))
+        arguments = {"prompt_embeds": text, "latents": first, "num_inference_steps": steps, "guidance_scale": 7.5, "height": 16, "width": 24}
         with mock.patch(RANDN, side_effect=draws):
             expected = pipeline(**arguments, output_type="latent").images
         found = sample(model.step, [first, *draws], model.times[steps], model.initial_scale, {"prompt_embeds": text, "guidance_scale": torch.full((2,), 7.5)})
@@ -166,6 +164,7 @@ def test_half_precision_stays_above_40_db(folder: Path, tmp_path: Path) -> None:
     done = export(folder, tmp_path / "lcm.scm", steps=())
     assert done.manifest.dtypes == ("fp16", "fp32")  # the family's default
     assert done.manifest.verification is not None
+    assert "LCMScheduler" in done.manifest.verification.reference
     cases = [case for case in done.manifest.verification.cases if case.graph == "step"]
     assert {(case.dtype, case.batch_size, case.steps) for case in cases} >= {(name, n, k) for name in ("fp16", "fp32") for n in (1, 3) for k in (1, 2)}
     assert all(case.psnr is None or case.psnr >= 40 for case in cases)

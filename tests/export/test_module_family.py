@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from own_networks import CLASSES, SHAPE, TOKENS, Sensitive, OwnNetwork, Plain
+from own_networks import CLASSES, SHAPE, TOKENS, OwnNetwork, Plain, Sensitive
 from scm_export import export
 from scm_export.checkpoints import Checkpoint, ConditioningSpec, SamplerSpec, load, load_checkpoint, save_checkpoint
 from scm_export.families import build_model, find_family
@@ -25,6 +25,8 @@ from scm_export.families.family import BuildOptions
 from scm_export.ops import philox_normal
 from scm_runtime import Generator
 from scm_runtime.errors import CheckpointError, VerificationError
+
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 SIGMA_DATA = 0.5
 TIMES = {"1": (1.5, 0.0), "2": (1.5, 0.9, 0.0)}
@@ -72,7 +74,7 @@ def network() -> nn.Module:
     return randomised(OwnNetwork())
 
 
-def randomised(network: nn.Module) -> nn.Module:
+def randomised(network: AnyModule) -> AnyModule:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         for parameter in network.parameters():
@@ -166,8 +168,7 @@ def test_every_form_samples_as_the_original(written: tuple[Path, dict[str, Any]]
                 np.testing.assert_allclose(x, eager_samples(network, seeds, times, given), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("form", ["factory", "torch.export", "scripted"])
-@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize(("form", "dtype"), [("factory", "fp16"), ("torch.export", "bf16"), ("scripted", "fp16")])
 def test_half_precision_is_verified_and_close(form: str, dtype: Any, network: nn.Module, tmp_path: Path) -> None:
     name, write, options = FORMS[form]
     write(network, tmp_path / name)
@@ -187,11 +188,8 @@ def test_a_named_module_computes_in_float32(tmp_path: Path) -> None:
     def worst_psnr(keep_fp32: list[str]) -> float:
         (tmp_path / "config.json").write_text(json.dumps({"config": {"sample_shape": SHAPE, "keep_fp32": keep_fp32}}))
         try:
-            manifest = export(
-                *(tmp_path / name for name in ("weights.pt", "out.scm")),
-                **{"config": tmp_path / "config.json", "factory": "own_networks:sensitive", "dtype": "bf16", "steps": (), "force": True},
-            ).manifest
-            verification = manifest.verification
+            options: dict[str, Any] = {"factory": "own_networks:sensitive", "dtype": "bf16", "steps": (), "force": True}
+            verification = export(tmp_path / "weights.pt", tmp_path / "out.scm", config=tmp_path / "config.json", **options).manifest.verification
         except VerificationError as error:
             verification = error.report
         assert verification is not None
@@ -206,7 +204,7 @@ def test_a_named_module_computes_in_float32(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def plain(tmp_path: Path) -> Iterator[Callable[..., Any]]:
+def plain(tmp_path: Path) -> Callable[..., Any]:
     """Builds the model of a small network: (weights as saved, keywords of ``load``, header, options) to the model."""
 
     def build(weights: object = None, header: Mapping[str, Any] | None = None, options: BuildOptions | None = None, **keywords: Any) -> Any:
@@ -215,7 +213,7 @@ def plain(tmp_path: Path) -> Iterator[Callable[..., Any]]:
         loaded = load(tmp_path / "weights.pt", config=tmp_path / "config.json", factory="own_networks:plain", **keywords)
         return build_model(loaded, options)
 
-    yield build
+    return build
 
 
 def stepped(model: Any) -> Tensor:
@@ -229,7 +227,8 @@ def expected_step(sign: float = 1.0) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     x, t = torch.randn(2, *SHAPE, generator=generator), torch.tensor([1.2, 0.4])
     F: Any = sign * randomised(Plain())(x / SIGMA_DATA, t)
-    return t.cos()[:, None, None, None] * x - t.sin()[:, None, None, None] * SIGMA_DATA * F
+    y: Tensor = t.cos()[:, None, None, None] * x - t.sin()[:, None, None, None] * SIGMA_DATA * F
+    return y
 
 
 @pytest.mark.parametrize("how", ["tensor", "tuple", "dict", "nested"])

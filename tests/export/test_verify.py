@@ -29,7 +29,7 @@ from scm_export.trace import trace_map
 from scm_export.verify import verify_bundle
 from scm_export.writer import BundleWriter
 from scm_runtime.bundle import WEIGHTS, Manifest, Source, VerifiedCase
-from scm_runtime.errors import VerificationError
+from scm_runtime.errors import ExportError, VerificationError
 from scm_runtime.session import Session
 from text_model import STATE, text_model
 
@@ -184,6 +184,26 @@ def test_large_models_are_compared_at_every_point_but_not_everywhere(monkeypatch
     ]
     assert evaluated == [1, 3, 3, 1, 3]  # 11 samples: nothing is computed twice
     assert [None if one.pixels is None else len(one.pixels) for one in drawn] == [1, 1, None]
+
+
+def test_long_samplers_are_left_out() -> None:
+    model = replace(text_model(), times={count: (*np.linspace(1.5, 0.1, count).tolist(), 0.0) for count in (2, 4, 8)})
+    assert {one.steps for one in draw_references(model, quiet).drawn} == {2, 4}
+
+
+def test_a_graph_whose_bfloat16_cannot_be_emulated_is_a_failure(bundle: tuple[Path, Manifest], expected: References, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_model: onnx.ModelProto) -> onnx.ModelProto:
+        raise ExportError("no type is known")
+
+    monkeypatch.setattr(bf16, "emulate", refuse)
+    folder, manifest = bundle
+    shutil.copy(folder / "step.fp32.onnx", folder / "step.bf16.onnx")
+    try:
+        outcome = verify_bundle(folder, msgspec.structs.replace(manifest, dtypes=("bf16",), composed_steps=()), expected, None, quiet)
+    finally:
+        (folder / "step.bf16.onnx").unlink()
+    with pytest.raises(VerificationError, match="no type is known"):
+        outcome.require_passed()
 
 
 @pytest.mark.parametrize(

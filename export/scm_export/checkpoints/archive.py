@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from scm_export.checkpoints.inert_pickle import ForbiddenPickleError, Global, MalformedPickleError, StandIn, read_small_pickle
+from scm_export.checkpoints.stored_tensors import STORAGE_DTYPES
 from scm_runtime.errors import CheckpointError
 
 MAX_COMPRESSED = 256 << 20  # bytes that compressed entries may unpack to; torch compresses source code and nothing else
@@ -58,3 +62,58 @@ def check_archive(source: Path) -> list[zipfile.ZipInfo]:
             f"'{source}' holds compressed tensors ({packed[0]}), which torch does not write. Save it again, or unpack and store it uncompressed."
         )
     return entries
+
+
+def check_storages(source: Path) -> None:
+    """Compare what a torch.save archive says of its storages with the bytes that are there: torch, mapping the file, would read on into the next one.
+
+    Raises:
+        CheckpointError: a storage is missing or shorter than its tensors.
+    """
+    sizes = {entry.filename.partition("/")[2]: entry.file_size for entry in check_archive(source)}
+    with zipfile.ZipFile(source) as archive:
+        pickle = next((archive.read(name) for name in archive.namelist() if name.partition("/")[2] == "data.pkl"), b"")
+
+    short: list[tuple[int, int]] = []
+
+    def check(persistent_id: Any) -> object:
+        match persistent_id:
+            case ("storage", Global(name=kind), str(key), _, int(count)) if kind in STORAGE_DTYPES:
+                wanted, held = count * STORAGE_DTYPES[kind].itemsize, sizes.get(f"data/{key}", 0)
+                if wanted > held:
+                    short.append((wanted, held))
+        return _Nothing()
+
+    try:
+        read_small_pickle(io.BytesIO(pickle), _Anything(), check)
+    except (ForbiddenPickleError, MalformedPickleError):
+        return  # more than tensors and plain values: torch says what
+    if short:
+        wanted, held = short[0]
+        raise CheckpointError(
+            f"'{source}' is not a readable {source.suffix or '.pt'} file: shape and storage of a tensor disagree, "
+            f"{wanted} bytes wanted, {held} stored. Copy or save it again."
+        )
+
+
+class _Nothing(dict[Any, Any]):
+    """Stands for every object of a pickle that is only walked through."""
+
+    def build(self, state: object) -> None:
+        """Take no state."""
+
+
+class _Anything(Mapping[str, StandIn]):
+    """Knows every global, and makes nothing of it."""
+
+    def __getitem__(self, name: str) -> StandIn:
+        return StandIn(call=lambda *_: _Nothing(), new=_Nothing)
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(())
+
+    def __len__(self) -> int:
+        return 0

@@ -25,7 +25,10 @@ WEIGHTS_NAMES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model
 
 def is_diffusers_folder(path: Path) -> bool:
     """Whether a path is a folder of a pipeline or of one model."""
-    return any((path / name).is_file() for name in (PIPELINE, MODEL))
+    try:
+        return any((path / name).is_file() for name in (PIPELINE, MODEL))
+    except OSError:  # a name too long
+        return False
 
 
 class DiffusersFolder:

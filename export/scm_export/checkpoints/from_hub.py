@@ -41,11 +41,18 @@ def fetch(checkpoint: str | os.PathLike[str], revision: str | None, progress: Ca
     if repository is None:
         path = Path(checkpoint)
         named = path if path.name else path.absolute()  # "." has no name
-        return Found(path, named.name, named.with_name(f"{named.name}.scm") if path.is_dir() else named.with_suffix(".scm"))
+        return Found(path, named.name, named.with_name(f"{named.name}.scm") if _is_folder(path) else named.with_suffix(".scm"))
     progress(f"fetching {repository}")
     folder = hub.snapshot(repository, revision, ["*.json"])
     path = _diffusers(repository, folder) if any((folder / name).is_file() for name in (PIPELINE, MODEL)) else _single_file(repository, folder)
     return Found(path, f"{repository}@{folder.name}", Path(f"{repository.rpartition('/')[2]}.scm"))
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # a name too long: the reader says so
+        return False
 
 
 def _diffusers(repository: str, folder: Path) -> Path:

@@ -165,8 +165,8 @@ def explain(error: msgspec.ValidationError, struct: type[Struct]) -> str:
     known = inner.__struct_fields__ if inner else ()
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     where = f" in [{path.lstrip('.')}]" if path else ""
-    meant = f"; did you mean {close[0]!r}?" if close else ""
-    return f"unknown key {key!r}{where}{meant} Known are {', '.join(known)}" if close else f"unknown key {key!r}{where}; known are {', '.join(known)}"
+    meant = f"did you mean {close[0]!r}? Known" if close else "known"
+    return f"unknown field `{key}`{where}; {meant} are {', '.join(known)}"
 
 
 def _struct_in(hint: Any) -> type[Struct] | None:

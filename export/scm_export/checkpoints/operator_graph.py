@@ -125,6 +125,7 @@ def hold_tensors(module: nn.Module, parameters: Mapping[str, Tensor], buffers: M
     Raises:
         ValueError: a name cannot be one, or is another's beginning.
     """
+    tied: dict[tuple[Any, ...], nn.Parameter] = {}
     for name, tensor in {**parameters, **buffers}.items():
         *path, last = name.split(".")
         holder = module
@@ -134,7 +135,8 @@ def hold_tensors(module: nn.Module, parameters: Mapping[str, Tensor], buffers: M
             holder = holder.get_submodule(part)
         try:
             if name in parameters:
-                holder.register_parameter(last, nn.Parameter(tensor, requires_grad=False))
+                same = (tensor.data_ptr() or name, tensor.dtype, tensor.shape, tensor.stride())
+                holder.register_parameter(last, tied.setdefault(same, nn.Parameter(tensor, requires_grad=False)))
             else:
                 holder.register_buffer(last, tensor)
         except (KeyError, RuntimeError) as error:

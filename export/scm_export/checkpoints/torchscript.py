@@ -205,6 +205,7 @@ ON_TENSORS: dict[str, Callable[..., Any]] = {
     "Float": float,
     "Bool": bool,
     "detach": lambda tensor: tensor.detach(),
+    "_convolution": lambda *arguments: torch.ops.aten.convolution(*arguments[:9]),  # as traces have it, with four settings of cuDNN
 }
 
 

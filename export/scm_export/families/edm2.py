@@ -41,6 +41,8 @@ def build_edm2(loaded: Loaded, options: BuildOptions) -> Model:
     if config.segment_embedding and sampler.solver != "ddim":
         raise CheckpointError(f"config of the family edm2: with segment_embedding, sampler.solver must be 'ddim', got {sampler.solver!r}")
 
+    sample_shape = (config.img_channels, config.img_resolution, config.img_resolution)
+    images = _images(sample_shape, sampler, options)  # before the weights are read: the decoder may be missing
     with torch.device("meta"):
         network = UNet(config)
     load_weights(network, checkpoint.weights)
@@ -57,8 +59,6 @@ def build_edm2(loaded: Loaded, options: BuildOptions) -> Model:
     times = default_times(sampler.sigma_data)
     if sampler.times is not None:
         times = {int(count): values for count, values in sampler.times.items()}
-    sample_shape = (config.img_channels, config.img_resolution, config.img_resolution)
-    images = _images(sample_shape, sampler, options)
     return Model(
         family="edm2",
         step=Step(network, sampler.sigma_data, sampler.parametrisation, sampler.solver, segments=config.segment_embedding),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import math
+import logging
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from typing import Any
@@ -73,10 +73,10 @@ def build_module(loaded: Loaded, options: BuildOptions) -> Model:
     else:
         _check_weights(network, loaded.describe())
     images = _images(config.sample_shape, sampler, options)
-    precision = Precision(network, _islands(network, config.keep_fp32), match_dtypes=True)
+    own = FirstOutput(Precision(network, _islands(network, config.keep_fp32), match_dtypes=True))
     model = Model(
         family="module",
-        step=Step(FirstOutput(precision), sampler.sigma_data, sampler.parametrisation, sampler.solver),
+        step=Step(own, sampler.sigma_data, sampler.parametrisation, sampler.solver),
         sample_shape=config.sample_shape,
         sigma_data=sampler.sigma_data,
         initial_scale=sampler.sigma_data if sampler.initial_scale is None else sampler.initial_scale,
@@ -87,7 +87,7 @@ def build_module(loaded: Loaded, options: BuildOptions) -> Model:
         preview=images.preview,
         licence=header.licence,
     )
-    _try(model, loaded)
+    _try(own, model, loaded)
     return model
 
 
@@ -164,15 +164,17 @@ def _images(sample_shape: tuple[int, ...], sampler: SamplerSpec, options: BuildO
     return image_networks(options, sample_shape, sampler.sigma_data, statistics=statistics, pixels=pixels)
 
 
-def _try(model: Model, loaded: Program) -> None:
-    """Call the step without computing anything, at two batch sizes: what does not fit together shows in the network's own words."""
+def _try(network: nn.Module, model: Model, loaded: Program) -> None:
+    """Call the network without computing anything, at two batch sizes: what does not fit together shows in its own words."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
     for n in (TRACE_BATCH, TRACE_BATCH + 1):
-        x, t = torch.zeros(n, *model.sample_shape), torch.full((n,), math.pi / 4)
+        x, level = torch.zeros(n, *model.sample_shape), torch.full((n,), 0.5)
         conditioning = {item.name: example(item, n) for item in model.conditioning}
+        disabled, log.disabled = log.disabled, True  # what it logs as an error is in the exception
         try:
             with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as fake:
-                fakes = [fake.from_tensor(tensor) for tensor in (x, t, t, x)]
-                output = model.step(*fakes, {name: fake.from_tensor(tensor) for name, tensor in conditioning.items()})
+                given = {name: fake.from_tensor(tensor) for name, tensor in conditioning.items()}
+                output = network(fake.from_tensor(x), fake.from_tensor(level), **given)
         except (DataDependentOutputException, DynamicOutputShapeException):
             return  # the exporter says what in the network depends on values
         except Exception as error:
@@ -181,6 +183,8 @@ def _try(model: Model, loaded: Program) -> None:
             raise CheckpointError(
                 f"{loaded.describe()} cannot be called as network({asked}) with x of {[n, *model.sample_shape]}: {type(error).__name__}: {reason}"
             ) from error
+        finally:
+            log.disabled = disabled
         if output.shape != x.shape:
             raise CheckpointError(f"{loaded.describe()} must return a tensor shaped as x, {list(x.shape)}, got {list(output.shape)}")
 
