@@ -35,8 +35,8 @@ demo: $(LIGHT) ## draw twenty digits with the embedded model; installs no torch
 	$(BIN)/scm-runtime generate digits --labels $(LABELS) --seed 1460 --columns 10 -o $(DEMO)
 	@echo "The digits are in $(CURDIR)/$(DEMO)"
 
-test: $(FULL) $(OPS) ## run the tests (ARGS="-k noise" to choose)
-	$(BIN)/python -m pytest $(ARGS)
+test: $(FULL) $(OPS) ## run the tests, a process a core (ARGS="-k noise" to choose)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 lint: $(FULL) ## ruff: rules and format
 	$(BIN)/ruff check

@@ -112,6 +112,25 @@ def sensitive() -> nn.Module:
     return Sensitive()
 
 
+class FromDiffusers(nn.Module):
+    """A U-Net of diffusers, whose upsampling looks at the batch, with inputs in the order of this project."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        import diffusers
+
+        self.unet = diffusers.UNet2DModel(
+            sample_size=(8, 16), block_out_channels=(12, 24), down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, norm_num_groups=3
+        )
+
+    def forward(self, x: Tensor, level: Tensor) -> object:
+        return self.unet(x, level * 1000)
+
+
+def from_diffusers() -> nn.Module:
+    return FromDiffusers()
+
+
 def data_dependent() -> nn.Module:
     return DataDependent()
 

@@ -17,6 +17,7 @@ from scm_export.graphs import BATCH, ir_version
 from scm_export.model import Model
 from scm_export.ops import operators_as_nodes
 from scm_export.weight_layout import store_as_read
+from scm_export.widening import widen
 from scm_runtime.bundle import Conditioning
 from scm_runtime.errors import ExportError
 
@@ -116,6 +117,7 @@ def _trace(
             traced: ir.Model = program.model
             optimize(traced)
             store_as_read(traced)
+            widen(traced)
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ExportError(f"torch.onnx cannot translate the network of {name}: {reason[-1]}") from error

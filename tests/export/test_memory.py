@@ -31,7 +31,7 @@ from scm_export import export
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
-export(sys.argv[1], sys.argv[3] + "/tiny.scm", dtype="fp16")
+export(sys.argv[1], sys.argv[3] + "/tiny.scm", steps=())
 before = peak()
 manifest = export(sys.argv[2], sys.argv[3] + "/wide.scm", dtype="fp16").manifest
 print(json.dumps({"added": peak() - before, "weights": 4 * manifest.parameters, "composed": manifest.composed_steps}))

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from own_networks import CLASSES, SHAPE, TOKENS, OwnNetwork, Plain, Sensitive
+from own_networks import CLASSES, SHAPE, TOKENS, FromDiffusers, OwnNetwork, Plain, Sensitive
 from scm_export import export
 from scm_export.checkpoints import Checkpoint, ConditioningSpec, SamplerSpec, load, load_checkpoint, save_checkpoint
 from scm_export.families import build_model, find_family
@@ -199,6 +199,20 @@ def test_a_named_module_computes_in_float32(tmp_path: Path) -> None:
     assert worst_psnr([]) < 35
 
 
+def test_a_network_of_diffusers_is_sampled_in_any_batch(tmp_path: Path) -> None:
+    shape, network = (3, 8, 16), randomised(FromDiffusers())
+    torch.save(network.state_dict(), tmp_path / "weights.pt")
+    (tmp_path / "config.json").write_text(json.dumps({"config": {"sample_shape": shape}, "sampler": {"parametrisation": "trigflow-negated"}}))
+    options: dict[str, Any] = {"factory": "own_networks:from_diffusers", "steps": (), "verify": False}
+    bundle = export(tmp_path / "weights.pt", tmp_path / "out.scm", config=tmp_path / "config.json", **options)
+    with Generator(bundle.path) as generate:
+        for n in (1, 3):
+            x = torch.randn(n, *shape, generator=torch.Generator().manual_seed(n))
+            found = generate(latents=x.numpy(), timesteps=[1.2], output_type="latent").array
+            F = -network(x, torch.full((n,), 1.2)).sample  # x is the state over sigma_d already
+            np.testing.assert_allclose(found, SIGMA_DATA * (math.cos(1.2) * x - math.sin(1.2) * F), rtol=0, atol=1e-4)
+
+
 # ----------------------------------------------------------------------------
 # What the config says, and how a network may be. Nothing is exported.
 
@@ -247,7 +261,7 @@ def test_what_wrappers_put_before_names_is_taken_off(plain: Callable[..., Any], 
 @pytest.mark.parametrize("key", ["state_dict", "ema", "model"])
 def test_the_only_tensors_of_a_training_state_are_taken(plain: Callable[..., Any], key: str) -> None:
     said: list[str] = []
-    optimizer = {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 1e-3}]}
+    optimizer = {"exp_avg": torch.zeros(3), "exp_avg_sq": torch.zeros(3)}
     model = plain({"epoch": 3, key: randomised(Plain()).state_dict(), "optimizer": optimizer}, progress=said.append)
     torch.testing.assert_close(stepped(model), expected_step(), rtol=0, atol=1e-6)
     assert said == [f"taking the tensors under {key!r}"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 from own_networks import SHAPE, Block, Plain
 from scm_export import export
 from scm_export.checkpoints import Checkpoint, Program, load, load_checkpoint, save_checkpoint
+from scm_export.checkpoints.header import read_header
 from scm_runtime.errors import CheckpointError, CheckpointNotFoundError, InvalidArgumentError, ScmError
-from support import tree
+from support import ROOT, tree
 
 Made = tuple[Path, dict[str, Any]]
 """A checkpoint, and the keywords of ``export`` that it is exported with."""
@@ -87,6 +89,14 @@ def test_a_program_is_read_with_its_buffers_its_constants_and_its_tied_weights(t
             assert isinstance(program, Program)
             assert {name for name, _ in program.network.named_parameters()} == {name for name, _ in network.named_parameters()}
             torch.testing.assert_close(program.network(x, level), network(x, level), rtol=0, atol=0)
+
+
+def test_the_documents_example_is_valid(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "checkpoint-format.md").read_text("utf-8")
+    (example,) = re.findall(r"^```toml\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    (tmp_path / "model.toml").write_text(example)
+    header = read_header(tmp_path / "model.toml")
+    assert (header.config["sample_shape"], header.sampler.parametrisation, header.conditioning[0].num_classes) == ([3, 32, 48], "edm", 10)
 
 
 # ----------------------------------------------------------------------------
@@ -338,6 +348,13 @@ ROWS: list[tuple[str, Make, type[ScmError], str, str]] = [
         exported_with(lambda raw: raw["config"]["conv.bias"]["tensor_meta"].update(sizes=[{"as_int": 4}]), WEIGHTS),
         CheckpointError,
         "shape and storage of conv.bias disagree: shape [4]",
+        "3 elements stored",
+    ),
+    (
+        "strides beyond their storage",
+        exported_with(lambda raw: raw["config"]["conv.bias"]["tensor_meta"].update(strides=[{"as_int": 2}]), WEIGHTS),
+        CheckpointError,
+        "shape and storage of conv.bias disagree: shape [3], strides [2]",
         "3 elements stored",
     ),
     (

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from scm_export.checkpoints import Checkpoint, Loaded, Program, SamplerSpec
 from scm_export.checkpoints.header import PositiveInteger, convert
 from scm_export.families.autoencoders import ImageNetworks, LatentStatistics, image_networks, pixel_networks
+from scm_export.families.diffusers_networks import free_batch
 from scm_export.families.family import BuildOptions, Family
 from scm_export.families.weights import load_weights
 from scm_export.model import Model
@@ -65,6 +66,8 @@ def build_module(loaded: Loaded, options: BuildOptions) -> Model:
         raise CheckpointError("a network of the family module has the sample_shape of its config: leave out the size")
     _check_inputs(loaded, conditioning)
     network = loaded.network.eval().requires_grad_(False)
+    if any(type(module).__module__.startswith("diffusers.") for module in network.modules()):
+        free_batch(network)
     if loaded.weights is not None:
         try:
             load_weights(network, loaded.weights)
