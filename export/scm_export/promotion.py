@@ -35,14 +35,15 @@ class MatchDtypes(TorchFunctionMode):
     def __torch_function__(self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "").partition(".")[0]
-        if name in WAVES and args[0].ndim <= 2 and args[0].dtype == torch.float32:
-            return func(args[0].double()).float()
-        if name not in WEIGHTED | PRODUCTS | NORMS:
+        operands = [leaf for leaf in tree_leaves((args, kwargs)) if _is_floating(leaf)]
+        if name in WAVES and len(operands) == 1 and operands[0].ndim <= 2 and operands[0].dtype == torch.float32:
+            return func(operands[0].double()).float()
+        if not operands or name not in WEIGHTED | PRODUCTS | NORMS:
             return func(*args, **kwargs)
-        dtypes = [leaf.dtype for leaf in tree_leaves((args, kwargs)) if _is_floating(leaf)]
+        dtypes = [operand.dtype for operand in operands]
         if name in NORMS:
             return _cast(func(*_cast(args, torch.float32), **_cast(kwargs, torch.float32)), dtypes[0])
-        weight = (*args, kwargs.get("weight"))[1] if name in WEIGHTED else None
+        weight = (args[1] if len(args) > 1 else kwargs.get("weight")) if name in WEIGHTED else None
         dtype = weight.dtype if isinstance(weight, Tensor) else min(dtypes, key=lambda dtype: dtype.itemsize)
         return func(*_cast(args, dtype), **_cast(kwargs, dtype))
 

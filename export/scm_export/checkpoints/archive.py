@@ -23,7 +23,7 @@ def archive_kind(source: Path) -> ArchiveKind:
     Raises:
         CheckpointError: damaged, a zip bomb, or none of them.
     """
-    names = {entry.filename.partition("/")[2] for entry in check_archive(source)} | {entry.filename for entry in check_archive(source)}
+    names = {name for entry in check_archive(source) for name in (entry.filename, entry.filename.partition("/")[2])}
     if {"archive_format", "serialized_exported_program.json"} & names:
         return "torch.export"
     if "constants.pkl" in names:

@@ -94,7 +94,7 @@ def _read(source: Path) -> Operations:
         if len(models) != 1:
             held = "code compiled by AOTInductor alone" if any(name.startswith("data/aotinductor/") for name in names) else f"{len(models)} programs"
             raise CheckpointError(f"'{source}' must hold one exported program, as torch 2.9 and newer save it, got {held}. Use torch.export.save.")
-        if archive.read(names.get("byteorder", "")) != b"little" if "byteorder" in names else False:
+        if "byteorder" in names and archive.read(names["byteorder"]) != b"little":
             raise CheckpointError(f"'{source}' was saved on a big-endian machine. Save it again on another.")
         raw = msgspec.json.decode(archive.read(names[models[0]]))
         if (version := raw["schema_version"]["major"]) != SCHEMA_MAJOR:
