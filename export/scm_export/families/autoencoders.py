@@ -126,14 +126,14 @@ def pixel_networks(options: BuildOptions, sample_shape: tuple[int, ...], pixels:
     return ImageNetworks(Latents() if options.latents else ImageDecoder(*pixels), encoder, None)
 
 
-def downsampling(options: BuildOptions, folder: DiffusersFolder) -> int:
-    """Pixels a latent, along each side; Stable Diffusion's 8 where there is no autoencoder yet.
+def downsampling(options: BuildOptions, folder: DiffusersFolder, default: int) -> int:
+    """Pixels a latent, along each side; the default where there is no autoencoder yet.
 
     Raises:
         CheckpointError: ``--decoder`` is no autoencoder.
     """
     source = folder if options.decoder is None else _open(options.decoder, "--decoder")
-    return 8 if source.find(*AUTOENCODERS) is None else _Autoencoder(source).downsampling
+    return default if source.find(*AUTOENCODERS) is None else _Autoencoder(source).downsampling
 
 
 class Affine(NamedTuple):

@@ -37,6 +37,7 @@ PIPELINES = ("LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPip
 UNET, SCHEDULER = "UNet2DConditionModel", "LCMScheduler"
 STEPS = (1, 2, 4, 8)
 GUIDANCE_SCALE = 8.5  # the pipeline's default
+DOWNSAMPLING = 8  #     of Stable Diffusion's autoencoder, pixels a latent
 SIGMA_DATA = 1.0  #     diffusers scales latents to unit variance
 
 
@@ -116,7 +117,7 @@ def build_latent_consistency(loaded: Loaded, options: BuildOptions) -> Model:
     unet, original = make_network(loaded, component), make_network(loaded, component)
     config: Any = unet.config
     _check(config, scheduler.config, loaded)
-    sample_shape = (config.in_channels, *sample_size(config, options.size, downsampling(options, loaded)))
+    sample_shape = (config.in_channels, *sample_size(config, options.size, downsampling(options, loaded, DOWNSAMPLING)))
     free_batch(unet)
     check_size(unet, sample_shape, encoder_hidden_states=torch.empty(1, 1, config.cross_attention_dim, device="meta"))
     keep_times(unet)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from scm_export.checkpoints import DiffusersFolder, Loaded
-from scm_export.families.autoencoders import image_networks
+from scm_export.families.autoencoders import downsampling, image_networks
 from scm_export.families.diffusers_networks import injected_noise, make_network, make_scheduler, read_weights, sample_size, share_weights
 from scm_export.families.family import BuildOptions, Family
 from scm_export.families.weights import load_weights
@@ -25,7 +25,7 @@ from scm_runtime.bundle import Conditioning
 from scm_runtime.errors import CheckpointError, InvalidArgumentError
 
 PIPELINES = ("SanaSprintPipeline", "SanaSprintImg2ImgPipeline")
-TRANSFORMER, SCHEDULER, AUTOENCODER = "SanaTransformer2DModel", "SCMScheduler", "AutoencoderDC"
+TRANSFORMER, SCHEDULER = "SanaTransformer2DModel", "SCMScheduler"
 DOWNSAMPLING = 32  #  pixels a latent, of SANA's autoencoder
 T_MAX = 1.5708  #     SANA-Sprint's, a little over pi/2: there cos t < 0, and u = sin t / (cos t + sin t) > 1
 TIMES = {
@@ -113,7 +113,7 @@ def build_sana_sprint(loaded: Loaded, options: BuildOptions) -> Model:
     config: Any = transformer.config
     _check(config, scheduler.config)
     sigma_data = float(scheduler.config.sigma_data)
-    height, width = sample_size(config, options.size, _downsampling(loaded, options))
+    height, width = sample_size(config, options.size, downsampling(options, loaded, DOWNSAMPLING))
     if height % config.patch_size or width % config.patch_size:
         raise InvalidArgumentError(f"the latents must be whole patches of {config.patch_size}x{config.patch_size}, got {height}x{width}. Try another --size.")
     for network in (transformer, original):
@@ -149,14 +149,6 @@ def _check(config: Any, scheduler: Any) -> None:
         raise CheckpointError(f"prediction_type of the {SCHEDULER} must be 'trigflow', got {scheduler.prediction_type!r}")
     if not isinstance(scheduler.sigma_data, float | int) or not 0 < scheduler.sigma_data < math.inf:
         raise CheckpointError(f"sigma_data of the {SCHEDULER} must be a number above 0, got {scheduler.sigma_data!r}")
-
-
-def _downsampling(folder: DiffusersFolder, options: BuildOptions) -> int:
-    """Pixels a latent, along each side."""
-    source = folder if options.decoder is None else DiffusersFolder(options.decoder)
-    component = source.find(AUTOENCODER)
-    levels = None if component is None else source.config(component).get("encoder_block_out_channels")
-    return 2 ** (len(levels) - 1) if isinstance(levels, list) and levels else DOWNSAMPLING
 
 
 def _place(transformer: nn.Module, height: int, width: int) -> None:
