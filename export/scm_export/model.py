@@ -121,6 +121,7 @@ class Model:
 
     def release(self) -> None:
         """Give the memory of the weights back. The model cannot be used again."""
+        self.reference = None
         for network in self.networks:
             for tensor in (*network.parameters(), *network.buffers()):  # one buffer is enough to keep a mapped file
                 tensor.data = tensor.data.new_empty(0)

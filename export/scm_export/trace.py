@@ -138,7 +138,7 @@ def example(item: Conditioning, n: int, sizes: Mapping[str, int] | None = None) 
         case "class":
             return torch.arange(n) * 7 % (item.num_classes or 1)
         case "scalar":
-            return torch.linspace(1.0, 1.5, n) * (1.0 if item.default is None else item.default)
+            return torch.linspace(1.0, 1.5, n) * (item.default or 1.0)  # a default of 0 is no measure
         case "embedding":
             return torch.randn(n, *shape, generator=torch.Generator().manual_seed(n))
         case "mask":  # one token less for each further sample

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +15,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from own_networks import SHAPE, Block, Plain
+from own_networks import SHAPE, Block, Counts, Plain
 from scm_export import export
 from scm_export.checkpoints import Checkpoint, Program, load, load_checkpoint, save_checkpoint
 from scm_export.checkpoints.header import read_header
+from scm_export.checkpoints.torchscript import read_torchscript
 from scm_runtime.errors import CheckpointError, CheckpointNotFoundError, InvalidArgumentError, ScmError
 from support import ROOT, tree
 
@@ -33,6 +35,16 @@ def save_exported(network: nn.Module, path: Path, dynamic: bool = True) -> None:
     batch = torch.export.Dim("batch", max=1024)
     shapes = ({0: batch}, {0: batch}) if dynamic else None
     torch.export.save(torch.export.export(network, (torch.randn(2, *SHAPE), torch.rand(2)), dynamic_shapes=shapes), path)
+
+
+def test_torchscript_rounds_as_torch_does(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.script(Counts()).save(str(tmp_path / "counts.ts"))
+    network, original = read_torchscript(tmp_path / "counts.ts", trust=True)
+    x, level = torch.rand(2, 3, 8, 11), torch.tensor([0.5, 1.0])
+    torch.testing.assert_close(network(x, level), original(x, level))
+    torch.testing.assert_close(network(x, level), Counts()(x, level))
 
 
 # ----------------------------------------------------------------------------

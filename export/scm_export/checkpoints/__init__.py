@@ -91,8 +91,8 @@ def _load_file(source: Path, header: Header | None, factory: str | None, trust: 
     if kind in ("torch.export", "TorchScript"):
         if factory is not None:
             raise InvalidArgumentError(f"'{source}' is a program and holds its network: leave out the factory")
-        program = read_exported(source, trust=trust) if kind == "torch.export" else read_torchscript(source, trust=trust)
-        return Program(_needed(header, source), program, f"the {kind} program '{source}'", inputs=tuple(program.inputs))
+        program, original = (read_exported(source, trust=trust), None) if kind == "torch.export" else read_torchscript(source, trust=trust)
+        return Program(_needed(header, source), program, f"the {kind} program '{source}'", inputs=tuple(program.inputs), original=original)
     if is_plain_pickle(start):
         if header is not None or factory is not None:
             raise InvalidArgumentError(f"'{source}' is a pickle, read as EDM2's, which say themselves what they are: leave out config and factory")

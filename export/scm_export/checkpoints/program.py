@@ -27,6 +27,8 @@ class Program:
     """To be loaded into the network; None: it has its own."""
     inputs: tuple[str, ...] | None = None
     """Names of the network's inputs, state and level first, where they are known."""
+    original: nn.Module | None = None
+    """What the network is this project's reading of, for verification, where there is such."""
 
     def describe(self) -> str:
         """A few words for messages."""

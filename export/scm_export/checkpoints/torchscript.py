@@ -3,6 +3,7 @@ TorchScript's own operators write files, and its loader runs methods of the prog
 
 from __future__ import annotations
 
+import math
 import operator
 import warnings
 from collections.abc import Callable
@@ -34,8 +35,8 @@ NUMBERS: dict[torch.dtype, int] = {dtype: number for number, dtype in DTYPES.ite
 MEMORY_FORMATS = {0: torch.contiguous_format, 1: torch.preserve_format, 2: torch.channels_last, 3: torch.channels_last_3d}
 
 
-def read_torchscript(source: Path, *, trust: bool = False) -> ScriptedNetwork:
-    """The network in a TorchScript archive.
+def read_torchscript(source: Path, *, trust: bool = False) -> tuple[ScriptedNetwork, torch.jit.ScriptModule]:
+    """The network in a TorchScript archive, as it can be traced with a free batch, and as torch itself runs it, over the same tensors.
 
     Raises:
         CheckpointError: not trusted, damaged, or it uses what cannot be exported.
@@ -49,7 +50,8 @@ def read_torchscript(source: Path, *, trust: bool = False) -> ScriptedNetwork:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # TorchScript is deprecated; its files are still about
-            return ScriptedNetwork(torch.jit.load(source, map_location="cpu").eval())
+            script = torch.jit.load(source, map_location="cpu").eval()
+            return ScriptedNetwork(script), script
     except Exception as error:
         raise CheckpointError(f"'{source}' cannot be loaded as TorchScript: {first_line(error)}. Copy or save it again.") from error
 
@@ -160,6 +162,10 @@ def _append(items: list[Any], item: object) -> list[Any]:
     return items
 
 
+def _whole(rounding: Callable[[Any], Any], value: Any) -> Any:
+    return rounding(value) if isinstance(value, float | torch.SymFloat) else value
+
+
 # Operators of TorchScript on numbers, lists and sizes. In Python, since sizes are symbols while the graph is traced.
 ON_VALUES: dict[str, Callable[..., Any]] = {
     **{name: getattr(operator, name) for name in ("add", "sub", "mul", "floordiv", "truediv", "neg", "eq", "ne", "lt", "le", "gt", "ge")},
@@ -173,14 +179,14 @@ ON_VALUES: dict[str, Callable[..., Any]] = {
     "div": operator.truediv,
     "pow": operator.pow,
     "len": len,
-    "Int": lambda value: value,
+    "Int": lambda value: _whole(math.trunc, value),
     "Float": lambda value: value if isinstance(value, torch.SymFloat) else float(value),
     "Bool": bool,
     "ScalarImplicit": lambda value: value,
     "IntImplicit": lambda value: value,
     "FloatImplicit": lambda value: value,
-    "ceil": lambda value: -((-value) // 1),
-    "floor": lambda value: value // 1,
+    "ceil": lambda value: _whole(math.ceil, value),
+    "floor": lambda value: _whole(math.floor, value),
     "sqrt": lambda value: value**0.5,
     "format": lambda text, *items: text.format(*items),
     "warn": lambda *_: None,

@@ -19,8 +19,8 @@ from scm_export.families.autoencoders import ImageNetworks, LatentStatistics, im
 from scm_export.families.diffusers_networks import free_batch
 from scm_export.families.family import BuildOptions, Family
 from scm_export.families.weights import load_weights
-from scm_export.model import Model
-from scm_export.parametrisation import Step, default_times
+from scm_export.model import Model, Reference
+from scm_export.parametrisation import Step, default_times, sample
 from scm_export.precision import Precision, norms
 from scm_export.trace import TRACE_BATCH, example
 from scm_runtime.bundle import Conditioning
@@ -91,6 +91,12 @@ def build_module(loaded: Loaded, options: BuildOptions) -> Model:
         licence=header.licence,
     )
     _try(own, model, loaded)
+    if loaded.original is not None:
+        step = Step(FirstOutput(loaded.original), sampler.sigma_data, sampler.parametrisation, sampler.solver)
+        model.reference = Reference(
+            f"the program itself in PyTorch {torch.__version__}",
+            lambda noises, times, conditioning: sample(step, noises, times, model.initial_scale, conditioning),
+        )
     return model
 
 
