@@ -20,6 +20,7 @@ from torch import Tensor
 
 from scm_export.checkpoints.header import ConditioningSpec, SamplerSpec, convert, validate
 from scm_export.checkpoints.torch_file import first_line, read_torch_file
+from scm_runtime import hub
 from scm_runtime.errors import CheckpointError, CheckpointNotFoundError, OutputError
 from scm_runtime.files import whole_file
 
@@ -93,7 +94,8 @@ def read_start(source: Path) -> bytes:
         wrong = {FileNotFoundError: "the file does not exist", IsADirectoryError: "it is a folder"}.get(type(error), error.strerror or str(error))
         missing = isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError)
         raise (CheckpointNotFoundError if missing else CheckpointError)(
-            f"no checkpoint at '{source}': {wrong}. Expected a .pt or .safetensors file."
+            f"no checkpoint at '{source}': {wrong}. Expected a checkpoint's file, a diffusers folder, "
+            f"or a repository of the Hugging Face hub ('org/name').{hub.why_a_path(str(source))}"
         ) from error
     if not start:
         raise CheckpointError(f"'{source}' is empty. Copy or save the checkpoint again.")
