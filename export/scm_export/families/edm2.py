@@ -41,7 +41,7 @@ def build_edm2(loaded: Loaded, options: BuildOptions) -> Model:
     if config.segment_embedding and sampler.solver != "ddim":
         raise CheckpointError(f"config of the family edm2: with segment_embedding, sampler.solver must be 'ddim', got {sampler.solver!r}")
 
-    if options.size is not None:
+    if options.size is not None and options.latents:  # of images the exporter compares it with what the model makes
         raise CheckpointError(f"an EDM2 network has the resolution of its config, {config.img_resolution}: leave out the size")
     sample_shape = (config.img_channels, config.img_resolution, config.img_resolution)
     images = _images(sample_shape, sampler, options)  # before the weights are read: the decoder may be missing
