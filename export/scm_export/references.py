@@ -100,7 +100,7 @@ def draw_references(model: Model, progress: Callable[[str], None]) -> References
     with tf32_off():
         drawn = [_draw(model, reference, planned, progress) for planned in _plan(model)]
         progress("evaluating in PyTorch: single steps")
-        evaluated = [_evaluate(model, way) for way in (_ways(model) if model.parameters <= LARGE_NETWORK else [drawn[0].way])]
+        evaluated = [_evaluate(model, drawn[0].way)]
         mapped = list(_map(model, drawn, progress))
     level = 1 / abs(model.decoder.scale) if isinstance(model.decoder, ImageDecoder) else None
     return References(reference.name, model.sigma_data, level, drawn, evaluated, mapped)
