@@ -15,24 +15,36 @@ from scm_runtime.errors import (
     BundleIntegrityError,
     BundleNotFoundError,
     BundleSchemaError,
+    DeviceError,
+    ForkedError,
+    GenerationCancelledError,
+    GeneratorClosedError,
     HubError,
     HubNotFoundError,
     InferenceError,
     InvalidArgumentError,
     MissingDependencyError,
     NativeOpsError,
+    NonFiniteError,
+    OutOfMemoryError,
     OutputError,
     ScmError,
 )
-from scm_runtime.generator import Generator, GeneratorInfo
+from scm_runtime.generator import Generator
+from scm_runtime.info import GeneratorInfo
 from scm_runtime.samples import Samples, Timings
+from scm_runtime.tracing import Span
 
 __all__ = [
     "BundleError",
     "BundleIntegrityError",
     "BundleNotFoundError",
     "BundleSchemaError",
+    "DeviceError",
+    "ForkedError",
+    "GenerationCancelledError",
     "Generator",
+    "GeneratorClosedError",
     "GeneratorInfo",
     "HubError",
     "HubNotFoundError",
@@ -41,9 +53,12 @@ __all__ = [
     "Manifest",
     "MissingDependencyError",
     "NativeOpsError",
+    "NonFiniteError",
+    "OutOfMemoryError",
     "OutputError",
     "Samples",
     "ScmError",
+    "Span",
     "Timings",
     "__version__",
 ]

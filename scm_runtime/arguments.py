@@ -40,14 +40,11 @@ def resolve_call(
     latents: ArrayLike | None,
     num_inference_steps: int | None,
     timesteps: Sequence[float] | None,
-    output_type: str,
 ) -> Call:
     """Check a call's arguments against the manifest and bring them to one batch size; raises InvalidArgumentError.
 
     ``conditioning`` is by the names of the step graph's inputs; None stands for not given.
     """
-    if output_type not in ("pil", "np", "latent"):
-        raise InvalidArgumentError(f"output_type must be 'pil', 'np' or 'latent', got {output_type!r}")
     if batch_size is not None and (not is_int(batch_size) or batch_size < 1):
         raise InvalidArgumentError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
     inputs = {item.name: item for item in manifest.conditioning}

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from scm_runtime.bundle import Conditioning
 from scm_runtime.errors import InvalidArgumentError
 
+FREE_SIZE = 7  # that a stand-in has in a dimension that a call may choose
+
 
 @dataclass(frozen=True)
 class Column:
@@ -142,6 +144,18 @@ def fill(item: Conditioning, column: Column | None, seeds: NDArray[np.int64], si
     if item.kind == "class":
         return seeds % cast(int, item.num_classes)
     raise InvalidArgumentError(f"this bundle needs {item.name}: a number, or one a sample")
+
+
+def stand_ins(inputs: Sequence[Conditioning], seeds: Sequence[int]) -> dict[str, Any]:
+    """Something for each input that has to be given: 1 for a number, and for an embedding standard normal numbers that follow from the sample's seed."""
+    given: dict[str, Any] = {}
+    for item in inputs:
+        if item.kind == "embedding":
+            shape = [FREE_SIZE if isinstance(size, str) else size for size in item.shape]
+            given[item.name] = np.stack([np.random.default_rng(seed).standard_normal(shape, np.float32) for seed in seeds])
+        elif item.kind == "scalar" and item.default is None:
+            given[item.name] = 1.0
+    return given
 
 
 def _needed(item: Conditioning) -> str:

@@ -1,75 +1,61 @@
-"""``Generator``: the sampling loop, and nothing of any model's mathematics.
-
-    x = noise(seeds, draw=0) * initial_scale
-    for k, (t, t_next) in enumerate(pairs(times)):
-        x = step(x, t, t_next, noise(seeds, draw=k + 1), conditioning)
-    image = decode(x)
-
-Noise, step and decode are graphs of the bundle.
-"""
+"""``Generator``: the public face. It checks what it is given, opens a bundle on a device, and draws."""
 
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, cast
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from scm_runtime.arguments import Labels, Seeds, gather_conditioning, read_latents, resolve_call
 from scm_runtime.bundle import Dtype, Manifest, check_files, read_manifest
+from scm_runtime.conditioning import is_int, stand_ins
+from scm_runtime.devices import Placement, place
+from scm_runtime.engine import Engine, HostEngine
 from scm_runtime.errors import InvalidArgumentError
 from scm_runtime.graphs import Graphs
+from scm_runtime.guard import Guard, OnNonfinite, check_policy
 from scm_runtime.images import to_pixels
+from scm_runtime.info import GeneratorInfo
 from scm_runtime.location import find
 from scm_runtime.native import Library, check_native_ops, open_with_kernels
-from scm_runtime.samples import EXPORT_A_DECODER, PICTURE_CHANNELS, Samples, Timings
-from scm_runtime.session import check_threads, load_onnxruntime
+from scm_runtime.samples import EXPORT_A_DECODER, Samples
+from scm_runtime.sampling import OUTPUT_TYPES, OutputType, Request, Sampler
+from scm_runtime.session import Session, Settings, check_threads, load_onnxruntime
+from scm_runtime.tracing import OnSpan
+from scm_runtime.usage import Usage
 
 if TYPE_CHECKING:
     from PIL import Image
 
-Callback = Callable[["Generator", int, float, dict[str, NDArray[np.float32]]], Mapping[str, Any] | None]
+Callback = Callable[["Generator", int, float, dict[str, NDArray[np.float32]]], Mapping[str, Any] | Literal[False] | None]
 
-
-@dataclass(frozen=True)
-class GeneratorInfo:
-    """What a Generator runs, and on what."""
-
-    bundle: str
-    """Its name in the manifest."""
-    dtype: str
-    """Of the graphs: "fp32", "fp16" or "bf16"."""
-    device: str
-    """So far always "cpu"."""
-    provider: str
-    """ONNX Runtime's name of what runs the step graph: "CPUExecutionProvider"."""
-    onnxruntime: str
-    """Its version."""
-    native_ops: bool
-    """Whether the library's kernels run; else the function bodies in the graphs do."""
-    native_ops_version: str | None
-    """Of the library, where its kernels run."""
-    native_ops_reason: str | None
-    """Why they do not run, and what would mend it."""
+CAPTURE_RUNS = 3  # two to take memory, one to capture a CUDA graph
 
 
 class Generator:
-    """Draws samples from a bundle. One Generator may be called from several threads; calls share nothing but the sessions."""
+    """Draws samples from a bundle. Any number of threads may call one Generator; calls share nothing but the sessions."""
 
     def __init__(
         self,
         bundle: str | os.PathLike[str],
         *,
         revision: str | None = None,
-        dtype: Dtype = "fp32",
+        device: str = "auto",
+        dtype: Dtype | Literal["auto"] = "auto",
+        providers: Sequence[str | tuple[str, Mapping[str, object]]] | None = None,
+        provider_options: Mapping[str, object] | Sequence[Mapping[str, object]] | None = None,
+        session_options: Mapping[str, object] | None = None,
         threads: int | None = None,
         native_ops: bool | Literal["auto"] = "auto",
+        on_nonfinite: OnNonfinite = "raise",
+        on_span: OnSpan | None = None,
+        profile_dir: str | os.PathLike[str] | None = None,
         verify_integrity: bool = True,
     ) -> None:
         """Open a bundle.
@@ -79,10 +65,18 @@ class Generator:
                 ``"org/name"``, which takes the extra ``hub``. What exists as a path is a path; so is what lies in a folder that exists, unless
                 a revision is given. Of a repository the files that the dtype needs are fetched, into huggingface_hub's cache.
             revision: of a repository: branch, tag or commit; None for the main branch.
-            dtype: which of the bundle's graphs to run; every bundle has fp32, the fastest on a CPU.
+            device: "cpu", "cuda" (the first GPU) or "cuda:N", had or an error; "auto" takes a GPU where one can be had, else the CPU, and logs why.
+            dtype: which of the bundle's graphs to run. "auto": on a GPU half precision where the bundle has it, elsewhere fp32, which every bundle has.
+            providers: for experts, in place of a device: ONNX Runtime's execution providers in order, by name or as (name, options).
+            provider_options: of the device's provider; with ``providers`` a list, one a provider.
+            session_options: attributes of ONNX Runtime's SessionOptions by name, and configuration entries, whose names have a dot.
             threads: threads inside an operator; None for one a core.
             native_ops: True runs the kernels of scm-runtime's native library; False the function bodies in the graphs, which need no library;
                 "auto" the kernels where they can be used, and else the bodies. ``info`` says which run, the logger ``scm_runtime`` why.
+            on_nonfinite: what to do about samples that turn into NaN or infinity: "raise" NonFiniteError; "warn" in the log; or "fp32", do
+                them again in it, silently but for a line in the log.
+            on_span: called with a ``Span`` for each call and each of its parts, after it, in the thread that receives the samples.
+            profile_dir: a folder for ONNX Runtime's profile of every session, written when the Generator is closed.
             verify_integrity: compare the SHA-256 of every file with the manifest. False saves the reading of large bundles;
                 presence and sizes are checked all the same.
 
@@ -92,37 +86,45 @@ class Generator:
             HubError: the hub refuses, or cannot be reached.
             BundleSchemaError: its manifest is malformed or of a newer schema.
             BundleIntegrityError: a file is missing, or not the one the manifest describes.
-            InvalidArgumentError: threads, native_ops or dtype out of range, or a revision of what is no repository.
+            InvalidArgumentError: an argument is out of range, or a revision of what is no repository.
+            DeviceError: the device cannot be had; the message names what is missing.
             MissingDependencyError: ONNX Runtime is not installed, or huggingface_hub, where it is needed.
             NativeOpsError: native_ops is True, and the kernels cannot be used.
             InferenceError: ONNX Runtime refuses a graph.
         """
-        threads, native_ops = check_threads(threads), check_native_ops(native_ops)
-        found = find(bundle, revision)
-        self.folder = found.folder
+        threads, native_ops, policy = check_threads(threads), check_native_ops(native_ops), check_policy(on_nonfinite)
+        self._found = find(bundle, revision)
+        self.folder = self._found.folder
         self.manifest: Manifest = read_manifest(self.folder)
-        if dtype not in self.manifest.dtypes:
-            raise InvalidArgumentError(f"dtype must be one of this bundle's, {', '.join(self.manifest.dtypes)}; got {dtype!r}")
-        names = self.manifest.files if found.repository is None else self.manifest.files_for(dtype)
-        found.fetch(names)
-        check_files(self.folder, self.manifest, names, hashes=verify_integrity)
-        self.dtype: Dtype = dtype
+        placement = place(device, providers, provider_options)
+        self.dtype: Dtype = self._choose_dtype(dtype, placement)
+        self._verify_integrity = verify_integrity
+        self._fetch(self.manifest.files if self._found.repository is None else self.manifest.files_for(self.dtype))
+        settings = Settings(placement, threads=threads, session_options=dict(session_options or {}), profile_dir=_folder("profile_dir", profile_dir))
 
-        def open_graphs(library: Library | None) -> Graphs:
-            return Graphs(self.folder, self.manifest, dtype, threads=threads, library=library.path if library else None)
+        def open_engine(library: Library | None) -> Engine:
+            return self._open_engine(self.dtype, replace(settings, library=library.path if library else None))
 
-        graphs, kernels = open_with_kernels(self.manifest, native_ops, open_graphs)
-        self._opened: Graphs | None = graphs
+        engine, kernels = open_with_kernels(self.manifest, native_ops, placement, open_engine)
+
+        def open_fp32() -> Engine:
+            self._fetch(self.manifest.files_for("fp32"))
+            return self._open_engine("fp32", replace(settings, library=kernels.library.path if kernels.library else None))
+
         self.info = GeneratorInfo(
             bundle=self.manifest.name,
-            dtype=dtype,
-            device="cpu",
-            provider=graphs.step.provider,
+            dtype=self.dtype,
+            device=placement.device,
+            device_reason=placement.reason,
+            provider=engine.provider,
             onnxruntime=load_onnxruntime().__version__,
             native_ops=kernels.library is not None,
             native_ops_version=kernels.library.facts.version if kernels.library else None,
             native_ops_reason=kernels.reason,
         )
+        attributes = {"bundle": self.manifest.name, "device": placement.device, "dtype": self.dtype}
+        self._sampler: Sampler | None = Sampler(engine, Guard(engine, policy, open_fp32), self.manifest, attributes, on_span)
+        self._usage = Usage(self._give_back)
 
     def __enter__(self) -> Self:
         return self
@@ -131,11 +133,17 @@ class Generator:
         self.close()
 
     def __repr__(self) -> str:
-        return f"Generator({os.fspath(self.folder)!r}, dtype={self.dtype!r})"
+        return f"Generator({os.fspath(self.folder)!r}, device={self.info.device!r}, dtype={self.dtype!r})"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"a Generator holds open sessions and cannot be pickled: make one in each process, Generator({os.fspath(self.folder)!r})")
 
     def close(self) -> None:
-        """Give the sessions and their memory back, once calls that run have ended. Later calls raise InvalidArgumentError; closing twice is allowed."""
-        self._opened = None
+        """Give the sessions, their threads and their memory back: at once, or when the calls that run have ended.
+
+        Later calls raise GeneratorClosedError; closing twice is allowed, and so is closing from a callback.
+        """
+        self._usage.end()
 
     def __call__(
         self,
@@ -150,7 +158,7 @@ class Generator:
         seed: Seeds | None = None,
         batch_size: int | None = None,
         latents: ArrayLike | None = None,
-        output_type: Literal["pil", "np", "latent"] = "pil",
+        output_type: OutputType = "pil",
         callback_on_step_end: Callback | None = None,
     ) -> Samples:
         """Draw a batch of N samples.
@@ -171,71 +179,61 @@ class Generator:
                 reported in ``Samples.seeds``. A sample depends on its own seed alone, not on the batch it is drawn in.
             batch_size: N.
             latents: float ``[N, *sample]``, standard normal: takes the place of the first draw of noise (as in diffusers, it is scaled here).
-            output_type: "pil" makes the pictures before the call returns, "np" leaves them at pixels, "latent" leaves out the decoder.
-                A bundle that was made without a decoder gives latents for all three.
-            callback_on_step_end: called as ``callback(generator, step, t, {"latents": x})`` after the step from time t, with x float32 ``[N, *sample]``;
-                it may return a dict whose "latents" take the place of x.
+            output_type: "pil" makes the pictures before the call returns, "np" leaves them at pixels, "latent" leaves out the decoder, "dlpack" leaves
+                the pixels on the device: ``torch.from_dlpack(out.array)``. A bundle that was made without a decoder gives latents for all four.
+            callback_on_step_end: called in the caller's thread as ``callback(generator, step, t, {"latents": x})`` after the step from time t, with x
+                float32 ``[N, *sample]``; it may return a dict whose "latents" take the place of x, or False, which ends the call.
 
         Returns:
             The samples, with their seeds, conditioning and timings.
 
         Raises:
-            InvalidArgumentError: an argument is out of range, of the wrong shape, or does not fit the others; or the Generator is closed.
+            InvalidArgumentError: an argument is out of range, of the wrong shape, or does not fit the others.
+            GeneratorClosedError: the Generator is closed.
+            ForkedError: it was made before this process was forked.
+            GenerationCancelledError: the callback returned False.
+            NonFiniteError: samples turned into NaN or infinity; see ``on_nonfinite``.
+            OutOfMemoryError: the batch does not fit.
             InferenceError: ONNX Runtime failed in a graph.
         """
-        graphs = self._graphs()
-        start = time.perf_counter()
-        call = resolve_call(
-            self.manifest,
-            conditioning=gather_conditioning(
-                conditioning,
-                class_labels=class_labels,
-                guidance_scale=guidance_scale,
-                prompt_embeds=prompt_embeds,
-                prompt_attention_mask=prompt_attention_mask,
-            ),
-            seed=seed,
-            batch_size=batch_size,
-            latents=latents,
-            num_inference_steps=num_inference_steps,
-            timesteps=timesteps,
-            output_type=output_type,
-        )
-        clock = _Clock()
-        seeds, manifest = call.seeds, self.manifest
+        with self._usage:
+            return self._open_sampler().sample(
+                self._request(
+                    gather_conditioning(
+                        conditioning,
+                        class_labels=class_labels,
+                        guidance_scale=guidance_scale,
+                        prompt_embeds=prompt_embeds,
+                        prompt_attention_mask=prompt_attention_mask,
+                    ),
+                    num_inference_steps=num_inference_steps,
+                    timesteps=timesteps,
+                    seed=seed,
+                    batch_size=batch_size,
+                    latents=latents,
+                    output_type=output_type,
+                    callback_on_step_end=callback_on_step_end,
+                )
+            )
 
-        def noise(draw: int, scale: float) -> NDArray[np.float32]:
-            return cast(NDArray[np.float32], graphs.noise(seeds=seeds, draw=np.array(draw, np.int64), scale=np.array(scale, np.float32)))
+    def warmup(self, batch_sizes: Sequence[int] = (1,), *, num_inference_steps: int | None = None, conditioning: Mapping[str, ArrayLike] | None = None) -> None:
+        """Draw samples of these batch sizes and drop them, so that the first real call is as fast as the second: memory is taken, CUDA graphs are captured.
 
-        with clock("noise"):
-            x = noise(0, manifest.initial_scale) if call.latents is None else call.latents * np.float32(manifest.initial_scale)
-        for k, (t, t_next) in enumerate(pairwise(call.times)):
-            with clock("noise"):
-                fresh = noise(k + 1, 1.0)
-            with clock("step"):
-                times = {name: np.full(len(seeds), value, np.float32) for name, value in (("t", t), ("t_next", t_next))}
-                x = graphs.step(x=x, **times, noise=fresh, **call.conditioning)
-            if callback_on_step_end is not None:
-                x = self._call_back(callback_on_step_end, k, t, x)
-        array: NDArray[Any] = x
-        if output_type != "latent":
-            with clock("decode"):
-                array = graphs.decode(x=x)
-        samples = Samples(
-            array=array,
-            seeds=tuple(seeds.tolist()),
-            conditioning=call.conditioning,
-            timings=Timings(
-                noise=sum(clock.spans["noise"]),
-                steps=tuple(clock.spans["step"]),
-                decode=sum(clock.spans["decode"]),
-                total=time.perf_counter() - start,
-            ),
-            has_decoder=manifest.output.kind == "image",
-        )
-        if output_type == "pil" and samples.has_decoder and array.shape[-1] in PICTURE_CHANNELS:
-            samples.images  # noqa: B018 - made now, so that the caller's first look is free
-        return samples
+        Args:
+            batch_sizes: those that calls will have.
+            num_inference_steps: as in a call; one number of steps warms all.
+            conditioning: for the inputs whose size is free, such as a text's length: values of the sizes to come. Others are made up.
+
+        Raises:
+            InvalidArgumentError, OutOfMemoryError, InferenceError: as a call does.
+        """
+        sizes = list(batch_sizes)
+        if not sizes or not all(is_int(size) and size >= 1 for size in sizes):
+            raise InvalidArgumentError(f"batch_sizes must be integers of at least 1, got {batch_sizes!r}")
+        for size in sorted(set(sizes), reverse=True):  # the largest takes the memory at once
+            values = stand_ins(self.manifest.conditioning, range(size)) | dict(conditioning or {})
+            for _ in range(CAPTURE_RUNS if self.info.device.startswith("cuda") else 1):
+                self(seed=0, batch_size=size, num_inference_steps=num_inference_steps, conditioning=values, output_type="np")
 
     def encode(self, images: Image.Image | Sequence[Image.Image] | NDArray[np.uint8]) -> NDArray[np.float32]:
         """Latents of pictures.
@@ -250,8 +248,11 @@ class Generator:
             InvalidArgumentError: the bundle has no encoder, the images do not fit it, or the Generator is closed.
             InferenceError: ONNX Runtime failed.
         """
-        graph = self._graphs().optional("encode")
-        return cast(NDArray[np.float32], graph(image=to_pixels(images, graph.shapes.get("image", (None,) * 4)[1:])))
+        with self._usage:
+            engine = self._open_sampler().engine
+            graph = engine.run(lambda: engine.graphs().optional("encode"))
+            pixels = to_pixels(images, graph.shapes.get("image", (None,) * 4)[1:])
+            return cast(NDArray[np.float32], engine.run(lambda: graph(image=pixels)))
 
     def decode(self, latents: ArrayLike, *, preview: bool = False) -> NDArray[np.uint8]:
         """Pictures of latents.
@@ -267,48 +268,64 @@ class Generator:
             InvalidArgumentError: the bundle has no decoder, or none for previews; the latents are of another shape; or the Generator is closed.
             InferenceError: ONNX Runtime failed.
         """
-        graphs = self._graphs()
-        x = read_latents(latents, self.manifest.sample.shape)
-        if not len(x):
-            raise InvalidArgumentError("latents must hold at least one value, got none")
-        if not preview and self.manifest.output.kind != "image":
-            raise InvalidArgumentError(f"the bundle {self.manifest.name!r} has no decoder. {EXPORT_A_DECODER}")
-        return cast(NDArray[np.uint8], (graphs.optional("preview") if preview else graphs.decode)(x=x))
+        with self._usage:
+            engine = self._open_sampler().engine
+            x = read_latents(latents, self.manifest.sample.shape)
+            if not len(x):
+                raise InvalidArgumentError("latents must hold at least one value, got none")
+            if not preview and self.manifest.output.kind != "image":
+                raise InvalidArgumentError(f"the bundle {self.manifest.name!r} has no decoder. {EXPORT_A_DECODER}")
 
-    def _graphs(self) -> Graphs:
-        graphs = self._opened  # read once: another thread may close the Generator
-        if graphs is None:
-            raise InvalidArgumentError("this Generator is closed: make a new one")
-        return graphs
+            def run() -> NDArray[Any]:
+                return (engine.graphs().optional("preview") if preview else engine.graphs().decode)(x=x)
 
-    def _call_back(self, callback: Callback, k: int, t: float, x: NDArray[np.float32]) -> NDArray[np.float32]:
-        returned = callback(self, k, t, {"latents": x})
-        if returned is None:
-            return x
-        if not isinstance(returned, Mapping):
-            raise InvalidArgumentError(f"callback_on_step_end must return None or a dict with 'latents', got {type(returned).__name__}")
-        replaced = returned.get("latents", x)
-        try:
-            changed = np.ascontiguousarray(replaced, np.float32)
-        except (TypeError, ValueError) as error:
-            raise InvalidArgumentError(f"callback_on_step_end must return latents that are an array of numbers, got {type(replaced).__name__}") from error
-        if changed.shape != x.shape:
-            raise InvalidArgumentError(f"callback_on_step_end must return latents of the shape {list(x.shape)}, got {list(changed.shape)}")
-        return changed
+            return cast(NDArray[np.uint8], engine.run(run))
+
+    def _request(self, conditioning: Mapping[str, Any], *, output_type: OutputType, callback_on_step_end: Callback | None, **arguments: Any) -> Request:
+        if output_type not in OUTPUT_TYPES:
+            raise InvalidArgumentError(f"output_type must be {', '.join(map(repr, OUTPUT_TYPES[:-1]))} or {OUTPUT_TYPES[-1]!r}, got {output_type!r}")
+        callback, on_step = callback_on_step_end, None
+        if callback is not None:
+
+            def on_step(step: int, t: float, x: NDArray[np.float32]) -> Mapping[str, Any] | Literal[False] | None:
+                return callback(self, step, t, {"latents": x})
+
+        return Request.of(lambda: resolve_call(self.manifest, conditioning=conditioning, **arguments), output_type, on_step)
+
+    def _open_sampler(self) -> Sampler:
+        sampler = self._sampler
+        assert sampler is not None  # within self._usage
+        return sampler
+
+    def _give_back(self) -> None:
+        sampler, self._sampler = self._open_sampler(), None
+        sampler.close()
+
+    def _choose_dtype(self, dtype: Dtype | Literal["auto"], placement: Placement) -> Dtype:
+        known = self.manifest.dtypes
+        if dtype == "auto":
+            return next((half for half in known if half != "fp32"), "fp32") if placement.index is not None else "fp32"
+        if dtype not in known:
+            raise InvalidArgumentError(f"dtype must be 'auto' or one of this bundle's, {', '.join(known)}; got {dtype!r}")
+        return dtype
+
+    def _fetch(self, names: Sequence[str] | Mapping[str, object]) -> None:
+        self._found.fetch(names)
+        check_files(self.folder, self.manifest, names, hashes=self._verify_integrity)
+
+    def _open_engine(self, dtype: Dtype, settings: Settings) -> Engine:
+        def open_session(path: Path) -> Session:
+            return Session(path, settings)
+
+        return HostEngine(Graphs(self.folder, self.manifest, dtype, open_session), dtype, self.manifest.initial_scale)
 
 
-class _Clock:
-    """Collects spans of wall time by name."""
-
-    def __init__(self) -> None:
-        self.spans: dict[str, list[float]] = {"noise": [], "step": [], "decode": []}
-
-    def __call__(self, name: str) -> Self:
-        self.name, self.start = name, 0.0
-        return self
-
-    def __enter__(self) -> None:
-        self.start = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.spans[self.name].append(time.perf_counter() - self.start)
+def _folder(name: str, path: str | os.PathLike[str] | None) -> Path | None:
+    if path is None:
+        return None
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidArgumentError(f"{name} must be a folder that can be written to, got '{folder}': {error.strerror}") from error
+    return folder

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 from scm_runtime.bundle import Dtype, Manifest
-from scm_runtime.errors import InferenceError, InvalidArgumentError
+from scm_runtime.errors import InferenceError, InvalidArgumentError, OutOfMemoryError
 from scm_runtime.session import Session
 
 # What the exporter must be told for a bundle to have the graph.
@@ -17,21 +18,19 @@ EXPORT_OPTIONS = {"encode": "--with-encoder", "preview": "--preview-decoder FOLD
 class Graphs:
     """Sessions over a bundle's graphs. Safe to use from several threads."""
 
-    def __init__(self, folder: Path, manifest: Manifest, dtype: Dtype, *, threads: int | None, library: Path | None) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, dtype: Dtype, open_session: Callable[[Path], Session]) -> None:
         """Open noise, step and decode.
 
         Args:
             folder: of the bundle.
             manifest: of the bundle.
             dtype: which graphs.
-            threads: see Session.
-            library: see Session.
+            open_session: opens one.
 
         Raises:
-            InferenceError: ONNX Runtime refuses a graph.
-            NativeOpsError: ONNX Runtime refuses the library.
+            InferenceError, DeviceError, NativeOpsError: what ``open_session`` raises.
         """
-        self._folder, self._manifest, self._dtype, self._threads, self._library = folder, manifest, dtype, threads, library
+        self._folder, self._manifest, self._dtype, self._open_session = folder, manifest, dtype, open_session
         self._lock = threading.Lock()
         self._optional: dict[str, Session] = {}
         self.noise = self._open("noise.onnx")
@@ -51,9 +50,17 @@ class Graphs:
                 self._optional[kind] = self._open(name)
             return self._optional[kind]
 
+    def end_profiling(self) -> None:
+        """Write the sessions' profiles, where they were asked for."""
+        with self._lock:
+            for session in (self.noise, self.step, self.decode, *self._optional.values()):
+                session.end_profiling()
+
     def _open(self, name: str) -> Session:
         try:
-            return Session(self._folder / name, threads=self._threads, library=self._library)
+            return self._open_session(self._folder / name)
+        except OutOfMemoryError:
+            raise
         except InferenceError as error:
             if self._dtype == "fp32":
                 raise

@@ -9,18 +9,17 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from scm_runtime.bundle import Conditioning, Manifest, Verification
+from scm_runtime.conditioning import FREE_SIZE, stand_ins
 from scm_runtime.generator import Generator
 from scm_runtime.native import NativeOps
 from scm_runtime.samples import Samples
 
 REPEATS = 5
-FREE_SIZE = 7  # of a dimension that a call may choose
 
 
 def show_manifest(folder: Path, manifest: Manifest, here: Collection[str]) -> None:
@@ -104,7 +103,7 @@ def smoke_test(bundle: str, threads: int | None, *, revision: str | None = None,
         for steps in sorted(int(count) for count in generator.manifest.times):
 
             def draw(seeds: list[int], output_type: Literal["np", "latent"], steps: int = steps) -> Samples:
-                return generator(seed=seeds, num_inference_steps=steps, conditioning=_stand_ins(inputs, seeds), output_type=output_type)
+                return generator(seed=seeds, num_inference_steps=steps, conditioning=stand_ins(inputs, seeds), output_type=output_type)
 
             batch = draw([7, 8, 9, 10], "latent").array
             alone, reordered = draw([9], "latent").array, draw([10, 9, 7], "latent").array
@@ -124,15 +123,3 @@ def smoke_test(bundle: str, threads: int | None, *, revision: str | None = None,
             table.add_row(str(steps), *("yes" if check else "[bold red]NO[/]" for check in checks), *medians)
     console.print(table)
     return passed
-
-
-def _stand_ins(inputs: Sequence[Conditioning], seeds: Sequence[int]) -> dict[str, NDArray[np.float32] | float]:
-    """Something for each input that has to be given: 1 for a number, and for an embedding standard normal numbers that follow from the sample's seed."""
-    given: dict[str, NDArray[np.float32] | float] = {}
-    for item in inputs:
-        if item.kind == "embedding":
-            shape = [FREE_SIZE if isinstance(size, str) else size for size in item.shape]
-            given[item.name] = np.stack([np.random.default_rng(seed).standard_normal(shape, np.float32) for seed in seeds])
-        elif item.kind == "scalar" and item.default is None:
-            given[item.name] = 1.0
-    return given

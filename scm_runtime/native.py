@@ -16,6 +16,7 @@ import msgspec
 from msgspec import Struct
 
 from scm_runtime.bundle import OPS_DOMAIN, Manifest
+from scm_runtime.devices import Placement
 from scm_runtime.errors import InferenceError, InvalidArgumentError, NativeOpsError
 
 NativeOps = bool | Literal["auto"]
@@ -90,12 +91,15 @@ def check_native_ops(native_ops: object) -> NativeOps:
     raise InvalidArgumentError(f"native_ops must be True, False or 'auto', got {native_ops!r}")
 
 
-def open_with_kernels(manifest: Manifest, native_ops: NativeOps, open_graphs: Callable[[Library | None], Opened]) -> tuple[Opened, Kernels]:
+def open_with_kernels(
+    manifest: Manifest, native_ops: NativeOps, placement: Placement, open_graphs: Callable[[Library | None], Opened]
+) -> tuple[Opened, Kernels]:
     """Open a bundle's graphs with the kernels where that can be, else without.
 
     Args:
         manifest: of the bundle.
         native_ops: True: with the kernels or not at all; False: without; "auto": with them if it works, and a line in the log if not.
+        placement: where they will run; there are kernels for the CPU and, in a library that was built with them, for CUDA.
         open_graphs: opens them all, with the library registered or without.
 
     Raises:
@@ -107,7 +111,7 @@ def open_with_kernels(manifest: Manifest, native_ops: NativeOps, open_graphs: Ca
     level = logging.DEBUG
     try:
         library = find_library()
-        reason = _why_not(manifest, library)
+        reason = _why_not(manifest, library, placement)
         if reason is None:
             return open_graphs(library), Kernels(library, None)
     except (NativeOpsError, InferenceError) as error:  # there is no fallback inside a session: all are opened again
@@ -121,7 +125,7 @@ def open_with_kernels(manifest: Manifest, native_ops: NativeOps, open_graphs: Ca
     return opened, Kernels(None, reason)
 
 
-def _why_not(manifest: Manifest, library: Library | None) -> str | None:
+def _why_not(manifest: Manifest, library: Library | None, placement: Placement) -> str | None:
     """Why a bundle's graphs cannot use a library, and what would mend it; None where they can."""
     bundle, ops = f"the bundle {manifest.name!r}", manifest.ops
     if not ops:
@@ -136,6 +140,13 @@ def _why_not(manifest: Manifest, library: Library | None) -> str | None:
         newer = any(version > has.get(domain, 0) for domain, version in ops.items())
         remedy = "Upgrade scm-runtime." if newer else "Export its checkpoint again."
         return f"{bundle} has operators of {_listed(ops)}, and '{library.path}' kernels for {_listed(has)}. {remedy}"
+    if placement.index is not None and library.facts.cuda is None:
+        return (
+            f"'{library.path}' was built without CUDA kernels. Build them, with nvcc 12 or newer: SCM_OPS_CUDA=ON pip install --force-reinstall "
+            "--no-cache-dir --no-deps scm-runtime; in the repository: make ops SCM_OPS_CUDA=ON"
+        )
+    if placement.index is None and placement.device != "cpu":
+        return f"there are kernels for the CPU and for CUDA, and none for {placement.providers[0][0]}"
     return None
 
 

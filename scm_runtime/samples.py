@@ -37,6 +37,8 @@ class Timings:
     """From latents to pixels; 0 for latents."""
     total: float
     """The whole call, callbacks and checks included; the making of PIL images is not."""
+    copy: float = 0.0
+    """From a GPU to the host; 0 where the work was done on the host."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -44,7 +46,8 @@ class Samples:
     """A batch of N samples."""
 
     array: NDArray[Any]
-    """uint8 ``[N, H, W, C]``; for ``output_type="latent"`` float32 ``[N, *sample]`` in the model's own scale."""
+    """uint8 ``[N, H, W, C]``; for ``output_type="latent"`` float32 ``[N, *sample]`` in the model's own scale. For "dlpack" it may lie on a GPU:
+    an object with ``shape``, ``dtype`` and ``__dlpack__``, for ``torch.from_dlpack`` and its like."""
     seeds: tuple[int, ...]
     """Seed of each sample: give one back as ``seed=`` to draw that sample again, alone or in any batch."""
     conditioning: dict[str, NDArray[Any]]
@@ -54,7 +57,7 @@ class Samples:
     """False: the bundle was made without one, and ``array`` holds latents whatever the ``output_type``."""
 
     def __len__(self) -> int:
-        return len(self.array)
+        return len(self.seeds)
 
     def __repr__(self) -> str:
         seeds = ", ".join(map(str, self.seeds[:8])) + (", …" if len(self.seeds) > 8 else "")
@@ -106,6 +109,8 @@ class Samples:
     def _require_pixels(self) -> None:
         if not self.has_decoder:
             raise InvalidArgumentError(f"these samples are latents, in .array: their bundle has no decoder. {EXPORT_A_DECODER}")
+        if not isinstance(self.array, np.ndarray):
+            raise InvalidArgumentError("these samples lie on the GPU: ask for output_type='pil' or 'np' to get pictures")
         if self.array.dtype != np.uint8:
             raise InvalidArgumentError("these samples are latents: ask for output_type='pil' or 'np' to get pictures")
         if self.array.shape[-1] not in PICTURE_CHANNELS:

@@ -1,18 +1,21 @@
-"""The only file that knows ONNX Runtime: it opens graphs and runs them."""
+"""The only file that knows ONNX Runtime: it opens graphs where they are to run, and runs them."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from scm_runtime import hub
 from scm_runtime.bundle import WEIGHTS
-from scm_runtime.errors import InferenceError, InvalidArgumentError, MissingDependencyError, NativeOpsError
+from scm_runtime.devices import CPU, Placement
+from scm_runtime.errors import DeviceError, InferenceError, InvalidArgumentError, MissingDependencyError, NativeOpsError, OutOfMemoryError
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -53,48 +56,51 @@ def load_onnxruntime() -> Any:
 COPYING_OPTIMIZERS = ("ConstantFolding", "ConvMulFusion", "NchwcTransformer")
 
 
+@dataclass(frozen=True)
+class Settings:
+    """How a session is opened."""
+
+    placement: Placement = CPU
+    """Device and providers."""
+    threads: int | None = None
+    """Inside an operator; None leaves the choice to ONNX Runtime (one a core)."""
+    library: Path | None = None
+    """Custom operators; their kernels take the place of the function bodies in the graph, all or none."""
+    session_options: Mapping[str, object] = field(default_factory=dict)
+    """Of ONNX Runtime, for experts: attributes of its SessionOptions by name, and configuration entries, whose names have a dot."""
+    profile_dir: Path | None = None
+    """Where ONNX Runtime writes a profile of every session when it is closed."""
+    frugal: bool = False
+    """Slower, but with little more memory than the weights take. Otherwise they are reordered for convolutions, for a moment beside
+    a first copy if they are in half precision; and in a graph that holds a step several times, scaled and packed once for each."""
+
+
+class Region(NamedTuple):
+    """A tensor in the memory of a device."""
+
+    address: int
+    dtype: type[np.generic]
+    shape: tuple[int, ...]
+
+
 class Session:
-    """One ONNX graph, ready to run on the CPU provider. Safe to call from several threads."""
+    """One ONNX graph, ready to run. Safe to call from several threads."""
 
-    def __init__(self, path: Path, *, threads: int | None = None, library: Path | None = None, frugal: bool = False) -> None:
-        """Open a graph.
-
-        Args:
-            path: the ``.onnx`` file; its external data lie beside it.
-            threads: threads inside an operator; None leaves the choice to ONNX Runtime (one a core).
-            library: custom operators; their kernels take the place of the function bodies in the graph, all or none.
-            frugal: slower, but with little more memory than the weights take. Otherwise they are reordered for convolutions, for a moment beside
-                a first copy if they are in half precision; and in a graph that holds a step several times, scaled and packed once for each.
+    def __init__(self, path: Path, settings: Settings | None = None) -> None:
+        """Open a graph, the ``.onnx`` file; its external data lie beside it.
 
         Raises:
             InferenceError: ONNX Runtime refuses the graph.
-            NativeOpsError: ONNX Runtime refuses the library, or the library this ONNX Runtime.
+            DeviceError: it opened the graph elsewhere than it was asked to.
+            NativeOpsError: it refuses the library, or the library this ONNX Runtime.
+            InvalidArgumentError: it has no such session option.
+            OutOfMemoryError: the weights do not fit.
         """
-        ort = load_onnxruntime()
-        options = ort.SessionOptions()
-        options.log_severity_level = 4  # what goes wrong is raised, not printed
-        # Between runs the cores belong to the host: waiting threads sleep instead of spinning.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        if frugal:
-            options.enable_cpu_mem_arena = False
-            options.add_session_config_entry("session.disable_prepacking", "1")
-        if library is not None:
-            try:
-                options.register_custom_ops_library(os.fspath(library))
-            except Exception as error:
-                raise NativeOpsError(
-                    f"ONNX Runtime {ort.__version__} cannot use the library of native kernels '{library}': {error}. "
-                    "Install an ONNX Runtime and an scm-runtime that fit, or run without the kernels: native_ops=False"
-                ) from error
-        self.path = path
-        try:
-            self._session: onnxruntime.InferenceSession = self._open(options, list(COPYING_OPTIMIZERS) if frugal else [])
-        except Exception as error:
-            remedy = "Upgrade it, or export the checkpoint again" + (", or run without the native kernels: native_ops=False" if library else ".")
-            raise InferenceError(f"ONNX Runtime {ort.__version__} cannot open '{path}': {error}. {remedy}") from error
+        self.path, self.settings = path, settings or Settings()
+        self._session: onnxruntime.InferenceSession = self._open()
         self.provider: str = self._session.get_providers()[0]
+        if self.provider != (wanted := self.settings.placement.providers[0][0]):
+            raise DeviceError(f"ONNX Runtime was to open '{path}' on {wanted} and opened it on {self.provider}. scm-runtime doctor shows what is missing.")
         outputs = [output.name for output in self._session.get_outputs()]
         if len(outputs) != 1:
             raise InferenceError(f"'{path}' must have one output, got {', '.join(outputs)}. Export the checkpoint again.")
@@ -106,16 +112,73 @@ class Session:
         """Run the graph on arrays named as its inputs and return its only output.
 
         Raises:
+            OutOfMemoryError: memory did not suffice.
             InferenceError: ONNX Runtime failed in the graph.
         """
         try:
             result: NDArray[Any] = self._session.run([self.output], inputs)[0]
         except Exception as error:
-            hint = " Out of memory: try a smaller batch." if "allocate memory" in str(error) else ""
-            raise InferenceError(f"'{self.path.name}' failed: {error}.{hint}") from error
+            raise run_error(self.path, error) from error
         return result
 
-    def _open(self, options: Any, disabled_optimizers: list[str]) -> Any:
+    def bind(self, inputs: Mapping[str, Region], output: Region, *, run_options: Mapping[str, str] | None = None) -> Bound:
+        """The graph with its tensors at fixed addresses of the session's device."""
+        return Bound(self, inputs, output, run_options or {})
+
+    def end_profiling(self) -> None:
+        """Write the profile, where one was asked for."""
+        if self.settings.profile_dir is not None:
+            self._session.end_profiling()
+
+    def _open(self) -> Any:
+        ort, path, settings = load_onnxruntime(), self.path, self.settings
+        options = self._options()
+        if settings.library is not None:
+            try:
+                options.register_custom_ops_library(os.fspath(settings.library))
+            except Exception as error:
+                raise NativeOpsError(
+                    f"ONNX Runtime {ort.__version__} cannot use the library of native kernels '{settings.library}': {error}. "
+                    "Install an ONNX Runtime and an scm-runtime that fit, or run without the kernels: native_ops=False"
+                ) from error
+        try:
+            return self._open_with(options)
+        except Exception as error:
+            if _out_of_memory(error):
+                raise OutOfMemoryError(f"the memory of {settings.placement.device} does not suffice to open '{path}': {error}") from error
+            remedy = "Upgrade it, or export the checkpoint again" + (", or run without the native kernels: native_ops=False" if settings.library else ".")
+            raise InferenceError(f"ONNX Runtime {ort.__version__} cannot open '{path}': {error}. {remedy}") from error
+
+    def _options(self) -> Any:
+        settings = self.settings
+        options = load_onnxruntime().SessionOptions()
+        options.log_severity_level = 4  # what goes wrong is raised, not printed
+        # Between runs the cores belong to the host: waiting threads sleep instead of spinning.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if settings.threads is not None:
+            options.intra_op_num_threads = settings.threads
+        if settings.frugal:
+            options.enable_cpu_mem_arena = False
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        if settings.profile_dir is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = os.fspath(settings.profile_dir / self.path.stem)
+        for name, value in settings.session_options.items():
+            if "." in name:
+                options.add_session_config_entry(name, str(value))
+                continue
+            if name.startswith("_") or callable(getattr(options, name, len)):
+                known = ", ".join(known for known in dir(options) if not known.startswith("_") and not callable(getattr(options, known)))
+                raise InvalidArgumentError(
+                    f"session_options must name attributes of ONNX Runtime's SessionOptions ({known}), or entries with a dot; got {name!r}"
+                )
+            try:
+                setattr(options, name, value)
+            except TypeError as error:
+                raise InvalidArgumentError(f"session_options: {name} cannot be {value!r}: {error}") from error
+        return options
+
+    def _open_with(self, options: Any) -> Any:
         """Open the graph, with its weights from memory where ONNX Runtime will not follow the link that the hub's cache has for them.
 
         ONNX Runtime reads external data in the folder of the graph alone, so that a hostile graph cannot read other files. It makes an exception for
@@ -124,8 +187,13 @@ class Session:
         """
 
         def attempt() -> Any:
-            providers = ["CPUExecutionProvider"]
-            return load_onnxruntime().InferenceSession(os.fspath(self.path), options, providers=providers, disabled_optimizers=disabled_optimizers)
+            return load_onnxruntime().InferenceSession(
+                os.fspath(self.path),
+                options,
+                providers=list(self.settings.placement.providers),
+                disabled_optimizers=list(COPYING_OPTIMIZERS) if self.settings.frugal else [],
+                enable_fallback=0,  # to other providers, with a line on the host's stdout
+            )
 
         try:
             return attempt()
@@ -136,6 +204,42 @@ class Session:
             self._weights = np.memmap(weights, np.uint8, "r")  # kept: ONNX Runtime reads it as it opens the graph, and holds on to the options
             options.add_external_initializers_from_files_in_memory([WEIGHTS], [self._weights], [len(self._weights)])
             return attempt()
+
+
+class Bound:
+    """A session whose inputs and output lie at fixed addresses: each call runs it on what stands there."""
+
+    def __init__(self, session: Session, inputs: Mapping[str, Region], output: Region, run_options: Mapping[str, str]) -> None:
+        index = session.settings.placement.index
+        if index is None:
+            raise InvalidArgumentError(f"tensors are bound to the memory of a CUDA device, and the session is on {session.settings.placement.device}")
+        self._path, self._session = session.path, session._session
+        self._binding = self._session.io_binding()
+        for name, region in inputs.items():
+            self._binding.bind_input(name, "cuda", index, region.dtype, region.shape, region.address)
+        self._binding.bind_output(session.output, "cuda", index, output.dtype, output.shape, output.address)
+        self._options = load_onnxruntime().RunOptions()
+        for name, value in run_options.items():
+            self._options.add_run_config_entry(name, value)
+
+    def __call__(self) -> None:
+        """Run. Raises OutOfMemoryError and InferenceError."""
+        try:
+            self._session.run_with_iobinding(self._binding, self._options)
+        except Exception as error:
+            raise run_error(self._path, error) from error
+
+
+def run_error(path: Path, error: Exception) -> InferenceError:
+    """What went wrong while a graph ran."""
+    if _out_of_memory(error):
+        return OutOfMemoryError(f"'{path.name}' failed: out of memory. Try a smaller batch. ({error})")
+    return InferenceError(f"'{path.name}' failed: {error}.")
+
+
+def _out_of_memory(error: Exception) -> bool:
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or any(words in said for words in ("allocate memory", "out of memory", "bad_alloc", "alloc_failed"))
 
 
 def check_threads(threads: int | None) -> int | None:

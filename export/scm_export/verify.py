@@ -18,7 +18,7 @@ from scm_export.references import BATCH_SIZES, LARGE_NETWORK, Drawn, Evaluated, 
 from scm_export.tolerances import PIXEL_ATOL, min_psnr, passes, sample_atol
 from scm_runtime.bundle import Dtype, Manifest, Verification, VerifiedCase
 from scm_runtime.errors import ExportError, InferenceError, VerificationError
-from scm_runtime.session import Session
+from scm_runtime.session import Session, Settings
 
 DEVICES = ("cpu",)  # every one that sessions can be opened on
 
@@ -127,9 +127,9 @@ class _Graphs:
         frugal = self.manifest.parameters > LARGE_NETWORK and (graph.startswith("sample-") or self.manifest.weights_dtype != "fp32")
         if self.dtype == "bf16" and self.device == "cpu":
             with emulated(path) as stand_in:
-                session = Session(stand_in, frugal=frugal)
+                session = Session(stand_in, Settings(frugal=frugal))
         else:
-            session = Session(path, frugal=frugal)
+            session = Session(path, Settings(frugal=frugal))
         yield session
 
     def state_atol(self, expected: NDArray[np.float32]) -> float:

@@ -247,7 +247,7 @@ def test_a_closed_generator(tiny_bundle: Path) -> None:
 
 
 def test_repr_names_the_bundle(tiny: Generator, tiny_bundle: Path) -> None:
-    assert repr(tiny) == f"Generator('{tiny_bundle}', dtype='fp32')"
+    assert repr(tiny) == f"Generator('{tiny_bundle}', device='cpu', dtype='fp32')"
 
 
 def test_a_graph_that_onnxruntime_refuses(tiny_bundle: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ import scm_runtime
 from scm_runtime import Generator, InferenceError, InvalidArgumentError, NativeOpsError, native
 from scm_runtime.bundle import OPS_DOMAIN, OPS_VERSION, Manifest
 from scm_runtime.cli import main
-from scm_runtime.session import Session
+from scm_runtime.session import Session, Settings
 
 FACTS = {"version": "9.8.7", "ops": {OPS_DOMAIN: OPS_VERSION}, "ort_api": 18, "ort_headers": "1.21", "cuda": None, "compiler": "cc"}
 
@@ -220,10 +220,10 @@ def test_graphs_that_open_without_the_library_only(bundle: Path, install: Instal
     """A kernel is missing for a type, say: ONNX Runtime does not fall back to the body inside a session."""
     original = Session.__init__
 
-    def refuse(self: Session, path: Path, *, library: Path | None = None, **keywords: Any) -> None:
-        if library is not None and path.name.startswith("decode"):
+    def refuse(self: Session, path: Path, settings: Settings) -> None:
+        if settings.library is not None and path.name.startswith("decode"):
             raise InferenceError("no kernel")
-        original(self, path, library=library, **keywords)
+        original(self, path, settings)
 
     monkeypatch.setattr(Session, "__init__", refuse)
     install("accepts")

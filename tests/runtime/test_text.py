@@ -223,9 +223,9 @@ def test_encoder_and_preview_are_opened_once_and_when_needed(bundle: Path, monke
     opened: list[str] = []
     original = session.Session.__init__
 
-    def spy(self: session.Session, path: Path, **keywords: Any) -> None:
+    def spy(self: session.Session, path: Path, *arguments: Any) -> None:
         opened.append(path.name)
-        original(self, path, **keywords)
+        original(self, path, *arguments)
 
     monkeypatch.setattr(session.Session, "__init__", spy)
     generator = Generator(bundle)

@@ -1,0 +1,201 @@
+"""What computes: an engine keeps states on its device and takes them a step further. The host's engine, of NumPy arrays, stands here.
+
+A call becomes a ``Trajectory``. An engine advances several of them in one evaluation, also such as stand at different steps: time is an input a
+sample, and noise follows from each sample's own seed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scm_runtime.arguments import Call
+from scm_runtime.bundle import Dtype
+from scm_runtime.graphs import Graphs
+
+Result = TypeVar("Result")
+PartName = Literal["noise", "step", "decode", "copy"]
+
+
+class Part(NamedTuple):
+    """A piece of a call's work between two marks of its engine's clock."""
+
+    name: PartName
+    start: Any
+    end: Any
+
+
+@dataclass(eq=False)
+class Trajectory:
+    """The samples of one call on their way from noise to data."""
+
+    call: Call
+    k: int = 0
+    """Steps done."""
+    state: Any = None
+    """The engine's own."""
+    origin: tuple[int, NDArray[np.float32] | None] = (0, None)
+    """From where the state follows by steps alone: after so many of them, the noise (None) or what a callback put in its place."""
+    parts: list[Part] = field(default_factory=list)
+
+    @property
+    def done(self) -> bool:
+        """Whether no step is left."""
+        return self.k == len(self.call.times) - 1
+
+    def __len__(self) -> int:
+        """The number of samples."""
+        return len(self.call.seeds)
+
+
+class Engine(Protocol):
+    """Computes for one Generator in one dtype. All methods but ``run`` are to be called from within a job of ``run``."""
+
+    @property
+    def dtype(self) -> Dtype: ...
+
+    @property
+    def provider(self) -> str:
+        """ONNX Runtime's name of what runs the step graph."""
+
+    @property
+    def lazy(self) -> bool:
+        """Whether work is only queued until something is fetched: then looking at a state costs more than computing it."""
+
+    def run(self, job: Callable[[], Result]) -> Result:
+        """Run a job in the thread that the engine needs, and return what it returns."""
+
+    def begin(self, trajectory: Trajectory) -> None:
+        """Its first state: initial_scale times its latents, or noise of draw 0."""
+
+    def advance(self, trajectories: Sequence[Trajectory]) -> None:
+        """One step for each, from its ``times[k]`` to ``times[k + 1]`` with noise of draw k + 1, in one evaluation. Leaves ``k`` alone.
+
+        Their conditioning must have the same free sizes.
+        """
+
+    def fetch(self, trajectory: Trajectory) -> NDArray[np.float32]:
+        """The state on the host, ``[n, *sample]``."""
+
+    def replace(self, trajectory: Trajectory, x: NDArray[np.float32]) -> None:
+        """Put another state, finite, in its place."""
+
+    def finite(self, trajectory: Trajectory) -> NDArray[np.bool_]:
+        """``[m, n]``: of each sample after each of the last m steps, those since ``begin`` or ``replace``."""
+
+    def decode(self, trajectories: Sequence[Trajectory]) -> list[NDArray[Any]]:
+        """What the bundle's decode graph makes of each one's state, on the host."""
+
+    def on_device(self, trajectory: Trajectory, *, decoded: bool) -> Any:
+        """The decoded samples, or the state, where they lie: something with ``__dlpack__`` that is the caller's own."""
+
+    def mark(self) -> Any:
+        """Now, on the engine's clock."""
+
+    def seconds(self, start: Any, end: Any) -> float:
+        """Between two marks, once what lies between them is done."""
+
+    def graphs(self) -> Graphs:
+        """The sessions, for graphs outside the loop."""
+
+    def close(self) -> None:
+        """Give memory and threads back. No job runs then or comes after."""
+
+
+@dataclass
+class _HostState:
+    x: NDArray[np.float32]  #               [n, *sample]
+    finite: list[NDArray[np.bool_]]  #      [n] a step
+
+
+class HostEngine:
+    """States are NumPy arrays; ONNX Runtime copies them where a provider needs them. Any number of threads may use it."""
+
+    lazy = False
+
+    def __init__(self, graphs: Graphs, dtype: Dtype, initial_scale: float) -> None:
+        """Compute with open graphs; ``initial_scale`` is the manifest's."""
+        self.dtype: Dtype = dtype
+        self.provider = graphs.step.provider
+        self._graphs, self._initial_scale = graphs, initial_scale
+
+    def run(self, job: Callable[[], Result]) -> Result:
+        """At once, in the caller's thread."""
+        return job()
+
+    def begin(self, trajectory: Trajectory) -> None:
+        """See Engine."""
+        start, call = self.mark(), trajectory.call
+        x = self._noise(call.seeds, 0, self._initial_scale) if call.latents is None else call.latents * np.float32(self._initial_scale)
+        trajectory.state = _HostState(x, [])
+        trajectory.parts.append(Part("noise", start, self.mark()))
+
+    def advance(self, trajectories: Sequence[Trajectory]) -> None:
+        """See Engine."""
+        start = self.mark()
+        noise = _joined([self._noise(one.call.seeds, one.k + 1, 1.0) for one in trajectories])
+        drawn = self.mark()
+        t, t_next = (_joined([np.full(len(one), one.call.times[one.k + i], np.float32) for one in trajectories]) for i in (0, 1))
+        conditioning = {name: _joined([one.call.conditioning[name] for one in trajectories]) for name in trajectories[0].call.conditioning}
+        x = self._graphs.step(x=_joined([one.state.x for one in trajectories]), t=t, t_next=t_next, noise=noise, **conditioning)
+        finite = np.isfinite(x).reshape(len(x), -1).all(axis=1)
+        end, at = self.mark(), 0
+        for one in trajectories:
+            rows = slice(at, at := at + len(one))
+            one.state.x = x[rows]
+            one.state.finite.append(finite[rows])
+            one.parts += (Part("noise", start, drawn), Part("step", drawn, end))
+
+    def fetch(self, trajectory: Trajectory) -> NDArray[np.float32]:
+        """See Engine."""
+        return cast(NDArray[np.float32], trajectory.state.x)
+
+    def replace(self, trajectory: Trajectory, x: NDArray[np.float32]) -> None:
+        """See Engine."""
+        trajectory.state = _HostState(x, [])
+
+    def finite(self, trajectory: Trajectory) -> NDArray[np.bool_]:
+        """See Engine."""
+        return np.array(trajectory.state.finite, np.bool_).reshape(-1, len(trajectory))
+
+    def decode(self, trajectories: Sequence[Trajectory]) -> list[NDArray[Any]]:
+        """See Engine."""
+        start = self.mark()
+        decoded = self._graphs.decode(x=_joined([one.state.x for one in trajectories]))
+        end, at, parts = self.mark(), 0, []
+        for one in trajectories:
+            parts.append(decoded[at : (at := at + len(one))])
+            one.parts.append(Part("decode", start, end))
+        return parts
+
+    def on_device(self, trajectory: Trajectory, *, decoded: bool) -> NDArray[Any]:
+        """See Engine: on the host, a NumPy array."""
+        return self.decode([trajectory])[0] if decoded else np.array(trajectory.state.x)
+
+    def mark(self) -> float:
+        """Seconds of the process's clock."""
+        return time.perf_counter()
+
+    def seconds(self, start: float, end: float) -> float:
+        """See Engine."""
+        return end - start
+
+    def graphs(self) -> Graphs:
+        """See Engine."""
+        return self._graphs
+
+    def close(self) -> None:
+        """See Engine: the sessions go with the last reference to them."""
+        self._graphs.end_profiling()
+
+    def _noise(self, seeds: NDArray[np.int64], draw: int, scale: float) -> NDArray[np.float32]:
+        return cast(NDArray[np.float32], self._graphs.noise(seeds=seeds, draw=np.array(draw, np.int64), scale=np.array(scale, np.float32)))
+
+
+def _joined(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)

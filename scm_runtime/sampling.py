@@ -1,0 +1,193 @@
+"""The sampling loop over an engine, in pieces that one call and merged calls share.
+
+    x = noise(seeds, draw=0) * initial_scale
+    for k, (t, t_next) in enumerate(pairs(times)):
+        x = step(x, t, t_next, noise(seeds, draw=k + 1), conditioning)
+    image = decode(x)
+
+It knows nothing of any model's mathematics: noise, step and decode are graphs of the bundle.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scm_runtime.arguments import Call
+from scm_runtime.bundle import Manifest
+from scm_runtime.engine import Engine, Trajectory
+from scm_runtime.errors import GenerationCancelledError, InvalidArgumentError
+from scm_runtime.guard import Guard
+from scm_runtime.samples import PICTURE_CHANNELS, Samples, Timings
+from scm_runtime.tracing import OnSpan, Span
+
+OutputType = Literal["pil", "np", "latent", "dlpack"]
+OUTPUT_TYPES = ("pil", "np", "latent", "dlpack")
+OnStep = Callable[[int, float, NDArray[np.float32]], Mapping[str, Any] | Literal[False] | None]
+Result = TypeVar("Result")
+
+
+@dataclass(eq=False)
+class Request:
+    """One call: what was asked, and how far it is."""
+
+    trajectory: Trajectory
+    output_type: OutputType
+    on_step: OnStep | None
+    """Called after each step with its index, its time and the state; see Generator."""
+    start: float
+    """When it came, by ``time.perf_counter``."""
+    start_ns: int
+    """The same, in nanoseconds since the epoch."""
+
+    @staticmethod
+    def of(resolve: Callable[[], Call], output_type: OutputType, on_step: OnStep | None) -> Request:
+        """A request that comes now; ``resolve`` checks its arguments."""
+        start, start_ns = time.perf_counter(), time.time_ns()
+        return Request(Trajectory(resolve()), output_type, on_step, start, start_ns)
+
+
+class Sampler:
+    """Brings requests from noise to samples on one engine."""
+
+    def __init__(self, engine: Engine, guard: Guard, manifest: Manifest, attributes: Mapping[str, str], on_span: OnSpan | None) -> None:
+        """``attributes`` are those of every span of a call."""
+        self.engine, self.guard = engine, guard
+        self._manifest, self._attributes, self._on_span = manifest, attributes, on_span
+
+    def sample(self, request: Request) -> Samples:
+        """A request alone, from beginning to end, called from any thread; raises what ``Generator.__call__`` raises."""
+        if request.on_step is not None:  # which runs in the caller's thread
+            return self.deliver(request, self._sample(request, self.engine.run))
+        return self.deliver(request, self.engine.run(lambda: self._sample(request, _directly)))
+
+    def _sample(self, request: Request, run: Callable[[Callable[[], Any]], Any]) -> Samples:
+        run(lambda: self.engine.begin(request.trajectory))
+        while not request.trajectory.done:
+            run(lambda: self.advance([request]))
+            self.after_step(request, run)
+        samples: Samples = run(lambda: self.finish([request])[0])
+        return samples
+
+    def advance(self, requests: Sequence[Request]) -> None:
+        """One step for each of them, in one evaluation; within a job of the engine."""
+        self.engine.advance([request.trajectory for request in requests])
+        for request in requests:
+            request.trajectory.k += 1
+
+    def after_step(self, request: Request, run: Callable[[Callable[[], Any]], Any]) -> None:
+        """Check what the step made, where looking costs little, and tell the callback. ``run`` runs a job of the engine.
+
+        Raises:
+            NonFiniteError: see Guard.
+            GenerationCancelledError: the callback returned False.
+            InvalidArgumentError: it returned what makes no state.
+        """
+        trajectory = request.trajectory
+        if request.on_step is None:
+            if not self.engine.lazy:
+                self.guard.check(trajectory)
+            return
+
+        def look() -> NDArray[np.float32]:
+            self.guard.check(trajectory)
+            return np.array(self.engine.fetch(trajectory))  # the callback's own, on every device
+
+        x: NDArray[np.float32] = run(look)
+        changed = _returned(request.on_step(trajectory.k - 1, trajectory.call.times[trajectory.k - 1], x), x, trajectory.k)
+        if changed is not None:
+            trajectory.origin = (trajectory.k, changed)
+            run(lambda: self.engine.replace(trajectory, changed))
+
+    def finish(self, requests: Sequence[Request]) -> list[Samples]:
+        """Decode those that are done, all in one evaluation, and return their samples; within a job of the engine. Raises NonFiniteError.
+
+        Requests are decoded together only if they want pixels on the host.
+        """
+        for request in requests:
+            self.guard.check(request.trajectory)
+        on_host = [request for request in requests if request.output_type in ("pil", "np")]
+        arrays: dict[Request, Any] = {}
+        if on_host:
+            decoded = self.engine.decode([request.trajectory for request in on_host])
+            for request, pixels in zip(on_host, decoded, strict=True):
+                arrays[request] = self.guard.check_pixels(request.trajectory, pixels)
+        for request in requests:
+            if request.output_type == "latent":
+                arrays[request] = np.array(self.engine.fetch(request.trajectory))
+            elif request.output_type == "dlpack":
+                arrays[request] = self.engine.on_device(request.trajectory, decoded=True)
+        return [self._samples(request, arrays[request]) for request in requests]
+
+    def _samples(self, request: Request, array: Any) -> Samples:
+        parts = request.trajectory.parts
+        spent = {name: [self.engine.seconds(part.start, part.end) for part in parts if part.name == name] for name in ("noise", "step", "decode", "copy")}
+        return Samples(
+            array=array,
+            seeds=tuple(request.trajectory.call.seeds.tolist()),
+            conditioning=request.trajectory.call.conditioning,
+            timings=Timings(
+                noise=sum(spent["noise"]),
+                steps=tuple(spent["step"]),
+                decode=sum(spent["decode"]),
+                copy=sum(spent["copy"]),
+                total=time.perf_counter() - request.start,
+            ),
+            has_decoder=self._manifest.output.kind == "image",
+        )
+
+    def deliver(self, request: Request, samples: Samples) -> Samples:
+        """The last touch, in the thread that receives them: spans are told, pictures made."""
+        if self._on_span is not None:
+            self._tell(request, samples, self._on_span)
+        if request.output_type == "pil" and samples.has_decoder and samples.array.shape[-1] in PICTURE_CHANNELS:
+            samples.images  # noqa: B018 - made now, so that the caller's first look is free
+        return samples
+
+    def _tell(self, request: Request, samples: Samples, on_span: OnSpan) -> None:
+        parts, start = request.trajectory.parts, request.start_ns
+        zero, steps = parts[0].start, 0
+        for part in parts:
+            attributes: dict[str, str | int | float] = {}
+            if part.name == "step":
+                attributes, steps = {"step": steps}, steps + 1
+            begin, end = (start + round(self.engine.seconds(zero, mark) * 1e9) for mark in (part.start, part.end))
+            on_span(Span(part.name, begin, end, attributes))
+        whole: dict[str, str | int | float] = {**self._attributes, "batch_size": len(samples), "num_inference_steps": len(samples.timings.steps)}
+        on_span(Span("generate", start, start + round(samples.timings.total * 1e9), whole))
+
+    def close(self) -> None:
+        """Give back what the engines hold."""
+        self.guard.close()
+        self.engine.close()
+
+
+def _directly(job: Callable[[], Result]) -> Result:
+    return job()
+
+
+def _returned(returned: object, x: NDArray[np.float32], step: int) -> NDArray[np.float32] | None:
+    """The state that a callback wants in place of ``x``, or None."""
+    if returned is None:
+        return None
+    if returned is False:
+        raise GenerationCancelledError(f"callback_on_step_end returned False after step {step}: the call ended there")
+    if not isinstance(returned, Mapping):
+        raise InvalidArgumentError(f"callback_on_step_end must return None, False to stop, or a dict with 'latents', got {type(returned).__name__}")
+    if "latents" not in returned:
+        return None
+    replaced = returned["latents"]
+    try:
+        changed = np.array(replaced, np.float32, order="C")
+    except (TypeError, ValueError) as error:
+        raise InvalidArgumentError(f"callback_on_step_end must return latents that are an array of numbers, got {type(replaced).__name__}") from error
+    if changed.shape != x.shape:
+        raise InvalidArgumentError(f"callback_on_step_end must return latents of the shape {list(x.shape)}, got {list(changed.shape)}")
+    if not np.isfinite(changed).all():
+        raise InvalidArgumentError("callback_on_step_end must return finite latents, got NaN or infinity")
+    return changed
