@@ -139,7 +139,7 @@ def write_text_bundle(folder: Path, *, decoder: bool = True, extras: Iterable[st
     for graph, text in graphs.items():
         model = onnx.parser.parse_model(HEADER + text)
         if graph.startswith("step"):
-            model.graph.initializer.append(_external("weights", [WIDTH, 2]))
+            model.graph.initializer.append(external("weights", [WIDTH, 2]))
         (folder / f"{graph}.onnx").write_bytes(model.SerializeToString())
     conditioning = (
         Conditioning(name="prompt_embeds", kind="embedding", dtype="float32", shape=("tokens", WIDTH)),
@@ -172,7 +172,8 @@ def write_text_bundle(folder: Path, *, decoder: bool = True, extras: Iterable[st
     return folder
 
 
-def _external(name: str, dims: list[int]) -> onnx.TensorProto:
+def external(name: str, dims: list[int]) -> onnx.TensorProto:
+    """A tensor in the file of weights, at its beginning."""
     tensor = onnx.TensorProto(name=name, data_type=onnx.TensorProto.FLOAT, dims=dims, data_location=onnx.TensorProto.EXTERNAL)
     for key, value in {"location": WEIGHTS, "offset": "0", "length": str(4 * int(np.prod(dims)))}.items():
         tensor.external_data.add(key=key, value=value)

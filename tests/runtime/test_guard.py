@@ -1,0 +1,173 @@
+"""Never a silent black picture. The bundle's "fp16" graphs are float32 ones with holes planted in them: where half precision would overflow."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any, cast
+
+import msgspec
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+
+import handmade
+from scm_runtime import Generator, InvalidArgumentError, NonFiniteError
+from scm_runtime.bundle import MANIFEST, FileEntry, read_manifest, sha256
+
+SEEDS = [3, 4, 5, 6]
+EMBEDS = np.random.default_rng(0).standard_normal((4, 3, handmade.WIDTH), np.float32)
+FINE, OVERFLOW = 4.5, 66.0  # guidance scales
+
+# In the step from 1.0, a sample with a guidance scale over 65 becomes what {hole} says.
+HOLE = """
+    limit = Constant<value_float=65.0>()
+    over = Greater(guidance_scale, limit)
+    late = Constant<value_float=1.2>()
+    second = Less(t, late)
+    both = And(over, second)
+    hole = Constant<value_float={hole}>()
+    none = Constant<value_float=0.0>()
+    lost = Where(both, hole, none)
+    lost4 = Reshape(lost, one)
+    x_next = Add(whole, lost4)
+}}"""
+
+
+def step_with(hole: str) -> str:
+    body = handmade.STEP.replace("x_next = Add(abcd, gt4)", "whole = Add(abcd, gt4)")
+    return body.rstrip().removesuffix("}") + HOLE.format(hole=hole)
+
+
+# Pictures of samples with a value over 9 come out black.
+BLACK_DECODE = handmade.DECODE.replace(
+    "pixels = Cast<to=2>(clipped)",
+    """
+    axes = Constant<value_ints=[1, 2, 3]>()
+    most = ReduceMax<keepdims=1>(x, axes)
+    limit = Constant<value_float=9.0>()
+    over = Greater(most, limit)
+    kept = Where(over, low, clipped)
+    pixels = Cast<to=2>(kept)""",
+)
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Any:
+    def write(*, hole: str = "nan", decode: str = handmade.DECODE) -> Path:
+        folder = handmade.write_text_bundle(tmp_path / "half.scm")
+        for graph, text in {"step": step_with(hole), "decode": decode}.items():
+            model = onnx.parser.parse_model(handmade.HEADER + text)
+            if graph == "step":
+                model.graph.initializer.append(handmade.external("weights", [handmade.WIDTH, 2]))
+            (folder / f"{graph}.fp16.onnx").write_bytes(model.SerializeToString())
+        manifest = read_manifest(folder)
+        files = {path.name: FileEntry(size=path.stat().st_size, sha256=sha256(path)) for path in sorted(folder.iterdir()) if path.name != MANIFEST}
+        (folder / MANIFEST).write_bytes(msgspec.structs.replace(manifest, dtypes=("fp32", "fp16"), files=files).to_json())
+        return folder
+
+    return write
+
+
+def draw(generate: Generator, guidance: list[float], **arguments: Any) -> NDArray[Any]:
+    samples = generate(seed=SEEDS, prompt_embeds=EMBEDS, guidance_scale=guidance, **{"output_type": "np", **arguments})
+    return cast(NDArray[Any], samples.array)
+
+
+def expected(guidance: list[float]) -> NDArray[np.float32]:
+    return handmade.sample(SEEDS, EMBEDS, guidance=guidance)
+
+
+MIXED = [FINE, OVERFLOW, FINE, OVERFLOW]
+
+
+@pytest.mark.parametrize("hole", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize("output_type", ["np", "pil", "latent", "dlpack"])
+def test_it_raises_and_names_step_time_dtype_seeds_and_remedy(write: Any, hole: str, output_type: str) -> None:
+    with Generator(write(hole=hole), dtype="fp16") as generate:
+        with pytest.raises(
+            NonFiniteError, match=r"2 of 4 samples .* after step 2 of 2 \(t = 1\) in fp16, seeds 4, 6\..*on_nonfinite='fp32'.*dtype='fp32'"
+        ) as caught:
+            draw(generate, MIXED, output_type=output_type)
+        assert (caught.value.seeds, caught.value.step, caught.value.dtype) == ((4, 6), 1, "fp16")
+        np.testing.assert_allclose(draw(generate, [FINE] * 4, output_type="latent"), expected([FINE] * 4), atol=1e-5)
+
+
+def test_fp32_does_those_samples_again(write: Any, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "scm_runtime")
+    with Generator(write(), dtype="fp16", on_nonfinite="fp32") as generate:
+        np.testing.assert_allclose(draw(generate, MIXED, output_type="latent"), expected(MIXED), rtol=1e-6, atol=1e-5)
+        np.testing.assert_array_equal(draw(generate, MIXED), handmade.pictures(expected(MIXED)))
+    assert "Done again in fp32" in caplog.text
+
+
+def test_fp32_goes_on_from_what_a_callback_put_there(write: Any) -> None:
+    other = np.random.default_rng(1).standard_normal((4, *handmade.SAMPLE), np.float32)
+
+    def callback(_generator: Generator, step: int, _t: float, _values: object) -> dict[str, Any] | None:
+        return {"latents": other} if step == 0 else None
+
+    folder = write()
+    with Generator(folder) as generate, Generator(folder, dtype="fp16", on_nonfinite="fp32") as half:
+        whole = draw(generate, MIXED, output_type="latent", callback_on_step_end=callback)
+        np.testing.assert_array_equal(draw(half, MIXED, output_type="latent", callback_on_step_end=callback), whole)
+
+
+def test_fp32_starts_from_given_latents(write: Any) -> None:
+    latents = np.random.default_rng(2).standard_normal((4, *handmade.SAMPLE), np.float32)
+    folder = write()
+    with Generator(folder) as whole, Generator(folder, dtype="fp16", on_nonfinite="fp32") as half:
+        np.testing.assert_array_equal(draw(half, MIXED, latents=latents, output_type="latent"), draw(whole, MIXED, latents=latents, output_type="latent"))
+
+
+def test_warn_says_it_once_a_call_and_goes_on(write: Any, caplog: pytest.LogCaptureFixture) -> None:
+    with Generator(write(), dtype="fp16", on_nonfinite="warn") as generate:
+        latents = draw(generate, MIXED, output_type="latent")
+    assert np.isfinite(latents).reshape(4, -1).all(axis=1).tolist() == [True, False, True, False]
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "seeds 4, 6" in caplog.text
+
+
+def test_fp32_that_is_not_finite_either_is_an_error_under_every_policy_but_warn(write: Any) -> None:
+    folder = handmade.write_text_bundle(write().parent / "wild.scm", gain=1e38)
+    for policy in ("raise", "fp32"):
+        with (
+            Generator(folder, on_nonfinite=cast(Any, policy)) as generate,
+            pytest.raises(NonFiniteError, match=r"after step 1 of 2 .* in fp32, seeds 3, 4, 5, 6\. .*checkpoint"),
+        ):
+            draw(generate, [1e3] * 4)
+
+
+def test_black_pictures_of_a_half_precision_decoder(write: Any, caplog: pytest.LogCaptureFixture) -> None:
+    folder = write(hole="0.0", decode=BLACK_DECODE)
+    bright = [60.0] * 4
+    lost = [seed for seed, x in zip(SEEDS, expected(bright), strict=True) if x.max() > 9]
+    assert 0 < len(lost) < 4, "the case must have both"
+    whole = handmade.pictures(expected(bright))
+    with Generator(folder, dtype="fp16") as generate, pytest.raises(NonFiniteError, match="decoder's fp16 made black pictures") as caught:
+        draw(generate, bright)
+    assert caught.value.seeds == tuple(lost)
+    with Generator(folder, dtype="fp16", on_nonfinite="fp32") as generate:
+        np.testing.assert_array_equal(draw(generate, bright), whole)
+    with Generator(folder, dtype="fp16", on_nonfinite="warn") as generate:
+        pictures = draw(generate, bright)
+    assert [picture.any() for picture in pictures] == [picture.any() and seed not in lost for seed, picture in zip(SEEDS, whole, strict=True)]
+    assert f"seeds {', '.join(map(str, lost))}." in caplog.text
+
+
+def test_a_picture_that_is_black_in_fp32_too_is_no_error(write: Any) -> None:
+    dark = handmade.DECODE.replace("value_float=128.0", "value_float=-900.0")
+    folder = write(decode=dark)
+    model = onnx.load(folder / "decode.fp16.onnx")
+    (folder / "decode.fp32.onnx").write_bytes(model.SerializeToString())
+    manifest = read_manifest(folder)
+    entry = FileEntry(size=(folder / "decode.fp32.onnx").stat().st_size, sha256=sha256(folder / "decode.fp32.onnx"))
+    (folder / MANIFEST).write_bytes(msgspec.structs.replace(manifest, files=manifest.files | {"decode.fp32.onnx": entry}).to_json())
+    with Generator(folder, dtype="fp16") as generate:
+        assert not draw(generate, [FINE] * 4).any()
+
+
+def test_an_unknown_policy(tiny_bundle: Path) -> None:
+    with pytest.raises(InvalidArgumentError, match=r"on_nonfinite must be 'raise', 'warn' or 'fp32', got 'ignore'"):
+        Generator(tiny_bundle, on_nonfinite=cast(Any, "ignore"))
