@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from scm_runtime.bundle import Manifest
 from scm_runtime.conditioning import fill, free_sizes, is_int, read_column, to_array
-from scm_runtime.errors import InvalidArgumentError
+from scm_runtime.errors import InvalidArgumentError, OutOfMemoryError
 
 Labels = int | str | Sequence[int | str] | NDArray[np.integer[Any]]
 Seeds = int | Sequence[int] | NDArray[np.integer[Any]]
@@ -56,7 +56,7 @@ def resolve_call(
     given = {name: conditioning.get(name) for name in inputs}
     columns = {name: None if value is None else read_column(inputs[name], value) for name, value in given.items()}
     sizes = free_sizes(inputs, columns)
-    listed = None if seed is None or is_int(seed) else _integers("seed", seed)
+    listed: Sequence[int] | None = None if seed is None or is_int(seed) else _integers("seed", seed)
 
     lengths = {name: column.length for name, column in columns.items() if column is not None and column.length is not None}
     lengths |= {} if listed is None else {"seed": len(listed)}
@@ -71,11 +71,14 @@ def resolve_call(
 
     if listed is None:
         first = int.from_bytes(os.urandom(4), "big") >> 1 if seed is None else int(cast(int, seed))
-        listed = [first + i for i in range(n)]
-    for value in listed:
+        listed = range(first, first + n)
+    for value in (listed[0], listed[-1]) if isinstance(listed, range) else listed:
         if not -(2**63) <= value < 2**63:
             raise InvalidArgumentError(f"seed must lie in [-2^63, 2^63), got {value}")
-    seeds = np.array(listed, np.int64)
+    try:
+        seeds = np.arange(n, dtype=np.int64) + listed[0] if isinstance(listed, range) else np.array(listed, np.int64)
+    except (MemoryError, ValueError) as error:
+        raise OutOfMemoryError(f"{n} seeds do not fit into memory. Try a smaller batch.") from error
     filled = {name: fill(inputs[name], column, seeds, sizes) for name, column in columns.items()}
     return Call(seeds, filled, _times(manifest, num_inference_steps, timesteps), start)
 

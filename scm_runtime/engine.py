@@ -91,8 +91,8 @@ class Engine(Protocol):
     def decode(self, trajectories: Sequence[Trajectory]) -> list[NDArray[Any]]:
         """What the bundle's decode graph makes of each one's state, on the host."""
 
-    def on_device(self, trajectory: Trajectory, *, decoded: bool) -> Any:
-        """The decoded samples, or the state, where they lie: something with ``__dlpack__`` that is the caller's own."""
+    def on_device(self, trajectory: Trajectory) -> Any:
+        """What ``decode`` gives, left on the device: something with ``shape``, ``dtype`` and ``__dlpack__`` that is the caller's own."""
 
     def mark(self) -> Any:
         """Now, on the engine's clock."""
@@ -173,9 +173,9 @@ class HostEngine:
             one.parts.append(Part("decode", start, end))
         return parts
 
-    def on_device(self, trajectory: Trajectory, *, decoded: bool) -> NDArray[Any]:
+    def on_device(self, trajectory: Trajectory) -> NDArray[Any]:
         """See Engine: on the host, a NumPy array."""
-        return self.decode([trajectory])[0] if decoded else np.array(trajectory.state.x)
+        return self.decode([trajectory])[0]
 
     def mark(self) -> float:
         """Seconds of the process's clock."""

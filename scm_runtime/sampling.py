@@ -111,7 +111,8 @@ class Sampler:
         """
         for request in requests:
             self.guard.check(request.trajectory)
-        on_host = [request for request in requests if request.output_type in ("pil", "np")]
+        pixels_of = ("pil", "np") if self.engine.lazy else ("pil", "np", "dlpack")
+        on_host = [request for request in requests if request.output_type in pixels_of]
         arrays: dict[Request, Any] = {}
         if on_host:
             decoded = self.engine.decode([request.trajectory for request in on_host])
@@ -120,8 +121,8 @@ class Sampler:
         for request in requests:
             if request.output_type == "latent":
                 arrays[request] = np.array(self.engine.fetch(request.trajectory))
-            elif request.output_type == "dlpack":
-                arrays[request] = self.engine.on_device(request.trajectory, decoded=True)
+            elif request not in arrays:
+                arrays[request] = self.engine.on_device(request.trajectory)
         return [self._samples(request, arrays[request]) for request in requests]
 
     def _samples(self, request: Request, array: Any) -> Samples:

@@ -1,0 +1,136 @@
+"""What a host can watch and choose: spans, timings, profiles, session options, warm-up, DLPack on the CPU."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+
+import handmade
+from scm_runtime import DeviceError, Generator, InvalidArgumentError, OutOfMemoryError, Span
+from scm_runtime.session import Session, Settings
+
+# ----------------------------------------------------------------------------
+# Spans.
+
+
+def test_spans_cover_the_call_in_order(tiny_bundle: Path) -> None:
+    spans: list[Span] = []
+    with Generator(tiny_bundle, device="cpu", on_span=spans.append) as generate:
+        before = time.time_ns()
+        samples = generate(seed=1, batch_size=3)
+        after = time.time_ns()
+    assert [span.name for span in spans] == ["noise", "noise", "step", "noise", "step", "decode", "generate"]
+    whole = spans[-1]
+    assert whole.attributes == {"bundle": "tiny", "device": "cpu", "dtype": "fp32", "batch_size": 3, "num_inference_steps": 2}
+    assert [span.attributes for span in spans if span.name == "step"] == [{"step": 0}, {"step": 1}]
+    slack = 20_000_000  # two clocks
+    assert before - slack <= whole.start_ns <= whole.end_ns <= after + slack
+    for earlier, later in itertools.pairwise(spans[:-1]):
+        assert whole.start_ns - slack <= earlier.start_ns <= earlier.end_ns <= later.start_ns + 1000
+    assert abs(sum(span.end_ns - span.start_ns for span in spans if span.name == "step") / 1e9 - sum(samples.timings.steps)) < 1e-6
+
+
+def test_no_span_of_a_call_that_failed(tiny_bundle: Path) -> None:
+    spans: list[Span] = []
+    with Generator(tiny_bundle, on_span=spans.append) as generate, pytest.raises(InvalidArgumentError):
+        generate(9)
+    assert not spans
+
+
+def test_copying_takes_no_time_on_the_host(tiny: Generator) -> None:
+    assert tiny(seed=1).timings.copy == 0
+
+
+# ----------------------------------------------------------------------------
+# ONNX Runtime's own profile and options.
+
+
+def test_profiles_are_written_on_closing(tiny_bundle: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "profiles"
+    with Generator(tiny_bundle, profile_dir=folder) as generate:
+        generate(seed=1)
+    names = sorted(path.name.split("_")[0] for path in folder.iterdir())
+    assert names == ["decode.fp32", "noise", "step.fp32"]
+    events = json.loads(next(folder.glob("step.fp32*")).read_text())
+    assert sum(event["name"] == "model_run" for event in events) == 2
+
+
+def test_a_profile_folder_that_is_a_file(tiny_bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InvalidArgumentError, match=r"profile_dir must be a folder that can be written to, got '.*file'"):
+        Generator(tiny_bundle, profile_dir=tmp_path / "file")
+
+
+def test_session_options_reach_onnxruntime(tiny_bundle: Path) -> None:
+    options = {"enable_mem_pattern": False, "graph_optimization_level": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL, "session.disable_prepacking": "1"}
+    session = Session(tiny_bundle / "step.fp32.onnx", Settings(session_options=options))
+    opened = session._session.get_session_options()
+    assert opened.enable_mem_pattern is False
+    assert opened.graph_optimization_level == onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    assert opened.get_session_config_entry("session.disable_prepacking") == "1"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({"intra_op_threads": 2}, r"SessionOptions \(.*intra_op_num_threads.*got 'intra_op_threads'"), ({"intra_op_num_threads": "two"}, "cannot be 'two'")],
+    ids=["unknown", "type"],
+)
+def test_session_options_that_do_not_exist(tiny_bundle: Path, options: dict[str, object], said: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=said):
+        Generator(tiny_bundle, session_options=options)
+
+
+def test_a_session_that_opened_elsewhere_is_an_error(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnxruntime.InferenceSession, "get_providers", lambda _: ["AzureExecutionProvider", "CPUExecutionProvider"])
+    with pytest.raises(DeviceError, match=r"to open '.*noise\.onnx' on CPUExecutionProvider and opened it on AzureExecutionProvider\. scm-runtime doctor"):
+        Generator(tiny_bundle, device="cpu")
+
+
+def test_out_of_memory_leaves_the_generator_usable() -> None:
+    with Generator("digits", device="cpu") as generate:
+        for size in (2**24, 2**40):  # 50 GB of noise; and more seeds than fit
+            with pytest.raises(OutOfMemoryError, match=r"[Ss]maller batch"):
+                generate(seed=0, batch_size=size)
+        assert len(generate(seed=0, batch_size=2)) == 2
+
+
+# ----------------------------------------------------------------------------
+# Warm-up and DLPack.
+
+
+def test_warmup_runs_every_size_and_makes_up_what_a_model_of_text_needs(tmp_path: Path) -> None:
+    spans: list[Span] = []
+    with Generator(handmade.write_text_bundle(tmp_path / "text.scm"), device="cpu", on_span=spans.append) as generate:
+        generate.warmup(batch_sizes=(1, 4), num_inference_steps=1)
+        whole = [span.attributes for span in spans if span.name == "generate"]
+        assert [(call["batch_size"], call["num_inference_steps"]) for call in whole] == [(4, 1), (1, 1)]
+        generate.warmup(conditioning={"prompt_embeds": np.zeros((9, handmade.WIDTH))})
+
+
+@pytest.mark.parametrize("sizes", [(), (0,), (1.5,), ("1",)], ids=repr)
+def test_warmup_of_no_batch_size(tiny: Generator, sizes: Any) -> None:
+    with pytest.raises(InvalidArgumentError, match="batch_sizes must be integers of at least 1, got"):
+        tiny.warmup(sizes)
+
+
+def test_dlpack_on_the_cpu_is_torch_s_without_a_copy(tiny: Generator) -> None:
+    samples = tiny(seed=5, batch_size=2, output_type="dlpack")
+    tensor = torch.from_dlpack(samples.array)
+    assert tensor.data_ptr() == samples.array.ctypes.data
+    np.testing.assert_array_equal(tensor.numpy(), tiny(seed=5, batch_size=2, output_type="np").array)
+
+
+def test_pictures_of_what_lies_on_a_gpu(tiny: Generator) -> None:
+    samples = tiny(seed=5, output_type="np")
+    object.__setattr__(samples, "array", cast(Any, object()))
+    with pytest.raises(InvalidArgumentError, match="lie on the GPU: ask for output_type='pil' or 'np'"):
+        _ = samples.images
+    assert len(samples) == 1
