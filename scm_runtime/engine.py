@@ -153,7 +153,7 @@ class HostEngine:
 
     def fetch(self, trajectory: Trajectory) -> NDArray[np.float32]:
         """See Engine."""
-        return cast(NDArray[np.float32], trajectory.state.x)
+        return cast("NDArray[np.float32]", trajectory.state.x)
 
     def replace(self, trajectory: Trajectory, x: NDArray[np.float32]) -> None:
         """See Engine."""
@@ -194,7 +194,7 @@ class HostEngine:
         self._graphs.end_profiling()
 
     def _noise(self, seeds: NDArray[np.int64], draw: int, scale: float) -> NDArray[np.float32]:
-        return cast(NDArray[np.float32], self._graphs.noise(seeds=seeds, draw=np.array(draw, np.int64), scale=np.array(scale, np.float32)))
+        return cast("NDArray[np.float32]", self._graphs.noise(seeds=seeds, draw=np.array(draw, np.int64), scale=np.array(scale, np.float32)))
 
 
 def _joined(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:

@@ -252,7 +252,7 @@ class Generator:
             engine = self._open_sampler().engine
             graph = engine.run(lambda: engine.graphs().optional("encode"))
             pixels = to_pixels(images, graph.shapes.get("image", (None,) * 4)[1:])
-            return cast(NDArray[np.float32], engine.run(lambda: graph(image=pixels)))
+            return cast("NDArray[np.float32]", engine.run(lambda: graph(image=pixels)))
 
     def decode(self, latents: ArrayLike, *, preview: bool = False) -> NDArray[np.uint8]:
         """Pictures of latents.
@@ -279,7 +279,7 @@ class Generator:
             def run() -> NDArray[Any]:
                 return (engine.graphs().optional("preview") if preview else engine.graphs().decode)(x=x)
 
-            return cast(NDArray[np.uint8], engine.run(run))
+            return cast("NDArray[np.uint8]", engine.run(run))
 
     def _request(self, conditioning: Mapping[str, Any], *, output_type: OutputType, callback_on_step_end: Callback | None, **arguments: Any) -> Request:
         if output_type not in OUTPUT_TYPES:

@@ -72,7 +72,7 @@ def write(tmp_path: Path) -> Any:
 
 def draw(generate: Generator, guidance: list[float], **arguments: Any) -> NDArray[Any]:
     samples = generate(seed=SEEDS, prompt_embeds=EMBEDS, guidance_scale=guidance, **{"output_type": "np", **arguments})
-    return cast(NDArray[Any], samples.array)
+    return samples.array
 
 
 def expected(guidance: list[float]) -> NDArray[np.float32]:

@@ -11,7 +11,7 @@ from typing import Any, cast
 import numpy as np
 import onnxruntime
 import pytest
-import torch
+import torch.utils.dlpack
 
 import handmade
 from scm_runtime import DeviceError, Generator, InvalidArgumentError, OutOfMemoryError, Span
@@ -123,7 +123,7 @@ def test_warmup_of_no_batch_size(tiny: Generator, sizes: Any) -> None:
 
 def test_dlpack_on_the_cpu_is_torch_s_without_a_copy(tiny: Generator) -> None:
     samples = tiny(seed=5, batch_size=2, output_type="dlpack")
-    tensor = torch.from_dlpack(samples.array)
+    tensor = torch.utils.dlpack.from_dlpack(samples.array)
     assert tensor.data_ptr() == samples.array.ctypes.data
     np.testing.assert_array_equal(tensor.numpy(), tiny(seed=5, batch_size=2, output_type="np").array)
 
