@@ -6,7 +6,7 @@ The manifest is the only file a host must read first. It holds no model mathemat
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
@@ -205,6 +205,12 @@ class Manifest(Struct, kw_only=True):
             raise ValueError(f"conditioning must have different names, got {', '.join(names)}")
 
 
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def read_manifest(folder: Path) -> Manifest:
     """Read and check ``scm.json`` in a bundle's folder.
 
@@ -234,8 +240,12 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def check_files(folder: Path, manifest: Manifest, names: Iterable[str] | None = None, *, hashes: bool = True) -> None:
+def check_files(
+    folder: Path, manifest: Manifest, names: Iterable[str] | None = None, *, hashes: bool = True, digest_of: Callable[[Path], str] | None = None
+) -> None:
     """Compare files of a bundle, all or those named, with its manifest: presence and size always, SHA-256 unless ``hashes`` is False.
+
+    ``digest_of`` takes the sum of a file, or remembers it; by default it is taken.
 
     Raises:
         BundleIntegrityError: a file is missing, cannot be read, or differs.
@@ -248,16 +258,10 @@ def check_files(folder: Path, manifest: Manifest, names: Iterable[str] | None = 
         if size != entry.size:
             raise BundleIntegrityError(f"'{path}' must have {entry.size} bytes, got {size}. Copy the whole folder again or export again.")
         try:
-            digest = sha256(path) if hashes else entry.sha256
+            digest = (digest_of or sha256)(path) if hashes else entry.sha256
         except OSError as error:
             raise BundleIntegrityError(f"cannot read '{path}': {error.strerror}. Expected a file that you may read.") from error
         if digest != entry.sha256:
             raise BundleIntegrityError(
                 f"'{path}' must have SHA-256 {entry.sha256[:12]}…, got {digest[:12]}…. The file was changed or damaged: copy or export it again."
             )
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -11,6 +11,7 @@ class Placement:
     device: str
     providers: tuple[tuple[str, dict[str, str]], ...]
     reason: str
+    hardware: str = ""
 
     @property
     def index(self) -> int | None:

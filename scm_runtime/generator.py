@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from scm_runtime.arguments import Labels, Seeds, gather_conditioning, read_latents, resolve_call
-from scm_runtime.bundle import Dtype, Manifest, check_files, read_manifest
+from scm_runtime.bundle import Dtype, Manifest, check_files, read_manifest, sha256
+from scm_runtime.cache import GraphCache
 from scm_runtime.conditioning import is_int, stand_ins
 from scm_runtime.devices import Placement, place
 from scm_runtime.engine import Engine, HostEngine
@@ -26,7 +27,7 @@ from scm_runtime.location import find
 from scm_runtime.native import Library, check_native_ops, open_with_kernels
 from scm_runtime.samples import EXPORT_A_DECODER, Samples
 from scm_runtime.sampling import OUTPUT_TYPES, OutputType, Request, Sampler
-from scm_runtime.session import Session, Settings, check_threads, load_onnxruntime
+from scm_runtime.session import Cached, Session, Settings, check_threads, load_onnxruntime
 from scm_runtime.tracing import OnSpan
 from scm_runtime.usage import Usage
 
@@ -56,6 +57,7 @@ class Generator:
         on_nonfinite: OnNonfinite = "raise",
         on_span: OnSpan | None = None,
         profile_dir: str | os.PathLike[str] | None = None,
+        cache_dir: str | os.PathLike[str] | Literal[False] | None = None,
         verify_integrity: bool = True,
     ) -> None:
         """Open a bundle.
@@ -77,6 +79,8 @@ class Generator:
                 them again in it, silently but for a line in the log.
             on_span: called with a ``Span`` for each call and each of its parts, after it, in the thread that receives the samples.
             profile_dir: a folder for ONNX Runtime's profile of every session, written when the Generator is closed.
+            cache_dir: a folder that keeps optimised graphs, so that the next process opens them faster. None: the one SCM_CACHE_DIR names, or else the
+                platform's folder for caches; False: none. At most SCM_CACHE_MAX_BYTES, 4 GiB by default, and nothing where it cannot be written.
             verify_integrity: compare the SHA-256 of every file with the manifest. False saves the reading of large bundles;
                 presence and sizes are checked all the same.
 
@@ -98,18 +102,18 @@ class Generator:
         self.manifest: Manifest = read_manifest(self.folder)
         placement = place(device, providers, provider_options)
         self.dtype: Dtype = self._choose_dtype(dtype, placement)
-        self._verify_integrity = verify_integrity
+        self._verify_integrity, self._cache = verify_integrity, GraphCache.find(cache_dir)
         self._fetch(self.manifest.files if self._found.repository is None else self.manifest.files_for(self.dtype))
         settings = Settings(placement, threads=threads, session_options=dict(session_options or {}), profile_dir=_folder("profile_dir", profile_dir))
 
         def open_engine(library: Library | None) -> Engine:
-            return self._open_engine(self.dtype, replace(settings, library=library.path if library else None))
+            return self._open_engine(self.dtype, self._with_library(settings, library))
 
         engine, kernels = open_with_kernels(self.manifest, native_ops, placement, open_engine)
 
         def open_fp32() -> Engine:
             self._fetch(self.manifest.files_for("fp32"))
-            return self._open_engine("fp32", replace(settings, library=kernels.library.path if kernels.library else None))
+            return self._open_engine("fp32", self._with_library(settings, kernels.library))
 
         self.info = GeneratorInfo(
             bundle=self.manifest.name,
@@ -311,7 +315,15 @@ class Generator:
 
     def _fetch(self, names: Sequence[str] | Mapping[str, object]) -> None:
         self._found.fetch(names)
-        check_files(self.folder, self.manifest, names, hashes=self._verify_integrity)
+        digest_of = self._cache.verified.sha256 if self._cache else sha256
+        check_files(self.folder, self.manifest, names, hashes=self._verify_integrity, digest_of=digest_of)
+
+    def _with_library(self, settings: Settings, library: Library | None) -> Settings:
+        cached = None
+        if self._cache is not None:
+            sums = {name: entry.sha256 for name, entry in self.manifest.files.items()}
+            cached = Cached(self._cache, sums, self._cache.verified.sha256(library.path) if library else None, self._verify_integrity)
+        return replace(settings, library=library.path if library else None, cached=cached)
 
     def _open_engine(self, dtype: Dtype, settings: Settings) -> Engine:
         def open_session(path: Path) -> Session:

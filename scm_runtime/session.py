@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 from scm_runtime import hub
 from scm_runtime.bundle import WEIGHTS
+from scm_runtime.cache import GraphCache
+from scm_runtime.cache_key import graph_key, is_cacheable
 from scm_runtime.devices import CPU, Placement
 from scm_runtime.errors import DeviceError, InferenceError, InvalidArgumentError, MissingDependencyError, NativeOpsError, OutOfMemoryError
 
@@ -56,6 +58,23 @@ def load_onnxruntime() -> Any:
 COPYING_OPTIMIZERS = ("ConstantFolding", "ConvMulFusion", "NchwcTransformer")
 
 
+# Options of a provider that say nothing about the optimised graph, and differ from process to process.
+VOLATILE_OPTIONS = ("user_compute_stream", "gpu_mem_limit", "enable_cuda_graph")
+
+
+@dataclass(frozen=True)
+class Cached:
+    """A cache of optimised graphs, and what names those of one bundle in it."""
+
+    cache: GraphCache
+    sums: Mapping[str, str]
+    """SHA-256 of the bundle's files, by name."""
+    library: str | None
+    """SHA-256 of the library of kernels."""
+    verify: bool
+    """Compare the SHA-256 of cached files too."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """How a session is opened."""
@@ -66,6 +85,8 @@ class Settings:
     """Inside an operator; None leaves the choice to ONNX Runtime (one a core)."""
     library: Path | None = None
     """Custom operators; their kernels take the place of the function bodies in the graph, all or none."""
+    cached: Cached | None = None
+    """Where the optimised graph is kept; None for nowhere."""
     session_options: Mapping[str, object] = field(default_factory=dict)
     """Of ONNX Runtime, for experts: attributes of its SessionOptions by name, and configuration entries, whose names have a dot."""
     profile_dir: Path | None = None
@@ -131,8 +152,32 @@ class Session:
             self._session.end_profiling()
 
     def _open(self) -> Any:
-        ort, path, settings = load_onnxruntime(), self.path, self.settings
+        """The session, out of the cache where that can be."""
+        settings, cached = self.settings, self.settings.cached
+        if (
+            cached is None
+            or settings.frugal
+            or settings.profile_dir is not None
+            or not is_cacheable(settings.session_options)
+            or hub.blob(self.path.with_name(WEIGHTS)) is not None  # a saved graph would have to name weights that it gets in memory
+        ):
+            return self._open_at(self.path, _unchanged)
+        providers = [(name, {key: value for key, value in options.items() if key not in VOLATILE_OPTIONS}) for name, options in settings.placement.providers]
+        key = graph_key(
+            graph=cached.sums[self.path.name],
+            weights=cached.sums[WEIGHTS],
+            providers=providers,
+            device=settings.placement.hardware,
+            library=cached.library if settings.library else None,
+            session_options=settings.session_options,
+        )
+        return cached.cache.open(self.path, key, self._open_at, verify=cached.verify)
+
+    def _open_at(self, path: Path, change: Callable[[Any], None]) -> Any:
+        """The graph at a path, the session's own or a copy of it, with options that ``change`` has had the last word on."""
+        ort, settings = load_onnxruntime(), self.settings
         options = self._options()
+        change(options)
         if settings.library is not None:
             try:
                 options.register_custom_ops_library(os.fspath(settings.library))
@@ -142,7 +187,7 @@ class Session:
                     "Install an ONNX Runtime and an scm-runtime that fit, or run without the kernels: native_ops=False"
                 ) from error
         try:
-            return self._open_with(options)
+            return self._open_with(path, options)
         except Exception as error:
             if _out_of_memory(error):
                 raise OutOfMemoryError(f"the memory of {settings.placement.device} does not suffice to open '{path}': {error}") from error
@@ -178,7 +223,7 @@ class Session:
                 raise InvalidArgumentError(f"session_options: {name} cannot be {value!r}: {error}") from error
         return options
 
-    def _open_with(self, options: Any) -> Any:
+    def _open_with(self, path: Path, options: Any) -> Any:
         """Open the graph, with its weights from memory where ONNX Runtime will not follow the link that the hub's cache has for them.
 
         ONNX Runtime reads external data in the folder of the graph alone, so that a hostile graph cannot read other files. It makes an exception for
@@ -188,7 +233,7 @@ class Session:
 
         def attempt() -> Any:
             return load_onnxruntime().InferenceSession(
-                os.fspath(self.path),
+                os.fspath(path),
                 options,
                 providers=list(self.settings.placement.providers),
                 disabled_optimizers=list(COPYING_OPTIMIZERS) if self.settings.frugal else [],
@@ -198,12 +243,16 @@ class Session:
         try:
             return attempt()
         except Exception:
-            weights = hub.blob(self.path.with_name(WEIGHTS))
+            weights = hub.blob(path.with_name(WEIGHTS))
             if weights is None:
                 raise
             self._weights = np.memmap(weights, np.uint8, "r")  # kept: ONNX Runtime reads it as it opens the graph, and holds on to the options
             options.add_external_initializers_from_files_in_memory([WEIGHTS], [self._weights], [len(self._weights)])
             return attempt()
+
+
+def _unchanged(_options: Any) -> None:
+    """Open as it stands."""
 
 
 class Bound:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import platform
 from collections.abc import Iterator
 from importlib import metadata
@@ -18,6 +19,7 @@ TINY_LABELS = ("ant", "bee", "cat", "dog")
 
 
 def pytest_configure() -> None:
+    os.environ["SCM_CACHE_DIR"] = ""  # no test depends on what an earlier run left; those of the cache name a folder
     for name in ("onnx_ir", "onnxscript"):
         logging.getLogger(name).setLevel(logging.WARNING)  # hundreds of lines an export
 

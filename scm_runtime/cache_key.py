@@ -1,0 +1,91 @@
+"""What names a cached graph: all that decides how ONNX Runtime's optimised graph looks."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+
+import msgspec
+
+FORMAT = 1  # of cache entries
+
+# Options that say what becomes of the optimised graph themselves, or that make ONNX Runtime read or write another format.
+FOREIGN_OPTIONS = (
+    "optimized_model_filepath",
+    "enable_profiling",
+    "ep.context_",
+    "session.optimized_model_",
+    "session.load_model_format",
+    "session.save_",
+    "session.use_ort_model_",
+)
+
+
+def graph_key(
+    *,
+    graph: str,
+    weights: str,
+    providers: Sequence[tuple[str, Mapping[str, str]]],
+    device: str = "",
+    library: str | None = None,
+    session_options: Mapping[str, object] | None = None,
+    disabled_optimizers: Sequence[str] = (),
+) -> str:
+    """The name of a cached graph: SHA-256 over all that decides how the optimised graph looks, in hexadecimal.
+
+    The running ONNX Runtime's version, the format of the cache and, as ONNX Runtime lays weights out for the vector units it finds, the CPU are in it too.
+
+    Args:
+        graph: SHA-256 of the ``.onnx`` file.
+        weights: SHA-256 of the weights beside it.
+        providers: with their options, in order.
+        device: the name of the accelerator, such as "NVIDIA L4 8.9"; "" for none.
+        library: SHA-256 of the library of kernels; None where the function bodies run. A graph that was saved with kernels needs them ever after.
+        session_options: all that were set beyond the defaults.
+        disabled_optimizers: by name.
+    """
+    import onnxruntime
+
+    parts = {
+        "format": FORMAT,
+        "onnxruntime": onnxruntime.__version__,
+        "graph": graph,
+        "weights": weights,
+        "providers": [[name, sorted((option, str(value)) for option, value in options.items())] for name, options in providers],
+        "device": device,
+        "cpu": _cpu() if any(name == "CPUExecutionProvider" for name, _ in providers) else "",
+        "library": library,
+        "session_options": sorted((name, repr(value)) for name, value in (session_options or {}).items()),
+        "disabled_optimizers": sorted(disabled_optimizers),
+    }
+    return hashlib.sha256(msgspec.json.encode(parts)).hexdigest()
+
+
+def is_cacheable(session_options: Mapping[str, object]) -> bool:
+    """Whether sessions with these options can come out of the cache."""
+    return not any(name.startswith(FOREIGN_OPTIONS) for name in session_options)
+
+
+@cache
+def _cpu() -> str:
+    """The processor and its vector units, as the system tells them."""
+    known = [platform.machine(), platform.processor()]
+    if sys.platform == "linux":
+        try:
+            with Path("/proc/cpuinfo").open(encoding="utf-8", errors="replace") as file:
+                for line in file:
+                    if not line.strip():
+                        break  # the other cores are the same
+                    if line.lower().startswith(("model name", "vendor_id", "cpu family", "model\t", "flags", "features", "cpu implementer", "cpu part")):
+                        known.append(line.strip())
+        except OSError:
+            pass  # no /proc: the machine's name must do
+    if sys.platform == "win32":
+        import ctypes
+
+        known += [str(bool(ctypes.windll.kernel32.IsProcessorFeaturePresent(feature))) for feature in (38, 39, 40, 41)]  # SSE4.2, AVX, AVX2, AVX-512F
+    return "\n".join(known)
