@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Generator as Iteration
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, cast
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, Unpack, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from scm_runtime.arguments import Labels, Seeds, gather_conditioning, read_latents, resolve_call
-from scm_runtime.bundle import Dtype, Manifest, check_files, read_manifest, sha256
+from scm_runtime.arguments import Labels, Seeds, read_latents
+from scm_runtime.batching import Batcher, check_batching
+from scm_runtime.bundle import Dtype, Manifest, check_files, read_manifest
 from scm_runtime.cache import GraphCache
+from scm_runtime.calling import BatchArguments, CallArguments, Callback, read_request
 from scm_runtime.conditioning import is_int, stand_ins
 from scm_runtime.devices import Placement, place
 from scm_runtime.engine import Engine, HostEngine
@@ -26,15 +29,16 @@ from scm_runtime.info import GeneratorInfo
 from scm_runtime.location import find
 from scm_runtime.native import Library, check_native_ops, open_with_kernels
 from scm_runtime.samples import EXPORT_A_DECODER, Samples
-from scm_runtime.sampling import OUTPUT_TYPES, OutputType, Request, Sampler
+from scm_runtime.sampling import OutputType, Sampler
 from scm_runtime.session import Cached, Session, Settings, check_threads, load_onnxruntime
+from scm_runtime.streaming import stream
 from scm_runtime.tracing import OnSpan
 from scm_runtime.usage import Usage
 
 if TYPE_CHECKING:
-    from PIL import Image
+    from concurrent.futures import Future
 
-Callback = Callable[["Generator", int, float, dict[str, NDArray[np.float32]]], Mapping[str, Any] | Literal[False] | None]
+    from PIL import Image
 
 CAPTURE_RUNS = 3  # two to take memory, one to capture a CUDA graph
 
@@ -58,6 +62,8 @@ class Generator:
         on_span: OnSpan | None = None,
         profile_dir: str | os.PathLike[str] | None = None,
         cache_dir: str | os.PathLike[str] | Literal[False] | None = None,
+        max_batch_size: int = 8,
+        max_wait_ms: float = 0.0,
         verify_integrity: bool = True,
     ) -> None:
         """Open a bundle.
@@ -81,6 +87,8 @@ class Generator:
             profile_dir: a folder for ONNX Runtime's profile of every session, written when the Generator is closed.
             cache_dir: a folder that keeps optimised graphs, so that the next process opens them faster. None: the one SCM_CACHE_DIR names, or else the
                 platform's folder for caches; False: none. At most SCM_CACHE_MAX_BYTES, 4 GiB by default, and nothing where it cannot be written.
+            max_batch_size: samples that ``submit``, ``async_`` and ``stream`` compute in one evaluation.
+            max_wait_ms: how long a request may wait for others to share it, where fewer wait; 0 for not at all.
             verify_integrity: compare the SHA-256 of every file with the manifest. False saves the reading of large bundles;
                 presence and sizes are checked all the same.
 
@@ -97,6 +105,7 @@ class Generator:
             InferenceError: ONNX Runtime refuses a graph.
         """
         threads, native_ops, policy = check_threads(threads), check_native_ops(native_ops), check_policy(on_nonfinite)
+        max_batch_size, max_wait = check_batching(max_batch_size, max_wait_ms)
         self._found = find(bundle, revision)
         self.folder = self._found.folder
         self.manifest: Manifest = read_manifest(self.folder)
@@ -129,6 +138,7 @@ class Generator:
         attributes = {"bundle": self.manifest.name, "device": placement.device, "dtype": self.dtype}
         self._sampler: Sampler | None = Sampler(engine, Guard(engine, policy, open_fp32), self.manifest, attributes, on_span)
         self._usage = Usage(self._give_back)
+        self._max_batch_size, self._batcher = max_batch_size, Batcher(max_batch_size, max_wait)
 
     def __enter__(self) -> Self:
         return self
@@ -143,11 +153,14 @@ class Generator:
         raise TypeError(f"a Generator holds open sessions and cannot be pickled: make one in each process, Generator({os.fspath(self.folder)!r})")
 
     def close(self) -> None:
-        """Give the sessions, their threads and their memory back: at once, or when the calls that run have ended.
+        """Give the sessions, their threads and their memory back: at once, or when the calls that run have ended. It does not wait for them.
 
-        Later calls raise GeneratorClosedError; closing twice is allowed, and so is closing from a callback.
+        Later calls raise GeneratorClosedError, and so do requests of ``submit`` whose turn has not come. Closing twice is allowed, and so is closing from
+        a callback.
         """
         self._usage.end()
+        if not self._usage.foreign:
+            self._batcher.close()
 
     def __call__(
         self,
@@ -200,25 +213,86 @@ class Generator:
             OutOfMemoryError: the batch does not fit.
             InferenceError: ONNX Runtime failed in a graph.
         """
+        arguments = CallArguments(
+            num_inference_steps=num_inference_steps,
+            timesteps=timesteps,
+            guidance_scale=guidance_scale,
+            prompt_embeds=prompt_embeds,
+            prompt_attention_mask=prompt_attention_mask,
+            conditioning=conditioning,
+            seed=seed,
+            batch_size=batch_size,
+            latents=latents,
+            output_type=output_type,
+            callback_on_step_end=callback_on_step_end,
+        )
         with self._usage:
-            return self._open_sampler().sample(
-                self._request(
-                    gather_conditioning(
-                        conditioning,
-                        class_labels=class_labels,
-                        guidance_scale=guidance_scale,
-                        prompt_embeds=prompt_embeds,
-                        prompt_attention_mask=prompt_attention_mask,
-                    ),
-                    num_inference_steps=num_inference_steps,
-                    timesteps=timesteps,
-                    seed=seed,
-                    batch_size=batch_size,
-                    latents=latents,
-                    output_type=output_type,
-                    callback_on_step_end=callback_on_step_end,
-                )
-            )
+            return self._open_sampler().sample(read_request(self, class_labels, arguments))
+
+    def submit(self, class_labels: Labels | None = None, **arguments: Unpack[CallArguments]) -> Future[Samples]:
+        """Queue a call, with the arguments of a call, and return at once. Requests that wait are computed together, also such as are at different steps.
+
+        Up to ``max_batch_size`` samples share an evaluation; a larger request runs alone. The samples are those of a call, to the bit where the
+        device computes a batch as it computes its parts. Pictures are made when ``Samples.images`` is first looked at.
+
+        ``cancel()`` of the future works until the samples are there: the request stops before its next step. ``callback_on_step_end`` runs in the thread
+        that computes all requests: it holds up the others, and must not wait for one of them. So do callbacks of the future.
+
+        Returns:
+            A future. Its ``result()`` raises what a call raises; GeneratorClosedError also if the Generator is closed before the request's turn comes
+            (one that has begun is finished); ``concurrent.futures.CancelledError`` after ``cancel()``.
+
+        Raises:
+            InvalidArgumentError, GeneratorClosedError, ForkedError: at once, as a call does.
+        """
+        self._usage.enter()
+        try:
+            return self._batcher.submit(self._open_sampler(), read_request(self, class_labels, arguments), self._usage.leave)
+        except BaseException:
+            self._usage.leave()
+            raise
+
+    async def async_(self, class_labels: Labels | None = None, **arguments: Unpack[CallArguments]) -> Samples:
+        """``submit``, awaited: ``await generate.async_([3, 1, 4], seed=7)``. Cancelling the task cancels the request."""
+        import asyncio
+
+        return await asyncio.wrap_future(self.submit(class_labels, **arguments))
+
+    def stream(
+        self,
+        num_images: int,
+        batch_size: int | None = None,
+        *,
+        class_labels: Labels | None = None,
+        seed: Seeds | None = None,
+        **arguments: Unpack[BatchArguments],
+    ) -> Iteration[Samples]:
+        """Draw many samples, batch by batch and in order, while the next batch is computed ahead: ``for samples in generate.stream(50_000, seed=0): …``
+
+        Args:
+            num_images: in all.
+            batch_size: of each batch but the last, which may be smaller; ``max_batch_size`` by default.
+            class_labels: for all samples, or one for each of ``num_images``; so with the other conditioning and ``latents``.
+            seed: of the first sample, those after it get seed + 1, …, whatever the batches; or a list, one a sample. None: drawn at random.
+            **arguments: the others of a call.
+
+        Returns:
+            An iterator. Nothing is computed before its first batch is asked for. Closing it cancels what is computed ahead; an error ends it.
+
+        Raises:
+            InvalidArgumentError: at once, as a call does.
+        """
+        self._usage.check()
+        return stream(
+            self,
+            self.submit,
+            ahead=1,
+            num_images=num_images,
+            batch_size=self._max_batch_size if batch_size is None else batch_size,
+            class_labels=class_labels,
+            seed=seed,
+            arguments=arguments,
+        )
 
     def warmup(self, batch_sizes: Sequence[int] = (1,), *, num_inference_steps: int | None = None, conditioning: Mapping[str, ArrayLike] | None = None) -> None:
         """Draw samples of these batch sizes and drop them, so that the first real call is as fast as the second: memory is taken, CUDA graphs are captured.
@@ -285,17 +359,6 @@ class Generator:
 
             return cast("NDArray[np.uint8]", engine.run(run))
 
-    def _request(self, conditioning: Mapping[str, Any], *, output_type: OutputType, callback_on_step_end: Callback | None, **arguments: Any) -> Request:
-        if output_type not in OUTPUT_TYPES:
-            raise InvalidArgumentError(f"output_type must be {', '.join(map(repr, OUTPUT_TYPES[:-1]))} or {OUTPUT_TYPES[-1]!r}, got {output_type!r}")
-        callback, on_step = callback_on_step_end, None
-        if callback is not None:
-
-            def on_step(step: int, t: float, x: NDArray[np.float32]) -> Mapping[str, Any] | Literal[False] | None:
-                return callback(self, step, t, {"latents": x})
-
-        return Request.of(lambda: resolve_call(self.manifest, conditioning=conditioning, **arguments), output_type, on_step)
-
     def _open_sampler(self) -> Sampler:
         sampler = self._sampler
         assert sampler is not None  # within self._usage
@@ -315,7 +378,7 @@ class Generator:
 
     def _fetch(self, names: Sequence[str] | Mapping[str, object]) -> None:
         self._found.fetch(names)
-        digest_of = self._cache.verified.sha256 if self._cache else sha256
+        digest_of = self._cache.verified.sha256 if self._cache else None
         check_files(self.folder, self.manifest, names, hashes=self._verify_integrity, digest_of=digest_of)
 
     def _with_library(self, settings: Settings, library: Library | None) -> Settings:
