@@ -32,6 +32,7 @@ from scm_runtime.errors import (
 )
 from scm_runtime.generator import Generator
 from scm_runtime.info import GeneratorInfo
+from scm_runtime.pool import DevicePool
 from scm_runtime.samples import Samples, Timings
 from scm_runtime.tracing import Span
 
@@ -41,6 +42,7 @@ __all__ = [
     "BundleNotFoundError",
     "BundleSchemaError",
     "DeviceError",
+    "DevicePool",
     "ForkedError",
     "GenerationCancelledError",
     "Generator",

@@ -56,7 +56,7 @@ def resolve_call(
     given = {name: conditioning.get(name) for name in inputs}
     columns = {name: None if value is None else read_column(inputs[name], value) for name, value in given.items()}
     sizes = free_sizes(inputs, columns)
-    listed: Sequence[int] | None = None if seed is None or is_int(seed) else _integers("seed", seed)
+    listed: Sequence[int] | None = None if seed is None or is_int(seed) else read_seeds(seed)
 
     lengths = {name: column.length for name, column in columns.items() if column is not None and column.length is not None}
     lengths |= {} if listed is None else {"seed": len(listed)}
@@ -70,11 +70,9 @@ def resolve_call(
         raise InvalidArgumentError(f"{next(iter(lengths))} must hold at least one value, got none")
 
     if listed is None:
-        first = int.from_bytes(os.urandom(4), "big") >> 1 if seed is None else int(cast(int, seed))
+        first = random_seed() if seed is None else int(cast(int, seed))
         listed = range(first, first + n)
-    for value in (listed[0], listed[-1]) if isinstance(listed, range) else listed:
-        if not -(2**63) <= value < 2**63:
-            raise InvalidArgumentError(f"seed must lie in [-2^63, 2^63), got {value}")
+    check_range(listed)
     try:
         seeds = np.arange(n, dtype=np.int64) + listed[0] if isinstance(listed, range) else np.array(listed, np.int64)
     except (MemoryError, ValueError) as error:
@@ -94,11 +92,24 @@ def gather_conditioning(others: Mapping[str, Any] | None, **named: Any) -> dict[
     return named | dict(others)
 
 
-def _integers(name: str, values: object) -> list[int]:
-    items = np.asarray(values).tolist() if isinstance(values, np.ndarray) else values
+def random_seed() -> int:
+    """A seed where none is given; short, so that it can be told."""
+    return int.from_bytes(os.urandom(4), "big") >> 1
+
+
+def read_seeds(seed: object) -> list[int]:
+    """Seeds, one a sample, that may be out of range; raises InvalidArgumentError."""
+    items = np.asarray(seed).tolist() if isinstance(seed, np.ndarray) else seed
     if isinstance(items, str) or not isinstance(items, Sequence) or not all(is_int(item) for item in items):
-        raise InvalidArgumentError(f"{name} must be an integer or a list of integers, got {values!r}")
+        raise InvalidArgumentError(f"seed must be an integer or a list of integers, got {seed!r}")
     return [int(item) for item in items]
+
+
+def check_range(seeds: Sequence[int]) -> None:
+    """Raise InvalidArgumentError if one of them does not fit into 64 bits."""
+    for value in (seeds[0], seeds[-1]) if isinstance(seeds, range) else seeds:
+        if not -(2**63) <= value < 2**63:
+            raise InvalidArgumentError(f"seed must lie in [-2^63, 2^63), got {value}")
 
 
 def read_latents(latents: ArrayLike, shape: tuple[int, ...]) -> NDArray[np.float32]:

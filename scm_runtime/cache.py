@@ -17,7 +17,7 @@ import stat
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Struct
@@ -34,6 +34,7 @@ Change = Callable[[Any], None]
 SPARE, SPARE_MAX = 20, 4 << 30  # a twentieth of the disk stays free, or 4 GiB of a large one
 UNUSED_LIFE_S = 90 * 24 * 3600  # what an older ONNX Runtime left is never used again
 GRAPH, DATA, ENTRY = "graph.onnx", "graph.data", "entry.json"
+COMPILED = "compiled nodes"  # what TensorRT, OpenVINO and CoreML make of parts of a graph cannot be saved, says ONNX Runtime
 PARTS = (GRAPHS, SUMS) = ("graphs", "verified")
 PART = ".part-"
 PART_LIFE_S = 3600  # no graph takes that long to write: whoever wrote it was killed
@@ -55,14 +56,6 @@ class Entry(Struct, frozen=True, kw_only=True):
     source: str
     files: dict[Literal["graph.onnx", "graph.data"], CachedFile] = {}
     refused: str | None = None
-
-
-class Held(NamedTuple):
-    """What an entry takes, in bytes, and when it was last used."""
-
-    used: float
-    size: int
-    path: Path
 
 
 class GraphCache:
@@ -105,7 +98,7 @@ class GraphCache:
             Whatever ``build`` raises for the source itself.
         """
         path = self.folder / key
-        entry, failure = self._read(path, verify), None
+        entry, failure, refusal = self._read(path, verify), None, None
         if entry is None and self._has_room(source):
             failure = self._fill(path, source, build)
             entry = self._read(path, verify=False)
@@ -113,27 +106,28 @@ class GraphCache:
             try:
                 opened = build(path / GRAPH, _as_it_is)
             except Exception as error:  # noqa: BLE001  # ONNX Runtime's exceptions have no common base
-                failure = error if self._read(path, verify) is not None else None  # None: another process removed it meanwhile
+                if self._read(path, verify) is not None:  # else another process removed it meanwhile
+                    refusal = f"cannot be opened again: {error}"
             else:
                 _touch(path / ENTRY)
                 return opened
-        opened = build(source, _unchanged)  # raises where the failure is not the cache's, and then that is not its to tell
-        if failure is not None:
-            self._remove(path)
-            if isinstance(failure, OSError):  # a full disk, a read-only folder: that may change
-                log_once(f"'{source.name}' is not cached: {failure}")
-            else:  # among them TensorRT and OpenVINO, which compile parts of a graph into what no file can hold
-                self._refuse(path, source, str(failure))
+        opened = build(source, _unchanged)  # raises where the failure is not the cache's, and then it is not the cache's to tell
+        if failure is not None and COMPILED in str(failure):
+            refusal = f"cannot be saved: {failure}"
+        elif failure is not None:  # a full disk, a read-only folder: that may change
+            log_once("optimised graphs are not cached", failure)
+        if refusal is not None:
+            self._refuse(path, source, refusal)
         return opened
 
     def clear(self) -> None:
         """Remove every entry."""
-        for held in self._entries():
-            self._remove(held.path)
+        for _, _, path in self._entries():
+            self._remove(path)
 
     def _fill(self, path: Path, source: Path, build: Callable[[Path, Change], object]) -> Exception | None:
         """Make an entry; or say why that failed."""
-        part = self.folder / f"{PART}{os.urandom(8).hex()}"
+        part = self._part()
         try:
             part.mkdir(mode=0o700)
             # The session is dropped: it holds copies of the weights that one from the entry maps.
@@ -202,8 +196,9 @@ class GraphCache:
 
     def _refuse(self, path: Path, source: Path, reason: str) -> None:
         _log.info("'%s' is not cached, and that is not tried again for a week: it %s", source, reason)
-        part = self.folder / f"{PART}{os.urandom(8).hex()}"
+        part = self._part()
         try:
+            self._remove(path)
             part.mkdir(mode=0o700)
             (part / ENTRY).write_bytes(msgspec.json.encode(Entry(source=source.name, refused=reason)))
             part.rename(path)
@@ -216,7 +211,7 @@ class GraphCache:
 
     def _remove(self, path: Path) -> None:
         """Take an entry away at once, then delete it: nobody sees half of it, and sessions that map its files keep them."""
-        part = self.folder / f"{PART}{os.urandom(8).hex()}"
+        part = self._part()
         try:
             path.rename(part)
             if part.is_symlink() or not part.is_dir():
@@ -225,24 +220,28 @@ class GraphCache:
             return  # gone already, or open on Windows
         shutil.rmtree(part, ignore_errors=True)
 
+    def _part(self) -> Path:
+        return self.folder / f"{PART}{os.urandom(8).hex()}"
+
     def _evict(self, newest: Path) -> None:
         entries = sorted(self._entries())
-        total = sum(held.size for held in entries)
-        for held in entries:
-            if total <= self.max_bytes and time.time() - held.used < UNUSED_LIFE_S:
+        total = sum(size for _, size, _ in entries)
+        for used, size, path in entries:
+            if total <= self.max_bytes and time.time() - used < UNUSED_LIFE_S:
                 break
-            if held.path != newest:
-                self._remove(held.path)
-                total -= held.size
+            if path != newest:
+                self._remove(path)
+                total -= size
 
-    def _entries(self) -> Iterator[Held]:
+    def _entries(self) -> Iterator[tuple[float, int, Path]]:
+        """Of each: when it was last used, its size in bytes, its folder."""
         for path in self.folder.iterdir():
             try:
                 if path.name.startswith(PART):
                     if time.time() - path.lstat().st_mtime > PART_LIFE_S:
                         shutil.rmtree(path)
                     continue
-                yield Held((path / ENTRY).stat().st_mtime, sum(file.lstat().st_size for file in path.iterdir()), path)
+                yield (path / ENTRY).stat().st_mtime, sum(file.lstat().st_size for file in path.iterdir()), path
             except OSError:
                 continue  # removed by another process
 

@@ -7,7 +7,6 @@ import os
 import stat
 import sys
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +15,7 @@ from scm_runtime.errors import InvalidArgumentError
 MAX_BYTES = 4 << 30
 
 _log = logging.getLogger("scm_runtime")
+_said: set[str] = set()
 
 
 def usable_folder(folder: str | os.PathLike[str] | Literal[False] | None, parts: Sequence[str]) -> Path | None:
@@ -35,7 +35,9 @@ def usable_folder(folder: str | os.PathLike[str] | Literal[False] | None, parts:
             if why := _unsafe(path, within=path != root):
                 raise OSError(f"'{path}' {why}")
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
-        log_once(f"no cache of optimised graphs: {error}. Name a folder that you may write to in SCM_CACHE_DIR, or do without: SCM_CACHE_DIR=''")
+        # Where nobody asked for a cache, its lack is no cause for concern.
+        level = logging.INFO if named is None else logging.WARNING
+        log_once("no cache of optimised graphs", f"{error}. Name a folder that you may write to in SCM_CACHE_DIR, or do without: SCM_CACHE_DIR=''", level)
         return None
     return root
 
@@ -73,7 +75,8 @@ def _unsafe(path: Path, *, within: bool) -> str | None:
     return None
 
 
-@cache
-def log_once(message: str) -> None:
-    """A warning that a process gives once, however many graphs it opens."""
-    _log.warning(message)
+def log_once(what: str, why: object, level: int = logging.WARNING) -> None:
+    """What a process says once, whatever the reason the next time."""
+    if what not in _said:
+        _said.add(what)
+        _log.log(level, "%s: %s", what, why)

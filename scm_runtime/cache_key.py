@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
+import os
 import platform
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,6 +14,9 @@ from pathlib import Path
 import msgspec
 
 FORMAT = 1  # of cache entries
+
+# Of /proc/cpuinfo, on x86 and ARM.
+CPU_LINES = ("model name", "vendor_id", "cpu family", "model\t", "flags", "features", "cpu implementer", "cpu part")
 
 # Options that say what becomes of the optimised graph themselves, or that make ONNX Runtime read or write another format.
 FOREIGN_OPTIONS = (
@@ -73,19 +78,23 @@ def is_cacheable(session_options: Mapping[str, object]) -> bool:
 @cache
 def _cpu() -> str:
     """The processor and its vector units, as the system tells them."""
-    known = [platform.machine(), platform.processor()]
+    known = [platform.machine()]  # not platform.processor(), which starts a process
     if sys.platform == "linux":
         try:
             with Path("/proc/cpuinfo").open(encoding="utf-8", errors="replace") as file:
                 for line in file:
                     if not line.strip():
                         break  # the other cores are the same
-                    if line.lower().startswith(("model name", "vendor_id", "cpu family", "model\t", "flags", "features", "cpu implementer", "cpu part")):
+                    if line.lower().startswith(CPU_LINES):
                         known.append(line.strip())
         except OSError:
             pass  # no /proc: the machine's name must do
+    if sys.platform == "darwin":
+        libc, size = ctypes.CDLL(None), ctypes.c_size_t(256)
+        name = ctypes.create_string_buffer(size.value)
+        if libc.sysctlbyname(b"machdep.cpu.brand_string", name, ctypes.byref(size), None, 0) == 0:
+            known.append(name.value.decode("utf-8", "replace"))
     if sys.platform == "win32":
-        import ctypes
-
+        known.append(os.environ.get("PROCESSOR_IDENTIFIER", ""))
         known += [str(bool(ctypes.windll.kernel32.IsProcessorFeaturePresent(feature))) for feature in (38, 39, 40, 41)]  # SSE4.2, AVX, AVX2, AVX-512F
     return "\n".join(known)

@@ -64,6 +64,10 @@ class Engine(Protocol):
         """ONNX Runtime's name of what runs the step graph."""
 
     @property
+    def cuda_graph(self) -> bool:
+        """Whether runs of the step graph are captured."""
+
+    @property
     def lazy(self) -> bool:
         """Whether work is only queued until something is fetched: then looking at a state costs more than computing it."""
 
@@ -117,6 +121,7 @@ class HostEngine:
     """States are NumPy arrays; ONNX Runtime copies them where a provider needs them. Any number of threads may use it."""
 
     lazy = False
+    cuda_graph = False
 
     def __init__(self, graphs: Graphs, dtype: Dtype, initial_scale: float) -> None:
         """Compute with open graphs; ``initial_scale`` is the manifest's."""
@@ -169,7 +174,8 @@ class HostEngine:
         decoded = self._graphs.decode(x=_joined([one.state.x for one in trajectories]))
         end, at, parts = self.mark(), 0, []
         for one in trajectories:
-            parts.append(decoded[at : (at := at + len(one))])
+            own = decoded[at : (at := at + len(one))]
+            parts.append(own if len(trajectories) == 1 else own.copy())  # or each would keep the pixels of all alive
             one.parts.append(Part("decode", start, end))
         return parts
 

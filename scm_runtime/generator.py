@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator as Iteration
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, Unpack, cast
@@ -15,23 +13,19 @@ from numpy.typing import ArrayLike, NDArray
 
 from scm_runtime.arguments import Labels, Seeds, read_latents
 from scm_runtime.batching import Batcher, check_batching
-from scm_runtime.bundle import Dtype, Manifest, check_files, read_manifest
-from scm_runtime.cache import GraphCache
-from scm_runtime.calling import BatchArguments, CallArguments, Callback, read_request
+from scm_runtime.bundle import Dtype, Manifest
+from scm_runtime.calling import CallArguments, Callback, read_request
 from scm_runtime.conditioning import is_int, stand_ins
-from scm_runtime.devices import Placement, place
-from scm_runtime.engine import Engine, HostEngine
+from scm_runtime.devices import place
 from scm_runtime.errors import InvalidArgumentError
-from scm_runtime.graphs import Graphs
 from scm_runtime.guard import Guard, OnNonfinite, check_policy
 from scm_runtime.images import to_pixels
 from scm_runtime.info import GeneratorInfo
 from scm_runtime.location import find
-from scm_runtime.native import Library, check_native_ops, open_with_kernels
+from scm_runtime.opening import open_bundle
 from scm_runtime.samples import EXPORT_A_DECODER, Samples
 from scm_runtime.sampling import OutputType, Sampler
-from scm_runtime.session import Cached, Session, Settings, check_threads, load_onnxruntime
-from scm_runtime.streaming import stream
+from scm_runtime.streaming import Queued
 from scm_runtime.tracing import OnSpan
 from scm_runtime.usage import Usage
 
@@ -43,7 +37,7 @@ if TYPE_CHECKING:
 CAPTURE_RUNS = 3  # two to take memory, one to capture a CUDA graph
 
 
-class Generator:
+class Generator(Queued):
     """Draws samples from a bundle. Any number of threads may call one Generator; calls share nothing but the sessions."""
 
     def __init__(
@@ -58,6 +52,9 @@ class Generator:
         session_options: Mapping[str, object] | None = None,
         threads: int | None = None,
         native_ops: bool | Literal["auto"] = "auto",
+        cuda_graph: bool = True,
+        gpu_mem_limit: int | None = None,
+        stream: object | None = None,
         on_nonfinite: OnNonfinite = "raise",
         on_span: OnSpan | None = None,
         profile_dir: str | os.PathLike[str] | None = None,
@@ -81,6 +78,9 @@ class Generator:
             threads: threads inside an operator; None for one a core.
             native_ops: True runs the kernels of scm-runtime's native library; False the function bodies in the graphs, which need no library;
                 "auto" the kernels where they can be used, and else the bodies. ``info`` says which run, the logger ``scm_runtime`` why.
+            cuda_graph: on a GPU, capture what runs again and again, per batch size; False never does.
+            gpu_mem_limit: bytes that ONNX Runtime's arena of each graph may take of a GPU; None for all there is.
+            stream: of CUDA, to work on instead of one of our own: a handle, or an object with ``__cuda_stream__``. Not the per-thread default stream.
             on_nonfinite: what to do about samples that turn into NaN or infinity: "raise" NonFiniteError; "warn" in the log; or "fp32", do
                 them again in it, silently but for a line in the log.
             on_span: called with a ``Span`` for each call and each of its parts, after it, in the thread that receives the samples.
@@ -104,39 +104,29 @@ class Generator:
             NativeOpsError: native_ops is True, and the kernels cannot be used.
             InferenceError: ONNX Runtime refuses a graph.
         """
-        threads, native_ops, policy = check_threads(threads), check_native_ops(native_ops), check_policy(on_nonfinite)
         max_batch_size, max_wait = check_batching(max_batch_size, max_wait_ms)
-        self._found = find(bundle, revision)
-        self.folder = self._found.folder
-        self.manifest: Manifest = read_manifest(self.folder)
-        placement = place(device, providers, provider_options)
-        self.dtype: Dtype = self._choose_dtype(dtype, placement)
-        self._verify_integrity, self._cache = verify_integrity, GraphCache.find(cache_dir)
-        self._fetch(self.manifest.files if self._found.repository is None else self.manifest.files_for(self.dtype))
-        settings = Settings(placement, threads=threads, session_options=dict(session_options or {}), profile_dir=_folder("profile_dir", profile_dir))
-
-        def open_engine(library: Library | None) -> Engine:
-            return self._open_engine(self.dtype, self._with_library(settings, library))
-
-        engine, kernels = open_with_kernels(self.manifest, native_ops, placement, open_engine)
-
-        def open_fp32() -> Engine:
-            self._fetch(self.manifest.files_for("fp32"))
-            return self._open_engine("fp32", self._with_library(settings, kernels.library))
-
-        self.info = GeneratorInfo(
-            bundle=self.manifest.name,
-            dtype=self.dtype,
-            device=placement.device,
-            device_reason=placement.reason,
-            provider=engine.provider,
-            onnxruntime=load_onnxruntime().__version__,
-            native_ops=kernels.library is not None,
-            native_ops_version=kernels.library.facts.version if kernels.library else None,
-            native_ops_reason=kernels.reason,
+        policy = check_policy(on_nonfinite)
+        opened = open_bundle(
+            find(bundle, revision),
+            place(device, providers, provider_options),
+            dtype=dtype,
+            session_options=session_options,
+            threads=threads,
+            native_ops=native_ops,
+            cuda_graph=cuda_graph,
+            gpu_mem_limit=gpu_mem_limit,
+            stream=stream,
+            profile_dir=profile_dir,
+            cache_dir=cache_dir,
+            verify_integrity=verify_integrity,
         )
-        attributes = {"bundle": self.manifest.name, "device": placement.device, "dtype": self.dtype}
-        self._sampler: Sampler | None = Sampler(engine, Guard(engine, policy, open_fp32), self.manifest, attributes, on_span)
+        self.folder: Path = opened.folder
+        self.manifest: Manifest = opened.manifest
+        self.info: GeneratorInfo = opened.info
+        self.dtype: Dtype = opened.engine.dtype
+        attributes = {"bundle": self.info.bundle, "device": self.info.device, "dtype": self.dtype}
+        guard = Guard(opened.engine, policy, opened.open_fp32)
+        self._sampler: Sampler | None = Sampler(opened.engine, guard, self.manifest, attributes, on_span)
         self._usage = Usage(self._give_back)
         self._max_batch_size, self._batcher = max_batch_size, Batcher(max_batch_size, max_wait)
 
@@ -252,47 +242,9 @@ class Generator:
             self._usage.leave()
             raise
 
-    async def async_(self, class_labels: Labels | None = None, **arguments: Unpack[CallArguments]) -> Samples:
-        """``submit``, awaited: ``await generate.async_([3, 1, 4], seed=7)``. Cancelling the task cancels the request."""
-        import asyncio
-
-        return await asyncio.wrap_future(self.submit(class_labels, **arguments))
-
-    def stream(
-        self,
-        num_images: int,
-        batch_size: int | None = None,
-        *,
-        class_labels: Labels | None = None,
-        seed: Seeds | None = None,
-        **arguments: Unpack[BatchArguments],
-    ) -> Iteration[Samples]:
-        """Draw many samples, batch by batch and in order, while the next batch is computed ahead: ``for samples in generate.stream(50_000, seed=0): …``
-
-        Args:
-            num_images: in all.
-            batch_size: of each batch but the last, which may be smaller; ``max_batch_size`` by default.
-            class_labels: for all samples, or one for each of ``num_images``; so with the other conditioning and ``latents``.
-            seed: of the first sample, those after it get seed + 1, …, whatever the batches; or a list, one a sample. None: drawn at random.
-            **arguments: the others of a call.
-
-        Returns:
-            An iterator. Nothing is computed before its first batch is asked for. Closing it cancels what is computed ahead; an error ends it.
-
-        Raises:
-            InvalidArgumentError: at once, as a call does.
-        """
+    def _streaming(self) -> tuple[Generator, int, int]:
         self._usage.check()
-        return stream(
-            self,
-            self.submit,
-            ahead=1,
-            num_images=num_images,
-            batch_size=self._max_batch_size if batch_size is None else batch_size,
-            class_labels=class_labels,
-            seed=seed,
-            arguments=arguments,
-        )
+        return self, self._max_batch_size, 1
 
     def warmup(self, batch_sizes: Sequence[int] = (1,), *, num_inference_steps: int | None = None, conditioning: Mapping[str, ArrayLike] | None = None) -> None:
         """Draw samples of these batch sizes and drop them, so that the first real call is as fast as the second: memory is taken, CUDA graphs are captured.
@@ -367,40 +319,3 @@ class Generator:
     def _give_back(self) -> None:
         sampler, self._sampler = self._open_sampler(), None
         sampler.close()
-
-    def _choose_dtype(self, dtype: Dtype | Literal["auto"], placement: Placement) -> Dtype:
-        known = self.manifest.dtypes
-        if dtype == "auto":
-            return next((half for half in known if half != "fp32"), "fp32") if placement.index is not None else "fp32"
-        if dtype not in known:
-            raise InvalidArgumentError(f"dtype must be 'auto' or one of this bundle's, {', '.join(known)}; got {dtype!r}")
-        return dtype
-
-    def _fetch(self, names: Sequence[str] | Mapping[str, object]) -> None:
-        self._found.fetch(names)
-        digest_of = self._cache.verified.sha256 if self._cache else None
-        check_files(self.folder, self.manifest, names, hashes=self._verify_integrity, digest_of=digest_of)
-
-    def _with_library(self, settings: Settings, library: Library | None) -> Settings:
-        cached = None
-        if self._cache is not None:
-            sums = {name: entry.sha256 for name, entry in self.manifest.files.items()}
-            cached = Cached(self._cache, sums, self._cache.verified.sha256(library.path) if library else None, self._verify_integrity)
-        return replace(settings, library=library.path if library else None, cached=cached)
-
-    def _open_engine(self, dtype: Dtype, settings: Settings) -> Engine:
-        def open_session(path: Path) -> Session:
-            return Session(path, settings)
-
-        return HostEngine(Graphs(self.folder, self.manifest, dtype, open_session), dtype, self.manifest.initial_scale)
-
-
-def _folder(name: str, path: str | os.PathLike[str] | None) -> Path | None:
-    if path is None:
-        return None
-    folder = Path(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InvalidArgumentError(f"{name} must be a folder that can be written to, got '{folder}': {error.strerror}") from error
-    return folder

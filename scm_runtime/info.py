@@ -27,3 +27,5 @@ class GeneratorInfo:
     """Of the library, where its kernels run."""
     native_ops_reason: str | None
     """Why they do not run, and what would mend it."""
+    cuda_graph: bool = False
+    """Whether the step graph's runs are captured, one batch size at a time."""

@@ -44,6 +44,8 @@ class Request:
     """When it came, by ``time.perf_counter``."""
     start_ns: int
     """The same, in nanoseconds since the epoch."""
+    begun_ns: int = 0
+    """When work on it began, after it may have waited for its turn."""
 
     @staticmethod
     def of(resolve: Callable[[], Call], output_type: OutputType, on_step: OnStep | None) -> Request:
@@ -67,12 +69,17 @@ class Sampler:
         return self.deliver(request, self.engine.run(lambda: self._sample(request, _directly)))
 
     def _sample(self, request: Request, run: Callable[[Callable[[], Any]], Any]) -> Samples:
-        run(lambda: self.engine.begin(request.trajectory))
+        run(lambda: self.begin(request))
         while not request.trajectory.done:
             run(lambda: self.advance([request]))
             self.after_step(request, run)
         samples: Samples = run(lambda: self.finish([request])[0])
         return samples
+
+    def begin(self, request: Request) -> None:
+        """Its first state; within a job of the engine."""
+        request.begun_ns = time.time_ns()
+        self.engine.begin(request.trajectory)
 
     def advance(self, requests: Sequence[Request]) -> None:
         """One step for each of them, in one evaluation; within a job of the engine."""
@@ -144,20 +151,22 @@ class Sampler:
 
     def deliver(self, request: Request, samples: Samples) -> Samples:
         """The last touch, in the thread that receives them: spans are told, pictures made."""
-        if self._on_span is not None:
-            self._tell(request, samples, self._on_span)
+        self.tell(request, samples)
         if request.output_type == "pil" and samples.has_decoder and samples.array.shape[-1] in PICTURE_CHANNELS:
             samples.images  # noqa: B018 - made now, so that the caller's first look is free
         return samples
 
-    def _tell(self, request: Request, samples: Samples, on_span: OnSpan) -> None:
+    def tell(self, request: Request, samples: Samples) -> None:
+        """Its spans."""
+        if (on_span := self._on_span) is None:
+            return
         parts, start = request.trajectory.parts, request.start_ns
         zero, steps = parts[0].start, 0
         for part in parts:
             attributes: dict[str, str | int | float] = {}
             if part.name == "step":
                 attributes, steps = {"step": steps}, steps + 1
-            begin, end = (start + round(self.engine.seconds(zero, mark) * 1e9) for mark in (part.start, part.end))
+            begin, end = (request.begun_ns + round(self.engine.seconds(zero, mark) * 1e9) for mark in (part.start, part.end))
             on_span(Span(part.name, begin, end, attributes))
         whole: dict[str, str | int | float] = {**self._attributes, "batch_size": len(samples), "num_inference_steps": len(samples.timings.steps)}
         on_span(Span("generate", start, start + round(samples.timings.total * 1e9), whole))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -18,9 +19,13 @@ from scm_runtime.cache import GraphCache
 from scm_runtime.cache_key import graph_key, is_cacheable
 from scm_runtime.devices import CPU, Placement
 from scm_runtime.errors import DeviceError, InferenceError, InvalidArgumentError, MissingDependencyError, NativeOpsError, OutOfMemoryError
+from scm_runtime.process import leave_to_parent
 
 if TYPE_CHECKING:
     import onnxruntime
+
+
+NO_TELEMETRY = "ORT_DISABLE_TELEMETRY"
 
 
 def _installed(distribution: str) -> bool:
@@ -46,7 +51,8 @@ def load_onnxruntime() -> Any:
             "  pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'scm-runtime[cpu]'   (or [gpu])"
         )
     try:
-        import onnxruntime
+        with _without_telemetry():
+            import onnxruntime
     except ImportError as error:
         raise MissingDependencyError(
             f"ONNX Runtime cannot be imported ({error}). Install it:\n  pip install 'scm-runtime[cpu]'   (or [gpu] for CUDA)"
@@ -54,9 +60,29 @@ def load_onnxruntime() -> Any:
     return onnxruntime
 
 
+@contextmanager
+def _without_telemetry() -> Iterator[None]:
+    """Within the block ONNX Runtime is told to report nothing to its makers, unless the environment says something about that itself.
+
+    Since 1.29 it does so on Linux and macOS too, from the moment of its import, with an identifier kept on disk and a thread for which a forked
+    child that exits waits for ever. It looks at the environment once.
+    """
+    if NO_TELEMETRY in os.environ:
+        yield
+        return
+    os.environ[NO_TELEMETRY] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(NO_TELEMETRY, None)
+
+
 # Of ONNX Runtime, by name: what makes new weights out of those in the file.
 COPYING_OPTIMIZERS = ("ConstantFolding", "ConvMulFusion", "NchwcTransformer")
 
+
+# How ONNX Runtime, its arenas, CUDA and cuDNN say it, in lower case.
+OUT_OF_MEMORY = ("allocate memory", "out of memory", "out_of_memory", "bad_alloc", "alloc_failed", "allocation_failed", "smaller than requested bytes")
 
 # Options of a provider that say nothing about the optimised graph, and differ from process to process.
 VOLATILE_OPTIONS = ("user_compute_stream", "gpu_mem_limit", "enable_cuda_graph")
@@ -119,6 +145,7 @@ class Session:
         """
         self.path, self.settings = path, settings or Settings()
         self._session: onnxruntime.InferenceSession = self._open()
+        leave_to_parent(self._session)
         self.provider: str = self._session.get_providers()[0]
         if self.provider != (wanted := self.settings.placement.providers[0][0]):
             raise DeviceError(f"ONNX Runtime was to open '{path}' on {wanted} and opened it on {self.provider}. scm-runtime doctor shows what is missing.")
@@ -128,6 +155,8 @@ class Session:
         self.output: str = outputs[0]
         self.shapes: dict[str, tuple[int | str | None, ...]] = {value.name: tuple(value.shape) for value in self._session.get_inputs()}
         """Of each input; a name or None for a free dimension."""
+        self._uncaptured = load_onnxruntime().RunOptions()
+        self._uncaptured.add_run_config_entry("gpu_graph_id", "-1")  # the host's arrays have no addresses that a CUDA graph could keep
 
     def __call__(self, **inputs: NDArray[Any]) -> NDArray[Any]:
         """Run the graph on arrays named as its inputs and return its only output.
@@ -137,7 +166,7 @@ class Session:
             InferenceError: ONNX Runtime failed in the graph.
         """
         try:
-            result: NDArray[Any] = self._session.run([self.output], inputs)[0]
+            result: NDArray[Any] = self._session.run([self.output], inputs, self._uncaptured)[0]
         except Exception as error:
             raise run_error(self.path, error) from error
         return result
@@ -288,7 +317,7 @@ def run_error(path: Path, error: Exception) -> InferenceError:
 
 def _out_of_memory(error: Exception) -> bool:
     said = str(error).lower()
-    return isinstance(error, MemoryError) or any(words in said for words in ("allocate memory", "out of memory", "bad_alloc", "alloc_failed"))
+    return isinstance(error, MemoryError) or any(words in said for words in OUT_OF_MEMORY)
 
 
 def check_threads(threads: int | None) -> int | None:

@@ -36,12 +36,20 @@ class Usage:
             raise GeneratorClosedError("this Generator is closed: make a new one")
 
     def __enter__(self) -> None:
+        self.enter()
+
+    def __exit__(self, *_: object) -> None:
+        self.leave()
+
+    def enter(self) -> None:
+        """A call begins: raises what ``check`` raises, or is to be followed by ``leave``, in whichever thread."""
         self.check()
         with self._lock:
             self.check()
             self._running += 1
 
-    def __exit__(self, *_: object) -> None:
+    def leave(self) -> None:
+        """A call has ended."""
         with self._lock:
             self._running -= 1
             last = self._ended and not self._running

@@ -1,0 +1,258 @@
+"""The engine on a CUDA device: states stay in its memory from noise to pixels, and everything is put on one stream without waiting.
+
+A call's seeds and conditioning are uploaded once. A step copies the states of its trajectories side by side into a slot (``cuda_slots``), runs noise and
+step there and copies the result back; merged trajectories may stand at different steps. What goes to the host is one flag a sample and step, and pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import count
+from typing import Any, TypeVar, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scm_runtime.bundle import Dtype, Manifest
+from scm_runtime.cuda_array import DeviceArray
+from scm_runtime.cuda_slots import Block, Graphed, Key, Slot, Slots, nbytes, rows
+from scm_runtime.cuda_thread import CudaContext
+from scm_runtime.engine import Part, Trajectory
+from scm_runtime.errors import GeneratorClosedError, OutOfMemoryError
+from scm_runtime.graphs import Graphs
+from scm_runtime.session import Region
+
+Result = TypeVar("Result")
+_serials = count(1)
+
+
+class _State:
+    """One trajectory in the device's memory."""
+
+    def __init__(self, context: CudaContext, trajectory: Trajectory, shape: tuple[int, ...]) -> None:
+        call = trajectory.call
+        n, steps = len(trajectory), len(call.times) - 1
+        given = {f"given {name}": value for name, value in call.conditioning.items()}
+        self.block = Block(
+            context,
+            {
+                "seeds": (np.int64, (n,)),
+                **{name: (value.dtype.type, value.shape) for name, value in given.items()},
+                "finite": (np.float32, (steps, n)),
+                "x": (np.float32, (n, *shape)),
+            },
+        )
+        self.block.upload({"seeds": call.seeds, **given})
+        self.serial = next(_serials)
+        self.checked = 0
+        """How many steps have flags."""
+
+    def __getitem__(self, name: str) -> Region:
+        return self.block[name]
+
+
+class CudaEngine:
+    """See ``engine.Engine``. Jobs of ``run`` are done one after the other, in the context's thread."""
+
+    lazy = True
+
+    def __init__(self, context: CudaContext, graphs: Graphs, graphed: Graphed, dtype: Dtype, manifest: Manifest) -> None:
+        """Work with open graphs, on the context's device: see ``cuda_open.open_cuda_engine``."""
+        context.retain()
+        self.dtype: Dtype = dtype
+        self.provider = graphs.step.provider
+        self._context, self._manifest = context, manifest
+        self._graphs: Graphs | None = graphs
+        self._graphed = graphed
+        self._slots = Slots(context, graphed, manifest)
+
+    @property
+    def cuda_graph(self) -> bool:
+        """Whether the step graph is, or will be, captured."""
+        return self._graphed.step.capture
+
+    @property
+    def captured(self) -> int:
+        """How many CUDA graphs of the step graph there are: one a shape of batches."""
+        return self._graphed.step.captured
+
+    def run(self, job: Callable[[], Result]) -> Result:
+        """See Engine and ``CudaContext.run``."""
+        return self._context.run(job)
+
+    def begin(self, trajectory: Trajectory) -> None:
+        """See Engine."""
+        with self._memory_for([trajectory]):
+            start, call, scale = self.mark(), trajectory.call, self._manifest.initial_scale
+            trajectory.state = state = _State(self._context, trajectory, self._manifest.sample.shape)
+            if call.latents is None:
+                self._draw(self._slot([trajectory]), [trajectory], 0, scale, state["x"])
+            else:
+                state.block.upload({"x": call.latents * np.float32(scale)})
+            trajectory.parts.append(Part("noise", start, self.mark()))
+
+    def advance(self, trajectories: Sequence[Trajectory]) -> None:
+        """See Engine."""
+        gpu = self._context.gpu
+        with self._memory_for(trajectories):
+            start, slot = self.mark(), self._slot(trajectories)
+            draws = [one.k + 1 for one in trajectories]
+            if len(set(draws)) > 1:  # the draw is one number an evaluation
+                for one, part in self._parts(trajectories, slot["noise"]):
+                    self._draw(self._slot([one]), [one], one.k + 1, 1.0, part)
+            self._load(slot, trajectories)
+            t, t_next = (np.concatenate([np.full(len(one), one.call.times[one.k + i], np.float32) for one in trajectories]) for i in (0, 1))
+            slot.block.upload({"t": t, "t_next": t_next, "draw": np.array(draws[0]), "scale": np.array(1.0)})
+            if len(set(draws)) == 1:
+                slot.noise()
+            drawn = self.mark()
+            self._gather(slot, trajectories)
+            slot.step()
+            slot.check()
+            for one, x in self._parts(trajectories, slot["x_next"]):
+                gpu.copy(one.state["x"].address, x.address, nbytes(x))
+            for one, flags in self._parts(trajectories, slot["finite"]):
+                gpu.copy(rows(one.state["finite"], one.state.checked, 1).address, flags.address, nbytes(flags))
+                one.state.checked += 1
+            end = self.mark()
+            for one in trajectories:
+                one.parts += (Part("noise", start, drawn), Part("step", drawn, end))
+
+    def fetch(self, trajectory: Trajectory) -> NDArray[np.float32]:
+        """See Engine."""
+        start, x = self.mark(), trajectory.state["x"]
+        array = self._context.gpu.download(x.address, x.shape, x.dtype)
+        trajectory.parts.append(Part("copy", start, self.mark()))
+        return cast(NDArray[np.float32], array)
+
+    def replace(self, trajectory: Trajectory, x: NDArray[np.float32]) -> None:
+        """See Engine."""
+        trajectory.state.block.upload({"x": x})
+        trajectory.state.checked = 0
+
+    def finite(self, trajectory: Trajectory) -> NDArray[np.bool_]:
+        """See Engine."""
+        state = trajectory.state
+        if not state.checked:
+            return np.ones((0, len(trajectory)), np.bool_)
+        region = rows(state["finite"], 0, state.checked)
+        return cast(NDArray[np.bool_], self._context.gpu.download(region.address, region.shape, region.dtype) == 0)
+
+    def decode(self, trajectories: Sequence[Trajectory]) -> list[NDArray[Any]]:
+        """See Engine."""
+        with self._memory_for(trajectories):
+            start = self.mark()
+            decoded = self._decoded(trajectories)
+            end = self.mark()
+            array = self._context.gpu.download(decoded.address, decoded.shape, decoded.dtype)
+            copied, at, results = self.mark(), 0, []
+            for one in trajectories:
+                one.parts += (Part("decode", start, end), Part("copy", end, copied))
+                results.append(array[at : (at := at + len(one))])
+            return results if len(results) == 1 else [result.copy() for result in results]
+
+    def on_device(self, trajectory: Trajectory) -> DeviceArray:
+        """See Engine. Nothing waits for the device, so that how long the decoder takes is not measured."""
+        gpu = self._context.gpu
+        with self._memory_for([trajectory]):
+            result = self._decoded([trajectory])
+            memory = gpu.allocate(nbytes(result))
+            gpu.copy(memory.address, result.address, nbytes(result))
+            gpu.hand_out(memory)
+            return DeviceArray(gpu, memory, result.shape, np.dtype(result.dtype))
+
+    def mark(self) -> Any:
+        """See Engine: an event on the stream."""
+        return self._context.gpu.record()
+
+    def seconds(self, start: Any, end: Any) -> float:
+        """See Engine. From any thread."""
+        return self._context.run(lambda: self._context.gpu.seconds(start, end))
+
+    def graphs(self) -> Graphs:
+        """See Engine."""
+        if self._graphs is None:
+            raise GeneratorClosedError("this Generator is closed: make a new one")
+        return self._graphs
+
+    def close(self) -> None:
+        """See Engine."""
+        if self._graphs is None:
+            return
+
+        def give_back() -> None:
+            assert self._graphs is not None
+            self._context.gpu.synchronize()
+            self._slots.clear()
+            try:
+                self._graphs.end_profiling()
+            finally:
+                del self._slots, self._graphed
+                self._graphs = None
+
+        try:
+            self._context.run(give_back)
+        finally:
+            self._graphs = None
+            self._context.release()
+
+    def _slot(self, trajectories: Sequence[Trajectory]) -> Slot:
+        dtypes = {name: value.dtype.type for name, value in trajectories[0].call.conditioning.items()}
+        return self._slots.get(_key(trajectories), dtypes)
+
+    def _load(self, slot: Slot, trajectories: Sequence[Trajectory]) -> None:
+        """Seeds and conditioning, where others stand."""
+        whose = tuple(one.state.serial for one in trajectories)
+        if slot.loaded == whose:
+            return
+        for name in ("seeds", *(f"given {name}" for name in trajectories[0].call.conditioning)):
+            for one, part in self._parts(trajectories, slot[name]):
+                self._context.gpu.copy(part.address, one.state[name].address, nbytes(part))
+        slot.loaded = whose
+
+    def _gather(self, slot: Slot, trajectories: Sequence[Trajectory]) -> None:
+        """States."""
+        for one, part in self._parts(trajectories, slot["x"]):
+            self._context.gpu.copy(part.address, one.state["x"].address, nbytes(part))
+
+    def _draw(self, slot: Slot, trajectories: Sequence[Trajectory], draw: int, scale: float, to: Region) -> None:
+        """Noise of one draw, in the slot and from there to where it is wanted."""
+        self._load(slot, trajectories)
+        slot.block.upload({"draw": np.array(draw), "scale": np.array(scale)})
+        slot.noise()
+        self._context.gpu.copy(to.address, slot["noise"].address, nbytes(to))
+
+    def _decoded(self, trajectories: Sequence[Trajectory]) -> Region:
+        slot = self._slot(trajectories)
+        self._gather(slot, trajectories)
+        return slot.decode()
+
+    def _parts(self, trajectories: Sequence[Trajectory], region: Region) -> Iterator[tuple[Trajectory, Region]]:
+        """Each trajectory with its rows of a tensor for all of them."""
+        at = 0
+        for one in trajectories:
+            yield one, rows(region, at, len(one))
+            at += len(one)
+
+    @contextmanager
+    def _memory_for(self, trajectories: Sequence[Trajectory]) -> Iterator[None]:
+        """Where memory does not suffice, give back what is not needed, and say what would help."""
+        try:
+            yield
+        except OutOfMemoryError as error:
+            n = sum(map(len, trajectories))
+            self._slots.drop_others(_key(trajectories))
+            for graph in self._graphed:
+                graph.shrink = True
+            self._context.gpu.trim()
+            remedies = ["a smaller batch", *(["half precision, dtype='fp16' or 'bf16', where the bundle has it"] if self.dtype == "fp32" else [])]
+            raise OutOfMemoryError(
+                f"the memory of cuda:{self._context.index} does not suffice for a batch of {n} in {self.dtype}. "
+                f"Try {', '.join(remedies)}, or a larger gpu_mem_limit if one is set. The Generator goes on working. ({error})"
+            ) from error
+
+
+def _key(trajectories: Sequence[Trajectory]) -> Key:
+    sizes = tuple((name, value.shape[1:]) for name, value in sorted(trajectories[0].call.conditioning.items()))
+    return sum(map(len, trajectories)), sizes
