@@ -140,13 +140,29 @@ def _why_not(manifest: Manifest, library: Library | None, placement: Placement) 
         newer = any(version > has.get(domain, 0) for domain, version in ops.items())
         remedy = "Upgrade scm-runtime." if newer else "Export its checkpoint again."
         return f"{bundle} has operators of {_listed(ops)}, and '{library.path}' kernels for {_listed(has)}. {remedy}"
-    if placement.index is not None and library.facts.cuda is None:
-        return (
-            f"'{library.path}' was built without CUDA kernels. Build them, with nvcc 12 or newer: SCM_OPS_CUDA=ON pip install --force-reinstall "
-            "--no-cache-dir --no-deps scm-runtime; in the repository: make ops SCM_OPS_CUDA=ON"
-        )
-    if placement.index is None and placement.device != "cpu":
+    return _why_not_there(library, placement)
+
+
+def _why_not_there(library: Library, placement: Placement) -> str | None:
+    """Why a library has no kernels for a device; None where it has."""
+    if placement.device == "cpu":
+        return None
+    if placement.index is None:
         return f"there are kernels for the CPU and for CUDA, and none for {placement.providers[0][0]}"
+    build = "SCM_OPS_CUDA=ON pip install --force-reinstall --no-cache-dir --no-deps scm-runtime; in the repository: make ops SCM_OPS_CUDA=ON"
+    if (cuda := library.facts.cuda) is None:
+        return f"'{library.path}' was built without CUDA kernels. Build them, with nvcc 12 or newer: {build}"
+    from scm_runtime.driver import read_driver  # ctypes is for those with a GPU
+
+    driver = read_driver()
+    if driver.version is not None and driver.version // 1000 < int(cuda.version.partition(".")[0]):
+        runs = f"{driver.version // 1000}.{driver.version % 1000 // 10}"
+        return f"'{library.path}' was built with CUDA {cuda.version}, and the NVIDIA driver runs {runs} and older. Update it, or build with that CUDA: {build}"
+    oldest = min(map(int, cuda.architectures))
+    if placement.index < len(driver.devices):
+        device = driver.devices[placement.index]
+        if int(device.compute_capability.replace(".", "")) < oldest:
+            return f"'{library.path}' has kernels for compute capability {oldest / 10} and newer, and {device.name} has {device.compute_capability}"
     return None
 
 

@@ -6,6 +6,7 @@ That kernels and bodies compute the same is tested in tests/ops and, for whole b
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -20,8 +21,10 @@ from click.testing import CliRunner
 
 import scm_runtime
 from scm_runtime import Generator, InferenceError, InvalidArgumentError, NativeOpsError, native
-from scm_runtime.bundle import OPS_DOMAIN, OPS_VERSION, Manifest
+from scm_runtime.bundle import OPS_DOMAIN, OPS_VERSION, Manifest, read_manifest
 from scm_runtime.cli import main
+from scm_runtime.devices import Placement
+from scm_runtime.driver import Device, Driver
 from scm_runtime.session import Session, Settings
 
 FACTS = {"version": "9.8.7", "ops": {OPS_DOMAIN: OPS_VERSION}, "ort_api": 18, "ort_headers": "1.21", "cuda": None, "compiler": "cc"}
@@ -99,7 +102,8 @@ def log() -> Iterator[Log]:
 
     class Keep(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            lines.append((record.levelname, record.getMessage()))
+            if not record.getMessage().startswith("device 'auto'"):  # said once a process, by whichever test comes first
+                lines.append((record.levelname, record.getMessage()))
 
     lines: Log = []
     logger, keep = logging.getLogger("scm_runtime"), Keep()
@@ -281,3 +285,48 @@ def test_the_library_of_this_checkout() -> None:
         pytest.skip("no library: make ops")
     assert library.facts.ops == {OPS_DOMAIN: OPS_VERSION}
     assert library.facts.ort_api <= int(onnxruntime.__version__.split(".")[1])
+
+
+# ----------------------------------------------------------------------------
+# On other devices than the CPU.
+
+H200 = Placement("cuda:0", (("CUDAExecutionProvider", {}), ("CPUExecutionProvider", {})), "asked for")
+OPENVINO = Placement("openvino", (("OpenVINOExecutionProvider", {}), ("CPUExecutionProvider", {})), "asked for")
+CUDA_KERNELS = {"version": "13.0", "architectures": ["80", "86", "89", "90"]}
+
+
+@pytest.mark.parametrize(
+    ("placement", "cuda", "driver", "capability", "reason"),
+    [
+        (H200, CUDA_KERNELS, 13000, "9.0", None),
+        (H200, CUDA_KERNELS, 13010, "12.0", None),  # newer GPUs take the PTX
+        (H200, None, 13000, "9.0", r"built without CUDA kernels\. .*make ops SCM_OPS_CUDA=ON"),
+        (H200, CUDA_KERNELS, 12040, "9.0", r"built with CUDA 13\.0, and the NVIDIA driver runs 12\.4 and older\. Update it"),
+        (H200, CUDA_KERNELS, 13000, "7.5", r"kernels for compute capability 8\.0 and newer, and Some GPU has 7\.5"),
+        (OPENVINO, CUDA_KERNELS, 13000, "9.0", "none for OpenVINOExecutionProvider"),
+    ],
+    ids=["fits", "newer GPU", "no CUDA kernels", "old driver", "old GPU", "other provider"],
+)
+def test_kernels_on_other_devices(
+    placement: Placement,
+    cuda: dict[str, Any] | None,
+    driver: int,
+    capability: str,
+    reason: str | None,
+    bundle: Path,
+    install: InstallStub,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    install("accepts", cuda=cuda)
+    monkeypatch.setattr("scm_runtime.driver.read_driver", lambda: Driver(driver, (Device(0, "Some GPU", capability, 1 << 30),)))
+    manifest = read_manifest(bundle)
+    opened, kernels = native.open_with_kernels(manifest, "auto", placement, lambda library: library)
+    if reason is None:
+        assert opened is not None
+        assert kernels.reason is None
+        return
+    assert opened is None
+    assert kernels.reason is not None
+    assert re.search(reason, kernels.reason), kernels.reason
+    with pytest.raises(NativeOpsError, match=reason):
+        native.open_with_kernels(manifest, True, placement, lambda library: library)
