@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -46,6 +46,8 @@ class Request:
     """The same, in nanoseconds since the epoch."""
     begun_ns: int = 0
     """When work on it began, after it may have waited for its turn."""
+    spans: list[Span] = field(default_factory=list)
+    """Of its parts, where somebody wants to be told."""
 
     @staticmethod
     def of(resolve: Callable[[], Call], output_type: OutputType, on_step: OnStep | None) -> Request:
@@ -134,6 +136,8 @@ class Sampler:
 
     def _samples(self, request: Request, array: Any) -> Samples:
         parts = request.trajectory.parts
+        if self._on_span is not None:
+            request.spans = self._spans(request)
         spent = {name: [self.engine.seconds(part.start, part.end) for part in parts if part.name == name] for name in ("noise", "step", "decode", "copy")}
         return Samples(
             array=array,
@@ -160,16 +164,21 @@ class Sampler:
         """Its spans."""
         if (on_span := self._on_span) is None:
             return
-        parts, start = request.trajectory.parts, request.start_ns
-        zero, steps = parts[0].start, 0
-        for part in parts:
+        for span in request.spans:
+            on_span(span)
+        whole: dict[str, str | int | float] = {**self._attributes, "batch_size": len(samples), "num_inference_steps": len(samples.timings.steps)}
+        on_span(Span("generate", request.start_ns, request.start_ns + round(samples.timings.total * 1e9), whole))
+
+    def _spans(self, request: Request) -> list[Span]:
+        spans, steps = [], 0
+        zero = request.trajectory.parts[0].start
+        for part in request.trajectory.parts:
             attributes: dict[str, str | int | float] = {}
             if part.name == "step":
                 attributes, steps = {"step": steps}, steps + 1
-            begin, end = (request.begun_ns + round(self.engine.seconds(zero, mark) * 1e9) for mark in (part.start, part.end))
-            on_span(Span(part.name, begin, end, attributes))
-        whole: dict[str, str | int | float] = {**self._attributes, "batch_size": len(samples), "num_inference_steps": len(samples.timings.steps)}
-        on_span(Span("generate", start, start + round(samples.timings.total * 1e9), whole))
+            start, end = (request.begun_ns + round(self.engine.seconds(zero, mark) * 1e9) for mark in (part.start, part.end))
+            spans.append(Span(part.name, start, end, attributes))
+        return spans
 
     def close(self) -> None:
         """Give back what the engines hold."""
