@@ -161,7 +161,7 @@ class GraphCache:
         for name, file in files.items():
             self.verified.remember(path / name, file.sha256)
         self.verified.prune()
-        self._evict(path)
+        self._evict()
 
     def _read(self, path: Path, verify: bool) -> Entry | None:
         """A whole entry, or None; what is not whole is discarded."""
@@ -223,15 +223,15 @@ class GraphCache:
     def _part(self) -> Path:
         return self.folder / f"{PART}{os.urandom(8).hex()}"
 
-    def _evict(self, newest: Path) -> None:
+    def _evict(self) -> None:
+        """Remove what was unused for longest until the rest fits. Raises OSError."""
         entries = sorted(self._entries())
         total = sum(size for _, size, _ in entries)
         for used, size, path in entries:
             if total <= self.max_bytes and time.time() - used < UNUSED_LIFE_S:
                 break
-            if path != newest:
-                self._remove(path)
-                total -= size
+            self._remove(path)
+            total -= size
 
     def _entries(self) -> Iterator[tuple[float, int, Path]]:
         """Of each: when it was last used, its size in bytes, its folder."""

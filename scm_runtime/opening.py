@@ -19,6 +19,7 @@ from scm_runtime.info import GeneratorInfo
 from scm_runtime.location import Found
 from scm_runtime.native import Library, check_native_ops, open_with_kernels
 from scm_runtime.session import Cached, Session, Settings, check_threads, load_onnxruntime
+from scm_runtime.verified import identity
 
 OpenEngine = Callable[[Dtype, Settings], Engine]
 
@@ -67,7 +68,9 @@ def open_bundle(
     def settings(library: Library | None) -> Settings:
         cached = None
         if cache is not None:
-            sums = {name: entry.sha256 for name, entry in manifest.files.items()}
+            # A sum that nobody compared must not name a graph: another file's may stand under it.
+            here = {name: entry.sha256 for name, entry in manifest.files.items() if (folder / name).is_file()}
+            sums = here if verify_integrity else {name: identity(folder / name) for name in here}
             cached = Cached(cache, sums, cache.verified.sha256(library.path) if library else None, verify_integrity)
         return replace(base, library=library.path if library else None, cached=cached)
 

@@ -183,13 +183,7 @@ class Session:
     def _open(self) -> Any:
         """The session, out of the cache where that can be."""
         settings, cached = self.settings, self.settings.cached
-        if (
-            cached is None
-            or settings.frugal
-            or settings.profile_dir is not None
-            or not is_cacheable(settings.session_options)
-            or hub.blob(self.path.with_name(WEIGHTS)) is not None  # a saved graph would have to name weights that it gets in memory
-        ):
+        if cached is None or settings.frugal or settings.profile_dir is not None or not is_cacheable(settings.session_options):
             return self._open_at(self.path, _unchanged)
         providers = [(name, {key: value for key, value in options.items() if key not in VOLATILE_OPTIONS}) for name, options in settings.placement.providers]
         key = graph_key(

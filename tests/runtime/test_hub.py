@@ -241,6 +241,27 @@ def test_weights_behind_a_link_that_onnxruntime_refuses(filled: Path, monkeypatc
     assert attempts == ["step.fp32.onnx"], "there is nothing to follow"
 
 
+@pytest.mark.parametrize("follows", [True, False], ids=["ONNX Runtime follows the link", "the weights come in memory"])
+def test_graphs_from_the_hub_are_kept_optimised(follows: bool, filled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ort: Any = load_onnxruntime()
+    original, opened = ort.InferenceSession, []
+
+    def spy(path: str, options: Any, **keywords: Any) -> Any:
+        opened.append(Path(path).name)
+        if not follows and opened[-1] == "step.fp32.onnx" and opened.count(opened[-1]) % 2:
+            raise RuntimeError("External data path escapes model directory")
+        return original(path, options, **keywords)
+
+    monkeypatch.setattr(ort, "InferenceSession", spy)
+    drawn = []
+    for _ in range(2):
+        opened.clear()
+        with Generator("org/text", revision="v1", cache_dir=tmp_path / "cache") as generator:
+            drawn.append(latents(generator))
+    assert opened == ["graph.onnx"] * 3
+    np.testing.assert_array_equal(drawn[0], drawn[1])
+
+
 @pytest.mark.parametrize("place", ["blobs", "models--org--text/blobs"])
 def test_a_file_of_the_cache_behind_a_link(place: str, tmp_path: Path) -> None:
     link = tmp_path / "models--org--text" / "snapshots" / FIRST / "weights.onnx.data"

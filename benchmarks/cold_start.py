@@ -1,0 +1,97 @@
+"""From the start of a process to its first picture: what do the cache of optimised graphs and the memory of SHA-256 sums save?
+
+Fresh processes, in turn, with a warm disk cache: "plain" has no cache (SCM_CACHE_DIR=""), "first" fills an empty one, "cached" finds it filled, and "cached,
+sums forgotten" finds the graphs and must hash every file. "floor" imports numpy and ONNX Runtime and stops. One sample in one step. Weights of XXS and S
+are random. ``not_shared_mib`` is the memory that a process has for itself, beside the pages of files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from _common import keep
+
+from export import in_a_process, write_checkpoint
+
+ROUNDS = {"digits": 15, "XXS 64x64x4": 9, "S 64x64x4": 5}
+PROGRAM = """
+import json, sys, time
+start = time.perf_counter()
+import numpy, onnxruntime
+imported = time.perf_counter()
+if sys.argv[1:]:
+    from scm_runtime import Generator
+    generate = Generator(sys.argv[1])
+    opened = time.perf_counter()
+    generate(0, seed=0, num_inference_steps=1, output_type="np")
+    done = time.perf_counter()
+    own = next(int(line.split()[1]) / 1024 for line in open("/proc/self/smaps_rollup") if line.startswith("Anonymous:"))
+    print(json.dumps({"open_ms": (opened - imported) * 1e3, "first_sample_ms": (done - opened) * 1e3, "not_shared_mib": own}))
+"""
+
+
+def export_bundle(checkpoint: Path) -> str:
+    from scm_export import export
+
+    return str(export(checkpoint, checkpoint.with_suffix(".scm"), verify=False, steps=()).path)
+
+
+def start(bundle: str | None, cache: Path | str) -> dict[str, float]:
+    """One process."""
+    began = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *([bundle] if bundle else [])],
+        check=True,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"SCM_CACHE_DIR": str(cache)},
+    )
+    total = (time.perf_counter() - began) * 1e3
+    return {"process_ms": total, **(json.loads(done.stdout) if bundle else {})}
+
+
+def measure(bundle: str, rounds: int, folder: Path) -> dict[str, Any]:
+    """Medians by way of starting."""
+    filled, empty = folder / "filled", folder / "empty"
+    start(bundle, filled)  # also brings the bundle into the disk cache
+    time.sleep(3)  # files that were written just now are not remembered
+    start(bundle, filled)
+    seen: dict[str, list[dict[str, float]]] = {"floor": [], "plain": [], "first": [], "cached, sums forgotten": [], "cached": []}
+    for _ in range(rounds):
+        shutil.rmtree(empty, ignore_errors=True)
+        seen["floor"].append(start(None, ""))
+        seen["plain"].append(start(bundle, ""))
+        seen["first"].append(start(bundle, empty))
+        shutil.rmtree(filled / "verified")
+        seen["cached, sums forgotten"].append(start(bundle, filled))
+        seen["cached"].append(start(bundle, filled))
+    medians = {way: {name: round(statistics.median(row[name] for row in rows), 1) for name in rows[0]} for way, rows in seen.items()}
+    size = sum(path.stat().st_size for path in filled.rglob("*") if path.is_file())
+    return {"rounds": rounds, "cache_mib": round(size / 2**20, 1), "medians": medians}
+
+
+def main() -> None:
+    figures = {}
+    for name, rounds in ROUNDS.items():
+        preset = name.split()[0]
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            bundle = "digits"
+            if preset != "digits":
+                checkpoint = in_a_process(write_checkpoint, preset, folder)
+                bundle = in_a_process(export_bundle, checkpoint)
+            figures[name] = measure(bundle, rounds, folder)
+    keep("cold_start", figures)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,596 @@
+"""The cache of optimised graphs and the memory of SHA-256 sums: what a session computes never depends on them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from numpy.typing import NDArray
+
+import scm_runtime
+from scm_runtime import cache_folder, cache_key
+from scm_runtime.bundle import WEIGHTS, read_manifest, sha256
+from scm_runtime.cache import PART, GraphCache
+from scm_runtime.cache_key import graph_key, is_cacheable
+from scm_runtime.errors import InvalidArgumentError
+from scm_runtime.native import find_library
+from scm_runtime.verified import Verified, identity
+from support import full_disk, native_library, run_python, tree
+
+IMPORTS = ",".join(map(str, (Path(__file__).parents[1], Path(__file__).parent)))  # for other processes
+DIGITS = Path(scm_runtime.__file__).parent / "bundles" / "digits.scm"
+NOISE = DIGITS / "noise.onnx"  # small, and with function bodies not trivial: 43 kB optimised
+STEP = DIGITS / "step.fp32.onnx"
+PROVIDERS: list[tuple[str, dict[str, str]]] = [("CPUExecutionProvider", {})]
+
+posix = pytest.mark.skipif(sys.platform == "win32", reason="owners and modes of POSIX")
+
+
+class Opener:
+    """Opens graphs for a cache, and keeps what it was asked to open."""
+
+    def __init__(self, library: Path | None = None) -> None:
+        self.library, self.paths = library, list[Path]()
+        self.levels: list[object] = []
+
+    def __call__(self, path: Path, change: Callable[[Any], None]) -> ort.InferenceSession:
+        self.paths.append(path)
+        options = ort.SessionOptions()
+        options.log_severity_level = 4
+        if self.library:
+            options.register_custom_ops_library(str(self.library))
+        change(options)
+        self.levels.append(options.graph_optimization_level)
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+@pytest.fixture(autouse=True)
+def _fresh_warnings() -> None:
+    cache_folder._said.clear()
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> GraphCache:
+    found = GraphCache.find(tmp_path / "cache")
+    assert found is not None
+    return found
+
+
+def key(source: Path = NOISE, **parts: Any) -> str:
+    files = read_manifest(DIGITS).files
+    return graph_key(**({"graph": files[source.name].sha256, "weights": files[WEIGHTS].sha256, "providers": PROVIDERS} | parts))
+
+
+def run(session: ort.InferenceSession, n: int = 1) -> NDArray[Any]:
+    rng = np.random.default_rng(n)
+    inputs: dict[str, NDArray[Any]] = {}
+    for value in session.get_inputs():
+        shape = [size if isinstance(size, int) else n for size in value.shape]
+        if value.type == "tensor(int64)":
+            inputs[value.name] = rng.integers(0, 9, shape)
+        else:
+            level = {"t": 1.5, "t_next": 1.1}.get(value.name)
+            drawn = rng.standard_normal(shape) if level is None else np.full(shape, level)
+            inputs[value.name] = drawn.astype(np.float32)
+    result: NDArray[Any] = session.run(None, inputs)[0]
+    return result
+
+
+def plain(graph: Path = NOISE, library: Path | None = None) -> ort.InferenceSession:
+    return Opener(library)(graph, lambda options: None)
+
+
+def signature(session: ort.InferenceSession) -> list[tuple[object, ...]]:
+    return [(value.name, value.type, value.shape) for value in (*session.get_inputs(), *session.get_outputs())]
+
+
+def only_entry(cache: GraphCache) -> Path:
+    (entry,) = cache.folder.iterdir()
+    return entry
+
+
+@pytest.mark.parametrize("graph", ["noise.onnx", "step.fp32.onnx", "step.fp16.onnx", "decode.fp32.onnx"])
+@pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "bodies"])
+def test_cached_graphs_compute_the_same_bits(cache: GraphCache, graph: str, kernels: bool) -> None:
+    library, source = native_library() if kernels else None, DIGITS / graph
+    expected = plain(source, library)
+    for _ in range(2):
+        session = cache.open(source, key(source), Opener(library))
+        assert signature(session) == signature(expected)
+        for n in (1, 4):
+            assert run(session, n).tobytes() == run(expected, n).tobytes()
+
+
+def test_the_second_opening_neither_reads_the_bundle_nor_optimises(cache: GraphCache) -> None:
+    first, second = Opener(), Opener()
+    cache.open(NOISE, key(), first)
+    session = cache.open(Path("nowhere") / NOISE.name, key(), second)
+    assert first.paths[0] == NOISE
+    assert second.paths == [cache.folder / key() / "graph.onnx"]
+    assert second.levels == [ort.GraphOptimizationLevel.ORT_DISABLE_ALL]
+    assert run(session).tobytes() == run(plain()).tobytes()
+
+
+def test_other_processes_use_the_entry(cache: GraphCache) -> None:
+    cache.open(NOISE, key(), Opener())
+    before = tree(cache.folder)
+    opened = run_python(
+        "import sys; sys.path[:0] = sys.argv[1].split(',')\n"
+        "from test_cache import *\n"
+        "opener = Opener(); GraphCache.find(sys.argv[2]).open(NOISE, key(), opener); print(opener.paths)",
+        IMPORTS,
+        cache.folder.parent,
+    )
+    assert str(cache.folder / key()) in opened.stdout
+    assert "noise" not in opened.stdout
+    assert tree(cache.folder) == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc shows what is mapped")
+def test_the_weights_are_mapped_not_copied(cache: GraphCache) -> None:
+    session = cache.open(STEP, key(STEP), Opener())
+    mapped = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(cache.folder / key(STEP) / "graph.data"))]
+    sizes = [int(span.split("-")[1], 16) - int(span.split("-")[0], 16) for span, *_ in mapped]
+    assert sum(sizes) > 0.8 * (cache.folder / key(STEP) / "graph.data").stat().st_size
+    del session
+
+
+def _flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def _outside(path: Path) -> None:
+    """Move a file or folder out of the cache and leave a link to it."""
+    elsewhere = next(parent for parent in path.parents if parent.name == "graphs").parent / "elsewhere"
+    path.rename(elsewhere)
+    path.symlink_to(elsewhere)
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "weights changed": lambda entry: _flip(entry / "graph.data"),
+    "weights truncated": lambda entry: os.truncate(entry / "graph.data", 1000),
+    "weights gone": lambda entry: (entry / "graph.data").unlink(),
+    "weights a link": lambda entry: _outside(entry / "graph.data"),
+    "graph changed": lambda entry: _flip(entry / "graph.onnx"),
+    "graph truncated": lambda entry: os.truncate(entry / "graph.onnx", 100),
+    "graph a link": lambda entry: _outside(entry / "graph.onnx"),
+    "json no json": lambda entry: (entry / "entry.json").write_text("{"),
+    "json of another kind": lambda entry: (entry / "entry.json").write_text('{"source": 3}'),
+    "json names other files": lambda entry: (entry / "entry.json").write_text('{"source": "x", "files": {"../../x": {"size": 1, "sha256": ""}}}'),
+    "json names no files": lambda entry: (entry / "entry.json").write_text('{"source": "x"}'),
+    "json a link": lambda entry: _outside(entry / "entry.json"),
+    "json gone": lambda entry: (entry / "entry.json").unlink(),
+    "entry a link": lambda entry: _outside(entry),
+    "entry a file": lambda entry: (entry.rename(entry.parents[1] / "elsewhere"), entry.write_text("")),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_damaged_entries_are_made_anew(cache: GraphCache, damage: Callable[[Path], object], caplog: pytest.LogCaptureFixture) -> None:
+    cache.open(NOISE, key(), Opener())
+    whole = sizes(only_entry(cache))
+    damage(cache.folder / key())
+    opener = Opener()
+    session = cache.open(NOISE, key(), opener)
+    assert run(session).tobytes() == run(plain()).tobytes()
+    assert opener.paths[0] == NOISE
+    assert "made anew" in caplog.text
+    assert not (cache.folder / key()).is_symlink()
+    assert sizes(only_entry(cache)) == whole
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    return {path.name: path.lstat().st_size for path in folder.iterdir()}
+
+
+def test_links_are_removed_not_what_they_point_to(cache: GraphCache, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "entry.json").write_text("keep")
+    (cache.folder / key()).symlink_to(mine)
+    cache.open(NOISE, key(), Opener())
+    assert tree(mine) == {"entry.json": b"keep"}
+
+
+def test_without_verification_sizes_alone_are_compared(cache: GraphCache) -> None:
+    cache.open(NOISE, key(), Opener())
+    _flip(cache.folder / key() / "graph.data")
+    opener = Opener()
+    cache.open(NOISE, key(), opener, verify=False)
+    assert opener.paths == [cache.folder / key() / "graph.onnx"]
+
+
+def test_an_entry_that_vanishes_while_it_is_opened(cache: GraphCache) -> None:
+    cache.open(NOISE, key(), Opener())
+    opener = Opener()
+
+    def build(path: Path, change: Callable[[Any], None]) -> ort.InferenceSession:
+        if path != NOISE:
+            cache.clear()
+        return opener(path, change)
+
+    assert run(cache.open(NOISE, key(), build)).tobytes() == run(plain()).tobytes()
+    assert not list(cache.folder.iterdir())  # not refused for ever after
+
+
+def test_open_sessions_outlive_their_entry(cache: GraphCache) -> None:
+    session = cache.open(NOISE, key(), Opener())
+    cache.clear()
+    assert not list(cache.folder.iterdir())
+    assert run(session).tobytes() == run(plain()).tobytes()
+
+
+@pytest.mark.parametrize("when", ["saved", "opened again"])
+def test_what_cannot_be_cached_is_opened_plainly_and_remembered(cache: GraphCache, when: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "scm_runtime")
+    opener = Opener()
+
+    def build(path: Path, change: Callable[[Any], None]) -> ort.InferenceSession:
+        session = opener(path, change)
+        options = ort.SessionOptions()
+        change(options)
+        if options.optimized_model_filepath if when == "saved" else path != NOISE:
+            raise RuntimeError("Unable to serialize model as it contains compiled nodes. Please disable …")
+        return session
+
+    assert run(cache.open(NOISE, key(), build)).tobytes() == run(plain()).tobytes()
+    assert "compiled nodes" in caplog.text
+    opener.paths.clear()
+    cache.open(NOISE, key(), build)
+    assert opener.paths == [NOISE]
+    os.utime(cache.folder / key() / "entry.json", (0, 0))  # long ago: it is worth another try
+    opener.paths.clear()
+    cache.open(NOISE, key(), opener)
+    assert opener.paths == [NOISE, cache.folder / key() / "graph.onnx"]
+
+
+def test_errors_of_the_graph_are_raised_and_not_logged(cache: GraphCache, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    broken = tmp_path / "noise.onnx"
+    broken.write_bytes(b"no graph")
+    with pytest.raises(Exception, match=r"noise\.onnx failed"):
+        cache.open(broken, key(), Opener())
+    assert not caplog.records
+    assert not list(cache.folder.iterdir())
+
+
+@pytest.mark.parametrize("room", [100, 10_000, 20_000])
+def test_full_disk(cache: GraphCache, room: int, caplog: pytest.LogCaptureFixture) -> None:
+    with full_disk(room):
+        session = cache.open(NOISE, key(), Opener())
+        cache.open(NOISE, key(), Opener())
+    assert run(session).tobytes() == run(plain()).tobytes()
+    assert not list(cache.folder.iterdir())
+    assert len(caplog.records) == 1
+    cache.open(NOISE, key(), Opener())
+    assert only_entry(cache)
+
+
+def test_nothing_is_written_where_the_disk_is_nearly_full(cache: GraphCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"total": 100 << 30, "free": 4 << 30}))
+    opener = Opener()
+    cache.open(NOISE, key(), opener)
+    assert opener.paths == [NOISE]
+    assert not list(cache.folder.iterdir())
+
+
+def test_a_graph_larger_than_the_bound_is_not_cached(tmp_path: Path) -> None:
+    cache = GraphCache.find(tmp_path / "cache", max_bytes=10_000)
+    assert cache is not None
+    cache.open(NOISE, key(), Opener())
+    opener = Opener()
+    cache.open(NOISE, key(), opener)
+    assert opener.paths == [NOISE]
+    assert sum(path.stat().st_size for path in cache.folder.rglob("*") if path.is_file()) < 1000
+
+
+def test_what_was_unused_for_longest_goes_first(tmp_path: Path) -> None:
+    cache = GraphCache.find(tmp_path / "cache", max_bytes=100_000)  # two and a bit
+    assert cache is not None
+    names = [key(device=device) for device in "abc"]
+    for age, name in ((100, names[0]), (200, names[1])):
+        cache.open(NOISE, name, Opener())
+        os.utime(cache.folder / name / "entry.json", (0, time.time() - age))
+    cache.open(NOISE, names[1], Opener())  # used again: now the other is older
+    cache.open(NOISE, names[2], Opener())
+    assert {path.name for path in cache.folder.iterdir()} == {names[1], names[2]}
+
+
+def test_what_killed_processes_and_older_versions_left_is_removed(cache: GraphCache) -> None:
+    old, young = cache.folder / f"{PART}1", cache.folder / f"{PART}2"
+    for part in (old, young):
+        part.mkdir()
+        (part / "graph.data").write_bytes(b"half")
+    os.utime(old, (0, 0))
+    cache.open(NOISE, key(device="before"), Opener())
+    os.utime(cache.folder / key(device="before") / "entry.json", (0, 0))
+    cache.open(NOISE, key(), Opener())
+    assert {path.name for path in cache.folder.iterdir()} == {young.name, key()}
+
+
+def test_threads_that_build_at_once(cache: GraphCache, caplog: pytest.LogCaptureFixture) -> None:
+    sessions: list[ort.InferenceSession] = []
+    together = threading.Barrier(4, timeout=60)
+
+    def build(path: Path, change: Callable[[Any], None]) -> ort.InferenceSession:
+        session = Opener()(path, change)
+        if path == NOISE:
+            together.wait()  # all have found nothing there, and none has put its own there
+        return session
+
+    threads = [threading.Thread(target=lambda: sessions.append(cache.open(NOISE, key(), build))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    expected = run(plain()).tobytes()
+    assert [run(session).tobytes() for session in sessions] == [expected] * 4
+    assert only_entry(cache).name == key()
+    assert not caplog.records  # being second is no failure
+
+
+def test_processes_that_build_and_evict_at_once(tmp_path: Path) -> None:
+    program = """
+import sys; sys.path[:0] = sys.argv[1].split(",")
+from test_cache import *
+cache, expected = GraphCache.find(sys.argv[2], max_bytes=60_000), run(plain()).tobytes()  # room for one
+for turn in range(6):
+    assert run(cache.open(NOISE, key(device=str(turn % 2)), Opener())).tobytes() == expected
+"""
+    command = [sys.executable, "-c", program, IMPORTS, str(tmp_path / "cache")]
+    running = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    assert [(process.communicate()[1], process.returncode) for process in running] == [("", 0)] * 3
+    assert not list((tmp_path / "cache" / "graphs").glob(f"{PART}*"))
+
+
+def test_every_part_of_the_key_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts: list[dict[str, Any]] = [
+        {},
+        {"graph": "0" * 64},
+        {"weights": "0" * 64},
+        {"providers": [("CUDAExecutionProvider", {}), ("CPUExecutionProvider", {})]},
+        {"providers": [("CUDAExecutionProvider", {"device_id": "1"}), ("CPUExecutionProvider", {})]},
+        {"providers": [("CPUExecutionProvider", {}), ("CUDAExecutionProvider", {})]},
+        {"device": "NVIDIA L4 8.9"},
+        {"library": "0" * 64},
+        {"session_options": {"graph_optimization_level": 1}},
+        {"session_options": {"graph_optimization_level": 2}},
+        {"session_options": {"session.disable_aot_function_inlining": "1"}},
+        {"disabled_optimizers": ("NchwcTransformer",)},
+    ]
+    keys = [key(**part) for part in parts]
+    monkeypatch.setattr(ort, "__version__", "1.99.0")
+    keys.append(key())
+    monkeypatch.setattr(cache_key, "_cpu", lambda: "another")
+    keys.append(key())
+    monkeypatch.setattr(cache_key, "FORMAT", 99)
+    keys.append(key())
+    assert len(set(keys)) == len(keys)
+    assert all(len(name) == 64 for name in keys)
+
+
+def test_the_key_is_the_same_in_every_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert key(session_options={"a.b": "1", "c.d": "2"}) == key(session_options={"c.d": "2", "a.b": "1"})
+    assert key(disabled_optimizers=("A", "B")) == key(disabled_optimizers=("B", "A"))
+
+
+@pytest.mark.parametrize(
+    "name", ["optimized_model_filepath", "enable_profiling", "ep.context_enable", "session.save_model_format", "session.load_model_format"]
+)
+def test_options_that_the_cache_leaves_alone(name: str) -> None:
+    assert not is_cacheable({"intra_op_num_threads": 1, name: "1"})
+    assert is_cacheable({"intra_op_num_threads": 1})
+
+
+@pytest.mark.parametrize("how", ["SCM_CACHE_DIR", "argument", "XDG_CACHE_HOME", "home"])
+def test_where_the_cache_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    monkeypatch.setattr(sys, "platform", "linux")
+    for name in ("SCM_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    if how in ("SCM_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(how, str(tmp_path / how))
+    found = GraphCache.find(tmp_path / "given" if how == "argument" else None)
+    expected = {"SCM_CACHE_DIR": "SCM_CACHE_DIR", "argument": "given", "XDG_CACHE_HOME": "XDG_CACHE_HOME/scm-runtime", "home": "home/.cache/scm-runtime"}
+    assert found is not None
+    assert found.folder.parent == tmp_path / expected[how]
+    if sys.platform != "win32":
+        assert {path.stat().st_mode & 0o777 for path in (found.folder.parent, *found.folder.parent.iterdir())} == {0o700}
+
+
+def test_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setenv("SCM_CACHE_DIR", str(tmp_path / "cache"))
+    assert GraphCache.find(False) is None
+    monkeypatch.setenv("SCM_CACHE_MAX_BYTES", "0")
+    assert GraphCache.find() is None
+    monkeypatch.delenv("SCM_CACHE_MAX_BYTES")
+    monkeypatch.setenv("SCM_CACHE_DIR", "")
+    assert GraphCache.find() is None
+    assert not list(tmp_path.iterdir())
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("value", ["4 GB", "-1", "1e9", "²"])
+def test_the_bound_is_a_number_of_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("SCM_CACHE_MAX_BYTES", value)
+    with pytest.raises(InvalidArgumentError, match=f"SCM_CACHE_MAX_BYTES must be .*{value}"):
+        GraphCache.find(tmp_path)
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").touch()
+    for _ in range(2):
+        assert GraphCache.find(tmp_path / "file" / "cache") is None
+    assert len(caplog.records) == 1
+    assert "SCM_CACHE_DIR" in caplog.text
+
+
+def test_the_platforms_folder_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.delenv("SCM_CACHE_DIR", raising=False)
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(cache_folder, "_platform_folder", lambda: tmp_path / "file" / "cache")
+    caplog.set_level(logging.INFO, "scm_runtime")
+    assert GraphCache.find() is None
+    assert [record.levelno for record in caplog.records] == [logging.INFO]  # nobody asked for it
+
+
+@posix
+@pytest.mark.parametrize("part", ["", "graphs", "verified"])
+def test_a_folder_that_others_may_write_to(tmp_path: Path, part: str, caplog: pytest.LogCaptureFixture) -> None:
+    assert GraphCache.find(tmp_path / "cache")
+    (tmp_path / "cache" / part).chmod(0o777)
+    assert GraphCache.find(tmp_path / "cache") is None
+    assert "closed to others" in caplog.text
+
+
+@posix
+def test_a_folder_for_everyone_where_only_owners_remove(tmp_path: Path) -> None:
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "tmp").chmod(0o1777)
+    assert GraphCache.find(tmp_path / "tmp")
+
+
+@posix
+def test_a_folder_of_someone_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "cache").mkdir(mode=0o755)
+    if os.geteuid() == 0:
+        os.chown(tmp_path / "cache", 12345, -1)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    assert GraphCache.find(tmp_path / "cache") is None
+    assert "must belong to" in caplog.text
+
+
+@posix
+def test_the_parts_are_no_links(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "elsewhere").mkdir(mode=0o700)
+    (tmp_path / "cache" / "graphs").symlink_to(tmp_path / "elsewhere")
+    assert GraphCache.find(tmp_path / "cache") is None
+    assert "must be a folder" in caplog.text
+
+
+@posix
+def test_a_folder_that_became_read_only(cache: GraphCache, caplog: pytest.LogCaptureFixture) -> None:
+    cache.open(NOISE, key(), Opener())
+    cache.folder.chmod(0o500)
+    if os.access(cache.folder, os.W_OK):
+        pytest.skip("root writes everywhere")
+    opener = Opener()
+    cache.open(NOISE, key(), opener)
+    assert opener.paths == [cache.folder / key() / "graph.onnx"]
+    for device in "ab":
+        cache.open(NOISE, key(device=device), opener)
+    assert len(caplog.records) == 1
+    cache.folder.chmod(0o700)
+
+
+def test_the_library_of_kernels_is_named_by_its_sum(cache: GraphCache) -> None:
+    found = find_library()
+    if found is not None:
+        assert key(library=cache.verified.sha256(found.path)) != key()
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "weights"
+    path.write_bytes(b"weights")
+    os.utime(path, (1, 1))
+    return path
+
+
+@pytest.fixture
+def verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Verified:
+    (tmp_path / "sums").mkdir()
+    monkeypatch.setattr("scm_runtime.verified.SETTLED_NS", 0)
+    return Verified(tmp_path / "sums")
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The files that were read to be hashed."""
+    paths: list[Path] = []
+
+    def watched(path: Path) -> str:
+        paths.append(path)
+        return sha256(path)
+
+    monkeypatch.setattr("scm_runtime.verified.sha256", watched)
+    return paths
+
+
+def test_an_unchanged_file_is_hashed_once(verified: Verified, file: Path, read: list[Path]) -> None:
+    assert [verified.sha256(file) for _ in range(3)] == [sha256(file)] * 3
+    assert read == [file]
+
+
+@pytest.mark.parametrize("change", ["written in place, times put back", "replaced", "another path"])
+def test_a_changed_file_is_hashed_again(verified: Verified, file: Path, change: str) -> None:
+    verified.sha256(file)
+    if change == "another path":
+        file = file.rename(file.with_name("moved"))
+        file.write_bytes(b"changes")
+    elif change == "replaced":
+        file.with_name("new").write_bytes(b"changes")
+        file.with_name("new").replace(file)
+    else:
+        file.write_bytes(b"changes")
+    os.utime(file, (1, 1))
+    assert verified.sha256(file) == sha256(file)
+
+
+def test_a_file_written_just_now_is_not_remembered(verified: Verified, file: Path, read: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("scm_runtime.verified.SETTLED_NS", 60_000_000_000)
+    for _ in range(2):
+        verified.sha256(file)
+    assert read == [file, file]
+
+
+def test_sums_have_their_month(verified: Verified, file: Path, read: list[Path], tmp_path: Path) -> None:
+    verified.sha256(file)
+    (remembered,) = (tmp_path / "sums").iterdir()
+    os.utime(remembered, (0, 0))
+    verified.sha256(file)
+    assert read == [file, file]
+    os.utime(remembered, (0, 0))
+    verified.prune()
+    assert not list((tmp_path / "sums").iterdir())
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"seen": 3, "sha256": "x"}'])
+def test_a_damaged_memory_forgets(verified: Verified, file: Path, tmp_path: Path, text: str) -> None:
+    verified.sha256(file)
+    (remembered,) = (tmp_path / "sums").iterdir()
+    remembered.write_text(text)
+    assert verified.sha256(file) == sha256(file)
+    assert json.loads(remembered.read_text())["sha256"] == sha256(file)
+
+
+def test_a_memory_that_cannot_be_written(file: Path) -> None:
+    assert Verified(file / "sums").sha256(file) == sha256(file)
+
+
+def test_the_identity_of_a_file_changes_with_it(file: Path, read: list[Path]) -> None:
+    before = identity(file)
+    assert identity(file) == before
+    file.write_bytes(b"changes")
+    os.utime(file, (1, 1))
+    assert identity(file) != before
+    assert not read
+
+
+def test_a_missing_file_has_no_sum(verified: Verified, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        verified.sha256(tmp_path / "missing")
