@@ -101,7 +101,7 @@ def why_no_cuda(index: int = 0) -> str | None:
     Raises:
         MissingDependencyError: ONNX Runtime is not installed.
     """
-    return _why_not(CUDA_PROVIDER, index)
+    return _why_not(CUDA_PROVIDER, index) or _why_no_cuda_core()
 
 
 def needed_libraries(provider: str = CUDA_PROVIDER) -> tuple[str, ...]:
@@ -140,6 +140,16 @@ def _why_not(provider: str, index: int) -> str | None:
         remedy = f"Install them: {command}" if command else f"Install CUDA {major}, or name its folder of libraries in LD_LIBRARY_PATH."
         return f"{provider} needs {listed}, which cannot be loaded ({missing[0].error}). {remedy}"
     return None
+
+
+def _why_no_cuda_core() -> str | None:
+    from importlib.util import find_spec  # for those with a GPU
+
+    try:
+        found = find_spec("cuda.core") and find_spec("cuda.bindings")
+    except ModuleNotFoundError:  # of the parent
+        found = None
+    return None if found else "cuda-core and cuda-bindings are not installed: pip install 'scm-runtime[gpu]'"
 
 
 def _cuda(index: int, options: dict[str, str], reason: str) -> Placement:

@@ -57,8 +57,7 @@ def read_driver() -> Driver:
     except OSError as error:
         return Driver(
             None,
-            error=f"there is no NVIDIA driver: {LIBRARY} cannot be loaded ({error}). Install NVIDIA's driver; "
-            "in a container, start it with the GPUs: docker run --gpus all",
+            error=f"there is no NVIDIA driver ({error}). Install NVIDIA's driver; in a container, start it with the GPUs: docker run --gpus all",
         )
     number = ctypes.c_int()
     version = number.value if cuda.cuDriverGetVersion(ctypes.byref(number)) == 0 else None

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 DRIVER = "libcuda.so.1"
-CUDNN = "libcudnn.so.9"  # opened by name since ONNX Runtime 1.31, and needed for convolutions
+CUDNN = "libcudnn.so.9"  # ONNX Runtime 1.31 is not linked with it but opens it by name, for convolutions among others
 VENDOR = re.compile(r"lib(cu|nv)\w+\.so\.\d+")
 
 # Python packages of libraries; {suffix} is empty from CUDA 13 on, {own} is the library's own version.
