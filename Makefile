@@ -25,7 +25,7 @@ BENCHES  := $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:  # two pips must not fill one .venv at a time
-.PHONY: help demo test test-gpu lint types ops ops-test ops-sanitize bench bench-large format dist constraints clean
+.PHONY: help demo test test-gpu lint types ops ops-test ops-sanitize ops-tsan soak bench bench-large format dist constraints clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | while IFS='	' read -r name what; do printf '  make %-12s %s\n' "$$name" "$$what"; done
@@ -58,6 +58,13 @@ ops-test: $(FULL) ## build and run the C++ tests of the library
 
 ops-sanitize: $(FULL) ## the same under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(call test-ops,build/sanitize,-DSCM_OPS_SANITIZE=ON)
+
+ops-tsan: $(FULL) ## build the library under ThreadSanitizer, and run what has threads
+	$(call test-ops,build/tsan,-DSCM_OPS_SANITIZE=THREAD)
+
+soak: $(FULL) $(OPS) ## use Generators in every way at once, for ten minutes (SECONDS=60 for one)
+	@# One arena: glibc's arena a thread keeps what each thread once needed, and memory would take an hour to stand still.
+	MALLOC_ARENA_MAX=1 $(BIN)/python tests/soak/soak.py $(or $(SECONDS),600)
 
 bench: $(FULL) $(OPS) ## run every script in benchmarks/
 	@set -e; for script in $(BENCHES); do echo "== $$script"; $(BIN)/python "$$script"; done

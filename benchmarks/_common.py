@@ -17,8 +17,15 @@ RESULTS = Path(__file__).parent / "results"
 def machine() -> dict[str, object]:
     """The hardware and the versions that the figures belong to."""
     model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), platform.processor())
-    versions = {name: metadata.version(name) for name in ("numpy", "onnxruntime", "torch", "onnx")}
+    versions = {name: version for name in ("numpy", "onnxruntime", "onnxruntime-gpu", "torch", "onnx") if (version := _version(name))}
     return {"cpu": model, "cores": len(os.sched_getaffinity(0)), "python": platform.python_version(), **versions}
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def interleaved(candidates: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 2) -> dict[str, dict[str, float]]:

@@ -12,8 +12,8 @@ import math
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, TypeVar, cast
+from collections.abc import Callable, MutableMapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from scm_runtime.conditioning import is_int
 from scm_runtime.errors import GeneratorClosedError, InvalidArgumentError, OutOfMemoryError
@@ -45,6 +45,11 @@ class Ticket:
     def __len__(self) -> int:
         return len(self.request.trajectory)
 
+    @property
+    def cancelled(self) -> bool:
+        """Whether nobody wants it any more, and it has not been told yet."""
+        return not self.settled and self.future.cancelled()
+
     def settle(self, outcome: Samples | BaseException | None) -> None:
         """Hand over what came of it, None if it was cancelled: once, outside the engine's jobs, and with no lock held, for this runs code of the user's."""
         if self.settled:
@@ -55,16 +60,20 @@ class Ticket:
             except BaseException as error:  # noqa: BLE001 - of the user's on_span: his future shall have it
                 outcome = error
         self.settled = True
-        try:
-            self._leave()
-            if not self.future.set_running_or_notify_cancel() or outcome is None:
-                return
-            if isinstance(outcome, BaseException):
-                self.future.set_exception(outcome)
-            else:
-                self.future.set_result(outcome)
-        except BaseException:  # noqa: BLE001 - of a callback of the future, say: other requests shall not suffer from it
-            _log.exception("A request of submit() has ended, and what follows on it failed.")
+        for act in (self._leave, lambda: self._tell_future(outcome)):
+            try:
+                act()
+            except BaseException:  # noqa: BLE001 - of a session that cannot be closed, or of a callback of the future: others shall not suffer from it
+                _log.exception("A request of submit() has ended, and what follows on it failed.")
+        del self.future  # an error knows the frames it came through, and those the ticket: it would keep itself alive, and the engine with it
+
+    def _tell_future(self, outcome: Samples | BaseException | None) -> None:
+        if not self.future.set_running_or_notify_cancel() or outcome is None:
+            return
+        if isinstance(outcome, BaseException):
+            self.future.set_exception(outcome)
+        else:
+            self.future.set_result(outcome)
 
 
 class Line:
@@ -120,7 +129,7 @@ class Line:
                 self._thread = None
                 self._take_mail()
                 tickets, self._tickets = self._tickets, []
-            _settle(tickets, error)
+            _hand_over(dict.fromkeys(tickets, error))
 
     def _receive(self) -> bool:
         """Wait until there is something to compute; False if the thread is to end."""
@@ -128,8 +137,8 @@ class Line:
             self._take_mail()
             if self._closed:
                 closed = GeneratorClosedError("the Generator was closed before this request's turn came: make a new one")
-                _settle([ticket for ticket in self._tickets if not ticket.begun], closed)
-            _settle([ticket for ticket in self._tickets if ticket.future.cancelled()], None)
+                _hand_over({ticket: closed for ticket in self._tickets if not ticket.begun})
+            _hand_over({ticket: None for ticket in self._tickets if ticket.cancelled})
             self._forget_settled()
             if self._tickets:
                 patience = self._patience()
@@ -186,15 +195,12 @@ class Line:
             self._finish(silent, outcomes)
 
         sampler.engine.run(job)
-        for ticket, outcome in outcomes.items():
-            ticket.settle(outcome)
-        outcomes.clear()
+        _hand_over(outcomes)
         for ticket in talking:
             _after_step(ticket, sampler.engine.run, outcomes)
         if any(_ready(ticket, outcomes) for ticket in talking):
             sampler.engine.run(lambda: self._finish(talking, outcomes))
-        for ticket, outcome in outcomes.items():
-            ticket.settle(outcome)
+        _hand_over(outcomes)
         self._forget_settled()
 
     def _finish(self, tickets: Sequence[Ticket], outcomes: dict[Ticket, Samples | BaseException]) -> None:
@@ -274,7 +280,7 @@ def _advance(tickets: Sequence[Ticket]) -> None:
 
 
 def _after_step(ticket: Ticket, run: Callable[[Callable[[], Result]], Result], outcomes: dict[Ticket, Samples | BaseException]) -> None:
-    if ticket.settled or ticket in outcomes or ticket.future.cancelled():
+    if ticket in outcomes or ticket.settled or ticket.cancelled:
         return
     try:
         ticket.sampler.after_step(ticket.request, run)
@@ -283,12 +289,13 @@ def _after_step(ticket: Ticket, run: Callable[[Callable[[], Result]], Result], o
 
 
 def _ready(ticket: Ticket, outcomes: dict[Ticket, Samples | BaseException]) -> bool:
-    return ticket.request.trajectory.done and not ticket.settled and ticket not in outcomes and not ticket.future.cancelled()
+    return ticket.request.trajectory.done and not ticket.settled and ticket not in outcomes and not ticket.cancelled
 
 
-def _settle(tickets: Iterable[Ticket], outcome: BaseException | None) -> None:
-    for ticket in tickets:
-        ticket.settle(outcome)
+def _hand_over(outcomes: MutableMapping[Ticket, Any]) -> None:
+    """Settle them, and keep none."""
+    for ticket in list(outcomes):
+        ticket.settle(outcomes.pop(ticket))
 
 
 def _directly(job: Callable[[], Result]) -> Result:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import click
 
@@ -14,9 +14,10 @@ from scm_runtime._version import __version__
 from scm_runtime.errors import BundleNotFoundError, CheckpointNotFoundError, HubNotFoundError, InvalidArgumentError, ScmError
 
 if TYPE_CHECKING:
+    from scm_runtime.bundle import Dtype
     from scm_runtime.native import NativeOps
 
-USAGE, FAILURE = 2, 1
+USAGE, FAILURE, INTERRUPTED = 2, 1, 130
 USAGE_ERRORS = (InvalidArgumentError, BundleNotFoundError, CheckpointNotFoundError, HubNotFoundError)
 
 
@@ -24,7 +25,7 @@ USAGE_ERRORS = (InvalidArgumentError, BundleNotFoundError, CheckpointNotFoundErr
 def clean_errors() -> Iterator[None]:
     """Turn this project's errors into one message on stderr and an exit code, without a traceback.
 
-    The code is 2 for a wrong argument or a path with nothing there, 1 for the rest.
+    The code is 2 for a wrong argument or a path with nothing there, 130 for Ctrl-C, 1 for the rest.
     """
     try:
         yield
@@ -34,6 +35,9 @@ def clean_errors() -> Iterator[None]:
     except MemoryError:
         click.echo("Error: out of memory. Try a smaller batch.", err=True)
         sys.exit(FAILURE)
+    except KeyboardInterrupt as interrupt:
+        click.echo(f"Interrupted{': ' * bool(str(interrupt))}{interrupt}", err=True)
+        sys.exit(INTERRUPTED)
 
 
 class IntegerList(click.ParamType[tuple[int, ...]]):
@@ -64,6 +68,7 @@ native_ops_option = click.option(
     default=None,
     help="Run the native library's kernels, or the function bodies in the graphs. By default the kernels where they can be used.",
 )
+device_option = click.option("--device", default="auto", show_default=True, help="cpu, cuda or cuda:N; auto takes a GPU where one can be had, else the CPU.")
 revision_option = click.option("--revision", help="Of a repository on the hub: branch, tag or commit. By default its main branch.")
 threads_option = click.option("--threads", type=int, help="Threads to compute with; by default one a core.")
 
@@ -79,14 +84,15 @@ def main() -> None:
 @click.option(
     "-o",
     "--out",
-    type=click.Path(path_type=Path, dir_okay=False),
     required=True,
-    help="Picture to write: the sample, or a grid of all. An existing file is replaced.",
+    help="Picture to write: the image, or a grid of all. For a file an image, a name with {seed} or {index}, or a folder, ending in /. "
+    "Existing files are replaced.",
 )
 @click.option("--labels", help="Classes, by number or name, separated by commas: 3,1,4. By default seed modulo the number of classes.")
-@click.option("--seed", type=IntegerList(), help="One seed (the samples get seed, seed + 1, …), or one a sample, separated by commas. By default random.")
+@click.option("--seed", type=IntegerList(), help="One seed (the images get seed, seed + 1, …), or one an image, separated by commas. By default random.")
 @click.option("--steps", type=int, help="Sampling steps; 2 where the bundle has them.")
-@click.option("--batch-size", type=int, help="Number of samples; by default as many as labels or seeds.")
+@click.option("--num-images", type=click.IntRange(1), help="Number of images, drawn batch by batch; labels are repeated until there are enough.")
+@click.option("--batch-size", type=int, help="Images computed at a time, 8 by default; without --num-images their number, by default that of labels or seeds.")
 @click.option("--columns", type=click.IntRange(1), help="Pictures a row of the grid.")
 @click.option("--guidance-scale", type=float, help="For models that take a guidance scale.")
 @click.option(
@@ -95,66 +101,52 @@ def main() -> None:
     help="For models of text: a .npz with prompt_embeds, [tokens, D] or [N, tokens, D], and prompt_attention_mask where some tokens do not count; "
     "or a .npy with prompt_embeds alone.",
 )
+@device_option
+@click.option("--dtype", default="auto", show_default=True, help="Which of the bundle's graphs: fp32, fp16 or bf16; auto takes half precision on a GPU.")
 @revision_option
 @native_ops_option
 @threads_option
 @skip_integrity_option
 def generate(
     bundle: str,
-    out: Path,
+    out: str,
     labels: str | None,
     seed: tuple[int, ...] | None,
     steps: int | None,
+    num_images: int | None,
     batch_size: int | None,
     columns: int | None,
     guidance_scale: float | None,
     prompt_embeds: Path | None,
+    device: str,
+    dtype: str,
     revision: str | None,
     native_ops: bool | None,
     threads: int | None,
     skip_integrity: bool,
 ) -> None:
-    """Draw samples from BUNDLE into a picture. BUNDLE is a folder, the name of an embedded bundle, or org/name on the Hugging Face hub."""
-    from scm_runtime.embeddings import read_embeddings
-    from scm_runtime.generator import Generator
-    from scm_runtime.samples import EXPORT_A_DECODER, picture_format
-
+    """Draw images from BUNDLE. BUNDLE is a folder, the name of an embedded bundle, or org/name on the Hugging Face hub."""
     with clean_errors():
-        picture_format(out)  # before the work, not after
+        from scm_runtime.drawing import Order, Output, draw, parse_labels
+        from scm_runtime.embeddings import read_embeddings
+        from scm_runtime.generator import Generator
+
+        output = Output.read(out)  # before the work, not after
         prompts = None if prompt_embeds is None else read_embeddings(prompt_embeds)
-    kernels: NativeOps = "auto" if native_ops is None else native_ops
-    with clean_errors(), Generator(bundle, revision=revision, threads=threads, native_ops=kernels, verify_integrity=not skip_integrity) as generator:
-        if generator.manifest.output.kind != "image":
-            raise InvalidArgumentError(f"the bundle {generator.manifest.name!r} makes latents, no pictures: it has no decoder. {EXPORT_A_DECODER}")
-        names = next((item.label_names for item in generator.manifest.conditioning if item.name == "class_labels"), None) or ()
-        samples = generator(
-            None if labels is None else _parse_labels(labels, names),
-            seed=seed[0] if seed is not None and len(seed) == 1 else seed,
-            num_inference_steps=steps,
-            batch_size=batch_size,
-            guidance_scale=guidance_scale,
-            conditioning=prompts,
-            output_type="np",
-        )
-        path = samples.save(out, columns=columns)
-    first, last = samples.seeds[0], samples.seeds[-1]
-    listed = f"{first}…{last}" if samples.seeds == tuple(range(first, last + 1)) else ", ".join(map(str, samples.seeds))
-    seeds = f"seed {first}" if len(samples) == 1 else f"seeds {listed}"
-    count = "1 sample" if len(samples) == 1 else f"{len(samples)} samples"
-    click.echo(f"wrote {path} ({count}, {seeds}, {len(samples.timings.steps)} steps, {samples.timings.total * 1e3:.0f} ms)")
-
-
-def _parse_labels(text: str, names: tuple[str, ...]) -> int | str | list[int | str]:
-    """Labels as typed: a name where the bundle has one (names may be digits themselves), else a number; one alone serves every sample."""
-
-    def parse(part: str) -> int | str:
-        try:
-            return part if part in names else int(part)
-        except ValueError:
-            return part
-
-    labels = [parse(text.strip())] if text.strip() in names else [parse(part.strip()) for part in text.split(",")]
-    return labels[0] if len(labels) == 1 else labels
+        with Generator(
+            bundle,
+            revision=revision,
+            device=device,
+            dtype=cast("Dtype", dtype),  # checked there
+            threads=threads,
+            native_ops="auto" if native_ops is None else native_ops,
+            max_batch_size=max(batch_size or 8, 1),  # or two batches might be computed as one
+            verify_integrity=not skip_integrity,
+        ) as generator:
+            names = next((item.label_names for item in generator.manifest.conditioning if item.name == "class_labels"), None) or ()
+            classes = None if labels is None else parse_labels(labels, names)
+            order = Order(classes, seed, num_images, batch_size, prompts, steps, guidance_scale)
+            click.echo(draw(generator, order, output, columns))
 
 
 @main.command()
@@ -181,21 +173,42 @@ def inspect(bundle: str, as_json: bool, revision: str | None, skip_integrity: bo
 
 @main.command()
 @click.argument("bundle")
+@device_option
 @revision_option
 @native_ops_option
 @threads_option
 @skip_integrity_option
-def smoke(bundle: str, revision: str | None, native_ops: bool | None, threads: int | None, skip_integrity: bool) -> None:
+def smoke(bundle: str, device: str, revision: str | None, native_ops: bool | None, threads: int | None, skip_integrity: bool) -> None:
     """Check that BUNDLE works on this machine: it loads, samples are finite and reproducible alone and in a batch. Prints latencies; the exit code tells.
 
     A model of text gets random numbers for embeddings: its text encoder is not part of the bundle.
     """
-    from scm_runtime.inspection import smoke_test
-
     with clean_errors():
-        passed = smoke_test(bundle, threads, revision=revision, native_ops="auto" if native_ops is None else native_ops, verify_integrity=not skip_integrity)
+        from scm_runtime.inspection import smoke_test
+
+        kernels: NativeOps = "auto" if native_ops is None else native_ops
+        passed = smoke_test(bundle, threads, device=device, revision=revision, native_ops=kernels, verify_integrity=not skip_integrity)
     if not passed:
         click.echo("Error: the bundle loads but does not sample as it must: see the failed checks above. Export it again.", err=True)
+        sys.exit(FAILURE)
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON document.")
+def doctor(as_json: bool) -> None:
+    """Say what is installed, which devices really work here, and what the others lack. Draws the embedded digits on each; the exit code is 1 if none works."""
+    import msgspec
+
+    from scm_runtime.doctor import examine
+
+    report = examine()
+    if as_json:
+        click.echo(msgspec.json.format(msgspec.json.encode(report), indent=2).decode())
+    else:
+        from scm_runtime.diagnosis import show_report
+
+        show_report(report)
+    if not report.works:
         sys.exit(FAILURE)
 
 

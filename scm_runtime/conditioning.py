@@ -132,8 +132,9 @@ def free_sizes(inputs: Mapping[str, Conditioning], columns: Mapping[str, Column 
 def fill(item: Conditioning, column: Column | None, seeds: NDArray[np.int64], sizes: Mapping[str, int]) -> NDArray[Any]:
     """The array of one input for a batch: as given, or its default; raises InvalidArgumentError where there is none."""
     if column is not None:
-        shape = column.values.shape if column.shared else column.values.shape[1:]
-        return np.ascontiguousarray(np.broadcast_to(column.values, (len(seeds), *shape)))
+        if not column.shared:
+            return np.ascontiguousarray(column.values)
+        return np.repeat(column.values[None], len(seeds), 0)
     if item.is_array:
         unknown = [dimension for dimension in item.shape if isinstance(dimension, str) and dimension not in sizes]
         if item.kind == "embedding" or unknown:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import ctypes
 import importlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -120,20 +121,23 @@ class Gpu:
         self.stream_handle = int(self._handle)
         self.can_capture = self.stream_handle not in (0, LEGACY)
         self._timed = self._core.EventOptions(timing_enabled=True)
-        self._memory: Any = self._device.memory_resource
+        self._pool: Any = None
         if self._device.properties.memory_pools_supported:
             # A pool of our own goes back to the device as a whole; until then it keeps what calls free for the next one.
-            self._memory = self._core.DeviceMemoryResource(self._device, self._core.DeviceMemoryResourceOptions())
+            self._pool = self._core.DeviceMemoryResource(self._device, self._core.DeviceMemoryResourceOptions())
             threshold = self._driver.CUmemPool_attribute.CU_MEMPOOL_ATTR_RELEASE_THRESHOLD
-            self._checked(self._driver.cuMemPoolSetAttribute(self._memory.handle, threshold, self._driver.cuuint64_t(2**64 - 1)))
+            self._checked(self._driver.cuMemPoolSetAttribute(self._pool.handle, threshold, self._driver.cuuint64_t(2**64 - 1)))
+        self._memory: Any = self._pool or self._device.memory_resource
         self._discarded: deque[tuple[Any, Any]] = deque()
         self._uploading: list[NDArray[Any]] = []
         self._staging: Any = None
         self._closed = False
 
     def _host_stream(self, handle: int) -> Any:
+        if handle == LEGACY:
+            return self._core.LEGACY_DEFAULT_STREAM  # every device has one: it is ours while this device is current
         try:
-            stream = self._core.LEGACY_DEFAULT_STREAM if handle == LEGACY else self._core.Stream.from_handle(handle)
+            stream = self._core.Stream.from_handle(handle)
             of = int(stream.device.device_id)
         except Exception as error:
             raise InvalidArgumentError(f"stream must be a CUDA stream, got the handle {handle}, which CUDA does not know: {error}") from error
@@ -213,15 +217,17 @@ class Gpu:
         # Another thread may come while the stream is being captured, and a free would become a part of the graph.
         self._discarded.append((buffer, written))
         if self._closed:
-            self._checked(self._driver.cuCtxPushCurrent(self._context))
-            self.free_discarded()
-            self._driver.cuCtxPopCurrent()
+            with self._current():
+                self.free_discarded()
 
     @_translated
     def free_discarded(self) -> None:
         """Free the memory that nothing refers to any more."""
-        while self._discarded:
-            buffer, written = self._discarded.popleft()
+        while True:
+            try:
+                buffer, written = self._discarded.popleft()
+            except IndexError:  # also where another thread was faster
+                return
             if written is None:
                 buffer.close()  # in the order of the stream it was allocated on
                 continue
@@ -235,8 +241,8 @@ class Gpu:
         """Give what is free back to the device."""
         self.free_discarded()
         self.synchronize()
-        if self._device.properties.memory_pools_supported:
-            self._checked(self._driver.cuMemPoolTrimTo(self._memory.handle, 0))
+        if self._pool is not None:
+            self._checked(self._driver.cuMemPoolTrimTo(self._pool.handle, 0))
 
     @_translated
     def hand_out(self, memory: Memory) -> None:
@@ -246,18 +252,15 @@ class Gpu:
     @_translated
     def export(self, memory: Memory, shape: tuple[int, ...], dtype: np.dtype[Any], max_version: tuple[int, int] | None) -> object:
         """A DLPack capsule that keeps the memory. From any thread."""
-        buffer = self._core.Buffer.from_handle(memory.address, memory.nbytes, owner=memory)
-        return self._utils.StridedMemoryView.from_buffer(buffer, shape, dtype=dtype).__dlpack__(max_version=max_version)
+        with self._current():
+            buffer = self._core.Buffer.from_handle(memory.address, memory.nbytes, owner=memory)
+            return self._utils.StridedMemoryView.from_buffer(buffer, shape, dtype=dtype).__dlpack__(max_version=max_version)
 
     @_translated
     def make_wait(self, stream: int, event: Any) -> None:
         """Let what comes next on a stream of this device wait for an event. From any thread."""
-        # Which stream the default one is depends on the thread's current device, which is the host's to choose.
-        self._checked(self._driver.cuCtxPushCurrent(self._context))
-        try:
+        with self._current():  # which stream the default one is depends on it
             self._checked(self._driver.cuStreamWaitEvent(stream, event.handle, 0))
-        finally:
-            self._driver.cuCtxPopCurrent()
 
     @_translated
     def close(self) -> None:
@@ -267,10 +270,19 @@ class Gpu:
         if self._staging is not None:
             self._staging.close()
         self._closed = True
-        if self._memory is not self._device.memory_resource:
-            self._memory.close()
+        if self._pool is not None:
+            self._pool.close()
         if self.owns_stream:
             self._stream.close()
+
+    @contextmanager
+    def _current(self) -> Iterator[None]:
+        """The device made current in a thread of the host's, whose own choice comes back."""
+        self._checked(self._driver.cuCtxPushCurrent(self._context))
+        try:
+            yield
+        finally:
+            self._driver.cuCtxPopCurrent()
 
     def _checked(self, returned: tuple[Any, ...]) -> Any:
         """What a call of the driver returned, without its status."""

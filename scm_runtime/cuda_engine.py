@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
+from math import prod
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from scm_runtime.bundle import Dtype, Manifest
 from scm_runtime.cuda_array import DeviceArray
-from scm_runtime.cuda_slots import Block, Graphed, Key, Slot, Slots, nbytes, rows
+from scm_runtime.cuda_slots import Block, Graphed, Key, Slot, Slots
 from scm_runtime.cuda_thread import CudaContext
 from scm_runtime.engine import Part, Trajectory
 from scm_runtime.errors import GeneratorClosedError, OutOfMemoryError
@@ -24,7 +25,10 @@ from scm_runtime.graphs import Graphs
 from scm_runtime.session import Region
 
 Result = TypeVar("Result")
+
+FLAG_BYTES = 4  # float32
 _serials = count(1)
+_lost: list[Any] = []  # what ONNX Runtime would end the process over, were it to destroy it without a device
 
 
 class _State:
@@ -48,9 +52,6 @@ class _State:
         self.checked = 0
         """How many steps have flags."""
 
-    def __getitem__(self, name: str) -> Region:
-        return self.block[name]
-
 
 class CudaEngine:
     """See ``engine.Engine``. Jobs of ``run`` are done one after the other, in the context's thread."""
@@ -64,18 +65,17 @@ class CudaEngine:
         self.provider = graphs.step.provider
         self._context, self._manifest = context, manifest
         self._graphs: Graphs | None = graphs
-        self._graphed = graphed
-        self._slots = Slots(context, graphed, manifest)
+        self._slots: Slots | None = Slots(context, graphed, manifest)
 
     @property
     def cuda_graph(self) -> bool:
         """Whether the step graph is, or will be, captured."""
-        return self._graphed.step.capture
+        return self._slots is not None and self._slots.graphs.step.capture
 
     @property
     def captured(self) -> int:
         """How many CUDA graphs of the step graph there are: one a shape of batches."""
-        return self._graphed.step.captured
+        return 0 if self._slots is None else self._slots.graphs.step.captured
 
     def run(self, job: Callable[[], Result]) -> Result:
         """See Engine and ``CudaContext.run``."""
@@ -87,41 +87,44 @@ class CudaEngine:
             start, call, scale = self.mark(), trajectory.call, self._manifest.initial_scale
             trajectory.state = state = _State(self._context, trajectory, self._manifest.sample.shape)
             if call.latents is None:
-                self._draw(self._slot([trajectory]), [trajectory], 0, scale, state["x"])
+                self._draw([trajectory], 0, scale, state.block.address("x"))
             else:
                 state.block.upload({"x": call.latents * np.float32(scale)})
             trajectory.parts.append(Part("noise", start, self.mark()))
 
     def advance(self, trajectories: Sequence[Trajectory]) -> None:
         """See Engine."""
-        gpu = self._context.gpu
+        copy = self._context.gpu.copy
         with self._memory_for(trajectories):
             start, slot = self.mark(), self._slot(trajectories)
-            draws = [one.k + 1 for one in trajectories]
-            if len(set(draws)) > 1:  # the draw is one number an evaluation
-                for one, part in self._parts(trajectories, slot["noise"]):
-                    self._draw(self._slot([one]), [one], one.k + 1, 1.0, part)
+            block, draws = slot.block, {one.k + 1 for one in trajectories}
+            if len(draws) > 1:  # the draw is one number an evaluation
+                to = block.address("noise")
+                for one in trajectories:
+                    self._draw([one], one.k + 1, 1.0, to)
+                    to += one.state.block.sizes["x"]
             self._load(slot, trajectories)
-            t, t_next = (np.concatenate([np.full(len(one), one.call.times[one.k + i], np.float32) for one in trajectories]) for i in (0, 1))
-            slot.block.upload({"t": t, "t_next": t_next, "draw": np.array(draws[0]), "scale": np.array(1.0)})
-            if len(set(draws)) == 1:
+            block.upload({"t": _times(trajectories, 0), "t_next": _times(trajectories, 1), "draw": min(draws), "scale": 1.0})
+            if len(draws) == 1:
                 slot.noise()
             drawn = self.mark()
-            self._gather(slot, trajectories)
+            self._gather(slot, "x", trajectories)
             slot.step()
             slot.check()
-            for one, x in self._parts(trajectories, slot["x_next"]):
-                gpu.copy(one.state["x"].address, x.address, nbytes(x))
-            for one, flags in self._parts(trajectories, slot["finite"]):
-                gpu.copy(rows(one.state["finite"], one.state.checked, 1).address, flags.address, nbytes(flags))
-                one.state.checked += 1
+            x, flags = block.address("x_next"), block.address("finite")
+            for one in trajectories:
+                state, row = one.state, FLAG_BYTES * len(one)
+                copy(state.block.address("x"), x, state.block.sizes["x"])
+                copy(state.block.address("finite") + state.checked * row, flags, row)
+                x, flags = x + state.block.sizes["x"], flags + row
+                state.checked += 1
             end = self.mark()
             for one in trajectories:
                 one.parts += (Part("noise", start, drawn), Part("step", drawn, end))
 
     def fetch(self, trajectory: Trajectory) -> NDArray[np.float32]:
         """See Engine."""
-        start, x = self.mark(), trajectory.state["x"]
+        start, x = self.mark(), trajectory.state.block.region("x")
         array = self._context.gpu.download(x.address, x.shape, x.dtype)
         trajectory.parts.append(Part("copy", start, self.mark()))
         return cast(NDArray[np.float32], array)
@@ -136,8 +139,8 @@ class CudaEngine:
         state = trajectory.state
         if not state.checked:
             return np.ones((0, len(trajectory)), np.bool_)
-        region = rows(state["finite"], 0, state.checked)
-        return cast(NDArray[np.bool_], self._context.gpu.download(region.address, region.shape, region.dtype) == 0)
+        flags = self._context.gpu.download(state.block.address("finite"), (state.checked, len(trajectory)), np.float32)
+        return cast(NDArray[np.bool_], flags == 0)
 
     def decode(self, trajectories: Sequence[Trajectory]) -> list[NDArray[Any]]:
         """See Engine."""
@@ -157,8 +160,9 @@ class CudaEngine:
         gpu = self._context.gpu
         with self._memory_for([trajectory]):
             result = self._decoded([trajectory])
-            memory = gpu.allocate(nbytes(result))
-            gpu.copy(memory.address, result.address, nbytes(result))
+            nbytes = np.dtype(result.dtype).itemsize * prod(result.shape)
+            memory = gpu.allocate(nbytes)
+            gpu.copy(memory.address, result.address, nbytes)
             gpu.hand_out(memory)
             return DeviceArray(gpu, memory, result.shape, np.dtype(result.dtype))
 
@@ -182,23 +186,22 @@ class CudaEngine:
             return
 
         def give_back() -> None:
-            assert self._graphs is not None
+            graphs, self._graphs, self._slots = self.graphs(), None, None
             self._context.gpu.synchronize()
-            self._slots.clear()
-            try:
-                self._graphs.end_profiling()
-            finally:
-                del self._slots, self._graphed
-                self._graphs = None
+            graphs.end_profiling()
 
         try:
-            self._context.run(give_back)
+            if self._context.lost:
+                _lost.append((self._graphs, self._slots))
+            else:
+                self._context.run(give_back)
         finally:
-            self._graphs = None
+            self._graphs = self._slots = None
             self._context.release()
 
     def _slot(self, trajectories: Sequence[Trajectory]) -> Slot:
         dtypes = {name: value.dtype.type for name, value in trajectories[0].call.conditioning.items()}
+        assert self._slots is not None, "the engine is closed"
         return self._slots.get(_key(trajectories), dtypes)
 
     def _load(self, slot: Slot, trajectories: Sequence[Trajectory]) -> None:
@@ -207,33 +210,29 @@ class CudaEngine:
         if slot.loaded == whose:
             return
         for name in ("seeds", *(f"given {name}" for name in trajectories[0].call.conditioning)):
-            for one, part in self._parts(trajectories, slot[name]):
-                self._context.gpu.copy(part.address, one.state[name].address, nbytes(part))
+            self._gather(slot, name, trajectories)
         slot.loaded = whose
 
-    def _gather(self, slot: Slot, trajectories: Sequence[Trajectory]) -> None:
-        """States."""
-        for one, part in self._parts(trajectories, slot["x"]):
-            self._context.gpu.copy(part.address, one.state["x"].address, nbytes(part))
+    def _gather(self, slot: Slot, name: str, trajectories: Sequence[Trajectory]) -> None:
+        """A tensor of each, side by side in the slot."""
+        to = slot.block.address(name)
+        for one in trajectories:
+            block = one.state.block
+            self._context.gpu.copy(to, block.address(name), block.sizes[name])
+            to += block.sizes[name]
 
-    def _draw(self, slot: Slot, trajectories: Sequence[Trajectory], draw: int, scale: float, to: Region) -> None:
-        """Noise of one draw, in the slot and from there to where it is wanted."""
+    def _draw(self, trajectories: Sequence[Trajectory], draw: int, scale: float, to: int) -> None:
+        """Noise of one draw, in the trajectories' slot and from there to where it is wanted."""
+        slot = self._slot(trajectories)
         self._load(slot, trajectories)
-        slot.block.upload({"draw": np.array(draw), "scale": np.array(scale)})
+        slot.block.upload({"draw": draw, "scale": scale})
         slot.noise()
-        self._context.gpu.copy(to.address, slot["noise"].address, nbytes(to))
+        self._context.gpu.copy(to, slot.block.address("noise"), slot.block.sizes["noise"])
 
     def _decoded(self, trajectories: Sequence[Trajectory]) -> Region:
         slot = self._slot(trajectories)
-        self._gather(slot, trajectories)
+        self._gather(slot, "x", trajectories)
         return slot.decode()
-
-    def _parts(self, trajectories: Sequence[Trajectory], region: Region) -> Iterator[tuple[Trajectory, Region]]:
-        """Each trajectory with its rows of a tensor for all of them."""
-        at = 0
-        for one in trajectories:
-            yield one, rows(region, at, len(one))
-            at += len(one)
 
     @contextmanager
     def _memory_for(self, trajectories: Sequence[Trajectory]) -> Iterator[None]:
@@ -242,15 +241,21 @@ class CudaEngine:
             yield
         except OutOfMemoryError as error:
             n = sum(map(len, trajectories))
-            self._slots.drop_others(_key(trajectories))
-            for graph in self._graphed:
-                graph.shrink = True
+            if self._slots is not None:
+                self._slots.give_back(_key(trajectories))
             self._context.gpu.trim()
             remedies = ["a smaller batch", *(["half precision, dtype='fp16' or 'bf16', where the bundle has it"] if self.dtype == "fp32" else [])]
             raise OutOfMemoryError(
                 f"the memory of cuda:{self._context.index} does not suffice for a batch of {n} in {self.dtype}. "
                 f"Try {', '.join(remedies)}, or a larger gpu_mem_limit if one is set. The Generator goes on working. ({error})"
             ) from error
+
+
+def _times(trajectories: Sequence[Trajectory], ahead: int) -> float | NDArray[np.float64]:
+    """Of each sample."""
+    if len(trajectories) == 1:
+        return trajectories[0].call.times[trajectories[0].k + ahead]
+    return np.repeat([one.call.times[one.k + ahead] for one in trajectories], [len(one) for one in trajectories])
 
 
 def _key(trajectories: Sequence[Trajectory]) -> Key:

@@ -1,4 +1,4 @@
-"""Opens a bundle's graphs on a CUDA device, with CUDA graphs where every node of a graph can be on the device."""
+"""Opens a bundle's graphs on a CUDA device, and finds out which of them are on it with all their nodes."""
 
 from __future__ import annotations
 
@@ -53,51 +53,57 @@ def open_cuda_engine(
         InferenceError, DeviceError, NativeOpsError: what ``open_session`` raises.
         InvalidArgumentError: the provider's options name what has an argument of its own.
     """
-    opener = _Opener(context, settings, cuda_graph=cuda_graph and context.gpu.can_capture, gpu_mem_limit=gpu_mem_limit, open_session=open_session)
+    opener = _Opener(context, settings, gpu_mem_limit, open_session)
+    capture = cuda_graph and context.gpu.can_capture
 
     def open_all() -> CudaEngine:
         graphs = Graphs(folder, manifest, dtype, opener.open)
         finite = opener.open_finite()
-        graphed = Graphed(*(Graph(context, session, capture=opener.captures(session)) for session in (graphs.noise, graphs.step, finite, graphs.decode)))
+        sessions = (graphs.noise, graphs.step, finite, graphs.decode)
+        graphed = Graphed(*(Graph(context, session, resident=_is_resident(session), capture=capture) for session in sessions))
         return CudaEngine(context, graphs, graphed, dtype, manifest)
 
     return context.run(open_all)
 
 
 class _Opener:
-    def __init__(self, context: CudaContext, settings: Settings, *, cuda_graph: bool, gpu_mem_limit: int | None, open_session: OpenSession) -> None:
+    def __init__(self, context: CudaContext, settings: Settings, gpu_mem_limit: int | None, open_session: OpenSession) -> None:
         (provider, extra), *rest = settings.placement.providers
 
-        def settings_for(capture: bool) -> Settings:
-            options = cuda_options(context.index, gpu_mem_limit=gpu_mem_limit, cuda_graph=capture, stream_handle=context.stream_handle, extra=extra)
+        def settings_for(cuda_graph: bool) -> Settings:
+            options = cuda_options(context.index, gpu_mem_limit=gpu_mem_limit, cuda_graph=cuda_graph, stream_handle=context.stream_handle, extra=extra)
             return replace(settings, placement=replace(settings.placement, providers=((provider, options), *rest)))
 
-        self._plain, self._capturing = settings_for(False), settings_for(True)
-        self._cuda_graph, self._open_session = cuda_graph, open_session
+        self._anyhow, self._whole = settings_for(False), settings_for(True)
+        self._open_session = open_session
 
     def open(self, path: Path) -> Session:
-        """Open a graph of the bundle so that its runs can be captured, or else so that they cannot."""
-        # The optional graphs are called with the host's arrays, which have no fixed addresses.
+        """Open a graph of the bundle."""
+        # The optional graphs are called with the host's arrays, which ONNX Runtime copies for each node as it is needed.
         if path.name.startswith(("encode.", "preview.")):
-            return self._open_session(path, self._plain)
-        return self._open(path, self._plain, self._capturing)
+            return self._open_session(path, self._anyhow)
+        return self._open(path, self._whole, self._anyhow)
 
     def open_finite(self) -> Session:
         """Open the graph that looks for NaN and infinity. It is no part of the bundle: the cache does not know it."""
-        return self._open(FINITE, replace(self._plain, cached=None, library=None), replace(self._capturing, cached=None, library=None))
+        whole, anyhow = (replace(settings, cached=None, library=None) for settings in (self._whole, self._anyhow))
+        return self._open(FINITE, whole, anyhow)
 
-    def _open(self, path: Path, plain: Settings, capturing: Settings) -> Session:
-        if not self._cuda_graph:
-            return self._open_session(path, plain)
+    def _open(self, path: Path, whole: Settings, anyhow: Settings) -> Session:
+        """With all nodes on the device, or else with some on the CPU.
+
+        ONNX Runtime refuses what cannot be on the device as a whole when it is to be ready for CUDA graphs, so it is asked to be, whether any is captured
+        or not: a run says which graph it is, or none.
+        """
         try:
-            return self._open_session(path, capturing)
+            return self._open_session(path, whole)
         except (OutOfMemoryError, DeviceError, NativeOpsError):
             raise
-        except InferenceError as error:  # most often a node without a CUDA kernel; what is wrong otherwise comes again
-            session = self._open_session(path, plain)
-            _log.info("'%s' runs without CUDA graphs: %s", path.name, error)
+        except InferenceError as error:  # what is wrong otherwise comes again
+            session = self._open_session(path, anyhow)
+            _log.info("'%s' runs with copies to the CPU and back, and without CUDA graphs: %s", path.name, error)
             return session
 
-    def captures(self, session: Session) -> bool:
-        """Whether a session's runs can be captured."""
-        return session.settings.placement.providers[0][1]["enable_cuda_graph"] == "1"
+
+def _is_resident(session: Session) -> bool:
+    return session.settings.placement.providers[0][1]["enable_cuda_graph"] == "1"

@@ -15,7 +15,7 @@ def cuda_options(
     Args:
         index: of the device.
         gpu_mem_limit: bytes of the session's arena; cuDNN's and cuBLAS's workspaces and the context come on top.
-        cuda_graph: whether runs may be captured; ONNX Runtime then refuses graphs with nodes on the CPU.
+        cuda_graph: to be ready for CUDA graphs; ONNX Runtime then refuses graphs with nodes on the CPU.
         stream_handle: of the stream that the session works on.
         extra: the caller's own, which take the place of the defaults.
 

@@ -6,12 +6,12 @@ import logging
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import count
 from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from scm_runtime.bundle import Manifest
 from scm_runtime.cuda import Memory, is_fatal
@@ -23,6 +23,8 @@ from scm_runtime.session import Bound, Region, Session
 MAX_GRAPHS = 8
 # Shapes without a graph whose places are kept for the next batch of that shape.
 MAX_OTHERS = 8
+# Before a capture, which must not allocate. ONNX Runtime runs twice on its own account, after which its arena may still have to grow.
+PREPARATIONS = 2
 ALIGNMENT = 256  # bytes: what cudaMalloc gives, and vectorised loads may count on
 
 Field = tuple[type[np.generic], tuple[int, ...]]
@@ -32,53 +34,64 @@ Key = tuple[int, tuple[tuple[str, tuple[int, ...]], ...]]
 _log = logging.getLogger("scm_runtime")
 
 
+class Layout:
+    """Tensors in one piece of memory, in order, each aligned."""
+
+    def __init__(self, fields: tuple[tuple[str, Field], ...]) -> None:
+        self.fields = dict(fields)
+        self.offsets: dict[str, int] = {}
+        self.sizes = {name: np.dtype(dtype).itemsize * prod(shape) for name, (dtype, shape) in fields}
+        """In bytes."""
+        self.end = 0
+        for name, size in self.sizes.items():
+            self.offsets[name] = self.end
+            self.end += -(-size // ALIGNMENT) * ALIGNMENT
+        self._records: dict[tuple[str, ...], tuple[int, np.dtype[Any]]] = {}
+
+    def record(self, names: tuple[str, ...]) -> tuple[int, np.dtype[Any]]:
+        """Some of the tensors, that stand together, as NumPy writes them at once: where the first one begins, and the dtype of all."""
+        if names not in self._records:
+            first, end = min(self.offsets[name] for name in names), max(self.offsets[name] + self.sizes[name] for name in names)
+            offsets = [self.offsets[name] - first for name in names]
+            dtype = np.dtype({"names": names, "formats": [self.fields[name] for name in names], "offsets": offsets, "itemsize": end - first})
+            self._records[names] = first, dtype
+        return self._records[names]
+
+
+_layout = lru_cache(64)(Layout)
+
+
 class Block:
-    """One piece of memory with several tensors in it, in order, each aligned."""
+    """Memory with several tensors in it."""
 
     def __init__(self, context: CudaContext, fields: Mapping[str, Field]) -> None:
         """Allocate. Raises OutOfMemoryError."""
-        self.offsets: dict[str, int] = {}
-        end = 0
-        for name, (dtype, shape) in fields.items():
-            self.offsets[name] = end
-            end += -(-np.dtype(dtype).itemsize * prod(shape) // ALIGNMENT) * ALIGNMENT
-        self.fields = dict(fields)
-        self.memory: Memory = context.gpu.allocate(end)
-        self._gpu = context.gpu
+        self._layout, self._gpu = _layout(tuple(fields.items())), context.gpu
+        self.sizes = self._layout.sizes
+        self._memory: Memory = self._gpu.allocate(self._layout.end)
 
-    def __getitem__(self, name: str) -> Region:
+    def address(self, name: str) -> int:
         """Where a tensor lies."""
-        dtype, shape = self.fields[name]
-        return Region(self.memory.address + self.offsets[name], dtype, shape)
+        return self._memory.address + self._layout.offsets[name]
 
-    def upload(self, arrays: Mapping[str, NDArray[Any]]) -> None:
+    def region(self, name: str) -> Region:
+        """A tensor, for a session to be bound to."""
+        return Region(self.address(name), *self._layout.fields[name])
+
+    def upload(self, arrays: Mapping[str, Any]) -> None:
         """Write tensors that stand together, in one copy."""
-        first = min(self.offsets[name] for name in arrays)
-        size = max(self.offsets[name] + nbytes(self[name]) for name in arrays) - first
-        packed = np.zeros(size, np.uint8)
+        first, dtype = self._layout.record(tuple(arrays))
+        packed = np.zeros((), dtype)
         for name, array in arrays.items():
-            dtype, shape = self.fields[name]
-            at = self.offsets[name] - first
-            packed[at : at + nbytes(self[name])].view(dtype).reshape(shape)[...] = array
-        self._gpu.upload(self.memory.address + first, packed)
-
-
-def nbytes(region: Region) -> int:
-    """What a tensor takes."""
-    return np.dtype(region.dtype).itemsize * prod(region.shape)
-
-
-def rows(region: Region, start: int, length: int) -> Region:
-    """A part of a tensor along its first axis."""
-    shape = region.shape[1:]
-    return Region(region.address + start * np.dtype(region.dtype).itemsize * prod(shape), region.dtype, (length, *shape))
+            packed[name] = array
+        self._gpu.upload(self._memory.address + first, packed)
 
 
 class Graph:
-    """An open session, and whether its runs may be captured."""
+    """An open session, whether all of it runs on the device, and whether its runs may be captured."""
 
-    def __init__(self, context: CudaContext, session: Session, *, capture: bool) -> None:
-        self.context, self.session, self.capture = context, session, capture
+    def __init__(self, context: CudaContext, session: Session, *, resident: bool, capture: bool) -> None:
+        self.context, self.session, self.resident, self.capture = context, session, resident, resident and capture
         self.captured = 0
         self.shrink = False
         """Whether the next run is to give back what the arena has spare."""
@@ -93,34 +106,54 @@ class Run:
 
     def __init__(self, graph: Graph, inputs: Mapping[str, Region], output: Region, number: int | None) -> None:
         self._graph, self._inputs, self._output = graph, dict(inputs), output
-        self._number = number if graph.capture else None
-        self.captured = False
-        self._bound = self._bind(self._number)
+        self._number = number
+        self._bound: Bound | None = None
+        self._captured: Bound | None = None
+
+    @property
+    def captured(self) -> bool:
+        """Whether a CUDA graph stands for it."""
+        return self._captured is not None
 
     def __call__(self) -> None:
-        """Put the work on the stream. The first time, with a number, ONNX Runtime runs it three times: twice to warm up, once to capture.
+        """Put the work on the stream; the first time several times over, so that it can be captured.
 
         Raises:
             OutOfMemoryError: memory did not suffice.
             InferenceError: ONNX Runtime failed.
         """
         graph = self._graph
-        if graph.shrink and not graph.captured:
+        if not graph.resident:
+            self._run_copied()
+        elif graph.shrink and not graph.captured:
             graph.shrink = False
-            self._bind(None, {"memory.enable_memory_arena_shrinkage": f"gpu:{graph.context.index}"})()
-        elif self._number is None or self.captured:
-            self._bound()
+            self._shrink()
+        elif self._captured is not None:
+            self._captured()
+        elif self._number is None or not graph.capture:
+            self._plain()
         else:
-            self._capture()
+            self._capture(self._number)
 
-    def _capture(self) -> None:
+    def _plain(self) -> None:
+        if self._bound is None:
+            self._bound = self._bind(None)
+        self._bound()
+
+    def _run_copied(self) -> None:
+        # What nodes on the CPU read, ONNX Runtime copies when it is bound and not when it runs, in no order with the stream.
+        self._graph.context.gpu.synchronize()
+        self._graph.session.bind(self._inputs, self._output, run_options={"gpu_graph_id": "-1"})()
+
+    def _capture(self, number: int) -> None:
         graph = self._graph
+        for _ in range(PREPARATIONS):
+            self._plain()
+        bound = self._bind(number)
         try:
-            if not graph.capture:  # another shape failed since
-                raise InferenceError("not captured")
             with CAPTURES.alone():
                 try:
-                    self._bound()
+                    bound()
                 except InferenceError as error:
                     if not is_fatal(error):
                         graph.context.gpu.end_capture()
@@ -129,15 +162,22 @@ class Run:
             if is_fatal(error):
                 raise
             self._number = None
-            self._bound = self._bind(None)
-            # What does not fit while it is captured may fit without, and memory is a matter of this shape alone.
-            if graph.capture and not isinstance(error, OutOfMemoryError):
-                graph.capture = False
-                _log.info("'%s' runs without CUDA graphs: %s", graph.session.path.name, error)
-            self._bound()
+            # Memory that was not there while nothing could be allocated is a matter of this shape alone.
+            graph.capture = graph.capture and isinstance(error, OutOfMemoryError)
+            _log.info("'%s' runs without a CUDA graph for %d samples: %s", graph.session.path.name, self._output.shape[0], error)
+            self._plain()
         else:
-            self.captured = True
+            self._captured = bound
             graph.captured += 1
+
+    def _shrink(self) -> None:
+        try:
+            self._bind(None, {"memory.enable_memory_arena_shrinkage": f"gpu:{self._graph.context.index}"})()
+        except InferenceError as error:
+            if is_fatal(error) or isinstance(error, OutOfMemoryError):
+                raise
+            _log.debug("'%s' keeps its arena: %s", self._graph.session.path.name, error)
+            self._plain()
 
     def _bind(self, number: int | None, options: Mapping[str, str] | None = None) -> Bound:
         # Everything is on one stream: nobody needs the end of a run but who fetches, and that waits for itself.
@@ -163,7 +203,7 @@ class Slot:
         self.n, self.number = n, number
         self._context, self._graphs = context, graphs
         state: Field = (np.float32, (n, *manifest.sample.shape))
-        self._conditioning = {name: (dtypes[name], (n, *shape)) for name, shape in sizes}
+        conditioning: dict[str, Field] = {name: (dtypes[name], (n, *shape)) for name, shape in sizes}
         self.block = block = Block(
             context,
             {
@@ -172,7 +212,7 @@ class Slot:
                 "draw": (np.int64, ()),
                 "scale": (np.float32, ()),
                 "seeds": (np.int64, (n,)),
-                **{f"given {name}": field for name, field in self._conditioning.items()},
+                **{f"given {name}": field for name, field in conditioning.items()},
                 "finite": (np.float32, (n,)),
                 "noise": state,
                 "x": state,
@@ -181,27 +221,24 @@ class Slot:
         )
         self.loaded: tuple[int, ...] = ()
         """Whose seeds and conditioning stand here."""
-        given = {name: block[f"given {name}"] for name in self._conditioning}
-        self.noise = graphs.noise.bind({name: block[name] for name in ("seeds", "draw", "scale")}, block["noise"], number)
-        self.step = graphs.step.bind({name: block[name] for name in ("x", "t", "t_next", "noise")} | given, block["x_next"], number)
-        flat = block["x_next"]._replace(shape=(n, prod(manifest.sample.shape)))
-        self.check = graphs.finite.bind({"x": flat}, block["finite"], number)
+        at = block.region
+        given = {name: at(f"given {name}") for name in conditioning}
+        self.noise = graphs.noise.bind({name: at(name) for name in ("seeds", "draw", "scale")}, at("noise"), number)
+        self.step = graphs.step.bind({name: at(name) for name in ("x", "t", "t_next", "noise")} | given, at("x_next"), number)
+        flat = at("x_next")._replace(shape=(n, prod(manifest.sample.shape)))
+        self.check = graphs.finite.bind({"x": flat}, at("finite"), number)
         decoded = np.uint8 if manifest.output.kind == "image" else np.float32
         self._decoded: Field = (decoded, (n, *manifest.output.shape))
         self._decoder: tuple[Block, Run] | None = None
-
-    def __getitem__(self, name: str) -> Region:
-        """One of its tensors; a conditioning input as ``given NAME``."""
-        return self.block[name]
 
     def decode(self) -> Region:
         """Decode x, and say where the result lies."""
         if self._decoder is None:
             block = Block(self._context, {"decoded": self._decoded})
-            self._decoder = block, self._graphs.decode.bind({"x": self.block["x"]}, block["decoded"], self.number)
+            self._decoder = block, self._graphs.decode.bind({"x": self.block.region("x")}, block.region("decoded"), self.number)
         block, run = self._decoder
         run()
-        return block["decoded"]
+        return block.region("decoded")
 
     @property
     def captured(self) -> bool:
@@ -238,11 +275,9 @@ class Slots:
         numbered = max(graph.captured for graph in self.graphs) + sum(slot.number is not None and not slot.captured for slot in self._slots.values())
         return any(graph.capture for graph in self.graphs) and numbered < MAX_GRAPHS
 
-    def drop_others(self, key: Key | None) -> None:
-        """Give the memory of places without a graph back, and that of ``key`` in any case: its graphs are never run again."""
+    def give_back(self, key: Key) -> None:
+        """Free the places without a graph, and that of ``key`` in any case: its graphs are never run again. Let the arenas shrink."""
         for other in [other for other, slot in self._slots.items() if other == key or not slot.captured]:
             del self._slots[other]
-
-    def clear(self) -> None:
-        """Give all memory back."""
-        self._slots.clear()
+        for graph in self.graphs:
+            graph.shrink = True

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from scm_runtime.cuda import Gpu, is_fatal
-from scm_runtime.errors import GeneratorClosedError, InferenceError
+from scm_runtime.errors import DeviceError, GeneratorClosedError, InferenceError
 
 Result = TypeVar("Result")
 
@@ -25,19 +25,40 @@ class Captures:
         self._changed = threading.Condition()
         self._working = self._waiting = 0
         self._capturing = False
+        self._here = threading.local()
 
     @contextmanager
     def working(self) -> Iterator[None]:
         """A job that may call CUDA."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._capturing and not self._waiting)
-            self._working += 1
+        self._enter()
         try:
             yield
         finally:
-            with self._changed:
-                self._working -= 1
-                self._changed.notify_all()
+            self._leave()
+
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """Within a job or not: while it waits for another thread's, which may want to capture."""
+        if not getattr(self._here, "working", False):
+            yield
+            return
+        self._leave()
+        try:
+            yield
+        finally:
+            self._enter()
+
+    def _enter(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._capturing and not self._waiting)
+            self._working += 1
+        self._here.working = True
+
+    def _leave(self) -> None:
+        self._here.working = False
+        with self._changed:
+            self._working -= 1
+            self._changed.notify_all()
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -92,7 +113,7 @@ class _Worker:
             del job
 
     def _judged(self, error: BaseException) -> BaseException:
-        if not isinstance(error, Exception) or not is_fatal(error):
+        if not isinstance(error, InferenceError) or not is_fatal(error):
             return error
         self.lost = f"CUDA failed in a way that the process cannot recover from: {error} Restart the process."
         lost = InferenceError(self.lost)
@@ -114,7 +135,7 @@ class CudaContext:
         Raises:
             InvalidArgumentError: the stream is of another device, or none.
             MissingDependencyError: no cuda-core.
-            InferenceError: CUDA cannot be used.
+            DeviceError: CUDA cannot be used.
         """
         self.index = index
         self._worker = _Worker()
@@ -125,8 +146,10 @@ class CudaContext:
         self._thread.start()
         try:
             self.gpu: Gpu = self.run(lambda: open_gpu(index, stream))
-        except BaseException:
+        except BaseException as error:
             self._worker.jobs.put(None)
+            if isinstance(error, InferenceError):
+                raise DeviceError(f"cuda:{index} cannot be used: {error}. scm-runtime doctor shows what is missing.") from error
             raise
         self.stream_handle = self.gpu.stream_handle
 
@@ -151,7 +174,8 @@ class CudaContext:
             if self._worker.lost is not None:
                 raise InferenceError(self._worker.lost)
             self._worker.jobs.put(job)
-        job.done.acquire()
+        with CAPTURES.resting():
+            job.done.acquire()
         if job.error is not None:
             try:
                 raise job.error
@@ -159,6 +183,11 @@ class CudaContext:
                 job.error = None  # or the error would hold this frame, which holds the error
         result: Result = job.result
         return result
+
+    @property
+    def lost(self) -> bool:
+        """Whether CUDA failed in a way that the process cannot recover from."""
+        return self._worker.lost is not None
 
     def retain(self) -> None:
         """One more engine works here."""
@@ -172,7 +201,7 @@ class CudaContext:
             if self._users or self._closed:
                 return
         try:
-            if self._worker.lost is None:
+            if not self.lost:
                 self.run(self.gpu.close)
         finally:
             with self._lock:

@@ -111,9 +111,13 @@ class Engine(Protocol):
         """Give memory and threads back. No job runs then or comes after."""
 
 
-@dataclass
+_ONE = np.array(1, np.float32)
+
+
+@dataclass(slots=True)
 class _HostState:
     x: NDArray[np.float32]  #               [n, *sample]
+    times: NDArray[np.float32]  #           [steps + 1, n]
     finite: list[NDArray[np.bool_]]  #      [n] a step
 
 
@@ -127,7 +131,7 @@ class HostEngine:
         """Compute with open graphs; ``initial_scale`` is the manifest's."""
         self.dtype: Dtype = dtype
         self.provider = graphs.step.provider
-        self._graphs, self._initial_scale = graphs, initial_scale
+        self._graphs, self._initial_scale = graphs, np.array(initial_scale, np.float32)
 
     def run(self, job: Callable[[], Result]) -> Result:
         """At once, in the caller's thread."""
@@ -136,25 +140,26 @@ class HostEngine:
     def begin(self, trajectory: Trajectory) -> None:
         """See Engine."""
         start, call = self.mark(), trajectory.call
-        x = self._noise(call.seeds, 0, self._initial_scale) if call.latents is None else call.latents * np.float32(self._initial_scale)
-        trajectory.state = _HostState(x, [])
+        x = self._noise(call.seeds, 0, self._initial_scale) if call.latents is None else call.latents * self._initial_scale
+        times = np.repeat(np.array(call.times, np.float32)[:, None], len(x), 1)
+        trajectory.state = _HostState(x, times, [])
         trajectory.parts.append(Part("noise", start, self.mark()))
 
     def advance(self, trajectories: Sequence[Trajectory]) -> None:
         """See Engine."""
         start = self.mark()
-        noise = _joined([self._noise(one.call.seeds, one.k + 1, 1.0) for one in trajectories])
+        noise = _joined([self._noise(one.call.seeds, one.k + 1, _ONE) for one in trajectories])
         drawn = self.mark()
-        t, t_next = (_joined([np.full(len(one), one.call.times[one.k + i], np.float32) for one in trajectories]) for i in (0, 1))
-        conditioning = {name: _joined([one.call.conditioning[name] for one in trajectories]) for name in trajectories[0].call.conditioning}
-        x = self._graphs.step(x=_joined([one.state.x for one in trajectories]), t=t, t_next=t_next, noise=noise, **conditioning)
+        inputs = [{**one.call.conditioning, "x": one.state.x, "t": one.state.times[one.k], "t_next": one.state.times[one.k + 1]} for one in trajectories]
+        joined = inputs[0] if len(inputs) == 1 else {name: np.concatenate([one[name] for one in inputs]) for name in inputs[0]}
+        x = self._graphs.step(noise=noise, **joined)
         finite = np.isfinite(x).reshape(len(x), -1).all(axis=1)
-        end, at = self.mark(), 0
+        step, at = (Part("noise", start, drawn), Part("step", drawn, self.mark())), 0
         for one in trajectories:
             rows = slice(at, at := at + len(one))
             one.state.x = x[rows]
             one.state.finite.append(finite[rows])
-            one.parts += (Part("noise", start, drawn), Part("step", drawn, end))
+            one.parts += step
 
     def fetch(self, trajectory: Trajectory) -> NDArray[np.float32]:
         """See Engine."""
@@ -162,11 +167,11 @@ class HostEngine:
 
     def replace(self, trajectory: Trajectory, x: NDArray[np.float32]) -> None:
         """See Engine."""
-        trajectory.state = _HostState(x, [])
+        trajectory.state = _HostState(x, trajectory.state.times, [])
 
     def finite(self, trajectory: Trajectory) -> NDArray[np.bool_]:
         """See Engine."""
-        return np.array(trajectory.state.finite, np.bool_).reshape(-1, len(trajectory))
+        return np.array(trajectory.state.finite, np.bool_).reshape(-1, len(trajectory.state.x))
 
     def decode(self, trajectories: Sequence[Trajectory]) -> list[NDArray[Any]]:
         """See Engine."""
@@ -199,8 +204,8 @@ class HostEngine:
         """See Engine: the sessions go with the last reference to them."""
         self._graphs.end_profiling()
 
-    def _noise(self, seeds: NDArray[np.int64], draw: int, scale: float) -> NDArray[np.float32]:
-        return cast("NDArray[np.float32]", self._graphs.noise(seeds=seeds, draw=np.array(draw, np.int64), scale=np.array(scale, np.float32)))
+    def _noise(self, seeds: NDArray[np.int64], draw: int, scale: NDArray[np.float32]) -> NDArray[np.float32]:
+        return cast("NDArray[np.float32]", self._graphs.noise(seeds=seeds, draw=np.array(draw, np.int64), scale=scale))
 
 
 def _joined(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:

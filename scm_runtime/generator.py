@@ -126,8 +126,7 @@ class Generator(Queued):
         self.dtype: Dtype = opened.engine.dtype
         attributes = {"bundle": self.info.bundle, "device": self.info.device, "dtype": self.dtype}
         guard = Guard(opened.engine, policy, opened.open_fp32)
-        self._sampler: Sampler | None = Sampler(opened.engine, guard, self.manifest, attributes, on_span)
-        self._usage = Usage(self._give_back)
+        self._usage = Usage(Sampler(opened.engine, guard, self.manifest, attributes, on_span), Sampler.close)
         self._max_batch_size, self._batcher = max_batch_size, Batcher(max_batch_size, max_wait)
 
     def __enter__(self) -> Self:
@@ -216,8 +215,8 @@ class Generator(Queued):
             output_type=output_type,
             callback_on_step_end=callback_on_step_end,
         )
-        with self._usage:
-            return self._open_sampler().sample(read_request(self, class_labels, arguments))
+        with self._usage as sampler:
+            return sampler.sample(read_request(self, class_labels, arguments))
 
     def submit(self, class_labels: Labels | None = None, **arguments: Unpack[CallArguments]) -> Future[Samples]:
         """Queue a call, with the arguments of a call, and return at once. Requests that wait are computed together, also such as are at different steps.
@@ -235,9 +234,9 @@ class Generator(Queued):
         Raises:
             InvalidArgumentError, GeneratorClosedError, ForkedError: at once, as a call does.
         """
-        self._usage.enter()
+        sampler = self._usage.enter()
         try:
-            return self._batcher.submit(self._open_sampler(), read_request(self, class_labels, arguments), self._usage.leave)
+            return self._batcher.submit(sampler, read_request(self, class_labels, arguments), self._usage.leave)
         except BaseException:
             self._usage.leave()
             raise
@@ -278,8 +277,8 @@ class Generator(Queued):
             InvalidArgumentError: the bundle has no encoder, the images do not fit it, or the Generator is closed.
             InferenceError: ONNX Runtime failed.
         """
-        with self._usage:
-            engine = self._open_sampler().engine
+        with self._usage as sampler:
+            engine = sampler.engine
             graph = engine.run(lambda: engine.graphs().optional("encode"))
             pixels = to_pixels(images, graph.shapes.get("image", (None,) * 4)[1:])
             return cast("NDArray[np.float32]", engine.run(lambda: graph(image=pixels)))
@@ -298,8 +297,8 @@ class Generator(Queued):
             InvalidArgumentError: the bundle has no decoder, or none for previews; the latents are of another shape; or the Generator is closed.
             InferenceError: ONNX Runtime failed.
         """
-        with self._usage:
-            engine = self._open_sampler().engine
+        with self._usage as sampler:
+            engine = sampler.engine
             x = read_latents(latents, self.manifest.sample.shape)
             if not len(x):
                 raise InvalidArgumentError("latents must hold at least one value, got none")
@@ -310,12 +309,3 @@ class Generator(Queued):
                 return (engine.graphs().optional("preview") if preview else engine.graphs().decode)(x=x)
 
             return cast("NDArray[np.uint8]", engine.run(run))
-
-    def _open_sampler(self) -> Sampler:
-        sampler = self._sampler
-        assert sampler is not None  # within self._usage
-        return sampler
-
-    def _give_back(self) -> None:
-        sampler, self._sampler = self._open_sampler(), None
-        sampler.close()

@@ -80,11 +80,19 @@ def _verified(report: Verification) -> str:
 # smoke
 
 
-def smoke_test(bundle: str, threads: int | None, *, revision: str | None = None, native_ops: NativeOps = "auto", verify_integrity: bool = True) -> bool:
+def smoke_test(
+    bundle: str,
+    threads: int | None,
+    *,
+    device: str = "auto",
+    revision: str | None = None,
+    native_ops: NativeOps = "auto",
+    verify_integrity: bool = True,
+) -> bool:
     """Run the checks of ``scm-runtime smoke`` and print them; returns whether all passed. Raises what Generator raises."""
     console = Console()
     start = time.perf_counter()
-    generator = Generator(bundle, revision=revision, threads=threads, native_ops=native_ops, verify_integrity=verify_integrity)
+    generator = Generator(bundle, device=device, revision=revision, threads=threads, native_ops=native_ops, verify_integrity=verify_integrity)
     console.print(f"loaded in {(time.perf_counter() - start) * 1e3:.0f} ms", highlight=False)
     info = generator.info
     console.print(f"{info.dtype} on {info.device}, ONNX Runtime {info.onnxruntime} ({info.provider})", highlight=False)

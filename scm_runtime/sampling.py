@@ -138,7 +138,9 @@ class Sampler:
         parts = request.trajectory.parts
         if self._on_span is not None:
             request.spans = self._spans(request)
-        spent = {name: [self.engine.seconds(part.start, part.end) for part in parts if part.name == name] for name in ("noise", "step", "decode", "copy")}
+        spent: dict[str, list[float]] = {"noise": [], "step": [], "decode": [], "copy": []}
+        for part in parts:
+            spent[part.name].append(self.engine.seconds(part.start, part.end))
         return Samples(
             array=array,
             seeds=tuple(request.trajectory.call.seeds.tolist()),

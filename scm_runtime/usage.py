@@ -5,17 +5,25 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from typing import Generic, TypeVar
 
 from scm_runtime.errors import ForkedError, GeneratorClosedError
 
+Resource = TypeVar("Resource")
 
-class Usage:
-    """A context manager around every call. After ``end`` no call enters, and the last one to leave closes: nobody waits, so a callback may close too."""
 
-    def __init__(self, close: Callable[[], None]) -> None:
+class Usage(Generic[Resource]):
+    """A context manager around every call, which yields what is used.
+
+    After ``end`` no call enters, and the last one to leave closes: nobody waits, so a callback may close too. It does not know the Generator: one that is
+    dropped goes at once, not when the garbage collector comes, which knows nothing of gigabytes outside Python.
+    """
+
+    def __init__(self, resource: Resource, close: Callable[[Resource], None]) -> None:
         """``close`` is called once, when nothing runs and nothing will."""
+        self.resource: Resource | None = resource
         self._close = close
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # re-entered by signal handlers
         self._running = 0
         self._ended = False
         self._process = os.getpid()
@@ -35,32 +43,39 @@ class Usage:
         if self._ended:
             raise GeneratorClosedError("this Generator is closed: make a new one")
 
-    def __enter__(self) -> None:
-        self.enter()
+    def __enter__(self) -> Resource:
+        return self.enter()
 
     def __exit__(self, *_: object) -> None:
         self.leave()
 
-    def enter(self) -> None:
+    def enter(self) -> Resource:
         """A call begins: raises what ``check`` raises, or is to be followed by ``leave``, in whichever thread."""
         self.check()
         with self._lock:
-            self.check()
             self._running += 1
+        if self._ended:
+            self.leave()
+            self.check()
+        assert self.resource is not None  # while somebody runs
+        return self.resource
 
     def leave(self) -> None:
         """A call has ended."""
         with self._lock:
             self._running -= 1
-            last = self._ended and not self._running
-        if last:
-            self._close()
+        self._close_after_the_last()
 
     def end(self) -> None:
         """Let no more calls in. Allowed more than once, and in a forked child, where it does nothing."""
         if self.foreign:
             return
+        self._ended = True
+        self._close_after_the_last()
+
+    def _close_after_the_last(self) -> None:
         with self._lock:
-            last, self._ended = not self._ended and not self._running, True
-        if last:
-            self._close()
+            if not self._ended or self._running or self.resource is None:
+                return
+            resource, self.resource = self.resource, None
+        self._close(resource)

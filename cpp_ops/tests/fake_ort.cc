@@ -68,8 +68,10 @@ struct OrtSessionOptions {
 namespace fake_ort {
 namespace {
 
-std::atomic<int> live{0};
-std::atomic<int> calls_before_failure{kNever};
+// Of each thread its own, so that the fake orders nothing between threads: what ThreadSanitizer is to find in the library must not be covered by it.
+thread_local int live = 0;
+thread_local int calls_before_failure = kNever;
+std::atomic<int> domains{0};
 
 OrtStatus* ORT_API_CALL create_status(OrtErrorCode code, const char* text) noexcept {
   ++live;
@@ -340,11 +342,12 @@ OrtStatus* ORT_API_CALL parallel_for(const OrtKernelContext* context, void (*run
   } else if (context->options.threads == Threads::one_backwards) {
     for (std::size_t i = total; i-- > 0;) run(data, i);
   } else {
-    std::atomic<std::size_t> next{0};
+    // Dealt out, not taken from a common counter: every thread has some, however short they are, and nothing orders them.
+    constexpr std::size_t kThreads = 4;
     std::vector<std::thread> threads;
-    for (int thread = 0; thread < 4; ++thread) {
-      threads.emplace_back([&] {
-        for (std::size_t i = next++; i < total; i = next++) run(data, i);
+    for (std::size_t thread = 0; thread < kThreads; ++thread) {
+      threads.emplace_back([&, thread] {
+        for (std::size_t i = thread; i < total; i += kThreads) run(data, i);
       });
     }
     for (std::thread& thread : threads) thread.join();
@@ -356,13 +359,13 @@ OrtStatus* ORT_API_CALL parallel_for(const OrtKernelContext* context, void (*run
 
 OrtStatus* ORT_API_CALL create_domain(const char* name, OrtCustomOpDomain** out) noexcept {
   PLANTED_FAILURE;
-  ++live;
+  ++domains;
   *out = new OrtCustomOpDomain{name, {}};
   return nullptr;
 }
 
 void ORT_API_CALL release_domain(OrtCustomOpDomain* domain) noexcept {
-  if (domain) --live;
+  if (domain) --domains;
   delete domain;
 }
 
@@ -452,6 +455,30 @@ Spec to_spec(const OrtTensorTypeAndShapeInfo& info) {
   return {info.type, text + "]"};
 }
 
+// For one run on these inputs, which must outlive it; with `written_over` it writes to them.
+OrtKernelContext context_of(const OrtCustomOp& op, std::vector<Tensor>& inputs, const Options& options) {
+  static std::byte nothing;
+  OrtKernelContext context{op, options, {}, {}, {}, {}, 0};
+  for (Tensor& input : inputs) {
+    context.inputs.push_back({input.type, input.shape, input.bytes.empty() ? &nothing : input.bytes.data()});
+    context.input_bytes.push_back(&input.bytes);
+  }
+  context.outputs.resize(options.outputs.size(), OrtValue{ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED, {}, nullptr});
+  context.output_bytes.resize(options.outputs.size());
+  return context;
+}
+
+std::vector<Tensor> outputs_of(const OrtKernelContext& context) {
+  std::vector<Tensor> outputs;
+  for (std::size_t i = 0; i < context.outputs.size(); ++i) {
+    const OrtValue& output = context.outputs[i];
+    EXPECT_EQ(output.data != nullptr, context.options.outputs[i]) << "output " << i;
+    const bool over = i == 0 && context.options.written_over >= 0;
+    outputs.push_back({output.type, output.shape, over ? *context.input_bytes[static_cast<std::size_t>(context.options.written_over)] : context.output_bytes[i]});
+  }
+  return outputs;
+}
+
 }  // namespace
 
 Spec spec(const Tensor& tensor) {
@@ -477,8 +504,8 @@ const Library& library() {
       result.failures.push_back(take(status));
     }
     EXPECT_EQ(options.domains.size(), 1u);
-    EXPECT_EQ(live, 1) << "failed registrations must leave nothing behind";
-    live = 0;
+    EXPECT_EQ(live, 0) << "failed registrations must leave nothing behind";
+    EXPECT_EQ(domains, 1);
     result.domain = options.domains.at(0)->name;
     result.ops = options.domains.at(0)->ops;
     return result;
@@ -539,15 +566,7 @@ Outcome run(const std::string& name, std::vector<Tensor> inputs, const Attribute
   }
 
   const std::vector<Tensor> before = inputs;
-  static std::byte nothing;
-  OrtKernelContext context{*op, options, {}, {}, {}, {}, 0};
-  for (Tensor& input : inputs) {
-    context.inputs.push_back({input.type, input.shape, input.bytes.empty() ? &nothing : input.bytes.data()});
-    context.input_bytes.push_back(&input.bytes);
-  }
-  context.outputs.resize(options.outputs.size(), OrtValue{ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED, {}, nullptr});
-  context.output_bytes.resize(options.outputs.size());
-
+  OrtKernelContext context = context_of(*op, inputs, options);
   const int live_before = live;
   Outcome outcome;
   try {
@@ -570,13 +589,55 @@ Outcome run(const std::string& name, std::vector<Tensor> inputs, const Attribute
     EXPECT_TRUE(kept) << name << " wrote to input " << i;
   }
   if (!outcome.error.empty() || options.pretend_memory) return outcome;
-  for (std::size_t i = 0; i < options.outputs.size(); ++i) {
-    const OrtValue& output = context.outputs[i];
-    EXPECT_EQ(output.data != nullptr, options.outputs[i]) << "output " << i;
-    const bool over = i == 0 && options.written_over >= 0;
-    outcome.outputs.push_back({output.type, output.shape, over ? inputs[static_cast<std::size_t>(options.written_over)].bytes : context.output_bytes[i]});
-  }
+  outcome.outputs = outputs_of(context);
   return outcome;
+}
+
+std::vector<Outcome> run_at_once(const OrtCustomOp& op, std::vector<Tensor> inputs, const Attributes& attributes, const Options& options, int callers, int runs) {
+  const std::vector<Tensor> before = inputs;
+  const OrtKernelInfo info{attributes};
+  void* kernel = nullptr;
+  const std::string error = take(op.CreateKernelV2(&op, &api, &info, &kernel));
+  if (!kernel) return {{error, {}, 0}};
+  std::vector<Outcome> outcomes(static_cast<std::size_t>(callers * runs));
+  at_once(callers, [&](int caller) {
+    const int live_before = live;
+    for (int run = 0; run < runs; ++run) {
+      OrtKernelContext context = context_of(op, inputs, options);
+      Outcome& outcome = outcomes[static_cast<std::size_t>(caller * runs + run)];
+      outcome.error = take(op.KernelComputeV2(kernel, &context));
+      outcome.pieces = context.pieces;
+      if (outcome.error.empty() && !options.pretend_memory) outcome.outputs = outputs_of(context);
+    }
+    EXPECT_EQ(live, live_before) << "kept or gave back too many objects";
+  });
+  op.KernelDestroy(kernel);
+  for (std::size_t i = 0; i < inputs.size(); ++i) EXPECT_TRUE(inputs[i].bytes == before[i].bytes) << "wrote to input " << i;
+  return outcomes;
+}
+
+std::vector<const OrtCustomOpDomain*> register_at_once(int sessions) {
+  std::vector<const OrtCustomOpDomain*> registered(static_cast<std::size_t>(sessions));
+  at_once(sessions, [&](int session) {
+    OrtSessionOptions options;
+    EXPECT_EQ(take(RegisterCustomOps(&options, &base)), "");
+    EXPECT_EQ(options.domains.size(), 1u);
+    if (!options.domains.empty()) registered[static_cast<std::size_t>(session)] = options.domains[0];
+  });
+  EXPECT_EQ(domains, 1);
+  return registered;
+}
+
+void at_once(int threads, const std::function<void(int)>& body) {
+  std::atomic<int> missing{threads};
+  std::vector<std::thread> running;
+  for (int thread = 0; thread < threads; ++thread) {
+    running.emplace_back([&, thread] {
+      for (--missing; missing > 0;) std::this_thread::yield();
+      body(thread);
+    });
+  }
+  for (std::thread& thread : running) thread.join();
 }
 
 namespace {

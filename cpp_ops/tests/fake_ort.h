@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <string>
 #include <variant>
@@ -43,6 +44,12 @@ struct Outcome {
 // Creates a kernel of the CPU operator that takes these inputs, runs it and destroys it.
 Outcome run(const std::string& op, std::vector<Tensor> inputs, const Attributes& attributes = {}, const Options& options = {});
 
+// One kernel that several callers run at once, each `runs` times, as the runs of one session do: all read the same inputs, each has outputs of its own.
+std::vector<Outcome> run_at_once(const OrtCustomOp& op, std::vector<Tensor> inputs, const Attributes& attributes, const Options& options, int callers, int runs);
+
+// Threads that wait for one another, then run the body; it gets their numbers.
+void at_once(int threads, const std::function<void(int)>& body);
+
 // A type and a shape as text: "[2, H, ?]" has a known, a symbolic and an unknown size, "?" not even a known rank.
 struct Spec {
   ONNXTensorElementDataType type;
@@ -78,6 +85,9 @@ std::vector<std::pair<int, int>> may_inplace(const OrtCustomOp& op);
 // RegisterCustomOps on an ONNX Runtime of this version: the error, or the domains that the session got.
 std::pair<std::string, std::vector<std::string>> register_with(std::uint32_t newest_api, const char* version);
 
-int live_objects();  // made by the API and not given back, apart from the registered domain
+// The domains that sessions got whose options met the library at once; no other call is needed before.
+std::vector<const OrtCustomOpDomain*> register_at_once(int sessions);
+
+int live_objects();  // made by the API in this thread and not given back, apart from domains
 
 }  // namespace fake_ort

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from numpy.typing import NDArray
 from PIL import Image
 
 import scm_runtime
-from scm_runtime import Generator, Manifest
+from scm_runtime import Generator, Manifest, Samples
 from scm_runtime.cli import main
+from scm_runtime.engine import HostEngine, Trajectory
 from scm_runtime.samples import grid
 from support import run, tree
 
@@ -52,6 +57,149 @@ def test_generate_options(tiny: Generator, tiny_bundle: Path, tmp_path: Path) ->
         with Image.open(out) as image:
             np.testing.assert_array_equal(np.asarray(image), np.asarray(grid(expected.array, columns)))
     assert "(1 sample, seed 5, 2 steps" in result.stdout
+
+
+def opened(path: Path) -> NDArray[np.uint8]:
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def expect_images(expected: NDArray[np.uint8], paths: list[Path]) -> None:
+    """The pictures up to a level: the order of sums may depend on the batch."""
+    for image, path in zip(expected, paths, strict=True):
+        np.testing.assert_allclose(opened(path).astype(int), image, atol=1)
+
+
+@pytest.mark.parametrize(
+    ("out", "names"),
+    [
+        ("new/", ["000007.png", "000008.png", "000009.png", "000010.png", "000011.png"]),
+        ("new/{index}_{seed:04d}.png", ["0_0007.png", "1_0008.png", "2_0009.png", "3_0010.png", "4_0011.png"]),
+    ],
+)
+def test_a_file_for_each_of_many_images(out: str, names: list[str], tiny: Generator, tiny_bundle: Path, tmp_path: Path) -> None:
+    """Seeds count on over all images, labels are repeated, and batches are not to be seen."""
+    result = call("generate", tiny_bundle, "-o", f"{tmp_path}/{out}", "--num-images", "5", "--batch-size", "2", "--labels", "cat,0", "--seed", "7")
+    assert result.exit_code == 0, result.output
+    assert re.fullmatch(rf"wrote {re.escape(f'{tmp_path}/{out}')} \(5 samples, seeds 7…11, 2 steps, \d+ ms\)\n", result.stdout)
+    assert result.stderr == ""
+    assert sorted(tree(tmp_path / "new")) == names
+    expect_images(tiny([2, 0, 2, 0, 2], seed=7, output_type="np").array, [tmp_path / "new" / name for name in names])
+
+
+def test_a_grid_of_many_images(tiny: Generator, tiny_bundle: Path, tmp_path: Path) -> None:
+    for options, expected in (
+        (["--seed", "7", "--labels", "bee"], tiny(1, seed=7, batch_size=5, output_type="np")),
+        (["--seed", "9,-4,0,3,9"], tiny(seed=[9, -4, 0, 3, 9], output_type="np")),
+    ):
+        result = call("generate", tiny_bundle, "-o", tmp_path / "grid.png", "--num-images", "5", "--batch-size", "3", *options)
+        assert result.exit_code == 0, result.output
+        expect_images(np.asarray(grid(expected.array))[None], [tmp_path / "grid.png"])
+
+
+def test_one_batch_as_a_file_an_image(tiny: Generator, tiny_bundle: Path, tmp_path: Path) -> None:
+    result = call("generate", tiny_bundle, "-o", f"{tmp_path}/{{index}}.png", "--seed", "4,4", "--labels", "0,1")
+    assert result.exit_code == 0, result.output
+    expect_images(tiny([0, 1], seed=[4, 4], output_type="np").array, [tmp_path / "0.png", tmp_path / "1.png"])
+
+
+def test_braces_that_are_no_fields_stay_in_the_name(tiny_bundle: Path, tmp_path: Path) -> None:
+    for out, name in (("{a}.png", "{a}.png"), ("{}x/", "{}x/000003.png"), ("{.png", "{.png")):
+        result = call("generate", tiny_bundle, "-o", f"{tmp_path}/{out}", "--seed", "3")
+        assert result.exit_code == 0, result.output
+        assert (tmp_path / name).is_file()
+
+
+def test_images_are_written_as_they_are_drawn(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, seen = Generator.stream, []
+
+    def watched(self: Generator, *arguments: Any, **keywords: Any) -> Iterator[Samples]:
+        for samples in original(self, *arguments, **keywords):
+            yield samples
+            seen.append(len(tree(tmp_path)))
+
+    monkeypatch.setattr(Generator, "stream", watched)
+    assert call("generate", tiny_bundle, "-o", f"{tmp_path}/", "--num-images", "5", "--batch-size", "2", "--seed", "0").exit_code == 0
+    assert seen == [2, 4, 5]
+
+
+def test_no_more_images_than_a_batch_are_computed_at_a_time(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, sizes = HostEngine.advance, []
+
+    def watched(self: HostEngine, trajectories: Sequence[Trajectory]) -> None:
+        sizes.append(sum(map(len, trajectories)))
+        original(self, trajectories)
+
+    monkeypatch.setattr(HostEngine, "advance", watched)
+    assert call("generate", tiny_bundle, "-o", f"{tmp_path}/", "--num-images", "5", "--batch-size", "2").exit_code == 0
+    assert sizes == [2, 2, 2, 2, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("out", "options", "message"),
+    [
+        ("a.png", ["--num-images", "2", "--labels", "0,1,2"], "one for each of the 2, got 3"),
+        ("a.png", ["--num-images", "3", "--seed", "0,1"], "one for each of the 3, got 2"),
+        ("a.png", ["--num-images", "2", "--seed", str(2**63 - 1)], f"got {2**63}"),
+        ("a.png", ["--num-images", "2", "--batch-size", "0"], "batch_size must be an integer of at least 1, got 0"),
+        ("a.png", ["--num-images", "0"], "--num-images"),
+        ("a.png", ["--labels", "0,1", "--batch-size", "3"], "got class_labels: 2, batch_size: 3"),
+        ("{seed}.png", ["--seed", "1,1"], "put {index} into the name"),
+        ("{seed}.png", ["--columns", "2"], "leave --columns out"),
+        ("{seed}{label}.png", [], "there is no field {label}"),
+        ("{seed.real}.png", [], "there is no field {seed.real}"),
+        ("{index:s}.png", [], "Unknown format code 's'"),
+        ("{seed}.xyz", [], "unknown picture format '.xyz'"),
+        ("", [], "is a folder"),
+        ("a.png", ["--device", "tpu"], "device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got 'tpu'"),
+        ("a.png", ["--dtype", "fp8"], "one of this bundle's, fp32; got 'fp8'"),
+    ],
+)
+def test_what_does_not_fit(out: str, options: list[str], message: str, tiny_bundle: Path, tmp_path: Path) -> None:
+    result = call("generate", tiny_bundle, "-o", tmp_path / out, *options)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())
+    assert tree(tmp_path) == {}
+
+
+def test_a_device_that_is_not_there(tiny_bundle: Path, tmp_path: Path) -> None:
+    generate: list[str | Path] = ["generate", tiny_bundle, "-o", tmp_path / "a.png"]
+    for arguments in (generate, ["smoke", tiny_bundle]):
+        result = call(*arguments, "--device", "cuda:99")
+        assert result.exit_code == 1
+        assert "cuda:99" in result.stderr
+    assert tree(tmp_path) == {}
+
+
+def test_the_device_and_the_dtype_that_every_bundle_has(tiny: Generator, tiny_bundle: Path, tmp_path: Path) -> None:
+    result = call("generate", tiny_bundle, "-o", tmp_path / "a.png", "--seed", "3", "--device", "cpu", "--dtype", "fp32")
+    assert result.exit_code == 0, result.output
+    np.testing.assert_array_equal(opened(tmp_path / "a.png"), tiny(seed=3, output_type="np").array[0])
+    assert "on cpu" in call("smoke", tiny_bundle, "--device", "cpu").stdout
+
+
+def on_a_terminal(*arguments: str | Path) -> str:
+    """What a command prints where both its streams are a terminal."""
+    ours, its = os.openpty()
+    with subprocess.Popen(command(*arguments), stdout=its, stderr=its, env={**os.environ, "TERM": "xterm", "COLUMNS": "80"}) as process:
+        os.close(its)
+        said = b""
+        try:
+            while piece := os.read(ours, 4096):
+                said += piece
+        except OSError:  # Linux's way to say that the other side is closed
+            pass
+        os.close(ours)
+    assert process.returncode == 0, said
+    return said.decode()
+
+
+def test_a_bar_shows_progress_on_a_terminal_only(tiny_bundle: Path, tmp_path: Path) -> None:
+    one: list[str | Path] = ["generate", tiny_bundle, "-o", tmp_path / "grid.png"]
+    many = [*one, "--num-images", "6", "--batch-size", "2"]
+    assert "6/6" in on_a_terminal(*many)
+    assert "━" not in on_a_terminal(*one)
+    assert run(command(*many)).stderr == ""
 
 
 def test_inspect(tiny: Generator, tiny_bundle: Path) -> None:
@@ -181,7 +329,30 @@ cli.main()
         finally:
             process.kill()
     assert time.monotonic() - start < 20
-    assert process.returncode == 1
-    assert "Traceback" not in stderr
-    assert "Aborted" in stderr
+    assert process.returncode == 130
+    assert stderr == "Interrupted: nothing was written\n"
     assert tree(tmp_path) == {"grid.png": b"before"}
+
+
+def test_an_interrupt_among_many_images_keeps_those_that_are_there(tiny_bundle: Path, tmp_path: Path) -> None:
+    program = "import signal; from scm_runtime.cli import main; signal.signal(signal.SIGINT, signal.default_int_handler); main()"
+    out = f"{tmp_path}/{{index}}.png"
+    arguments = ["generate", str(tiny_bundle), "-o", out, "--num-images", "1000000", "--seed", "0"]
+    with subprocess.Popen([sys.executable, "-c", program, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            deadline = time.monotonic() + 60
+            while not (tmp_path / "9.png").exists():
+                assert process.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            process.send_signal(signal.SIGINT)
+            stdout, stderr = process.communicate(timeout=30)
+        finally:
+            process.kill()
+    assert (process.returncode, stdout) == (130, "")
+    told = re.fullmatch(rf"Interrupted: (\d+) of 1000000 images are in '{re.escape(out)}'\n", stderr)
+    assert told, stderr
+    files = sorted(tmp_path.iterdir())
+    assert len(files) - int(told[1]) in (0, 1), "it may come between a file and its count"
+    for file in files:
+        assert opened(file).shape == (8, 8, 3)

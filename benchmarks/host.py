@@ -1,0 +1,195 @@
+"""What does the host add? Four questions, on the CPU.
+
+"call": how long does a call of a Generator take above its graphs, the same sessions on the same inputs in a bare loop?
+"threads": do eight threads that share one Generator get their samples sooner than one that calls eight times?
+"clients": sixteen clients, each asking for one sample after another, by calls and by ``submit``: samples a second, and how long one waits.
+"memory": the most that a process of its own had resident.
+
+``--seconds`` is how long the clients of each kind ask for samples, on each bundle: more for steadier percentiles.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from _common import interleaved, keep
+from latency import DIGITS, XXS, random_checkpoint
+from onnxruntime import InferenceSession
+
+from scm_export import export
+from scm_runtime import Generator, Samples
+
+CALLERS, CLIENTS = 8, 16
+ROUNDS = 3  # in which the clients' kinds take turns
+# How clients ask: by calls, or by submit with (max_wait_ms, max_batch_size).
+MODES = {"calls": None} | {f"submit, max_wait_ms {wait}, max_batch_size {size}": (wait, size) for wait in (0, 2) for size in (8, 16)}
+Ask = Callable[[int], Samples]  # for one sample with this seed
+MEMORY = """
+import json, sys, time
+import numpy, onnxruntime
+def peak():  # not ru_maxrss, which begins with the size of the process that started this one
+    return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+figures = {"numpy + onnxruntime": peak()}
+from scm_runtime import Generator
+generate = Generator(sys.argv[1], max_batch_size=8, cache_dir=False)
+figures["opened"] = peak()
+for n in (1, 8):
+    generate(0, seed=0, batch_size=n, output_type="np")
+    figures[f"batch {n}"] = peak()
+for samples in generate.stream(int(sys.argv[2]), 8, seed=0, output_type="np"):
+    pass
+figures[f"stream of {sys.argv[2]}, 8 at a time"] = peak()
+print(json.dumps(figures))
+"""
+
+
+# ----------------------------------------------------------------------------
+# A call, and its graphs alone
+
+
+def graphs_of(call: Callable[[], object]) -> Callable[[], Any]:
+    """A loop over what a call runs in ONNX Runtime: the same sessions, the same inputs, nothing else. It returns the last graph's output."""
+    runs, run = [], InferenceSession.run
+
+    def record(session: Any, *arguments: Any) -> Any:
+        runs.append((session, arguments))
+        return run(session, *arguments)
+
+    InferenceSession.run = record
+    try:
+        call()
+    finally:
+        InferenceSession.run = run
+
+    def loop() -> Any:
+        for session, arguments in runs:
+            outputs = run(session, *arguments)
+        return outputs[0]
+
+    return loop
+
+
+def above_the_graphs(bundle: Path | str, repeats: int) -> dict[str, Any]:
+    with Generator(bundle, threads=1) as generate:  # one thread: what is measured is Python
+
+        def call() -> Samples:
+            return generate(0, seed=7, num_inference_steps=2, output_type="np")
+
+        bare = graphs_of(call)
+        np.testing.assert_array_equal(call().array, bare())
+        found = interleaved({"graphs": bare, "call": call}, repeats, warmup=50)
+    return {**found, "call - graphs, ms": found["call"]["median_ms"] - found["graphs"]["median_ms"]}
+
+
+# ----------------------------------------------------------------------------
+# Threads and clients
+
+
+def shared_by_threads(bundle: Path, repeats: int) -> dict[str, Any]:
+    def ask(seed: int) -> Samples:
+        return generate(0, seed=seed, output_type="np")
+
+    with Generator(bundle) as generate, ThreadPoolExecutor(CALLERS) as pool:
+        found = interleaved(
+            {
+                f"{CALLERS} calls in turn": lambda: [ask(seed) for seed in range(CALLERS)],
+                f"{CALLERS} threads": lambda: list(pool.map(ask, range(CALLERS))),
+                f"one call of {CALLERS}": lambda: generate(0, seed=0, batch_size=CALLERS, output_type="np"),
+            },
+            repeats,
+        )
+    return {**found, "in turn / threads": found[f"{CALLERS} calls in turn"]["median_ms"] / found[f"{CALLERS} threads"]["median_ms"]}
+
+
+def asked_by_clients(ask: Ask, seconds: float) -> tuple[list[float], float]:
+    """Latencies in ms of all requests, and how long it took from the first question to the last answer, in seconds."""
+    latencies: list[float] = []
+    begin = threading.Barrier(CLIENTS + 1)
+
+    def client(number: int) -> None:
+        begin.wait()
+        asked = 0
+        while (now := time.perf_counter()) < end:
+            ask(number * 1_000_000 + asked)
+            latencies.append((time.perf_counter() - now) * 1e3)
+            asked += 1
+
+    clients = [threading.Thread(target=client, args=(number,)) for number in range(CLIENTS)]
+    for thread in clients:
+        thread.start()
+    start = time.perf_counter()
+    end = start + seconds
+    begin.wait()
+    for thread in clients:
+        thread.join()
+    return latencies, time.perf_counter() - start
+
+
+def served_to_clients(bundle: Path, seconds: float) -> dict[str, Any]:
+    def open_for(stack: ExitStack, batching: tuple[int, int] | None) -> Ask:
+        if batching is None:
+            generate = stack.enter_context(Generator(bundle))
+            return lambda seed: generate(0, seed=seed, output_type="np")
+        wait, size = batching
+        merging = stack.enter_context(Generator(bundle, max_wait_ms=wait, max_batch_size=size))
+        return lambda seed: merging.submit(0, seed=seed, output_type="np").result()
+
+    with ExitStack() as stack:
+        asks = {name: open_for(stack, batching) for name, batching in MODES.items()}
+        latencies: Mapping[str, list[float]] = {name: [] for name in asks}
+        spent = dict.fromkeys(asks, 0.0)
+        for turn in range(ROUNDS + 1):  # the first, short, is a warm-up
+            for name, ask in asks.items():
+                found, took = asked_by_clients(ask, seconds / ROUNDS if turn else 0.5)
+                if turn:
+                    latencies[name].extend(found)
+                    spent[name] += took
+    return {name: {"samples_per_s": len(found) / spent[name], **_percentiles(found)} for name, found in latencies.items()}
+
+
+def _percentiles(values: list[float]) -> dict[str, float]:
+    cuts = statistics.quantiles(values, n=100, method="inclusive")
+    return {"p50_ms": cuts[49], "p99_ms": cuts[98], "requests": len(values)}
+
+
+# ----------------------------------------------------------------------------
+
+
+def peak_memory(bundle: Path, streamed: int) -> dict[str, float]:
+    """MiB."""
+    done = subprocess.run([sys.executable, "-c", MEMORY, str(bundle), str(streamed)], check=True, capture_output=True, text=True)
+    return {name: round(value, 1) for name, value in json.loads(done.stdout).items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=15)
+    seconds = parser.parse_args().seconds
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoints = {"digits 28x28": DIGITS, "XXS 32x32x4": random_checkpoint(XXS, Path(folder) / "xxs.pt")}
+        bundles = {name: export(path, Path(folder) / f"{path.stem}.scm", verify=False, steps=()).path for name, path in checkpoints.items()}
+        digits, xxs = bundles
+        figures = {
+            "call": {digits: above_the_graphs(bundles[digits], 1000)},  # of larger graphs, noise hides it
+            "threads": {digits: shared_by_threads(bundles[digits], 40), xxs: shared_by_threads(bundles[xxs], 8)},
+            "clients": {name: served_to_clients(bundle, seconds) for name, bundle in bundles.items()},
+            "memory, MiB": {digits: peak_memory(bundles[digits], 1000), xxs: peak_memory(bundles[xxs], 64)},
+        }
+    keep("host", figures)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+// What ONNX Runtime may do at once: open sessions, run one session from several threads, and divide a kernel's work among threads of its own. The results
+// must be those of one thread; under ThreadSanitizer (make ops-tsan), no memory may be shared unless for reading.
+//
+// An executable of its own: what is made at the first call is to be made by several threads at once, so nothing may have called the library before.
+#include <algorithm>
+#include <set>
+
+#include "support.h"
+
+// A test asks for more memory than there is, and wants null.
+#if defined(__SANITIZE_ADDRESS__)
+extern "C" __attribute__((visibility("default"))) const char* __asan_default_options() { return "allocator_may_return_null=1"; }
+#elif defined(__SANITIZE_THREAD__)
+extern "C" __attribute__((visibility("default"))) const char* __tsan_default_options() { return "allocator_may_return_null=1"; }
+#endif
+
+namespace scm::testing {
+namespace {
+
+constexpr int kCallers = 4;
+
+struct Example {
+  const char* op;
+  std::vector<Tensor> inputs;
+  Attributes attributes;
+  std::size_t outputs;
+
+  std::vector<ONNXTensorElementDataType> types() const {
+    std::vector<ONNXTensorElementDataType> types;
+    for (const Tensor& input : inputs) types.push_back(input.type);
+    return types;
+  }
+};
+
+// A node of every operator, with work for several threads.
+std::vector<Example> examples(ONNXTensorElementDataType type) {
+  const Tensor x = random(type, {2, 500, 64}), state = random(kFloat, {2, 4, 90, 91}), t = random(kFloat, {2});
+  std::vector<Example> all{
+      {"PixelNorm", {x}, {{"eps", 1e-4f}}, 2},
+      {"MPSiLU", {x}, {}, 1},
+      {"MPSum", {x, random(type, x.shape, 1, 1)}, {{"t", 0.3f}, {"clip", 256.0f}}, 2},
+      {"MPCat", {x, random(type, {2, 500, 7})}, {{"t", 0.5f}}, 2},
+      {"ModulateSiLU", {x, random(type, {2, 64})}, {}, 1},
+      {"NormModulateSiLU", {x, random(type, {2, 128})}, {{"eps", 1e-4f}}, 1},
+      {"CosineAttention", {random(type, {2, 150, 3 * 2 * 8})}, {{"heads", std::int64_t{2}}, {"eps", 1e-4f}}, 1},
+      {"ConsistencyStep", {state, random(type, state.shape), state, t, t}, {{"sigma_data", 0.5f}}, 1},
+      {"ToImage", {random(type, {2, 3, 120, 110})}, {{"scale", 127.5f}, {"offset", 128.0f}}, 1},
+  };
+  if (type == kFloat) all.push_back({"PhiloxNormal", {integers({2}, {1, -2}), integers({}, {3}), scalar(1)}, {{"shape", Sizes{4, 33, 34}}}, 1});
+  return all;
+}
+
+void expect_outputs(const Outcome& outcome, const Outcome& expected) {
+  EXPECT_EQ(outcome.error, "");
+  ASSERT_EQ(outcome.outputs.size(), expected.outputs.size());
+  for (std::size_t i = 0; i < expected.outputs.size(); ++i) expect_same_bits(outcome.outputs[i], expected.outputs[i]);
+}
+
+// The first of the process: see CMakeLists.txt.
+TEST(ConcurrencyTest, SessionsThatOpenAtOnceGetTheSameDomain) {
+  const auto domains = fake_ort::register_at_once(kCallers);
+  EXPECT_EQ(std::set(domains.begin(), domains.end()).size(), 1u);
+  EXPECT_NE(domains.at(0), nullptr);
+}
+
+// Nothing has run yet: the first kernels choose among the levels of the processor at once.
+TEST(ConcurrencyTest, SessionsInferAndRunAtOnce) {
+  fake_ort::library();
+  const std::vector<Example> nodes = examples(kFloat);
+  std::vector<std::vector<Outcome>> outcomes(kCallers);
+  Options options;
+  options.threads = Threads::many;
+  fake_ort::at_once(kCallers, [&](int caller) {
+    for (const Example& node : nodes) {
+      Options own = options;
+      own.outputs.assign(node.outputs, true);
+      std::vector<Spec> specs;
+      for (const Tensor& input : node.inputs) specs.push_back(spec(input));
+      EXPECT_EQ(fake_ort::infer(node.op, specs, node.attributes, node.outputs).error, "");
+      fake_ort::may_inplace(*fake_ort::find(node.op, node.types()));
+      outcomes[static_cast<std::size_t>(caller)].push_back(fake_ort::run(node.op, node.inputs, node.attributes, own));
+    }
+  });
+  for (std::size_t i = 0; i < nodes.size(); ++i) {
+    SCOPED_TRACE(nodes[i].op);
+    const Outcome expected = fake_ort::run(nodes[i].op, nodes[i].inputs, nodes[i].attributes, with_outputs(std::vector<bool>(nodes[i].outputs, true)));
+    for (const std::vector<Outcome>& of_caller : outcomes) expect_outputs(of_caller.at(i), expected);
+  }
+}
+
+TEST(ConcurrencyTest, OneKernelServesManyCallers) {
+  for (const auto type : {kFloat, kHalf}) {
+    for (const Example& node : examples(type)) {
+      SCOPED_TRACE(::testing::Message() << node.op << (type == kHalf ? " of float16" : " of float"));
+      Options options = with_outputs(std::vector<bool>(node.outputs, true));
+      const Outcome expected = fake_ort::run(node.op, node.inputs, node.attributes, options);
+      ASSERT_EQ(expected.error, "");
+      EXPECT_GT(expected.pieces, 1u) << "too little work to be divided";
+      options.threads = Threads::many;
+      for (const Outcome& outcome : fake_ort::run_at_once(*fake_ort::find(node.op, node.types()), node.inputs, node.attributes, options, kCallers, 3)) {
+        EXPECT_EQ(outcome.pieces, expected.pieces);
+        expect_outputs(outcome, expected);
+      }
+    }
+  }
+}
+
+TEST(ConcurrencyTest, CallersGetTheirOwnErrors) {
+  const std::int64_t length = std::int64_t{1} << 44;  // more than there is memory for
+  Options options;
+  options.pretend_memory = true;
+  options.threads = Threads::many;
+  const OrtCustomOp* op = fake_ort::find("CosineAttention", {kFloat});
+  for (const Outcome& outcome : fake_ort::run_at_once(*op, {{kFloat, {4, length, 3}, {}}}, {{"heads", std::int64_t{1}}, {"eps", 1e-4f}}, options, kCallers, 3)) {
+    EXPECT_EQ(outcome.error, "scm::CosineAttention: std::bad_alloc with inputs of the shapes [4, 17592186044416, 3]");
+  }
+}
+
+// Not a test of the library: the sanitizer must find this, or it would find nothing (see CMakeLists.txt).
+TEST(DISABLED_PlantedRaceTest, AKernelThatCountsItsRuns) {
+  struct Counting : OrtCustomOp {
+    int runs = 0;
+  } op{};
+  op.CreateKernelV2 = [](const OrtCustomOp* self, const OrtApi*, const OrtKernelInfo*, void** kernel) -> OrtStatusPtr {
+    *kernel = const_cast<OrtCustomOp*>(self);
+    return nullptr;
+  };
+  op.KernelComputeV2 = [](void* kernel, OrtKernelContext*) -> OrtStatusPtr {
+    ++static_cast<Counting*>(kernel)->runs;
+    return nullptr;
+  };
+  op.KernelDestroy = [](void*) {};
+  fake_ort::run_at_once(op, {}, {}, with_outputs({}), kCallers, 3);
+  EXPECT_GT(op.runs, 0);
+}
+
+}  // namespace
+}  // namespace scm::testing

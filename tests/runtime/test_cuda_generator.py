@@ -1,0 +1,192 @@
+"""A whole Generator on a CUDA device made of NumPy (fake_cuda): calls, callbacks, merged requests, results on the device, samples done again in fp32."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from handmade import WIDTH, write_text_bundle
+from runtime.fake_cuda import PLACEMENT, Capsule, FakeSession, Machine
+from scm_runtime import Generator, NonFiniteError, OutOfMemoryError, cuda, generator
+from scm_runtime.cuda_array import DeviceArray
+from scm_runtime.cuda_open import open_cuda_engine
+from scm_runtime.devices import CPU
+from scm_runtime.session import Session, Settings
+
+SEEDS = [1, 2, 3]
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    made = Machine()
+    monkeypatch.setattr(cuda, "_loaded", made.modules)
+    monkeypatch.setattr(generator, "place", lambda device, *_: PLACEMENT if device == "cuda" else CPU)
+    assert open_cuda_engine.__kwdefaults__ is not None
+    monkeypatch.setitem(open_cuda_engine.__kwdefaults__, "open_session", made.open_session)
+    return made
+
+
+def opened(bundle: str | Path = "digits", **options: Any) -> Generator:
+    return Generator(bundle, device="cuda", native_ops=False, **{"dtype": "fp32", "cache_dir": False, **options})
+
+
+@pytest.fixture(scope="module")
+def on_cpu() -> Iterator[Generator]:
+    with Generator("digits", device="cpu", threads=1, native_ops=False) as generate:
+        yield generate
+
+
+def test_a_call_gives_what_the_cpu_gives(machine: Machine, on_cpu: Generator) -> None:
+    with opened() as generate:
+        for arguments in ({"seed": SEEDS}, {"class_labels": [7, 8], "seed": 3, "num_inference_steps": 1}, {"seed": SEEDS}):
+            ours, theirs = generate(**arguments, output_type="np"), on_cpu(**arguments, output_type="np")
+            np.testing.assert_array_equal(ours.array, theirs.array)
+            assert ours.seeds == theirs.seeds
+            assert len(ours.timings.steps) == len(theirs.timings.steps)
+        np.testing.assert_array_equal(generate(seed=5, output_type="latent").array, on_cpu(seed=5, output_type="latent").array)
+        assert generate.info.provider == on_cpu.info.provider  # the fake's sessions are the CPU's
+    gc.collect()
+    assert machine.used == 0
+
+
+def test_optimised_graphs_come_out_of_the_cache(machine: Machine, on_cpu: Generator, tmp_path: Path) -> None:
+    for _ in range(2):
+        with opened(cache_dir=tmp_path) as generate:
+            np.testing.assert_array_equal(generate(seed=SEEDS, output_type="np").array, on_cpu(seed=SEEDS, output_type="np").array)
+        machine.threads.clear()
+        machine.open = True
+
+
+def test_callbacks_see_states_and_change_them(machine: Machine, on_cpu: Generator) -> None:
+    def halved(_generator: Generator, step: int, t: float, tensors: dict[str, Any]) -> dict[str, Any] | None:
+        seen.append((step, t, tensors["latents"].copy()))
+        return {"latents": tensors["latents"] * np.float32(0.5)} if step == 0 else None
+
+    results = []
+    for generate in (opened(), on_cpu):
+        seen: list[Any] = []
+        results.append((generate(seed=SEEDS, output_type="np", callback_on_step_end=halved).array, seen))
+    (ours, ours_seen), (theirs, theirs_seen) = results
+    np.testing.assert_array_equal(ours, theirs)
+    for (step, t, x), (other_step, other_t, other_x) in zip(ours_seen, theirs_seen, strict=True):
+        assert (step, t) == (other_step, other_t)
+        np.testing.assert_array_equal(x, other_x)
+
+
+def test_results_stay_on_the_device_for_dlpack(machine: Machine) -> None:
+    with opened() as generate:
+        array = generate(seed=SEEDS, output_type="dlpack").array
+        assert isinstance(array, DeviceArray)
+        assert machine.to_host == [2 * len(SEEDS) * 4]  # the flags of two steps
+        assert isinstance(array.__dlpack__(stream=-1), Capsule)
+
+
+def test_spans_and_timings_are_the_devices(machine: Machine) -> None:
+    spans: list[Any] = []
+    with opened(on_span=spans.append) as generate:
+        timings = generate(seed=1, output_type="np").timings
+    assert timings.noise > 0
+    assert all(step > 0 for step in timings.steps)
+    assert {span.name for span in spans} >= {"generate", "noise", "step", "decode", "copy"}
+
+
+def test_several_inputs_of_free_sizes(machine: Machine, tmp_path: Path) -> None:
+    folder, random = write_text_bundle(tmp_path / "text.scm"), np.random.default_rng(0)
+    with opened(folder) as ours, Generator(folder, device="cpu", threads=1) as theirs:
+        for n, tokens in ((2, 3), (2, 5), (1, 3), (2, 3), (3, 1)):
+            arguments: dict[str, Any] = {
+                "prompt_embeds": random.standard_normal((n, tokens, WIDTH), np.float32),
+                "prompt_attention_mask": np.arange(tokens) < random.integers(1, tokens + 1, (n, 1)),
+                "guidance_scale": [float(i) for i in range(1, n + 1)],
+                "seed": 5,
+                "output_type": "np",
+            }
+            np.testing.assert_array_equal(ours(**arguments).array, theirs(**arguments).array)
+        latents = ours.encode(theirs(**arguments).array)
+        np.testing.assert_array_equal(latents, theirs.encode(theirs(**arguments).array))
+        np.testing.assert_array_equal(ours.decode(latents, preview=True), theirs.decode(latents, preview=True))
+    captures = dict(machine.opened)
+    assert captures["step.fp32.onnx"]
+    assert not any(capture for name, capture in captures.items() if name.startswith(("encode.", "preview.")))  # they are called with the host's arrays
+
+
+def test_latents_of_a_bundle_without_a_decoder_stay_on_the_device(machine: Machine, tmp_path: Path) -> None:
+    folder = write_text_bundle(tmp_path / "latents.scm", decoder=False)
+    with opened(folder) as generate:
+        array = generate(prompt_embeds=np.ones((3, WIDTH)), seed=[1, 2], output_type="dlpack").array
+        assert (array.dtype, array.shape) == (np.dtype(np.float32), (2, *generate.manifest.sample.shape))
+
+
+def broken(machine: Machine, graph: str, spoil: Callable[[Any], Any]) -> Callable[[Path, Settings], Session]:
+    """Sessions as the machine opens them, of which one graph's results are spoilt."""
+
+    def open_session(path: Path, settings: Settings) -> Session:
+        session = machine.open_session(path, settings)
+        if path.name == graph:
+
+            class Spoilt(FakeSession):
+                def __call__(self, **inputs: Any) -> Any:
+                    return spoil(np.array(super().__call__(**inputs)))
+
+            session.__class__ = Spoilt
+        return session
+
+    return open_session
+
+
+def overflown(x: Any) -> Any:
+    if len(x) > 1:
+        x[1] = np.inf
+    return x
+
+
+@pytest.fixture
+def overflowing(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """The second sample of every fp16 step is infinite."""
+    assert open_cuda_engine.__kwdefaults__ is not None
+    monkeypatch.setitem(open_cuda_engine.__kwdefaults__, "open_session", broken(machine, "step.fp16.onnx", overflown))
+    return machine
+
+
+def test_samples_that_overflow_are_an_error_after_the_step_that_made_them(overflowing: Machine) -> None:
+    with opened(dtype="fp16", on_nonfinite="raise") as generate, pytest.raises(NonFiniteError) as raised:
+        generate(seed=SEEDS, output_type="np")
+    assert (raised.value.seeds, raised.value.step) == ((2,), 0)
+
+
+def test_samples_that_overflow_are_done_again_in_fp32(overflowing: Machine, on_cpu: Generator) -> None:
+    with opened(dtype="fp16", on_nonfinite="fp32") as generate:
+        drawn = generate(seed=SEEDS, output_type="latent").array
+    expected = on_cpu(seed=SEEDS, output_type="latent").array
+    np.testing.assert_allclose(drawn[1], expected[1], atol=1e-5)
+    assert np.abs(drawn - expected).max() < 0.03
+    gc.collect()
+    assert overflowing.used == 0
+
+
+def test_out_of_memory_leaves_a_generator_that_works(machine: Machine, on_cpu: Generator) -> None:
+    with opened() as generate:
+        machine.largest_batch = 4
+        with pytest.raises(OutOfMemoryError, match="batch of 8"):
+            generate(seed=0, batch_size=8)
+        np.testing.assert_array_equal(generate(seed=SEEDS, output_type="np").array, on_cpu(seed=SEEDS, output_type="np").array)
+
+
+def test_requests_that_wait_are_computed_together(machine: Machine, on_cpu: Generator) -> None:
+    asked: list[dict[str, Any]] = [{"seed": seed, "num_inference_steps": 1 + seed % 2} for seed in range(12)]
+    with opened(max_wait_ms=20.0) as generate:
+        futures = [generate.submit(**arguments, output_type="np") for arguments in asked]
+        for arguments, future in zip(asked, futures, strict=True):
+            np.testing.assert_array_equal(future.result(60).array, on_cpu(**arguments, output_type="np").array)
+    assert max(run.n for run in machine.runs if run.graph == "step.fp32.onnx") > 1
+
+
+def test_decode_runs_outside_of_cuda_graphs(machine: Machine, on_cpu: Generator) -> None:
+    latents = on_cpu(seed=SEEDS, output_type="latent").array
+    with opened() as generate:
+        np.testing.assert_array_equal(generate.decode(latents), on_cpu.decode(latents))

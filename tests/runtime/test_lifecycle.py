@@ -1,0 +1,421 @@
+"""A Generator among threads and processes, from its opening to its end."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import gc
+import pickle
+import signal
+import sys
+import threading
+import weakref
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from holding import PATIENCE_S, engine_of, eventually, held, schedulers
+from scm_runtime import GenerationCancelledError, Generator, GeneratorClosedError, Samples
+from support import run, run_python
+
+
+@pytest.fixture
+def digits() -> Iterator[Generator]:
+    with Generator("digits") as generator:
+        yield generator
+
+
+def works(generator: Generator) -> None:
+    np.testing.assert_array_equal(generator.submit(seed=1, output_type="np").result(PATIENCE_S).array, generator(seed=1, output_type="np").array)
+
+
+# ----------------------------------------------------------------------------
+# Threads.
+
+
+def test_many_threads_share_one_generator(digits: Generator) -> None:
+    expected = [digits(seed=seed, output_type="np").array for seed in range(8)]
+
+    def draw(i: int) -> None:
+        seed = i % 8
+        if i % 3 == 0:
+            drawn = digits(seed=seed, output_type="np")
+        elif i % 3 == 1:
+            drawn = digits.submit(seed=seed, output_type="np").result(PATIENCE_S)
+        else:
+            drawn = asyncio.run(digits.async_(seed=seed, output_type="np"))
+        np.testing.assert_array_equal(drawn.array, expected[seed])
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(draw, range(96)))
+
+
+def test_threads_end_with_their_generator() -> None:
+    before = set(schedulers())
+    with Generator("digits") as generator:
+        works(generator)
+        assert set(schedulers()) - before
+    eventually(lambda: set(schedulers()) <= before)
+
+
+def test_threads_end_with_a_generator_that_nobody_closed() -> None:
+    before = set(schedulers())
+    generator = Generator("digits")
+    works(generator)
+    assert set(schedulers()) - before
+    del generator
+    gc.collect()
+    eventually(lambda: set(schedulers()) <= before)
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_memory_is_given_back_at_once(closed: bool) -> None:
+    """Not when the garbage collector comes: it sees a few small objects, not the gigabytes behind them."""
+    generator = Generator("digits")
+    session = weakref.ref(engine_of(generator).graphs().step)
+
+    def stumble(*_: object) -> None:
+        raise KeyError
+
+    works(generator)
+    failed = generator.submit(seed=1, callback_on_step_end=stumble)
+    assert isinstance(failed.exception(PATIENCE_S), KeyError)
+    with pytest.raises(KeyError):
+        generator(seed=1, callback_on_step_end=stumble)
+    gc.disable()
+    try:
+        del failed
+        if closed:
+            generator.close()
+        else:
+            del generator
+        eventually(lambda: session() is None)
+    finally:
+        gc.enable()
+
+
+def test_what_was_submitted_to_a_generator_that_nobody_keeps_is_computed() -> None:
+    generator = Generator("digits")
+    expected = generator(seed=3, output_type="np").array
+    with held(generator):
+        future = generator.submit(seed=3, output_type="np")
+        del generator
+        gc.collect()
+    np.testing.assert_array_equal(future.result(PATIENCE_S).array, expected)
+
+
+# ----------------------------------------------------------------------------
+# Closing.
+
+
+def test_a_closed_generator_says_so() -> None:
+    generator = Generator("digits")
+    generator.close()
+    generator.close()
+    for call in (generator, generator.submit, generator.warmup, lambda: generator.stream(2), lambda: asyncio.run(generator.async_())):
+        with pytest.raises(GeneratorClosedError, match="closed: make a new one"):
+            call()
+    assert generator.info.device == "cpu"
+
+
+def test_closing_refuses_what_waits_and_finishes_what_has_begun() -> None:
+    generator = Generator("digits")
+    expected = generator(seed=2, output_type="np").array
+    entered, release = threading.Event(), threading.Event()
+
+    def callback(*_: object) -> None:
+        entered.set()
+        assert release.wait(PATIENCE_S)
+
+    begun = generator.submit(seed=2, output_type="np", callback_on_step_end=callback)  # of two steps
+    assert entered.wait(PATIENCE_S)
+    waiting = [generator.submit(seed=seed) for seed in (3, 4)]
+    generator.close()  # and it does not wait
+    release.set()
+    np.testing.assert_array_equal(begun.result(PATIENCE_S).array, expected)
+    for future in waiting:
+        with pytest.raises(GeneratorClosedError, match="before this request's turn"):
+            future.result(PATIENCE_S)
+
+
+def test_closing_while_a_request_waits_for_company_refuses_it() -> None:
+    generator = Generator("digits", max_wait_ms=1e6)
+    future = generator.submit(seed=1)
+    generator.close()
+    with pytest.raises(GeneratorClosedError):
+        future.result(PATIENCE_S)
+
+
+def test_a_session_that_cannot_be_closed_leaves_no_future_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = Generator("digits")
+
+    def close() -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(engine_of(generator), "close", close)
+    future = generator.submit(seed=1, callback_on_step_end=lambda closing, *_: closing.close())
+    assert len(future.result(PATIENCE_S)) == 1
+
+
+@pytest.mark.parametrize("submitted", [False, True])
+def test_closing_from_a_callback(submitted: bool, tmp_path: Path) -> None:
+    generator = Generator("digits", profile_dir=tmp_path)
+    expected = generator(seed=2, output_type="np").array
+
+    def callback(closing: Generator, *_: object) -> None:
+        closing.close()
+        assert not (sizes := [path for path in tmp_path.iterdir() if path.stat().st_size > 1000]), f"closed under a request that runs: {sizes}"
+
+    arguments: dict[str, Any] = {"seed": 2, "output_type": "np", "callback_on_step_end": callback}
+    samples = generator.submit(**arguments).result(PATIENCE_S) if submitted else generator(**arguments)
+    np.testing.assert_array_equal(samples.array, expected)
+    assert any("Run" in path.read_text() or "run" in path.read_text() for path in tmp_path.iterdir()), "the profile is written when the last request has ended"
+    with pytest.raises(GeneratorClosedError):
+        generator(seed=2)
+
+
+def test_closing_while_other_threads_call() -> None:
+    generator = Generator("digits")
+    expected = generator(seed=2, output_type="np").array
+    inside = threading.Barrier(5)
+
+    def draw(_: int) -> Samples:
+        first: list[None] = []
+
+        def callback(*_: object) -> None:
+            if not first:
+                first.append(None)
+                inside.wait(PATIENCE_S)  # all are inside
+                inside.wait(PATIENCE_S)  # it is closed
+
+        return generator(seed=2, output_type="np", callback_on_step_end=callback)
+
+    with ThreadPoolExecutor(4) as pool:
+        drawn = pool.map(draw, range(4))
+        inside.wait(PATIENCE_S)
+        generator.close()
+        inside.wait(PATIENCE_S)
+        for samples in drawn:
+            np.testing.assert_array_equal(samples.array, expected)
+    with pytest.raises(GeneratorClosedError):
+        generator(seed=2)
+
+
+def test_closing_and_submitting_at_once_leaves_no_future_waiting() -> None:
+    for _ in range(20):
+        generator, start = Generator("digits", verify_integrity=False), threading.Barrier(3)
+        futures: list[Future[Samples]] = []
+
+        def submit(generator: Generator = generator, start: threading.Barrier = start, futures: list[Future[Samples]] = futures) -> None:
+            start.wait(PATIENCE_S)
+            try:
+                while True:
+                    futures.append(generator.submit(seed=1, num_inference_steps=1, output_type="np"))
+            except GeneratorClosedError:
+                return
+
+        threads = [threading.Thread(target=submit) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        start.wait(PATIENCE_S)
+        generator.close()
+        for thread in threads:
+            thread.join(PATIENCE_S)
+        for future in futures:
+            assert isinstance(future.exception(PATIENCE_S), GeneratorClosedError | None)
+
+
+# ----------------------------------------------------------------------------
+# Callbacks and interrupts.
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+def test_after_an_error_of_a_callback_the_generator_works(digits: Generator, error: type[BaseException]) -> None:
+    def callback(*_: object) -> None:
+        raise error
+
+    with pytest.raises(error):
+        digits(seed=1, callback_on_step_end=callback)
+    works(digits)
+
+
+def test_a_callback_that_returns_false_ends_the_call(digits: Generator) -> None:
+    steps: list[int] = []
+
+    def callback(_: Generator, step: int, *__: object) -> bool:
+        steps.append(step)
+        return False
+
+    with pytest.raises(GenerationCancelledError, match="after step 1"):
+        digits(seed=1, callback_on_step_end=callback)  # type: ignore[arg-type]  # bool for Literal[False]
+    assert steps == [0]
+    works(digits)
+
+
+def test_an_interrupt_while_waiting_for_a_request_leaves_all_usable(digits: Generator) -> None:
+    release, main = threading.Event(), threading.main_thread().ident
+    assert main is not None
+
+    def callback(*_: object) -> None:
+        signal.pthread_kill(main, signal.SIGINT)
+        assert release.wait(PATIENCE_S)
+
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    futures: list[Future[Samples]] = []
+    try:
+        with pytest.raises(KeyboardInterrupt):  # noqa: PT012 - it may come between the two
+            futures.append(digits.submit(seed=1, num_inference_steps=1, output_type="np", callback_on_step_end=callback))
+            futures[0].result(PATIENCE_S)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        release.set()
+    assert len(futures[0].result(PATIENCE_S)) == 1
+    works(digits)
+
+
+# ----------------------------------------------------------------------------
+# Processes.
+
+FORK = """
+import faulthandler, gc, os, sys, time
+from scm_runtime import ForkedError, Generator
+
+def in_child(child):
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid == 0:
+        child()
+        os._exit(70)  # never come here
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    os.kill(pid, 9)
+    os.waitpid(pid, 0)
+    return "the child hung"
+
+generator = Generator("digits", threads=4)
+expected = generator.submit(seed=1).result(60).array.tobytes()
+assert generator(seed=1).array.tobytes() == expected
+"""
+
+FORKED_CHILD = """
+def child():
+    for call in (lambda: generator(seed=1), lambda: generator.submit(seed=1), lambda: generator.stream(2), lambda: generator.warmup()):
+        try:
+            call()
+        except ForkedError as error:
+            assert "Make the Generator in the child" in str(error), error
+        else:
+            os._exit(71)
+    generator.close()
+    END
+
+assert (ended := in_child(child)) == 3, ended
+assert generator.submit(seed=1).result(60).array.tobytes() == generator(seed=1).array.tobytes() == expected
+"""
+
+
+@pytest.mark.parametrize("end", ["sys.exit(3)", "os._exit(3)", "del globals()['generator']; gc.collect(); sys.exit(3)"])
+def test_a_forked_child_is_told_and_ends(end: str) -> None:
+    run_python(FORK + FORKED_CHILD.replace("END", end))
+
+
+def test_a_fork_while_requests_run() -> None:
+    run_python(
+        FORK
+        + """
+futures = [generator.submit(seed=1) for _ in range(200)]
+assert (ended := in_child(lambda: sys.exit(3))) == 3, ended
+assert {future.result(60).array.tobytes() for future in futures} == {expected}
+"""
+    )
+
+
+def test_a_forked_child_may_make_its_own() -> None:
+    run_python(
+        FORK
+        + """
+def child():
+    with Generator("digits") as own:
+        sys.exit(3 if own.submit(seed=1).result(60).array.tobytes() == own(seed=1).array.tobytes() == expected else 4)
+
+assert (ended := in_child(child)) == 3, ended
+"""
+    )
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_multiprocessing(method: str, tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        """
+import multiprocessing
+import sys
+from scm_runtime import Generator
+
+def draw(seed):
+    with Generator("digits") as generator:
+        return generator.submit(seed=seed, output_type="np").result(60).array.tobytes()
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context(sys.argv[1])
+    with Generator("digits") as generator, context.Pool(2) as pool:
+        drawn = pool.map_async(draw, range(3)).get(100)
+        assert drawn == [generator(seed=seed, output_type="np").array.tobytes() for seed in range(3)]
+        pool.close()
+        pool.join()
+"""
+    )
+    run([sys.executable, program, method])
+
+
+def test_a_process_may_end_with_requests_under_way() -> None:
+    run_python(
+        """
+from scm_runtime import Generator
+
+generator = Generator("digits", max_batch_size=64)
+futures = [generator.submit(batch_size=64) for _ in range(100)]
+futures[0].result(60)
+"""
+    )
+
+
+def test_a_process_may_end_with_a_stream_half_taken() -> None:
+    run_python(
+        """
+from scm_runtime import Generator
+
+stream = Generator("digits").stream(1000, 64)
+next(stream)
+"""
+    )
+
+
+def test_it_cannot_be_pickled_or_copied(digits: Generator) -> None:
+    for attempt in (pickle.dumps, copy.copy, copy.deepcopy):
+        with pytest.raises(TypeError, match=r"cannot be pickled: make one in each process, Generator\('.*digits"):
+            attempt(digits)
+
+
+def test_onnxruntime_reports_nothing_to_its_makers() -> None:
+    """And the environment is left as it was."""
+    run_python(
+        """
+import os
+from scm_runtime import session
+
+os.environ.pop("ORT_DISABLE_TELEMETRY", None)
+threads = len(os.listdir("/proc/self/task"))
+session.load_onnxruntime()
+assert "ORT_DISABLE_TELEMETRY" not in os.environ
+assert len(os.listdir("/proc/self/task")) == threads, "its thread that reports runs"
+"""
+    )
