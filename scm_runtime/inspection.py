@@ -20,6 +20,8 @@ from scm_runtime.native import NativeOps
 from scm_runtime.samples import Samples
 
 REPEATS = 5
+# How far a sample may be from itself in another batch, as the order of sums may depend on the batch: a share of the largest value, and levels of a pixel.
+APART = {"fp32": (1e-4, 1), "fp16": (1e-2, 4), "bf16": (5e-2, 16)}
 
 
 def show_manifest(folder: Path, manifest: Manifest, here: Collection[str]) -> None:
@@ -116,12 +118,13 @@ def smoke_test(
             batch = draw([7, 8, 9, 10], "latent").array
             alone, reordered = draw([9], "latent").array, draw([10, 9, 7], "latent").array
             pixels = [draw(seeds, "np").array.astype(np.float32) for seeds in ([7, 9], [9])]
-            atol = 1e-4 * max(1.0, float(np.abs(batch).max()))  # the order of sums may depend on the batch
+            share, levels = APART[info.dtype]
+            atol = share * max(1.0, float(np.abs(batch).max()))
             checks = (
                 bool(np.isfinite(batch).all()),
                 bool(np.array_equal(batch, draw([7, 8, 9, 10], "latent").array)),
                 bool(np.allclose(alone[0], batch[2], rtol=0, atol=atol) and np.allclose(reordered[1], batch[2], rtol=0, atol=atol))
-                and bool(np.abs(pixels[0][1] - pixels[1][0]).max() <= 1),
+                and bool(np.abs(pixels[0][1] - pixels[1][0]).max() <= levels),
             )
             passed &= all(checks)
             medians = []

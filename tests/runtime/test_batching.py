@@ -183,6 +183,23 @@ def test_a_newcomer_joins_at_the_next_step(digits: Generator, monkeypatch: pytes
     assert rounds == [[(1, 0)], [(1, 1), (2, 0)], [(2, 1)]]
 
 
+def test_without_callbacks_a_round_is_one_job_of_the_engine(digits: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU a job is a visit of the engine's only thread, and the last round decodes on the same visit."""
+    engine, jobs = engine_of(digits), []
+    run = engine.run
+
+    def count(job: Callable[[], Any]) -> Any:
+        jobs.append(job)
+        return run(job)
+
+    with held(digits):
+        futures = [digits.submit(seed=seed) for seed in (1, 2)]
+        monkeypatch.setattr(engine, "run", count)
+    for future in futures:
+        result(future)
+    assert len(jobs) == 3, "two rounds, and before them the decoding of the one that held the scheduler"
+
+
 def test_a_batch_holds_max_batch_size_samples(pair: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     rounds = recorded(pair, monkeypatch)
     with held(pair):
