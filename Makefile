@@ -63,7 +63,7 @@ ops-tsan: $(FULL) ## build the library under ThreadSanitizer, and run what has t
 	$(call test-ops,build/tsan,-DSCM_OPS_SANITIZE=THREAD)
 
 soak: $(FULL) $(OPS) ## use Generators in every way at once, for ten minutes (SECONDS=60 for one)
-	@# One arena: glibc's arena a thread keeps what each thread once needed, and memory would take an hour to stand still.
+	@# One arena: with one a thread, memory that is free in some and wanted in others takes an hour to stand still.
 	MALLOC_ARENA_MAX=1 $(BIN)/python tests/soak/soak.py $(or $(SECONDS),600)
 
 bench: $(FULL) $(OPS) ## run every script in benchmarks/

@@ -1,6 +1,6 @@
 """Many threads use Generators in every way at once, for minutes: does a seed always draw the same picture, does all end, does memory stay?
 
-    python tests/soak/soak.py 600          seconds; 8 threads; the figures go to benchmarks/results/soak.json
+    MALLOC_ARENA_MAX=1 python tests/soak/soak.py 600        seconds; 8 threads; the figures go to benchmarks/results/soak.json
 
 Calls, futures, asyncio, streams, cancellations, callbacks that raise, Generators opened, closed and dropped under way, evaluations that fail. Each thread
 knows which errors it has asked for; any other ends the run. Whoever makes no progress for a minute has deadlocked: all stacks are printed.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import faulthandler
 import gc
 import hashlib
@@ -42,6 +43,7 @@ from scm_runtime import (
 
 SEEDS = range(-8, 24)
 STUCK_S = 60.0
+ROUNDS = 60  # between which all rest, and memory is measured
 WARMING_S = 60.0  # in which memory may grow: arenas, threads
 FLAT = 0.01
 FAILING = 0.2  # of the evaluations of a Generator that is made to fail
@@ -67,7 +69,9 @@ class Soak:
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
-        self._stop = threading.Event()
+        self._stop, self._go = threading.Event(), threading.Event()
+        self._go.set()
+        self._resting = 0
         self._progress = [time.monotonic()] * self.threads
         self._before = set(threading.enumerate())
         self._known: dict[tuple[int, int], str] = {}
@@ -88,9 +92,12 @@ class Soak:
             while (now := time.monotonic()) - start < self.seconds and not self.wrong:
                 if now - min(self._progress) < STUCK_S / 2:
                     faulthandler.dump_traceback_later(STUCK_S, exit=True)
-                self.resident.append((now - start, resident_mb()))
-                self._stop.wait(1.0)
+                self._stop.wait(self.seconds / ROUNDS)
+                self._rest()
+                self.resident.append((time.monotonic() - start, resident_mb()))
+                self._go.set()
             self._stop.set()
+            self._go.set()
             faulthandler.dump_traceback_later(STUCK_S, exit=True)
             for worker in workers:
                 worker.join()
@@ -103,10 +110,17 @@ class Soak:
             time.sleep(0.01)
         self.threads_left = left
 
+    def _rest(self) -> None:
+        """Let every thread end what it does, so that what is resident then is what stays."""
+        self._go.clear()
+        while self._resting < self.threads and not self._stop.is_set():
+            time.sleep(0.001)
+        gc.collect()
+
     def growth(self) -> float:
         """Of resident memory from the minute after the first to the last, as a fraction; each by its median."""
         second = [mb for at, mb in self.resident if WARMING_S <= at < 2 * WARMING_S]
-        last = [mb for at, mb in self.resident if at >= self.resident[-1][0] - WARMING_S]
+        last = [mb for at, mb in self.resident if at >= max(2 * WARMING_S, self.resident[-1][0] - WARMING_S)]
         return statistics.median(last) / statistics.median(second) - 1 if second and last else 0.0
 
     def figures(self) -> dict[str, Any]:
@@ -116,7 +130,7 @@ class Soak:
             "threads": self.threads,
             "counts": dict(sorted(self.counts.items())),
             "images_per_second": round(self.counts["images"] / self.resident[-1][0], 1),
-            "resident_mb": [round(mb, 1) for _, mb in self.resident[:: max(1, len(self.resident) // 60)]],
+            "resident_mb": [round(mb, 1) for _, mb in self.resident],
             "growth_after_the_first_minute": round(self.growth(), 5),
             "threads_left": self.threads_left,
             "wrong": self.wrong,
@@ -140,6 +154,10 @@ class Soak:
         weights = [weight for weight, _ in ways]
         try:
             while not self._stop.is_set():
+                if not self._go.is_set():
+                    self._count_resting(1)
+                    self._go.wait()
+                    self._count_resting(-1)
                 way = rng.choices([way for _, way in ways], weights)[0]
                 try:
                     way(rng)
@@ -287,6 +305,10 @@ class Soak:
         with self._lock:
             self.counts[what] += n
 
+    def _count_resting(self, n: int) -> None:
+        with self._lock:
+            self._resting += n
+
     @staticmethod
     def _open() -> Generator:
         return Generator("digits", threads=1, max_batch_size=8, max_wait_ms=random.choice([0.0, 1.0]), verify_integrity=False)
@@ -313,7 +335,9 @@ def digest(pixels: Any) -> str:
 
 
 def resident_mb() -> float:
-    """Resident memory of this process."""
+    """Resident memory of this process, but for what the C library keeps of what was freed: that depends on which thread needed how much when."""
+    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
     return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE / 1e6
 
 
