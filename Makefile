@@ -62,7 +62,7 @@ ops-sanitize: $(FULL) ## the same under AddressSanitizer and UndefinedBehaviorSa
 ops-tsan: $(FULL) ## build the library under ThreadSanitizer, and run what has threads
 	$(call test-ops,build/tsan,-DSCM_OPS_SANITIZE=THREAD)
 
-soak: $(FULL) $(OPS) ## use Generators in every way at once, for ten minutes (SECONDS=60 for one)
+soak: $(FULL) $(OPS) ## use Generators in every way at once, twice for ten minutes (SECONDS=60: for one)
 	@# One arena: with one a thread, memory that is free in some and wanted in others takes an hour to stand still.
 	MALLOC_ARENA_MAX=1 $(BIN)/python tests/soak/soak.py $(or $(SECONDS),600)
 

@@ -8,7 +8,6 @@ order in which they came, that fit. Which company a sample has does not change i
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import time
 import weakref
@@ -19,7 +18,7 @@ from scm_runtime.conditioning import is_int
 from scm_runtime.errors import GeneratorClosedError, InvalidArgumentError, OutOfMemoryError
 from scm_runtime.process import stop_at_exit
 from scm_runtime.samples import Samples
-from scm_runtime.sampling import Request, Sampler
+from scm_runtime.sampling import Request, Sampler, directly
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -97,9 +96,10 @@ class Line:
         """Let it join, and start the thread if there is none."""
         with self._lock:
             if self._thread is None:
-                self._thread = threading.Thread(target=self._serve, name=THREAD_NAME, daemon=True)
+                thread = threading.Thread(target=self._serve, name=THREAD_NAME, daemon=True)
                 stop_at_exit(self)
-                self._thread.start()
+                thread.start()
+                self._thread = thread  # the thread looks at it under the lock
             self._mail.put(ticket)
 
     def close(self) -> None:
@@ -112,9 +112,9 @@ class Line:
         self._ended = True
         self._mail.put(None)
 
-    def join(self, timeout: float) -> None:
-        """Wait for the thread's end, ``timeout`` seconds at most."""
-        if (thread := self._thread) is not None:
+    def join(self, timeout: float | None = None) -> None:
+        """Wait for the thread's end, ``timeout`` seconds at most; not within the thread."""
+        if (thread := self._thread) is not None and thread is not threading.current_thread():
             thread.join(timeout)
 
     # -- The thread ------------------------------------------------------------------------------------------------------------------------------------------
@@ -171,9 +171,10 @@ class Line:
             self._tickets.append(ticket)
 
     def _patience(self) -> float:
-        """Seconds that the first may still wait for company: none if some have begun, or a batch is full."""
+        """Seconds that the first may still wait for company: none if some have begun, a batch is full, or nobody else can come."""
         first = self._tickets[0]
-        if any(ticket.begun for ticket in self._tickets) or sum(len(ticket) for ticket in self._tickets if ticket.kind == first.kind) >= self._limit:
+        company = sum(len(ticket) for ticket in self._tickets if ticket.kind == first.kind)
+        if self._ended or company >= self._limit or any(ticket.begun for ticket in self._tickets):
             return 0.0
         return first.request.start + self._max_wait - time.perf_counter()
 
@@ -191,7 +192,7 @@ class Line:
         def job() -> None:
             self._together(_advance, batch, outcomes)
             for ticket in silent:
-                _after_step(ticket, _directly, outcomes)
+                _after_step(ticket, directly, outcomes)
             self._finish(silent, outcomes)
 
         sampler.engine.run(job)
@@ -246,17 +247,22 @@ class Batcher:
         self._line.put(Ticket(sampler, request, future, leave))
         return future
 
-    def close(self) -> None:
-        """See Line."""
-        self._line.close()
+    def close(self, *, wait: bool) -> None:
+        """With ``wait``, work off the line, and wait for that unless it is the thread of the line that calls; without, see Line."""
+        if wait:
+            self._line.end()
+            self._line.join()
+        else:
+            self._line.close()
 
 
 def check_batching(max_batch_size: object, max_wait_ms: object) -> tuple[int, float]:
     """The two arguments of a Generator, the second in seconds; raises InvalidArgumentError."""
+    longest = 3_600_000
     if not is_int(max_batch_size) or cast(int, max_batch_size) < 1:
         raise InvalidArgumentError(f"max_batch_size must be an integer of at least 1, got {max_batch_size!r}")
-    if isinstance(max_wait_ms, bool) or not isinstance(max_wait_ms, int | float) or not 0 <= max_wait_ms < math.inf:
-        raise InvalidArgumentError(f"max_wait_ms must be a number of milliseconds from 0, got {max_wait_ms!r}")
+    if isinstance(max_wait_ms, bool) or not isinstance(max_wait_ms, int | float) or not 0 <= max_wait_ms <= longest:
+        raise InvalidArgumentError(f"max_wait_ms must be a number of milliseconds from 0 to {longest}, got {max_wait_ms!r}")
     return int(cast(int, max_batch_size)), max_wait_ms / 1e3
 
 
@@ -296,7 +302,3 @@ def _hand_over(outcomes: MutableMapping[Ticket, Any]) -> None:
     """Settle them, and keep none."""
     for ticket in list(outcomes):
         ticket.settle(outcomes.pop(ticket))
-
-
-def _directly(job: Callable[[], Result]) -> Result:
-    return job()

@@ -77,6 +77,8 @@ class GraphCache:
         Raises:
             InvalidArgumentError: SCM_CACHE_MAX_BYTES is no number of bytes.
         """
+        if folder is False:
+            return None
         limit = default_bytes() if max_bytes is None else max_bytes
         root = usable_folder(folder, PARTS) if limit > 0 else None
         return cls(root, limit) if root else None
@@ -275,8 +277,10 @@ def _saving(folder: Path) -> Change:
 
 
 def _own_bytes(path: Path) -> bytes:
-    """A small file's bytes, if it is no link. Raises OSError."""
-    with os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0)), "rb") as file:
+    """A small file's bytes, if it is one, and no link or pipe. Raises OSError."""
+    with os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(f"{path.name} is no file")
         return file.read()
 
 

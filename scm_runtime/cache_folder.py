@@ -19,27 +19,40 @@ _said: set[str] = set()
 
 
 def usable_folder(folder: str | os.PathLike[str] | Literal[False] | None, parts: Sequence[str]) -> Path | None:
-    """The folder of the cache, made if need be; None where there is to be none, or where it cannot be used, which the log says.
+    """The folder of the cache, made if need be; None where there is to be none, or where it cannot be used, which the log says. See ``look_for_folder``."""
+    root, reason = look_for_folder(folder, parts)
+    if reason:
+        # Where nobody asked for a cache, its lack is no cause for concern.
+        level = logging.INFO if folder is None and "SCM_CACHE_DIR" not in os.environ else logging.WARNING
+        log_once("no cache of optimised graphs", reason, level)
+    return root
+
+
+def look_for_folder(folder: str | os.PathLike[str] | Literal[False] | None, parts: Sequence[str]) -> tuple[Path | None, str | None]:
+    """The folder of the cache, made if need be, or why it cannot be used and what to do; neither where there is to be none.
 
     Args:
         folder: False for none; None for the one that SCM_CACHE_DIR names (set and empty: none), else the platform's.
         parts: folders within it, which are closed to others.
+
+    Raises:
+        InvalidArgumentError: ``folder`` names none.
     """
     named = os.environ.get("SCM_CACHE_DIR") if folder is None else folder
     if named is False or named == "":
-        return None
+        return None, None
+    if named is not None and not isinstance(named, str | os.PathLike):
+        raise InvalidArgumentError(f"cache_dir must be a folder, False for no cache, or None, got {named!r}")
     try:
         root = (_platform_folder() if named is None else Path(named).expanduser()).resolve()
         for path in (root, *(root / part for part in parts)):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
             if why := _unsafe(path, within=path != root):
                 raise OSError(f"'{path}' {why}")
-    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
-        # Where nobody asked for a cache, its lack is no cause for concern.
-        level = logging.INFO if named is None else logging.WARNING
-        log_once("no cache of optimised graphs", f"{error}. Name a folder that you may write to in SCM_CACHE_DIR, or do without: SCM_CACHE_DIR=''", level)
-        return None
-    return root
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: there is no home folder; ValueError: a null character
+        remedy = "Name a folder of your own in SCM_CACHE_DIR, one that is not there yet, say, in a folder that all share; or do without: SCM_CACHE_DIR=''"
+        return None, f"{error}. {remedy}"
+    return root, None
 
 
 def max_bytes() -> int:

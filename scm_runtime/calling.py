@@ -60,6 +60,9 @@ def read_request(generator: Generator, class_labels: Labels | None, arguments: C
     output_type = arguments.get("output_type", "pil")
     if output_type not in OUTPUT_TYPES:
         raise InvalidArgumentError(f"output_type must be {', '.join(map(repr, OUTPUT_TYPES[:-1]))} or {OUTPUT_TYPES[-1]!r}, got {output_type!r}")
+    callback = arguments.get("callback_on_step_end")
+    if callback is not None and not callable(callback):
+        raise InvalidArgumentError(f"callback_on_step_end must be a function, or None, got {callback!r}")
     conditioning = conditioning_of(class_labels, arguments)
 
     def resolve() -> Any:
@@ -73,7 +76,7 @@ def read_request(generator: Generator, class_labels: Labels | None, arguments: C
             timesteps=arguments.get("timesteps"),
         )
 
-    return Request.of(resolve, output_type, _on_step(generator, arguments.get("callback_on_step_end")))
+    return Request.of(resolve, output_type, _on_step(generator, callback))
 
 
 def _on_step(generator: Generator, callback: Callback | None) -> OnStep | None:

@@ -201,7 +201,8 @@ def doctor(as_json: bool) -> None:
 
     from scm_runtime.doctor import examine
 
-    report = examine()
+    with clean_errors():
+        report = examine()
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(report), indent=2).decode())
     else:

@@ -168,4 +168,5 @@ def _ops(ops: Ops) -> str:
 def _cache(cache: Cache) -> str:
     if cache.folder is None and cache.reason is None:
         return "none: SCM_CACHE_DIR is empty"
-    return f"{cache.folder or 'no folder'}, {'writable' if cache.writable else 'cannot be written to'}, {cache.size_bytes / 2**20:.1f} MiB"
+    state = "writable" if cache.writable else "not used, see below"
+    return f"{cache.folder or 'no folder'}, {state}, {cache.size_bytes / 2**20:.1f} MiB"

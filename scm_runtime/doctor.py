@@ -185,20 +185,18 @@ def _why_no_kernels(device: str) -> str | None:
 def _cache() -> Cache:
     """The folder, made if need be as a Generator would."""
     from scm_runtime.cache import PARTS
-    from scm_runtime.cache_folder import usable_folder
+    from scm_runtime.cache_folder import look_for_folder, max_bytes
 
-    named = os.environ.get("SCM_CACHE_DIR")
-    if named == "":
-        return Cache(None, writable=False, size_bytes=0, reason=None)
     try:
-        folder = usable_folder(None, PARTS)
+        max_bytes()
+        folder, reason = look_for_folder(None, PARTS)
         if folder is None:
-            return Cache(named, writable=False, size_bytes=0, reason=f"the folder {named or 'for caches'} cannot be used. {CACHE_REMEDY}")
+            return Cache(os.environ.get("SCM_CACHE_DIR") or None, writable=False, size_bytes=0, reason=reason)
         size = sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
         writable = os.access(folder, os.W_OK)
         return Cache(str(folder), writable, size, None if writable else f"'{folder}' cannot be written to. {CACHE_REMEDY}")
-    except OSError as error:
-        return Cache(named, writable=False, size_bytes=0, reason=f"{_said(error)}. {CACHE_REMEDY}")
+    except (OSError, ScmError) as error:
+        return Cache(os.environ.get("SCM_CACHE_DIR") or None, writable=False, size_bytes=0, reason=f"{_said(error)}. {CACHE_REMEDY}")
 
 
 def _cores() -> int:

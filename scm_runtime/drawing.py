@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import string
 import sys
 import time
@@ -46,29 +47,34 @@ class Output:
         if out.endswith("/"):
             return Output(out.replace("{", "{{").replace("}", "}}") + IN_A_FOLDER, each=True, shown=out)
         try:
-            fields = {name for _, name, _, _ in string.Formatter().parse(out) if name is not None}
-        except ValueError:  # braces that are no fields
-            fields = set()
-        each = any(name.startswith(FIELDS) for name in fields)
+            parsed = [(name, form, conversion) for _, name, form, conversion in string.Formatter().parse(out) if name is not None]
+            fields = {name for name, _, _ in parsed}
+            plain = all(conversion is None and re.fullmatch(r"(0?[0-9]{1,2})?d?", form or "") for _, form, conversion in parsed)
+        except ValueError:  # an open brace
+            fields, plain = {""}, True
+        each = bool(fields)
         output = Output(out, each, out)
-        if each:
-            try:
-                if not fields <= set(FIELDS):
-                    raise ValueError(f"there is no field {{{min(fields - set(FIELDS))}}}")
-                output.path(0, 0)
-            except (LookupError, ValueError, AttributeError) as error:
-                said = "{seed}, {index} and formats of integers such as {index:05d}"
-                raise InvalidArgumentError(
-                    f"cannot name files by {out!r}: {error}. It may have the fields {said}; a brace that is none is written twice."
-                ) from error
+        try:
+            if not fields <= set(FIELDS):
+                raise ValueError(f"there is no field {{{min(fields - set(FIELDS))}}}")
+            if not plain:  # two images might get one name
+                raise ValueError("a field has a format that is none of integers")
+            output.path(0, 0)
+        except (LookupError, ValueError, AttributeError) as error:
+            said = "{seed}, {index} and formats of integers such as {index:05d}"
+            raise InvalidArgumentError(
+                f"cannot name files by {out!r}: {error}. It may have the fields {said}; a brace that is none is written twice."
+            ) from error
         if os.path.isdir(out):  # noqa: PTH112 - Path.is_dir raises for a name that is too long
             raise InvalidArgumentError(f"'{out}' is a folder. Name a picture in it, or write '{out}/' for a file an image.")
+        if not output.path(0, 0).suffix:
+            raise InvalidArgumentError(f"'{out}' names no picture: end it in .png or .jpg, say, or write '{out}/' for a folder with a file an image.")
         picture_format(output.path(0, 0))
         return output
 
     def path(self, index: int, seed: int) -> Path:
         """The file of one image; without fields that of all."""
-        return Path(self.name.format(index=index, seed=seed) if self.each else self.name)
+        return Path(self.name.format(index=index, seed=seed))
 
     def check(self, seeds: Sequence[int]) -> None:
         """Raise InvalidArgumentError if two images of these seeds would get one file."""
@@ -113,7 +119,8 @@ def draw(generator: Generator, order: Order, output: Output, columns: int | None
     try:
         with _batches(generator, order) as drawn:
             for samples in drawn:
-                batches.append(replace(samples, array=samples.array[:0], conditioning={}) if output.each else samples)
+                # Without the pixels: a view would keep them all.
+                batches.append(replace(samples, array=samples.array[:0].copy(), conditioning={}) if output.each else samples)
                 for i in range(len(samples) if output.each else 0):
                     alone = replace(samples, array=samples.array[i : i + 1], seeds=samples.seeds[i : i + 1])
                     alone.save(output.path(written, samples.seeds[i]))

@@ -83,7 +83,8 @@ class Generator(Queued):
             stream: of CUDA, to work on instead of one of our own: a handle, or an object with ``__cuda_stream__``. Not the per-thread default stream.
             on_nonfinite: what to do about samples that turn into NaN or infinity: "raise" NonFiniteError; "warn" in the log; or "fp32", do
                 them again in it, silently but for a line in the log.
-            on_span: called with a ``Span`` for each call and each of its parts, after it, in the thread that receives the samples.
+            on_span: called with a ``Span`` for each call and each of its parts, after it: in the caller's thread, or in the one that computes what was
+                submitted, where it holds up the others and must not wait for one of them.
             profile_dir: a folder for ONNX Runtime's profile of every session, written when the Generator is closed.
             cache_dir: a folder that keeps optimised graphs, so that the next process opens them faster. None: the one SCM_CACHE_DIR names, or else the
                 platform's folder for caches; False: none. At most SCM_CACHE_MAX_BYTES, 4 GiB by default, and nothing where it cannot be written.
@@ -106,6 +107,8 @@ class Generator(Queued):
         """
         max_batch_size, max_wait = check_batching(max_batch_size, max_wait_ms)
         policy = check_policy(on_nonfinite)
+        if on_span is not None and not callable(on_span):
+            raise InvalidArgumentError(f"on_span must be a function of a Span, or None, got {on_span!r}")
         opened = open_bundle(
             find(bundle, revision),
             place(device, providers, provider_options),
@@ -133,7 +136,7 @@ class Generator(Queued):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None) -> None:
-        self.close()
+        self.close(wait=kind is None)
 
     def __repr__(self) -> str:
         return f"Generator({os.fspath(self.folder)!r}, device={self.info.device!r}, dtype={self.dtype!r})"
@@ -141,15 +144,28 @@ class Generator(Queued):
     def __reduce__(self) -> NoReturn:
         raise TypeError(f"a Generator holds open sessions and cannot be pickled: make one in each process, Generator({os.fspath(self.folder)!r})")
 
-    def close(self) -> None:
-        """Give the sessions, their threads and their memory back: at once, or when the calls that run have ended. It does not wait for them.
+    def check_usable(self) -> None:
+        """Raise ForkedError if this process was forked from the one that made it: there is nobody here who would work on a future."""
+        self._usage.check_process()
 
-        Later calls raise GeneratorClosedError, and so do requests of ``submit`` whose turn has not come. Closing twice is allowed, and so is closing from
-        a callback.
+    @property
+    def closed(self) -> bool:
+        """Whether calls are refused, though some may still run."""
+        return self._usage.ended
+
+    def close(self, *, wait: bool = False) -> None:
+        """Give the sessions, their threads and their memory back: at once, or when the calls that run have ended.
+
+        Later calls raise GeneratorClosedError. Closing twice is allowed, and so is closing from a callback. The end of a ``with`` block that no exception
+        ends closes with ``wait=True``.
+
+        Args:
+            wait: let all requests of ``submit`` come to their end first. Otherwise nothing is waited for, and those whose turn has not
+                come get GeneratorClosedError.
         """
         self._usage.end()
         if not self._usage.foreign:
-            self._batcher.close()
+            self._batcher.close(wait=wait)
 
     def __call__(
         self,
@@ -256,9 +272,9 @@ class Generator(Queued):
         Raises:
             InvalidArgumentError, OutOfMemoryError, InferenceError: as a call does.
         """
-        sizes = list(batch_sizes)
+        sizes = list(batch_sizes) if isinstance(batch_sizes, Sequence) else []
         if not sizes or not all(is_int(size) and size >= 1 for size in sizes):
-            raise InvalidArgumentError(f"batch_sizes must be integers of at least 1, got {batch_sizes!r}")
+            raise InvalidArgumentError(f"batch_sizes must be a list of integers of at least 1, got {batch_sizes!r}")
         for size in sorted(set(sizes), reverse=True):  # the largest takes the memory at once
             values = stand_ins(self.manifest.conditioning, range(size)) | dict(conditioning or {})
             for _ in range(CAPTURE_RUNS if self.info.device.startswith("cuda") else 1):

@@ -23,7 +23,7 @@ _log = logging.getLogger("scm_runtime")
 
 def check_policy(policy: object) -> OnNonfinite:
     """The argument as given, once it is known to be a policy."""
-    if policy not in POLICIES:
+    if not isinstance(policy, str) or policy not in POLICIES:
         raise InvalidArgumentError(f"on_nonfinite must be 'raise', 'warn' or 'fp32', got {policy!r}")
     return cast(OnNonfinite, policy)
 

@@ -53,6 +53,8 @@ def open_bundle(
 ) -> Opened:
     """Open what was found where it was placed. The arguments are those of Generator, and so are the errors."""
     threads, native_ops = check_threads(threads), check_native_ops(native_ops)
+    if session_options is not None and not (isinstance(session_options, Mapping) and all(isinstance(name, str) for name in session_options)):
+        raise InvalidArgumentError(f"session_options must be a dict by names of ONNX Runtime's session options, got {session_options!r}")
     _check_cuda(placement, cuda_graph=cuda_graph, gpu_mem_limit=gpu_mem_limit, stream=stream)
     folder, manifest = found.folder, read_manifest(found.folder)
     chosen = _choose_dtype(dtype, manifest, placement)
@@ -71,7 +73,7 @@ def open_bundle(
             # A sum that nobody compared must not name a graph: another file's may stand under it.
             here = {name: entry.sha256 for name, entry in manifest.files.items() if (folder / name).is_file()}
             sums = here if verify_integrity else {name: identity(folder / name) for name in here}
-            cached = Cached(cache, sums, cache.verified.sha256(library.path) if library else None, verify_integrity)
+            cached = Cached(cache, sums, cache.verified.sha256(library.path) if library else None)
         return replace(base, library=library.path if library else None, cached=cached)
 
     if placement.index is None:
@@ -141,9 +143,9 @@ def _check_cuda(placement: Placement, *, cuda_graph: object, gpu_mem_limit: obje
 def _folder(name: str, path: str | os.PathLike[str] | None) -> Path | None:
     if path is None:
         return None
-    folder = Path(path)
     try:
+        folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InvalidArgumentError(f"{name} must be a folder that can be written to, got '{folder}': {error.strerror}") from error
+    except (OSError, TypeError, ValueError) as error:  # ValueError: a null character
+        raise InvalidArgumentError(f"{name} must be a folder that can be written to, got {path!r}: {getattr(error, 'strerror', None) or error}") from error
     return folder

@@ -54,7 +54,7 @@ class DevicePool(Queued):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None) -> None:
-        self.close()
+        self.close(wait=kind is None)
 
     def __repr__(self) -> str:
         return f"DevicePool({os.fspath(self.generators[0].folder)!r}, devices={tuple(generator.info.device for generator in self.generators)})"
@@ -83,10 +83,10 @@ class DevicePool(Queued):
         for generator in self.generators:
             generator.warmup(batch_sizes, **arguments)
 
-    def close(self) -> None:
+    def close(self, *, wait: bool = False) -> None:
         """Close each Generator."""
         for generator in self.generators:
-            generator.close()
+            generator.close(wait=wait)
 
     def _streaming(self) -> tuple[Generator, int, int]:
         generator, largest, ahead = self.generators[0]._streaming()
@@ -102,8 +102,9 @@ class DevicePool(Queued):
 
     def _take(self) -> int:
         """Index of the Generator that has the fewest calls; of several such, the one that had the fewest turns."""
+        self.generators[0].check_usable()  # before the lock: a thread that a forked child has not may hold it
         with self._lock:
-            i = min(range(len(self._busy)), key=lambda i: (self._busy[i], self._turns[i]))
+            i = min(range(len(self._busy)), key=lambda i: (self.generators[i].closed, self._busy[i], self._turns[i]))
             self._busy[i] += 1
             self._turns[i] += 1
             return i

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import atexit
 import os
+import time
 import weakref
 from typing import Any, Protocol
 
-EXIT_WAIT_S = 5.0  # that the interpreter's end waits for evaluations under way
+EXIT_WAIT_S = 5.0  # that the interpreter's end waits, in all, for evaluations under way
 
 
 class Stoppable(Protocol):
@@ -36,8 +37,14 @@ def _stop_all() -> None:
     running = list(_threads)
     for one in running:
         one.close()
+    deadline = time.monotonic() + EXIT_WAIT_S
     for one in running:
-        one.join(EXIT_WAIT_S)
+        while (left := deadline - time.monotonic()) > 0:
+            try:
+                one.join(left)
+            except KeyboardInterrupt:  # by a user who has no patience: to go on without would abort the process
+                continue
+            break
 
 
 def _keep_all() -> None:

@@ -39,6 +39,8 @@ class Timings:
     """The whole call, callbacks and checks included; the making of PIL images is not."""
     copy: float = 0.0
     """From a GPU to the host; 0 where the work was done on the host."""
+    waited: float = 0.0
+    """Until work on it began: for its turn, if it was submitted. A part of the total."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -95,9 +97,8 @@ class Samples:
             raise InvalidArgumentError(f"columns must be at least 1, got {columns}")
         target = Path(path)
         image_format = picture_format(target)
+        encoded = _encode(grid(self.array, columns), image_format, target)
         try:
-            encoded = io.BytesIO()  # not into the file: some of Pillow's encoders do not notice a full disk
-            grid(self.array, columns).save(encoded, format=image_format)
             target.parent.mkdir(parents=True, exist_ok=True)
             with whole_file(target) as part:
                 part.write_bytes(encoded.getbuffer())
@@ -117,6 +118,23 @@ class Samples:
             raise InvalidArgumentError(
                 f"these samples have {self.array.shape[-1]} channels, pictures have 1, 3 or 4: use .array, or the state by output_type='latent'"
             )
+
+
+def _encode(picture: Image.Image, image_format: str, target: Path) -> io.BytesIO:
+    """A picture's file; not on disk yet, as some of Pillow's encoders do not notice a full one. Raises InvalidArgumentError where the format cannot hold it."""
+    from PIL import Image
+
+    encoded = io.BytesIO()
+    size = f"{picture.width} x {picture.height} pixels"
+    try:
+        picture.save(encoded, format=image_format)
+        with Image.open(encoded) as kept:
+            held = kept.size
+    except (OSError, ValueError) as error:
+        raise InvalidArgumentError(f"cannot write '{target}': {image_format} does not hold {size} of mode {picture.mode} ({error}). Take .png.") from error
+    if held != picture.size:  # icons are made smaller without a word
+        raise InvalidArgumentError(f"cannot write '{target}': {image_format} makes {held[0]} x {held[1]} of {size}. Take .png.")
+    return encoded
 
 
 def picture_format(path: Path) -> str:

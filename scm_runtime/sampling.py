@@ -68,7 +68,7 @@ class Sampler:
         """A request alone, from beginning to end, called from any thread; raises what ``Generator.__call__`` raises."""
         if request.on_step is not None:  # which runs in the caller's thread
             return self.deliver(request, self._sample(request, self.engine.run))
-        return self.deliver(request, self.engine.run(lambda: self._sample(request, _directly)))
+        return self.deliver(request, self.engine.run(lambda: self._sample(request, directly)))
 
     def _sample(self, request: Request, run: Callable[[Callable[[], Any]], Any]) -> Samples:
         run(lambda: self.begin(request))
@@ -151,6 +151,7 @@ class Sampler:
                 decode=sum(spent["decode"]),
                 copy=sum(spent["copy"]),
                 total=time.perf_counter() - request.start,
+                waited=max(request.begun_ns - request.start_ns, 0) / 1e9,
             ),
             has_decoder=self._manifest.output.kind == "image",
         )
@@ -188,7 +189,8 @@ class Sampler:
         self.engine.close()
 
 
-def _directly(job: Callable[[], Result]) -> Result:
+def directly(job: Callable[[], Result]) -> Result:
+    """Run a job within one of the engine's."""
     return job()
 
 
@@ -200,10 +202,14 @@ def _returned(returned: object, x: NDArray[np.float32], step: int) -> NDArray[np
         raise GenerationCancelledError(f"callback_on_step_end returned False after step {step}: the call ended there")
     if not isinstance(returned, Mapping):
         raise InvalidArgumentError(f"callback_on_step_end must return None, False to stop, or a dict with 'latents', got {type(returned).__name__}")
+    if unknown := sorted(map(str, returned.keys() - {"latents"})):
+        raise InvalidArgumentError(f"callback_on_step_end may return 'latents', got {', '.join(map(repr, unknown))}")
     if "latents" not in returned:
         return None
     replaced = returned["latents"]
     try:
+        if np.iscomplexobj(replaced):
+            raise TypeError("complex numbers")
         changed = np.array(replaced, np.float32, order="C")
     except (TypeError, ValueError) as error:
         raise InvalidArgumentError(f"callback_on_step_end must return latents that are an array of numbers, got {type(replaced).__name__}") from error

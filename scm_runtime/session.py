@@ -81,6 +81,8 @@ def _without_telemetry() -> Iterator[None]:
 COPYING_OPTIMIZERS = ("ConstantFolding", "ConvMulFusion", "NchwcTransformer")
 
 
+MOST_THREADS = 1024  # every graph has its own
+
 # How ONNX Runtime, its arenas, CUDA and cuDNN say it, in lower case.
 OUT_OF_MEMORY = ("allocate memory", "out of memory", "out_of_memory", "bad_alloc", "alloc_failed", "allocation_failed", "smaller than requested bytes")
 
@@ -97,8 +99,6 @@ class Cached:
     """SHA-256 of the bundle's files, by name."""
     library: str | None
     """SHA-256 of the library of kernels."""
-    verify: bool
-    """Compare the SHA-256 of cached files too."""
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ class Session:
             library=cached.library if settings.library else None,
             session_options=settings.session_options,
         )
-        return cached.cache.open(self.path, key, self._open_at, verify=cached.verify)
+        return cached.cache.open(self.path, key, self._open_at)
 
     def _open_at(self, path: Path, change: Callable[[Any], None]) -> Any:
         """The graph at a path, the session's own or a copy of it, with options that ``change`` has had the last word on."""
@@ -233,7 +233,10 @@ class Session:
             options.profile_file_prefix = os.fspath(settings.profile_dir / self.path.stem)
         for name, value in settings.session_options.items():
             if "." in name:
-                options.add_session_config_entry(name, str(value))
+                try:
+                    options.add_session_config_entry(name, str(value))
+                except RuntimeError as error:
+                    raise InvalidArgumentError(f"session_options: {name[:60]!r} cannot be {str(value)[:60]!r}: {error}") from error
                 continue
             if name.startswith("_") or callable(getattr(options, name, len)):
                 known = ", ".join(known for known in dir(options) if not known.startswith("_") and not callable(getattr(options, known)))
@@ -316,6 +319,6 @@ def _out_of_memory(error: Exception) -> bool:
 
 def check_threads(threads: int | None) -> int | None:
     """A thread count as given, once it is known to be a positive integer or None."""
-    if threads is None or (isinstance(threads, int | np.integer) and not isinstance(threads, bool) and threads >= 1):
+    if threads is None or (isinstance(threads, int | np.integer) and not isinstance(threads, bool) and 1 <= threads <= MOST_THREADS):
         return None if threads is None else int(threads)
-    raise InvalidArgumentError(f"threads must be an integer of at least 1 or None for one a core, got {threads!r}")
+    raise InvalidArgumentError(f"threads must be an integer from 1 to {MOST_THREADS}, or None for one a core, got {threads!r}")

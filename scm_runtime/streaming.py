@@ -8,7 +8,7 @@ from collections.abc import Generator as Iteration
 from typing import TYPE_CHECKING, Any, Unpack, cast
 
 from scm_runtime.arguments import Labels, Seeds, check_range, random_seed, read_latents, read_seeds
-from scm_runtime.calling import BatchArguments, CallArguments, check_names, conditioning_of, read_request
+from scm_runtime.calling import CONDITIONING, BatchArguments, CallArguments, check_names, conditioning_of, read_request
 from scm_runtime.conditioning import Column, is_int, read_column
 from scm_runtime.errors import InvalidArgumentError
 from scm_runtime.samples import Samples
@@ -68,14 +68,14 @@ class Queued:
             return slices(start, min(start + size, num_images))
 
         read_request(generator, None, batch(0))  # what is wrong shows now
-        return _batches(lambda start: self.submit(**batch(start)), iter(range(0, num_images, size)), ahead)
+        return _batches(lambda start: self.submit(**batch(start)), generator.check_usable, iter(range(0, num_images, size)), ahead)
 
     def _streaming(self) -> tuple[Generator, int, int]:
         """Whose bundle arguments are checked against, the batch size by default, and how many batches are computed ahead."""
         raise NotImplementedError
 
 
-def _batches(submit: Callable[[int], Future[Samples]], starts: Iterator[int], ahead: int) -> Iteration[Samples]:
+def _batches(submit: Callable[[int], Future[Samples]], check: Callable[[], None], starts: Iterator[int], ahead: int) -> Iteration[Samples]:
     pending: deque[Future[Samples]] = deque()
     try:
         while True:
@@ -83,6 +83,8 @@ def _batches(submit: Callable[[int], Future[Samples]], starts: Iterator[int], ah
                 pending.append(submit(start))
             if not pending:
                 return
+            if not pending[0].done():
+                check()  # in a forked child nobody works on it
             pending[0].exception()  # waits; an interrupt finds it among those to be cancelled
             yield pending.popleft().result()  # no name here keeps it alive
     finally:
@@ -112,7 +114,7 @@ def _slices(
         if length != num_images:
             raise InvalidArgumentError(f"{name} must be one for all samples, or one for each of the {num_images}, got {length}")
     check_range(seeds)
-    others = {name: value for name, value in arguments.items() if name in ("num_inference_steps", "timesteps", "output_type", "callback_on_step_end")}
+    others = {name: value for name, value in arguments.items() if name not in (*CONDITIONING, "conditioning", "latents")}
 
     def between(start: int, stop: int) -> CallArguments:
         conditioning = {name: column.values if column.shared else column.values[start:stop] for name, column in columns.items()}

@@ -33,15 +33,24 @@ class Usage(Generic[Resource]):
         """Whether this is a forked child of the process that made it."""
         return os.getpid() != self._process
 
+    @property
+    def ended(self) -> bool:
+        """Whether calls are refused."""
+        return self._ended
+
     def check(self) -> None:
         """Raise ForkedError in a forked child, GeneratorClosedError after the end."""
+        self.check_process()
+        if self._ended:
+            raise GeneratorClosedError("this Generator is closed: make a new one")
+
+    def check_process(self) -> None:
+        """Raise ForkedError in a forked child."""
         if self.foreign:  # before the lock: a thread that is not here may hold it
             raise ForkedError(
                 "this Generator was made before the process was forked, and neither ONNX Runtime's threads nor a CUDA context survive that. "
                 "Make the Generator in the child, or start it by spawn: multiprocessing.get_context('spawn')"
             )
-        if self._ended:
-            raise GeneratorClosedError("this Generator is closed: make a new one")
 
     def __enter__(self) -> Resource:
         return self.enter()

@@ -582,8 +582,8 @@ CALLS: list[Row] = [
     ("seed is text", calling(seed="7"), InvalidArgumentError, "got '7'", "seed must be an integer or a list of integers"),
     ("no seeds", calling(seed=[]), InvalidArgumentError, "got none", "seed must hold at least one value"),
     ("output_type", calling(output_type="jpeg"), InvalidArgumentError, "got 'jpeg'", "output_type must be 'pil', 'np', 'latent' or 'dlpack'"),
-    ("0 threads", threads(0), InvalidArgumentError, "got 0", "threads must be an integer of at least 1"),
-    ("half a thread", threads(0.5), InvalidArgumentError, "got 0.5", "threads must be an integer of at least 1"),
+    ("0 threads", threads(0), InvalidArgumentError, "got 0", "threads must be an integer from 1 to 1024"),
+    ("half a thread", threads(0.5), InvalidArgumentError, "got 0.5", "threads must be an integer from 1 to 1024"),
     ("dtype", dtype("fp16"), InvalidArgumentError, "got 'fp16'", "dtype must be 'auto' or one of this bundle's, fp32"),
     ("embeddings", calling(prompt_embeds=np.zeros((7, 5))), InvalidArgumentError, "prompt_embeds was given", "takes class_labels"),
     (

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from support import ROOT, run_python
 
 PAGES = sorted(path for path in (ROOT / "docs").glob("*.md") if path.name in ("embedding.md", "troubleshooting.md"))
@@ -16,7 +17,7 @@ def test_the_python_blocks_of_a_page(page: Path, tmp_path: Path) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
     assert blocks, "the page has none"
     # "# error: Name" on a line of its own says that the block ends with that error.
-    program = ["from scm_runtime import *"]
+    program = []
     for block in blocks:
         if error := re.search(r"^# error: (\w+)$", block, re.MULTILINE):
             indented = "".join(f"    {line}" for line in block.splitlines(keepends=True))

@@ -103,11 +103,29 @@ def test_one_batch_as_a_file_an_image(tiny: Generator, tiny_bundle: Path, tmp_pa
     expect_images(tiny([0, 1], seed=[4, 4], output_type="np").array, [tmp_path / "0.png", tmp_path / "1.png"])
 
 
-def test_braces_that_are_no_fields_stay_in_the_name(tiny_bundle: Path, tmp_path: Path) -> None:
-    for out, name in (("{a}.png", "{a}.png"), ("{}x/", "{}x/000003.png"), ("{.png", "{.png")):
+def test_braces_written_twice_are_braces(tiny_bundle: Path, tmp_path: Path) -> None:
+    for out, name in (("{{a}}.png", "{a}.png"), ("{}x/", "{}x/000003.png"), ("{{{seed}.png", "{3.png")):
         result = call("generate", tiny_bundle, "-o", f"{tmp_path}/{out}", "--seed", "3")
         assert result.exit_code == 0, result.output
         assert (tmp_path / name).is_file()
+
+
+@pytest.mark.parametrize(
+    ("out", "said"),
+    [
+        ("{index!s:.1}.png", "a field has a format that is none of integers"),
+        ("{seed:c}.png", "a field has a format that is none of integers"),
+        ("{a}.png", "there is no field {a}"),
+        ("{.png", "there is no field"),
+        ("pictures", "write 'pictures/' for a folder with a file an image"),
+    ],
+)
+def test_names_that_cannot_be(out: str, said: str, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = call("generate", tiny_bundle, "-o", out, "--seed", "3")
+    assert result.exit_code == 2
+    assert said in result.output
+    assert not list(tmp_path.iterdir())
 
 
 def test_images_are_written_as_they_are_drawn(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,7 +166,7 @@ def test_no_more_images_than_a_batch_are_computed_at_a_time(tiny_bundle: Path, t
         ("{seed}.png", ["--columns", "2"], "leave --columns out"),
         ("{seed}{label}.png", [], "there is no field {label}"),
         ("{seed.real}.png", [], "there is no field {seed.real}"),
-        ("{index:s}.png", [], "Unknown format code 's'"),
+        ("{index:s}.png", [], "a field has a format that is none of integers"),
         ("{seed}.xyz", [], "unknown picture format '.xyz'"),
         ("", [], "is a folder"),
         ("a.png", ["--device", "tpu"], "device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got 'tpu'"),

@@ -192,12 +192,24 @@ def test_the_callback_replaces_latents(tiny: Generator) -> None:
 
 @pytest.mark.parametrize(
     "returned",
-    [{"latents": np.zeros((1, 3, 8, 9))}, {"latents": np.zeros((2, 3, 8, 8))}, {"latents": "x"}, np.zeros((1, 3, 8, 8))],
-    ids=["wider", "more", "text", "array"],
+    [
+        {"latents": np.zeros((1, 3, 8, 9))},
+        {"latents": np.zeros((2, 3, 8, 8))},
+        {"latents": "x"},
+        {"latents": np.full((1, 3, 8, 8), np.nan)},
+        np.zeros((1, 3, 8, 8)),
+        True,
+    ],
+    ids=["wider", "more", "text", "NaN", "array", "True"],
 )
 def test_the_callback_returns_something_else(tiny: Generator, returned: Any) -> None:
     with pytest.raises(InvalidArgumentError, match=r"callback_on_step_end must .*, got"):
         tiny(seed=1, callback_on_step_end=lambda *_: returned)
+
+
+def test_the_callback_returns_a_name_that_there_is_not(tiny: Generator) -> None:
+    with pytest.raises(InvalidArgumentError, match="may return 'latents', got 'latentz'"):
+        tiny(seed=1, callback_on_step_end=lambda *_: {"latentz": 1})
 
 
 def test_an_exception_in_the_callback_reaches_the_caller(tiny: Generator) -> None:

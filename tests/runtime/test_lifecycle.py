@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import copy
 import gc
+import os
 import pickle
 import signal
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,7 +21,7 @@ import numpy as np
 import pytest
 
 from holding import PATIENCE_S, engine_of, eventually, held, schedulers
-from scm_runtime import GenerationCancelledError, Generator, GeneratorClosedError, Samples
+from scm_runtime import DevicePool, ForkedError, GenerationCancelledError, Generator, GeneratorClosedError, Samples
 from support import run, run_python
 
 
@@ -419,3 +421,108 @@ assert "ORT_DISABLE_TELEMETRY" not in os.environ
 assert len(os.listdir("/proc/self/task")) == threads, "its thread that reports runs"
 """
     )
+
+
+def test_the_end_of_a_with_block_lets_requests_come_to_their_end(tiny_bundle: Path) -> None:
+    with Generator(tiny_bundle, max_batch_size=1) as generate:
+        futures = [generate.submit(seed=seed) for seed in range(12)]
+    assert generate.closed
+    assert [future.result(0).seeds for future in futures] == [(seed,) for seed in range(12)]
+    with DevicePool(tiny_bundle, devices=("cpu", "cpu"), max_batch_size=1) as pool:
+        futures = [pool.submit(seed=seed) for seed in range(12)]
+    assert [future.result(0).seeds for future in futures] == [(seed,) for seed in range(12)]
+
+
+def test_an_exception_that_ends_a_with_block_waits_for_nothing(tiny_bundle: Path) -> None:
+    futures = []
+
+    def fail() -> None:
+        with Generator(tiny_bundle, max_batch_size=1) as generate:
+            futures.extend([generate.submit(seed=seed) for seed in range(200)])
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert any(isinstance(future.exception(), GeneratorClosedError) for future in futures)
+
+
+def test_closing_from_a_callback_of_a_request_does_not_wait_for_itself(tiny_bundle: Path) -> None:
+    generate = Generator(tiny_bundle)
+    samples = generate.submit(seed=1, callback_on_step_end=lambda generator, *_: generator.close(wait=True)).result(60)
+    assert samples.seeds == (1,)
+    assert generate.closed
+
+
+def test_a_lone_request_does_not_wait_for_company_that_cannot_come(tiny_bundle: Path) -> None:
+    start = time.monotonic()
+    with Generator(tiny_bundle, max_wait_ms=600_000) as generate:
+        future = generate.submit(seed=1)
+    assert future.result(0).seeds == (1,)
+    assert time.monotonic() - start < 300, "not the ten minutes that it might have waited"
+
+
+def test_a_thread_that_cannot_be_started_fails_that_request_alone(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with Generator(tiny_bundle) as generate:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            with pytest.raises(RuntimeError, match="can't start"):
+                generate.submit(seed=1)
+        assert generate.submit(seed=1).result(60).seeds == (1,)
+    assert generate._usage.resource is None, "all was given back"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_streams_and_pools_in_a_forked_child_raise_and_do_not_wait(tiny_bundle: Path) -> None:
+    pool = DevicePool(tiny_bundle, devices=("cpu",))
+    generate = pool.generators[0]
+    hold = threading.Event()
+    stream = generate.stream(4, 2, callback_on_step_end=lambda *_: (hold.wait(60), None)[1])
+    started = threading.Thread(target=lambda: next(stream))
+    started.start()
+    while not generate._batcher._line._tickets:
+        time.sleep(0.001)
+    pool._lock.acquire()
+    child = os.fork()
+    if not child:
+        signal.alarm(60)
+        caught = 0
+        for use in (lambda: pool(seed=1), lambda: pool.submit(seed=1), lambda: list(pool.stream(2))):
+            try:
+                use()
+            except ForkedError:
+                caught += 1
+        os._exit(caught)
+    pool._lock.release()
+    hold.set()
+    started.join()
+    stream.close()
+    pool.close()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_stream_begun_before_the_fork(tiny_bundle: Path) -> None:
+    hold, calls = threading.Event(), []
+
+    def wait(_generator: Generator, step: int, _t: float, _values: object) -> None:
+        calls.append(step)
+        if len(calls) > 2:  # in the second batch
+            hold.wait(PATIENCE_S)
+
+    with Generator(tiny_bundle, max_batch_size=2) as generate:
+        stream = generate.stream(4, 2, seed=5, callback_on_step_end=wait)
+        assert next(stream).seeds == (5, 6)
+        child = os.fork()
+        if not child:
+            signal.alarm(60)
+            try:
+                next(stream)
+            except ForkedError:
+                os._exit(42)
+            os._exit(0)
+        hold.set()
+        assert next(stream).seeds == (7, 8)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 42

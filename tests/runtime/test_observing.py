@@ -45,6 +45,19 @@ def test_no_span_of_a_call_that_failed(tiny_bundle: Path) -> None:
     assert not spans
 
 
+def test_what_is_no_function_is_refused_before_the_work(tiny: Generator, tiny_bundle: Path) -> None:
+    with pytest.raises(InvalidArgumentError, match="on_span must be a function"):
+        Generator(tiny_bundle, on_span=cast(Any, 3))
+    with pytest.raises(InvalidArgumentError, match="callback_on_step_end must be a function"):
+        tiny(seed=1, callback_on_step_end=cast(Any, 3))
+
+
+def test_a_request_tells_how_long_it_waited(tiny_bundle: Path) -> None:
+    with Generator(tiny_bundle, max_wait_ms=80) as generate:
+        alone = generate.submit(seed=1).result().timings
+    assert 0.05 < alone.waited < alone.total
+
+
 def test_copying_takes_no_time_on_the_host(tiny: Generator) -> None:
     assert tiny(seed=1).timings.copy == 0
 
@@ -115,9 +128,9 @@ def test_warmup_runs_every_size_and_makes_up_what_a_model_of_text_needs(tmp_path
         generate.warmup(conditioning={"prompt_embeds": np.zeros((9, handmade.WIDTH))})
 
 
-@pytest.mark.parametrize("sizes", [(), (0,), (1.5,), ("1",)], ids=repr)
+@pytest.mark.parametrize("sizes", [(), (0,), (1.5,), ("1",), 4, None], ids=repr)
 def test_warmup_of_no_batch_size(tiny: Generator, sizes: Any) -> None:
-    with pytest.raises(InvalidArgumentError, match="batch_sizes must be integers of at least 1, got"):
+    with pytest.raises(InvalidArgumentError, match="batch_sizes must be a list of integers of at least 1, got"):
         tiny.warmup(sizes)
 
 

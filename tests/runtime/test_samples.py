@@ -167,3 +167,13 @@ def test_the_umask_is_kept(tmp_path: Path) -> None:
         assert os.umask(0o027) == 0o027
     finally:
         os.umask(before)
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "said"), [("grid.ico", 300, r"ICO makes \d+ x \d+ of 300 x 40 pixels"), ("grid.webp", 17000, "WEBP does not hold 17000 x 40 pixels")]
+)
+def test_a_picture_that_its_format_does_not_hold(name: str, width: int, said: str, tmp_path: Path) -> None:
+    samples = Samples(np.zeros((1, 40, width, 3), np.uint8), (0,), {}, Timings(0, (), 0, 0))
+    with pytest.raises(InvalidArgumentError, match=rf"cannot write '.*{name}': {said}.*Take \.png"):
+        samples.save(tmp_path / name)
+    assert not list(tmp_path.iterdir())
