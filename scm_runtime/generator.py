@@ -144,7 +144,7 @@ class Generator(Queued):
     def __reduce__(self) -> NoReturn:
         raise TypeError(f"a Generator holds open sessions and cannot be pickled: make one in each process, Generator({os.fspath(self.folder)!r})")
 
-    def check_usable(self) -> None:
+    def _check_process(self) -> None:
         """Raise ForkedError if this process was forked from the one that made it: there is nobody here who would work on a future."""
         self._usage.check_process()
 

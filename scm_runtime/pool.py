@@ -102,7 +102,7 @@ class DevicePool(Queued):
 
     def _take(self) -> int:
         """Index of the Generator that has the fewest calls; of several such, the one that had the fewest turns."""
-        self.generators[0].check_usable()  # before the lock: a thread that a forked child has not may hold it
+        self.generators[0]._check_process()  # before the lock: a thread that a forked child has not may hold it
         with self._lock:
             i = min(range(len(self._busy)), key=lambda i: (self.generators[i].closed, self._busy[i], self._turns[i]))
             self._busy[i] += 1

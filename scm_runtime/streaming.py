@@ -68,7 +68,7 @@ class Queued:
             return slices(start, min(start + size, num_images))
 
         read_request(generator, None, batch(0))  # what is wrong shows now
-        return _batches(lambda start: self.submit(**batch(start)), generator.check_usable, iter(range(0, num_images, size)), ahead)
+        return _batches(lambda start: self.submit(**batch(start)), generator._check_process, iter(range(0, num_images, size)), ahead)
 
     def _streaming(self) -> tuple[Generator, int, int]:
         """Whose bundle arguments are checked against, the batch size by default, and how many batches are computed ahead."""
