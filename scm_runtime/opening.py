@@ -147,5 +147,6 @@ def _folder(name: str, path: str | os.PathLike[str] | None) -> Path | None:
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, TypeError, ValueError) as error:  # ValueError: a null character
-        raise InvalidArgumentError(f"{name} must be a folder that can be written to, got {path!r}: {getattr(error, 'strerror', None) or error}") from error
+        shown = str(path) if isinstance(path, os.PathLike) else path
+        raise InvalidArgumentError(f"{name} must be a folder that can be written to, got {shown!r}: {getattr(error, 'strerror', None) or error}") from error
     return folder
