@@ -23,7 +23,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ from scm_runtime import (
 SEEDS = range(-8, 24)
 STUCK_S = 60.0
 ROUNDS = 60  # between which all rest, and memory is measured
+PEAKS, PEAK = 25, 8  # how often all threads at once draw how many samples first: twice as many as later
 WARMING_S = 60.0  # in which memory may grow: arenas, threads
 FLAT = 0.01
 FAILING = 0.2  # of the evaluations of a Generator that is made to fail
@@ -87,6 +88,7 @@ class Soak:
     def run(self) -> None:
         """Until the time is over or something is wrong."""
         workers = [threading.Thread(target=self._work, args=(i,), name=f"soak-{i}", daemon=True) for i in range(self.threads)]
+        self._reach_peak()
         start = time.monotonic()
         for worker in workers:
             worker.start()
@@ -111,6 +113,13 @@ class Soak:
             gc.collect()
             time.sleep(0.01)
         self.threads_left = left
+
+    def _reach_peak(self) -> None:
+        """Take the memory that the load to come can need. ONNX Runtime keeps what it ever had, so that otherwise memory grows, once in minutes, when more
+        evaluations than ever before happen to meet."""
+        with ThreadPoolExecutor(self.threads) as pool:
+            for i in range(PEAKS):
+                list(pool.map(lambda n: self._shared(seed=0, batch_size=PEAK + n % 2, output_type="np"), range(i, i + self.threads)))
 
     def _rest(self) -> None:
         """Let every thread end what it does, so that what is resident then is what stays."""
