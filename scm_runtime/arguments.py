@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, cast
 
 import numpy as np
@@ -14,11 +13,10 @@ from numpy.typing import ArrayLike, NDArray
 from scm_runtime.bundle import Manifest
 from scm_runtime.conditioning import fill, free_sizes, is_int, read_column, to_array
 from scm_runtime.errors import InvalidArgumentError, OutOfMemoryError
+from scm_runtime.schedules import Evaluations
 
 Labels = int | str | Sequence[int | str] | NDArray[np.integer[Any]]
 Seeds = int | Sequence[int] | NDArray[np.integer[Any]]
-
-DEFAULT_STEPS = 2
 
 
 @dataclass(frozen=True)
@@ -27,8 +25,22 @@ class Call:
 
     seeds: NDArray[np.int64]  #                      [N]
     conditioning: dict[str, NDArray[Any]]  #         each [N, ...]
-    times: tuple[float, ...]  #                      steps + 1 values, the end time last
+    evaluations: Evaluations  #                      of the step graph, in order
     latents: NDArray[np.float32] | None  #           [N, *sample], standard normal
+
+    def ends_a_step(self, k: int) -> bool:
+        """Whether evaluation k, from 0, is the last of its step."""
+        return k + 1 == len(self.evaluations) or self.evaluations[k + 1].weights is None
+
+    def step_of(self, k: int) -> tuple[int, float]:
+        """The step that evaluation k is of: its index, and the time it begins at."""
+        begins = [one.t for one in self.evaluations[: k + 1] if one.weights is None]
+        return len(begins) - 1, begins[-1]
+
+    @property
+    def steps(self) -> int:
+        """Their number."""
+        return sum(one.weights is None for one in self.evaluations)
 
 
 def resolve_call(
@@ -38,12 +50,11 @@ def resolve_call(
     seed: Seeds | None,
     batch_size: int | None,
     latents: ArrayLike | None,
-    num_inference_steps: int | None,
-    timesteps: Sequence[float] | None,
+    evaluations: Evaluations,
 ) -> Call:
     """Check a call's arguments against the manifest and bring them to one batch size; raises InvalidArgumentError.
 
-    ``conditioning`` is by the names of the step graph's inputs; None stands for not given.
+    ``conditioning`` is by the names of the step graph's inputs; None stands for not given. ``evaluations`` come from the bundle's Schedules.
     """
     if batch_size is not None and (not is_int(batch_size) or batch_size < 1):
         raise InvalidArgumentError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
@@ -78,7 +89,7 @@ def resolve_call(
     except (MemoryError, ValueError) as error:
         raise OutOfMemoryError(f"{n} seeds do not fit into memory. Try a smaller batch.") from error
     filled = {name: fill(inputs[name], column, seeds, sizes) for name, column in columns.items()}
-    return Call(seeds, filled, _times(manifest, num_inference_steps, timesteps), start)
+    return Call(seeds, filled, evaluations, start)
 
 
 def gather_conditioning(others: Mapping[str, Any] | None, **named: Any) -> dict[str, Any]:
@@ -120,30 +131,3 @@ def read_latents(latents: ArrayLike, shape: tuple[int, ...]) -> NDArray[np.float
     if not np.isfinite(array).all():
         raise InvalidArgumentError("latents must be finite, got NaN or infinity")
     return array
-
-
-def _times(manifest: Manifest, steps: int | None, timesteps: Sequence[float] | None) -> tuple[float, ...]:
-    counts = sorted(int(count) for count in manifest.times)
-    end = manifest.times[str(counts[0])][-1]
-    if timesteps is not None:
-        if steps is not None:
-            raise InvalidArgumentError("give num_inference_steps or timesteps, not both")
-        try:
-            times = [float(t) for t in timesteps]
-        except (TypeError, ValueError) as error:
-            raise InvalidArgumentError(f"timesteps must be a list of numbers, got {timesteps!r}") from error
-        largest = max(t for known in manifest.times.values() for t in known)
-        bounded = all(end < t <= largest * (1 + 1e-6) for t in times)  # NaN fails here too
-        if not times or not bounded or any(a <= b for a, b in pairwise(times)):
-            raise InvalidArgumentError(f"timesteps must be decreasing, above {end:g} and at most {largest:g} ({manifest.time_unit}), got {times}")
-        return (*times, end)
-    if steps is None:
-        steps = DEFAULT_STEPS if DEFAULT_STEPS in counts else counts[0]
-    if not is_int(steps) or steps < 1:
-        raise InvalidArgumentError(f"num_inference_steps must be an integer of at least 1, got {steps!r}")
-    if int(steps) not in counts:
-        raise InvalidArgumentError(
-            f"num_inference_steps must be one of {counts}, the counts this bundle has times for; got {steps}. "
-            f"For others give timesteps=[…], decreasing from {max(map(max, manifest.times.values())):.6g}."
-        )
-    return manifest.times[str(int(steps))]

@@ -19,6 +19,8 @@ from scm_runtime.errors import BundleIntegrityError, BundleNotFoundError, Bundle
 SCHEMA_VERSION = 1
 MANIFEST = "scm.json"
 WEIGHTS = "weights.onnx.data"
+SAMPLERS = "samplers.json"
+COMBINE = "combine.onnx"
 
 OPS_DOMAIN = "scm"
 OPS_VERSION = 1  # of the operator set that scm-export writes: docs/custom-ops.md
@@ -101,6 +103,8 @@ class Source(Struct, kw_only=True):
 
     file: str
     sha256: str
+    guide: Source | None = None
+    """The worse version of the network that leads it, where there is one."""
 
 
 class VerifiedCase(Struct, kw_only=True):
@@ -119,6 +123,8 @@ class VerifiedCase(Struct, kw_only=True):
     max_abs: float
     atol: Annotated[float, Meta(gt=0)]
     psnr: float | None
+    sampler: str | None = None
+    """One of ``samplers``; None for the step graph's own."""
     device: str = "cpu"
     mean_abs: float | None = None
     guidance_scale: float | None = None
@@ -153,6 +159,10 @@ class Manifest(Struct, kw_only=True):
     initial_scale: float
     times: dict[Annotated[str, Meta(pattern="^[1-9][0-9]*$")], tuple[float, ...]]
     time_unit: Literal["radians", "sigma", "timestep"] = "radians"
+    solver: Literal["consistency", "ddim"] = "consistency"
+    """What the step graph does between two times: jump to the data and noise again, or follow the ODE without noise."""
+    samplers: dict[Annotated[str, Meta(pattern="^[a-z][a-z0-9+-]*$")], Annotated[tuple[Positive, ...], Meta(min_length=1)]] = {}
+    """Of a diffusion model: other samplers than the step graph's own, each with the step counts that ``samplers.json`` has for it."""
     conditioning: tuple[Conditioning, ...]
     dtypes: Annotated[tuple[Dtype, ...], Meta(min_length=1)]
     weights_dtype: str
@@ -173,7 +183,8 @@ class Manifest(Struct, kw_only=True):
     def files_for(self, dtype: Dtype) -> tuple[str, ...]:
         """The files that a Generator reads to compute in a dtype."""
         optional = (self.optional_graph("encode", dtype), self.optional_graph("preview", dtype))
-        return ("noise.onnx", f"step.{dtype}.onnx", f"decode.{dtype}.onnx", *(name for name in optional if name), WEIGHTS)
+        solving = (SAMPLERS, COMBINE) if self.samplers else ()
+        return ("noise.onnx", f"step.{dtype}.onnx", f"decode.{dtype}.onnx", *(name for name in optional if name), *solving, WEIGHTS)
 
     def validate(self) -> None:
         """Check what the types alone cannot say. Raises ValueError."""
@@ -183,6 +194,7 @@ class Manifest(Struct, kw_only=True):
         if "fp32" not in self.dtypes:
             raise ValueError(f"dtypes must hold fp32, got {', '.join(self.dtypes)}")
         needed = {"noise.onnx", WEIGHTS, *(f"{graph}.{dtype}.onnx" for graph in ("step", "decode") for dtype in self.dtypes)}
+        needed |= {SAMPLERS, COMBINE} if self.samplers else set()
         if missing := sorted(needed - set(self.files)):
             raise ValueError(f"files must list the weights and every graph of the dtypes {', '.join(self.dtypes)}, missing {', '.join(missing)}")
         if not self.times:
@@ -194,6 +206,8 @@ class Manifest(Struct, kw_only=True):
                 raise ValueError(f"times must be decreasing, got {list(times)} for {steps} steps")
         if len({times[-1] for times in self.times.values()}) > 1:
             raise ValueError("times must have the same end for every step count")
+        if self.solver in self.samplers:
+            raise ValueError(f"samplers must be others than the step graph's own, {self.solver!r}")
         if self.output.kind == "image" and len(self.output.shape) != 3:
             raise ValueError(f"output of kind 'image' must have the shape [H, W, C], got {list(self.output.shape)}")
         if self.output.kind == "latent" and self.output.shape != self.sample.shape:

@@ -23,6 +23,7 @@ class BatchArguments(TypedDict, total=False):
 
     num_inference_steps: int | None
     timesteps: Sequence[float] | None
+    sampler: str | None
     guidance_scale: float | Sequence[float] | None
     prompt_embeds: ArrayLike | None
     prompt_attention_mask: ArrayLike | None
@@ -72,8 +73,7 @@ def read_request(generator: Generator, class_labels: Labels | None, arguments: C
             seed=arguments.get("seed"),
             batch_size=arguments.get("batch_size"),
             latents=arguments.get("latents"),
-            num_inference_steps=arguments.get("num_inference_steps"),
-            timesteps=arguments.get("timesteps"),
+            evaluations=generator._schedules.evaluations(arguments.get("sampler"), arguments.get("num_inference_steps"), arguments.get("timesteps")),
         )
 
     return Request.of(resolve, output_type, _on_step(generator, callback))

@@ -1,4 +1,4 @@
-"""``scm-runtime``: draw samples, look into bundles, and check that one works here."""
+"""``scm-runtime``: draw samples, look into bundles, check that one works here, and measure how fast."""
 
 from __future__ import annotations
 
@@ -91,6 +91,7 @@ def main() -> None:
 @click.option("--labels", help="Classes, by number or name, separated by commas: 3,1,4. By default seed modulo the number of classes.")
 @click.option("--seed", type=IntegerList(), help="One seed (the images get seed, seed + 1, …), or one an image, separated by commas. By default random.")
 @click.option("--steps", type=int, help="Sampling steps; 2 where the bundle has them.")
+@click.option("--sampler", help="Of a diffusion model: dpm-solver-2s, heun, …; by default the bundle's own.")
 @click.option("--num-images", type=click.IntRange(1), help="Number of images, drawn batch by batch; labels are repeated until there are enough.")
 @click.option("--batch-size", type=int, help="Images computed at a time, 8 by default; without --num-images their number, by default that of labels or seeds.")
 @click.option("--columns", type=click.IntRange(1), help="Pictures a row of the grid.")
@@ -113,6 +114,7 @@ def generate(
     labels: str | None,
     seed: tuple[int, ...] | None,
     steps: int | None,
+    sampler: str | None,
     num_images: int | None,
     batch_size: int | None,
     columns: int | None,
@@ -145,7 +147,7 @@ def generate(
         ) as generator:
             names = next((item.label_names for item in generator.manifest.conditioning if item.name == "class_labels"), None) or ()
             classes = None if labels is None else parse_labels(labels, names)
-            order = Order(classes, seed, num_images, batch_size, prompts, steps, guidance_scale)
+            order = Order(classes, seed, num_images, batch_size, prompts, steps, sampler, guidance_scale)
             click.echo(draw(generator, order, output, columns))
 
 
@@ -190,6 +192,78 @@ def smoke(bundle: str, device: str, revision: str | None, native_ops: bool | Non
         passed = smoke_test(bundle, threads, device=device, revision=revision, native_ops=kernels, verify_integrity=not skip_integrity)
     if not passed:
         click.echo("Error: the bundle loads but does not sample as it must: see the failed checks above. Export it again.", err=True)
+        sys.exit(FAILURE)
+
+
+@main.command()
+@click.argument("bundle")
+@click.option("--batch-sizes", type=IntegerList(1), default="1,8", show_default=True, help="Samples a call, separated by commas.")
+@click.option("--steps", type=IntegerList(1), help="Numbers of steps, separated by commas. By default 1,2; of a diffusion model what a call takes.")
+@click.option("--sampler", help="Of a diffusion model: dpm-solver-2s, heun, …; by default the bundle's own.")
+@device_option
+@click.option("--dtype", default="auto", show_default=True, help="Which of the bundle's graphs: fp32, fp16 or bf16; auto takes half precision on a GPU.")
+@threads_option
+@click.option("--seconds", type=click.FloatRange(0), default=3.0, show_default=True, help="Measure each cell for so long; three calls at least.")
+@click.option("--compare", type=click.Path(path_type=Path, dir_okay=False), help="Show the ratios to an earlier result: a file of -o or --json.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")
+@click.option("-o", "--out", type=click.Path(path_type=Path, dir_okay=False), help="Write the JSON document to a file, too. An existing one is replaced.")
+@revision_option
+@native_ops_option
+@skip_integrity_option
+def bench(
+    bundle: str,
+    batch_sizes: tuple[int, ...],
+    steps: tuple[int, ...] | None,
+    sampler: str | None,
+    device: str,
+    dtype: str,
+    threads: int | None,
+    seconds: float,
+    compare: Path | None,
+    as_json: bool,
+    out: Path | None,
+    revision: str | None,
+    native_ops: bool | None,
+    skip_integrity: bool,
+) -> None:
+    """Measure how fast BUNDLE samples here: latency, throughput and memory by steps and batch size, and what share that is of the machine's peak.
+
+    Ctrl-C shows what was measured so far. The exit code is 1 if nothing could be measured.
+    """
+    with clean_errors():
+        from scm_runtime.bench import Order
+        from scm_runtime.bench import bench as measure
+        from scm_runtime.bench_report import progress, show_result
+        from scm_runtime.bench_result import check_writable, read_result, write_result
+
+        other = None if compare is None else (compare, read_result(compare))  # before the work, not after
+        if out is not None:
+            check_writable(out)
+        order = Order(
+            bundle,
+            batch_sizes,
+            steps,
+            sampler,
+            seconds,
+            revision=revision,
+            device=device,
+            dtype=cast("Dtype", dtype),  # checked there
+            threads=threads,
+            native_ops="auto" if native_ops is None else native_ops,
+            verify_integrity=not skip_integrity,
+        )
+        with progress() as tell:
+            result = measure(order, other, tell)
+        if as_json:
+            click.echo(result.to_json().decode())
+        else:
+            show_result(result)
+        if out is not None:
+            write_result(result, out)
+        if result.interrupted:
+            raise KeyboardInterrupt("the figures are those until then")
+    if not result.works:
+        click.echo("Error: no cell could be measured: see what failed above.", err=True)
         sys.exit(FAILURE)
 
 

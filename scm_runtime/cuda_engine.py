@@ -19,7 +19,7 @@ from scm_runtime.bundle import Dtype, Manifest
 from scm_runtime.cuda_array import DeviceArray
 from scm_runtime.cuda_slots import Block, Graphed, Key, Slot, Slots
 from scm_runtime.cuda_thread import CudaContext
-from scm_runtime.engine import Part, Trajectory
+from scm_runtime.engine import Part, Trajectory, combines, weights_of
 from scm_runtime.errors import GeneratorClosedError, OutOfMemoryError
 from scm_runtime.graphs import Graphs
 from scm_runtime.session import Region
@@ -36,21 +36,23 @@ class _State:
 
     def __init__(self, context: CudaContext, trajectory: Trajectory, shape: tuple[int, ...]) -> None:
         call = trajectory.call
-        n, steps = len(trajectory), len(call.times) - 1
+        n, evaluations = len(trajectory), call.evaluations
+        state = (np.float32, (n, *shape))
         given = {f"given {name}": value for name, value in call.conditioning.items()}
         self.block = Block(
             context,
             {
                 "seeds": (np.int64, (n,)),
                 **{name: (value.dtype.type, value.shape) for name, value in given.items()},
-                "finite": (np.float32, (steps, n)),
-                "x": (np.float32, (n, *shape)),
+                "finite": (np.float32, (len(evaluations), n)),
+                "x": state,
+                **({"base": state} if any(one.weights is not None for one in evaluations) else {}),
             },
         )
         self.block.upload({"seeds": call.seeds, **given})
         self.serial = next(_serials)
         self.checked = 0
-        """How many steps have flags."""
+        """How many evaluations have flags."""
 
 
 class CudaEngine:
@@ -110,10 +112,14 @@ class CudaEngine:
             drawn = self.mark()
             self._gather(slot, "x", trajectories)
             slot.step()
+            if combines(trajectories):
+                self._combine(slot, trajectories)
             slot.check()
             x, flags = block.address("x_next"), block.address("finite")
             for one in trajectories:
                 state, row = one.state, FLAG_BYTES * len(one)
+                if one.evaluation.weights is None and "base" in state.block.sizes:
+                    copy(state.block.address("base"), state.block.address("x"), state.block.sizes["x"])
                 copy(state.block.address("x"), x, state.block.sizes["x"])
                 copy(state.block.address("finite") + state.checked * row, flags, row)
                 x, flags = x + state.block.sizes["x"], flags + row
@@ -221,6 +227,17 @@ class CudaEngine:
             self._context.gpu.copy(to, block.address(name), block.sizes[name])
             to += block.sizes[name]
 
+    def _combine(self, slot: Slot, trajectories: Sequence[Trajectory]) -> None:
+        """Put what the step gave together with the states, in its place. The noise is not needed any more: its place takes the result."""
+        copy, to, x = self._context.gpu.copy, slot.block.address("base"), slot.block.address("x")
+        for one in trajectories:
+            size = one.state.block.sizes["x"]
+            copy(to, x if one.evaluation.weights is None else one.state.block.address("base"), size)
+            to, x = to + size, x + size
+        slot.block.upload({"weights": weights_of(trajectories)})
+        copy(slot.block.address("noise"), slot.block.address("x_next"), slot.block.sizes["noise"])
+        slot.combine()
+
     def _draw(self, trajectories: Sequence[Trajectory], draw: int, scale: float, to: int) -> None:
         """Noise of one draw, in the trajectories' slot and from there to where it is wanted."""
         slot = self._slot(trajectories)
@@ -253,9 +270,8 @@ class CudaEngine:
 
 def _times(trajectories: Sequence[Trajectory], ahead: int) -> float | NDArray[np.float64]:
     """Of each sample."""
-    if len(trajectories) == 1:
-        return trajectories[0].call.times[trajectories[0].k + ahead]
-    return np.repeat([one.call.times[one.k + ahead] for one in trajectories], [len(one) for one in trajectories])
+    times = [(one.evaluation.t, one.evaluation.t_next)[ahead] for one in trajectories]
+    return times[0] if len(times) == 1 else np.repeat(times, [len(one) for one in trajectories])
 
 
 def _key(trajectories: Sequence[Trajectory]) -> Key:

@@ -59,7 +59,7 @@ def open_cuda_engine(
     def open_all() -> CudaEngine:
         graphs = Graphs(folder, manifest, dtype, opener.open)
         finite = opener.open_finite()
-        sessions = (graphs.noise, graphs.step, finite, graphs.decode)
+        sessions = (graphs.noise, graphs.step, finite, graphs.decode, *([graphs.combine] if manifest.samplers else []))
         graphed = Graphed(*(Graph(context, session, resident=_is_resident(session), capture=capture) for session in sessions))
         return CudaEngine(context, graphs, graphed, dtype, manifest)
 

@@ -192,6 +192,13 @@ class Graphed(NamedTuple):
     step: Graph
     finite: Graph
     decode: Graph
+    combine: Graph | None = None
+    """Of a bundle with samplers."""
+
+    @property
+    def all(self) -> list[Graph]:
+        """Those there are."""
+        return [graph for graph in self if graph is not None]
 
 
 class Slot:
@@ -217,6 +224,7 @@ class Slot:
                 "noise": state,
                 "x": state,
                 "x_next": state,
+                **({} if graphs.combine is None else {"base": state, "weights": (np.float32, (n, 3))}),
             },
         )
         self.loaded: tuple[int, ...] = ()
@@ -227,9 +235,18 @@ class Slot:
         self.step = graphs.step.bind({name: at(name) for name in ("x", "t", "t_next", "noise")} | given, at("x_next"), number)
         flat = at("x_next")._replace(shape=(n, prod(manifest.sample.shape)))
         self.check = graphs.finite.bind({"x": flat}, at("finite"), number)
+        self._combine: Run | None = None
+        if graphs.combine is not None:
+            summands = {"x": at("x"), "base": at("base"), "result": at("noise"), "weights": at("weights")}
+            self._combine = graphs.combine.bind(summands, at("x_next"), number)
         decoded = np.uint8 if manifest.output.kind == "image" else np.float32
         self._decoded: Field = (decoded, (n, *manifest.output.shape))
         self._decoder: tuple[Block, Run] | None = None
+
+    def combine(self) -> None:
+        """Put base, x and what stands in the noise's place together, to x_next."""
+        assert self._combine is not None
+        self._combine()
 
     def decode(self) -> Region:
         """Decode x, and say where the result lies."""
@@ -243,7 +260,8 @@ class Slot:
     @property
     def captured(self) -> bool:
         """Whether a captured graph works here."""
-        runs: Sequence[Run] = (self.noise, self.step, self.check, *((self._decoder[1],) if self._decoder else ()))
+        optional = (self._combine, self._decoder and self._decoder[1])
+        runs: Sequence[Run] = (self.noise, self.step, self.check, *(run for run in optional if run))
         return any(run.captured for run in runs)
 
 
@@ -272,12 +290,12 @@ class Slots:
         return slot
 
     def _may_capture(self) -> bool:
-        numbered = max(graph.captured for graph in self.graphs) + sum(slot.number is not None and not slot.captured for slot in self._slots.values())
-        return any(graph.capture for graph in self.graphs) and numbered < MAX_GRAPHS
+        numbered = max(graph.captured for graph in self.graphs.all) + sum(slot.number is not None and not slot.captured for slot in self._slots.values())
+        return any(graph.capture for graph in self.graphs.all) and numbered < MAX_GRAPHS
 
     def give_back(self, key: Key) -> None:
         """Free the places without a graph, and that of ``key`` in any case: its graphs are never run again. Let the arenas shrink."""
         for other in [other for other, slot in self._slots.items() if other == key or not slot.captured]:
             del self._slots[other]
-        for graph in self.graphs:
+        for graph in self.graphs.all:
             graph.shrink = True

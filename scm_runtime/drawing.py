@@ -94,6 +94,7 @@ class Order:
     batch_size: int | None
     conditioning: Mapping[str, Any] | None
     steps: int | None
+    sampler: str | None
     guidance_scale: float | None
 
 
@@ -131,7 +132,7 @@ def draw(generator: Generator, order: Order, output: Output, columns: int | None
     except KeyboardInterrupt as error:
         raise Interrupted(f"{written} of {order.num_images or 'the'} images are in '{output.shown}'" if written else "nothing was written") from error
     spent = time.perf_counter() - start if order.num_images else whole.timings.total
-    return f"wrote {output.shown} ({_described(whole)}, {_duration(spent)})"
+    return f"wrote {output.shown} ({_described(whole, order.sampler)}, {_duration(spent)})"
 
 
 @contextmanager
@@ -146,6 +147,7 @@ def _batches(generator: Generator, order: Order) -> Iterator[Iterator[Samples]]:
                     seed=seed,
                     batch_size=order.batch_size,
                     num_inference_steps=order.steps,
+                    sampler=order.sampler,
                     guidance_scale=order.guidance_scale,
                     conditioning=order.conditioning,
                     output_type="np",
@@ -162,6 +164,7 @@ def _batches(generator: Generator, order: Order) -> Iterator[Iterator[Samples]]:
         class_labels=labels,
         seed=seed,
         num_inference_steps=order.steps,
+        sampler=order.sampler,
         guidance_scale=order.guidance_scale,
         conditioning=order.conditioning,
         output_type="np",
@@ -198,12 +201,13 @@ def _joined(batches: Sequence[Samples]) -> Samples:
     return replace(batches[0], array=array, seeds=tuple(seed for samples in batches for seed in samples.seeds), conditioning={})
 
 
-def _described(samples: Samples) -> str:
+def _described(samples: Samples, sampler: str | None) -> str:
     first, last = samples.seeds[0], samples.seeds[-1]
     listed = f"{first}…{last}" if samples.seeds == tuple(range(first, last + 1)) else ", ".join(map(str, samples.seeds))
     seeds = f"seed {first}" if len(samples) == 1 else f"seeds {listed}"
     count = "1 sample" if len(samples) == 1 else f"{len(samples)} samples"
-    return f"{count}, {seeds}, {len(samples.timings.steps)} steps"
+    evaluations = len(samples.timings.steps)
+    return f"{count}, {seeds}, {f'{evaluations} steps' if sampler is None else f'{evaluations} evaluations by {sampler}'}"
 
 
 def _duration(seconds: float) -> str:

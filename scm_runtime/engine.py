@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from scm_runtime.arguments import Call
 from scm_runtime.bundle import Dtype
 from scm_runtime.graphs import Graphs
+from scm_runtime.schedules import Evaluation
 
 Result = TypeVar("Result")
 PartName = Literal["noise", "step", "decode", "copy"]
@@ -36,17 +37,22 @@ class Trajectory:
 
     call: Call
     k: int = 0
-    """Steps done."""
+    """Evaluations done."""
     state: Any = None
     """The engine's own."""
     origin: tuple[int, NDArray[np.float32] | None] = (0, None)
-    """From where the state follows by steps alone: after so many of them, the noise (None) or what a callback put in its place."""
+    """From where the state follows by evaluations alone: after so many of them, the noise (None) or what a callback put in its place."""
     parts: list[Part] = field(default_factory=list)
 
     @property
     def done(self) -> bool:
-        """Whether no step is left."""
-        return self.k == len(self.call.times) - 1
+        """Whether no evaluation is left."""
+        return self.k == len(self.call.evaluations)
+
+    @property
+    def evaluation(self) -> Evaluation:
+        """The next one."""
+        return self.call.evaluations[self.k]
 
     def __len__(self) -> int:
         """The number of samples."""
@@ -78,7 +84,7 @@ class Engine(Protocol):
         """Its first state: initial_scale times its latents, or noise of draw 0."""
 
     def advance(self, trajectories: Sequence[Trajectory]) -> None:
-        """One step for each, from its ``times[k]`` to ``times[k + 1]`` with noise of draw k + 1, in one evaluation. Leaves ``k`` alone.
+        """Each one's next evaluation, with noise of draw k + 1, all at once. Leaves ``k`` alone.
 
         Their conditioning must have the same free sizes.
         """
@@ -90,7 +96,7 @@ class Engine(Protocol):
         """Put another state, finite, in its place."""
 
     def finite(self, trajectory: Trajectory) -> NDArray[np.bool_]:
-        """``[m, n]``: of each sample after each of the last m steps, those since ``begin`` or ``replace``."""
+        """``[m, n]``: of each sample after each of the last m evaluations, those since ``begin`` or ``replace``."""
 
     def decode(self, trajectories: Sequence[Trajectory]) -> list[NDArray[Any]]:
         """What the bundle's decode graph makes of each one's state, on the host."""
@@ -112,13 +118,14 @@ class Engine(Protocol):
 
 
 _ONE = np.array(1, np.float32)
+RESULT = (0.0, 0.0, 1.0)  # weights that leave an evaluation's result as it is
 
 
 @dataclass(slots=True)
 class _HostState:
     x: NDArray[np.float32]  #               [n, *sample]
-    times: NDArray[np.float32]  #           [steps + 1, n]
-    finite: list[NDArray[np.bool_]]  #      [n] a step
+    base: NDArray[np.float32]  #            the same, where the step began
+    finite: list[NDArray[np.bool_]]  #      [n] an evaluation
 
 
 class HostEngine:
@@ -141,8 +148,7 @@ class HostEngine:
         """See Engine."""
         start, call = self.mark(), trajectory.call
         x = self._noise(call.seeds, 0, self._initial_scale) if call.latents is None else call.latents * self._initial_scale
-        times = np.repeat(np.array(call.times, np.float32)[:, None], len(x), 1)
-        trajectory.state = _HostState(x, times, [])
+        trajectory.state = _HostState(x, x, [])
         trajectory.parts.append(Part("noise", start, self.mark()))
 
     def advance(self, trajectories: Sequence[Trajectory]) -> None:
@@ -150,14 +156,19 @@ class HostEngine:
         start = self.mark()
         noise = _joined([self._noise(one.call.seeds, one.k + 1, _ONE) for one in trajectories])
         drawn = self.mark()
-        inputs = [{**one.call.conditioning, "x": one.state.x, "t": one.state.times[one.k], "t_next": one.state.times[one.k + 1]} for one in trajectories]
+        inputs = [{**one.call.conditioning, "x": one.state.x, **_times(one)} for one in trajectories]
         joined = inputs[0] if len(inputs) == 1 else {name: np.concatenate([one[name] for one in inputs]) for name in inputs[0]}
         x = self._graphs.step(noise=noise, **joined)
+        if combines(trajectories):
+            base = _joined([one.state.base if one.evaluation.weights else one.state.x for one in trajectories])
+            x = self._graphs.combine(x=joined["x"], base=base, result=x, weights=weights_of(trajectories))
         finite = np.isfinite(x).reshape(len(x), -1).all(axis=1)
         step, at = (Part("noise", start, drawn), Part("step", drawn, self.mark())), 0
         for one in trajectories:
             rows = slice(at, at := at + len(one))
-            one.state.x = x[rows]
+            before, one.state.x = one.state.x, x[rows]
+            if one.evaluation.weights is None:
+                one.state.base = before
             one.state.finite.append(finite[rows])
             one.parts += step
 
@@ -167,7 +178,7 @@ class HostEngine:
 
     def replace(self, trajectory: Trajectory, x: NDArray[np.float32]) -> None:
         """See Engine."""
-        trajectory.state = _HostState(x, trajectory.state.times, [])
+        trajectory.state = _HostState(x, x, [])
 
     def finite(self, trajectory: Trajectory) -> NDArray[np.bool_]:
         """See Engine."""
@@ -206,6 +217,21 @@ class HostEngine:
 
     def _noise(self, seeds: NDArray[np.int64], draw: int, scale: NDArray[np.float32]) -> NDArray[np.float32]:
         return cast("NDArray[np.float32]", self._graphs.noise(seeds=seeds, draw=np.array(draw, np.int64), scale=scale))
+
+
+def combines(trajectories: Sequence[Trajectory]) -> bool:
+    """Whether the next evaluation of one of them is put together with its states."""
+    return any(one.evaluation.weights is not None for one in trajectories)
+
+
+def weights_of(trajectories: Sequence[Trajectory]) -> NDArray[np.float32]:
+    """The input ``weights`` of the combine graph, ``[N, 3]``."""
+    return np.repeat(np.array([one.evaluation.weights or RESULT for one in trajectories], np.float32), [len(one) for one in trajectories], 0)
+
+
+def _times(trajectory: Trajectory) -> dict[str, NDArray[np.float32]]:
+    t, t_next, _ = trajectory.evaluation
+    return {"t": np.full(len(trajectory), t, np.float32), "t_next": np.full(len(trajectory), t_next, np.float32)}
 
 
 def _joined(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:

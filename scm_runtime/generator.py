@@ -25,6 +25,7 @@ from scm_runtime.location import find
 from scm_runtime.opening import open_bundle
 from scm_runtime.samples import EXPORT_A_DECODER, Samples
 from scm_runtime.sampling import OutputType, Sampler
+from scm_runtime.schedules import Schedules
 from scm_runtime.streaming import Queued
 from scm_runtime.tracing import OnSpan
 from scm_runtime.usage import Usage
@@ -125,6 +126,7 @@ class Generator(Queued):
         )
         self.folder: Path = opened.folder
         self.manifest: Manifest = opened.manifest
+        self._schedules = Schedules(self.folder, self.manifest)
         self.info: GeneratorInfo = opened.info
         self.dtype: Dtype = opened.engine.dtype
         attributes = {"bundle": self.info.bundle, "device": self.info.device, "dtype": self.dtype}
@@ -173,6 +175,7 @@ class Generator(Queued):
         *,
         num_inference_steps: int | None = None,
         timesteps: Sequence[float] | None = None,
+        sampler: str | None = None,
         guidance_scale: float | Sequence[float] | None = None,
         prompt_embeds: ArrayLike | None = None,
         prompt_attention_mask: ArrayLike | None = None,
@@ -190,8 +193,11 @@ class Generator(Queued):
 
         Args:
             class_labels: class indices or label names. None: class ``seed modulo number of classes``, so that consecutive seeds show all classes.
-            num_inference_steps: a count the bundle has times for; 2 by default, or its smallest count if it has none for 2.
+            num_inference_steps: a count the bundle has times for; 2 by default, or its smallest count if it has none for 2. Of a diffusion model's
+                32 or as many as there are.
             timesteps: the times themselves instead, in the manifest's ``time_unit`` (TrigFlow: radians), one a step and decreasing; the end time is added.
+            sampler: how steps are made. None: what the bundle was exported for, ``manifest.solver``. Bundles of diffusion models have others,
+                ``manifest.samplers``: "dpm-solver-2s" and "heun" evaluate the network twice a step but the last, 63 times for 32 steps.
             guidance_scale: for models that take one as an input.
             prompt_embeds: for models of text: ``[tokens, D]`` for all samples or ``[N, tokens, D]``, from the model's text encoder, which is not part of
                 the bundle. Any real dtype; it becomes float32.
@@ -203,7 +209,7 @@ class Generator(Queued):
             latents: float ``[N, *sample]``, standard normal: takes the place of the first draw of noise (as in diffusers, it is scaled here).
             output_type: "pil" makes the pictures before the call returns, "np" leaves them at pixels, "latent" leaves out the decoder, "dlpack" leaves
                 the pixels on the device: ``torch.from_dlpack(out.array)``. A bundle that was made without a decoder gives latents for all four.
-            callback_on_step_end: called in the caller's thread as ``callback(generator, step, t, {"latents": x})`` after the step from time t, with x
+            callback_on_step_end: called in the caller's thread as ``callback(generator, step, t, {"latents": x})`` after the step that began at time t, with x
                 float32 ``[N, *sample]``; it may return a dict whose "latents" take the place of x, or False, which ends the call.
 
         Returns:
@@ -221,6 +227,7 @@ class Generator(Queued):
         arguments = CallArguments(
             num_inference_steps=num_inference_steps,
             timesteps=timesteps,
+            sampler=sampler,
             guidance_scale=guidance_scale,
             prompt_embeds=prompt_embeds,
             prompt_attention_mask=prompt_attention_mask,
@@ -231,8 +238,8 @@ class Generator(Queued):
             output_type=output_type,
             callback_on_step_end=callback_on_step_end,
         )
-        with self._usage as sampler:
-            return sampler.sample(read_request(self, class_labels, arguments))
+        with self._usage as loop:
+            return loop.sample(read_request(self, class_labels, arguments))
 
     def submit(self, class_labels: Labels | None = None, **arguments: Unpack[CallArguments]) -> Future[Samples]:
         """Queue a call, with the arguments of a call, and return at once. Requests that wait are computed together, also such as are at different steps.

@@ -1,4 +1,4 @@
-"""The open graphs of a bundle in one dtype: noise, step and decode at once, encode and preview when they are first asked for."""
+"""The open graphs of a bundle in one dtype: those of the loop at once, encode and preview when they are first asked for."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from scm_runtime.bundle import Dtype, Manifest
+from scm_runtime.bundle import COMBINE, Dtype, Manifest
 from scm_runtime.errors import InferenceError, InvalidArgumentError, OutOfMemoryError
 from scm_runtime.session import Session
 
@@ -19,7 +19,7 @@ class Graphs:
     """Sessions over a bundle's graphs. Safe to use from several threads."""
 
     def __init__(self, folder: Path, manifest: Manifest, dtype: Dtype, open_session: Callable[[Path], Session]) -> None:
-        """Open noise, step and decode.
+        """Open noise, step and decode, and combine where the bundle has samplers.
 
         Args:
             folder: of the bundle.
@@ -36,6 +36,13 @@ class Graphs:
         self.noise = self._open("noise.onnx")
         self.step = self._open(f"step.{dtype}.onnx")
         self.decode = self._open(f"decode.{dtype}.onnx")
+        self._combine = self._open(COMBINE) if manifest.samplers else None
+
+    @property
+    def combine(self) -> Session:
+        """Of a bundle with samplers."""
+        assert self._combine is not None
+        return self._combine
 
     def optional(self, kind: Literal["encode", "preview"]) -> Session:
         """Encode or preview, opened by the first call. Raises InvalidArgumentError where the bundle has none, InferenceError where it cannot be opened."""
@@ -53,7 +60,7 @@ class Graphs:
     def end_profiling(self) -> None:
         """Write the sessions' profiles, where they were asked for."""
         with self._lock:
-            for session in (self.noise, self.step, self.decode, *self._optional.values()):
+            for session in (self.noise, self.step, self.decode, *([self._combine] if self._combine else []), *self._optional.values()):
                 session.end_profiling()
 
     def _open(self, name: str) -> Session:

@@ -92,7 +92,7 @@ class Guard:
         lost[black] = again.reshape(len(again), -1).any(axis=1)
         message = f"the decoder's {engine.dtype} made black pictures of samples that are none, seeds {_listed(trajectory, lost)}."
         if self._policy == "raise":
-            step = len(trajectory.call.times) - 2
+            step = len(trajectory.call.evaluations) - 1
             raise _error(trajectory, lost, step, engine.dtype, f"{message} Decode them in fp32: on_nonfinite='fp32', or dtype='fp32' throughout.")
         if self._policy == "warn":
             _log.warning("%s", message)
@@ -153,8 +153,8 @@ def _listed(trajectory: Trajectory, rows: NDArray[np.bool_]) -> str:
 def _message(trajectory: Trajectory, rows: NDArray[np.bool_], step: int, dtype: str) -> str:
     call: Call = trajectory.call
     message = (
-        f"{int(rows.sum())} of {len(rows)} samples are not finite after step {step + 1} of {len(call.times) - 1} (t = {call.times[step]:.6g}) in {dtype}, "
-        f"seeds {_listed(trajectory, rows)}."
+        f"{int(rows.sum())} of {len(rows)} samples are not finite after step {step + 1} of {len(call.evaluations)} (t = {call.evaluations[step].t:.6g}) "
+        f"in {dtype}, seeds {_listed(trajectory, rows)}."
     )
     if dtype != "fp32":
         return f"{message} Half precision overflows where fp32 need not: on_nonfinite='fp32' does such samples again in it, dtype='fp32' all."

@@ -44,6 +44,7 @@ def show_manifest(folder: Path, manifest: Manifest, here: Collection[str]) -> No
         "output": f"{manifest.output.kind}, {output} [N, {', '.join(map(str, manifest.output.shape))}]",
         **({"also": ", ".join(extras)} if extras else {}),
         **{f"times, {count} step{'s' * (count != '1')}": _listed(times, manifest.time_unit) for count, times in manifest.times.items()},
+        **{f"sampler {name}": f"{', '.join(map(str, counts))} steps" for name, counts in manifest.samplers.items()},
         **{item.name: _describe(item) for item in manifest.conditioning},
         "made by": f"{manifest.producer} from {manifest.source.file} (SHA-256 {manifest.source.sha256[:12]}…)",
         "licence": manifest.licence or "not stated",

@@ -5,7 +5,8 @@
         x = step(x, t, t_next, noise(seeds, draw=k + 1), conditioning)
     image = decode(x)
 
-It knows nothing of any model's mathematics: noise, step and decode are graphs of the bundle.
+With a diffusion model's other samplers a step may take several evaluations: see ``schedules``. It knows nothing of any model's
+mathematics: noise, step and decode are graphs of the bundle.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Request:
     trajectory: Trajectory
     output_type: OutputType
     on_step: OnStep | None
-    """Called after each step with its index, its time and the state; see Generator."""
+    """Called after each step with its index, the time it began at and the state; see Generator."""
     start: float
     """When it came, by ``time.perf_counter``."""
     start_ns: int
@@ -84,7 +85,7 @@ class Sampler:
         self.engine.begin(request.trajectory)
 
     def advance(self, requests: Sequence[Request]) -> None:
-        """One step for each of them, in one evaluation; within a job of the engine."""
+        """One evaluation for all of them; within a job of the engine."""
         self.engine.advance([request.trajectory for request in requests])
         for request in requests:
             request.trajectory.k += 1
@@ -98,7 +99,8 @@ class Sampler:
             InvalidArgumentError: it returned what makes no state.
         """
         trajectory = request.trajectory
-        if request.on_step is None:
+        call, k = trajectory.call, trajectory.k - 1
+        if request.on_step is None or not call.ends_a_step(k):
             if not self.engine.lazy:
                 self.guard.check(trajectory)
             return
@@ -108,7 +110,8 @@ class Sampler:
             return np.array(self.engine.fetch(trajectory))  # the callback's own, on every device
 
         x: NDArray[np.float32] = run(look)
-        changed = _returned(request.on_step(trajectory.k - 1, trajectory.call.times[trajectory.k - 1], x), x, trajectory.k)
+        step, t = call.step_of(k)
+        changed = _returned(request.on_step(step, t, x), x, step + 1)
         if changed is not None:
             trajectory.origin = (trajectory.k, changed)
             run(lambda: self.engine.replace(trajectory, changed))
@@ -169,7 +172,7 @@ class Sampler:
             return
         for span in request.spans:
             on_span(span)
-        whole: dict[str, str | int | float] = {**self._attributes, "batch_size": len(samples), "num_inference_steps": len(samples.timings.steps)}
+        whole: dict[str, str | int | float] = {**self._attributes, "batch_size": len(samples), "num_inference_steps": request.trajectory.call.steps}
         on_span(Span("generate", request.start_ns, request.start_ns + round(samples.timings.total * 1e9), whole))
 
     def _spans(self, request: Request) -> list[Span]:

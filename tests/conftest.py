@@ -9,6 +9,7 @@ import platform
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -67,37 +68,43 @@ def _onnxruntime() -> str:
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A scm-checkpoint of a small edm2 network with random but fixed weights: four classes, 8x8 pixels in colour."""
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny.pt")
+
+
+def write_tiny_checkpoint(path: Path, *, seed: int = 0, diffusion: bool = False, **config: Any) -> Path:
+    """One such checkpoint, of a consistency model or a diffusion model."""
     import torch
 
     from scm_export.checkpoints import Checkpoint, SamplerSpec, save_checkpoint
     from scm_export.networks.edm2 import UNet, UNetConfig
 
-    config = UNetConfig(
-        img_resolution=8,
-        img_channels=3,
-        label_dim=len(TINY_LABELS),
-        model_channels=16,
-        channel_mult=(1, 2),
-        num_blocks=1,
-        attn_resolutions=(),
-        channels_per_head=16,
-        time_scale=4.0,
-    )
+    fields: dict[str, Any] = {"img_resolution": 8, "img_channels": 3, "label_dim": len(TINY_LABELS), "model_channels": 16, "channel_mult": (1, 2)}
+    made = UNetConfig(**{**fields, "num_blocks": 1, "attn_resolutions": (), "channels_per_head": 16, "time_scale": 4.0, **config})
     with torch.random.fork_rng():
-        torch.manual_seed(0)
-        weights = UNet(config).state_dict()
+        torch.manual_seed(seed)
+        weights = UNet(made).state_dict()
     weights["out_gain"] = torch.ones(())  # 0 before training: F would be 0
-    path = tmp_path_factory.mktemp("checkpoint") / "tiny.pt"
     checkpoint = Checkpoint(
         family="edm2",
-        config=dataclasses.asdict(config),
-        sampler=SamplerSpec(),
-        label_names=TINY_LABELS,
+        config=dataclasses.asdict(made),
+        sampler=SamplerSpec(solver="ddim" if diffusion else "consistency"),
+        label_names=TINY_LABELS if made.label_dim else None,
         licence="Apache-2.0",
         weights=weights,
     )
     save_checkpoint(checkpoint, path)
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_guided(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """A diffusion model led by a smaller one without classes, as a verified bundle; and the two checkpoints."""
+    from scm_export import export
+
+    folder = tmp_path_factory.mktemp("guided")
+    teacher = write_tiny_checkpoint(folder / "teacher.pt", diffusion=True)
+    guide = write_tiny_checkpoint(folder / "guide.pt", seed=1, diffusion=True, label_dim=0, channel_mult=(1,))
+    return export(teacher, folder / "guided.scm", guide=guide).path, teacher, guide
 
 
 @pytest.fixture(scope="session")

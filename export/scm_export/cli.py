@@ -55,6 +55,7 @@ class Size(click.ParamType[tuple[int, int]]):
 @click.option("--latents", is_flag=True, help="Leave the decoder out: samples are latents.")
 @click.option("--with-encoder", is_flag=True, help="Write the autoencoder's encoder too: editing needs it.")
 @click.option("--preview-decoder", metavar="FOLDER", help="Small autoencoder (AutoencoderTiny) to look at states between steps with.")
+@click.option("--guide", metavar="FILE", help="Worse version of a diffusion model, to lead it away from: autoguidance, with guidance_scale as an input.")
 @click.option("--size", type=Size(), metavar="HEIGHTxWIDTH", help="Of the images, pixels; by default the checkpoint's own.")
 # What is written.
 @click.option(

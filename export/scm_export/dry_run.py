@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from scm_export.choices import GRAPH_DTYPES
 from scm_export.functions import INLINE_BELOW
 from scm_export.model import DTYPES, ImageDecoder, ImageNetwork, Latents, Model
-from scm_runtime.bundle import STEP_INPUTS, Conditioning, Dtype, OutputSpec, Source
+from scm_runtime.bundle import COMBINE, STEP_INPUTS, Conditioning, Dtype, OutputSpec, Source
 
 
 class PlannedInput(Struct, kw_only=True):
@@ -43,6 +43,7 @@ class Plan(Struct, kw_only=True):
     initial_scale: float
     time_unit: str
     times: dict[str, tuple[float, ...]]
+    samplers: dict[str, tuple[int, ...]]
     weights_dtype: str
     weights_bytes: dict[str, int]
     """Expected size of the weights file, by the dtype of the stored weights."""
@@ -71,6 +72,7 @@ class Plan(Struct, kw_only=True):
                 f"times, {count} step{'s' * (count != '1')}": f"{' → '.join(f'{t:.6g}' for t in times)} ({self.time_unit})"
                 for count, times in self.times.items()
             },
+            **({"samplers": "; ".join(f"{name}: {', '.join(map(str, counts))} steps" for name, counts in self.samplers.items())} if self.samplers else {}),
             "weights": f"{self.weights_dtype}, {_size(own)} (in {others})",
             "graphs": f"opset {self.opset}{', scm operators' if self.custom_ops else ', standard operators alone'}: {', '.join(self.graphs)}",
             "bundle": self.out,
@@ -100,11 +102,12 @@ def make_plan(model: Model, destination: Path, source: Source, dtype: Dtype, ste
         initial_scale=model.initial_scale,
         time_unit=model.time_unit,
         times={str(count): times for count, times in sorted(model.times.items())},
+        samplers={name: tuple(sorted(table)) for name, table in model.samplers.items()},
         weights_dtype=dtype,
         weights_bytes={name: _bytes(model, DTYPES[name]) for name in DTYPES},
         opset=opset,
         custom_ops=custom_ops,
-        graphs=("noise.onnx", *(f"{kind}.{compute}.onnx" for compute in GRAPH_DTYPES[dtype] for kind in kinds)),
+        graphs=("noise.onnx", *((COMBINE,) if model.samplers else ()), *(f"{kind}.{compute}.onnx" for compute in GRAPH_DTYPES[dtype] for kind in kinds)),
     )
 
 

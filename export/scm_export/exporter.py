@@ -18,16 +18,17 @@ from scm_export.choices import DEFAULT_OPSET, GRAPH_DTYPES, LOWEST_OPSET, MOST_S
 from scm_export.dry_run import Plan, make_plan
 from scm_export.families import FAMILIES, BuildOptions, build_model, find_family
 from scm_export.functions import inline_functions
-from scm_export.graphs import build_decode, build_noise, compose_sample
+from scm_export.graphs import build_combine, build_decode, build_noise, compose_sample
 from scm_export.memory import give_back_freed_memory
 from scm_export.model import ImageDecoder, ImageNetwork, Latents, Model
 from scm_export.references import draw_references
 from scm_export.report import check_report_path, write_report
+from scm_export.samplers import to_json as samplers_to_json
 from scm_export.trace import TRACE_BATCH, trace_map, trace_step
 from scm_export.verify import verify_bundle
 from scm_export.writer import BundleWriter, check_destination, new_bundle
 from scm_runtime import __version__
-from scm_runtime.bundle import OPS_DOMAIN, OPS_VERSION, SCHEMA_VERSION, Dtype, Manifest, SampleSpec, Source, sha256
+from scm_runtime.bundle import OPS_DOMAIN, OPS_VERSION, SAMPLERS, SCHEMA_VERSION, Dtype, Manifest, SampleSpec, Source, sha256
 from scm_runtime.errors import InvalidArgumentError
 from scm_runtime.session import load_onnxruntime
 
@@ -49,6 +50,7 @@ class Options:
     latents: bool = False
     with_encoder: bool = False
     preview_decoder: StrPath | None = None
+    guide: StrPath | None = None
     size: tuple[int, int] | None = None
     steps: Sequence[int] | None = None
     opset: int | None = None
@@ -100,6 +102,7 @@ def export(
     latents: bool = False,
     with_encoder: bool = False,
     preview_decoder: StrPath | None = None,
+    guide: StrPath | None = None,
     size: tuple[int, int] | None = None,
     steps: Sequence[int] | None = None,
     opset: int | None = None,
@@ -129,6 +132,8 @@ def export(
         latents: leave the decoder out; the bundle's samples are latents.
         with_encoder: also write the autoencoder's encoder, ``encode.*.onnx``.
         preview_decoder: folder (or repository) of a small autoencoder (AutoencoderTiny), written as ``preview.*.onnx``.
+        guide: checkpoint of a worse version of a diffusion model (smaller, less trained, without classes): autoguidance, with ``guidance_scale`` as an
+            input of the bundle. For the family edm2.
         size: height and width of the images, pixels; None for the checkpoint's own.
         steps: step counts to compose whole samplers for, ``sample-K``; each must have times in the checkpoint. None for those up to 4,
             or else the smallest; may be empty.
@@ -164,6 +169,7 @@ def export(
         latents=latents,
         with_encoder=with_encoder,
         preview_decoder=preview_decoder,
+        guide=guide,
         size=size,
         steps=steps,
         opset=opset,
@@ -205,10 +211,12 @@ def _prepare(checkpoint: StrPath, out: StrPath | None, options: Options) -> tupl
     if reason := FAMILIES[name].refuses.get(options.dtype):
         raise InvalidArgumentError(f"the family {name} cannot be exported in {options.dtype}: {reason}")
     decoder, preview = (None if given is None else fetch(given, None, options.progress).path for given in (options.decoder, options.preview_decoder))
-    model = build_model(loaded, BuildOptions(decoder, options.latents, options.with_encoder, preview, options.size), name)
+    guide = None if options.guide is None else load(Path(options.guide), trust=options.trust, progress=options.progress)
+    model = build_model(loaded, BuildOptions(decoder, options.latents, options.with_encoder, preview, guide, options.size), name)
     _check_use(model, options)
     fingerprint = loaded.fingerprint() if isinstance(loaded, DiffusersFolder) else sha256(path)
-    return model, destination, Source(file=found.name, sha256=fingerprint), options
+    guided_by = None if options.guide is None else Source(file=Path(options.guide).name, sha256=sha256(Path(options.guide)))
+    return model, destination, Source(file=found.name, sha256=fingerprint, guide=guided_by), options
 
 
 def _check_use(model: Model, options: Options) -> None:
@@ -219,9 +227,10 @@ def _check_use(model: Model, options: Options) -> None:
         "latents": options.latents and not isinstance(model.decoder, Latents),
         "with_encoder": options.with_encoder and model.encoder is None,
         "preview_decoder": options.preview_decoder is not None and model.preview is None,
+        "guide": options.guide is not None and model.family != "edm2",
     }
     if names := [name for name, given in unused.items() if given]:
-        why = "the samples of this model are pixels, not latents" if own_pixels else f"the family {model.family} has no use for it"
+        why = "the samples of this model are pixels, not latents" if own_pixels and names[0] != "guide" else f"the family {model.family} has no use for it"
         raise InvalidArgumentError(f"{names[0]} was given, but {why}. Leave it out.")
     shape = model.output.shape
     if options.size is not None and model.output.kind == "image" and shape[:2] != options.size:
@@ -265,6 +274,8 @@ def export_model(model: Model, destination: Path, source: Source, options: Optio
             initial_scale=model.initial_scale,
             time_unit=model.time_unit,
             times={str(count): times for count, times in sorted(model.times.items())},
+            solver=model.solver,
+            samplers={name: tuple(sorted(table)) for name, table in model.samplers.items()},
             conditioning=model.conditioning,
             dtypes=GRAPH_DTYPES[dtype],
             weights_dtype=dtype,
@@ -291,6 +302,9 @@ def _write_graphs(writer: BundleWriter, model: Model, steps: Sequence[int], opse
         return writer.graph(f"{name}.onnx", graph)
 
     noise = write("noise", build_noise(model.sample_shape, opset))
+    if model.samplers:
+        write("combine", build_combine(model.sample_shape, opset))
+        (writer.folder / SAMPLERS).write_bytes(samplers_to_json(model.samplers))
     model.store_as(weights_dtype)
     x = torch.zeros(TRACE_BATCH, *model.sample_shape)
     for dtype in GRAPH_DTYPES[weights_dtype]:

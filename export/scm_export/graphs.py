@@ -1,4 +1,4 @@
-"""Graphs that are built, not traced: noise, decode, and the composition of a whole sampler into one graph."""
+"""Graphs that are built, not traced: noise, decode, combine, and the composition of a whole sampler into one graph."""
 
 from __future__ import annotations
 
@@ -39,6 +39,23 @@ def build_decode(sample_shape: Sequence[int], decoder: ImageDecoder | Latents, o
     channels, height, width = sample_shape
     attributes = [ir.AttrFloat32("scale", decoder.scale), ir.AttrFloat32("offset", decoder.offset)]
     return _single_node("decode", OPERATORS["ToImage"], [x], attributes, _value("image", ir.DataType.UINT8, [BATCH, height, width, channels]), opset)
+
+
+def build_combine(sample_shape: Sequence[int], opset: int) -> ir.Model:
+    """combine: x, base, result float32 ``[N, *sample_shape]``, weights float32 ``[N, 3]`` to weights[:, 0] base + weights[:, 1] x + weights[:, 2] result."""
+    state: list[str | int | None] = [BATCH, *sample_shape]
+    summands = ("base", "x", "result")
+    axes = numpy_helper.from_array(np.arange(2, len(state), dtype=np.int64), "axes")
+    nodes = [helper.make_node("Split", ["weights"], [f"{name}_column" for name in summands], axis=1, num_outputs=3)]
+    for name in summands:
+        nodes.append(helper.make_node("Unsqueeze", [f"{name}_column", "axes"], [f"{name}_weight"]))
+        nodes.append(helper.make_node("Mul", [name, f"{name}_weight"], [f"{name}_part"]))
+    nodes.append(helper.make_node("Add", ["base_part", "x_part"], ["states"]))
+    nodes.append(helper.make_node("Add", ["states", "result_part"], ["combined"]))
+    inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [BATCH, 3] if name == "weights" else state) for name in (*summands, "weights")]
+    output = helper.make_tensor_value_info("combined", TensorProto.FLOAT, state)
+    graph = helper.make_graph(nodes, "combine", inputs, [output], [axes])
+    return ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=ir_version(opset)))
 
 
 def _value(name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:

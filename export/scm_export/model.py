@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from scm_export.ops import to_image
 from scm_runtime.bundle import Conditioning, OutputSpec
+from scm_runtime.schedules import Evaluations
 
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -71,6 +72,10 @@ class Model:
     conditioning: tuple[Conditioning, ...] = ()
     licence: str | None = None
     time_unit: Literal["radians", "sigma", "timestep"] = "radians"
+    solver: Literal["consistency", "ddim"] = "consistency"
+    """What the step does: jump to the data and noise again, or follow the ODE."""
+    samplers: dict[str, dict[int, Evaluations]] = field(default_factory=dict)
+    """Of a diffusion model: other samplers, by name and number of steps."""
     encoder: ImageNetwork | None = None
     """For editing: image to x, by the posterior's mean."""
     preview: ImageNetwork | None = None

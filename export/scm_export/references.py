@@ -17,6 +17,7 @@ from torch import Tensor
 from scm_export import ops
 from scm_export.choices import MOST_STEPS
 from scm_export.model import ImageDecoder, ImageNetwork, Model, Reference
+from scm_export.ode import sample_ode
 from scm_export.parametrisation import sample
 from scm_export.trace import example
 
@@ -47,6 +48,7 @@ class Drawn:
     """A batch of samples. A batch size below N in ``batch_sizes``, ``composed`` or of ``pixels`` stands for the last so many samples."""
 
     way: Way
+    sampler: str | None  #                       one of the model's; None for its step's own
     steps: int
     batch_sizes: tuple[int, ...]  #              to sample in with the step graph
     composed: tuple[int, ...]  #                 to sample in with sample-K, if the bundle has it
@@ -127,6 +129,7 @@ def tf32_off() -> Iterator[None]:
 @dataclass(frozen=True)
 class _Planned:
     way: Way
+    sampler: str | None
     steps: int
     batch_sizes: tuple[int, ...]
     pictures: int  #              to decode, of the last samples
@@ -134,7 +137,10 @@ class _Planned:
 
 
 def _plan(model: Model) -> Iterator[_Planned]:
-    """The ways × step counts up to 4 × batch sizes; of a large network up to two steps, the batch of 3 with the largest, other ways with the smallest."""
+    """The ways × step counts up to 4 × batch sizes, and each other sampler once.
+
+    Of a large network up to two steps, the batch of 3 with the largest count, other ways with the smallest.
+    """
     large, one, both = model.parameters > LARGE_NETWORK, BATCH_SIZES[:1], BATCH_SIZES
     counts = [count for count in sorted(model.times) if count <= (2 if large else MOST_STEPS)] or [min(model.times)]
     small_pictures = not _is_large(model.decoder)
@@ -143,7 +149,9 @@ def _plan(model: Model) -> Iterator[_Planned]:
             batch_sizes = one if large and (index or count < counts[-1]) else both
             pictures = max(batch_sizes) if small_pictures else 0 if index else 1
             composed = () if large and index else tuple(n for n in (one if large else both) if n <= pictures)
-            yield _Planned(way, count, batch_sizes, pictures, composed)
+            yield _Planned(way, None, count, batch_sizes, pictures, composed)
+    for name, table in model.samplers.items():
+        yield _Planned(_ways(model)[0], name, min(table), one if large else both, 0, ())
 
 
 def _ways(model: Model) -> list[Way]:
@@ -179,14 +187,19 @@ def _seeds(n: int) -> Tensor:
 
 def _draw(model: Model, reference: Reference, planned: _Planned, progress: Callable[[str], None]) -> Drawn:
     n = max(planned.batch_sizes)
-    progress(f"sampling in PyTorch: {planned.steps} step{'s' * (planned.steps != 1)}, batch {n}{describe(planned.way)}")
+    progress(f"sampling in PyTorch: {describe_steps(planned)}, batch {n}{describe(planned.way)}")
     conditioning, seeds = _conditioning(model, planned.way, n), _seeds(n)
-    noises = [ops.philox_normal(seeds, draw, model.sample_shape) for draw in range(planned.steps + 1)]
+    noises = [ops.philox_normal(seeds, draw, model.sample_shape) for draw in range(1 if planned.sampler else planned.steps + 1)]
     with torch.no_grad():
-        latents = reference.sample(noises, model.times[planned.steps], conditioning).float()
+        if planned.sampler is None:
+            latents = reference.sample(noises, model.times[planned.steps], conditioning).float()
+        else:
+            rows = model.samplers[planned.sampler][planned.steps]
+            latents = sample_ode(planned.sampler, rows, model.step, noises[0], model.initial_scale, model.sigma_data, conditioning)
         pixels = model.decode(latents[-planned.pictures :]) if planned.pictures else None
     return Drawn(
         planned.way,
+        planned.sampler,
         planned.steps,
         planned.batch_sizes,
         planned.composed,
@@ -233,6 +246,11 @@ def _map(model: Model, drawn: Sequence[Drawn], progress: Callable[[str], None]) 
         n = 1 if _is_large(model.encoder) else max(BATCH_SIZES)
         image = torch.randint(256, (n, *model.encoder.shape), generator=torch.Generator().manual_seed(FIRST_SEED), dtype=torch.uint8)
         yield Mapped("encode", "image", image.numpy(), model.encoder.network(image).numpy())
+
+
+def describe_steps(what: _Planned | Drawn) -> str:
+    """A few words for progress messages."""
+    return f"{what.steps} step{'s' * (what.steps != 1)}{f' of {what.sampler}' if what.sampler else ''}"
 
 
 def describe(way: Way) -> str:

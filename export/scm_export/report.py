@@ -151,7 +151,7 @@ def _row(case: VerifiedCase) -> dict[str, str]:
         "graph": f"{case.graph}.{case.dtype}",
         "device": "" if case.device == "cpu" else case.device,
         "batch": str(case.batch_size),
-        "steps": f"t {case.times[0]:.3g} … {case.times[-1]:.3g}" if case.times else str(case.steps or ""),
+        "steps": f"t {case.times[0]:.3g} … {case.times[-1]:.3g}" if case.times else " ".join(filter(None, [str(case.steps or ""), case.sampler])),
         "conditioning": ", ".join([*guidance, *(f"{size} {name}" for name, size in case.sizes.items())]),
         "max abs": f"{case.max_abs:.2e}",
         "mean abs": "" if case.mean_abs is None else f"{case.mean_abs:.2e}",

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scm_export.bf16 import emulated
-from scm_export.references import BATCH_SIZES, LARGE_NETWORK, Drawn, Evaluated, Mapped, References, Way, describe
+from scm_export.references import BATCH_SIZES, LARGE_NETWORK, Drawn, Evaluated, Mapped, References, Way, describe, describe_steps
 from scm_export.tolerances import PIXEL_ATOL, min_psnr, passes, sample_atol
-from scm_runtime.bundle import Dtype, Manifest, Verification, VerifiedCase
+from scm_runtime.bundle import COMBINE, Dtype, Manifest, Verification, VerifiedCase
 from scm_runtime.errors import ExportError, InferenceError, VerificationError
+from scm_runtime.schedules import Evaluations, Schedules
 from scm_runtime.session import Session, Settings
 
 DEVICES = ("cpu",)  # every one that sessions can be opened on
@@ -152,6 +152,7 @@ class _Graphs:
         atol: float,
         *,
         way: Way | None = None,
+        sampler: str | None = None,
         steps: int = 0,
         times: Sequence[float] = (),
         unit: float = 1.0,
@@ -164,6 +165,7 @@ class _Graphs:
             dtype=self.dtype,
             device=self.device,
             batch_size=len(found),
+            sampler=sampler,
             steps=steps,
             times=tuple(times),
             guidance_scale=None if way is None else way.guidance_scale,
@@ -190,7 +192,7 @@ def _psnr(expected: NDArray[Any], found: NDArray[Any]) -> float | None:
 
 
 def _composed(graphs: _Graphs, count: int) -> list[VerifiedCase]:
-    wanted = [(one, n) for one in graphs.references.drawn if one.steps == count for n in one.composed]
+    wanted = [(one, n) for one in graphs.references.drawn if one.sampler is None and one.steps == count for n in one.composed]
     if not wanted:
         return []
     cases, level = [], graphs.references.level
@@ -219,14 +221,17 @@ Sampled = tuple[Drawn, NDArray[np.float32]]
 def _step(graphs: _Graphs) -> tuple[list[VerifiedCase], list[Sampled]]:
     cases, sampled = [], []
     noise = Session(graphs.folder / "noise.onnx")
+    combine = Session(graphs.folder / COMBINE) if graphs.manifest.samplers else None
+    schedules = Schedules(graphs.folder, graphs.manifest)
     with graphs.open("step") as step:
         for evaluated in graphs.references.evaluated:
             graphs.progress(f"verifying step.{graphs.dtype}: single evaluations")
             cases.append(_evaluation(graphs, step, evaluated))
         for drawn in graphs.references.drawn:
             for n in drawn.batch_sizes:
-                graphs.progress(f"verifying step.{graphs.dtype}: {drawn.steps} step{'s' * (drawn.steps != 1)}, batch {n}{describe(drawn.way)}")
-                sampled.append((drawn, _sample(graphs.manifest, noise, step, drawn, n)))
+                graphs.progress(f"verifying step.{graphs.dtype}: {describe_steps(drawn)}, batch {n}{describe(drawn.way)}")
+                evaluations = schedules.evaluations(drawn.sampler, drawn.steps, None)
+                sampled.append((drawn, _sample(graphs.manifest.initial_scale, evaluations, noise, step, combine, drawn, n)))
     return cases, sampled
 
 
@@ -237,17 +242,24 @@ def _evaluation(graphs: _Graphs, step: Session, evaluated: Evaluated) -> Verifie
     )
 
 
-def _sample(manifest: Manifest, noise: Session, step: Session, drawn: Drawn, n: int) -> NDArray[np.float32]:
+def _sample(
+    initial_scale: float, evaluations: Evaluations, noise: Session, step: Session, combine: Session | None, drawn: Drawn, n: int
+) -> NDArray[np.float32]:
     """What Generator does, the last n samples of the reference in a batch of their own."""
     seeds, conditioning = drawn.seeds[-n:], {name: values[-n:] for name, values in drawn.conditioning.items()}
 
     def draw(index: int, scale: float) -> NDArray[np.float32]:
         return noise(seeds=seeds, draw=np.array(index, np.int64), scale=np.array(scale, np.float32))
 
-    x = draw(0, manifest.initial_scale)
-    for k, pair in enumerate(pairwise(manifest.times[str(drawn.steps)])):
-        moments = {name: np.full(n, value, np.float32) for name, value in zip(("t", "t_next"), pair, strict=True)}
-        x = step(x=x, **moments, noise=draw(k + 1, 1.0), **conditioning)
+    base = x = draw(0, initial_scale)
+    for k, (t, t_next, weights) in enumerate(evaluations):
+        moments = {name: np.full(n, value, np.float32) for name, value in {"t": t, "t_next": t_next}.items()}
+        result = step(x=x, **moments, noise=draw(k + 1, 1.0), **conditioning)
+        if weights is None:
+            base, x = x, result
+        else:
+            assert combine is not None
+            x = combine(x=x, base=base, result=result, weights=np.full((n, 3), weights, np.float32))
     return x
 
 
@@ -262,9 +274,12 @@ def _decoded(graphs: _Graphs, sampled: Sequence[Sampled]) -> Iterator[tuple[Veri
             pixels = picture = None
             if drawn.pixels is not None and len(drawn.pixels) >= n:
                 pixels = (drawn.pixels[-n:], decode(x=states))
-                title = f"{graphs.dtype} on {graphs.device}, {drawn.steps} step{'s' * (drawn.steps != 1)}{describe(drawn.way)}"
+                title = f"{graphs.dtype} on {graphs.device}, {describe_steps(drawn)}{describe(drawn.way)}"
                 picture = Compared(title, *pixels) if n == len(drawn.pixels) else None
-            yield graphs.case("step", expected, states, graphs.state_atol(expected), way=drawn.way, steps=drawn.steps, pixels=pixels), picture
+            yield (
+                graphs.case("step", expected, states, graphs.state_atol(expected), way=drawn.way, sampler=drawn.sampler, steps=drawn.steps, pixels=pixels),
+                picture,
+            )
 
 
 def _mapped(graphs: _Graphs, mapped: Mapped) -> list[VerifiedCase]:

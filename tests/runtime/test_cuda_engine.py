@@ -32,6 +32,7 @@ from scm_runtime.cuda_thread import Captures, CudaContext
 from scm_runtime.engine import Engine, HostEngine, Trajectory
 from scm_runtime.errors import DeviceError, GeneratorClosedError, InferenceError, InvalidArgumentError, MissingDependencyError, OutOfMemoryError
 from scm_runtime.graphs import Graphs
+from scm_runtime.schedules import Schedules, along
 from scm_runtime.session import Session, Settings
 
 DIGITS = Path(scm_runtime.__file__).parent / "bundles" / "digits.scm"
@@ -64,7 +65,7 @@ def engine(machine: Machine) -> Iterator[CudaEngine]:
 
 def call(*seeds: int, steps: int = 2, latents: NDArray[np.float32] | None = None) -> Trajectory:
     labels = np.array([seed % 10 for seed in seeds], np.int64)
-    return Trajectory(Call(np.array(seeds, np.int64), {"class_labels": labels}, MANIFEST.times[str(steps)], latents))
+    return Trajectory(Call(np.array(seeds, np.int64), {"class_labels": labels}, along(MANIFEST.times[str(steps)]), latents))
 
 
 def step(engine: Engine, *trajectories: Trajectory) -> None:
@@ -124,6 +125,35 @@ def test_merged_trajectories_at_different_steps_get_what_they_get_alone(engine: 
 
     for merged, expected in zip(engine.run(job), alone, strict=True):
         np.testing.assert_array_equal(merged, expected)
+
+
+def test_samplers_of_several_evaluations_a_step(machine: Machine, tiny_guided: tuple[Path, Path, Path]) -> None:
+    folder = tiny_guided[0]
+    manifest = read_manifest(folder)
+    schedules, times = Schedules(folder, manifest), ("heun", None, "dpm-solver-2s")
+    host = HostEngine(Graphs(folder, manifest, "fp32", lambda path: Session(path, Settings(threads=1))), "fp32", manifest.initial_scale)
+    engine = open_cuda_engine(CudaContext(0, None), folder, manifest, "fp32", Settings(PLACEMENT), open_session=machine.open_session)
+
+    def calls() -> list[Trajectory]:
+        given: dict[str, NDArray[Any]] = {"class_labels": np.array([1, 2], np.int64), "guidance_scale": np.array([2, 3], np.float32)}
+        return [Trajectory(Call(np.array([k, k + 9], np.int64), given, schedules.evaluations(name, 8, None), None)) for k, name in enumerate(times)]
+
+    def together(engine: Engine, trajectories: list[Trajectory]) -> list[NDArray[Any]]:
+        def job() -> list[NDArray[Any]]:
+            for one in trajectories:
+                engine.begin(one)
+            while waiting := [one for one in trajectories if not one.done]:
+                step(engine, *waiting)
+            assert all(engine.finite(one).all() for one in trajectories)
+            return [np.array(engine.fetch(one)) for one in trajectories]
+
+        return engine.run(job)
+
+    alone = [together(host, [one])[0] for one in calls()]
+    for mine, expected in zip(together(engine, calls()), alone, strict=True):
+        np.testing.assert_array_equal(mine, expected)
+    assert any(np.abs(alone[0] - other).max() > 1e-3 for other in alone[1:])
+    engine.close()
 
 
 def test_merged_trajectories_at_one_step_draw_noise_at_once(engine: CudaEngine, machine: Machine) -> None:

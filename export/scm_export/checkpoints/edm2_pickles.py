@@ -17,7 +17,8 @@ from scm_export.checkpoints.header import SamplerSpec
 from scm_export.checkpoints.native import Checkpoint
 from scm_export.checkpoints.persistence import Saved, pickle_errors, read_persistent
 from scm_export.checkpoints.stored_tensors import as_floats
-from scm_export.parametrisation import SIGMA_MAX, default_times
+from scm_export.parametrisation import default_times
+from scm_export.samplers import SIGMA_MAX, angles, karras_sigmas, teacher_times
 from scm_runtime.errors import CheckpointError
 
 # What the classes are named, and what they are built with, in the constructors' order.
@@ -42,7 +43,6 @@ LATENT_STD: tuple[float, ...] = (4.17, 4.62, 3.71, 3.28)
 # EDM2 cuts 255 times the decoded image down to whole levels; here levels are rounded, and 255 itself must stay 255.
 PIXELS_FROM_ZERO_TO_ONE = {"pixel_scale": 255.0, "pixel_offset": -0.499}
 
-TEACHER_STEPS = (8, 16, 32)
 SEGMENTS = (1, 2, 4)  #  where the file does not say how many
 
 
@@ -224,31 +224,26 @@ def _sampling(class_name: str, loss: object, sigma_data: float, *, segments: boo
     said = loss.attributes if isinstance(loss, Saved) else {}
     sigma_max = _number(said, "sigma_max", SIGMA_MAX)
     start = math.atan(sigma_max / sigma_data)
-    solver = "ddim"
+    solver, diffusion = "ddim", False
     if segments:
         count, schedule = _number(said, "num_segments", 0), said.get("boundary_schedule", "uniform_t")
         times = {n: segment_times(start, n, schedule) for n in ([int(count)] if 1 <= count <= 64 else SEGMENTS)}
     elif trained_with == "EDMConsistencyDistillLoss":
         between, steps = as_floats(said.get("student_sigma_mids")), int(min(max(_number(said, "S", 8), 2), 64))
         sigmas = (sigma_max, *between, 0.0) if between else karras_sigmas(steps, _number(said, "sigma_min", 0.002), sigma_max, _number(said, "rho", 7.0))
-        times = {len(sigmas) - 1: _angles(sigmas, sigma_data)}
+        times = {len(sigmas) - 1: angles(sigmas, sigma_data)}
     elif class_name == "Precond" or trained_with == "TrigFlowLoss":
-        times = {n: _angles(karras_sigmas(n), sigma_data) for n in TEACHER_STEPS}
+        times, diffusion = teacher_times(sigma_data), True
     else:
         solver, times = "consistency", default_times(sigma_data)
     return {
         "parametrisation": "edm" if class_name == "Precond" else "trigflow",
         "solver": solver,
+        "diffusion": diffusion,
         "sigma_data": sigma_data,
         "initial_scale": sigma_data * math.sin(start),  # = sigma_max cos(start), EDM's noise at its largest
         "times": {str(count): values for count, values in times.items()},
     }
-
-
-def karras_sigmas(steps: int, sigma_min: float = 0.002, sigma_max: float = SIGMA_MAX, rho: float = 7.0) -> tuple[float, ...]:
-    """EDM's noise levels for at least 2 steps, the last 0 (arXiv 2206.00364, equation 5)."""
-    first, last = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
-    return (*((first + i / (steps - 1) * (last - first)) ** rho for i in range(steps)), 0.0)
 
 
 def segment_times(start: float, segments: int, schedule: str = "uniform_t") -> tuple[float, ...]:
@@ -258,11 +253,6 @@ def segment_times(start: float, segments: int, schedule: str = "uniform_t") -> t
         low, high = math.log(math.tan(1e-6)), math.log(math.tan(start))
         return (start, *(math.atan(math.exp(low + share * (high - low))) for share in shares[1:]), 0.0)
     return (*(start * share for share in shares), 0.0)
-
-
-def _angles(sigmas: Sequence[float], sigma_data: float) -> tuple[float, ...]:
-    """``t = arctan(sigma / sigma_d)``."""
-    return tuple(math.atan(sigma / sigma_data) for sigma in sigmas)
 
 
 def _number(attributes: dict[str, Any], name: str, default: float) -> float:

@@ -34,11 +34,13 @@ class SamplerSpec(Struct, kw_only=True, forbid_unknown_fields=True):
     parametrisation: ParametrisationName = "trigflow"
     solver: Literal["consistency", "ddim"] = "consistency"
     """How a step moves: to the data and back into fresh noise, or along the ODE without noise (diffusion teachers, segments)."""
+    diffusion: bool | None = None
+    """Whether the network is a diffusion model, whose ODE any solver may follow; None = whatever has the solver "ddim" and no segments."""
     sigma_data: PositiveNumber = 0.5
     initial_scale: PositiveNumber | None = None
     """The state starts as this times standard normal noise; None = sigma_data."""
     times: dict[str, tuple[float, ...]] | None = None
-    """Times by step count, each with its end; None = the paper's for one and two steps."""
+    """Times by step count, each with its end; None = the paper's for one and two steps, of a diffusion model EDM's noise levels for 8, 16 and 32."""
     pixel_scale: float = 127.5
     """Pixel level = x * pixel_scale + pixel_offset, x in the model's own scale; the defaults are for data in [-1, 1]."""
     pixel_offset: float = 127.5
@@ -62,6 +64,8 @@ class SamplerSpec(Struct, kw_only=True, forbid_unknown_fields=True):
                 raise ValueError(f"sampler.times of the parametrisation edm must be below pi/2, where sigma is infinite, got {list(times)} for {count} steps")
         if len({times[-1] for times in (self.times or {}).values()}) > 1:
             raise ValueError("sampler.times must have the same end for every step count")
+        if self.diffusion and self.solver != "ddim":
+            raise ValueError(f"sampler.solver of a diffusion model must be 'ddim', got {self.solver!r}")
         if self.times == {}:
             raise ValueError("sampler.times must hold at least one step count, got none; leave it out for the paper's times")
 

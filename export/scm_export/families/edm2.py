@@ -8,12 +8,16 @@ import torch
 from scm_export.checkpoints import Checkpoint, Loaded, SamplerSpec
 from scm_export.families.autoencoders import SCM_STATISTICS, ImageNetworks, LatentStatistics, image_networks, pixel_networks
 from scm_export.families.family import BuildOptions, Family
+from scm_export.families.sampling import sampling_fields
 from scm_export.families.weights import load_weights
 from scm_export.model import Model
+from scm_export.networks.autoguided import Autoguided
 from scm_export.networks.edm2 import UNet, UNetConfig
-from scm_export.parametrisation import Step, default_times
+from scm_export.parametrisation import Step
 from scm_runtime.bundle import Conditioning
 from scm_runtime.errors import CheckpointError
+
+AUTOGUIDANCE = 2.0  # the scale where a call gives none: about what is best at 512 x 512 (arXiv 2406.02507, table 1)
 
 
 def recognises_edm2(loaded: Loaded) -> bool:
@@ -28,16 +32,9 @@ def build_edm2(loaded: Loaded, options: BuildOptions) -> Model:
     """
     if not isinstance(loaded, Checkpoint):
         raise CheckpointError(f"the family edm2 is read from scm-checkpoints and EDM2's pickles, got {loaded.describe()}")
-    checkpoint = loaded
-    unknown = sorted(set(checkpoint.config) - set(UNetConfig.__dataclass_fields__))
-    try:
-        if unknown:
-            raise ValueError(f"unknown fields {', '.join(unknown)}; known are {', '.join(UNetConfig.__dataclass_fields__)}")
-        config = msgspec.convert(checkpoint.config, UNetConfig, strict=False)
-        config.validate()
-    except ValueError as error:
-        raise CheckpointError(f"config of the family edm2: {error}") from error
-    sampler = checkpoint.sampler
+    checkpoint, config, sampler = loaded, _config(loaded), loaded.sampler
+    if config.segment_embedding and sampler.diffusion:
+        raise CheckpointError("config of the family edm2: with segment_embedding the network is no diffusion model, got sampler.diffusion = true")
     if config.segment_embedding and sampler.solver != "ddim":
         raise CheckpointError(f"config of the family edm2: with segment_embedding, sampler.solver must be 'ddim', got {sampler.solver!r}")
 
@@ -45,10 +42,11 @@ def build_edm2(loaded: Loaded, options: BuildOptions) -> Model:
         raise CheckpointError(f"an EDM2 network has the resolution of its config, {config.img_resolution}: leave out the size")
     sample_shape = (config.img_channels, config.img_resolution, config.img_resolution)
     images = _images(sample_shape, sampler, options)  # before the weights are read: the decoder may be missing
-    with torch.device("meta"):
-        network = UNet(config)
-    load_weights(network, checkpoint.weights)
-    network.eval().fold()
+    sampling = sampling_fields(sampler, segments=config.segment_embedding)
+    own = _network(config, checkpoint)
+    if options.guide is not None and (not sampling["samplers"] or config.guidance_embedding):
+        raise CheckpointError("a guide leads a diffusion model that takes no guidance scale itself, and this checkpoint is none. Leave it out.")
+    network = own if options.guide is None else Autoguided(own, _guide(options.guide, checkpoint))
 
     conditioning = []
     if config.label_dim:
@@ -56,24 +54,58 @@ def build_edm2(loaded: Loaded, options: BuildOptions) -> Model:
         if names is not None and len(names) != config.label_dim:
             raise CheckpointError(f"label_names must have one name a class, {config.label_dim}, got {len(names)}")
         conditioning.append(Conditioning(name="class_labels", kind="class", dtype="int64", num_classes=config.label_dim, label_names=names))
-    if config.guidance_embedding:
-        conditioning.append(Conditioning(name="guidance_scale", kind="scalar", dtype="float32", default=1.0))
-    times = default_times(sampler.sigma_data)
-    if sampler.times is not None:
-        times = {int(count): values for count, values in sampler.times.items()}
+    if config.guidance_embedding or options.guide is not None:
+        conditioning.append(Conditioning(name="guidance_scale", kind="scalar", dtype="float32", default=1.0 if options.guide is None else AUTOGUIDANCE))
     return Model(
         family="edm2",
         step=Step(network, sampler.sigma_data, sampler.parametrisation, sampler.solver, segments=config.segment_embedding),
         sample_shape=sample_shape,
-        sigma_data=sampler.sigma_data,
-        initial_scale=sampler.sigma_data if sampler.initial_scale is None else sampler.initial_scale,
-        times=times,
+        **sampling,
         conditioning=tuple(conditioning),
         decoder=images.decoder,
         encoder=images.encoder,
         preview=images.preview,
         licence=checkpoint.licence,
     )
+
+
+def _config(checkpoint: Checkpoint) -> UNetConfig:
+    unknown = sorted(set(checkpoint.config) - set(UNetConfig.__dataclass_fields__))
+    try:
+        if unknown:
+            raise ValueError(f"unknown fields {', '.join(unknown)}; known are {', '.join(UNetConfig.__dataclass_fields__)}")
+        config: UNetConfig = msgspec.convert(checkpoint.config, UNetConfig, strict=False)
+        config.validate()
+    except ValueError as error:
+        raise CheckpointError(f"config of the family edm2: {error}") from error
+    return config
+
+
+def _network(config: UNetConfig, checkpoint: Checkpoint) -> UNet:
+    with torch.device("meta"):
+        network = UNet(config)
+    load_weights(network, checkpoint.weights)
+    network.eval().fold()
+    return network
+
+
+def _guide(loaded: Loaded, guided: Checkpoint) -> UNet:
+    """The guide's network; raises CheckpointError unless it predicts the same of the same."""
+    if not recognises_edm2(loaded):
+        raise CheckpointError(f"the guide must be of the family edm2 too, got {loaded.describe()}")
+    assert isinstance(loaded, Checkpoint)
+    config, own = _config(loaded), _config(guided)
+    for name in ("img_resolution", "img_channels", "label_dim"):
+        theirs, ours = getattr(config, name), getattr(own, name)
+        if theirs != ours and (name != "label_dim" or theirs != 0):
+            raise CheckpointError(f"the guide must have the {name} of what it guides, {ours}, got {theirs}")
+    for name in ("parametrisation", "sigma_data"):
+        theirs, ours = getattr(loaded.sampler, name), getattr(guided.sampler, name)
+        if theirs != ours:
+            raise CheckpointError(f"the guide must have the {name} of what it guides, {ours!r}, got {theirs!r}")
+    if config.guidance_embedding or config.segment_embedding:
+        raise CheckpointError("the guide must be a diffusion model, without inputs for a guidance scale or for segments")
+    return _network(config, loaded)
 
 
 def _images(sample_shape: tuple[int, ...], sampler: SamplerSpec, options: BuildOptions) -> ImageNetworks:

@@ -22,6 +22,8 @@ class BuildOptions:
     with_encoder: bool = False
     preview_decoder: Path | None = None
     """Folder of a small autoencoder (diffusers' AutoencoderTiny)."""
+    guide: Loaded | None = None
+    """A worse version of a diffusion model, to lead it away from (autoguidance)."""
     size: tuple[int, int] | None = None
     """Height and width of the images, pixels; None for the checkpoint's own."""
 

@@ -18,9 +18,10 @@ from scm_export.checkpoints.header import PositiveInteger, convert
 from scm_export.families.autoencoders import ImageNetworks, LatentStatistics, image_networks, pixel_networks
 from scm_export.families.diffusers_networks import free_batch
 from scm_export.families.family import BuildOptions, Family
+from scm_export.families.sampling import sampling_fields
 from scm_export.families.weights import load_weights
 from scm_export.model import Model, Reference
-from scm_export.parametrisation import Step, default_times, sample
+from scm_export.parametrisation import Step, sample
 from scm_export.precision import Precision, norms
 from scm_export.trace import TRACE_BATCH, example
 from scm_runtime.bundle import Conditioning
@@ -81,9 +82,7 @@ def build_module(loaded: Loaded, options: BuildOptions) -> Model:
         family="module",
         step=Step(own, sampler.sigma_data, sampler.parametrisation, sampler.solver),
         sample_shape=config.sample_shape,
-        sigma_data=sampler.sigma_data,
-        initial_scale=sampler.sigma_data if sampler.initial_scale is None else sampler.initial_scale,
-        times=default_times(sampler.sigma_data) if sampler.times is None else {int(count): times for count, times in sampler.times.items()},
+        **sampling_fields(sampler),
         conditioning=conditioning,
         decoder=images.decoder,
         encoder=images.encoder,

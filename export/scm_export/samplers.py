@@ -1,0 +1,102 @@
+"""Solvers of a diffusion model's ODE, as the tables of evaluations that the runtime walks along: see ``scm_runtime.schedules``.
+
+In EDM's variables, the state ``X = x / cos t`` at ``sigma = sigma_d tan t`` and the denoised D, the ODE is ``dX/dsigma = (X - D) / sigma``. Every solver
+here makes the next state a sum of X where the step began, X where the network was evaluated, and D there; brought back to TrigFlow's x, these are a row's
+weights. The step graph gives D as the step to the end of time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import msgspec
+
+from scm_runtime.schedules import Evaluation, Evaluations
+
+TEACHER_STEPS = (8, 16, 32)
+SOLVER_STEPS = (8, 16, 32, 64)
+RHO = 7.0
+SIGMA_MIN, SIGMA_MAX = 0.002, 80.0  # of EDM; the largest noise the models are trained on
+
+Levels = tuple[float, float]
+Weights = tuple[float, float, float]
+
+
+def karras_sigmas(steps: int, sigma_min: float = SIGMA_MIN, sigma_max: float = SIGMA_MAX, rho: float = RHO) -> tuple[float, ...]:
+    """EDM's noise levels for at least 2 steps, the last 0 (arXiv 2206.00364, equation 5)."""
+    first, last = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    return (*((first + i / (steps - 1) * (last - first)) ** rho for i in range(steps)), 0.0)
+
+
+def angles(sigmas: Sequence[float], sigma_data: float) -> tuple[float, ...]:
+    """``t = arctan(sigma / sigma_d)``."""
+    return tuple(math.atan(sigma / sigma_data) for sigma in sigmas)
+
+
+def teacher_times(sigma_data: float) -> dict[int, tuple[float, ...]]:
+    """Times of DDIM: EDM's noise levels for 8, 16 and 32 steps."""
+    return {steps: angles(karras_sigmas(steps), sigma_data) for steps in TEACHER_STEPS}
+
+
+# ----------------------------------------------------------------------------
+# (sigma, next sigma) -> the noise level in between or at the end to evaluate at, and the weights of X, X there and D there.
+
+
+def heun(sigma: float, sigma_next: float) -> tuple[float, Weights]:
+    """EDM's sampler (arXiv 2206.00364, algorithm 1): the trapezoidal rule, with D at the end of a first-order step.
+
+    The slope at the beginning is ``(X_next - X) / (sigma_next - sigma)`` of that step.
+    """
+    half = (sigma_next - sigma) / 2
+    return sigma_next, (0.5, 0.5 + half / sigma_next, -half / sigma_next)
+
+
+def dpm_solver_2s(sigma: float, sigma_next: float) -> tuple[float, Weights]:
+    """DPM-Solver-2 (arXiv 2206.00927, algorithm 1): from the beginning along the noise predicted half-way in the logarithm of sigma."""
+    middle = math.sqrt(sigma * sigma_next)
+    slope = (sigma_next - sigma) / middle
+    return middle, (1.0, slope, -slope)
+
+
+def dpm_solver_pp_2s(sigma: float, sigma_next: float) -> tuple[float, Weights]:
+    """DPM-Solver++(2S) (arXiv 2211.01095, algorithm 1): towards the data predicted half-way in the logarithm of sigma."""
+    share = sigma_next / sigma
+    return math.sqrt(sigma * sigma_next), (share, 0.0, 1 - share)
+
+
+SOLVERS: dict[str, Callable[[float, float], tuple[float, Weights]]] = {
+    "dpm-solver-2s": dpm_solver_2s,
+    "dpm-solver++-2s": dpm_solver_pp_2s,
+    "heun": heun,
+}
+
+
+def solve(solver: Callable[[float, float], tuple[float, Weights]], sigmas: Sequence[float], sigma_data: float) -> Evaluations:
+    """A solver's evaluations along noise levels of which the last is 0: two a step, and one for the last."""
+
+    def cos(sigma: float) -> float:
+        return sigma_data / math.hypot(sigma, sigma_data)
+
+    rows = []
+    for sigma, sigma_next in pairwise(sigmas):
+        if sigma_next == 0:
+            rows.append(Evaluation(math.atan(sigma / sigma_data), 0.0))
+            continue
+        between, (base, x, denoised) = solver(sigma, sigma_next)
+        t, there = angles((sigma, between), sigma_data)
+        end = cos(sigma_next)
+        rows += [Evaluation(t, there), Evaluation(there, 0.0, (base * end / cos(sigma), x * end / cos(between), denoised * end))]
+    return tuple(rows)
+
+
+def make_tables(sigma_data: float, t_start: float) -> dict[str, dict[int, Evaluations]]:
+    """All solvers along EDM's noise levels, the first no larger than at ``t_start``, by name and number of steps."""
+    largest = min(SIGMA_MAX, sigma_data * math.tan(t_start)) if t_start < math.pi / 2 else SIGMA_MAX
+    return {name: {steps: solve(solver, karras_sigmas(steps, sigma_max=largest), sigma_data) for steps in SOLVER_STEPS} for name, solver in SOLVERS.items()}
+
+
+def to_json(tables: dict[str, dict[int, Evaluations]]) -> bytes:
+    """``samplers.json``."""
+    return msgspec.json.encode({name: {str(steps): rows for steps, rows in table.items()} for name, table in tables.items()})
