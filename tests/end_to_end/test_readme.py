@@ -71,6 +71,11 @@ def edm2_pickle(network: nn.Module, name: str) -> Callable[[Path, Path], None]:
     return make
 
 
+def guided_pickle(here: Path, tiny: Path) -> None:
+    edm2_pickle(Precond(8, 4, 3, **EDM2), "edm2-img512-s.pkl")(here, tiny)
+    write_pickle(snapshot(filled(Precond(8, 4, 3, **{**EDM2, "channel_mult": [1]}))), here / "edm2-img512-xs.pkl")
+
+
 def autoencoder(folder: Path) -> None:
     AutoencoderKL(down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",), block_out_channels=(8,), norm_num_groups=4).save_pretrained(
         folder
@@ -140,6 +145,7 @@ MAKE: dict[str, Callable[[Path, Path], None]] = {
     "model.pt": own_checkpoint,
     "edm2_scm-img512.pkl": edm2_pickle(TrigFlowPrecond(8, 4, 3, **EDM2), "edm2_scm-img512.pkl"),
     "edm2-img512-xs.pkl": edm2_pickle(Precond(8, 4, 3, **EDM2), "edm2-img512-xs.pkl"),
+    "edm2-img512-s.pkl": guided_pickle,
     "Efficient-Large-Model/Sana_Sprint_1.6B_1024px_diffusers": on_the_hub("Efficient-Large-Model/Sana_Sprint_1.6B_1024px_diffusers", sana_sprint),
     "openai/diffusers-cd_imagenet64_l2": on_the_hub("openai/diffusers-cd_imagenet64_l2", consistency),
     "SimianLuo/LCM_Dreamshaper_v7": on_the_hub("SimianLuo/LCM_Dreamshaper_v7", latent_consistency),
