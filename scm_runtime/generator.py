@@ -268,12 +268,20 @@ class Generator(Queued):
         self._usage.check()
         return self, self._max_batch_size, 1
 
-    def warmup(self, batch_sizes: Sequence[int] = (1,), *, num_inference_steps: int | None = None, conditioning: Mapping[str, ArrayLike] | None = None) -> None:
+    def warmup(
+        self,
+        batch_sizes: Sequence[int] = (1,),
+        *,
+        num_inference_steps: int | None = None,
+        sampler: str | None = None,
+        conditioning: Mapping[str, ArrayLike] | None = None,
+    ) -> None:
         """Draw samples of these batch sizes and drop them, so that the first real call is as fast as the second: memory is taken, CUDA graphs are captured.
 
         Args:
             batch_sizes: those that calls will have.
             num_inference_steps: as in a call; one number of steps warms all.
+            sampler: as in a call.
             conditioning: for the inputs whose size is free, such as a text's length: values of the sizes to come. Others are made up.
 
         Raises:
@@ -285,7 +293,7 @@ class Generator(Queued):
         for size in sorted(set(sizes), reverse=True):  # the largest takes the memory at once
             values = stand_ins(self.manifest.conditioning, range(size)) | dict(conditioning or {})
             for _ in range(CAPTURE_RUNS if self.info.device.startswith("cuda") else 1):
-                self(seed=0, batch_size=size, num_inference_steps=num_inference_steps, conditioning=values, output_type="np")
+                self(seed=0, batch_size=size, num_inference_steps=num_inference_steps, sampler=sampler, conditioning=values, output_type="np")
 
     def encode(self, images: Image.Image | Sequence[Image.Image] | NDArray[np.uint8]) -> NDArray[np.float32]:
         """Latents of pictures.

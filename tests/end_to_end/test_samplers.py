@@ -146,6 +146,13 @@ def test_two_evaluations_a_step_but_the_last(gaussian: Generator) -> None:
     np.testing.assert_array_equal(gaussian(seed=0, sampler="ddim", output_type="latent").array, gaussian(seed=0, output_type="latent").array)
 
 
+def test_warming_up_for_a_sampler(guided: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(Generator, "__call__", lambda _, **arguments: asked.append((arguments["sampler"], arguments["num_inference_steps"])))
+    guided.warmup((1, 2), sampler="heun", num_inference_steps=8)
+    assert asked == [("heun", 8)] * 2
+
+
 def test_the_callback_comes_once_a_step(gaussian: Generator) -> None:
     seen: list[tuple[int, float]] = []
 
