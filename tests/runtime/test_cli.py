@@ -270,7 +270,7 @@ def test_smoke_tells_of_a_bundle_that_is_not_deterministic(tiny_bundle: Path, mo
     assert "Export it again" in result.stderr
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["inspect", "--help"], ["smoke", "--help"]], ids=" ".join)
+@pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["inspect", "--help"], ["smoke", "--help"], ["bench", "--help"]], ids=" ".join)
 def test_help(arguments: list[str]) -> None:
     result = call(*arguments)
     assert result.exit_code == 0
