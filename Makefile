@@ -21,7 +21,8 @@ KERNELS  := $(shell find cpp_ops -name '.*' -prune -o -type f -print)
 
 DEMO     := demo/digits.png
 LABELS   := 0,1,2,3,4,5,6,7,8,9,0,1,2,3,4,5,6,7,8,9
-BENCHES  := $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))
+# figures.py draws what the others have measured.
+BENCHES  := $(filter-out benchmarks/_% benchmarks/figures.py,$(wildcard benchmarks/*.py))
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:  # two pips must not fill one .venv at a time
@@ -41,6 +42,7 @@ test: $(FULL) $(OPS) ## run the tests, a process a core (ARGS="-k noise" to choo
 lint: $(FULL) ## ruff: rules and format
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/python benchmarks/figures.py --check
 
 types: $(FULL) ## mypy --strict
 	$(BIN)/mypy --strict
@@ -67,7 +69,7 @@ soak: $(FULL) $(OPS) ## use Generators in every way at once, twice for ten minut
 	MALLOC_ARENA_MAX=1 $(BIN)/python tests/soak/soak.py $(or $(SECONDS),600)
 
 bench: $(FULL) $(OPS) ## run every script in benchmarks/
-	@set -e; for script in $(BENCHES); do echo "== $$script"; $(BIN)/python "$$script"; done
+	@set -e; for script in $(BENCHES) benchmarks/figures.py; do echo "== $$script"; $(BIN)/python "$$script"; done
 
 bench-large: $(FULL) $(OPS) ## export and run the models of 1.5 billion parameters: most of an hour, 14 GB of memory, 15 GB of disk
 	$(BIN)/python benchmarks/export.py XXL SANA-Sprint

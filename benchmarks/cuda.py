@@ -28,6 +28,7 @@ from scm_runtime.engine import Trajectory
 from scm_runtime.errors import ScmError
 from scm_runtime.location import find
 from scm_runtime.native import find_library
+from scm_runtime.schedules import along
 from scm_runtime.session import Settings, load_onnxruntime
 
 REPLAYS = 200
@@ -94,7 +95,7 @@ def overhead(bundle: str, dtypes: Sequence[Dtype], batch_sizes: Sequence[int], r
 
 def own_time_ms(engine: CudaEngine, n: int, conditioning: Mapping[str, Any]) -> dict[str, float]:
     """Of each graph, replayed over and over."""
-    trajectory = Trajectory(Call(np.arange(n, dtype=np.int64), dict(conditioning), engine._manifest.times["2"], None))
+    trajectory = Trajectory(Call(np.arange(n, dtype=np.int64), dict(conditioning), along(engine._manifest.times["2"]), None))
     engine.begin(trajectory)
     engine.advance([trajectory])
     engine.decode([trajectory])

@@ -20,10 +20,11 @@ from edm2_networks import MPConv, Precond, TrigFlowPrecond, filled
 from edm2_pickles import EasyDict, Recorded, snapshot, write_pickle
 from scm_export import export
 from scm_export.checkpoints import Checkpoint
-from scm_export.checkpoints.edm2_pickles import karras_sigmas, load_edm2_pickle
+from scm_export.checkpoints.edm2_pickles import load_edm2_pickle
 from scm_export.families import BuildOptions, build_model
 from scm_export.model import Model
 from scm_export.parametrisation import sample
+from scm_export.samplers import karras_sigmas
 from scm_runtime import Generator
 from scm_runtime.errors import CheckpointError
 

@@ -121,3 +121,11 @@ def test_forced_normalisation_keeps_the_function_and_its_derivative_is_finite() 
 def test_impossible_configurations_are_refused(change: dict[str, int], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         replace(TINY, **change).validate()  # type: ignore[arg-type]  # the fields under test
+
+
+def test_torch_compile_sees_one_graph() -> None:
+    """Training compiles it; each operator would be a break in the graph if it asked, in a way the compiler cannot follow, whether it is being exported."""
+    net, given = network(TINY), inputs()
+    compiled = torch.compile(net, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*given), net(*given))

@@ -31,7 +31,8 @@ def operators_as_nodes() -> Iterator[None]:
 
 def as_nodes() -> bool:
     """Whether a function of ``scm_export.ops`` is to become a node."""
-    return _as_nodes.get()
+    # torch.compile cannot read a ContextVar, and would break the graph at every operator.
+    return not torch.compiler.is_dynamo_compiling() and _as_nodes.get()
 
 
 def silu_statements(x: str, y: str) -> str:

@@ -1,0 +1,1 @@
+"""What figures.py writes: tables and plots."""

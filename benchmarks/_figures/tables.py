@@ -1,0 +1,147 @@
+"""Results as tables in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+OURS = "scm_runtime"
+COSTS_OF = ("XXS, batch 1", "digits, batch 1")  # the row whose memory and start are shown: the first there is
+
+
+def milliseconds(value: float) -> str:
+    """To three figures, in the unit that fits."""
+    if value >= 1000:
+        return f"{value / 1000:.{0 if value >= 100_000 else 1 if value >= 10_000 else 2}f} s"
+    return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f} ms"
+
+
+def size_of(count: float | None) -> str:
+    """Bytes, in the unit that fits."""
+    if count is None:
+        return "–"
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table; numbers are better read to the right."""
+    aligned = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, aligned, *rows))
+
+
+def ran(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The peers of a row that have figures."""
+    return {name: found for name, found in row["peers"].items() if found["status"] == "ok"}
+
+
+def fastest_other(row: Mapping[str, Any], dtype: str | None = None) -> tuple[str, float] | None:
+    """The fastest peer that is not ours, of a dtype or of all, and how many times as long as ours it takes."""
+    others = {
+        name: found["times_as_long"]
+        for name, found in ran(row).items()
+        if not name.startswith(OURS) and "times_as_long" in found and dtype in (None, found["dtype"])
+    }
+    if not others:
+        return None
+    name = min(others, key=lambda other: others[other])
+    return name, others[name]
+
+
+def machine_line(result: Mapping[str, Any]) -> str:
+    """What the figures belong to."""
+    about, rows = result["machine"], result["figures"]["rows"].values()
+    versions: dict[str, str] = {}
+    for row in rows:
+        for found in ran(row).values():
+            versions |= found["versions"]
+    dates = sorted({row["date"] for row in rows})
+    gpu = (result["figures"].get("gpu") or {}).get("gpu")
+    threads = next(iter(rows))["threads"]
+    where = gpu or f"{about['cpu'].replace('(R)', '')}, {threads} core{'s' * (threads > 1)}"
+    when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
+    return f"{where}; Python {about['python']}, {', '.join(f'{name} {version}' for name, version in sorted(versions.items()))}; {when}."
+
+
+def latency(result: Mapping[str, Any]) -> str:
+    """Median latencies: a row a model and batch size, a column a peer."""
+    rows = result["figures"]["rows"]
+    names = [name for name in _all_peers(rows) if any(name in ran(row) for row in rows.values())]
+    header = ["model", "batch", *names, f"fastest fp32 peer / {OURS}"]
+    if result["figures"].get("gpu"):
+        header[-1] = f"fastest peer / {OURS}"
+    lines = []
+    for row in rows.values():
+        found = ran(row)
+        best = min((one["median_ms"] for one in found.values()), default=0.0)
+        cells = {name: milliseconds(one["median_ms"]) for name, one in found.items()}
+        cells |= {name: f"**{cells[name]}**" for name, one in found.items() if one["median_ms"] == best}
+        other = fastest_other(row, None if result["figures"].get("gpu") else "fp32")
+        steps = "" if row["steps"] == 2 else f", {row['steps']} step{'s' * (row['steps'] > 1)}"
+        ratio = "–" if other is None else f"{other[1]:.2f}"
+        lines.append([row["title"] + steps, str(row["batch_size"]), *(cells.get(name, "–") for name in names), ratio])
+    return "\n".join([markdown(header, lines), "", machine_line(result), *_notes(result)])
+
+
+def costs(result: Mapping[str, Any]) -> str:
+    """What each peer takes beside time, for one model."""
+    rows = result["figures"]["rows"]
+    name = next((name for name in COSTS_OF if name in rows), next(iter(rows)))
+    lines = [
+        [
+            peer,
+            milliseconds(found["median_ms"]),
+            milliseconds(found["p95_ms"]),
+            size_of(found["peak_bytes"]),
+            f"{found['cold_start_s']:.1f} s",
+            size_of(found["install_bytes"]),
+            f"{found['error_share']:.1g}",
+            found["settings"],
+        ]
+        for peer, found in ran(rows[name]).items()
+    ]
+    row = rows[name]
+    header = [f"{row['title']}, batch {row['batch_size']}", "median", "95th percentile", "peak memory", "first result after", "install", "error", "settings"]
+    return markdown(header, lines)
+
+
+def teacher(result: Mapping[str, Any]) -> str:
+    """The teacher's evaluations against one and two steps."""
+    lines, reasons = [], []
+    for row in result["figures"].values():
+        if row["status"] != "ok":
+            reasons.append(f"{row['title']}: {row['reason']}.")
+            continue
+        whole = next(name for name in row["median_ms"] if name.endswith("evaluations"))
+        fast = row["times_as_fast"]
+        two, one = (f"{milliseconds(row['median_ms'][name])} ({fast[name]:.0f}×)" for name in ("2 steps", "1 step"))
+        lines.append([row["title"], milliseconds(row["median_ms"][whole]), two, one])
+    about = result["machine"]
+    dates = sorted({row["date"] for row in result["figures"].values() if row["status"] == "ok"})
+    cores = f"{about['cores']} core{'s' * (about['cores'] > 1)}"
+    line = f"{about['cpu'].replace('(R)', '')}, {cores}; onnxruntime {about.get('onnxruntime', '?')}; {', '.join(dates)}."
+    return "\n".join([markdown(["a sample", "teacher, 63 evaluations", "2 steps", "1 step"], lines), "", line, *reasons])
+
+
+def _all_peers(rows: Mapping[str, Any]) -> list[str]:
+    return list(dict.fromkeys(name for row in rows.values() for name in row["peers"]))
+
+
+def _notes(result: Mapping[str, Any]) -> list[str]:
+    """Who has no figures, and why."""
+    said: dict[str, None] = {}
+    for row in result["figures"]["rows"].values():
+        for name, found in row["peers"].items():
+            if found["status"] in ("failed", "wrong", "skipped", "missing"):
+                said[f"{name}{'' if found['status'] == 'missing' else ', ' + row['title']}: {found['reason']}."] = None
+    for reason in result["figures"].get("not_measured", {}).values():
+        said[f"{reason}."] = None
+    return [f"Not measured: {note}" for note in said]
+
+
+TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
+    "peers": ("peers", latency),
+    "peers-costs": ("peers", costs),
+    "peers-cuda": ("peers-cuda", latency),
+    "teacher": ("teacher", teacher),
+}
+"""By the name of their markers: the results they come from, and what writes them."""

@@ -1,0 +1,147 @@
+"""The peers: what a user could run the same weights with, each at the best settings that its documentation names.
+
+Where those differ from machine to machine a peer has several variants: all are tried for a moment, and the fastest is measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peer:
+    """One way of drawing."""
+
+    name: str
+    opener: str
+    """``module:function``; the function takes (case, batch size, threads, device) and a variant's options, and returns a ``Draw``."""
+    dtype: str
+    """What it computes in: decides how far it may be from PyTorch in float32."""
+    needs: str
+    """The module that must be there."""
+    install: str
+    """What a user installs for it."""
+    distributions: tuple[str, ...]
+    """The same as requirements: their files and those of what they require are the install size."""
+    variants: tuple[dict[str, Any], ...] = ({},)
+    families: tuple[str, ...] | None = None
+    """Of models; None for all."""
+    memory: float = 1.2
+    """As a multiple of the weights in float32, about."""
+    always: bool = True
+    """Whether it runs without being asked for."""
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def missing(self) -> str | None:
+        """Why it cannot run here, or None."""
+        if find_spec(self.needs) is None:
+            return f"{self.needs} is not installed: pip install {self.install}"
+        return None
+
+
+OURS = Peer(
+    name="scm_runtime",
+    opener="_peers.ours:open_generator",
+    dtype="fp32",
+    needs="scm_runtime",
+    install="'.[cpu]'",
+    distributions=("scm-runtime[cpu]",),
+    variants=({"native_ops": True},),
+)
+# A thread that spins gives an answer sooner on some machines, and takes another's core on some.
+PLAIN = Peer(
+    name="ONNX Runtime, plain export",
+    opener="_peers.plain:open_onnxruntime",
+    dtype="fp32",
+    needs="onnxruntime",
+    install="onnxruntime",
+    distributions=("onnxruntime", "numpy"),
+    variants=({"spinning": False}, {"spinning": True}),
+)
+EAGER = Peer(
+    name="PyTorch eager",
+    opener="_peers.pytorch:open_eager",
+    dtype="fp32",
+    needs="torch",
+    install="torch",
+    distributions=("torch", "numpy"),
+    variants=({"channels_last": False}, {"channels_last": True}),
+)
+COMPILED = replace(EAGER, name="torch.compile", opener="_peers.pytorch:open_compiled", variants=({"freezing": True},), memory=2.4)
+OPENVINO = Peer(
+    name="OpenVINO f32",
+    opener="_peers.plain:open_openvino",
+    dtype="fp32",
+    needs="openvino",
+    install="openvino",
+    distributions=("openvino",),
+    variants=({"precision": "f32", "hint": "LATENCY"}, {"precision": "f32", "hint": "THROUGHPUT"}),
+    memory=2.4,
+)
+DIFFUSERS = replace(
+    EAGER,
+    name="diffusers",
+    opener="_peers.pipelines:open_pipeline",
+    needs="diffusers",
+    install="diffusers torch",
+    distributions=("diffusers", "torch"),
+    families=("sana-sprint", "consistency", "latent-consistency"),
+)
+
+
+def _in(dtype: str, peer: Peer, name: str, **changes: Any) -> Peer:
+    """A peer that computes in another dtype, which its variants name."""
+    variants = tuple({**variant, ("precision" if "precision" in variant else "dtype"): dtype} for variant in changes.pop("variants", peer.variants))
+    return replace(peer, name=name, dtype=dtype, variants=variants, **changes)
+
+
+CPU_PEERS = (
+    OURS,
+    replace(OURS, name="scm_runtime, function bodies", variants=({"native_ops": False},)),
+    PLAIN,
+    EAGER,
+    COMPILED,
+    OPENVINO,
+    _in("bf16", OPENVINO, "OpenVINO bf16"),
+    DIFFUSERS,
+    _in("bf16", EAGER, "PyTorch eager bf16", always=False),
+    _in("bf16", COMPILED, "torch.compile bf16", always=False),
+)
+
+AUTOTUNED = ({"mode": "max-autotune", "channels_last": True},)
+GPU_OURS = replace(OURS, dtype="fp16", install="'.[gpu]'", distributions=("scm-runtime[gpu]",))
+GPU_PLAIN = replace(
+    PLAIN,
+    dtype="fp16",
+    install="'onnxruntime-gpu[cuda,cudnn]' nvidia-cublas",
+    distributions=("onnxruntime-gpu[cuda,cudnn]", "nvidia-cublas"),
+    variants=({"prefer_nhwc": False}, {"prefer_nhwc": True}),
+)
+CUDA_PEERS = (
+    GPU_OURS,
+    replace(GPU_OURS, name="scm_runtime, no CUDA graph", variants=({"native_ops": True, "cuda_graph": False},)),
+    replace(GPU_OURS, name="scm_runtime, function bodies", variants=({"native_ops": False},)),
+    GPU_PLAIN,
+    _in("fp16", EAGER, "PyTorch eager fp16"),
+    _in("bf16", EAGER, "PyTorch eager bf16"),
+    _in("fp16", COMPILED, "torch.compile fp16", variants=AUTOTUNED),
+    _in("bf16", COMPILED, "torch.compile bf16", variants=AUTOTUNED),
+    replace(
+        GPU_PLAIN,
+        name="TensorRT",
+        needs="tensorrt",
+        install="tensorrt 'onnxruntime-gpu[cuda,cudnn]' nvidia-cublas",
+        distributions=("tensorrt", *GPU_PLAIN.distributions),
+        variants=({"tensorrt": True},),
+    ),
+    _in("fp16", DIFFUSERS, "diffusers fp16"),
+)
+
+PEERS = {"cpu": {peer.name: peer for peer in CPU_PEERS}, "cuda": {peer.name: peer for peer in CUDA_PEERS}}
+ANCHOR = "scm_runtime"  # with which every other one is compared, round by round
+
+# Largest root mean square of the difference from PyTorch in float32, as a share of the reference's, by what a peer computes in. The weights are
+# random: a trained network forgives more. A peer that is further off has computed something else, and gets no figures.
+LARGEST_ERROR = {"fp32": 2e-3, "fp16": 3e-2, "bf16": 1.5e-1}

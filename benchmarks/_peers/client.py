@@ -1,0 +1,130 @@
+"""The side of the benchmark that starts workers, tells them to draw, and outlives them."""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Self
+
+PACKAGE = Path(__file__).parent
+# The benchmarks' folder must not be on a worker's path: scripts in it have names of other packages (cuda).
+PROGRAM = """
+import sys, types
+package = types.ModuleType("_peers")
+package.__path__ = [sys.argv.pop(1)]
+sys.modules["_peers"] = package
+from _peers.worker import main
+main()
+"""
+
+
+class WorkerFailedError(RuntimeError):
+    """A worker ended, fell silent, or said why it cannot go on."""
+
+
+class Worker:
+    """One process that holds one peer."""
+
+    def __init__(self, spec: dict[str, Any], scratch: Path, patience: float, environment: dict[str, str] | None = None) -> None:
+        """Start it and wait for its first draw.
+
+        Args:
+            spec: what ``worker.py`` reads.
+            scratch: an empty folder for its log and its caches: every start is the first on its machine.
+            patience: seconds to wait for an answer before the worker is given up.
+            environment: of the process, beside ours.
+
+        Raises:
+            WorkerFailedError: it does not come to its first draw.
+        """
+        scratch.mkdir(parents=True)
+        self._log, self._patience = scratch / "log.txt", patience
+        start = time.perf_counter()
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", PROGRAM, str(PACKAGE), json.dumps(spec)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                bufsize=0,
+                env={**os.environ, **worker_environment(scratch, spec["threads"]), **(environment or {})},
+                start_new_session=True,  # its compilers end with it
+            )
+        try:
+            ready = self._answer()
+        except BaseException:
+            self.close(patience=0)
+            raise
+        self.cold_start_s = time.perf_counter() - start
+        self.error_share = float(ready["error_share"])
+
+    def draw(self, warm: int, count: int) -> list[float]:
+        """Milliseconds of each of ``count`` draws, after ``warm`` more."""
+        return [float(value) for value in self._ask(f"draw {warm} {count}")["ms"]]
+
+    def memory(self) -> dict[str, int]:
+        """Bytes: peak and now."""
+        return {name: int(value) for name, value in self._ask("memory").items()}
+
+    def _ask(self, command: str) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(f"{command}\n".encode())
+        except OSError as error:
+            raise WorkerFailedError(self._how_it_ended()) from error
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._process.stdout, selectors.EVENT_READ)
+            if not selector.select(self._patience):
+                raise WorkerFailedError(f"no answer within {self._patience:.0f} s")
+        line = self._process.stdout.readline()
+        if not line:
+            raise WorkerFailedError(self._how_it_ended())
+        answer: dict[str, Any] = json.loads(line)
+        if "failed" in answer:
+            raise WorkerFailedError(answer["failed"])
+        return answer
+
+    def _how_it_ended(self) -> str:
+        code = self._process.wait()
+        said = [line for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
+        what = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        return f"the process ended with {what}{': ' + said[-1].strip()[:300] if said else ''}"
+
+    def close(self, patience: float = 20) -> None:
+        """End it, and whatever it started; by force if it has not ended itself within some seconds."""
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream is not None:
+                stream.close()
+        try:
+            self._process.wait(patience)  # its input has ended
+        except subprocess.TimeoutExpired:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def worker_environment(scratch: Path, threads: int) -> dict[str, str]:
+    """Where it keeps what it compiles, and how many threads the libraries take that have no argument for it."""
+    return {
+        "SCM_CACHE_DIR": str(scratch / "scm"),
+        "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor"),
+        "TRITON_CACHE_DIR": str(scratch / "triton"),
+        "OMP_NUM_THREADS": str(threads),
+        "HF_HUB_OFFLINE": "1",
+        "ORT_DISABLE_TELEMETRY": "1",
+    }

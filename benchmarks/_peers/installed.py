@@ -1,0 +1,74 @@
+"""How much disk an install takes: the files of a distribution and of all that it requires here."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+EDITABLE = {"scm-runtime": ("scm_runtime",)}  # whose record names no modules; the exporter is no part of what runs a bundle
+
+
+def install_bytes(requirements: tuple[str, ...]) -> int | None:
+    """Of everything that the requirements bring; None if one of them is not installed."""
+    try:
+        return sum(map(_own_bytes, sorted(_closure(requirements))))
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def versions(requirements: tuple[str, ...]) -> dict[str, str]:
+    """Of the requirements themselves, as far as they are installed."""
+    found = {}
+    for text in requirements:
+        name = Requirement(text).name
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _closure(requirements: tuple[str, ...]) -> set[str]:
+    """Names of the distributions, without those that the environment has no use for."""
+    seen: set[tuple[str, frozenset[str]]] = set()
+    waiting = [Requirement(text) for text in requirements]
+    while waiting:
+        requirement = waiting.pop()
+        key = (canonicalize_name(requirement.name), frozenset(requirement.extras))
+        if key in seen:
+            continue
+        seen.add(key)
+        for text in metadata.requires(requirement.name) or ():
+            needed = Requirement(text)
+            extras = requirement.extras or {""}
+            if needed.marker is None or any(needed.marker.evaluate({"extra": extra}) for extra in extras):
+                waiting.append(needed)
+    return {name for name, _ in seen}
+
+
+@cache
+def _own_bytes(name: str) -> int:
+    distribution = metadata.distribution(name)
+    total = 0
+    for file in distribution.files or ():
+        if file.suffix != ".pyc":
+            total += file.size if file.size is not None else _size(Path(str(file.locate())))
+    for module in EDITABLE.get(name, ()):
+        spec = find_spec(module)
+        folders = {Path(folder).resolve() for folder in (spec.submodule_search_locations if spec is not None else None) or ()}
+        listed = {Path(str(file.locate())).resolve() for file in distribution.files or ()}
+        paths = {path for folder in folders for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc"}
+        total += sum(map(_size, paths - listed))
+    return total
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0

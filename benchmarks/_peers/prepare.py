@@ -1,0 +1,112 @@
+"""Make the models of one size, a stage a process, so that memory of one stage is given back before the next.
+
+python -m _peers.prepare checkpoint|bundle|plain FOLDER SIZE --samples N --steps K --device cpu|cuda
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from _peers.case import INPUTS, LATENTS, REFERENCE, Case, Facts
+from _peers.models import write_checkpoint
+from _peers.sizes import SIZES
+from scm_export import export, ops
+from scm_export.checkpoints import load
+from scm_export.families import BuildOptions, build_model
+from scm_export.model import Model
+from scm_export.parametrisation import sample
+from scm_export.trace import example, trace_step
+from scm_export.writer import BundleWriter
+from scm_runtime.bundle import Dtype
+
+OPSET = 20
+FIRST_SEED = 20261123
+TOKENS = 64  # of a text
+HALF: dict[str, Dtype] = {"sana-sprint": "bf16"}  # on a GPU; others take fp16
+
+
+def checkpoint_of(folder: Path) -> Path:
+    """The one that the first stage wrote."""
+    return next(path for path in folder.iterdir() if path.suffix == ".pt" or path.name == "diffusers")
+
+
+def make_bundle(size: str, folder: Path, device: str) -> None:
+    """Ours, as scm-export writes it; verification is other scripts' business."""
+    dtype: Dtype = "fp32" if device == "cpu" else HALF.get(SIZES[size].family, "fp16")
+    export(checkpoint_of(folder), folder / "bundle.scm", dtype=dtype, latents=SIZES[size].family in LATENTS, verify=False, steps=())
+
+
+def make_plain(size: str, folder: Path, samples: int, steps: int, device: str) -> None:
+    """The plain export, the inputs, and PyTorch's own result in float32."""
+    checkpoint = checkpoint_of(folder)
+    model = build_model(load(checkpoint), BuildOptions(latents=SIZES[size].family in LATENTS))
+    reference, flop = draw_reference(model, folder, samples, steps)
+    np.save(folder / REFERENCE, reference)
+    facts = Facts(
+        size=size,
+        family=model.family,
+        checkpoint=checkpoint.name,
+        times=list(model.times[steps]),
+        initial_scale=model.initial_scale,
+        sigma_data=model.sigma_data,
+        seeds=seeds(samples).tolist(),
+        parameters=model.parameters,
+        flop=flop / samples,
+    )
+    case = Case(folder, facts)
+    case.plain("").parent.mkdir(exist_ok=True)
+    for dtype in ("fp32",) if device == "cpu" else ("fp16",):
+        model.store_as(dtype)
+        model.compute_in(dtype)
+        writer = BundleWriter(case.plain(dtype).parent)
+        writer.graph(case.plain(dtype).name, trace_step(model, OPSET, operators=False))
+        writer.close()
+    case.save()
+
+
+def seeds(samples: int) -> torch.Tensor:
+    return torch.arange(FIRST_SEED, FIRST_SEED + samples)
+
+
+def draw_reference(model: Model, folder: Path, samples: int, steps: int) -> tuple[np.ndarray[Any, Any], float]:
+    """Write the inputs; return PyTorch's final state, and what it multiplied and added for it."""
+    noises = [ops.philox_normal(seeds(samples), draw, model.sample_shape) for draw in range(steps + 1)]
+    conditioning = {}
+    for item in model.conditioning:
+        value = example(item, samples, {size: TOKENS for size in item.shape if isinstance(size, str)})
+        # The pipelines take one guidance scale for all, and no mask.
+        conditioning[item.name] = torch.full((samples,), float(item.default or 1)) if item.kind == "scalar" else value
+        if item.kind == "mask":
+            conditioning[item.name] = torch.ones_like(value)
+    arrays = {f"noise_{k}": noise.numpy() for k, noise in enumerate(noises)} | {name: value.numpy() for name, value in conditioning.items()}
+    np.savez(folder / INPUTS, **arrays)  # type: ignore[arg-type]  # NumPy's stub takes them for allow_pickle
+    with FlopCounterMode(display=False) as counter:
+        x = sample(model.step, noises, model.times[steps], model.initial_scale, conditioning)
+    return x.numpy(), float(counter.get_total_flops())
+
+
+@click.command()
+@click.argument("stage", type=click.Choice(["checkpoint", "bundle", "plain"]))
+@click.argument("folder", type=click.Path(path_type=Path, exists=True))
+@click.argument("size", type=click.Choice(list(SIZES)))
+@click.option("--samples", type=int, required=True)
+@click.option("--steps", type=int, required=True)
+@click.option("--device", required=True)
+def main(stage: str, folder: Path, size: str, samples: int, steps: int, device: str) -> None:
+    """Run one stage."""
+    if stage == "checkpoint":
+        write_checkpoint(size, folder)
+    elif stage == "bundle":
+        make_bundle(size, folder, device)
+    else:
+        make_plain(size, folder, samples, steps, device)
+
+
+if __name__ == "__main__":
+    main()

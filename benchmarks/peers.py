@@ -1,0 +1,242 @@
+"""What would a user pick instead? Two steps from the same noise to the same final state, on the same weights, ours beside its peers.
+
+    python benchmarks/peers.py                             digits and XXS at batch 1 and 8, on the CPU
+    python benchmarks/peers.py --all                       all models and peers: hours, of which XXL takes one; 16 GB of memory, 20 GB of disk (TMPDIR)
+    python benchmarks/peers.py --device cuda --sizes S,XXL --batch-sizes 1,8,64 --steps 1
+
+Every peer lives in a process of its own, which holds its model and draws when told to; they take turns. Beside latency: memory of the process, the time
+from its start to its first result with empty caches, and the size of an install. Each runs at its best documented settings, which the results name
+(``_peers/catalogue.py``). Results are compared with PyTorch's in float32: who computes something else gets no figures. A peer that is not installed or
+fails is reported so, and stops nobody. Rows that are not measured stay in the results, if they are of this machine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import click
+from _common import RESULTS, machine
+from _peers.case import Case
+from _peers.catalogue import PEERS, Peer
+from _peers.client import worker_environment
+from _peers.machine import gpu, physical_cores
+from _peers.rounds import Plan, Row
+from _peers.sizes import DISK_WEIGHTS, SIZES, available_bytes, lacking, preparing_bytes
+
+STAGES = ("checkpoint", "bundle", "plain")
+FEW = ("digits", "XXS")
+CUDA_BATCH_SIZES = (1, 8, 64)
+
+
+class NotPreparedError(RuntimeError):
+    """The models of a size cannot be made here."""
+
+
+def tell(line: str) -> None:
+    print(line, flush=True)
+
+
+@contextmanager
+def prepared(size: str, samples: int, steps: int, device: str, work: Path | None) -> Iterator[Case]:
+    """A size's models, in a temporary folder or in one that is kept.
+
+    Raises:
+        NotPreparedError: there is too little memory or disk, or making them fails.
+    """
+    with tempfile.TemporaryDirectory(prefix="peers-") as temporary:
+        folder = Path(temporary) / size if work is None else work / f"{size}-{device}-{samples}-{steps}"
+        if not (folder / "case.json").exists():
+            _check_room(size, folder.parent)
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            for stage in STAGES:
+                tell(f"  making the {stage}")
+                _run_stage(stage, folder, size, samples, steps, device)
+        yield Case.load(folder)
+
+
+def _check_room(size: str, parent: Path) -> None:
+    """Before it starts, not after minutes."""
+    parent.mkdir(parents=True, exist_ok=True)
+    if reason := lacking(preparing_bytes(SIZES[size]), f"making {SIZES[size].title}", available_bytes()):
+        raise NotPreparedError(reason)
+    need, free = DISK_WEIGHTS * SIZES[size].weights_bytes, shutil.disk_usage(parent).free
+    if need > free:
+        raise NotPreparedError(f"making {SIZES[size].title} needs about {need / 1e9:.0f} GB of disk, and '{parent}' has {free / 1e9:.0f} GB free: set TMPDIR")
+
+
+def _run_stage(stage: str, folder: Path, size: str, samples: int, steps: int, device: str) -> None:
+    options = ["--samples", str(samples), "--steps", str(steps), "--device", device]
+    command = [sys.executable, "-m", "_peers.prepare", stage, str(folder), size, *options]
+    done = _python(command, folder)
+    if done.returncode:
+        said = [line for line in done.stderr.splitlines() if line.strip()]
+        raise NotPreparedError(f"making the {stage} of {SIZES[size].title} failed: {said[-1].strip() if said else f'exit code {done.returncode}'}")
+
+
+def _python(command: Sequence[str], scratch: Path) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, **worker_environment(scratch, physical_cores()), "PYTHONPATH": path}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
+def measured_roof(device: str, threads: int) -> dict[str, float] | None:
+    """What the machine can do at most, or None without PyTorch."""
+    program = f"import json; from _peers.machine import roof; print(json.dumps(roof({device!r}, {threads})))"
+    with tempfile.TemporaryDirectory() as scratch:
+        done = _python([sys.executable, "-c", program], Path(scratch))
+    return None if done.returncode else dict(json.loads(done.stdout))
+
+
+def chosen_peers(device: str, names: Sequence[str], *, everything: bool) -> list[Peer]:
+    """Those asked for, or those that always run."""
+    return [peer for peer in PEERS[device].values() if (peer.name in names if names else everything or peer.always)]
+
+
+def earlier(name: str) -> dict[str, Any]:
+    """What this machine measured before."""
+    try:
+        kept = json.loads((RESULTS / f"{name}.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return dict(kept["figures"]) if kept["machine"] == machine() else {}
+
+
+def save(name: str, figures: dict[str, Any]) -> None:
+    """After every row: whoever stops a long run keeps what it has."""
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps({"machine": machine(), "figures": figures}, indent=2) + "\n")
+
+
+def row_name(size: str, n: int, steps: int) -> str:
+    return f"{size}, batch {n}" + ("" if steps == 2 else f", {steps} step{'s' * (steps > 1)}")
+
+
+def measure_size(
+    size: str, batch_sizes: Sequence[int], steps: int, peers: Sequence[Peer], plan: Plan, work: Path | None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows of one size, as they are done."""
+    with prepared(size, max(batch_sizes), steps, plan.device, work) as case, tempfile.TemporaryDirectory(prefix="peers-") as scratch:
+        for n in batch_sizes:
+            tell(f"{SIZES[size].title}, batch {n}, {steps} steps")
+            start = time.perf_counter()
+            found = Row(case, SIZES[size], n, plan, Path(scratch) / str(n), lambda line: tell(line)).measure(peers)
+            facts = {"parameters": case.facts.parameters, "flop_per_sample": case.facts.flop}
+            about = {
+                "date": datetime.now(UTC).date().isoformat(),
+                "size": size,
+                "title": SIZES[size].title,
+                "batch_size": n,
+                "steps": steps,
+                "threads": plan.threads,
+            }
+            yield row_name(size, n, steps), {**about, **facts, "took_s": round(time.perf_counter() - start), "peers": found}
+
+
+def show(rows: dict[str, Any]) -> None:
+    """A table for the terminal."""
+    for name, row in rows.items():
+        tell(f"\n{name}")
+        for peer, found in row.get("peers", {}).items():
+            if found["status"] != "ok":
+                tell(f"  {peer:28} {found['status']}: {found['reason']}")
+                continue
+            ratio = f"x {found['times_as_long']:5.2f}" if "times_as_long" in found else " " * 7
+            tell(
+                f"  {peer:28} {found['median_ms']:9.1f} ms  {ratio}  p95 {found['p95_ms']:9.1f}  min {found['min_ms']:9.1f}  "
+                f"{found['peak_bytes'] / 1e6:7.0f} MB  first {found['cold_start_s']:6.1f} s  {found['settings']}"
+            )
+
+
+def _listed(context: click.Context, parameter: click.Parameter, value: str | None) -> list[str]:
+    return [part.strip() for part in value.split(",") if part.strip()] if value else []
+
+
+def _known(names: Sequence[str], known: Sequence[str], what: str) -> None:
+    if unknown := [name for name in names if name not in known]:
+        raise click.BadParameter(f"there is no {what} {', '.join(map(repr, unknown))}; there are: {'; '.join(known)}")
+
+
+@click.command(help=__doc__.split("\n")[0])
+@click.option("--sizes", callback=_listed, help=f"Of {', '.join(SIZES)}; by default {', '.join(FEW)}.")
+@click.option("--batch-sizes", callback=_listed, help="By default 1,8, on a GPU 1,8,64.")
+@click.option("--steps", type=click.IntRange(1), default=2, show_default=True)
+@click.option("--peers", "names", callback=_listed, help="By name, separated by commas; an unknown name lists them.")
+@click.option("--all", "everything", is_flag=True, help="All sizes and peers that are not narrowed down otherwise.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--seconds", type=float, default=15.0, show_default=True, help="For the rounds of one size and batch size.")
+@click.option("--rounds", type=click.IntRange(1), help="Exactly so many instead.")
+@click.option("--least-rounds", type=click.IntRange(1), default=3, show_default=True, help="However long they take.")
+@click.option("--threads", type=click.IntRange(1), help="By default the physical cores that this process may use.")
+@click.option("--patience", type=float, default=1800.0, show_default=True, help="Seconds after which a silent peer is given up.")
+@click.option("--work", type=click.Path(path_type=Path), help="A folder that keeps the models for the next time.")
+def main(
+    sizes: list[str],
+    batch_sizes: list[str],
+    steps: int,
+    names: list[str],
+    everything: bool,
+    device: str,
+    seconds: float,
+    rounds: int | None,
+    least_rounds: int,
+    threads: int | None,
+    patience: float,
+    work: Path | None,
+) -> None:
+    _known(sizes, list(SIZES), "size")
+    names = _with_commas(names, list(PEERS[device]))
+    _known(names, list(PEERS[device]), f"peer for {device}")
+    if device == "cuda" and gpu() is None:
+        raise click.ClickException("--device cuda: no NVIDIA GPU was found (nvidia-smi is missing, or lists none). Without one: --device cpu")
+    try:
+        batches = [int(n) for n in batch_sizes]
+    except ValueError as error:
+        raise click.BadParameter(f"--batch-sizes must be whole numbers separated by commas, got {','.join(batch_sizes)}") from error
+    if any(n < 1 for n in batches):
+        raise click.BadParameter(f"--batch-sizes must be at least 1, got {','.join(batch_sizes)}")
+    plan = Plan(device, threads or physical_cores(), seconds, rounds, least_rounds, patience)
+    peers, result = chosen_peers(device, names, everything=everything), "peers" if device == "cpu" else "peers-cuda"
+    figures = earlier(result)
+    figures["roof"] = measured_roof(device, plan.threads)
+    figures["gpu"] = gpu() if device == "cuda" else None
+    figures.setdefault("rows", {})
+    figures.setdefault("not_measured", {})
+    new: dict[str, Any] = {}
+    for size in sizes or (list(SIZES) if everything else FEW):
+        figures["not_measured"].pop(size, None)
+        try:
+            for name, row in measure_size(size, batches or (SIZES[size].cpu_batch_sizes if device == "cpu" else CUDA_BATCH_SIZES), steps, peers, plan, work):
+                figures["rows"][name] = new[name] = row
+                save(result, figures)
+        except NotPreparedError as error:
+            tell(f"{SIZES[size].title}: {error}")
+            figures["not_measured"][size] = str(error)
+            save(result, figures)
+    show(new)
+
+
+def _with_commas(parts: list[str], known: list[str]) -> list[str]:
+    """Put names together again that have commas of their own."""
+    found: list[str] = []
+    for part in parts:
+        if found and f"{found[-1]}, {part}" in known:
+            found[-1] = f"{found[-1]}, {part}"
+        else:
+            found.append(part)
+    return found
+
+
+if __name__ == "__main__":
+    main()
