@@ -98,7 +98,7 @@ class Conditioning(Struct, kw_only=True):
             raise ValueError(f"conditioning {self.name!r} must have {self.num_classes} label_names, got {len(self.label_names)}")
 
 
-class Source(Struct, kw_only=True):
+class Source(Struct, kw_only=True, omit_defaults=True):
     """The checkpoint a bundle was made from."""
 
     file: str
