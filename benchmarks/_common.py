@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -42,9 +43,23 @@ def interleaved(candidates: Mapping[str, Callable[[], object]], repeats: int, wa
     return {name: {"median_ms": statistics.median(values), "min_ms": min(values)} for name, values in times.items()}
 
 
-def keep(name: str, figures: object) -> None:
-    """Write ``results/NAME.json`` and print it."""
+def earlier(name: str) -> dict[str, Any]:
+    """The figures of ``results/NAME.json``, if they are of this machine; else none."""
+    try:
+        kept = json.loads((RESULTS / f"{name}.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return dict(kept["figures"]) if kept["machine"] == machine() else {}
+
+
+def save(name: str, figures: object) -> str:
+    """Write ``results/NAME.json``, and return its text."""
     RESULTS.mkdir(exist_ok=True)
     text = json.dumps({"machine": machine(), "figures": figures}, indent=2)
     (RESULTS / f"{name}.json").write_text(text + "\n")
-    print(text)
+    return text
+
+
+def keep(name: str, figures: object) -> None:
+    """Save and print."""
+    print(save(name, figures))

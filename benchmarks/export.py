@@ -9,7 +9,6 @@ Weights are random. Every checkpoint is written, exported and sampled from in pr
 
 from __future__ import annotations
 
-import json
 import resource
 import sys
 import tempfile
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 # Nothing large is imported here: on Linux a process counts the size of the one that started it as its own peak.
-from _common import RESULTS, keep, machine
+from _common import earlier, keep
 
 DTYPES = {"XXS": ("fp32",), "S": ("fp32",), "XXL": ("fp32", "fp16"), "SANA-Sprint": ("bf16",)}
 SMALL = ("XXS", "S")
@@ -134,20 +133,11 @@ def measure(name: str) -> dict[str, Any]:
     return rows
 
 
-def earlier_rows() -> dict[str, Any]:
-    """What this machine measured before."""
-    try:
-        kept = json.loads((RESULTS / "export.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return dict(kept["figures"]) if kept["machine"] == machine() else {}
-
-
 def main() -> None:
     names = sys.argv[1:] or SMALL
     if unknown := sorted(set(names) - set(DTYPES)):
         sys.exit(f"no model {', '.join(unknown)}; there are {', '.join(DTYPES)}")
-    rows = earlier_rows()
+    rows = earlier("export")
     for name in names:
         rows |= measure(name)
         keep("export", rows)

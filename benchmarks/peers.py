@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from _common import RESULTS, machine
+from _common import earlier, save
 from _peers.case import Case
 from _peers.catalogue import PEERS, Peer
 from _peers.client import worker_environment
@@ -102,21 +102,6 @@ def measured_roof(device: str, threads: int) -> dict[str, float] | None:
 def chosen_peers(device: str, names: Sequence[str], *, everything: bool) -> list[Peer]:
     """Those asked for, or those that always run."""
     return [peer for peer in PEERS[device].values() if (peer.name in names if names else everything or peer.always)]
-
-
-def earlier(name: str) -> dict[str, Any]:
-    """What this machine measured before."""
-    try:
-        kept = json.loads((RESULTS / f"{name}.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return dict(kept["figures"]) if kept["machine"] == machine() else {}
-
-
-def save(name: str, figures: dict[str, Any]) -> None:
-    """After every row: whoever stops a long run keeps what it has."""
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps({"machine": machine(), "figures": figures}, indent=2) + "\n")
 
 
 def row_name(size: str, n: int, steps: int) -> str:

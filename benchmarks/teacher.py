@@ -10,7 +10,6 @@ steps: 63 evaluations. Where it is guided it evaluates two networks, and takes t
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 import tempfile
@@ -24,7 +23,7 @@ from typing import Any
 
 import msgspec
 import torch
-from _common import RESULTS, keep, machine
+from _common import earlier, keep
 from _peers.models import edm2_config
 from _peers.sizes import BASE_BYTES, SIZES, available_bytes, lacking, preparing_bytes
 from latency import DIGITS, random_checkpoint
@@ -114,20 +113,11 @@ def row(size: str) -> dict[str, Any]:
     return {"title": title, "status": "ok", "date": datetime.now(UTC).date().isoformat(), "native_ops": native, "sampler": SAMPLER, **found}
 
 
-def earlier() -> dict[str, Any]:
-    """What this machine measured before."""
-    try:
-        kept = json.loads((RESULTS / "teacher.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return dict(kept["figures"]) if kept["machine"] == machine() else {}
-
-
 def main() -> None:
     sizes = sys.argv[1:] or USUAL
     if unknown := sorted(set(sizes) - set(KNOWN)):
         sys.exit(f"no size {', '.join(unknown)}; there are {', '.join(KNOWN)}")
-    figures = earlier()
+    figures = earlier("teacher")
     for size in sizes:
         figures[size] = row(size)
         keep("teacher", figures)

@@ -15,6 +15,7 @@ from support import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))  # scripts, which import one another from there
 
+import _common
 import figures
 import peers
 from _figures.tables import milliseconds
@@ -185,7 +186,7 @@ def test_names_with_commas_are_understood() -> None:
 
 
 def test_the_digits_are_drawn_by_ours_and_by_a_plain_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers, "RESULTS", tmp_path)
+    monkeypatch.setattr(_common, "RESULTS", tmp_path)
     chosen = ["scm_runtime, function bodies", "ONNX Runtime, plain export", "PyTorch eager"]
     done = CliRunner().invoke(peers.main, ["--sizes", "digits", "--batch-sizes", "2", "--rounds", "1", "--peers", ",".join(chosen)])
     assert done.exit_code == 0, done.output

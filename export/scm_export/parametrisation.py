@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from scm_export.choices import ParametrisationName
 from scm_export.ops import consistency_step
-from scm_export.samplers import SIGMA_MAX, teacher_times
+from scm_export.samplers import SIGMA_MAX
 
 INTERMEDIATE_TIME = 1.1  # second time of two-step sampling, on every data set (sCM, appendix on sampling)
 
@@ -30,10 +30,8 @@ def t_max(sigma_data: float) -> float:
     return math.atan(SIGMA_MAX / sigma_data)
 
 
-def default_times(sigma_data: float, *, diffusion: bool = False) -> dict[int, tuple[float, ...]]:
-    """The paper's times for one and two steps, each sequence with its end, 0; for a diffusion model those of its first-order sampler."""
-    if diffusion:
-        return teacher_times(sigma_data)
+def default_times(sigma_data: float) -> dict[int, tuple[float, ...]]:
+    """The paper's times for one and two steps, each sequence with its end, 0."""
     return {1: (t_max(sigma_data), 0.0), 2: (t_max(sigma_data), INTERMEDIATE_TIME, 0.0)}
 
 

@@ -20,7 +20,6 @@ SOLVER_STEPS = (8, 16, 32, 64)
 RHO = 7.0
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0  # of EDM; the largest noise the models are trained on
 
-Levels = tuple[float, float]
 Weights = tuple[float, float, float]
 
 

@@ -46,7 +46,7 @@ def build_edm2(loaded: Loaded, options: BuildOptions) -> Model:
     own = _network(config, checkpoint)
     if options.guide is not None and (not sampling["samplers"] or config.guidance_embedding):
         raise CheckpointError("a guide leads a diffusion model that takes no guidance scale itself, and this checkpoint is none. Leave it out.")
-    network = own if options.guide is None else Autoguided(own, _guide(options.guide, checkpoint))
+    network = own if options.guide is None else Autoguided(own, _guide(options.guide, config, sampler))
 
     conditioning = []
     if config.label_dim:
@@ -89,18 +89,18 @@ def _network(config: UNetConfig, checkpoint: Checkpoint) -> UNet:
     return network
 
 
-def _guide(loaded: Loaded, guided: Checkpoint) -> UNet:
+def _guide(loaded: Loaded, own: UNetConfig, sampler: SamplerSpec) -> UNet:
     """The guide's network; raises CheckpointError unless it predicts the same of the same."""
     if not recognises_edm2(loaded):
         raise CheckpointError(f"the guide must be of the family edm2 too, got {loaded.describe()}")
     assert isinstance(loaded, Checkpoint)
-    config, own = _config(loaded), _config(guided)
+    config = _config(loaded)
     for name in ("img_resolution", "img_channels", "label_dim"):
         theirs, ours = getattr(config, name), getattr(own, name)
         if theirs != ours and (name != "label_dim" or theirs != 0):
             raise CheckpointError(f"the guide must have the {name} of what it guides, {ours}, got {theirs}")
     for name in ("parametrisation", "sigma_data"):
-        theirs, ours = getattr(loaded.sampler, name), getattr(guided.sampler, name)
+        theirs, ours = getattr(loaded.sampler, name), getattr(sampler, name)
         if theirs != ours:
             raise CheckpointError(f"the guide must have the {name} of what it guides, {ours!r}, got {theirs!r}")
     if config.guidance_embedding or config.segment_embedding:

@@ -6,13 +6,13 @@ from typing import Any
 
 from scm_export.checkpoints import SamplerSpec
 from scm_export.parametrisation import default_times
-from scm_export.samplers import make_tables
+from scm_export.samplers import make_tables, teacher_times
 
 
 def sampling_fields(sampler: SamplerSpec, *, segments: bool = False) -> dict[str, Any]:
     """The keyword arguments of :class:`~scm_export.model.Model` that say how to sample. ``segments``: the network is told where a step ends."""
     diffusion = sampler.diffusion if sampler.diffusion is not None else sampler.solver == "ddim" and not segments
-    times = default_times(sampler.sigma_data, diffusion=diffusion)
+    times = (teacher_times if diffusion else default_times)(sampler.sigma_data)
     if sampler.times is not None:
         times = {int(count): values for count, values in sampler.times.items()}
     return {
