@@ -23,6 +23,7 @@ SAMPLERS = "samplers.json"
 COMBINE = "combine.onnx"
 
 OPS_DOMAIN = "scm"
+CHANNELS_LAST_DOMAIN = "scm.channels_last"  # standard ONNX in other clothes: no bundle needs kernels for it
 OPS_VERSION = 1  # of the operator set that scm-export writes: docs/custom-ops.md
 
 Positive = Annotated[int, Meta(ge=1)]

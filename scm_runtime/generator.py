@@ -75,7 +75,8 @@ class Generator(Queued):
             dtype: which of the bundle's graphs to run. "auto": on a GPU half precision where the bundle has it, elsewhere fp32, which every bundle has.
             providers: for experts, in place of a device: ONNX Runtime's execution providers in order, by name or as (name, options).
             provider_options: of the device's provider; with ``providers`` a list, one a provider.
-            session_options: attributes of ONNX Runtime's SessionOptions by name, and configuration entries, whose names have a dot.
+            session_options: attributes of ONNX Runtime's SessionOptions by name, and configuration entries, whose names have a dot;
+                and our own "scm.float32_matmul_precision", docs/embedding.md.
             threads: threads inside an operator; None for one a core.
             native_ops: True runs the kernels of scm-runtime's native library; False the function bodies in the graphs, which need no library;
                 "auto" the kernels where they can be used, and else the bodies. ``info`` says which run, the logger ``scm_runtime`` why.

@@ -26,6 +26,12 @@ FOLDER = "_native"
 FACTS = "scm_ops.json"
 LIBRARY = {"win32": "scm_ops.dll", "darwin": "libscm_ops.dylib"}.get(sys.platform, "libscm_ops.so")
 
+# A configuration entry of sessions on the CPU, in the words of torch.set_float32_matmul_precision: how convolutions and matrix products over feature maps
+# compute where the processor has matrix units for bfloat16 (AMX). "high" takes each float32 for a sum of two bfloat16, "medium" for one; "highest" leaves them
+# to ONNX Runtime, as every other processor does.
+MATMUL_PRECISION = "scm.float32_matmul_precision"
+PRECISIONS = ("highest", "high", "medium")
+
 _log = logging.getLogger("scm_runtime")
 
 
@@ -89,6 +95,13 @@ def check_native_ops(native_ops: object) -> NativeOps:
     if isinstance(native_ops, bool) or native_ops == "auto":
         return native_ops
     raise InvalidArgumentError(f"native_ops must be True, False or 'auto', got {native_ops!r}")
+
+
+def check_precision(precision: object) -> str:
+    """The value of the entry ``MATMUL_PRECISION`` as given, once it is known to be one of torch's. Raises InvalidArgumentError."""
+    if isinstance(precision, str) and precision in PRECISIONS:
+        return precision
+    raise InvalidArgumentError(f"session_options: {MATMUL_PRECISION} must be one of {', '.join(PRECISIONS)}, got {precision!r}")
 
 
 def open_with_kernels(

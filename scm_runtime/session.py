@@ -19,6 +19,7 @@ from scm_runtime.cache import GraphCache
 from scm_runtime.cache_key import graph_key, is_cacheable
 from scm_runtime.devices import CPU, Placement
 from scm_runtime.errors import DeviceError, InferenceError, InvalidArgumentError, MissingDependencyError, NativeOpsError, OutOfMemoryError
+from scm_runtime.native import MATMUL_PRECISION, check_precision
 from scm_runtime.process import leave_to_parent
 
 if TYPE_CHECKING:
@@ -225,6 +226,9 @@ class Session:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if settings.threads is not None:
             options.intra_op_num_threads = settings.threads
+        precision = check_precision(settings.session_options.get(MATMUL_PRECISION, "high"))
+        if settings.library is not None and settings.placement.device == "cpu" and not settings.frugal:  # what is not folded would be packed at every run
+            options.add_session_config_entry(MATMUL_PRECISION, precision)
         if settings.frugal:
             options.enable_cpu_mem_arena = False
             options.add_session_config_entry("session.disable_prepacking", "1")
@@ -232,6 +236,8 @@ class Session:
             options.enable_profiling = True
             options.profile_file_prefix = os.fspath(settings.profile_dir / self.path.stem)
         for name, value in settings.session_options.items():
+            if name == MATMUL_PRECISION:
+                continue
             if "." in name:
                 try:
                     options.add_session_config_entry(name, str(value))

@@ -1,5 +1,7 @@
-// The library's only export: registers the operators of the domain `scm` with a session's options.
+// The library's only export: registers its operators with a session's options.
+#include <array>
 #include <cstdio>
+#include <string>
 
 #include "ops.h"
 
@@ -28,9 +30,10 @@ constexpr void (*kOps[])(CustomOps&, const OrtApi&) = {
 // ONNX Runtime keeps pointers to the domain and its operators for as long as a session lives, and this library loaded for as long.
 class Domain {
  public:
-  explicit Domain(const OrtApi& api) : Domain(api, nullptr) {  // from here on the destructor runs, whatever is thrown
-    for (const auto add : kOps) add(ops_, api);
-    check(api, api.CreateCustomOpDomain("scm", &domain_));
+  template <typename Add>
+  Domain(const OrtApi& api, const char* name, const Add& add) : Domain(api) {  // from here on the destructor runs, whatever is thrown
+    add(ops_, api);
+    check(api, api.CreateCustomOpDomain(name, &domain_));
     for (const auto& op : ops_) check(api, api.CustomOpDomain_Add(domain_, op.get()));
   }
   Domain(const Domain&) = delete;
@@ -40,12 +43,46 @@ class Domain {
   OrtCustomOpDomain* get() const { return domain_; }
 
  private:
-  Domain(const OrtApi& api, OrtCustomOpDomain* domain) : api_(api), domain_(domain) {}
+  explicit Domain(const OrtApi& api) : api_(api) {}
 
   const OrtApi& api_;
   CustomOps ops_;
-  OrtCustomOpDomain* domain_;
+  OrtCustomOpDomain* domain_ = nullptr;
 };
+
+void add_scm(CustomOps& ops, const OrtApi& api) {
+  for (const auto add : kOps) add(ops, api);
+}
+
+#ifdef SCM_OPS_AMX
+constexpr const char* kChannelsLast = "scm.channels_last";
+constexpr const char* kPrecision = "scm.float32_matmul_precision";
+
+// What the session's configuration says, in torch's words; without it, as for sessions on other devices, function bodies run.
+std::string wanted_precision(const OrtApi& api, const OrtSessionOptions* options) {
+  int is_set = 0;
+  check(api, api.HasSessionConfigEntry(options, kPrecision, &is_set));
+  if (!is_set) return "highest";
+  std::array<char, 16> value{};
+  std::size_t size = value.size();
+  check(api, api.GetSessionConfigEntry(options, kPrecision, value.data(), &size));
+  return value.data();
+}
+
+void register_channels_last(const OrtApi& api, OrtSessionOptions* options) {
+  const std::string wanted = wanted_precision(api, options);
+  if (wanted != "highest" && wanted != "high" && wanted != "medium") throw Error{std::string(kPrecision) + " must be highest, high or medium, got " + wanted};
+  if (wanted == "highest" || !channels_last::available()) return;
+  const auto add_to = [&](const Domain& domain) { check(api, api.AddCustomOpDomain(options, domain.get())); };
+  if (wanted == "high") {
+    static const Domain high(api, kChannelsLast, add_channels_last);
+    add_to(high);
+  } else {
+    static const Domain medium(api, kChannelsLast, add_channels_last_bfloat16);
+    add_to(medium);
+  }
+}
+#endif
 
 }  // namespace
 }  // namespace scm
@@ -59,7 +96,10 @@ extern "C" SCM_OPS_EXPORT OrtStatus* ORT_API_CALL RegisterCustomOps(OrtSessionOp
     return oldest->CreateStatus(ORT_FAIL, reason);
   }
   return scm::guarded(*api, "RegisterCustomOps", [&] {
-    static const scm::Domain domain(*api);
+    static const scm::Domain domain(*api, "scm", scm::add_scm);
     scm::check(*api, api->AddCustomOpDomain(options, domain.get()));
+#ifdef SCM_OPS_AMX
+    scm::register_channels_last(*api, options);
+#endif
   });
 }

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <numeric>
@@ -38,7 +39,10 @@ struct OrtOpAttr {
 
 struct OrtKernelInfo {
   const fake_ort::Attributes& attributes;
+  std::vector<OrtValue> constants;  // one for each input; without data where it is none
 };
+
+struct OrtMemoryInfo {};
 
 struct OrtShapeInferContext {
   std::map<std::string, OrtOpAttr> attributes;
@@ -62,6 +66,7 @@ struct OrtCustomOpDomain {
 };
 
 struct OrtSessionOptions {
+  std::map<std::string, std::string> entries;
   std::vector<const OrtCustomOpDomain*> domains;
 };
 
@@ -167,6 +172,14 @@ OrtStatus* ORT_API_CALL attribute_int64s(const OrtKernelInfo* info, const char* 
   if (!out) return nullptr;
   if (room < value->size()) return failure("Result buffer is not large enough");
   std::copy(value->begin(), value->end(), out);
+  return nullptr;
+}
+
+OrtStatus* ORT_API_CALL constant_input(const OrtKernelInfo* info, std::size_t i, int* is_constant, const OrtValue** out) noexcept {
+  PLANTED_FAILURE;
+  if (i >= info->constants.size()) return failure("input index out of range");
+  *is_constant = info->constants[i].data != nullptr;
+  *out = *is_constant ? &info->constants[i] : nullptr;
   return nullptr;
 }
 
@@ -355,6 +368,46 @@ OrtStatus* ORT_API_CALL parallel_for(const OrtKernelContext* context, void (*run
   return nullptr;
 }
 
+// -- Memory -----------------------------------------------------------------------------------------------------------
+
+OrtStatus* ORT_API_CALL create_memory_info(OrtAllocatorType, OrtMemType, OrtMemoryInfo** out) noexcept {
+  PLANTED_FAILURE;
+  ++live;
+  *out = new OrtMemoryInfo;
+  return nullptr;
+}
+
+void ORT_API_CALL release_memory_info(OrtMemoryInfo* info) noexcept {
+  if (info) --live;
+  delete info;
+}
+
+OrtStatus* ORT_API_CALL get_allocator(const OrtKernelContext*, const OrtMemoryInfo*, OrtAllocator** out) noexcept {
+  PLANTED_FAILURE;
+  ++live;
+  *out = new OrtAllocator{};
+  return nullptr;
+}
+
+void ORT_API_CALL release_allocator(OrtAllocator* allocator) noexcept {
+  if (allocator) --live;
+  delete allocator;
+}
+
+OrtStatus* ORT_API_CALL allocate(OrtAllocator*, std::size_t bytes, void** out) noexcept {
+  PLANTED_FAILURE;
+  ++live;
+  *out = std::malloc(bytes);
+  if (*out) std::memset(*out, 0xff, bytes);  // NaN, whatever it is taken for
+  return nullptr;
+}
+
+OrtStatus* ORT_API_CALL deallocate(OrtAllocator*, void* data) noexcept {
+  --live;
+  std::free(data);
+  return nullptr;
+}
+
 // -- Registration -----------------------------------------------------------------------------------------------------
 
 OrtStatus* ORT_API_CALL create_domain(const char* name, OrtCustomOpDomain** out) noexcept {
@@ -378,6 +431,22 @@ OrtStatus* ORT_API_CALL add_op(OrtCustomOpDomain* domain, const OrtCustomOp* op)
 OrtStatus* ORT_API_CALL add_domain(OrtSessionOptions* options, OrtCustomOpDomain* domain) noexcept {
   PLANTED_FAILURE;
   options->domains.push_back(domain);
+  return nullptr;
+}
+
+OrtStatus* ORT_API_CALL has_entry(const OrtSessionOptions* options, const char* key, int* out) noexcept {
+  PLANTED_FAILURE;
+  *out = options->entries.count(key) > 0;
+  return nullptr;
+}
+
+OrtStatus* ORT_API_CALL get_entry(const OrtSessionOptions* options, const char* key, char* out, std::size_t* size) noexcept {
+  PLANTED_FAILURE;
+  const std::string& value = options->entries.at(key);
+  const std::size_t room = *size;
+  *size = value.size() + 1;
+  if (room < *size) return failure("Result buffer is not large enough");
+  std::memcpy(out, value.c_str(), *size);
   return nullptr;
 }
 
@@ -413,6 +482,15 @@ OrtApi make_api() {
   api.ReleaseCustomOpDomain = release_domain;
   api.CustomOpDomain_Add = add_op;
   api.AddCustomOpDomain = add_domain;
+  api.HasSessionConfigEntry = has_entry;
+  api.GetSessionConfigEntry = get_entry;
+  api.KernelInfoGetConstantInput_tensor = constant_input;
+  api.CreateCpuMemoryInfo = create_memory_info;
+  api.ReleaseMemoryInfo = release_memory_info;
+  api.KernelContext_GetAllocator = get_allocator;
+  api.ReleaseAllocator = release_allocator;
+  api.AllocatorAlloc = allocate;
+  api.AllocatorFree = deallocate;
   return api;
 }
 
@@ -490,32 +568,47 @@ Spec spec(const Tensor& tensor) {
 
 int live_objects() { return live; }
 
+namespace {
+
+// One more call of the API allowed at each attempt, until one succeeds.
+std::vector<const OrtCustomOpDomain*> register_in_the_end(const std::map<std::string, std::string>& entries, std::vector<std::string>& failures) {
+  for (int call = 0;; ++call) {
+    OrtSessionOptions options{entries, {}};
+    OrtStatus* status = nullptr;
+    {
+      const Planted planted_failure(call);
+      status = RegisterCustomOps(&options, &base);
+    }
+    EXPECT_EQ(live, status ? 1 : 0) << "failed registrations must leave nothing behind";
+    if (!status) return options.domains;
+    failures.push_back(take(status));
+  }
+}
+
+}  // namespace
+
 const Library& library() {
   static const Library registered = [] {
     Library result;
-    OrtSessionOptions options;
-    for (int call = 0;; ++call) {
-      OrtStatus* status = nullptr;
-      {
-        const Planted planted_failure(call);
-        status = RegisterCustomOps(&options, &base);
-      }
-      if (!status) break;
-      result.failures.push_back(take(status));
-    }
-    EXPECT_EQ(options.domains.size(), 1u);
-    EXPECT_EQ(live, 0) << "failed registrations must leave nothing behind";
+    const auto plain = register_in_the_end({}, result.failures);
+    EXPECT_EQ(plain.size(), 1u);
     EXPECT_EQ(domains, 1);
-    result.domain = options.domains.at(0)->name;
-    result.ops = options.domains.at(0)->ops;
+    result.domain = plain.at(0)->name;
+    result.ops = plain.at(0)->ops;
+    for (const char* precision : {"high", "medium"}) {
+      const auto found = register_in_the_end({{kPrecision, precision}}, result.failures);
+      if (found.size() > 1) result.products[precision] = found.at(1)->ops;
+    }
+    EXPECT_EQ(domains, 1 + static_cast<int>(result.products.size()));
     return result;
   }();
   return registered;
 }
 
-const OrtCustomOp* find(const std::string& name, const std::vector<ONNXTensorElementDataType>& inputs) {
+const OrtCustomOp* find(const std::string& name, const std::vector<ONNXTensorElementDataType>& inputs, const std::string& precision) {
   const OrtCustomOp* found = nullptr;
-  for (const OrtCustomOp* op : library().ops) {
+  const auto products = library().products.find(precision);
+  for (const OrtCustomOp* op : products == library().products.end() ? library().ops : products->second) {
     bool fits = op->GetName(op) == name && op->GetExecutionProviderType(op) == std::string("CPUExecutionProvider");
     fits = fits && op->GetInputTypeCount(op) == inputs.size();
     for (std::size_t i = 0; fits && i < inputs.size(); ++i) fits = op->GetInputType(op, i) == inputs[i];
@@ -535,11 +628,12 @@ std::vector<std::pair<int, int>> may_inplace(const OrtCustomOp& op) {
   return pairs;
 }
 
-std::pair<std::string, std::vector<std::string>> register_with(std::uint32_t newest_api, const char* version) {
+std::pair<std::string, std::vector<std::string>> register_with(std::uint32_t newest_api, const char* version, const std::string& precision) {
   library();
   offered_api = newest_api;
   offered_version = version;
   OrtSessionOptions options;
+  if (!precision.empty()) options.entries[kPrecision] = precision;
   std::pair<std::string, std::vector<std::string>> result;
   result.first = take(RegisterCustomOps(&options, &base));
   for (const OrtCustomOpDomain* domain : options.domains) result.second.push_back(domain->name);
@@ -551,7 +645,7 @@ std::pair<std::string, std::vector<std::string>> register_with(std::uint32_t new
 Outcome run(const std::string& name, std::vector<Tensor> inputs, const Attributes& attributes, const Options& options) {
   std::vector<ONNXTensorElementDataType> types;
   for (const Tensor& input : inputs) types.push_back(input.type);
-  const OrtCustomOp* op = find(name, types);
+  const OrtCustomOp* op = find(name, types, options.precision);
   if (!op) return {"there is no operator " + name + " for these types", {}, 0};
   const std::size_t declared = op->GetOutputTypeCount(op);
   EXPECT_LE(options.outputs.size(), declared);
@@ -571,7 +665,10 @@ Outcome run(const std::string& name, std::vector<Tensor> inputs, const Attribute
   Outcome outcome;
   try {
     const Planted planted_failure(options.failing_call);
-    const OrtKernelInfo info{attributes};
+    OrtKernelInfo info{attributes, context.inputs};
+    for (std::size_t i = 0; i < inputs.size(); ++i) {
+      if (static_cast<int>(i) != options.constant) info.constants[i].data = nullptr;
+    }
     void* kernel = nullptr;
     outcome.error = take(op->CreateKernelV2(op, &api, &info, &kernel));
     EXPECT_EQ(outcome.error.empty(), kernel != nullptr) << outcome.error;
@@ -595,7 +692,7 @@ Outcome run(const std::string& name, std::vector<Tensor> inputs, const Attribute
 
 std::vector<Outcome> run_at_once(const OrtCustomOp& op, std::vector<Tensor> inputs, const Attributes& attributes, const Options& options, int callers, int runs) {
   const std::vector<Tensor> before = inputs;
-  const OrtKernelInfo info{attributes};
+  const OrtKernelInfo info{attributes, std::vector<OrtValue>(inputs.size(), OrtValue{ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED, {}, nullptr})};
   void* kernel = nullptr;
   const std::string error = take(op.CreateKernelV2(&op, &api, &info, &kernel));
   if (!kernel) return {{error, {}, 0}};
@@ -663,10 +760,11 @@ Inference infer(const OrtCustomOp* op, const std::vector<Spec>& inputs, const At
 
 }  // namespace
 
-Inference infer(const std::string& name, const std::vector<Spec>& inputs, const Attributes& attributes, std::size_t outputs, int failing_call) {
+Inference infer(const std::string& name, const std::vector<Spec>& inputs, const Attributes& attributes, std::size_t outputs, int failing_call,
+                const std::string& precision) {
   std::vector<ONNXTensorElementDataType> types;
   for (const Spec& input : inputs) types.push_back(input.type);
-  const OrtCustomOp* own = find(name, types);
+  const OrtCustomOp* own = find(name, types, precision);
   if (!own) return {"there is no operator " + name + " for these types", {}};
   const Inference result = infer(own, inputs, attributes, outputs, failing_call);
   for (const OrtCustomOp* op : library().ops) {

@@ -26,12 +26,15 @@ using Attributes = std::map<std::string, Attribute>;
 enum class Threads { one, one_backwards, many };
 
 constexpr int kNever = -1;
+constexpr const char* kPrecision = "scm.float32_matmul_precision";  // entry of a session's configuration
 
 struct Options {
   std::vector<bool> outputs{true};      // of the node; false: an optional output without a name
   int written_over = -1;                // the input whose memory output 0 takes
   Threads threads = Threads::one;       // of KernelContext_ParallelFor
   int failing_call = kNever;            // the call of the API, counted from 0, that fails
+  int constant = -1;                    // the input that the kernel is told of when it is made
+  std::string precision;                // "high" or "medium": of the operators over channels-last maps
   bool pretend_memory = false;          // outputs have no memory: for tests in which the kernel stops before it writes
 };
 
@@ -67,23 +70,25 @@ struct Inference {
 
 // Shape inference of the CPU operator that takes these inputs. All operators of its name must infer the same: ONNX Runtime asks any one of them, whatever
 // the node's types.
-Inference infer(const std::string& op, const std::vector<Spec>& inputs, const Attributes& attributes = {}, std::size_t outputs = 1, int failing_call = kNever);
+Inference infer(const std::string& op, const std::vector<Spec>& inputs, const Attributes& attributes = {}, std::size_t outputs = 1, int failing_call = kNever,
+                const std::string& precision = "");
 
 // What the library registers. `failures` are the errors of the attempts before the one that succeeded, with one more call of the API allowed each time.
 struct Library {
   std::string domain;
   std::vector<const OrtCustomOp*> ops;
+  std::map<std::string, std::vector<const OrtCustomOp*>> products;  // over channels-last maps, by precision; none where the processor cannot have them
   std::vector<std::string> failures;
 };
 
 const Library& library();
 
-const OrtCustomOp* find(const std::string& op, const std::vector<ONNXTensorElementDataType>& inputs);  // CPU operators only
+const OrtCustomOp* find(const std::string& op, const std::vector<ONNXTensorElementDataType>& inputs, const std::string& precision = "");  // CPU operators only
 
 std::vector<std::pair<int, int>> may_inplace(const OrtCustomOp& op);
 
 // RegisterCustomOps on an ONNX Runtime of this version: the error, or the domains that the session got.
-std::pair<std::string, std::vector<std::string>> register_with(std::uint32_t newest_api, const char* version);
+std::pair<std::string, std::vector<std::string>> register_with(std::uint32_t newest_api, const char* version, const std::string& precision = "");
 
 // The domains that sessions got whose options met the library at once; no other call is needed before.
 std::vector<const OrtCustomOpDomain*> register_at_once(int sessions);

@@ -55,3 +55,6 @@ OP_TOLERANCE: dict[str, tuple[float, float]] = {
     "bfloat16": (3e-2, 3e-2),
     "uint8": (0, 0),
 }
+
+# The same of a product in float32 whose factors are sums of two bfloat16, 16 bits in all, each (docs/custom-ops.md).
+PRODUCT_TOLERANCE = (5e-5, 5e-5)

@@ -18,7 +18,12 @@ from onnx import TensorProto, helper
 from scm_export.tolerances import SAMPLE_ATOL
 from scm_runtime import Generator
 from scm_runtime.bundle import MANIFEST, OPS_DOMAIN, OPS_VERSION, sha256
+from scm_runtime.errors import InvalidArgumentError
+from scm_runtime.native import MATMUL_PRECISION
 from support import native_library
+
+CPUINFO = Path("/proc/cpuinfo")
+MATRIX_UNITS = CPUINFO.exists() and {"amx_tile", "amx_bf16", "avx512_bf16"} <= set(CPUINFO.read_text().split())
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +59,32 @@ def test_a_picture_does_not_depend_on_its_batch() -> None:
         together = generate(seed=[3, 5, 7, 11, 13, 17, 19], output_type="latent").array
         for place, seed in ((0, 3), (2, 7), (6, 19)):
             np.testing.assert_array_equal(generate(seed=seed, class_labels=seed % 10, output_type="latent").array[0], together[place])
+
+
+@pytest.mark.skipif(not MATRIX_UNITS, reason="needs a processor with AMX")
+def test_matrix_units_multiply_to_the_precision_asked_for(tiny_bundle: Path) -> None:
+    """More than rounding tells them apart, or the units were not used; and no more than the precision allows."""
+
+    def latents(precision: str, batch_size: int) -> NDArray[np.float32]:
+        with Generator(tiny_bundle, native_ops=True, session_options={MATMUL_PRECISION: precision}, cache_dir=False) as generate:
+            return cast(NDArray[np.float32], generate([0, 1, 2][:batch_size], seed=range(batch_size), output_type="latent").array)
+
+    exact = latents("highest", 3)
+    errors = {precision: np.abs(latents(precision, 3) - exact).max() for precision in ("high", "medium")}
+    assert 1e-7 < errors["high"] < 1e-4 < errors["medium"] < 0.1
+    np.testing.assert_array_equal(latents("high", 1), latents("high", 3)[:1])
+
+
+def test_the_matrix_units_are_used_unless_told_otherwise(tiny_bundle: Path) -> None:
+    with Generator(tiny_bundle, native_ops=True) as usual, Generator(tiny_bundle, native_ops=True, session_options={MATMUL_PRECISION: "high"}) as high:
+        one, other = (generate([0, 1], seed=0, output_type="latent").array for generate in (usual, high))
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("value", ["low", 3, None])
+def test_a_precision_that_is_not_torchs_is_named(tiny_bundle: Path, value: object) -> None:
+    with pytest.raises(InvalidArgumentError, match=rf"scm\.float32_matmul_precision must be one of highest, high, medium, got {value!r}"):
+        Generator(tiny_bundle, session_options={MATMUL_PRECISION: value})
 
 
 @pytest.mark.parametrize("op", ["MPSum", "NormModulateSiLU", "ConsistencyStep"])

@@ -19,8 +19,9 @@ from torch import Tensor
 from scm_export import ops
 from scm_export.graphs import ir_version
 from scm_export.ops import OPERATORS
-from scm_export.tolerances import OP_TOLERANCE
-from scm_runtime.bundle import OPS_DOMAIN, OPS_VERSION
+from scm_export.tolerances import OP_TOLERANCE, PRODUCT_TOLERANCE
+from scm_runtime.bundle import OPS_VERSION
+from scm_runtime.native import MATMUL_PRECISION
 from support import native_library
 
 Arrays = tuple[NDArray[Any], ...]
@@ -43,6 +44,12 @@ EXTREMES = np.array([[0, 0, 0, 0], [6e4, 6e4, -6e4, 6e4], [1e-7, 0, 0, 0]])
 TIMES = np.array([0.0, 1.1, 1.5645])
 SEEDS = np.array([0, 7, -1, 2**32, -(2**63), 2**63 - 1])
 LEVELS = np.array([-math.inf, -3, -1.9921875, -1.0, -0.0078125, 0.0, 0.0078125, 0.5, 1.9921875, 3, math.inf, math.nan]).reshape(2, 1, 2, 3)
+
+
+def weights(*shape: int) -> NDArray[Any]:
+    """So that what is multiplied with them stays of the order of 1."""
+    return np.random.default_rng(1).standard_normal(shape) / math.sqrt(math.prod(shape[:-1]))
+
 
 CASES: dict[str, list[Case]] = {
     "PixelNorm": [Case((shape,), {"eps": 1e-4}) for shape in MAPS] + [Case((EXTREMES,), {"eps": 1e-4}), Case(((2, 5),), {"eps": 0.5})],
@@ -71,6 +78,17 @@ CASES: dict[str, list[Case]] = {
     "PhiloxNormal": [
         Case((SEEDS[:n], np.array(draw), np.array(scale)), {"shape": shape})
         for n, draw, scale, shape in [(6, 0, 1.0, (3, 8, 8)), (3, 2**32 - 1, 0.5, (65,)), (1, 7, 80.0, (1, 1, 1)), (0, 1, 1.0, (3, 5)), (3, 1, 1.0, (3, 0, 5))]
+    ],
+    "Conv3x3": [
+        Case((shape, weights(3, 3, shape[-1], outputs)), {})
+        for shape, outputs in [
+            *(((1, 1, 1, 1), 1), ((3, 2, 3, 5), 4), ((1, 4, 4, 33), 65), ((3, 8, 8, 64), 48), ((2, 33, 17, 31), 32), ((1, 32, 32, 64), 64)),
+            ((0, 4, 4, 7), 3),
+        ]
+    ],
+    "MatMul": [
+        Case((shape, weights(shape[-1], outputs)), {})
+        for shape, outputs in [((1, 1), 1), ((3, 4, 5, 65), 33), ((2, 16, 16, 64), 192), ((1, 1023, 96), 48), ((0, 4, 7), 3), ((3, 0, 7), 3)]
     ],
     "ToImage": [
         *(Case((shape,), {"scale": 64.0, "offset": 127.5}) for shape in [(1, 1, 7, 5), (3, 3, 5, 7), (2, 4, 64, 65), (0, 3, 5, 7), (3, 3, 0, 7)]),
@@ -108,6 +126,8 @@ def in_torch(op: str, inputs: Arrays, attributes: Mapping[str, Attribute], outpu
         "ConsistencyStep": ops.consistency_step,
         "PhiloxNormal": lambda seeds, draw, scale, shape: ops.philox_normal(seeds, int(draw), shape, float(scale)),
         "ToImage": ops.to_image,
+        "Conv3x3": lambda x, w: ops.conv3x3(x, w.permute(3, 2, 0, 1)),
+        "MatMul": lambda x, w: ops.matmul(x, w.t()),
     }
     found = functions[op](*(torch.from_numpy(array) for array in inputs), **attributes)
     return tuple(tensor.numpy() for tensor in (found if isinstance(found, tuple) else (found,)))
@@ -118,6 +138,7 @@ def in_onnxruntime(opset: int, *, kernel: bool = False, provider: str = "CPUExec
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
         if kernel:
+            options.add_session_config_entry(MATMUL_PRECISION, "high")  # for the CPU alone: Conv3x3 and MatMul have no other kernels
             options.register_custom_ops_library(str(native_library()))
         model = _model(op, inputs, attributes, outputs, opset).SerializeToString()
         session = onnxruntime.InferenceSession(model, options, providers=[provider])
@@ -145,12 +166,12 @@ def _model(op: str, inputs: Arrays, attributes: Mapping[str, Attribute], outputs
         for name, array in zip(operator.inputs, inputs, strict=True)
     ]
     asked = [helper.make_tensor_value_info(name, result, None) for name in names]
-    node = helper.make_node(op, list(operator.inputs), names, domain=OPS_DOMAIN)
+    node = helper.make_node(op, list(operator.inputs), names, domain=operator.domain)
     node.attribute.extend(helper.make_attribute(name, value) for name, value in attributes.items())
     return helper.make_model(
         helper.make_graph([node], op, given, asked),
         functions=[operator.function(opset, inputs[0].ndim, outputs)],
-        opset_imports=[helper.make_opsetid("", opset), helper.make_opsetid(OPS_DOMAIN, OPS_VERSION)],
+        opset_imports=[helper.make_opsetid("", opset), helper.make_opsetid(operator.domain, OPS_VERSION)],
         ir_version=ir_version(opset),
     )
 
@@ -180,7 +201,7 @@ def test_an_operator_is_its_reference(op: str, dtype: str, implementation: Imple
             expected = in_torch(op, wide, case.attributes, outputs)
             found = implementation(op, inputs, case.attributes, outputs)
             kind = _name(OPERATORS[op].output_type, dtype)
-            atol, rtol = OP_TOLERANCE[kind]
+            atol, rtol = PRODUCT_TOLERANCE if op in ("Conv3x3", "MatMul") and kind == "float32" else OP_TOLERANCE[kind]
             for one, other in zip(found, expected, strict=True):
                 message = f"inputs {[array.shape for array in inputs]}, attributes {dict(case.attributes)}, {outputs} outputs"
                 assert (one.dtype, one.shape) == (np.dtype(kind), other.shape), message

@@ -25,10 +25,10 @@ from scm_export.ops import OPERATORS, operators_as_nodes
 from scm_export.parametrisation import Step
 from scm_export.trace import trace_step
 from scm_runtime import Generator
-from scm_runtime.bundle import OPS_DOMAIN, OPS_VERSION, read_manifest
+from scm_runtime.bundle import CHANNELS_LAST_DOMAIN, OPS_DOMAIN, OPS_VERSION, read_manifest
 from scm_runtime.errors import ExportError
 
-USED = {"PixelNorm", "MPSiLU", "MPSum", "MPCat", "NormModulateSiLU", "CosineAttention", "ConsistencyStep"}
+USED = {"PixelNorm", "MPSiLU", "MPSum", "MPCat", "NormModulateSiLU", "CosineAttention", "ConsistencyStep", "Conv3x3", "MatMul"}
 GRAPHS = {
     "noise.onnx": {"PhiloxNormal"},
     "step.fp32.onnx": USED,
@@ -65,7 +65,7 @@ def run(model: ModelProto | Path, **values: Tensor) -> NDArray[Any]:
 
 
 def scm_nodes(model: ModelProto) -> list[onnx.NodeProto]:
-    return [node for node in model.graph.node if node.domain == OPS_DOMAIN]
+    return [node for node in model.graph.node if node.domain.startswith(OPS_DOMAIN)]
 
 
 @pytest.mark.parametrize("name", GRAPHS)
@@ -73,7 +73,8 @@ def test_a_graph_holds_operators_with_all_attributes_and_their_bodies(tiny_bundl
     model = onnx.load(tiny_bundle / name, load_external_data=False)
     nodes = scm_nodes(model)
     assert {node.op_type for node in nodes} == {function.name for function in model.functions} == GRAPHS[name]
-    assert {entry.domain: entry.version for entry in model.opset_import} == {"": 20, OPS_DOMAIN: OPS_VERSION}
+    domains = {OPS_DOMAIN, CHANNELS_LAST_DOMAIN} if "Conv3x3" in GRAPHS[name] else {OPS_DOMAIN}
+    assert {entry.domain: entry.version for entry in model.opset_import} == {"": 20} | dict.fromkeys(domains, OPS_VERSION)
     for node in nodes:
         assert {attribute.name for attribute in node.attribute} == set(OPERATORS[node.op_type].attributes)
         # Networks of this family read both outputs of every norm and concatenation, and one of every sum.
@@ -103,6 +104,10 @@ def test_without_custom_ops_the_same_samples_come_from_standard_onnx(tiny_checkp
         assert not model.functions
         assert {node.domain for node in model.graph.node} == {""}
         assert [entry.domain for entry in model.opset_import] == [""]
+    kernels = [node.input[1] for node in onnx.load(out / "step.fp32.onnx", load_external_data=False).graph.node if node.op_type == "Conv"]
+    stored = {tensor.name for tensor in onnx.load(out / "step.fp32.onnx", load_external_data=False).graph.initializer}
+    assert kernels
+    assert set(kernels) <= stored  # not transposed there and back
     sizes = [read_manifest(bundle).files["weights.onnx.data"].size for bundle in (out, tiny_bundle)]
     assert sizes[0] == sizes[1]  # no constant came to lie beside the weights
     with Generator(out) as plain, Generator(tiny_bundle) as usual:

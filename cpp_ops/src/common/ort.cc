@@ -1,6 +1,7 @@
 #include "common/ort.h"
 
 #include <array>
+#include <memory>
 
 namespace scm {
 
@@ -53,28 +54,62 @@ std::vector<std::int64_t> Attributes::integers(const char* name) const {
   return values;
 }
 
-Input Context::input(std::size_t index) const {
-  const OrtValue* value = nullptr;
-  check(api_, api_.KernelContext_GetInput(context_, index, &value));
+Scratch::Scratch(const OrtApi& api, const OrtKernelContext* context, std::size_t bytes) : api_(api) {
+  constexpr std::size_t kAlignment = 64;
+  OrtMemoryInfo* where = nullptr;
+  check(api, api.CreateCpuMemoryInfo(OrtArenaAllocator, OrtMemTypeDefault, &where));
+  const std::unique_ptr<OrtMemoryInfo, decltype(api.ReleaseMemoryInfo)> owner(where, api.ReleaseMemoryInfo);
+  check(api, api.KernelContext_GetAllocator(context, where, &allocator_));
+  if (OrtStatus* status = api.AllocatorAlloc(allocator_, bytes + kAlignment, &allocated_)) {
+    api.ReleaseAllocator(allocator_);
+    check(api, status);
+  }
+  data_ = static_cast<char*>(allocated_) + (kAlignment - reinterpret_cast<std::uintptr_t>(allocated_) % kAlignment) % kAlignment;
+}
+
+Scratch::~Scratch() {
+  if (OrtStatus* status = api_.AllocatorFree(allocator_, allocated_)) api_.ReleaseStatus(status);
+  api_.ReleaseAllocator(allocator_);
+}
+
+namespace {
+
+Input read_tensor(const OrtApi& api, const OrtValue* value) {
   OrtTensorTypeAndShapeInfo* info = nullptr;
-  check(api_, api_.GetTensorTypeAndShape(value, &info));
+  check(api, api.GetTensorTypeAndShape(value, &info));
   struct Release {
     const OrtApi& api;
     OrtTensorTypeAndShapeInfo* info;
     ~Release() { api.ReleaseTensorTypeAndShapeInfo(info); }
-  } release{api_, info};
+  } release{api, info};
   std::size_t rank = 0;
-  check(api_, api_.GetDimensionsCount(info, &rank));
+  check(api, api.GetDimensionsCount(info, &rank));
   std::array<std::int64_t, 64> sizes;
   if (rank > sizes.size()) throw Error{"a tensor of " + std::to_string(rank) + " axes is not supported"};
-  check(api_, api_.GetDimensions(info, sizes.data(), rank));
+  check(api, api.GetDimensions(info, sizes.data(), rank));
   Input input;
+  check(api, api.GetTensorElementType(info, &input.type));
   input.shape.dims.resize(rank);
   for (std::size_t i = 0; i < rank; ++i) input.shape.dims[i].value = sizes[i];
   void* data = nullptr;
-  check(api_, api_.GetTensorMutableData(const_cast<OrtValue*>(value), &data));  // there is no getter for constant data in this API version
+  check(api, api.GetTensorMutableData(const_cast<OrtValue*>(value), &data));  // there is no getter for constant data in this API version
   input.data = data;
   return input;
+}
+
+}  // namespace
+
+Input Attributes::constant(std::size_t input) const {
+  const OrtValue* value = nullptr;
+  int is_constant = 0;
+  if (info_) check(api_, api_.KernelInfoGetConstantInput_tensor(info_, input, &is_constant, &value));
+  return is_constant ? read_tensor(api_, value) : Input{{{}, false}, nullptr, ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED};
+}
+
+Input Context::input(std::size_t index) const {
+  const OrtValue* value = nullptr;
+  check(api_, api_.KernelContext_GetInput(context_, index, &value));
+  return read_tensor(api_, value);
 }
 
 void* Context::raw_output(std::size_t index, const Shape& shape) {

@@ -19,7 +19,18 @@ namespace scm {
 // Throws Error with ONNX Runtime's message unless the status is null.
 void check(const OrtApi& api, OrtStatus* status);
 
-// Attributes of a node, while a kernel is made or shapes are inferred. Throws Error for one that is missing or of another type.
+struct Input {
+  Shape shape;
+  const void* data;
+  ONNXTensorElementDataType type;
+
+  template <typename T>
+  const T* as() const {
+    return static_cast<const T*>(data);
+  }
+};
+
+// What is known of a node while a kernel is made or shapes are inferred: its attributes, and inputs that never change.
 class Attributes {
  public:
   Attributes(const OrtApi& api, const OrtKernelInfo* info) : api_(api), info_(info) {}
@@ -27,7 +38,9 @@ class Attributes {
 
   float real(const char* name) const;
   std::int64_t integer(const char* name) const;
-  std::vector<std::int64_t> integers(const char* name) const;
+  std::vector<std::int64_t> integers(const char* name) const;  // all three throw Error where it is missing or of another type
+  // Has no data where shapes are inferred, or where the input is no constant. The data belong to the session.
+  Input constant(std::size_t input) const;
 
  private:
   void read(const char* name, OrtOpAttrType type, void* data, std::size_t bytes, std::size_t* got) const;
@@ -37,14 +50,21 @@ class Attributes {
   const OrtShapeInferContext* context_ = nullptr;
 };
 
-struct Input {
-  Shape shape;
-  const void* data;
+// Memory of the session's own allocator, for one run of a kernel.
+class Scratch {
+ public:
+  Scratch(const OrtApi& api, const OrtKernelContext* context, std::size_t bytes);
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch();
 
-  template <typename T>
-  const T* as() const {
-    return static_cast<const T*>(data);
-  }
+  void* data() const { return data_; }  // aligned to 64 bytes
+
+ private:
+  const OrtApi& api_;
+  OrtAllocator* allocator_ = nullptr;
+  void* allocated_ = nullptr;
+  void* data_ = nullptr;
 };
 
 // One run of a kernel.
@@ -58,6 +78,7 @@ class Context {
   T* output(std::size_t index, const Shape& shape) {
     return static_cast<T*>(raw_output(index, shape));
   }
+  Scratch scratch(std::size_t bytes) const { return Scratch(api_, context_, bytes); }
   // cudaStream_t of the session; kernels are put on it and never waited for.
   void* cuda_stream() const;
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from scm_export.ops import conv3x3, matmul
+
 # ----------------------------------------------------------------------------
 # Embeddings of a number as cosines (and sines).
 
@@ -80,9 +82,9 @@ class MPConv(nn.Module):
 
     def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
         w = (self.weight if self.folded else self.applied_weight(gain)).to(x.dtype)
-        if w.ndim == 4 and w.shape[-1] > 1:
-            return functional.conv2d(x.permute(0, 3, 1, 2), w, padding=w.shape[-1] // 2).permute(0, 2, 3, 1)
-        return functional.linear(x, w.flatten(1))
+        if w.ndim == 2:
+            return functional.linear(x, w)
+        return conv3x3(x, w) if w.shape[-1] == 3 else matmul(x, w.flatten(1))
 
 
 def plain_linear(x: Tensor, layer: nn.Linear) -> Tensor:

@@ -15,6 +15,7 @@ from scm_export.ops.norm_modulate_silu import NORM_MODULATE_SILU, norm_modulate_
 from scm_export.ops.operator import Operator, operators_as_nodes
 from scm_export.ops.philox_normal import PHILOX_NORMAL, philox_normal
 from scm_export.ops.pixel_norm import PIXEL_NORM, pixel_norm, pixel_norm_silu
+from scm_export.ops.products import CONV3X3, MATMUL, conv3x3, matmul
 from scm_export.ops.to_image import TO_IMAGE, to_image
 
 OPERATORS: dict[str, Operator] = {
@@ -30,6 +31,8 @@ OPERATORS: dict[str, Operator] = {
         CONSISTENCY_STEP,
         PHILOX_NORMAL,
         TO_IMAGE,
+        CONV3X3,
+        MATMUL,
     )
 }
 
@@ -50,4 +53,6 @@ __all__ = [
     "consistency_step",
     "philox_normal",
     "to_image",
+    "conv3x3",
+    "matmul",
 ]

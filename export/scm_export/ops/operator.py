@@ -70,6 +70,7 @@ class Operator:
     shapes behind them and a copy of the feature map, so a body is made for one rank.
     """
 
+    domain: str = OPS_DOMAIN
     name: str
     inputs: dict[str, str]
     """Their types: T, which is one type in a node, or an ONNX type's name."""
@@ -87,7 +88,7 @@ class Operator:
         like = inputs[0]
         shapes = [like.shape if shape is None else shape] * outputs
         return torch.onnx.ops.symbolic_multi_out(
-            f"{OPS_DOMAIN}::{self.name}", inputs, {**attributes}, dtypes=[dtype or like.dtype] * outputs, shapes=shapes, version=OPS_VERSION
+            f"{self.domain}::{self.name}", inputs, {**attributes}, dtypes=[dtype or like.dtype] * outputs, shapes=shapes, version=OPS_VERSION
         )
 
     def output_names(self, outputs: int) -> list[str]:
@@ -102,4 +103,4 @@ class Operator:
             body = body.replace(placeholder, str(list(axes)))
         attributes = f"<{', '.join(self.attributes)}>" if self.attributes else ""
         signature = f"{self.name} {attributes} ({', '.join(self.inputs)}) => ({', '.join(names)})"
-        return parser.parse_function(f'<domain: "{OPS_DOMAIN}", opset_import: ["": {opset}]>\n{signature} {{{body}}}')
+        return parser.parse_function(f'<domain: "{self.domain}", opset_import: ["": {opset}]>\n{signature} {{{body}}}')

@@ -1,0 +1,66 @@
+// Convolutions and matrix products over channels-last feature maps, on the matrix units (AMX) of an x86 processor.
+//
+// The units multiply bfloat16 and add in float32. A float32 number is the sum of two bfloat16, high and low, to 16 of its 24 bits: with
+// high * high + high * low + low * high a product has a relative error of about 2^-16, and a sum of many less. One product alone is bfloat16 arithmetic.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "common/kernel.h"
+
+namespace scm::channels_last {
+
+// y[n, h, w, o] = sum of x[n, h + i - side / 2, w + j - side / 2, c] * weight[i, j, c, o], with zeros round the map. A matrix product is side 1, height 1.
+struct Sizes {
+  std::int64_t samples, height, width, inputs, outputs, side;
+
+  std::int64_t pad() const { return side / 2; }
+  // The padded map is flat: the zeros at the right end of a row are those at the left end of the next, those below a sample those above the next.
+  std::int64_t row() const { return width + pad(); }
+  std::int64_t sample() const { return (height + pad()) * row(); }
+  std::int64_t positions() const { return samples * sample(); }
+  std::int64_t padded_inputs() const { return (inputs + 31) / 32 * 32; }
+  std::int64_t padded_rows() const { return samples * (height + pad()) + pad(); }
+  std::int64_t slots() const { return padded_rows() * row() + pad() + kSpare; }
+
+  static constexpr std::int64_t kSpare = 64;  // read with the last block of rows, and not used
+};
+
+// Weights as the units read them: for each 32 outputs, each place in the window and each 32 inputs two tiles, of 16 outputs each, and two more of what
+// bfloat16 leaves of them. A tile is 16 pairs of inputs by 16 outputs. What is missing to 32 is zeros.
+constexpr std::int64_t kTile = 16 * 32;
+
+inline std::int64_t packed_size(const Sizes& s, bool exact) {
+  return (s.outputs + 31) / 32 * s.side * s.side * (s.padded_inputs() / 32) * (exact ? 4 : 2) * kTile;
+}
+
+// `weight` is [side, side, inputs, outputs]; `to` has packed_size() bfloat16 numbers, aligned to 64 bytes.
+template <typename T>
+void pack(const T* weight, const Sizes& sizes, bool exact, std::uint16_t* to);
+
+template <typename T>
+struct Params {
+  const T* x;                   // [samples, height, width, inputs]
+  const std::uint16_t* weight;  // packed
+  T* y;                         // [samples, height, width, outputs]
+  Sizes sizes;
+  std::uint16_t* high;  // [slots, padded_inputs], bfloat16
+  std::uint16_t* low;   // the same; null for one product
+};
+
+constexpr std::int64_t kBlock = 32;   // outputs, and positions, that a piece of work computes at once
+constexpr std::int64_t kChunk = 512;  // positions of a piece of work, at most
+
+// Whether this processor has the units and the system lets the process use them; asks the system, the first time.
+bool available();
+
+// Splits rows [begin, end) of padded_rows() into `high` and `low`.
+template <typename T>
+void split(const Params<T>& p, std::int64_t begin, std::int64_t end);
+
+// Computes outputs [32 * block, 32 * block + 32) of positions [begin, end); begin is a multiple of 32.
+template <typename T>
+void multiply(const Params<T>& p, std::int64_t block, std::int64_t begin, std::int64_t end);
+
+}  // namespace scm::channels_last

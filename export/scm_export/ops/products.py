@@ -1,0 +1,49 @@
+"""``Conv3x3`` and ``MatMul`` over channels-last feature maps: standard ONNX, but where a processor's matrix units take them as they lie."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional
+
+from scm_export.ops.operator import Operator, as_nodes
+from scm_runtime.bundle import CHANNELS_LAST_DOMAIN
+
+
+def conv3x3(x: Tensor, w: Tensor) -> Tensor:
+    """Convolution with zeros round the map.
+
+    Args:
+        x: ``[N, H, W, I]``, any floating dtype.
+        w: ``[O, I, 3, 3]``, in x's dtype.
+
+    Returns:
+        ``[N, H, W, O]``.
+    """
+    if as_nodes():
+        return CONV3X3.node(x, w.permute(2, 3, 1, 0), shape=[*x.shape[:-1], w.shape[0]])[0]
+    return functional.conv2d(x.permute(0, 3, 1, 2), w, padding=1).permute(0, 2, 3, 1)
+
+
+def matmul(x: Tensor, w: Tensor) -> Tensor:
+    """``x wᵀ`` for ``x`` of ``[..., I]`` and ``w`` of ``[O, I]``, as ``torch.nn.functional.linear`` has it, in any floating dtype."""
+    if as_nodes():
+        return MATMUL.node(x, w.t(), shape=[*x.shape[:-1], w.shape[0]])[0]
+    return functional.linear(x, w)
+
+
+CONV3X3 = Operator(
+    domain=CHANNELS_LAST_DOMAIN,
+    name="Conv3x3",
+    inputs={"x": "T", "w": "T"},
+    output="y",
+    output_type="T",
+    # ONNX Runtime takes these transpositions of w, and those in front of the nodes, for nothing, as they are.
+    body="""
+        channels_first = Transpose <perm = [0, 3, 1, 2]> (x)
+        kernel = Transpose <perm = [3, 2, 0, 1]> (w)
+        convolved = Conv <pads = [1, 1, 1, 1]> (channels_first, kernel)
+        y = Transpose <perm = [0, 2, 3, 1]> (convolved)
+    """,
+)
+
+MATMUL = Operator(domain=CHANNELS_LAST_DOMAIN, name="MatMul", inputs={"x": "T", "w": "T"}, output="y", output_type="T", body="y = MatMul (x, w)")
