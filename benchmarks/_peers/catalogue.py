@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from typing import Any
 
+from scm_runtime.native import MATMUL_PRECISION
+
 
 @dataclass(frozen=True, kw_only=True)
 class Peer:
@@ -100,6 +102,7 @@ def _in(dtype: str, peer: Peer, name: str, **changes: Any) -> Peer:
 CPU_PEERS = (
     OURS,
     replace(OURS, name="scm_runtime, function bodies", variants=({"native_ops": False},)),
+    replace(OURS, name="scm_runtime bf16", dtype="bf16", variants=({"native_ops": True, "session_options": {MATMUL_PRECISION: "medium"}},)),
     PLAIN,
     EAGER,
     COMPILED,

@@ -1,13 +1,12 @@
 """The judge of generated digits: a small classifier, trained on digits that no generator here has seen.
 
-It says how many samples are recognised as the class asked for, and gives the features of the Fréchet distance.
+It says how many samples are recognised as the class asked for, and gives the features that metrics.py measures in.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -74,12 +73,3 @@ def assess(judge: Judge, pixels: Tensor) -> tuple[Tensor, Tensor]:
     """Features ``[N, 64]`` and the recognised classes ``[N]`` of float levels ``[N, 1, 28, 28]``."""
     features, logits = zip(*(judge(chunk) for chunk in pixels.split(500)), strict=True)
     return torch.cat(features), torch.cat(logits).argmax(1)
-
-
-def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """Fréchet distance between Gaussians fitted to two sets of features, ``[Na, D]`` and ``[Nb, D]``."""
-    mean_a, mean_b = a.double().mean(0).numpy(), b.double().mean(0).numpy()
-    cov_a, cov_b = torch.cov(a.double().T).numpy(), torch.cov(b.double().T).numpy()
-    # The trace of the root of a product of covariances is the sum of the roots of its eigenvalues, which rounding may make negative.
-    roots = np.sqrt(np.linalg.eigvals(cov_a @ cov_b).real.clip(min=0))
-    return float(((mean_a - mean_b) ** 2).sum() + np.trace(cov_a + cov_b) - 2 * roots.sum())

@@ -23,8 +23,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from data import LABEL_NAMES, PIXEL_MEAN, PIXEL_STD, SIGMA_DATA, load_digits, to_model, to_pixels
-from judge import assess, frechet_distance, load_judge
-from samplers import T_MAX, TWO_STEPS, Network, autoguided, ddim, sample_consistency
+from judge import assess, load_judge
+from metrics import frechet_distance
+from samplers import T_MAX, TWO_STEPS, Network, autoguided, ddim, sample_consistency, torch_noise
 from scm_export.checkpoints import Checkpoint, SamplerSpec, save_checkpoint
 from scm_export.networks.edm2 import PositionalEmbedding, UNet, UNetConfig
 
@@ -256,7 +257,7 @@ def main(
         learning_rate=8e-3,
         batch_size=batch_size,
         ema_decay=0.998,
-        evaluate=evaluate(lambda net, labels: ddim(net, labels, steps=16, seed=1)),
+        evaluate=evaluate(lambda net, labels: ddim(net, labels, 16, torch_noise(len(labels), 1, labels.device))),
         compile=compiler,
         snapshot_at=1 / 8,
     )
@@ -273,7 +274,7 @@ def main(
         learning_rate=learning_rate,
         batch_size=batch_size,
         ema_decay=0.998,
-        evaluate=evaluate(lambda net, labels: sample_consistency(net, labels, TWO_STEPS, seed=1)),
+        evaluate=evaluate(lambda net, labels: sample_consistency(net, labels, TWO_STEPS, torch_noise(len(labels), 1, labels.device))),
         compile=compiler,
     )
     checkpoint = folder / ("digits.pt" if method == "scd" else "digits-sct.pt")
