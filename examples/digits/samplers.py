@@ -46,26 +46,39 @@ def ddim(network: Network, labels: Tensor, steps: int, noise: Noise) -> Tensor:
 
 @torch.no_grad()
 def dpm_solver_2s(network: Network, labels: Tensor, steps: int, noise: Noise) -> Tensor:
-    """DPM-Solver-2 (arXiv 2206.00927, algorithm 1) along EDM's noise levels: two evaluations a step, one for the last. 32 steps are the usual teacher.
+    """DPM-Solver-2 (arXiv 2206.00927, algorithm 1) along EDM's noise levels: two evaluations a step, one for the last. 32 steps are the usual teacher."""
+    levels = torch.linspace(80 ** (1 / 7), 0.002 ** (1 / 7), steps, dtype=torch.float64) ** 7
+    times = [*torch.atan(levels / SIGMA_DATA).tolist(), 0.0]
+    x = noise(0).double() * SIGMA_DATA
+    for t, s in pairwise(times):
+        x = second_order_step(network, x, torch.full((len(x),), t, device=x.device).double(), torch.full((len(x),), s, device=x.device).double(), labels)
+    return x.float()
+
+
+def second_order_step(network: Network, x: Tensor, t: Tensor, s: Tensor, labels: Tensor) -> Tensor:
+    """A step of DPM-Solver-2 from times t to s, float64 ``[N]``; to s = 0 one of first order. x is float64, for x - sin t z cancels where t is near pi/2.
 
     With z the noise that F predicts, a step of first order is ``x_s = cos s (x_t - sin t z) / cos t + sin s z``; one of second order takes z half-way in the
     logarithm of the signal-to-noise ratio, at ``tan m = sqrt(tan t tan s)``.
     """
 
-    def predicted(x: Tensor, t: float) -> Tensor:
-        F = network((x / SIGMA_DATA).float(), torch.full((len(x),), t, device=x.device), labels)
-        return math.sin(t) * x + math.cos(t) * SIGMA_DATA * F.double()
+    def predicted(x: Tensor, t: Tensor) -> Tensor:
+        F = network((x / SIGMA_DATA).float(), t.float(), labels)
+        return per_sample(t.sin()) * x + per_sample(t.cos()) * SIGMA_DATA * F.double()
 
-    def move(x: Tensor, t: float, s: float, z: Tensor) -> Tensor:
-        return math.cos(s) * (x - math.sin(t) * z) / math.cos(t) + math.sin(s) * z
+    def move(z: Tensor, s: Tensor) -> Tensor:
+        return per_sample(s.cos()) * (x - per_sample(t.sin()) * z) / per_sample(t.cos()) + per_sample(s.sin()) * z
 
-    levels = torch.linspace(80 ** (1 / 7), 0.002 ** (1 / 7), steps, dtype=torch.float64) ** 7
-    times = torch.atan(levels / SIGMA_DATA).tolist()
-    x = noise(0).double() * SIGMA_DATA  # float64: x - sin t z cancels where t is near pi/2
-    for t, s in pairwise(times):
-        middle = math.atan(math.sqrt(math.tan(t) * math.tan(s)))
-        x = move(x, t, s, predicted(move(x, t, middle, predicted(x, t)), middle))
-    return move(x, times[-1], 0.0, predicted(x, times[-1])).float()
+    z = predicted(x, t)
+    if not s.any():
+        return move(z, s)
+    middle = torch.atan(torch.sqrt(t.tan() * s.tan()))
+    return move(predicted(move(z, middle), middle), s)
+
+
+def per_sample(values: Tensor) -> Tensor:
+    """``[N]`` as ``[N, 1, 1, 1]``, to multiply pictures with."""
+    return values[:, None, None, None]
 
 
 @torch.no_grad()

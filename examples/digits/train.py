@@ -3,7 +3,8 @@
     python examples/digits/train.py                    # sCD: distil the teacher
     python examples/digits/train.py --method sct       # sCT: no teacher in the student's loss, only its weights as a start
 
-The student's loss is Algorithm 1 of the sCM paper (arXiv 2410.11081). Every stage resumes from where it was stopped.
+The student of sCD first learns where the teacher's trajectories lead (trajectories.py), which saves it most of its way. The loss after that is Algorithm 1
+of the sCM paper (arXiv 2410.11081). Every stage resumes from where it was stopped.
 """
 
 from __future__ import annotations
@@ -20,14 +21,16 @@ from typing import Any
 import click
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import Tensor, nn
+from torch import Tensor
 
 from data import LABEL_NAMES, PIXEL_MEAN, PIXEL_STD, SIGMA_DATA, load_digits, to_model, to_pixels
 from judge import assess, load_judge
+from losses import Consistency, Diffusion, Following
 from metrics import frechet_distance
-from samplers import T_MAX, TWO_STEPS, Network, autoguided, ddim, sample_consistency, torch_noise
+from samplers import TWO_STEPS, Network, autoguided, ddim, sample_consistency, torch_noise
 from scm_export.checkpoints import Checkpoint, SamplerSpec, save_checkpoint
-from scm_export.networks.edm2 import PositionalEmbedding, UNet, UNetConfig
+from scm_export.networks.edm2 import UNet, UNetConfig
+from trajectories import Trajectories, draw_trajectories
 
 CONFIG = UNetConfig(
     img_resolution=28,
@@ -41,70 +44,6 @@ CONFIG = UNetConfig(
     patch_size=2,
     time_scale=4.0,
 )
-
-
-def noise_levels(n: int, mean: float, std: float, device: torch.device) -> Tensor:
-    """Proposal of t: ln sigma ~ N(mean, std^2), t = arctan(sigma / sigma_d), kept below t_max."""
-    sigma = (torch.randn(n, device=device) * std + mean).exp()
-    return torch.atan(sigma / SIGMA_DATA).clamp(max=T_MAX)
-
-
-class Diffusion:
-    """The teacher's loss: F predicts the velocity, |sigma_d F(x_t / sigma_d, t) - (cos t z - sin t x_0)|^2."""
-
-    def __init__(self, net: UNet) -> None:
-        self.net = net
-
-    def parameters(self) -> list[nn.Parameter]:
-        return list(self.net.parameters())
-
-    def loss(self, x0: Tensor, labels: Tensor, progress: float) -> Tensor:
-        del progress
-        t = noise_levels(len(x0), 0.0, 1.4, x0.device)
-        cos, sin = t.cos()[:, None, None, None], t.sin()[:, None, None, None]
-        z = torch.randn_like(x0) * SIGMA_DATA
-        F = self.net((cos * x0 + sin * z) / SIGMA_DATA, t, labels)
-        error: Tensor = F - (cos * z - sin * x0) / SIGMA_DATA
-        return error.square().mean()
-
-
-class Consistency:
-    """The student's loss: Algorithm 1 of the paper, with tangent normalisation, tangent warm-up and adaptive weighting."""
-
-    def __init__(self, net: UNet, velocity: Network | None, compile: Callable[..., Any], warmup: float = 0.2) -> None:
-        self.net, self.velocity, self.warmup = net, velocity, warmup
-        device = next(net.parameters()).device
-        linear = nn.Linear(64, 1)
-        nn.init.zeros_(linear.weight)
-        nn.init.zeros_(linear.bias)
-        self.log_weight = nn.Sequential(PositionalEmbedding(64, 4.0), linear).to(device)
-        self.jvp = compile(self._jvp)
-
-    def parameters(self) -> list[nn.Parameter]:
-        return [*self.net.parameters(), *self.log_weight.parameters()]
-
-    @torch.no_grad()
-    def _jvp(self, x: Tensor, t: Tensor, labels: Tensor, dx: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
-        """F and its directional derivative along (dx, dt)."""
-        F, tangent = torch.func.jvp(lambda x, t: self.net(x, t, labels), (x, t), (dx, dt))[:2]
-        return F, tangent
-
-    def loss(self, x0: Tensor, labels: Tensor, progress: float) -> Tensor:
-        t = noise_levels(len(x0), -0.2, 1.5, x0.device)
-        cos, sin = t.cos()[:, None, None, None], t.sin()[:, None, None, None]
-        z = torch.randn_like(x0) * SIGMA_DATA
-        x = cos * x0 + sin * z
-        with torch.no_grad():
-            dxdt = cos * z - sin * x0 if self.velocity is None else SIGMA_DATA * self.velocity(x / SIGMA_DATA, t, labels)
-            F_frozen, tangent = self.jvp(x / SIGMA_DATA, t, labels, cos * sin * dxdt / SIGMA_DATA, t.cos() * t.sin())
-            r = min(1.0, progress / self.warmup)
-            g = -(cos**2) * (SIGMA_DATA * F_frozen - dxdt) - r * (cos * sin * x + SIGMA_DATA * tangent)
-            # The paper divides by |g| + c; by the root mean square instead, c keeps its meaning whatever the number of pixels.
-            g = g / (g.square().mean((1, 2, 3), keepdim=True).sqrt() + 0.1)
-        F = self.net(x / SIGMA_DATA, t, labels)
-        weight: Tensor = self.log_weight(t)[:, 0]
-        error: Tensor = (F - F_frozen - g).square().mean((1, 2, 3))
-        return (weight.exp() * error - weight).mean()
 
 
 def save(value: object, path: Path) -> None:
@@ -124,7 +63,7 @@ def batches(x0: Tensor, labels: Tensor, size: int) -> Iterator[tuple[Tensor, Ten
 def train_stage(
     name: str,
     folder: Path,
-    stage: Diffusion | Consistency,
+    stage: Diffusion | Following | Consistency,
     steps: int,
     learning_rate: float,
     batch_size: int,
@@ -189,6 +128,14 @@ def train_stage(
     return ema
 
 
+def load_trajectories(path: Path, velocity: Network, count: int, device: torch.device) -> Trajectories:
+    """Those that were drawn before, or new ones."""
+    if not path.exists():
+        (images, labels), _ = load_digits()
+        save(draw_trajectories(velocity, to_model(images), labels, count, device)._asdict(), path)
+    return Trajectories(**torch.load(path, weights_only=True))
+
+
 def new_network(device: torch.device, weights: dict[str, Tensor] | None = None) -> UNet:
     net = UNet(CONFIG).to(device)
     net.compute_dtype = torch.bfloat16
@@ -214,6 +161,8 @@ def as_checkpoint(net: UNet) -> Checkpoint:
 @click.option("--folder", type=click.Path(file_okay=False, path_type=Path), default=Path("runs/digits"), show_default=True)
 @click.option("--method", type=click.Choice(["scd", "sct"]), default="scd", show_default=True)
 @click.option("--teacher-steps", type=click.IntRange(1), default=3700, show_default=True)
+@click.option("--trajectories", type=click.IntRange(1), default=20_000, show_default=True, help="Of the teacher, for sCD: half a gigabyte.")
+@click.option("--following-steps", type=click.IntRange(1), default=9000, show_default=True, help="On the trajectories.")
 @click.option("--student-steps", type=click.IntRange(1), default=1100, show_default=True)
 @click.option("--batch-size", type=click.IntRange(1, 4000), default=128, show_default=True)
 @click.option("--learning-rate", type=float, default=1e-3, show_default=True, help="The student's; the teacher's is 8e-3.")
@@ -225,6 +174,8 @@ def main(
     folder: Path,
     method: str,
     teacher_steps: int,
+    trajectories: int,
+    following_steps: int,
     student_steps: int,
     batch_size: int,
     learning_rate: float,
@@ -241,6 +192,9 @@ def main(
     (images, _), _ = load_digits()
     real, _ = assess(judge, images)
     labels = torch.arange(10).repeat(50)
+
+    def two_steps(net: UNet, labels: Tensor) -> Tensor:
+        return sample_consistency(net, labels, TWO_STEPS, torch_noise(len(labels), 1, labels.device))
 
     def evaluate(sampler: Callable[[UNet, Tensor], Tensor]) -> Callable[[UNet], dict[str, float]]:
         def run(net: UNet) -> dict[str, float]:
@@ -266,6 +220,12 @@ def main(
     if method == "scd":
         snapshot = new_network(place, torch.load(folder / "teacher.snapshot.pt", weights_only=True)).requires_grad_(False)
         velocity = compiler(autoguided(teacher, snapshot, guidance))
+        ways = load_trajectories(folder / "trajectories.pt", velocity, trajectories, place)
+        following = Following(student, ways, compiler)
+        student = train_stage(
+            "following", folder, following, following_steps, 2e-3, batch_size, ema_decay=0.999, evaluate=evaluate(two_steps), compile=compiler
+        )
+        student = new_network(place, student.state_dict())
     ema = train_stage(
         method,
         folder,
@@ -274,7 +234,7 @@ def main(
         learning_rate=learning_rate,
         batch_size=batch_size,
         ema_decay=0.998,
-        evaluate=evaluate(lambda net, labels: sample_consistency(net, labels, TWO_STEPS, torch_noise(len(labels), 1, labels.device))),
+        evaluate=evaluate(two_steps),
         compile=compiler,
     )
     checkpoint = folder / ("digits.pt" if method == "scd" else "digits-sct.pt")

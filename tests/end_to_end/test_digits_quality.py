@@ -15,7 +15,9 @@ import scipy
 import sklearn.neighbors
 import torch
 from click.testing import CliRunner
+from torch import Tensor
 
+from scm_export.networks.edm2 import UNet
 from scm_export.ode import sample_ode
 from scm_export.samplers import make_tables
 
@@ -24,8 +26,11 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "digits"))
 from data import SIGMA_DATA
 from evaluate import main
 from judge import Judge
+from losses import Following
 from metrics import frechet_distance, mean_and_interval, memorised, nearest, precision_recall
-from samplers import T_MAX, bundle_noise, dpm_solver_2s
+from samplers import T_MAX, bundle_noise, dpm_solver_2s, per_sample
+from train import CONFIG
+from trajectories import draw_trajectories
 
 
 def points(seed: int, n: int, shift: float = 0.0) -> torch.Tensor:
@@ -120,3 +125,26 @@ def test_quick_evaluation_runs_and_draws_no_set_twice(tmp_path: Path) -> None:
     again = CliRunner().invoke(main, ["--folder", str(tmp_path), "--quick"])
     assert "/100/0: " not in again.output
     assert json.loads((tmp_path / "results.json").read_text())["sets"] == record["sets"]
+
+
+def test_trajectories_lead_where_the_data_are() -> None:
+    """Data at one point c: F is known, and all trajectories end at c, whatever they begin with."""
+    point = torch.linspace(-1, 1, 784).reshape(1, 1, 28, 28)
+
+    def network(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        assert labels.shape == t.shape
+        sin, cos = per_sample(t.double().sin()), per_sample(t.double().cos())
+        z = (x.double() * SIGMA_DATA - cos * point) / sin
+        return ((cos * z - sin * point) / SIGMA_DATA).float()
+
+    torch.manual_seed(0)
+    found = draw_trajectories(network, point, torch.tensor([3]), 300, torch.device("cpu"))
+    assert found.x.shape == (300, 17, 1, 28, 28)
+    assert (found.x[:, -1].float() - point).abs().max() < 2e-3
+    assert (found.t.diff(dim=1) < 0).all()
+    assert (found.t[:, -1] == 0).all()
+    assert 0.5 < (found.t[:, 0] == T_MAX).float().mean() < 0.7
+    assert (found.labels == 3).all()
+    step = Following(UNet(CONFIG), found, compile=lambda function: function)
+    loss = step.loss(point.expand(8, -1, -1, -1), torch.zeros(8), 0.0)
+    assert math.isfinite(loss.item())
