@@ -112,7 +112,7 @@ def show(record: dict[str, Any]) -> None:
 
 @click.command(help=__doc__)
 @click.option("--student", type=click.Path(dir_okay=False, path_type=Path), default=DIGITS_PT, help="Checkpoint of sCD; by default the one that is shipped.")
-@click.option("--folder", type=click.Path(path_type=Path), default=Path("runs/digits"), show_default=True, help="Of the training: judge, teacher, sCT.")
+@click.option("--folder", type=click.Path(path_type=Path), default=Path("runs/digits"), show_default=True, help="Of the training: teacher, sCT.")
 @click.option("--out", type=click.Path(path_type=Path), help="JSON; by default results.json in the folder. Sets of samples that it has are not drawn again.")
 @click.option("--samples", type=click.IntRange(100), default=10_000, show_default=True, help="Of a set; as many of each class.")
 @click.option("--seeds", type=click.IntRange(1, 5), default=3, show_default=True, help="Number of sets.")
@@ -125,7 +125,7 @@ def main(student: Path, folder: Path, out: Path | None, samples: int, seeds: int
         raise click.UsageError(f"--samples must be a multiple of 10, as many of each class, got {samples}")
     folder.mkdir(parents=True, exist_ok=True)
     out = out or folder / "results.json"
-    judge = load_judge(folder / "judge.pt")
+    judge = load_judge()
     candidates = [one for one in find_candidates(folder, student) if only in one.name or only in one.through]
     if not any(one.name == GUIDED for one in candidates) and not only:
         click.echo(f"no teacher in {folder}: its rows, and the gate on the distance, are left out (train.py makes one)")

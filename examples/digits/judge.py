@@ -14,6 +14,7 @@ from torch.nn import functional
 from data import load_digits
 
 FEATURES = 64
+JUDGE = Path(__file__).with_name("judge.pt")  # the one that all figures here come from; another one measures in other units
 
 
 class Judge(nn.Module):
@@ -44,7 +45,7 @@ def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
     return functional.grid_sample(pixels, grid, align_corners=False)
 
 
-def load_judge(path: Path, steps: int = 1500) -> Judge:
+def load_judge(path: Path = JUDGE, steps: int = 1500) -> Judge:
     """The classifier stored at ``path``; trained there first (a minute or two on two cores) where there is none."""
     judge = Judge()
     if path.exists():

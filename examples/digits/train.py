@@ -188,7 +188,7 @@ def main(
     torch.manual_seed(seed)
     compiler: Callable[..., Any] = torch.compile if compile else lambda function: function
     place = torch.device(device)
-    judge = load_judge(folder / "judge.pt")
+    judge = load_judge()
     (images, _), _ = load_digits()
     real, _ = assess(judge, images)
     labels = torch.arange(10).repeat(50)
