@@ -30,7 +30,7 @@ from scm_runtime import Generator
 
 KNOWN = ("XXS", "S")
 CALLS = {"XXS": 20, "S": 4}  # of two steps each, the first of which is not counted
-PRODUCTS = ("Conv", "FusedConv", "MatMul", "FusedMatMul", "Gemm", "CosineAttention")
+PRODUCTS = ("Conv", "Conv3x3", "FusedConv", "MatMul", "FusedMatMul", "Gemm", "CosineAttention")
 
 
 def by_operator(profile: Path, skip: int) -> tuple[dict[str, float], float]:
