@@ -7,7 +7,6 @@ from numpy.typing import NDArray
 from onnxscript import ir
 
 from scm_export.functions import INLINE_BELOW
-from scm_runtime.bundle import CHANNELS_LAST_DOMAIN
 
 
 def store_as_read(model: ir.Model) -> None:
@@ -16,7 +15,7 @@ def store_as_read(model: ir.Model) -> None:
     PyTorch's ``linear`` multiplies with the transpose of what it stores. The tensors in the result are views of those given.
     """
     for node in list(model.graph):
-        if node.op_type not in ("Reshape", "Transpose") or node.domain or _is_undone(node):
+        if node.op_type not in ("Reshape", "Transpose") or node.domain:
             continue
         source, output = node.inputs[0], node.outputs[0]
         weight = _weight(source)
@@ -29,11 +28,6 @@ def store_as_read(model: ir.Model) -> None:
         weight.shape = source.shape = ir.Shape(array.shape)
         output.replace_all_uses_with(source)
         model.graph.remove(node, safe=True)
-
-
-def _is_undone(node: ir.Node) -> bool:
-    """Whether a transposition is for a node whose function body takes it back, so that only the kernels need it."""
-    return any(use.node.domain == CHANNELS_LAST_DOMAIN and use.node.op_type == "Conv3x3" for use in node.outputs[0].uses())
 
 
 def _weight(value: ir.Value | None) -> ir.Value | None:

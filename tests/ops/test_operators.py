@@ -80,7 +80,7 @@ CASES: dict[str, list[Case]] = {
         for n, draw, scale, shape in [(6, 0, 1.0, (3, 8, 8)), (3, 2**32 - 1, 0.5, (65,)), (1, 7, 80.0, (1, 1, 1)), (0, 1, 1.0, (3, 5)), (3, 1, 1.0, (3, 0, 5))]
     ],
     "Conv3x3": [
-        Case((shape, weights(3, 3, shape[-1], outputs)), {})
+        Case((shape, weights(shape[-1], 3, 3, outputs).transpose(3, 0, 1, 2)), {})
         for shape, outputs in [
             *(((1, 1, 1, 1), 1), ((3, 2, 3, 5), 4), ((1, 4, 4, 33), 65), ((3, 8, 8, 64), 48), ((2, 33, 17, 31), 32), ((1, 32, 32, 64), 64)),
             ((0, 4, 4, 7), 3),
@@ -126,7 +126,7 @@ def in_torch(op: str, inputs: Arrays, attributes: Mapping[str, Attribute], outpu
         "ConsistencyStep": ops.consistency_step,
         "PhiloxNormal": lambda seeds, draw, scale, shape: ops.philox_normal(seeds, int(draw), shape, float(scale)),
         "ToImage": ops.to_image,
-        "Conv3x3": lambda x, w: ops.conv3x3(x, w.permute(3, 2, 0, 1)),
+        "Conv3x3": ops.conv3x3,
         "MatMul": lambda x, w: ops.matmul(x, w.t()),
     }
     found = functions[op](*(torch.from_numpy(array) for array in inputs), **attributes)

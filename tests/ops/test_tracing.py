@@ -104,10 +104,6 @@ def test_without_custom_ops_the_same_samples_come_from_standard_onnx(tiny_checkp
         assert not model.functions
         assert {node.domain for node in model.graph.node} == {""}
         assert [entry.domain for entry in model.opset_import] == [""]
-    kernels = [node.input[1] for node in onnx.load(out / "step.fp32.onnx", load_external_data=False).graph.node if node.op_type == "Conv"]
-    stored = {tensor.name for tensor in onnx.load(out / "step.fp32.onnx", load_external_data=False).graph.initializer}
-    assert kernels
-    assert set(kernels) <= stored  # not transposed there and back
     sizes = [read_manifest(bundle).files["weights.onnx.data"].size for bundle in (out, tiny_bundle)]
     assert sizes[0] == sizes[1]  # no constant came to lie beside the weights
     with Generator(out) as plain, Generator(tiny_bundle) as usual:

@@ -34,6 +34,18 @@ __mmask16 first(std::int64_t count) { return count >= 16 ? 0xffff : count <= 0 ?
 
 __m512 load(const float* from, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, from); }
 __m512 load(const float16* from, __mmask16 mask) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, from)); }
+float value_of(float x) { return x; }
+float value_of(float16 x) { return _cvtsh_ss(x.bits); }
+
+// Up to 16 numbers that lie `stride` apart, and zeros for the rest.
+template <typename T>
+__m512 load_apart(const T* from, std::int64_t stride, std::int64_t count) {
+  if (stride == 1) return load(from, first(count));
+  alignas(64) float values[16] = {};
+  for (std::int64_t i = 0; i < count && i < 16; ++i) values[i] = value_of(from[i * stride]);
+  return _mm512_load_ps(values);
+}
+
 void store(float* to, __mmask16 mask, __m512 value) { _mm512_mask_storeu_ps(to, mask, value); }
 void store(float16* to, __mmask16 mask, __m512 value) { _mm256_mask_storeu_epi16(to, mask, _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)); }
 
@@ -170,18 +182,18 @@ void split(const Params<T>& p, std::int64_t begin, std::int64_t end) {
 }
 
 template <typename T>
-void pack(const T* weight, const Sizes& s, bool exact, std::uint16_t* to) {
+void pack(const T* weight, const Strides& by, const Sizes& s, bool exact, std::uint16_t* to) {
   for (std::int64_t block = 0; block * kBlock < s.outputs; ++block) {
-    const std::int64_t outputs = s.outputs - block * kBlock;
     for (std::int64_t place = 0; place < s.side * s.side; ++place) {
       for (std::int64_t input = 0; input < s.inputs; input += 32, to += (exact ? 4 : 2) * kTile) {
-        for (std::int64_t pair = 0; pair < 16; ++pair) {
-          const std::int64_t row = input + 2 * pair;
-          const T* even = weight + (place * s.inputs + row) * s.outputs + block * kBlock;
-          for (std::int64_t half = 0; half < 2; ++half) {
-            const __mmask16 mask = first(outputs - 16 * half);
-            const __m512 a = load(even + 16 * half, row < s.inputs ? mask : 0), b = load(even + s.outputs + 16 * half, row + 1 < s.inputs ? mask : 0);
-            const Pairs packed = pairs(a, b, exact);
+        for (std::int64_t half = 0; half < 2; ++half) {
+          const std::int64_t output = block * kBlock + 16 * half;
+          const T* from = weight + place * by.place + input * by.input + output * by.output;
+          for (std::int64_t pair = 0; pair < 16; ++pair) {
+            const std::int64_t rows = s.inputs - input - 2 * pair;
+            const __m512 even = load_apart(from + 2 * pair * by.input, by.output, rows > 0 ? s.outputs - output : 0);
+            const __m512 odd = load_apart(from + (2 * pair + 1) * by.input, by.output, rows > 1 ? s.outputs - output : 0);
+            const Pairs packed = pairs(even, odd, exact);
             _mm512_store_si512(to + half * kTile + pair * 32, packed.high);
             if (exact) _mm512_store_si512(to + (2 + half) * kTile + pair * 32, packed.low);
           }
@@ -216,8 +228,8 @@ void multiply(const Params<T>& p, std::int64_t block, std::int64_t begin, std::i
   write(p, sums, block, begin, end);
 }
 
-template void pack<float>(const float*, const Sizes&, bool, std::uint16_t*);
-template void pack<float16>(const float16*, const Sizes&, bool, std::uint16_t*);
+template void pack<float>(const float*, const Strides&, const Sizes&, bool, std::uint16_t*);
+template void pack<float16>(const float16*, const Strides&, const Sizes&, bool, std::uint16_t*);
 template void split<float>(const Params<float>&, std::int64_t, std::int64_t);
 template void split<float16>(const Params<float16>&, std::int64_t, std::int64_t);
 template void multiply<float>(const Params<float>&, std::int64_t, std::int64_t, std::int64_t);

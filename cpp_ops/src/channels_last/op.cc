@@ -14,6 +14,7 @@ using channels_last::kBlock;
 using channels_last::kChunk;
 using channels_last::Params;
 using channels_last::Sizes;
+using channels_last::Strides;
 
 constexpr std::int64_t kLeastChunk = 128;  // of positions: the smaller, the more often the weights are read
 
@@ -21,16 +22,16 @@ constexpr std::int64_t kLeastChunk = 128;  // of positions: the smaller, the mor
 class Packed {
  public:
   Packed() = default;
-  Packed(const Input& weight, const Sizes& sizes, bool exact) {
+  Packed(const Input& weight, const Strides& strides, const Sizes& sizes, bool exact) {
     constexpr std::size_t kAlignment = 4096;  // tiles that are read one after the other do not share a page with strangers
     const std::size_t bytes = static_cast<std::size_t>(channels_last::packed_size(sizes, exact)) * sizeof(std::uint16_t);
     if (bytes == 0) return;
     data_.reset(static_cast<std::uint16_t*>(std::aligned_alloc(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment)));
     if (!data_) throw std::bad_alloc();
     if (weight.type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT) {
-      channels_last::pack(weight.as<float>(), sizes, exact, data_.get());
+      channels_last::pack(weight.as<float>(), strides, sizes, exact, data_.get());
     } else {
-      channels_last::pack(weight.as<float16>(), sizes, exact, data_.get());
+      channels_last::pack(weight.as<float16>(), strides, sizes, exact, data_.get());
     }
   }
 
@@ -67,7 +68,9 @@ void run_product(Context& run, const T* x, const std::uint16_t* weight, T* y, co
 }
 
 // What the two have in common. A class `Product` derives from it with kName, infer() and
+//   kAxis                                               the axis of w that the channels of x are multiplied along
 //   static Sizes sizes(const Shape& x, const Shape& w)
+//   static Strides strides(const Shape& w)
 template <class Product, bool kExact>
 class ChannelsLast {
  public:
@@ -78,10 +81,9 @@ class ChannelsLast {
   explicit ChannelsLast(const Attributes& attributes) {
     const Input w = attributes.constant(1);
     if (!w.data) return;
-    const Shape any{std::vector<Dim>(4, Dim{0}), true};
-    Shape x = any;
-    x.dims.back() = w.shape[w.shape.rank() - 2];
-    packed_ = Packed(w, Product::sizes(x, w.shape), kExact);
+    Shape x{std::vector<Dim>(4, Dim{0}), true};  // its size does not matter here
+    x.dims.back() = w.shape[Product::kAxis];
+    packed_ = Packed(w, Product::strides(w.shape), Product::sizes(x, w.shape), kExact);
   }
 
   template <typename T>
@@ -90,7 +92,7 @@ class ChannelsLast {
     const Shape y = static_cast<const Product*>(this)->infer({x.shape, w.shape})[0];
     const Sizes sizes = Product::sizes(x.shape, w.shape);
     Packed now;  // for weights that are computed in the graph
-    if (!packed_.get()) now = Packed(w, sizes, kExact);
+    if (!packed_.get()) now = Packed(w, Product::strides(w.shape), sizes, kExact);
     run_product(run, x.as<T>(), packed_.get() ? packed_.get() : now.get(), run.output<T>(0, y), sizes, kExact);
   }
 
@@ -101,6 +103,7 @@ class ChannelsLast {
 template <bool kExact>
 struct Conv3x3 : ChannelsLast<Conv3x3<kExact>, kExact> {
   static constexpr const char* kName = "Conv3x3";
+  static constexpr std::size_t kAxis = 1;
   using ChannelsLast<Conv3x3, kExact>::ChannelsLast;
 
   Shapes infer(const Shapes& inputs) const {
@@ -108,18 +111,20 @@ struct Conv3x3 : ChannelsLast<Conv3x3<kExact>, kExact> {
     check_rank("x", x, 4);
     check_rank("w", w, 4);
     if (!x.ranked || !w.ranked) return {Shape{{}, false}};
-    check_dim("w", w, 0, Dim{3}, "the height of the window");
-    check_dim("w", w, 1, Dim{3}, "its width");
-    check_dim("w", w, 2, x[3], "the channels of x");
-    return {Shape{{x[0], x[1], x[2], w[3]}, true}};
+    check_dim("w", w, 1, x[3], "the channels of x");
+    check_dim("w", w, 2, Dim{3}, "the height of the window");
+    check_dim("w", w, 3, Dim{3}, "its width");
+    return {Shape{{x[0], x[1], x[2], w[0]}, true}};
   }
 
-  static Sizes sizes(const Shape& x, const Shape& w) { return {x[0].value, x[1].value, x[2].value, x[3].value, w[3].value, 3}; }
+  static Sizes sizes(const Shape& x, const Shape& w) { return {x[0].value, x[1].value, x[2].value, x[3].value, w[0].value, 3}; }
+  static Strides strides(const Shape& w) { return {1, 9, 9 * w[1].value}; }
 };
 
 template <bool kExact>
 struct MatMul : ChannelsLast<MatMul<kExact>, kExact> {
   static constexpr const char* kName = "MatMul";
+  static constexpr std::size_t kAxis = 0;
   using ChannelsLast<MatMul, kExact>::ChannelsLast;
 
   Shapes infer(const Shapes& inputs) const {
@@ -133,6 +138,7 @@ struct MatMul : ChannelsLast<MatMul<kExact>, kExact> {
     return {y};
   }
 
+  static Strides strides(const Shape& w) { return {0, w[1].value, 1}; }
   static Sizes sizes(const Shape& x, const Shape& w) { return {1, 1, elements(x, 0, x.rank() - 1), x.back().value, w[1].value, 1}; }
 };
 

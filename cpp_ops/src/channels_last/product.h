@@ -11,7 +11,7 @@
 
 namespace scm::channels_last {
 
-// y[n, h, w, o] = sum of x[n, h + i - side / 2, w + j - side / 2, c] * weight[i, j, c, o], with zeros round the map. A matrix product is side 1, height 1.
+// y[n, h, w, o] = sum of x[n, h + i - side / 2, w + j - side / 2, c] * weight[o, c, i, j], with zeros round the map. A matrix product is side 1, height 1.
 struct Sizes {
   std::int64_t samples, height, width, inputs, outputs, side;
 
@@ -35,9 +35,14 @@ inline std::int64_t packed_size(const Sizes& s, bool exact) {
   return (s.outputs + 31) / 32 * s.side * s.side * (s.padded_inputs() / 32) * (exact ? 4 : 2) * kTile;
 }
 
-// `weight` is [side, side, inputs, outputs]; `to` has packed_size() bfloat16 numbers, aligned to 64 bytes.
+// How far apart the weights of neighbouring places, inputs and outputs lie, in elements: [outputs, inputs, side, side] or [inputs, outputs].
+struct Strides {
+  std::int64_t place, input, output;
+};
+
+// `to` has packed_size() bfloat16 numbers, aligned to 64 bytes.
 template <typename T>
-void pack(const T* weight, const Sizes& sizes, bool exact, std::uint16_t* to);
+void pack(const T* weight, const Strides& strides, const Sizes& sizes, bool exact, std::uint16_t* to);
 
 template <typename T>
 struct Params {

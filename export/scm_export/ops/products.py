@@ -20,7 +20,7 @@ def conv3x3(x: Tensor, w: Tensor) -> Tensor:
         ``[N, H, W, O]``.
     """
     if as_nodes():
-        return CONV3X3.node(x, w.permute(2, 3, 1, 0), shape=[*x.shape[:-1], w.shape[0]])[0]
+        return CONV3X3.node(x, w, shape=[*x.shape[:-1], w.shape[0]])[0]
     return functional.conv2d(x.permute(0, 3, 1, 2), w, padding=1).permute(0, 2, 3, 1)
 
 
@@ -37,11 +37,9 @@ CONV3X3 = Operator(
     inputs={"x": "T", "w": "T"},
     output="y",
     output_type="T",
-    # ONNX Runtime takes these transpositions of w, and those in front of the nodes, for nothing, as they are.
     body="""
         channels_first = Transpose <perm = [0, 3, 1, 2]> (x)
-        kernel = Transpose <perm = [3, 2, 0, 1]> (w)
-        convolved = Conv <pads = [1, 1, 1, 1]> (channels_first, kernel)
+        convolved = Conv <pads = [1, 1, 1, 1]> (channels_first, w)
         y = Transpose <perm = [0, 2, 3, 1]> (convolved)
     """,
 )
