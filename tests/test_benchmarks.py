@@ -220,6 +220,9 @@ def peer(status: str = "ok", median: float = 10.0, **fields: Any) -> dict[str, A
     }
 
 
+FIGURES = ("recognised", "frechet", "precision", "recall", "near", "copies")
+
+
 @pytest.fixture
 def results(tmp_path: Path) -> Path:
     """A folder of results, beside a README with places for their tables."""
@@ -238,7 +241,12 @@ def results(tmp_path: Path) -> Path:
     folder.mkdir()
     (folder / "peers.json").write_text(json.dumps({"machine": machine, "figures": {"rows": {"XXS, batch 1": {**row, "peers": found}}}}))
     (folder / "teacher.json").write_text(json.dumps({"machine": machine, "figures": {"digits": teacher, "XXL": skipped}}))
-    places = "\n".join(f"<!-- {name}:begin -->\n<!-- {name}:end -->" for name in ("peers", "peers-costs", "teacher"))
+    good, fair = dict.fromkeys(FIGURES, (0.25, 0.125)), dict.fromkeys(FIGURES, (0.5, None))
+    rows = [{"sampler": "teacher", "through": through, "sets": sets, "figures": shown} for through, sets, shown in (("PyTorch", 1, fair), ("fp32", 3, good))]
+    changes = {"fp32": {"recognised": 0.001, "recall": 0.0021}}
+    quality = {"samples": 10_000, "real": dict.fromkeys(FIGURES, 0.75), "rows": rows, "export_changes": changes}
+    (folder / "quality.json").write_text(json.dumps(quality))
+    places = "\n".join(f"<!-- {name}:begin -->\n<!-- {name}:end -->" for name in ("peers", "peers-costs", "teacher", "quality"))
     (tmp_path / "README.md").write_text(f"# Title\n\n{places}\n\nThe end\n")
     return folder
 
@@ -258,6 +266,9 @@ def test_tables_and_plots_are_written_and_a_change_is_noticed(results: Path) -> 
     assert "Not measured: torch.compile, EDM2-XXS: it is not here." in text
     assert "| digits | 315 ms | 10.0 ms (32×) | 5.00 ms (63×) |" in text
     assert "EDM2-XXL: needs memory." in text
+    assert "| 10 000 samples a set | sets, from |" in text
+    assert "| teacher | 3, fp32 bundle | 0.250 ± 0.125 |" in text
+    assert "fp32 0.21% (recall)." in text
     assert text.startswith("# Title")
     assert text.endswith("The end\n")
     drawn = {path.name: path.read_bytes() for path in (results.parent / "images").iterdir()}

@@ -122,6 +122,20 @@ def teacher(result: Mapping[str, Any]) -> str:
     return "\n".join([markdown(["a sample", "teacher, 63 evaluations", "2 steps", "1 step"], lines), "", line, *reasons])
 
 
+def quality(record: Mapping[str, Any]) -> str:
+    """What examples/digits/evaluate.py found: a row a sampler, from the way it was drawn most often, PyTorch where that is even."""
+    figures = {"recognised": "recognised as asked", "frechet": "Fréchet distance", "precision": "precision", "recall": "recall", "copies": "copies"}
+    lines = [["real digits (1 000 against the other 3 000)", "", *(f"{record['real'][name]:.3f}" for name in figures)]]
+    for sampler in dict.fromkeys(row["sampler"] for row in record["rows"]):
+        row = max((row for row in record["rows"] if row["sampler"] == sampler), key=lambda row: row["sets"])
+        pairs = (row["figures"][name] for name in figures)
+        cells = (f"{mean:.3f}" + ("" if half is None else f" ± {half:.3f}") for mean, half in pairs)
+        lines.append([sampler, f"{row['sets']}, {'PyTorch' if row['through'] == 'PyTorch' else row['through'] + ' bundle'}", *cells])
+    changes = "; ".join(f"{dtype} {max(found.values()):.2%} ({max(found, key=found.__getitem__)})" for dtype, found in record["export_changes"].items())
+    line = f"Largest change of a figure by the export, of all rows and all figures but the count of copies: {changes}."
+    return "\n".join([markdown([f"{record['samples']:,} samples a set".replace(",", " "), "sets, from", *figures.values()], lines), "", line])
+
+
 def _all_peers(rows: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(name for row in rows.values() for name in row["peers"]))
 
@@ -143,5 +157,6 @@ TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "peers-costs": ("peers", costs),
     "peers-cuda": ("peers-cuda", latency),
     "teacher": ("teacher", teacher),
+    "quality": ("quality", quality),
 }
 """By the name of their markers: the results they come from, and what writes them."""

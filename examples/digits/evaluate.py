@@ -1,8 +1,9 @@
 """How good are the digits? Teacher and students, in PyTorch and through their bundles, judged by a classifier that was trained on other digits.
 
-    python examples/digits/evaluate.py                      # three sets of 10 000 samples a row: hours; stop and start it as you like
-    python examples/digits/evaluate.py --samples 2000 --seeds 1 --only "sCD"
-    python examples/digits/evaluate.py --quick              # one set of 100: does it run?
+    python examples/digits/evaluate.py                             # three sets of 10 000 samples a row: hours; stop and start it as you like
+    python examples/digits/evaluate.py --only "teacher" --seeds 1  # draw for these rows alone, and show all that was drawn so far
+    python examples/digits/evaluate.py --out benchmarks/results/quality.json  # then benchmarks/figures.py: README's table
+    python examples/digits/evaluate.py --quick                     # one set of 100: does it run?
 
 Recognition: the share of samples classified as the class asked for. Distance, precision and recall: between the classifier's features of the samples and
 of the 4 000 digits the generator was trained on, which the classifier has never seen. Copies: samples nearer to a training digit than 99 % of held-out
@@ -33,12 +34,17 @@ DIGITS_PT = Path(__file__).parent / "digits.pt"
 FIGURES = {"recognised": "recognised", "frechet": "Fréchet distance", "precision": "precision", "recall": "recall", "near": "nearness", "copies": "copies"}
 EXPORT_FIGURES = ("recognised", "frechet", "precision", "recall", "near")  # copies: too few for a ratio
 
+MOST_SETS = 5
+
+Figures = dict[str, float]
+"""Of a set of samples, by the names above."""
+
 # What the student must reach: a share of samples recognised as asked, by steps; and a distance, as a share of the undistilled teacher's.
 RECOGNISED = {"sCD, 1 step": 0.80, "sCD, 2 steps": 0.85}
 DISTANCE = 0.5
 
 
-def gate_misses(means: dict[str, dict[str, float]]) -> list[str]:
+def gate_misses(means: dict[str, Figures]) -> list[str]:
     """What is below the gate, in words; an empty list when the student passes. Rows that were not drawn are not judged."""
     missed = [
         f"{name}: {means[name]['recognised']:.3f} recognised, at least {least} asked"
@@ -51,7 +57,7 @@ def gate_misses(means: dict[str, dict[str, float]]) -> list[str]:
     return missed
 
 
-def measure(judge: Judge, levels: Tensor, labels: Tensor, training: Tensor | None = None) -> dict[str, float]:
+def measure(judge: Judge, levels: Tensor, labels: Tensor, training: Tensor | None = None) -> Figures:
     """All figures of one set of samples, against all training digits or those given."""
     (digits, _), (held_out, _) = load_digits()
     training = digits if training is None else training
@@ -69,7 +75,7 @@ def measure(judge: Judge, levels: Tensor, labels: Tensor, training: Tensor | Non
     }
 
 
-def measure_real(judge: Judge) -> dict[str, float]:
+def measure_real(judge: Judge) -> Figures:
     """What no sampler can beat: 1 000 training digits against the other 3 000. Held-out digits cannot stand for it, since the judge knows them."""
     (training, targets), _ = load_digits()
     first = torch.cat([(targets == digit).nonzero()[:100, 0] for digit in range(10)])
@@ -77,17 +83,18 @@ def measure_real(judge: Judge) -> dict[str, float]:
     return measure(judge, training[first], targets[first], training[rest])
 
 
-def export_changes(means: dict[tuple[str, str], dict[str, float]]) -> dict[str, dict[str, float]]:
-    """By how much each bundle's figures differ from PyTorch's, as a share of them; the largest of all rows, by dtype and figure."""
-    changes: dict[str, dict[str, float]] = {}
-    for (name, through), row in means.items():
-        torchs = means.get((name, "PyTorch"))
-        if through == "PyTorch" or torchs is None:
+def export_changes(drawn: dict[tuple[str, str], list[Figures]]) -> dict[str, Figures]:
+    """By how much each bundle's figures differ from PyTorch's over the sets that both have, as a share; the largest of all rows, by dtype and figure."""
+    changes: dict[str, Figures] = {}
+    for (name, through), sets in drawn.items():
+        pairs = list(zip(sets, drawn.get((name, "PyTorch"), []), strict=False))
+        if through == "PyTorch" or not pairs:
             continue
         largest = changes.setdefault(through, dict.fromkeys(EXPORT_FIGURES, 0.0))
         for figure in EXPORT_FIGURES:
-            if torchs[figure]:
-                largest[figure] = max(largest[figure], abs(row[figure] / torchs[figure] - 1))
+            ours, torchs = (sum(pair[way][figure] for pair in pairs) for way in (0, 1))
+            if torchs:
+                largest[figure] = max(largest[figure], abs(ours / torchs - 1))
     return changes
 
 
@@ -102,11 +109,11 @@ def draw_side_by_side(candidates: list[Candidate], path: Path) -> None:
 
 
 def show(record: dict[str, Any]) -> None:
-    table = Table("sampler", "through", *FIGURES.values(), title=f"{record['samples']:,} samples a set".replace(",", " "))
-    table.add_row("real digits", "", *(f"{record['real'][figure]:.3f}" for figure in FIGURES))
+    table = Table("sampler", "through", "sets", *FIGURES.values(), title=f"{record['samples']:,} samples a set".replace(",", " "))
+    table.add_row("real digits", "", "", *(f"{record['real'][figure]:.3f}" for figure in FIGURES))
     for row in record["rows"]:
-        pairs = (row["figures"][figure] for figure in FIGURES)
-        table.add_row(row["sampler"], row["through"], *(f"{mean:.3f}" + (f" ± {half:.3f}" if half is not None else "") for mean, half in pairs))
+        shown = (f"{mean:.3f}" + (f" ± {half:.3f}" if half is not None else "") for mean, half in map(row["figures"].__getitem__, FIGURES))
+        table.add_row(row["sampler"], row["through"], str(row["sets"]), *shown)
     Console().print(table)
 
 
@@ -115,8 +122,8 @@ def show(record: dict[str, Any]) -> None:
 @click.option("--folder", type=click.Path(path_type=Path), default=Path("runs/digits"), show_default=True, help="Of the training: teacher, sCT.")
 @click.option("--out", type=click.Path(path_type=Path), help="JSON; by default results.json in the folder. Sets of samples that it has are not drawn again.")
 @click.option("--samples", type=click.IntRange(100), default=10_000, show_default=True, help="Of a set; as many of each class.")
-@click.option("--seeds", type=click.IntRange(1, 5), default=3, show_default=True, help="Number of sets.")
-@click.option("--only", default="", help="Rows whose name or way has this in it.")
+@click.option("--seeds", type=click.IntRange(1, MOST_SETS), default=3, show_default=True, help="Number of sets to draw.")
+@click.option("--only", default="", help="Draw for the rows whose name or way has this in it.")
 @click.option("--quick", is_flag=True, help="One set of 100 samples of the students: for tests.")
 def main(student: Path, folder: Path, out: Path | None, samples: int, seeds: int, only: str, quick: bool) -> None:
     if quick:
@@ -126,35 +133,37 @@ def main(student: Path, folder: Path, out: Path | None, samples: int, seeds: int
     folder.mkdir(parents=True, exist_ok=True)
     out = out or folder / "results.json"
     judge = load_judge()
-    candidates = [one for one in find_candidates(folder, student) if only in one.name or only in one.through]
-    if not any(one.name == GUIDED for one in candidates) and not only:
+    candidates = find_candidates(folder, student)
+    if not any(one.name == GUIDED for one in candidates):
         click.echo(f"no teacher in {folder}: its rows, and the gate on the distance, are left out (train.py makes one)")
 
-    kept: dict[str, dict[str, float]] = json.loads(out.read_text()).get("sets", {}) if out.exists() else {}
+    kept: dict[str, Figures] = json.loads(out.read_text()).get("sets", {}) if out.exists() else {}
     record: dict[str, Any] = {"samples": samples, "torch": torch.__version__, "machine": platform.machine(), "real": measure_real(judge), "rows": []}
-    means: dict[tuple[str, str], dict[str, float]] = {}
+    drawn: dict[tuple[str, str], list[Figures]] = {}
     labels = torch.arange(10).repeat(samples // 10)
     for one in candidates:
-        sets = []
-        for index in range(seeds):
-            key = f"{one.name}/{one.through}/{one.weights_sha256[:16]}/{samples}/{index}"
-            if key not in kept:
+        keys = [f"{one.name}/{one.through}/{one.weights_sha256[:16]}/{samples}/{index}" for index in range(MOST_SETS)]
+        for index, key in enumerate(keys):
+            if key not in kept and index < seeds and (only in one.name or only in one.through):
                 kept[key] = measure(judge, one.draw(labels, torch.arange(samples) + index * samples), labels)
                 click.echo(f"{key}: {kept[key]}")
                 out.write_text(json.dumps({**record, "sets": kept}, indent=2) + "\n")
-            sets.append(kept[key])
-        figures = {figure: mean_and_interval([drawn[figure] for drawn in sets]) for figure in FIGURES}
-        means[one.name, one.through] = {figure: mean for figure, (mean, _) in figures.items()}
-        shown = {figure: (mean, half if seeds > 1 else None) for figure, (mean, half) in figures.items()}  # JSON has no NaN
-        record["rows"].append({"sampler": one.name, "through": one.through, "checkpoint_sha256": one.checkpoint_sha256, "figures": shown})
+        sets = [kept[key] for key in keys if key in kept]
+        if sets:
+            drawn[one.name, one.through] = sets
+            figures = {figure: mean_and_interval([found[figure] for found in sets]) for figure in FIGURES}
+            shown = {figure: (mean, half if len(sets) > 1 else None) for figure, (mean, half) in figures.items()}  # JSON has no NaN
+            about = {"sampler": one.name, "through": one.through, "checkpoint_sha256": one.checkpoint_sha256, "sets": len(sets)}
+            record["rows"].append({**about, "figures": shown})
 
-    record["export_changes"] = export_changes(means)
+    record["export_changes"] = export_changes(drawn)
     out.write_text(json.dumps({**record, "sets": kept}, indent=2) + "\n")
-    draw_side_by_side(candidates, out.with_name("side-by-side.png"))
+    draw_side_by_side(candidates, folder / "side-by-side.png")
     show(record)
     click.echo(f"largest change by the export: {record['export_changes']}")
     click.echo(f"wrote {out}")
-    if missed := gate_misses({name: row for (name, through), row in means.items() if through == "PyTorch"}):
+    torchs = {row["sampler"]: {figure: mean for figure, (mean, _) in row["figures"].items()} for row in record["rows"] if row["through"] == "PyTorch"}
+    if missed := gate_misses(torchs):
         raise click.ClickException("below the gate: " + "; ".join(missed))
 
 

@@ -1,4 +1,4 @@
-"""What the three stages minimise: the teacher's diffusion, the student's way along the teacher's trajectories, and its consistency."""
+"""What the stages minimise: the teacher's diffusion, the student's way along the teacher's trajectories, its consistency, and the last two together."""
 
 from __future__ import annotations
 
@@ -63,7 +63,10 @@ class Following:
 
 
 class Consistency:
-    """The student's second loss: Algorithm 1 of the paper, with tangent normalisation, tangent warm-up and adaptive weighting."""
+    """Algorithm 1 of the paper, with tangent normalisation, tangent warm-up (over a share of the steps, or none) and adaptive weighting.
+
+    Tangents are computed in float32: the student stands still at what their errors allow.
+    """
 
     def __init__(self, net: UNet, velocity: Network | None, compile: Callable[..., Any], warmup: float = 0.2) -> None:
         self.net, self.velocity, self.warmup = net, velocity, warmup
@@ -90,8 +93,10 @@ class Consistency:
         x = cos * x0 + sin * z
         with torch.no_grad():
             dxdt = cos * z - sin * x0 if self.velocity is None else SIGMA_DATA * self.velocity(x / SIGMA_DATA, t, labels)
+            dtype, self.net.compute_dtype = self.net.compute_dtype, torch.float32
             F_frozen, tangent = self.jvp(x / SIGMA_DATA, t, labels, cos * sin * dxdt / SIGMA_DATA, t.cos() * t.sin())
-            r = min(1.0, progress / self.warmup)
+            self.net.compute_dtype = dtype
+            r = min(1.0, progress / self.warmup) if self.warmup else 1.0
             g = -(cos**2) * (SIGMA_DATA * F_frozen - dxdt) - r * (cos * sin * x + SIGMA_DATA * tangent)
             # The paper divides by |g| + c; by the root mean square instead, c keeps its meaning whatever the number of pixels.
             g = g / (g.square().mean((1, 2, 3), keepdim=True).sqrt() + 0.1)
@@ -99,3 +104,16 @@ class Consistency:
         weight: Tensor = self.log_weight(t)[:, 0]
         error: Tensor = (F - F_frozen - g).square().mean((1, 2, 3))
         return (weight.exp() * error - weight).mean()
+
+
+class Distilling:
+    """sCD's loss, of a student that knows its trajectories: Algorithm 1's beside Following's, whose target is not the student itself."""
+
+    def __init__(self, following: Following, consistency: Consistency, share: float = 0.5) -> None:
+        self.net, self.following, self.consistency, self.share = consistency.net, following, consistency, share
+
+    def parameters(self) -> list[nn.Parameter]:
+        return self.consistency.parameters()
+
+    def loss(self, x0: Tensor, labels: Tensor, progress: float) -> Tensor:
+        return torch.lerp(self.following.loss(x0, labels, progress), self.consistency.loss(x0, labels, progress), self.share)

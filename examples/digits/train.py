@@ -3,8 +3,8 @@
     python examples/digits/train.py                    # sCD: distil the teacher
     python examples/digits/train.py --method sct       # sCT: no teacher in the student's loss, only its weights as a start
 
-The student of sCD first learns where the teacher's trajectories lead (trajectories.py), which saves it most of its way. The loss after that is Algorithm 1
-of the sCM paper (arXiv 2410.11081). Every stage resumes from where it was stopped.
+The student of sCD first learns where the teacher's trajectories lead (trajectories.py), which saves it most of its way; then half its loss is Algorithm 1 of
+the sCM paper (arXiv 2410.11081), which is all of sCT's. Every stage resumes from where it was stopped.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from data import LABEL_NAMES, PIXEL_MEAN, PIXEL_STD, SIGMA_DATA, load_digits, to_model, to_pixels
 from judge import assess, load_judge
-from losses import Consistency, Diffusion, Following
+from losses import Consistency, Diffusion, Distilling, Following
 from metrics import frechet_distance
 from samplers import TWO_STEPS, Network, autoguided, ddim, sample_consistency, torch_noise
 from scm_export.checkpoints import Checkpoint, SamplerSpec, save_checkpoint
@@ -63,7 +63,7 @@ def batches(x0: Tensor, labels: Tensor, size: int) -> Iterator[tuple[Tensor, Ten
 def train_stage(
     name: str,
     folder: Path,
-    stage: Diffusion | Following | Consistency,
+    stage: Diffusion | Following | Consistency | Distilling,
     steps: int,
     learning_rate: float,
     batch_size: int,
@@ -162,10 +162,12 @@ def as_checkpoint(net: UNet) -> Checkpoint:
 @click.option("--method", type=click.Choice(["scd", "sct"]), default="scd", show_default=True)
 @click.option("--teacher-steps", type=click.IntRange(1), default=3700, show_default=True)
 @click.option("--trajectories", type=click.IntRange(1), default=20_000, show_default=True, help="Of the teacher, for sCD: half a gigabyte.")
-@click.option("--following-steps", type=click.IntRange(1), default=9000, show_default=True, help="On the trajectories.")
-@click.option("--student-steps", type=click.IntRange(1), default=1100, show_default=True)
+@click.option("--following-steps", type=click.IntRange(1), default=16_000, show_default=True, help="On the trajectories.")
+@click.option("--student-steps", type=click.IntRange(1), default=1200, show_default=True, help="Of sCD or sCT.")
 @click.option("--batch-size", type=click.IntRange(1, 4000), default=128, show_default=True)
-@click.option("--learning-rate", type=float, default=1e-3, show_default=True, help="The student's; the teacher's is 8e-3.")
+@click.option(
+    "--learning-rate", type=click.FloatRange(0, min_open=True), help="Of sCD (4e-4) or sCT (1e-3); the teacher's is 8e-3, on the trajectories it is 2e-3."
+)
 @click.option("--guidance", type=float, default=2.5, show_default=True, help="Weight of the teacher's autoguidance.")
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
 @click.option("--compile/--no-compile", default=True, show_default=True, help="torch.compile the losses: minutes to start, a third faster.")
@@ -178,7 +180,7 @@ def main(
     following_steps: int,
     student_steps: int,
     batch_size: int,
-    learning_rate: float,
+    learning_rate: float | None,
     guidance: float,
     device: str,
     compile: bool,
@@ -216,22 +218,23 @@ def main(
         snapshot_at=1 / 8,
     )
     student = new_network(place, teacher.state_dict())
-    velocity = None
+    stage: Consistency | Distilling
     if method == "scd":
         snapshot = new_network(place, torch.load(folder / "teacher.snapshot.pt", weights_only=True)).requires_grad_(False)
         velocity = compiler(autoguided(teacher, snapshot, guidance))
         ways = load_trajectories(folder / "trajectories.pt", velocity, trajectories, place)
         following = Following(student, ways, compiler)
-        student = train_stage(
-            "following", folder, following, following_steps, 2e-3, batch_size, ema_decay=0.999, evaluate=evaluate(two_steps), compile=compiler
-        )
-        student = new_network(place, student.state_dict())
+        ema = train_stage("following", folder, following, following_steps, 2e-3, batch_size, ema_decay=0.999, evaluate=evaluate(two_steps), compile=compiler)
+        student.load_state_dict(ema.state_dict())
+        stage = Distilling(following, Consistency(student, velocity, compiler, warmup=0))
+    else:
+        stage = Consistency(student, None, compiler)
     ema = train_stage(
         method,
         folder,
-        Consistency(student, velocity, compiler),
+        stage,
         student_steps,
-        learning_rate=learning_rate,
+        learning_rate=learning_rate or {"scd": 4e-4, "sct": 1e-3}[method],
         batch_size=batch_size,
         ema_decay=0.998,
         evaluate=evaluate(two_steps),

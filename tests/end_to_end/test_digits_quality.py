@@ -108,19 +108,22 @@ class Step(torch.nn.Module):
 
 
 def test_quick_evaluation_runs_and_draws_no_set_twice(tmp_path: Path) -> None:
-    run = CliRunner().invoke(main, ["--folder", str(tmp_path), "--quick"])
-    assert run.exit_code == 0, run.output
-    record = json.loads((tmp_path / "results.json").read_text())
-    assert [(row["sampler"], row["through"]) for row in record["rows"]] == [
-        (name, through) for name in ("sCD, 2 steps", "sCD, 1 step") for through in ("PyTorch", "fp32", "fp16")
-    ]
+    def run(*arguments: str) -> tuple[str, Any]:
+        done = CliRunner().invoke(main, ["--folder", str(tmp_path), "--quick", *arguments])
+        assert done.exit_code == 0, done.output
+        return done.output, json.loads((tmp_path / "results.json").read_text())
+
+    names = ("sCD, 2 steps", "sCD, 1 step")
+    _, record = run("--only", "fp32")
+    assert [(row["sampler"], row["through"], row["sets"]) for row in record["rows"]] == [(name, "fp32", 1) for name in names]
+    output, record = run("--only", "PyTorch")
+    assert "fp32/" not in output  # not drawn again
     figures = {(row["sampler"], row["through"]): row["figures"] for row in record["rows"]}
-    for name in ("sCD, 2 steps", "sCD, 1 step"):
+    assert list(figures) == [(name, through) for name in names for through in ("PyTorch", "fp32")]
+    for name in names:
         assert figures[name, "fp32"]["near"][0] == pytest.approx(figures[name, "PyTorch"]["near"][0], rel=5e-3)
+    assert 0 < record["export_changes"]["fp32"]["near"] < 5e-3
     assert (tmp_path / "side-by-side.png").is_file()
-    again = CliRunner().invoke(main, ["--folder", str(tmp_path), "--quick"])
-    assert "/100/0: " not in again.output
-    assert json.loads((tmp_path / "results.json").read_text())["sets"] == record["sets"]
 
 
 def test_trajectories_lead_where_the_data_are() -> None:
