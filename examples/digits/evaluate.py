@@ -123,7 +123,7 @@ def show(record: dict[str, Any]) -> None:
 @click.option("--out", type=click.Path(path_type=Path), help="JSON; by default results.json in the folder. Sets of samples that it has are not drawn again.")
 @click.option("--samples", type=click.IntRange(100), default=10_000, show_default=True, help="Of a set; as many of each class.")
 @click.option("--seeds", type=click.IntRange(1, MOST_SETS), default=3, show_default=True, help="Number of sets to draw.")
-@click.option("--only", default="", help="Draw for the rows whose name or way has this in it.")
+@click.option("--only", default="", help="Draw for the rows that have this in their name and way, as in 'sCD, 2 steps/fp16'.")
 @click.option("--quick", is_flag=True, help="One set of 100 samples of the students: for tests.")
 def main(student: Path, folder: Path, out: Path | None, samples: int, seeds: int, only: str, quick: bool) -> None:
     if quick:
@@ -144,7 +144,7 @@ def main(student: Path, folder: Path, out: Path | None, samples: int, seeds: int
     for one in candidates:
         keys = [f"{one.name}/{one.through}/{one.weights_sha256[:16]}/{samples}/{index}" for index in range(MOST_SETS)]
         for index, key in enumerate(keys):
-            if key not in kept and index < seeds and (only in one.name or only in one.through):
+            if key not in kept and index < seeds and only in f"{one.name}/{one.through}":
                 kept[key] = measure(judge, one.draw(labels, torch.arange(samples) + index * samples), labels)
                 click.echo(f"{key}: {kept[key]}")
                 out.write_text(json.dumps({**record, "sets": kept}, indent=2) + "\n")
