@@ -21,7 +21,7 @@ KERNELS  := $(shell find cpp_ops -name '.*' -prune -o -type f -print)
 
 DEMO     := demo/digits.png
 LABELS   := 0,1,2,3,4,5,6,7,8,9,0,1,2,3,4,5,6,7,8,9
-# figures.py draws what the others have measured.
+# figures.py draws what the others have measured. Large models by name: README says which command took which figures.
 BENCHES  := $(filter-out benchmarks/_% benchmarks/figures.py,$(wildcard benchmarks/*.py))
 
 .DEFAULT_GOAL := help

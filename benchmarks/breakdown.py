@@ -19,8 +19,7 @@ from typing import Any
 
 import torch
 from _common import keep
-from _peers.models import edm2_config
-from latency import random_checkpoint
+from _peers.models import edm2_config, random_checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from scm_export import export

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 from _common import interleaved, keep
-from latency import DIGITS, XXS, random_checkpoint
+from _peers.models import DIGITS, edm2_config, random_checkpoint
 from onnxruntime import InferenceSession
 
 from scm_export import export
@@ -179,7 +179,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=15)
     seconds = parser.parse_args().seconds
     with tempfile.TemporaryDirectory() as folder:
-        checkpoints = {"digits 28x28": DIGITS, "XXS 32x32x4": random_checkpoint(XXS, Path(folder) / "xxs.pt")}
+        checkpoints = {"digits 28x28": DIGITS, "XXS 32x32x4": random_checkpoint(edm2_config("XXS"), Path(folder) / "xxs.pt")}
         bundles = {name: export(path, Path(folder) / f"{path.stem}.scm", verify=False, steps=()).path for name, path in checkpoints.items()}
         digits, xxs = bundles
         figures = {

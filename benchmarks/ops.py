@@ -24,7 +24,7 @@ import onnx
 import onnxruntime as ort
 import torch
 from _common import interleaved, keep
-from latency import random_checkpoint
+from _peers.models import random_checkpoint
 from onnx import helper
 
 from scm_export import ops

@@ -1,6 +1,6 @@
 """What would a user pick instead? Two steps from the same noise to the same final state, on the same weights, ours beside its peers.
 
-    python benchmarks/peers.py                             digits and XXS at batch 1 and 8, on the CPU
+    python benchmarks/peers.py                             digits and XXS at batch 1, on the CPU
     python benchmarks/peers.py --all                       all models and peers: hours, of which XXL takes one; 16 GB of memory, 20 GB of disk (TMPDIR)
     python benchmarks/peers.py --device cuda --sizes S,XXL --batch-sizes 1,8,64 --steps 1
 
@@ -155,7 +155,7 @@ def _known(names: Sequence[str], known: Sequence[str], what: str) -> None:
 
 @click.command(help=__doc__.split("\n")[0])
 @click.option("--sizes", callback=_listed, help=f"Of {', '.join(SIZES)}; by default {', '.join(FEW)}.")
-@click.option("--batch-sizes", callback=_listed, help="By default 1,8, on a GPU 1,8,64.")
+@click.option("--batch-sizes", callback=_listed, help="By default 1; with --all 1,8, of XXL 1; on a GPU 1,8,64.")
 @click.option("--steps", type=click.IntRange(1), default=2, show_default=True)
 @click.option("--peers", "names", callback=_listed, help="By name, separated by commas; an unknown name lists them.")
 @click.option("--all", "everything", is_flag=True, help="All sizes and peers that are not narrowed down otherwise.")
@@ -202,7 +202,8 @@ def main(
     for size in sizes or (list(SIZES) if everything else FEW):
         figures["not_measured"].pop(size, None)
         try:
-            for name, row in measure_size(size, batches or (SIZES[size].cpu_batch_sizes if device == "cpu" else CUDA_BATCH_SIZES), steps, peers, plan, work):
+            usual = CUDA_BATCH_SIZES if device == "cuda" else SIZES[size].cpu_batch_sizes if everything else (1,)
+            for name, row in measure_size(size, batches or usual, steps, peers, plan, work):
                 figures["rows"][name] = new[name] = row
                 save(result, figures)
         except NotPreparedError as error:

@@ -24,9 +24,8 @@ from typing import Any
 import msgspec
 import torch
 from _common import earlier, keep
-from _peers.models import edm2_config
+from _peers.models import DIGITS, edm2_config, random_checkpoint
 from _peers.sizes import BASE_BYTES, SIZES, available_bytes, lacking, preparing_bytes
-from latency import DIGITS, random_checkpoint
 
 from export import in_a_process
 from scm_export import export

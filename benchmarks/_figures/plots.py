@@ -26,7 +26,13 @@ def peers(result: Mapping[str, Any], theme: str, path: Path, stamp: str) -> None
     names = [list(dict.fromkeys(name for row in line for name in ran(row))) for line in lines]
     figure = _figure(3.1 * min(COLUMNS, len(rows) or 1) + 1.5, 0.3 + sum(0.4 + 0.26 * len(line) for line in names))
     grid = figure.add_gridspec(len(lines), min(COLUMNS, len(rows) or 1), height_ratios=[1 + len(line) for line in names])
-    figure.suptitle("Two steps, one sample: time, shorter is better. Amber: half precision", x=0.01, ha="left", fontsize=8, color=colours["muted"])
+    figure.suptitle(
+        "Two steps, one sample: time, shorter is better. Blue: ours, pale with function bodies or in bf16. Amber: others in half precision",
+        x=0.01,
+        ha="left",
+        fontsize=8,
+        color=colours["muted"],
+    )
     for i, line in enumerate(lines):
         for j, row in enumerate(line):
             _panel(figure.add_subplot(grid[i, j]), row, names[i], colours, labelled=j == 0)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from latency import DIGITS, random_checkpoint
 
-from scm_export.networks.edm2 import PRESETS, UNetConfig
+from scm_export.checkpoints import Checkpoint, SamplerSpec, save_checkpoint
+from scm_export.networks.edm2 import PRESETS, UNet, UNetConfig
 
+DIGITS = Path(__file__).parents[2] / "examples" / "digits" / "digits.pt"
 SCM: dict[str, Any] = {"time_embedding": "positional", "modulation": "scale-shift"}  # sCM's changes to EDM2's networks
 
 SANA = {
@@ -56,6 +57,15 @@ LCM = {
     "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
 }
+
+
+def random_checkpoint(config: UNetConfig, path: Path) -> Path:
+    """An EDM2 network as a scm-checkpoint."""
+    torch.manual_seed(0)
+    net = UNet(config)
+    torch.nn.init.ones_(net.out_gain)
+    save_checkpoint(Checkpoint(family="edm2", config=asdict(config), sampler=SamplerSpec(), weights=net.state_dict()), path)
+    return path
 
 
 def edm2_config(size: str) -> UNetConfig:

@@ -21,7 +21,7 @@ class Size:
     trial: bool = True
     """Whether opening it several times, to find a peer's best settings, is cheap."""
     cpu_batch_sizes: tuple[int, ...] = (1, 8)
-    """Measured on a CPU unless others are asked for."""
+    """Measured on a CPU with ``--all``."""
 
     @property
     def weights_bytes(self) -> int:
