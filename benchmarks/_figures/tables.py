@@ -125,11 +125,14 @@ def teacher(result: Mapping[str, Any]) -> str:
 def quality(record: Mapping[str, Any]) -> str:
     """What examples/digits/evaluate.py found: a row a sampler, from the way it was drawn most often, PyTorch where that is even."""
     figures = {"recognised": "recognised as asked", "frechet": "Fréchet distance", "precision": "precision", "recall": "recall", "copies": "copies"}
-    lines = [["real digits (1 000 against the other 3 000)", "", *(f"{record['real'][name]:.3f}" for name in figures)]]
+    digits = {name: 4 if name == "copies" else 3 for name in figures}
+    lines = [["real digits (1 000 against the other 3 000)", "", *(f"{record['real'][name]:.{digits[name]}f}" for name in figures)]]
     for sampler in dict.fromkeys(row["sampler"] for row in record["rows"]):
         row = max((row for row in record["rows"] if row["sampler"] == sampler), key=lambda row: row["sets"])
-        pairs = (row["figures"][name] for name in figures)
-        cells = (f"{mean:.3f}" + ("" if half is None else f" ± {half:.3f}") for mean, half in pairs)
+        cells = []
+        for name in figures:
+            mean, half = (value if value is None else f"{value:.{digits[name]}f}" for value in row["figures"][name])
+            cells.append(f"{mean}" if half is None else f"{mean} ± {half}")
         lines.append([sampler, f"{row['sets']}, {'PyTorch' if row['through'] == 'PyTorch' else row['through'] + ' bundle'}", *cells])
     changes = "; ".join(f"{dtype} {max(found.values()):.2%} ({max(found, key=found.__getitem__)})" for dtype, found in record["export_changes"].items())
     line = f"Largest change of a figure by the export, of all rows and all figures but the count of copies: {changes}."

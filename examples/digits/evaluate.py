@@ -114,7 +114,9 @@ def show(record: dict[str, Any]) -> None:
     for row in record["rows"]:
         shown = (f"{mean:.3f}" + (f" ± {half:.3f}" if half is not None else "") for mean, half in map(row["figures"].__getitem__, FIGURES))
         table.add_row(row["sampler"], row["through"], str(row["sets"]), *shown)
-    Console().print(table)
+    console = Console()
+    console.width = max(console.width, 150)
+    console.print(table)
 
 
 @click.command(help=__doc__)

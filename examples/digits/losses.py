@@ -109,7 +109,7 @@ class Consistency:
 class Distilling:
     """sCD's loss, of a student that knows its trajectories: Algorithm 1's beside Following's, whose target is not the student itself."""
 
-    def __init__(self, following: Following, consistency: Consistency, share: float = 0.5) -> None:
+    def __init__(self, following: Following, consistency: Consistency, share: float = 0.4) -> None:
         self.net, self.following, self.consistency, self.share = consistency.net, following, consistency, share
 
     def parameters(self) -> list[nn.Parameter]:

@@ -10,11 +10,12 @@ if TYPE_CHECKING:
 
 # Largest absolute difference of a state whose standard deviation is 0.5, by the dtype the graph computes in and the one its weights are
 # stored in. Half precision has 11 significant bits: its rounding alone moves a weight by up to 5e-4 of itself, and few-step
-# samplers do not average errors away. bfloat16 has 8 bits: what bounds it is MIN_PSNR, and the largest error only in the rough.
+# samplers do not average errors away: a well-trained one is steep where a stroke begins, and single pixels there are off by a
+# hundred times the rest. bfloat16 has 8 bits. What bounds graphs in half precision is MIN_PSNR, and the largest error only in the rough.
 SAMPLE_ATOL: dict[tuple[str, str], float] = {
     ("fp32", "fp32"): 5e-4,
     ("fp32", "fp16"): 1e-2,
-    ("fp16", "fp16"): 3e-2,
+    ("fp16", "fp16"): 6e-2,
     ("fp32", "bf16"): 8e-2,
     ("bf16", "bf16"): 2.4e-1,
 }
