@@ -80,7 +80,7 @@ OPENVINO = Peer(
     install="openvino",
     distributions=("openvino",),
     variants=({"precision": "f32", "hint": "LATENCY"}, {"precision": "f32", "hint": "THROUGHPUT"}),
-    memory=2.4,
+    memory=1.4,  # beside the file, which it maps
 )
 DIFFUSERS = replace(
     EAGER,
