@@ -27,8 +27,8 @@ FACTS = "scm_ops.json"
 LIBRARY = {"win32": "scm_ops.dll", "darwin": "libscm_ops.dylib"}.get(sys.platform, "libscm_ops.so")
 
 # A configuration entry of sessions on the CPU, in the words of torch.set_float32_matmul_precision: how convolutions and matrix products over feature maps
-# compute where the processor has matrix units for bfloat16 (AMX). "high" takes each float32 for a sum of two bfloat16, "medium" for one; "highest" leaves them
-# to ONNX Runtime, as every other processor does.
+# compute where the processor multiplies bfloat16. "high" takes each float32 for a sum of two bfloat16, on matrix units (AMX) alone; "medium" for one, also in
+# vectors (AVX512-BF16). "highest" leaves them to ONNX Runtime, as every other processor does.
 MATMUL_PRECISION = "scm.float32_matmul_precision"
 PRECISIONS = ("highest", "high", "medium")
 

@@ -16,12 +16,9 @@ void add_consistency_step(CustomOps& ops, const OrtApi& api);
 void add_philox_normal(CustomOps& ops, const OrtApi& api);
 void add_to_image(CustomOps& ops, const OrtApi& api);
 
-// Of the domain `scm.channels_last`, version 1: for processors with matrix units, to float32's accuracy and to bfloat16's. Call them where available().
+// Of the domain `scm.channels_last`, version 1, to float32's accuracy and to bfloat16's; and whether this processor can.
 void add_channels_last(CustomOps& ops, const OrtApi& api);
 void add_channels_last_bfloat16(CustomOps& ops, const OrtApi& api);
-
-namespace channels_last {
-bool available();
-}
+bool has_channels_last(bool exact);
 
 }  // namespace scm

@@ -54,7 +54,7 @@ void add_scm(CustomOps& ops, const OrtApi& api) {
   for (const auto add : kOps) add(ops, api);
 }
 
-#ifdef SCM_OPS_AMX
+#ifdef SCM_OPS_BFLOAT16
 constexpr const char* kChannelsLast = "scm.channels_last";
 constexpr const char* kPrecision = "scm.float32_matmul_precision";
 
@@ -72,7 +72,7 @@ std::string wanted_precision(const OrtApi& api, const OrtSessionOptions* options
 void register_channels_last(const OrtApi& api, OrtSessionOptions* options) {
   const std::string wanted = wanted_precision(api, options);
   if (wanted != "highest" && wanted != "high" && wanted != "medium") throw Error{std::string(kPrecision) + " must be highest, high or medium, got " + wanted};
-  if (wanted == "highest" || !channels_last::available()) return;
+  if (wanted == "highest" || !has_channels_last(wanted == "high")) return;
   const auto add_to = [&](const Domain& domain) { check(api, api.AddCustomOpDomain(options, domain.get())); };
   if (wanted == "high") {
     static const Domain high(api, kChannelsLast, add_channels_last);
@@ -98,7 +98,7 @@ extern "C" SCM_OPS_EXPORT OrtStatus* ORT_API_CALL RegisterCustomOps(OrtSessionOp
   return scm::guarded(*api, "RegisterCustomOps", [&] {
     static const scm::Domain domain(*api, "scm", scm::add_scm);
     scm::check(*api, api->AddCustomOpDomain(options, domain.get()));
-#ifdef SCM_OPS_AMX
+#ifdef SCM_OPS_BFLOAT16
     scm::register_channels_last(*api, options);
 #endif
   });

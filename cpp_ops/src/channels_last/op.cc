@@ -53,6 +53,7 @@ void run_product(Context& run, const T* x, const std::uint16_t* weight, T* y, co
   const Params<T> p{x, weight, y, s, high, exact ? high + count : nullptr};
   run.parallel(s.padded_rows(), grain_in_rows(s.row() * s.padded_inputs()), [&](std::int64_t begin, std::int64_t end) { channels_last::split(p, begin, end); });
 
+  const auto multiply = channels_last::units() == channels_last::Units::tiles ? channels_last::multiply_tiles<T> : channels_last::multiply_dots<T>;
   // A piece is 32 outputs of a chunk of positions.
   static const std::int64_t threads = std::thread::hardware_concurrency();  // those of the session are not known here
   const std::int64_t positions = s.positions() - s.pad() * (s.row() + 1), blocks = (s.outputs + kBlock - 1) / kBlock;
@@ -62,7 +63,7 @@ void run_product(Context& run, const T* x, const std::uint16_t* weight, T* y, co
   run.parallel(blocks * chunks, 1, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t piece = begin; piece < end; ++piece) {
       const std::int64_t position = piece / blocks * chunk;
-      channels_last::multiply(p, piece % blocks, position, std::min(position + chunk, positions));
+      multiply(p, piece % blocks, position, std::min(position + chunk, positions));
     }
   });
 }
@@ -151,6 +152,11 @@ void add_products(CustomOps& ops, const OrtApi& api) {
 }
 
 }  // namespace
+
+bool has_channels_last(bool exact) {
+  const channels_last::Units units = channels_last::units();
+  return units == channels_last::Units::tiles || (units == channels_last::Units::dots && !exact);
+}
 
 void add_channels_last(CustomOps& ops, const OrtApi& api) { add_products<true>(ops, api); }
 void add_channels_last_bfloat16(CustomOps& ops, const OrtApi& api) { add_products<false>(ops, api); }

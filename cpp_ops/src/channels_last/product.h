@@ -1,7 +1,9 @@
-// Convolutions and matrix products over channels-last feature maps, on the matrix units (AMX) of an x86 processor.
+// Convolutions and matrix products over channels-last feature maps, on what an x86 processor has for bfloat16: matrix units (AMX), or dot products in
+// AVX-512's vectors.
 //
-// The units multiply bfloat16 and add in float32. A float32 number is the sum of two bfloat16, high and low, to 16 of its 24 bits: with
-// high * high + high * low + low * high a product has a relative error of about 2^-16, and a sum of many less. One product alone is bfloat16 arithmetic.
+// Both multiply bfloat16 and add in float32. A float32 number is the sum of two bfloat16, high and low, to 16 of its 24 bits: with
+// high * high + high * low + low * high a product has a relative error of about 2^-16, and a sum of many less: on matrix units still several times as fast as
+// float32. One product alone is bfloat16 arithmetic, for which dot products have twice float32's rate.
 #pragma once
 
 #include <cstddef>
@@ -57,15 +59,18 @@ struct Params {
 constexpr std::int64_t kBlock = 32;   // outputs, and positions, that a piece of work computes at once
 constexpr std::int64_t kChunk = 512;  // positions of a piece of work, at most
 
-// Whether this processor has the units and the system lets the process use them; asks the system, the first time.
-bool available();
+// What this processor has and the system lets the process use; asks the system, the first time.
+enum class Units { none, dots, tiles };
+Units units();
 
 // Splits rows [begin, end) of padded_rows() into `high` and `low`.
 template <typename T>
 void split(const Params<T>& p, std::int64_t begin, std::int64_t end);
 
-// Computes outputs [32 * block, 32 * block + 32) of positions [begin, end); begin is a multiple of 32.
+// Computes outputs [32 * block, 32 * block + 32) of positions [begin, end); begin is a multiple of 32. Dot products do without `low`.
 template <typename T>
-void multiply(const Params<T>& p, std::int64_t block, std::int64_t begin, std::int64_t end);
+void multiply_tiles(const Params<T>& p, std::int64_t block, std::int64_t begin, std::int64_t end);
+template <typename T>
+void multiply_dots(const Params<T>& p, std::int64_t block, std::int64_t begin, std::int64_t end);
 
 }  // namespace scm::channels_last

@@ -1,0 +1,105 @@
+// Numbers into the units' order. Compiled for AVX-512 with bfloat16: nothing of the standard library may be called, and nothing here before units() has said so.
+#include <immintrin.h>
+
+#include "channels_last/product.h"
+#include "channels_last/vectors.h"
+
+namespace scm::channels_last {
+namespace {
+
+__m512 load(const float* from, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, from); }
+__m512 load(const float16* from, __mmask16 mask) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, from)); }
+float value_of(float x) { return x; }
+float value_of(float16 x) { return _cvtsh_ss(x.bits); }
+
+// Up to 16 numbers that lie `stride` apart, and zeros for the rest.
+template <typename T>
+__m512 load_apart(const T* from, std::int64_t stride, std::int64_t count) {
+  if (stride == 1) return load(from, first(count));
+  alignas(64) float values[16] = {};
+  for (std::int64_t i = 0; i < count && i < 16; ++i) values[i] = value_of(from[i * stride]);
+  return _mm512_load_ps(values);
+}
+
+__m512 widened(__m256i bfloats) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bfloats), 16)); }
+
+// Two rows of weights to 32 pairs, as the units read them: high, and what is left.
+struct Pairs {
+  __m512i high, low;
+};
+
+Pairs pairs(__m512 even, __m512 odd, bool rest) {
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i high = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd, even));
+  if (!rest) return {_mm512_permutexvar_epi16(order, high), high};
+  const __m512 even_rest = _mm512_sub_ps(even, widened(_mm512_castsi512_si256(high)));
+  const __m512 odd_rest = _mm512_sub_ps(odd, widened(_mm512_extracti64x4_epi64(high, 1)));
+  const __m512i low = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd_rest, even_rest));
+  return {_mm512_permutexvar_epi16(order, high), _mm512_permutexvar_epi16(order, low)};
+}
+
+void clear(std::uint16_t* to, std::int64_t count) {
+  for (std::int64_t i = 0; i < count; i += 32) _mm512_storeu_si512(to + i, _mm512_setzero_si512());
+}
+
+}  // namespace
+
+template <typename T>
+void split(const Params<T>& p, std::int64_t begin, std::int64_t end) {
+  const Sizes& s = p.sizes;
+  const std::int64_t channels = s.padded_inputs();
+  for (std::int64_t row = begin; row < end; ++row) {
+    const std::int64_t above = row % (s.height + s.pad()), start = row * s.row() * channels;
+    const bool is_zero = above < s.pad() || row >= s.samples * (s.height + s.pad());
+    const std::int64_t zeros = is_zero ? s.row() : s.pad();
+    clear(p.high + start, zeros * channels);
+    if (p.low) clear(p.low + start, zeros * channels);
+    if (row + 1 == s.padded_rows()) {  // what follows the last row
+      const std::int64_t rest = start + s.row() * channels;
+      clear(p.high + rest, (s.pad() + Sizes::kSpare) * channels);
+      if (p.low) clear(p.low + rest, (s.pad() + Sizes::kSpare) * channels);
+    }
+    if (is_zero) continue;
+    const T* x = p.x + ((row / (s.height + s.pad())) * s.height + above - s.pad()) * s.width * s.inputs;
+    for (std::int64_t w = 0; w < s.width; ++w, x += s.inputs) {
+      const std::int64_t slot = start + (s.pad() + w) * channels;
+      for (std::int64_t c = 0; c < channels; c += 16) {
+        const __m512 value = load(x + c, first(s.inputs - c));
+        const __m256i high = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p.high + slot + c), high);
+        if (!p.low) continue;
+        const __m256bh low = _mm512_cvtneps_pbh(_mm512_sub_ps(value, widened(high)));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p.low + slot + c), reinterpret_cast<__m256i>(low));
+      }
+    }
+  }
+}
+
+template <typename T>
+void pack(const T* weight, const Strides& by, const Sizes& s, bool exact, std::uint16_t* to) {
+  for (std::int64_t block = 0; block * kBlock < s.outputs; ++block) {
+    for (std::int64_t place = 0; place < s.side * s.side; ++place) {
+      for (std::int64_t input = 0; input < s.inputs; input += 32, to += (exact ? 4 : 2) * kTile) {
+        for (std::int64_t half = 0; half < 2; ++half) {
+          const std::int64_t output = block * kBlock + 16 * half;
+          const T* from = weight + place * by.place + input * by.input + output * by.output;
+          for (std::int64_t pair = 0; pair < 16; ++pair) {
+            const std::int64_t rows = s.inputs - input - 2 * pair;
+            const __m512 even = load_apart(from + 2 * pair * by.input, by.output, rows > 0 ? s.outputs - output : 0);
+            const __m512 odd = load_apart(from + (2 * pair + 1) * by.input, by.output, rows > 1 ? s.outputs - output : 0);
+            const Pairs packed = pairs(even, odd, exact);
+            _mm512_store_si512(to + half * kTile + pair * 32, packed.high);
+            if (exact) _mm512_store_si512(to + (2 + half) * kTile + pair * 32, packed.low);
+          }
+        }
+      }
+    }
+  }
+}
+
+template void pack<float>(const float*, const Strides&, const Sizes&, bool, std::uint16_t*);
+template void pack<float16>(const float16*, const Strides&, const Sizes&, bool, std::uint16_t*);
+template void split<float>(const Params<float>&, std::int64_t, std::int64_t);
+template void split<float16>(const Params<float16>&, std::int64_t, std::int64_t);
+
+}  // namespace scm::channels_last
