@@ -8,7 +8,7 @@
 Recognition: the share of samples classified as the class asked for. Distance, precision and recall: between the classifier's features of the samples and
 of the 4 000 digits the generator was trained on, which the classifier has never seen. Copies: samples nearer to a training digit than 99 % of held-out
 digits are. No figure alone tells: an undistilled teacher at two steps draws blurred averages, which are easy to recognise. Distances over different
-numbers of samples do not compare. Intervals are Student's, 95 %, over the sets.
+numbers of samples do not compare. Intervals are Student's, 95 %, over the sets. Rows whose checkpoint is not here stay as an earlier run wrote them.
 """
 
 from __future__ import annotations
@@ -98,6 +98,12 @@ def export_changes(drawn: dict[tuple[str, str], list[Figures]]) -> dict[str, Fig
     return changes
 
 
+def absent_rows(record: dict[str, Any], samples: int, candidates: list[Candidate]) -> list[dict[str, Any]]:
+    """What an earlier run judged and this one cannot, for its checkpoint is not here: these rows stay as they were."""
+    here = {one.name for one in candidates}
+    return [row for row in record.get("rows", []) if record["samples"] == samples and row["sampler"] not in here]
+
+
 def draw_side_by_side(candidates: list[Candidate], path: Path) -> None:
     """Teacher and students from PyTorch, a row each, columns from the same noise: seeds 0 to 19, classes 0 to 9 twice."""
     labels, seeds = torch.arange(10).repeat(2), torch.arange(20)
@@ -137,10 +143,12 @@ def main(student: Path, folder: Path, out: Path | None, samples: int, seeds: int
     judge = load_judge()
     candidates = find_candidates(folder, student)
     if not any(one.name == GUIDED for one in candidates):
-        click.echo(f"no teacher in {folder}: its rows, and the gate on the distance, are left out (train.py makes one)")
+        click.echo(f"no teacher in {folder}: its rows, and the gate on the distance, are left out or as they were (train.py makes one)")
 
-    kept: dict[str, Figures] = json.loads(out.read_text()).get("sets", {}) if out.exists() else {}
-    record: dict[str, Any] = {"samples": samples, "torch": torch.__version__, "machine": platform.machine(), "real": measure_real(judge), "rows": []}
+    earlier = json.loads(out.read_text()) if out.exists() else {}
+    kept: dict[str, Figures] = earlier.get("sets", {})
+    about_run = {"samples": samples, "torch": torch.__version__, "machine": platform.machine()}
+    record: dict[str, Any] = {**about_run, "real": measure_real(judge), "rows": absent_rows(earlier, samples, candidates)}
     drawn: dict[tuple[str, str], list[Figures]] = {}
     labels = torch.arange(10).repeat(samples // 10)
     for one in candidates:
@@ -158,6 +166,7 @@ def main(student: Path, folder: Path, out: Path | None, samples: int, seeds: int
             about = {"sampler": one.name, "through": one.through, "checkpoint_sha256": one.checkpoint_sha256, "sets": len(sets)}
             record["rows"].append({**about, "figures": shown})
 
+    record["rows"].sort(key=lambda row: not row["sampler"].startswith("teacher"))
     record["export_changes"] = export_changes(drawn)
     out.write_text(json.dumps({**record, "sets": kept}, indent=2) + "\n")
     draw_side_by_side(candidates, folder / "side-by-side.png")

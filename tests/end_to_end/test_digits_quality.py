@@ -24,7 +24,7 @@ from scm_export.samplers import make_tables
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "digits"))
 
 from data import SIGMA_DATA
-from evaluate import main
+from evaluate import FIGURES, main
 from losses import Following
 from metrics import frechet_distance, mean_and_interval, memorised, nearest, precision_recall
 from samplers import T_MAX, bundle_noise, dpm_solver_2s, per_sample
@@ -107,16 +107,20 @@ class Step(torch.nn.Module):
         return self.function(*arguments)
 
 
-def test_quick_evaluation_runs_and_draws_no_set_twice(tmp_path: Path) -> None:
+def test_quick_evaluation_runs_draws_no_set_twice_and_keeps_what_it_cannot_judge(tmp_path: Path) -> None:
     def run(*arguments: str) -> tuple[str, Any]:
         done = CliRunner().invoke(main, ["--folder", str(tmp_path), "--quick", *arguments])
         assert done.exit_code == 0, done.output
         return done.output, json.loads((tmp_path / "results.json").read_text())
 
     names = ("sCD, 2 steps", "sCD, 1 step")
+    of_another = {"sampler": "teacher of another run", "through": "fp32", "sets": 1, "figures": dict.fromkeys(FIGURES, [0.5, None])}
+    (tmp_path / "results.json").write_text(json.dumps({"samples": 100, "rows": [of_another]}))
     _, record = run("--only", "fp32")
+    assert record["rows"].pop(0) == of_another
     assert [(row["sampler"], row["through"], row["sets"]) for row in record["rows"]] == [(name, "fp32", 1) for name in names]
     output, record = run("--only", "PyTorch")
+    assert record["rows"].pop(0) == of_another
     assert "fp32/" not in output  # not drawn again
     figures = {(row["sampler"], row["through"]): row["figures"] for row in record["rows"]}
     assert list(figures) == [(name, through) for name in names for through in ("PyTorch", "fp32")]
