@@ -19,8 +19,8 @@ from scm_runtime.cache import GraphCache
 from scm_runtime.cache_key import graph_key, is_cacheable
 from scm_runtime.devices import CPU, Placement
 from scm_runtime.errors import DeviceError, InferenceError, InvalidArgumentError, MissingDependencyError, NativeOpsError, OutOfMemoryError
-from scm_runtime.native import MATMUL_PRECISION, check_precision
 from scm_runtime.process import leave_to_parent
+from scm_runtime.session_options import configure
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -200,7 +200,8 @@ class Session:
     def _open_at(self, path: Path, change: Callable[[Any], None]) -> Any:
         """The graph at a path, the session's own or a copy of it, with options that ``change`` has had the last word on."""
         ort, settings = load_onnxruntime(), self.settings
-        options = self._options()
+        options = ort.SessionOptions()
+        configure(options, settings, self.path.stem)
         change(options)
         if settings.library is not None:
             try:
@@ -217,43 +218,6 @@ class Session:
                 raise OutOfMemoryError(f"the memory of {settings.placement.device} does not suffice to open '{path}': {error}") from error
             remedy = "Upgrade it, or export the checkpoint again" + (", or run without the native kernels: native_ops=False" if settings.library else ".")
             raise InferenceError(f"ONNX Runtime {ort.__version__} cannot open '{path}': {error}. {remedy}") from error
-
-    def _options(self) -> Any:
-        settings = self.settings
-        options = load_onnxruntime().SessionOptions()
-        options.log_severity_level = 4  # what goes wrong is raised, not printed
-        # Between runs the cores belong to the host: waiting threads sleep instead of spinning.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        if settings.threads is not None:
-            options.intra_op_num_threads = settings.threads
-        precision = check_precision(settings.session_options.get(MATMUL_PRECISION, "high"))
-        if settings.library is not None and settings.placement.device == "cpu" and not settings.frugal:  # what is not folded would be packed at every run
-            options.add_session_config_entry(MATMUL_PRECISION, precision)
-        if settings.frugal:
-            options.enable_cpu_mem_arena = False
-            options.add_session_config_entry("session.disable_prepacking", "1")
-        if settings.profile_dir is not None:
-            options.enable_profiling = True
-            options.profile_file_prefix = os.fspath(settings.profile_dir / self.path.stem)
-        for name, value in settings.session_options.items():
-            if name == MATMUL_PRECISION:
-                continue
-            if "." in name:
-                try:
-                    options.add_session_config_entry(name, str(value))
-                except RuntimeError as error:
-                    raise InvalidArgumentError(f"session_options: {name[:60]!r} cannot be {str(value)[:60]!r}: {error}") from error
-                continue
-            if name.startswith("_") or callable(getattr(options, name, len)):
-                known = ", ".join(known for known in dir(options) if not known.startswith("_") and not callable(getattr(options, known)))
-                raise InvalidArgumentError(
-                    f"session_options must name attributes of ONNX Runtime's SessionOptions ({known}), or entries with a dot; got {name!r}"
-                )
-            try:
-                setattr(options, name, value)
-            except TypeError as error:
-                raise InvalidArgumentError(f"session_options: {name} cannot be {value!r}: {error}") from error
-        return options
 
     def _open_with(self, path: Path, options: Any) -> Any:
         """Open the graph, with its weights from memory where ONNX Runtime will not follow the link that the hub's cache has for them.

@@ -91,6 +91,17 @@ def test_session_options_reach_onnxruntime(tiny_bundle: Path) -> None:
     assert opened.get_session_config_entry("session.disable_prepacking") == "1"
 
 
+def test_a_hosts_session_option_takes_the_place_of_ours_without_a_word(tiny_bundle: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    ours = Session(tiny_bundle / "step.fp32.onnx", Settings())._session.get_session_options()
+    assert ours.get_session_config_entry("session.intra_op.spin_duration_us") == "20"
+    assert ours.get_session_config_entry("session.force_spinning_stop") == "1"
+    with Generator(tiny_bundle, device="cpu", session_options={"session.intra_op.allow_spinning": 0}) as generate:
+        generate(0, seed=0)
+    its = Session(tiny_bundle / "step.fp32.onnx", Settings(session_options={"session.intra_op.allow_spinning": 0}))._session.get_session_options()
+    assert its.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+    assert capfd.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [({"intra_op_threads": 2}, r"SessionOptions \(.*intra_op_num_threads.*got 'intra_op_threads'"), ({"intra_op_num_threads": "two"}, "cannot be 'two'")],
