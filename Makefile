@@ -16,7 +16,7 @@ LIGHT    := $(VENV)/.stamp-light
 FULL     := $(VENV)/.stamp-full
 OPS      := $(VENV)/.stamp-ops
 PACKAGE  := pyproject.toml constraints.txt scm_runtime/_version.py
-EXTRAS   := cpu,export,hub,example,test,dev
+EXTRAS   := cpu,export,hub,example,test,dev,bench
 KERNELS  := $(shell find cpp_ops -name '.*' -prune -o -type f -print)
 
 DEMO     := demo/digits.png
@@ -69,7 +69,7 @@ soak: $(FULL) $(OPS) ## use Generators in every way at once, twice for ten minut
 	MALLOC_ARENA_MAX=1 $(BIN)/python tests/soak/soak.py $(or $(SECONDS),600)
 
 bench: $(FULL) $(OPS) ## run every script in benchmarks/
-	@set -e; for script in $(BENCHES) benchmarks/figures.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+	@set -e; for script in $(BENCHES) benchmarks/figures.py; do echo "== $$(date +%T) $$script"; $(BIN)/python "$$script"; done
 
 bench-large: $(FULL) $(OPS) ## export and run the models of 1.5 billion parameters: most of an hour, 14 GB of memory, 15 GB of disk
 	$(BIN)/python benchmarks/export.py XXL SANA-Sprint

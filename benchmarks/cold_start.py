@@ -25,7 +25,7 @@ from _common import earlier, keep
 
 from export import in_a_process, write_checkpoint
 
-ROUNDS = {"digits": 15, "XXS 64x64x4": 9, "S 64x64x4": 5}
+ROUNDS = {"digits": 9, "XXS 64x64x4": 5, "S 64x64x4": 5}
 USUAL = ("digits", "XXS 64x64x4")
 PROGRAM = """
 import json, sys, time

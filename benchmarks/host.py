@@ -176,7 +176,7 @@ def peak_memory(bundle: Path, streamed: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=15)
+    parser.add_argument("--seconds", type=float, default=6)
     seconds = parser.parse_args().seconds
     with tempfile.TemporaryDirectory() as folder:
         checkpoints = {"digits 28x28": DIGITS, "XXS 32x32x4": random_checkpoint(edm2_config("XXS"), Path(folder) / "xxs.pt")}

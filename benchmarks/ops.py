@@ -191,7 +191,7 @@ def operators(device: str) -> dict[str, Any]:
             n, length, _ = case.inputs[0].shape
             q, k, v = case.inputs[0].reshape(n, length, 3, -1, 64).permute(2, 0, 3, 1, 4).contiguous().unbind(0)
             candidates["PyTorch scaled_dot_product_attention"] = torch_call(torch.nn.functional.scaled_dot_product_attention, (q, k, v), device)
-        found = interleaved(candidates, repeats=30 if case.size == "64 MB" else 100, warmup=3)
+        found = interleaved(candidates, repeats=10 if case.size == "64 MB" else 50, warmup=3)
         kernel = found["kernel"]["median_ms"]
         with torch.inference_mode():
             results = case.eager(*case.inputs)
@@ -211,8 +211,8 @@ def steps(device: str) -> dict[str, Any]:
     """Whole steps. "plain" is what torch.onnx.export makes of the network when its operators are traced through."""
     figures: dict[str, Any] = {}
     configs: dict[str, tuple[UNetConfig, int]] = {
-        "XXS 32x32x4": (replace(PRESETS["XXS"], img_resolution=32, time_embedding="positional", modulation="scale-shift"), 40),
-        "S 64x64x4": (replace(PRESETS["S"], time_embedding="positional", modulation="scale-shift"), 10),
+        "XXS 32x32x4": (replace(PRESETS["XXS"], img_resolution=32, time_embedding="positional", modulation="scale-shift"), 20),
+        "S 64x64x4": (replace(PRESETS["S"], time_embedding="positional", modulation="scale-shift"), 4),
     }
     for name, (config, repeats) in configs.items():
         with tempfile.TemporaryDirectory() as temporary:

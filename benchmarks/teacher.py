@@ -36,7 +36,7 @@ from scm_runtime import Generator
 SAMPLER, STEPS = "dpm-solver-2s", 32
 EVALUATIONS = 2 * STEPS - 1
 KNOWN, USUAL = ("digits", "XXS", "S", "XXL"), ("digits", "XXS")
-SECONDS = 20.0  # of rounds; one at least
+SECONDS = 12.0  # of rounds; one at least
 
 
 def write_student(size: str, folder: Path) -> Path:
