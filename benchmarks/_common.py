@@ -12,7 +12,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("SCM_BENCH_RESULTS") or Path(__file__).parent / "results")
+"""One folder a machine; README shows the figures of the usual one."""
 
 
 def machine() -> dict[str, object]:
@@ -44,7 +45,7 @@ def interleaved(candidates: Mapping[str, Callable[[], object]], repeats: int, wa
 
 
 def earlier(name: str) -> dict[str, Any]:
-    """The figures of ``results/NAME.json``, if they are of this machine; else none."""
+    """The figures of ``NAME.json`` in the folder of results, if they are of this machine; else none."""
     try:
         kept = json.loads((RESULTS / f"{name}.json").read_text())
     except (OSError, ValueError):
@@ -53,8 +54,8 @@ def earlier(name: str) -> dict[str, Any]:
 
 
 def save(name: str, figures: object) -> str:
-    """Write ``results/NAME.json``, and return its text."""
-    RESULTS.mkdir(exist_ok=True)
+    """Write ``NAME.json`` there, and return its text."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"machine": machine(), "figures": figures}, indent=2)
     (RESULTS / f"{name}.json").write_text(text + "\n")
     return text

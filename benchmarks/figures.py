@@ -23,8 +23,8 @@ THEMES = ("light", "dark")
 
 
 def read_results(folder: Path) -> dict[str, Any]:
-    """The results there are, by name."""
-    return {path.stem: json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))}
+    """The results there are, by name; those of a further machine as FOLDER/NAME."""
+    return {path.relative_to(folder).with_suffix("").as_posix(): json.loads(path.read_text("utf-8")) for path in sorted(folder.rglob("*.json"))}
 
 
 def with_tables(text: str, results: dict[str, Any]) -> str:

@@ -176,14 +176,14 @@ def peak_memory(bundle: Path, streamed: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=6)
+    parser.add_argument("--seconds", type=float, default=5)
     seconds = parser.parse_args().seconds
     with tempfile.TemporaryDirectory() as folder:
         checkpoints = {"digits 28x28": DIGITS, "XXS 32x32x4": random_checkpoint(edm2_config("XXS"), Path(folder) / "xxs.pt")}
         bundles = {name: export(path, Path(folder) / f"{path.stem}.scm", verify=False, steps=()).path for name, path in checkpoints.items()}
         digits, xxs = bundles
         figures = {
-            "call": {digits: above_the_graphs(bundles[digits], 1000)},  # of larger graphs, noise hides it
+            "call": {digits: above_the_graphs(bundles[digits], 500)},  # of larger graphs, noise hides it
             "threads": {digits: shared_by_threads(bundles[digits], 40), xxs: shared_by_threads(bundles[xxs], 8)},
             "clients": {name: served_to_clients(bundle, seconds) for name, bundle in bundles.items()},
             "memory, MiB": {digits: peak_memory(bundles[digits], 1000), xxs: peak_memory(bundles[xxs], 64)},

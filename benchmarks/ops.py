@@ -1,11 +1,12 @@
 """Are the native operators worth their library? Each kernel against its own function body and PyTorch eager; then whole steps.
 
-    python benchmarks/ops.py [--device cpu|cuda] [--only operators|steps]
+    python benchmarks/ops.py [--device cpu|cuda] [--only operators|steps] [--size XXS] [--size S]
 
 Operators: the same single-node graph runs in ONNX Runtime with the library (kernel) and without (body); PyTorch runs the reference function.
 Bandwidth counts inputs and outputs once, as a share of what copying a tensor of 256 MB reaches. Steps: EDM2 with sCM's changes and random
 weights, batch 1: the exported step with the library and without, a plain export of the same network that knows no scm operators, PyTorch eager.
-All candidates are interleaved; ratios are of medians, "x" means so many times faster with the library.
+XXS, or the sizes that are named: S takes minutes. Rows that are not asked for stay in the results. All candidates are interleaved; ratios are of
+medians, "x" means so many times faster with the library.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
-from _common import interleaved, keep
+from _common import earlier, interleaved, keep
 from _peers.models import random_checkpoint
 from onnx import helper
 
@@ -207,14 +208,19 @@ def operators(device: str) -> dict[str, Any]:
     return figures
 
 
-def steps(device: str) -> dict[str, Any]:
+SIZES: dict[str, tuple[UNetConfig, int]] = {
+    "XXS 32x32x4": (replace(PRESETS["XXS"], img_resolution=32, time_embedding="positional", modulation="scale-shift"), 20),
+    "S 64x64x4": (replace(PRESETS["S"], time_embedding="positional", modulation="scale-shift"), 10),
+}
+"""Of the steps: the network, and how often each candidate runs."""
+
+
+def steps(device: str, sizes: list[str]) -> dict[str, Any]:
     """Whole steps. "plain" is what torch.onnx.export makes of the network when its operators are traced through."""
-    figures: dict[str, Any] = {}
-    configs: dict[str, tuple[UNetConfig, int]] = {
-        "XXS 32x32x4": (replace(PRESETS["XXS"], img_resolution=32, time_embedding="positional", modulation="scale-shift"), 20),
-        "S 64x64x4": (replace(PRESETS["S"], time_embedding="positional", modulation="scale-shift"), 4),
-    }
-    for name, (config, repeats) in configs.items():
+    figures = earlier(f"ops-steps-{device}")
+    for name, (config, repeats) in SIZES.items():
+        if name.split()[0] not in sizes:
+            continue
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             model = build_model(load_checkpoint(random_checkpoint(config, folder / "model.pt")))
@@ -248,11 +254,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--only", choices=["operators", "steps"])
+    parser.add_argument("--size", choices=[name.split()[0] for name in SIZES], action="append")
     chosen = parser.parse_args()
     if chosen.only != "steps":
         keep(f"ops-{chosen.device}", operators(chosen.device))
     if chosen.only != "operators":
-        keep(f"ops-steps-{chosen.device}", steps(chosen.device))
+        keep(f"ops-steps-{chosen.device}", steps(chosen.device, chosen.size or ["XXS"]))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from _figures.tables import OURS, milliseconds, ran
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PANELS, COLUMNS = 6, 3  # a plot shows so many models at most
+PANELS, COLUMNS = 9, 3  # a plot shows so many models at most
 COLOURS = {
     "light": {"text": "#1f2328", "muted": "#59636e", "line": "#d1d9e0", "ours": "#0a6fd6", "bodies": "#7db3ec", "fp32": "#b4bcc6", "half": "#d9a441"},
     "dark": {"text": "#e6edf3", "muted": "#9198a1", "line": "#3d444d", "ours": "#4a9eff", "bodies": "#2f5f93", "fp32": "#656c76", "half": "#b08130"},

@@ -161,5 +161,7 @@ TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "peers-cuda": ("peers-cuda", latency),
     "teacher": ("teacher", teacher),
     "quality": ("quality", quality),
+    "quality-sct": ("quality-sct", quality),
+    "peers-zen4": ("amd-zen4/peers", latency),
 }
 """By the name of their markers: the results they come from, and what writes them."""

@@ -114,7 +114,7 @@ def test_quick_evaluation_runs_draws_no_set_twice_and_keeps_what_it_cannot_judge
         return done.output, json.loads((tmp_path / "results.json").read_text())
 
     names = ("sCD, 2 steps", "sCD, 1 step")
-    of_another = {"sampler": "teacher of another run", "through": "fp32", "sets": 1, "figures": dict.fromkeys(FIGURES, [0.5, None])}
+    of_another = {"sampler": "teacher of another run", "through": "fp32", "sets": 1, "figures": {name: [0.5, None] for name in FIGURES}}
     (tmp_path / "results.json").write_text(json.dumps({"samples": 100, "rows": [of_another]}))
     _, record = run("--only", "fp32")
     assert record["rows"].pop(0) == of_another
