@@ -23,7 +23,8 @@ SAMPLERS = "samplers.json"
 COMBINE = "combine.onnx"
 
 OPS_DOMAIN = "scm"
-CHANNELS_LAST_DOMAIN = "scm.channels_last"  # standard ONNX in other clothes: no bundle needs kernels for it
+CHANNELS_LAST_DOMAIN = "scm.channels_last"  # standard ONNX in other clothes: no bundle needs kernels for it, nor for
+CHANNELS_FIRST_DOMAIN = "scm.channels_first"
 OPS_VERSION = 1  # of the operator set that scm-export writes: docs/custom-ops.md
 
 Positive = Annotated[int, Meta(ge=1)]

@@ -16,6 +16,12 @@ from scm_runtime.native import find_library
 
 ROOT = Path(__file__).parents[1]
 
+# What this processor has for bfloat16, by the flags that Linux lists.
+CPUINFO = Path("/proc/cpuinfo")
+FEATURES = set(CPUINFO.read_text().split()) if CPUINFO.exists() else set()
+BFLOAT16 = {"avx512_bf16", "avx512bw", "avx512cd", "avx512dq", "avx512vl"} <= FEATURES
+MATRIX_UNITS = BFLOAT16 and {"amx_tile", "amx_bf16"} <= FEATURES
+
 # Put before a program: importing any of sys.argv[1] (comma-separated) fails, as if it were not to be touched.
 BLOCK_IMPORTS = """
 import sys

@@ -16,9 +16,11 @@ void add_consistency_step(CustomOps& ops, const OrtApi& api);
 void add_philox_normal(CustomOps& ops, const OrtApi& api);
 void add_to_image(CustomOps& ops, const OrtApi& api);
 
-// Of the domain `scm.channels_last`, version 1, to float32's accuracy and to bfloat16's; and whether this processor can.
+// Of the domains `scm.channels_last` and `scm.channels_first`, version 1, to float32's accuracy (`exact`) or to bfloat16's; and whether this processor can.
+template <bool kExact>
 void add_channels_last(CustomOps& ops, const OrtApi& api);
-void add_channels_last_bfloat16(CustomOps& ops, const OrtApi& api);
-bool has_channels_last(bool exact);
+template <bool kExact>
+void add_channels_first(CustomOps& ops, const OrtApi& api);
+bool has_products(bool exact);
 
 }  // namespace scm

@@ -55,7 +55,6 @@ void add_scm(CustomOps& ops, const OrtApi& api) {
 }
 
 #ifdef SCM_OPS_BFLOAT16
-constexpr const char* kChannelsLast = "scm.channels_last";
 constexpr const char* kPrecision = "scm.float32_matmul_precision";
 
 // What the session's configuration says, in torch's words; without it, as for sessions on other devices, function bodies run.
@@ -69,18 +68,24 @@ std::string wanted_precision(const OrtApi& api, const OrtSessionOptions* options
   return value.data();
 }
 
-void register_channels_last(const OrtApi& api, OrtSessionOptions* options) {
+template <bool kExact>
+struct Products {
+  explicit Products(const OrtApi& api) : last(api, "scm.channels_last", add_channels_last<kExact>), first(api, "scm.channels_first", add_channels_first<kExact>) {}
+
+  Domain last, first;
+};
+
+template <bool kExact>
+void add_products_to(const OrtApi& api, OrtSessionOptions* options) {
+  static const Products<kExact> products(api);
+  for (const Domain* domain : {&products.last, &products.first}) check(api, api.AddCustomOpDomain(options, domain->get()));
+}
+
+void register_products(const OrtApi& api, OrtSessionOptions* options) {
   const std::string wanted = wanted_precision(api, options);
   if (wanted != "highest" && wanted != "high" && wanted != "medium") throw Error{std::string(kPrecision) + " must be highest, high or medium, got " + wanted};
-  if (wanted == "highest" || !has_channels_last(wanted == "high")) return;
-  const auto add_to = [&](const Domain& domain) { check(api, api.AddCustomOpDomain(options, domain.get())); };
-  if (wanted == "high") {
-    static const Domain high(api, kChannelsLast, add_channels_last);
-    add_to(high);
-  } else {
-    static const Domain medium(api, kChannelsLast, add_channels_last_bfloat16);
-    add_to(medium);
-  }
+  if (wanted == "highest" || !has_products(wanted == "high")) return;
+  (wanted == "high" ? add_products_to<true> : add_products_to<false>)(api, options);
 }
 #endif
 
@@ -99,7 +104,7 @@ extern "C" SCM_OPS_EXPORT OrtStatus* ORT_API_CALL RegisterCustomOps(OrtSessionOp
     static const scm::Domain domain(*api, "scm", scm::add_scm);
     scm::check(*api, api->AddCustomOpDomain(options, domain.get()));
 #ifdef SCM_OPS_BFLOAT16
-    scm::register_channels_last(*api, options);
+    scm::register_products(*api, options);
 #endif
   });
 }

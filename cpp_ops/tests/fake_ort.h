@@ -34,7 +34,7 @@ struct Options {
   Threads threads = Threads::one;       // of KernelContext_ParallelFor
   int failing_call = kNever;            // the call of the API, counted from 0, that fails
   int constant = -1;                    // the input that the kernel is told of when it is made
-  std::string precision;                // "high" or "medium": of the operators over channels-last maps
+  std::string precision;                // "high" or "medium": of the operators that multiply bfloat16
   bool pretend_memory = false;          // outputs have no memory: for tests in which the kernel stops before it writes
 };
 
@@ -77,7 +77,7 @@ Inference infer(const std::string& op, const std::vector<Spec>& inputs, const At
 struct Library {
   std::string domain;
   std::vector<const OrtCustomOp*> ops;
-  std::map<std::string, std::vector<const OrtCustomOp*>> products;  // over channels-last maps, by precision; none where the processor cannot have them
+  std::map<std::string, std::vector<const OrtCustomOp*>> products;  // those that multiply bfloat16, by precision; none where the processor cannot have them
   std::vector<std::string> failures;
 };
 

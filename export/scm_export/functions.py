@@ -10,7 +10,7 @@ from onnx import FunctionProto
 from onnxscript import ir, optimizer, rewriter
 
 from scm_export.ops import OPERATORS
-from scm_runtime.bundle import CHANNELS_LAST_DOMAIN, OPS_DOMAIN, OPS_VERSION
+from scm_runtime.bundle import CHANNELS_FIRST_DOMAIN, CHANNELS_LAST_DOMAIN, OPS_DOMAIN, OPS_VERSION
 from scm_runtime.errors import ExportError
 
 INLINE_BELOW = 1024  # bytes; smaller tensors stay in their graphs, larger ones lie in the weights file
@@ -24,7 +24,7 @@ def attach_functions(model: ir.Model) -> None:
     """
     nodes: dict[str, list[ir.Node]] = defaultdict(list)
     for node in model.graph.all_nodes():
-        if node.domain in (OPS_DOMAIN, CHANNELS_LAST_DOMAIN):
+        if node.domain in (OPS_DOMAIN, CHANNELS_LAST_DOMAIN, CHANNELS_FIRST_DOMAIN):
             nodes[node.op_type].append(node)
     for name, group in nodes.items():
         function = ir.serde.deserialize_function(_body(name, group, model.graph.opset_imports[""]))

@@ -16,6 +16,7 @@ from scm_export.functions import attach_functions, optimize
 from scm_export.graphs import BATCH, ir_version
 from scm_export.model import Model
 from scm_export.ops import operators_as_nodes
+from scm_export.products import mark_products
 from scm_export.weight_layout import store_as_read
 from scm_export.widening import widen
 from scm_runtime.bundle import Conditioning
@@ -117,6 +118,8 @@ def _trace(
             traced: ir.Model = program.model
             optimize(traced)
             store_as_read(traced)
+            if operators:
+                mark_products(traced)
             widen(traced)
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]

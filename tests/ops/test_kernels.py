@@ -20,12 +20,7 @@ from scm_runtime import Generator
 from scm_runtime.bundle import MANIFEST, OPS_DOMAIN, OPS_VERSION, sha256
 from scm_runtime.errors import InvalidArgumentError
 from scm_runtime.native import MATMUL_PRECISION
-from support import native_library
-
-CPUINFO = Path("/proc/cpuinfo")
-FEATURES = set(CPUINFO.read_text().split()) if CPUINFO.exists() else set()
-BFLOAT16 = {"avx512_bf16", "avx512bw", "avx512cd", "avx512dq", "avx512vl"} <= FEATURES
-MATRIX_UNITS = BFLOAT16 and {"amx_tile", "amx_bf16"} <= FEATURES
+from support import BFLOAT16, MATRIX_UNITS, native_library
 
 
 @pytest.fixture(autouse=True)

@@ -90,6 +90,13 @@ CASES: dict[str, list[Case]] = {
         Case((shape, weights(shape[-1], outputs)), {})
         for shape, outputs in [((1, 1), 1), ((3, 4, 5, 65), 33), ((2, 16, 16, 64), 192), ((1, 1023, 96), 48), ((0, 4, 7), 3), ((3, 0, 7), 3)]
     ],
+    "Conv": [
+        Case((shape, weights(shape[1], side, side, outputs).transpose(3, 0, 1, 2), (outputs,)), {"pads": (side // 2,) * 4})
+        for side, shape, outputs in [
+            *((3, (1, 1, 1, 1), 1), (3, (3, 3, 2, 5), 4), (3, (1, 33, 4, 4), 65), (3, (3, 64, 8, 8), 48), (3, (2, 31, 33, 17), 32), (3, (0, 7, 4, 4), 3)),
+            *((1, (1, 1, 1, 1), 1), (1, (3, 33, 7, 5), 65), (1, (2, 64, 33, 17), 48), (1, (0, 7, 4, 4), 3)),
+        ]
+    ],
     "ToImage": [
         *(Case((shape,), {"scale": 64.0, "offset": 127.5}) for shape in [(1, 1, 7, 5), (3, 3, 5, 7), (2, 4, 64, 65), (0, 3, 5, 7), (3, 3, 0, 7)]),
         Case(((3, 3, 65, 65),), {"scale": 127.5, "offset": 127.5}),
@@ -128,6 +135,7 @@ def in_torch(op: str, inputs: Arrays, attributes: Mapping[str, Attribute], outpu
         "ToImage": ops.to_image,
         "Conv3x3": ops.conv3x3,
         "MatMul": lambda x, w: ops.matmul(x, w.t()),
+        "Conv": ops.conv,
     }
     found = functions[op](*(torch.from_numpy(array) for array in inputs), **attributes)
     return tuple(tensor.numpy() for tensor in (found if isinstance(found, tuple) else (found,)))
@@ -138,7 +146,7 @@ def in_onnxruntime(opset: int, *, kernel: bool = False, provider: str = "CPUExec
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
         if kernel:
-            options.add_session_config_entry(MATMUL_PRECISION, "high")  # for the CPU alone: Conv3x3 and MatMul have no other kernels
+            options.add_session_config_entry(MATMUL_PRECISION, "high")  # for the CPU alone: products have no other kernels
             options.register_custom_ops_library(str(native_library()))
         model = _model(op, inputs, attributes, outputs, opset).SerializeToString()
         session = onnxruntime.InferenceSession(model, options, providers=[provider])
@@ -176,6 +184,7 @@ def _model(op: str, inputs: Arrays, attributes: Mapping[str, Attribute], outputs
     )
 
 
+PRODUCTS = ("Conv3x3", "MatMul", "Conv")
 IMPLEMENTATIONS = [
     pytest.param(in_torch, id="torch"),
     pytest.param(in_reference_evaluator, id="body in the reference evaluator"),
@@ -201,7 +210,7 @@ def test_an_operator_is_its_reference(op: str, dtype: str, implementation: Imple
             expected = in_torch(op, wide, case.attributes, outputs)
             found = implementation(op, inputs, case.attributes, outputs)
             kind = _name(OPERATORS[op].output_type, dtype)
-            atol, rtol = PRODUCT_TOLERANCE if op in ("Conv3x3", "MatMul") and kind == "float32" else OP_TOLERANCE[kind]
+            atol, rtol = PRODUCT_TOLERANCE if op in PRODUCTS and kind == "float32" else OP_TOLERANCE[kind]
             for one, other in zip(found, expected, strict=True):
                 message = f"inputs {[array.shape for array in inputs]}, attributes {dict(case.attributes)}, {outputs} outputs"
                 assert (one.dtype, one.shape) == (np.dtype(kind), other.shape), message

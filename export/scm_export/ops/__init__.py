@@ -15,7 +15,7 @@ from scm_export.ops.norm_modulate_silu import NORM_MODULATE_SILU, norm_modulate_
 from scm_export.ops.operator import Operator, operators_as_nodes
 from scm_export.ops.philox_normal import PHILOX_NORMAL, philox_normal
 from scm_export.ops.pixel_norm import PIXEL_NORM, pixel_norm, pixel_norm_silu
-from scm_export.ops.products import CONV3X3, MATMUL, conv3x3, matmul
+from scm_export.ops.products import CONV, CONV3X3, MATMUL, conv, conv3x3, matmul
 from scm_export.ops.to_image import TO_IMAGE, to_image
 
 OPERATORS: dict[str, Operator] = {
@@ -33,6 +33,7 @@ OPERATORS: dict[str, Operator] = {
         TO_IMAGE,
         CONV3X3,
         MATMUL,
+        CONV,
     )
 }
 
@@ -53,6 +54,7 @@ __all__ = [
     "consistency_step",
     "philox_normal",
     "to_image",
+    "conv",
     "conv3x3",
     "matmul",
 ]

@@ -1,12 +1,14 @@
-"""``Conv3x3`` and ``MatMul`` over channels-last feature maps: standard ONNX, but where a processor's matrix units take them as they lie."""
+"""Convolutions and matrix products: standard ONNX, but where a processor's matrix units take them, ``Conv3x3`` and ``MatMul`` over channels-last maps."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from torch import Tensor
 from torch.nn import functional
 
 from scm_export.ops.operator import Operator, as_nodes
-from scm_runtime.bundle import CHANNELS_LAST_DOMAIN
+from scm_runtime.bundle import CHANNELS_FIRST_DOMAIN, CHANNELS_LAST_DOMAIN
 
 
 def conv3x3(x: Tensor, w: Tensor) -> Tensor:
@@ -31,6 +33,21 @@ def matmul(x: Tensor, w: Tensor) -> Tensor:
     return functional.linear(x, w)
 
 
+def conv(x: Tensor, w: Tensor, b: Tensor, pads: Sequence[int]) -> Tensor:
+    """Convolution that keeps the map's size; no network calls it: those of diffusers' networks become its operator (:mod:`scm_export.products`).
+
+    Args:
+        x: ``[N, I, H, W]``, any floating dtype.
+        w: ``[O, I, 3, 3]`` or ``[O, I, 1, 1]``, in x's dtype.
+        b: ``[O]``, in x's dtype.
+        pads: zeros above, left, below and right of the map: 1 for 3x3, 0 for 1x1.
+
+    Returns:
+        ``[N, O, H, W]``.
+    """
+    return functional.conv2d(x, w, b, padding=(pads[0], pads[1]))
+
+
 CONV3X3 = Operator(
     domain=CHANNELS_LAST_DOMAIN,
     name="Conv3x3",
@@ -45,3 +62,13 @@ CONV3X3 = Operator(
 )
 
 MATMUL = Operator(domain=CHANNELS_LAST_DOMAIN, name="MatMul", inputs={"x": "T", "w": "T"}, output="y", output_type="T", body="y = MatMul (x, w)")
+
+CONV = Operator(
+    domain=CHANNELS_FIRST_DOMAIN,
+    name="Conv",
+    inputs={"x": "T", "w": "T", "b": "T"},
+    output="y",
+    output_type="T",
+    body="y = Conv <pads: ints = @pads> (x, w, b)",
+    attributes=("pads",),
+)

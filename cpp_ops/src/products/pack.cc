@@ -1,14 +1,12 @@
 // Numbers into the units' order. Compiled for AVX-512 with bfloat16: nothing of the standard library may be called, and nothing here before units() has said so.
 #include <immintrin.h>
 
-#include "channels_last/product.h"
-#include "channels_last/vectors.h"
+#include "products/product.h"
+#include "products/vectors.h"
 
-namespace scm::channels_last {
+namespace scm::products {
 namespace {
 
-__m512 load(const float* from, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, from); }
-__m512 load(const float16* from, __mmask16 mask) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, from)); }
 float value_of(float x) { return x; }
 float value_of(float16 x) { return _cvtsh_ss(x.bits); }
 
@@ -42,6 +40,41 @@ void clear(std::uint16_t* to, std::int64_t count) {
   for (std::int64_t i = 0; i < count; i += 32) _mm512_storeu_si512(to + i, _mm512_setzero_si512());
 }
 
+// 16 inputs of a position.
+template <typename T>
+void put(const Params<T>& p, std::int64_t at, __m512 value) {
+  const __m256i high = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p.high + at), high);
+  if (!p.low) return;
+  const __m256bh low = _mm512_cvtneps_pbh(_mm512_sub_ps(value, widened(high)));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p.low + at), reinterpret_cast<__m256i>(low));
+}
+
+// A row of pixels, to be written from `slot` on.
+template <typename T>
+void split_channels_last(const Params<T>& p, std::int64_t n, std::int64_t h, std::int64_t slot) {
+  const Sizes& s = p.sizes;
+  const T* x = p.x + (n * s.height + h) * s.width * s.inputs;
+  for (std::int64_t w = 0; w < s.width; ++w, x += s.inputs, slot += s.padded_inputs()) {
+    for (std::int64_t c = 0; c < s.padded_inputs(); c += 16) put(p, slot + c, load(x + c, first(s.inputs - c)));
+  }
+}
+
+template <typename T>
+void split_planes(const Params<T>& p, std::int64_t n, std::int64_t h, std::int64_t slot) {
+  const Sizes& s = p.sizes;
+  const std::int64_t plane = s.height * s.width;
+  const T* x = p.x + n * s.inputs * plane + h * s.width;
+  for (std::int64_t w = 0; w < s.width; w += 16) {
+    for (std::int64_t c = 0; c < s.padded_inputs(); c += 16) {
+      __m512 rows[16];
+      for (std::int64_t i = 0; i < 16; ++i) rows[i] = c + i < s.inputs ? load(x + (c + i) * plane + w, first(s.width - w)) : _mm512_setzero_ps();
+      transpose(rows);
+      for (std::int64_t i = 0; i < 16 && w + i < s.width; ++i) put(p, slot + (w + i) * s.padded_inputs() + c, rows[i]);
+    }
+  }
+}
+
 }  // namespace
 
 template <typename T>
@@ -60,18 +93,7 @@ void split(const Params<T>& p, std::int64_t begin, std::int64_t end) {
       if (p.low) clear(p.low + rest, (s.pad() + Sizes::kSpare) * channels);
     }
     if (is_zero) continue;
-    const T* x = p.x + ((row / (s.height + s.pad())) * s.height + above - s.pad()) * s.width * s.inputs;
-    for (std::int64_t w = 0; w < s.width; ++w, x += s.inputs) {
-      const std::int64_t slot = start + (s.pad() + w) * channels;
-      for (std::int64_t c = 0; c < channels; c += 16) {
-        const __m512 value = load(x + c, first(s.inputs - c));
-        const __m256i high = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value));
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p.high + slot + c), high);
-        if (!p.low) continue;
-        const __m256bh low = _mm512_cvtneps_pbh(_mm512_sub_ps(value, widened(high)));
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p.low + slot + c), reinterpret_cast<__m256i>(low));
-      }
-    }
+    (p.planes ? split_planes<T> : split_channels_last<T>)(p, row / (s.height + s.pad()), above - s.pad(), start + s.pad() * channels);
   }
 }
 
@@ -102,4 +124,4 @@ template void pack<float16>(const float16*, const Strides&, const Sizes&, bool, 
 template void split<float>(const Params<float>&, std::int64_t, std::int64_t);
 template void split<float16>(const Params<float16>&, std::int64_t, std::int64_t);
 
-}  // namespace scm::channels_last
+}  // namespace scm::products

@@ -1,4 +1,4 @@
-// Convolutions and matrix products over channels-last feature maps, on what an x86 processor has for bfloat16: matrix units (AMX), or dot products in
+// Convolutions and matrix products, on what an x86 processor has for bfloat16: matrix units (AMX), or dot products in
 // AVX-512's vectors.
 //
 // Both multiply bfloat16 and add in float32. A float32 number is the sum of two bfloat16, high and low, to 16 of its 24 bits: with
@@ -11,7 +11,7 @@
 
 #include "common/kernel.h"
 
-namespace scm::channels_last {
+namespace scm::products {
 
 // y[n, h, w, o] = sum of x[n, h + i - side / 2, w + j - side / 2, c] * weight[o, c, i, j], with zeros round the map. A matrix product is side 1, height 1.
 struct Sizes {
@@ -48,10 +48,12 @@ void pack(const T* weight, const Strides& strides, const Sizes& sizes, bool exac
 
 template <typename T>
 struct Params {
-  const T* x;                   // [samples, height, width, inputs]
+  const T* x;                   // [samples, height, width, inputs]; of planes [samples, inputs, height, width]
   const std::uint16_t* weight;  // packed
-  T* y;                         // [samples, height, width, outputs]
+  const T* bias;                // [outputs]; of planes alone
+  T* y;                         // as x, with outputs
   Sizes sizes;
+  bool planes;          // whether channels come first
   std::uint16_t* high;  // [slots, padded_inputs], bfloat16
   std::uint16_t* low;   // the same; null for one product
 };
@@ -73,4 +75,4 @@ void multiply_tiles(const Params<T>& p, std::int64_t block, std::int64_t begin, 
 template <typename T>
 void multiply_dots(const Params<T>& p, std::int64_t block, std::int64_t begin, std::int64_t end);
 
-}  // namespace scm::channels_last
+}  // namespace scm::products

@@ -1,10 +1,10 @@
 // Compiled for AMX alone: nothing of the standard library may be called, and nothing here before units() has said so.
 #include <immintrin.h>
 
-#include "channels_last/product.h"
-#include "channels_last/vectors.h"
+#include "products/product.h"
+#include "products/vectors.h"
 
-namespace scm::channels_last {
+namespace scm::products {
 namespace {
 
 constexpr std::int64_t kSteps = 8;  // at once, of 32 inputs at one place each: their weights, high and low, fill 32 KiB
@@ -110,4 +110,4 @@ void multiply_tiles(const Params<T>& p, std::int64_t block, std::int64_t begin, 
 template void multiply_tiles<float>(const Params<float>&, std::int64_t, std::int64_t, std::int64_t);
 template void multiply_tiles<float16>(const Params<float16>&, std::int64_t, std::int64_t, std::int64_t);
 
-}  // namespace scm::channels_last
+}  // namespace scm::products

@@ -2,9 +2,9 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "channels_last/product.h"
+#include "products/product.h"
 
-namespace scm::channels_last {
+namespace scm::products {
 namespace {
 
 Units found() {
@@ -22,4 +22,4 @@ Units units() {
   return are;
 }
 
-}  // namespace scm::channels_last
+}  // namespace scm::products

@@ -1,10 +1,10 @@
 // Compiled for AVX-512 with bfloat16: nothing of the standard library may be called, and nothing here before units() has said so.
 #include <immintrin.h>
 
-#include "channels_last/product.h"
-#include "channels_last/vectors.h"
+#include "products/product.h"
+#include "products/vectors.h"
 
-namespace scm::channels_last {
+namespace scm::products {
 namespace {
 
 constexpr std::int64_t kSteps = 8;       // at once, of 32 inputs at one place each: their weights fill 16 KiB
@@ -67,4 +67,4 @@ void multiply_dots(const Params<T>& p, std::int64_t block, std::int64_t begin, s
 template void multiply_dots<float>(const Params<float>&, std::int64_t, std::int64_t, std::int64_t);
 template void multiply_dots<float16>(const Params<float16>&, std::int64_t, std::int64_t, std::int64_t);
 
-}  // namespace scm::channels_last
+}  // namespace scm::products

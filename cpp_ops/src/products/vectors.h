@@ -1,0 +1,130 @@
+// What the kernels share, for each to compile with its own options: everything here has internal linkage.
+#pragma once
+
+#include <immintrin.h>
+
+#include "products/product.h"
+
+namespace scm::products {
+namespace {
+
+[[maybe_unused]] __mmask16 first(std::int64_t count) { return count >= 16 ? 0xffff : count <= 0 ? 0 : static_cast<__mmask16>((1u << count) - 1); }
+
+[[maybe_unused]] __m512 load(const float* from, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, from); }
+[[maybe_unused]] __m512 load(const float16* from, __mmask16 mask) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, from)); }
+
+[[maybe_unused]] void store(float* to, __mmask16 mask, __m512 value) { _mm512_mask_storeu_ps(to, mask, value); }
+[[maybe_unused]] void store(float16* to, __mmask16 mask, __m512 value) {
+  _mm256_mask_storeu_epi16(to, mask, _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+// Rows to columns.
+[[maybe_unused]] void transpose(__m512 (&rows)[16]) {
+  __m512 pairs[16], fours[16];
+  for (int i = 0; i < 16; i += 2) {
+    pairs[i] = _mm512_unpacklo_ps(rows[i], rows[i + 1]);
+    pairs[i + 1] = _mm512_unpackhi_ps(rows[i], rows[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {  // fours[i + j]: of each quarter column j, rows i to i + 3
+    for (int j = 0; j < 2; ++j) {
+      const __m512d first = _mm512_castps_pd(pairs[i + j]), second = _mm512_castps_pd(pairs[i + 2 + j]);
+      fours[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(first, second));
+      fours[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(first, second));
+    }
+  }
+  for (int j = 0; j < 4; ++j) {
+    const __m512 upper_even = _mm512_shuffle_f32x4(fours[j], fours[4 + j], 0x88), upper_odd = _mm512_shuffle_f32x4(fours[j], fours[4 + j], 0xdd);
+    const __m512 lower_even = _mm512_shuffle_f32x4(fours[8 + j], fours[12 + j], 0x88), lower_odd = _mm512_shuffle_f32x4(fours[8 + j], fours[12 + j], 0xdd);
+    rows[j] = _mm512_shuffle_f32x4(upper_even, lower_even, 0x88);
+    rows[4 + j] = _mm512_shuffle_f32x4(upper_odd, lower_odd, 0x88);
+    rows[8 + j] = _mm512_shuffle_f32x4(upper_even, lower_even, 0xdd);
+    rows[12 + j] = _mm512_shuffle_f32x4(upper_odd, lower_odd, 0xdd);
+  }
+}
+
+// Where a step begins: 32 inputs at one place of the window, in elements after those of a position.
+[[maybe_unused]] std::int64_t step_offset(const Sizes& s, std::int64_t step) {
+  const std::int64_t blocks = s.padded_inputs() / 32, place = step / blocks, input = step % blocks * 32;
+  return (place / s.side * s.row() + place % s.side) * s.padded_inputs() + input;
+}
+
+// Writes the sums of the positions that are pixels, and leaves those between the rows. `sums(i, half)` are the 16 of position begin + i, aligned to 64 bytes.
+template <typename T, typename SumsOf>
+void write_channels_last(const Params<T>& p, std::int64_t block, std::int64_t begin, std::int64_t end, SumsOf sums) {
+  const Sizes& s = p.sizes;
+  const std::int64_t outputs = s.outputs - block * kBlock;
+  const __mmask16 masks[2] = {first(outputs), first(outputs - 16)};
+  std::int64_t n = begin / s.sample(), h = begin % s.sample() / s.row(), w = begin % s.row();
+  for (std::int64_t position = begin; position < end; ++position) {
+    if (w < s.width && h < s.height) {
+      T* y = p.y + ((n * s.height + h) * s.width + w) * s.outputs + block * kBlock;
+      store(y, masks[0], _mm512_load_ps(sums(position - begin, 0)));
+      if (masks[1]) store(y + 16, masks[1], _mm512_load_ps(sums(position - begin, 1)));
+    }
+    if (++w == s.row()) {
+      w = 0;
+      if (++h == s.height + s.pad()) {
+        h = 0;
+        ++n;
+      }
+    }
+  }
+}
+
+// The same into planes, with the bias added: 16 positions at once, of which the pixels of one sample lie side by side.
+template <typename T, typename SumsOf>
+void write_planes(const Params<T>& p, std::int64_t block, std::int64_t begin, std::int64_t end, SumsOf sums) {
+  struct Run {
+    T* to;
+    __mmask16 lanes;
+  };
+  const Sizes& s = p.sizes;
+  const std::int64_t plane = s.height * s.width;
+  std::int64_t n = begin / s.sample(), h = begin % s.sample() / s.row(), w = begin % s.row();
+  for (std::int64_t position = begin; position < end; position += 16) {
+    const std::int64_t count = end - position < 16 ? end - position : 16;
+    Run runs[16];
+    int found = 0;
+    for (std::int64_t lane = 0; lane < count;) {
+      T* const to = p.y + (n * s.outputs + block * kBlock) * plane + h * s.width + w;  // of the next pixel, also from between the rows
+      __mmask16 lanes = 0;
+      for (bool same = true; same && lane < count; ++lane) {
+        if (w < s.width && h < s.height) lanes = static_cast<__mmask16>(lanes | 1u << lane);
+        if (++w < s.row()) continue;
+        w = 0;
+        if (++h < s.height + s.pad()) continue;
+        h = 0;
+        ++n;
+        same = false;
+      }
+      if (lanes) runs[found++] = {to, lanes};
+    }
+    for (std::int64_t half = 0; half < 2; ++half) {
+      const std::int64_t outputs = s.outputs - block * kBlock - 16 * half;
+      if (outputs <= 0) break;
+      __m512 columns[16];
+      for (std::int64_t i = 0; i < 16; ++i) columns[i] = i < count ? _mm512_load_ps(sums(position - begin + i, half)) : _mm512_setzero_ps();
+      const __m512 bias = load(p.bias + block * kBlock + 16 * half, first(outputs));
+      for (__m512& column : columns) column = _mm512_add_ps(column, bias);
+      transpose(columns);
+      for (std::int64_t output = 0; output < 16 && output < outputs; ++output) {
+        for (int i = 0; i < found; ++i) {
+          T* const to = runs[i].to + (16 * half + output) * plane;
+          store(to, first(__builtin_popcount(runs[i].lanes)), _mm512_maskz_compress_ps(runs[i].lanes, columns[output]));
+        }
+      }
+    }
+  }
+}
+
+template <typename T, typename SumsOf>
+void write(const Params<T>& p, std::int64_t block, std::int64_t begin, std::int64_t end, SumsOf sums) {
+  if (p.planes) {
+    write_planes(p, block, begin, end, sums);
+  } else {
+    write_channels_last(p, block, begin, end, sums);
+  }
+}
+
+}  // namespace
+}  // namespace scm::products
