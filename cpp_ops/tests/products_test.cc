@@ -199,6 +199,8 @@ TYPED_TEST(ProductsTest, NamesBadShapes) {
   EXPECT_NE(error("Conv3x3", {1, 4, 4, 3}, {2, 3, 5, 3}).find("the height of the window"), std::string::npos);
   EXPECT_NE(error("Conv3x3", {1, 4, 4, 3}, {2, 4, 3, 3}).find("the channels of x"), std::string::npos);
   EXPECT_NE(error("MatMul", {4, 3}, {4, 2}).find("the channels of x"), std::string::npos);
+  EXPECT_NE(error("Conv3x3", {1, 4, 4, 0}, {2, 0, 3, 3}).find("at least 1 channel"), std::string::npos);
+  EXPECT_NE(error("MatMul", {4, 0}, {0, 2}).find("at least 1 channel"), std::string::npos);
   const auto conv_error = [](const Sizes& w, const Sizes& b, const std::vector<std::int64_t>& pads) {
     const std::vector<Tensor> inputs{random(kType<TypeParam>, {1, 3, 4, 4}), random(kType<TypeParam>, w), random(kType<TypeParam>, b)};
     return fake_ort::run("Conv", inputs, {{"pads", pads}}, with(precisions().front())).error;

@@ -123,6 +123,7 @@ struct Conv3x3 : Base<Conv3x3<kExact>, kExact> {
     const Shape &x = inputs[0], &w = inputs[1];
     check_rank("x", x, 4);
     check_rank("w", w, 4);
+    check_some_channels("x", x);
     if (!x.ranked || !w.ranked) return {Shape{{}, false}};
     check_dim("w", w, 1, x[3], "the channels of x");
     check_dim("w", w, 2, Dim{3}, "the height of the window");
@@ -144,6 +145,7 @@ struct MatMul : Base<MatMul<kExact>, kExact> {
     const Shape &x = inputs[0], &w = inputs[1];
     check_rank_at_least("x", x, 1);
     check_rank("w", w, 2);
+    check_some_channels("x", x);
     if (!x.ranked || !w.ranked) return {Shape{{}, false}};
     check_dim("w", w, 0, x.back(), "the channels of x");
     Shape y = x;
@@ -172,6 +174,7 @@ struct Conv : Base<Conv<kExact>, kExact> {
     check_rank("w", w, 4);
     check_rank("b", b, 1);
     if (!x.ranked || !w.ranked) return {Shape{{}, false}};
+    if (x[1].value == 0) fail("x", x, "at least 1 channel");
     check_dim("w", w, 1, x[1], "the channels of x");
     const Dim side{2 * pads[0] + 1};
     check_dim("w", w, 2, side, "the height of the window");
