@@ -8,6 +8,8 @@ from onnxscript import ir
 from scm_export.functions import INLINE_BELOW
 from scm_runtime.bundle import CHANNELS_FIRST_DOMAIN, CHANNELS_LAST_DOMAIN, OPS_VERSION
 
+# Of the operators: a session that has their kernels refuses nodes of other types.
+DTYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 WORTHWHILE = 16  # channels; the units multiply 32 at once, and fewer are filled up
 
 
@@ -17,7 +19,8 @@ def mark_products(model: ir.Model) -> None:
     Their function bodies are the nodes that they were: where there are no kernels nothing changes.
     """
     for node in list(model.graph):
-        if node.domain or len(node.inputs) < 2:
+        dtype = node.outputs[0].dtype
+        if node.domain or len(node.inputs) < 2 or dtype is None or dtype not in DTYPES:
             continue
         weight = _weight_shape(node.inputs[1])
         if node.op_type == "MatMul" and weight is not None and len(weight) == 2:
@@ -28,7 +31,7 @@ def mark_products(model: ir.Model) -> None:
             node.attributes["pads"] = ir.AttrInt64s("pads", [weight[2] // 2] * 4)
             if len(node.inputs) < 3 or node.inputs[2] is None:
                 node.resize_inputs(3)
-                node.replace_input_with(2, _zeros(model.graph, node, weight[0]))
+                node.replace_input_with(2, _zeros(model.graph, f"{node.outputs[0].name}/bias", weight[0], dtype))
 
 
 def _weight_shape(value: ir.Value | None) -> tuple[int, ...] | None:
@@ -58,10 +61,8 @@ def _is_plain(node: ir.Node, weight: tuple[int, ...]) -> bool:
     )
 
 
-def _zeros(graph: ir.Graph, node: ir.Node, count: int) -> ir.Value:
+def _zeros(graph: ir.Graph, name: str, count: int, dtype: ir.DataType) -> ir.Value:
     """A bias for a convolution without one."""
-    dtype = node.outputs[0].dtype or ir.DataType.FLOAT
-    name = f"{node.outputs[0].name}/bias"
     value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape([count]), const_value=ir.tensor(np.zeros(count, dtype.numpy()), dtype, name))
     graph.register_initializer(value)
     return value
