@@ -143,7 +143,7 @@ def bundle(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def generate(bundle: Path) -> Iterator[Generator]:
-    with Generator(bundle) as generator:
+    with Generator(bundle, session_options={"scm.float32_matmul_precision": "highest"}) as generator:  # torch's own default
         yield generator
 
 
