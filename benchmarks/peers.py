@@ -144,6 +144,12 @@ def show(rows: dict[str, Any]) -> None:
             )
 
 
+def _in_order(rows: dict[str, Any]) -> dict[str, Any]:
+    """As tables show them, whenever each was measured."""
+    sizes = list(SIZES)
+    return dict(sorted(rows.items(), key=lambda item: (sizes.index(item[1]["size"]), item[1]["batch_size"], item[1]["steps"])))
+
+
 def _listed(context: click.Context, parameter: click.Parameter, value: str | None) -> list[str]:
     return [part.strip() for part in value.split(",") if part.strip()] if value else []
 
@@ -204,7 +210,8 @@ def main(
         try:
             usual = CUDA_BATCH_SIZES if device == "cuda" else SIZES[size].cpu_batch_sizes if everything else (1,)
             for name, row in measure_size(size, batches or usual, steps, peers, plan, work):
-                figures["rows"][name] = new[name] = row
+                new[name] = row
+                figures["rows"] = _in_order({**figures["rows"], name: row})
                 save(result, figures)
         except NotPreparedError as error:
             tell(f"{SIZES[size].title}: {error}")

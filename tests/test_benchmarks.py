@@ -185,6 +185,12 @@ def test_names_with_commas_are_understood() -> None:
     assert set(SIZES) >= {"digits", "XXS", "S", "XXL"}
 
 
+def test_rows_stand_in_the_order_of_sizes_whenever_they_were_measured() -> None:
+    measured = [("XXL", 1), ("S", 8), ("digits", 8), ("S", 1)]
+    rows = {f"{size}, batch {n}": {"size": size, "batch_size": n, "steps": 2} for size, n in measured}
+    assert list(peers._in_order(rows)) == ["digits, batch 8", "S, batch 1", "S, batch 8", "XXL, batch 1"]
+
+
 def test_the_digits_are_drawn_by_ours_and_by_a_plain_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_common, "RESULTS", tmp_path)
     chosen = ["scm_runtime, function bodies", "ONNX Runtime, plain export"]
@@ -263,7 +269,7 @@ def test_tables_and_plots_are_written_and_a_change_is_noticed(results: Path) -> 
     readme = results.parent / "README.md"
     text = readme.read_text()
     assert "| EDM2-XXS | 1 | 10.0 ms | 1.50 s | **8.00 ms** | 150.00 |" in text
-    assert "Not measured: torch.compile, EDM2-XXS: it is not here." in text
+    assert "Not measured: torch.compile, EDM2-XXS, batch 1: it is not here." in text
     assert "| digits | 315 ms | 10.0 ms (32×) | 5.00 ms (63×) |" in text
     assert "EDM2-XXL: needs memory." in text
     assert "| 10 000 samples a set | sets, from |" in text

@@ -145,14 +145,16 @@ def _all_peers(rows: Mapping[str, Any]) -> list[str]:
 
 def _notes(result: Mapping[str, Any]) -> list[str]:
     """Who has no figures, and why."""
-    said: dict[str, None] = {}
+    missing: dict[str, None] = {}
+    batch_sizes: dict[tuple[str, str, str], list[str]] = {}
     for row in result["figures"]["rows"].values():
         for name, found in row["peers"].items():
-            if found["status"] in ("failed", "wrong", "skipped", "missing"):
-                said[f"{name}{'' if found['status'] == 'missing' else ', ' + row['title']}: {found['reason']}."] = None
-    for reason in result["figures"].get("not_measured", {}).values():
-        said[f"{reason}."] = None
-    return [f"Not measured: {note}" for note in said]
+            if found["status"] == "missing":
+                missing[f"{name}: {found['reason']}"] = None
+            elif found["status"] in ("failed", "wrong", "skipped"):
+                batch_sizes.setdefault((name, row["title"], found["reason"]), []).append(str(row["batch_size"]))
+    said = [f"{name}, {title}, batch {' and '.join(sizes)}: {reason}" for (name, title, reason), sizes in batch_sizes.items()]
+    return [f"Not measured: {note}." for note in (*missing, *said, *result["figures"].get("not_measured", {}).values())]
 
 
 TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {

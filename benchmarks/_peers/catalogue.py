@@ -71,7 +71,7 @@ EAGER = Peer(
     distributions=("torch", "numpy"),
     variants=({"channels_last": False}, {"channels_last": True}),
 )
-COMPILED = replace(EAGER, name="torch.compile", opener="_peers.pytorch:open_compiled", variants=({"freezing": True},), memory=2.4)
+COMPILED = replace(EAGER, name="torch.compile", opener="_peers.pytorch:open_compiled", variants=({"freezing": True},), memory=2.8)
 OPENVINO = Peer(
     name="OpenVINO f32",
     opener="_peers.plain:open_openvino",

@@ -98,7 +98,8 @@ class Worker:
         code = self._process.wait()
         said = [line for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
         what = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        return f"the process ended with {what}{': ' + said[-1].strip()[:300] if said else ''}"
+        why = " (as a system does that has no memory left)" if code == -signal.SIGKILL else ""
+        return f"the process ended with {what}{why}{': ' + said[-1].strip()[:300] if said else ''}"
 
     def close(self, patience: float = 20) -> None:
         """End it, and whatever it started; by force if it has not ended itself within some seconds."""
