@@ -83,10 +83,10 @@ def test_a_profile_folder_that_is_a_file(tiny_bundle: Path, tmp_path: Path) -> N
 
 
 def test_session_options_reach_onnxruntime(tiny_bundle: Path) -> None:
-    options = {"enable_mem_pattern": False, "graph_optimization_level": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL, "session.disable_prepacking": "1"}
+    options = {"enable_mem_pattern": True, "graph_optimization_level": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL, "session.disable_prepacking": "1"}
     session = Session(tiny_bundle / "step.fp32.onnx", Settings(session_options=options))
     opened = session._session.get_session_options()
-    assert opened.enable_mem_pattern is False
+    assert opened.enable_mem_pattern is True  # ours would be False
     assert opened.graph_optimization_level == onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     assert opened.get_session_config_entry("session.disable_prepacking") == "1"
 
@@ -95,6 +95,7 @@ def test_a_hosts_session_option_takes_the_place_of_ours_without_a_word(tiny_bund
     ours = Session(tiny_bundle / "step.fp32.onnx", Settings())._session.get_session_options()
     assert ours.get_session_config_entry("session.intra_op.spin_duration_us") == "20"
     assert ours.get_session_config_entry("session.force_spinning_stop") == "1"
+    assert ours.enable_mem_pattern is False
     with Generator(tiny_bundle, device="cpu", session_options={"session.intra_op.allow_spinning": 0}) as generate:
         generate(0, seed=0)
     its = Session(tiny_bundle / "step.fp32.onnx", Settings(session_options={"session.intra_op.allow_spinning": 0}))._session.get_session_options()
