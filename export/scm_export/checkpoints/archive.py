@@ -1,18 +1,25 @@
-"""A look at a zip archive before anything in it is read: which of torch's formats it is, and that it is no larger than it seems."""
+"""A look at a zip archive before anything in it is used: which of torch's formats it is, that it is no larger than it seems, and that it is undamaged."""
 
 from __future__ import annotations
 
 import io
+import logging
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from scm_export.checkpoints.inert_pickle import ForbiddenPickleError, Global, MalformedPickleError, StandIn, read_small_pickle
+from scm_export.checkpoints.inert_pickle import ForbiddenPickleError, Global, MalformedPickleError, OversizedPickleError, StandIn, read_small_pickle
 from scm_export.checkpoints.stored_tensors import STORAGE_DTYPES
 from scm_runtime.errors import CheckpointError
 
 MAX_COMPRESSED = 256 << 20  # bytes that compressed entries may unpack to; torch compresses source code and nothing else
+
+CHUNK = 1 << 20  # bytes
+MAX_PICKLE = 64 << 20  # bytes; the pickle of the largest published network has 2 MB, for its tensors lie beside it
+
+logger = logging.getLogger("scm_export")
 
 ArchiveKind = Literal["torch.save", "TorchScript", "torch.export"]
 
@@ -41,7 +48,8 @@ def check_archive(source: Path) -> list[zipfile.ZipInfo]:
     """The entries of an archive.
 
     Raises:
-        CheckpointError: damaged, or its entries claim more than a file of this size holds: torch stores tensors uncompressed.
+        CheckpointError: damaged, or its entries claim more than a file of this size holds: torch stores tensors uncompressed; or its pickle is larger than
+            one that holds names and sizes.
     """
     try:
         with zipfile.ZipFile(source) as archive:
@@ -57,6 +65,8 @@ def check_archive(source: Path) -> list[zipfile.ZipInfo]:
         raise CheckpointError(
             f"'{source}' has {size} bytes and claims to unpack to {stored + unpacked}: refused as a zip bomb. torch stores tensors uncompressed; save it again."
         )
+    if large := [entry for entry in entries if entry.filename.endswith("data.pkl") and entry.file_size > MAX_PICKLE]:
+        raise CheckpointError(f"'{source}' has a data.pkl of {large[0].file_size} bytes, more than {MAX_PICKLE}: refused. Save the checkpoint again.")
     if packed:
         raise CheckpointError(
             f"'{source}' holds compressed tensors ({packed[0]}), which torch does not write. Save it again, or unpack and store it uncompressed."
@@ -64,15 +74,41 @@ def check_archive(source: Path) -> list[zipfile.ZipInfo]:
     return entries
 
 
+def check_contents(source: Path) -> None:
+    """Compare every entry of an archive with its CRC-32, which torch writes and does not look at when it reads.
+
+    Raises:
+        CheckpointError: an entry is damaged; the message names it.
+    """
+    entries = check_archive(source)
+    if not any(entry.CRC for entry in entries if entry.file_size):
+        logger.warning("'%s' was saved without checksums (torch.serialization.set_crc32_options): damage to it would not be seen", source)
+        return
+    with zipfile.ZipFile(source) as archive:
+        for entry in entries:
+            try:
+                with archive.open(entry) as file:
+                    while file.read(CHUNK):
+                        pass
+            except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError) as error:  # RuntimeError: it is encrypted
+                name = ascii(entry.filename[:200])
+                raise CheckpointError(f"'{source}' is damaged: the entry {name} cannot be read ({error}). Copy or save it again.") from error
+
+
 def check_storages(source: Path) -> None:
     """Compare what a torch.save archive says of its storages with the bytes that are there: torch, mapping the file, would read on into the next one.
 
     Raises:
-        CheckpointError: a storage is missing or shorter than its tensors.
+        CheckpointError: a storage is missing or shorter than its tensors, or the pickle has more opcodes than one that holds data.
     """
-    sizes = {entry.filename.partition("/")[2]: entry.file_size for entry in check_archive(source)}
-    with zipfile.ZipFile(source) as archive:
-        pickle = next((archive.read(name) for name in archive.namelist() if name.partition("/")[2] == "data.pkl"), b"")
+    entries = {entry.filename.partition("/")[2]: entry for entry in check_archive(source)}
+    sizes = {name: entry.file_size for name, entry in entries.items()}
+    pickle = b""
+    if "data.pkl" in entries:
+        entry = entries["data.pkl"]
+        del entry.CRC  # so that zipfile does not compare it: check_contents has, where the file has checksums
+        with zipfile.ZipFile(source) as archive:
+            pickle = archive.read(entry)
 
     short: list[tuple[int, int]] = []
 
@@ -86,6 +122,8 @@ def check_storages(source: Path) -> None:
 
     try:
         read_small_pickle(io.BytesIO(pickle), _Anything(), check)
+    except OversizedPickleError as error:
+        raise CheckpointError(f"'{source}' does not hold tensors and plain values alone: {error}. Save it again.") from error
     except (ForbiddenPickleError, MalformedPickleError):
         return  # more than tensors and plain values: torch says what
     if short:

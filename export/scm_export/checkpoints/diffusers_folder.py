@@ -12,10 +12,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from scm_export.checkpoints.torch_file import read_torch_file
 from scm_runtime.bundle import sha256
 from scm_runtime.errors import CheckpointError
 
@@ -119,7 +119,15 @@ def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
                 for name in opened.keys():  # noqa: SIM118 - safe_open is no mapping
                     yield name, opened.get_tensor(name)
         else:
-            yield from torch.load(file, map_location="cpu", weights_only=True, mmap=True).items()
+            raw = read_torch_file(file)
+            if not isinstance(raw, dict):
+                raise CheckpointError(f"'{file}' must hold a dict of tensors by name, got a {type(raw).__name__}. Download it again.")
+            for name, tensor in raw.items():
+                if not isinstance(name, str) or not isinstance(tensor, Tensor):
+                    raise CheckpointError(f"'{file}' must hold tensors by name, got a {type(tensor).__name__} for {str(name)[:200]!r}. Download it again.")
+                yield name, tensor
+    except CheckpointError:
+        raise
     except (SafetensorError, OSError, ValueError, RuntimeError, EOFError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"'{file}' is not a readable file of weights: {reason}. Download it again.") from error

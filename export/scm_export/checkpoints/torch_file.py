@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from scm_export.checkpoints.archive import check_storages
+from scm_export.checkpoints.archive import check_contents, check_storages
 from scm_runtime.errors import CheckpointError
 
 TRUST = "Only if you trust whoever made it: --trust loads it all the same, running its code."
@@ -26,6 +26,7 @@ def read_torch_file(source: Path, *, trust: bool = False) -> object:
         CheckpointError: damaged, or without ``trust`` more than tensors and plain values.
     """
     if is_zip(source):
+        check_contents(source)
         check_storages(source)
     try:
         with warnings.catch_warnings():
