@@ -7,9 +7,8 @@ one), makes Python source of the file's names, and unpickles. Here the JSON is r
 from __future__ import annotations
 
 import math
-import operator
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,9 @@ import msgspec
 import torch
 from torch import Tensor
 
-from scm_export.checkpoints.archive import check_archive
-from scm_export.checkpoints.operator_graph import Call, Operations, OperatorGraph, Outputs, Ref, from_exported_program, is_assertion
+from scm_export.checkpoints.archive import check_contents
+from scm_export.checkpoints.operator_graph import Call, Operations, OperatorGraph, Outputs, Ref, Weight, checked_name, from_exported_program, is_assertion
+from scm_export.checkpoints.operators import ATEN, SUBSTITUTES, ForbiddenOperatorError, Kind, check_arguments, find_operator, kind_of
 from scm_export.checkpoints.torch_file import TRUST, current_folder_importable, first_line
 from scm_runtime.errors import CheckpointError
 
@@ -37,17 +37,8 @@ DTYPES = {
     13: torch.bfloat16,
 }
 LAYOUTS = {7: torch.strided}
+REWRITE = "Export the network again, with operators that change nothing in place: torch.export.export(…).run_decompositions()"
 MEMORY_FORMATS = {1: torch.contiguous_format, 2: torch.channels_last, 3: torch.channels_last_3d, 4: torch.preserve_format}
-
-# Operators on sizes. "**" is left out: its results can be astronomically long.
-FUNCTIONS: dict[str, Callable[..., Any]] = {
-    **{f"_operator.{name}": getattr(operator, name) for name in ("add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "getitem")},
-    **{f"_operator.{name}": getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge", "and_", "or_", "not_")},
-    **{f"math.{name}": getattr(math, name) for name in ("ceil", "floor", "trunc")},
-    **{f"torch.{name}": getattr(torch, name) for name in ("sym_float", "sym_int", "sym_max", "sym_min", "sym_not", "sym_ite", "sym_sqrt")},
-}
-ATEN = "torch.ops.aten."
-WRITES_FILES = ("save", "from_file")  # all of aten that opens one (seen: the schemas with a file name in torch 2.13)
 
 
 def read_exported(source: Path, *, trust: bool = False) -> OperatorGraph:
@@ -56,15 +47,13 @@ def read_exported(source: Path, *, trust: bool = False) -> OperatorGraph:
     Raises:
         CheckpointError: damaged, of another version, with operators or objects that only trusted loading can open, or for one batch size alone.
     """
-    check_archive(source)
+    check_contents(source)
     try:
         operations = _load(source) if trust else _read(source)
         network = OperatorGraph(operations)
     except CheckpointError:
         raise
-    except zipfile.BadZipFile as error:
-        raise CheckpointError(f"'{source}' is damaged: {error}. Copy or save it again.") from error
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, msgspec.DecodeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, msgspec.DecodeError, zipfile.BadZipFile) as error:
         raise CheckpointError(
             f"'{source}' does not hold what torch.export.save writes ({type(error).__name__}: {first_line(error)}). "
             f"Save it again with this torch, {torch.__version__}."
@@ -112,6 +101,7 @@ def _tensors(source: Path, archive: zipfile.ZipFile, config: Mapping[str, Any], 
     storages: dict[str, bytearray] = {}  # tied weights share one
     found = {}
     for name, payload in config.items():
+        checked_name(name)
         if payload["use_pickle"]:
             raise _refused(source, f"the pickled object {name!r}")
         meta, path = payload["tensor_meta"], payload["path_name"]
@@ -134,18 +124,18 @@ class _Reader:
 
     def __init__(self, source: Path, raw: Mapping[str, Any], stored: Mapping[str, Tensor]) -> None:
         self.source, self.raw, self.stored, self.operations = source, raw, stored, Operations()
+        self.kinds: dict[int, Kind] = {}
 
     def read(self) -> Operations:
         graph, operations = self.raw["graph"], self.operations
         for spec in self.raw["signature"]["input_specs"]:
             self.input(*_only(spec))
-        for name in operations.inputs:
-            operations.shapes[name] = tuple(size.get("as_int") for size in graph["tensor_values"][name]["sizes"])
+        fixed = set(self.kinds)
         for node in graph["nodes"]:
             if not is_assertion(node["target"].removeprefix(ATEN)):
-                self.call(node)
+                self.call(node, fixed)
         outputs = [spec["user_output"]["arg"] for spec in self.raw["signature"]["output_specs"] if "user_output" in spec]
-        operations.output = str(outputs[0]["as_tensor"]["name"])
+        operations.output = operations.numbers[outputs[0]["as_tensor"]["name"]]
         return operations
 
     def input(self, kind: str, spec: Mapping[str, Any]) -> None:
@@ -154,35 +144,52 @@ class _Reader:
             case "user_input":
                 if "as_tensor" not in spec["arg"]:
                     raise CheckpointError(f"'{self.source}': the program's inputs must be tensors, got one {_only(spec['arg'])[0].removeprefix('as_')}")
-                operations.inputs.append(str(spec["arg"]["as_tensor"]["name"]))
+                name = spec["arg"]["as_tensor"]["name"]
+                sizes = self.raw["graph"]["tensor_values"][name]["sizes"]
+                self.kinds[operations.define_input(name, tuple(size.get("as_int") for size in sizes))] = "tensor"
             case "parameter" | "buffer" | "tensor_constant":
-                target = str(spec[f"{kind}_name"])
-                operations.tensors[str(spec["arg"]["name"])] = target
-                (operations.parameters if kind == "parameter" else operations.buffers)[target] = self.stored[target]
+                target = checked_name(spec[f"{kind}_name"])
+                number = operations.define(spec["arg"]["name"])
+                operations.weights[number], self.kinds[number] = Weight(target, self.stored[target], kind == "parameter"), "tensor"
             case "constant_input":
-                operations.constants[str(spec["name"])] = self.argument(spec["value"])
+                number, value = operations.define(spec["name"]), self.argument(spec["value"])
+                operations.constants[number], self.kinds[number] = value, kind_of(value, {})
             case _:
-                raise _refused(self.source, f"an input of the kind {kind}")
+                raise _refused(self.source, f"an input of the kind {kind[:200]!r}")
 
-    def call(self, node: Mapping[str, Any]) -> None:
+    def call(self, node: Mapping[str, Any], fixed: set[int]) -> None:
+        target = node["target"]
+        try:
+            operator = find_operator(target)
+        except ForbiddenOperatorError as error:
+            raise _refused(self.source, f"the operator {target[:200]!r}", "which is not one of those that are run without trust") from error
         given = [(item["name"], self.argument(item["arg"]), item.get("kind", 1)) for item in node["inputs"]]
         args = tuple(value for _, value, kind in given if kind != 2)
         if any(name == "train" and value is True for name, value, _ in given):
-            raise CheckpointError(f"'{self.source}' was exported in training mode ({node['target']}). Call .eval() on the network and export it again.")
-        kwargs = {str(name): value for name, value, kind in given if kind == 2}
-        outputs = [_names(item) for item in node["outputs"]]
-        self.operations.calls.append(Call(self.operator(str(node["target"])), args, kwargs, outputs[0] if len(outputs) == 1 else tuple(outputs)))
+            raise CheckpointError(f"'{self.source}' was exported in training mode ({target}). Call .eval() on the network and export it again.")
+        kwargs = {checked_name(name): value for name, value, kind in given if kind == 2}
+        try:
+            returned = check_arguments(operator, args, kwargs, self.kinds, fixed)
+        except ValueError as error:
+            raise CheckpointError(f"'{self.source}' is damaged, or not as torch.export.save writes it: {error}. {REWRITE}") from error
+        outputs = [self.define(item, kind) for item, kind in zip(node["outputs"], returned, strict=True)]
+        self.operations.calls.append(Call(SUBSTITUTES.get(operator, operator), args, kwargs, outputs[0] if len(outputs) == 1 else tuple(outputs)))
 
-    def operator(self, target: str) -> Callable[..., Any]:
-        if target in FUNCTIONS:
-            return FUNCTIONS[target]
-        name, _, overload = target.removeprefix(ATEN).partition(".")
-        if not target.startswith(ATEN) or name in WRITES_FILES or not name.isidentifier() or name.startswith("__"):
-            raise _refused(self.source, f"the operator {target[:200]!r}")
-        found = getattr(getattr(torch.ops.aten, name), overload or "default")
-        if not isinstance(found, torch._ops.OpOverload):
-            raise _refused(self.source, f"the operator {target[:200]!r}")
-        return found
+    def define(self, raw: Mapping[str, Any], kind: Kind) -> Outputs:
+        """Number what an operator returns."""
+        named, value = _only(raw)
+        match named:
+            case "as_none":
+                return None
+            case "as_tensor" | "as_optional_tensor" | "as_sym_int" | "as_sym_float" | "as_sym_bool":
+                number = self.operations.define(value.get("name") or value["as_name"])
+                self.kinds[number] = kind
+                return number
+            case "as_tensors":
+                if kind != "tensors":
+                    raise ValueError("an operator returns a list of tensors where it should return one")
+                return tuple(self.define({"as_tensor": one}, "tensor") for one in value)
+        raise ValueError(f"unknown output {named}")
 
     def argument(self, raw: Mapping[str, Any]) -> Any:
         kind, value = _only(raw)
@@ -190,11 +197,11 @@ class _Reader:
             case "as_none":
                 return None
             case "as_tensor":
-                return Ref(str(value["name"]))
+                return self.ref(value["name"])
             case "as_name":
-                return Ref(str(value))
+                return self.ref(value)
             case "as_tensors" | "as_nested_tensors":
-                return [self.argument({"as_tensors": one}) if isinstance(one, list) else Ref(str(one["name"])) for one in value]
+                return [self.argument({"as_tensors": one}) if isinstance(one, list) else self.ref(one["name"]) for one in value]
             case "as_int" | "as_bool" | "as_string" | "as_ints" | "as_bools" | "as_strings" | "as_int_lists":
                 return value
             case "as_float":
@@ -213,20 +220,11 @@ class _Reader:
                 return LAYOUTS[value]
             case "as_device":
                 return torch.device("cpu")  # whatever it was exported on
-        raise _refused(self.source, f"an argument of the kind {kind.removeprefix('as_')}")
+        raise _refused(self.source, f"an argument of the kind {kind.removeprefix('as_')[:200]}")
 
-
-def _names(raw: Mapping[str, Any]) -> Outputs:
-    """The names of what an operator returns."""
-    kind, value = _only(raw)
-    match kind:
-        case "as_none":
-            return None
-        case "as_tensor" | "as_optional_tensor" | "as_sym_int" | "as_sym_float" | "as_sym_bool":
-            return str(value.get("name") or value["as_name"])
-        case "as_tensors" | "as_sym_ints":
-            return tuple(str(one.get("name") or one["as_name"]) for one in value)
-    raise ValueError(f"unknown output {kind}")
+    def ref(self, name: str) -> Ref:
+        """A value that is there already."""
+        return Ref(self.operations.numbers[name])
 
 
 def _only(raw: Mapping[str, Any]) -> tuple[str, Any]:
@@ -235,5 +233,5 @@ def _only(raw: Mapping[str, Any]) -> tuple[str, Any]:
     return kind, value
 
 
-def _refused(source: Path, what: str) -> CheckpointError:
-    return CheckpointError(f"'{source}' holds {what}, which could run code, and was not loaded. {TRUST}")
+def _refused(source: Path, what: str, why: str = "which could run code") -> CheckpointError:
+    return CheckpointError(f"'{source}' holds {what}, {why}, and was not loaded. {TRUST}")

@@ -1,10 +1,14 @@
-"""A network as a list of operators over named values: what an exported program is. Run node by node; no Python source is made of it."""
+"""A network as a list of operators over numbered values: what an exported program is. Run node by node; no Python source is made of it.
+
+Values, parameters and buffers get names of our own. torch makes Python source of the names of parameters and buffers when it traces a network, so a name from
+a file must not become one of them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.export import ExportedProgram
@@ -12,6 +16,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import Node
 
 MAX_BITS = 64  # of an integer, a size or what is computed from one; more would be an attack on memory
+MAX_NAME = 512  # characters
 
 # What an exported program asserts of its sizes: at this batch size, of that range. The graph is traced again, for every batch.
 ASSERTIONS = ("_assert_scalar", "_assert_async", "_assert_tensor_metadata", "sym_constrain_range", "sym_constrain_range_for_size", "_guards_fn")
@@ -19,13 +24,13 @@ ASSERTIONS = ("_assert_scalar", "_assert_async", "_assert_tensor_metadata", "sym
 
 @dataclass(frozen=True)
 class Ref:
-    """A value by name, as an argument."""
+    """A value by number, as an argument."""
 
-    name: str
+    number: int
 
 
-Outputs = str | tuple["Outputs", ...] | None
-"""The names of what an operator returns, nested as it is; None for what nobody reads."""
+Outputs = int | tuple["Outputs", ...] | None
+"""The numbers of what an operator returns, nested as it is; None for what nobody reads."""
 
 
 @dataclass(frozen=True)
@@ -38,22 +43,60 @@ class Call:
     outputs: Outputs
 
 
+class Weight(NamedTuple):
+    """A parameter, buffer or constant."""
+
+    name: str
+    """In the file. Data: nothing is called by it."""
+    tensor: Tensor
+    is_parameter: bool
+
+
 @dataclass
 class Operations:
     """What a file holds of a network, before it is one."""
 
-    inputs: list[str] = field(default_factory=list)
-    """Names of the values that the caller gives, in order: state, level, conditioning."""
+    numbers: dict[str, int] = field(default_factory=dict)
+    """Of the values, by their names in the file."""
+    inputs: dict[str, int] = field(default_factory=dict)
+    """Values that the caller gives, in order: state, level, conditioning."""
     shapes: dict[str, tuple[int | None, ...]] = field(default_factory=dict)
     """Of the inputs; None for a free size."""
-    tensors: dict[str, str] = field(default_factory=dict)
-    """Name of the value to name of the parameter, buffer or constant."""
-    constants: dict[str, Any] = field(default_factory=dict)
+    weights: dict[int, Weight] = field(default_factory=dict)
+    constants: dict[int, Any] = field(default_factory=dict)
     """Values that are no tensors."""
     calls: list[Call] = field(default_factory=list)
-    output: str = ""
-    parameters: dict[str, Tensor] = field(default_factory=dict)
-    buffers: dict[str, Tensor] = field(default_factory=dict)
+    output: int = -1
+
+    def define(self, name: str) -> int:
+        """The number of a new value.
+
+        Raises:
+            ValueError: there is a value of this name already, or it cannot be a name.
+        """
+        if name in self.numbers:
+            raise ValueError(f"two values are named {name!r}")
+        self.numbers[checked_name(name)] = number = len(self.numbers)
+        return number
+
+    def define_input(self, name: str, shape: tuple[int | None, ...]) -> int:
+        """A new value that the caller gives. Raises ValueError: see :meth:`define`; or the name is not that of an argument."""
+        if not (name.isascii() and name.isidentifier()):
+            raise ValueError(f"an input must have the name of an argument, got {name!r}")
+        self.inputs[name], self.shapes[name] = self.define(name), shape
+        return self.inputs[name]
+
+
+def checked_name(name: object) -> str:
+    """A name from a file as it is, once it is known to be harmless to show.
+
+    Raises:
+        ValueError: no text, empty, too long, or with characters that are not printed, such as line ends.
+    """
+    if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME or not name.isprintable():
+        shown = repr(name)
+        raise ValueError(f"a name must be 1 to {MAX_NAME} printable characters, got {shown if len(shown) <= 200 else shown[:200] + '…'}")
+    return name
 
 
 class OperatorGraph(nn.Module):
@@ -61,14 +104,29 @@ class OperatorGraph(nn.Module):
 
     def __init__(self, operations: Operations) -> None:
         super().__init__()
-        hold_tensors(self, operations.parameters, operations.buffers)
-        self.inputs, self.shapes, self.output = operations.inputs, operations.shapes, operations.output
-        self._tensors, self._constants, self._calls = operations.tensors, operations.constants, operations.calls
+        self.inputs, self.shapes, self.output = list(operations.inputs), operations.shapes, operations.output
+        self.original_names: dict[str, str] = {}
+        """Of parameters and buffers, in the file, by their names here."""
+        self._constants, self._calls = operations.constants, operations.calls
+        self._given = operations.inputs
+        self._held: dict[int, str] = {}
+        tied: dict[tuple[Any, ...], str] = {}
+        for number, weight in operations.weights.items():
+            tensor = weight.tensor
+            same = (weight.is_parameter, tensor.data_ptr() or number, tensor.dtype, tensor.shape, tensor.stride())
+            if same not in tied:
+                tied[same] = name = f"{'p' if weight.is_parameter else 'b'}{len(tied)}"
+                self.original_names[name] = weight.name
+                if weight.is_parameter:
+                    self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+                else:
+                    self.register_buffer(name, tensor)
+            self._held[number] = tied[same]
 
     def forward(self, x: Tensor, level: Tensor, **conditioning: Tensor) -> Tensor:
         given = {**dict(zip(self.inputs, (x, level), strict=False)), **conditioning}
-        values: dict[str, Any] = {name: given[name] for name in self.inputs}
-        values |= {name: tensor_named(self, target) for name, target in self._tensors.items()} | self._constants
+        values: dict[int, Any] = {number: given[name] for name, number in self._given.items()}
+        values |= {number: getattr(self, name) for number, name in self._held.items()} | self._constants
         for call in self._calls:
             result = call.operator(*_filled(call.args, values), **_filled(call.kwargs, values))
             if isinstance(result, int) and result.bit_length() > MAX_BITS:
@@ -82,35 +140,35 @@ def from_exported_program(exported: ExportedProgram) -> Operations:
     """The program of a graph that torch has loaded."""
     operations, module = Operations(), exported.graph_module
     signature = {spec.arg.name: spec for spec in exported.graph_signature.input_specs}
+    tensors = exported.state_dict | exported.constants
     for node in exported.graph.nodes:
         if node.op == "placeholder":
             spec = signature[node.name]
             if spec.kind == InputKind.USER_INPUT and isinstance(node.meta.get("val"), Tensor):
-                operations.inputs.append(node.name)
-                operations.shapes[node.name] = tuple(size if isinstance(size, int) else None for size in node.meta["val"].shape)
+                operations.define_input(node.name, tuple(size if isinstance(size, int) else None for size in node.meta["val"].shape))
             elif spec.target is not None:
-                operations.tensors[node.name] = spec.target
-                kind = operations.parameters if spec.kind == InputKind.PARAMETER else operations.buffers
-                kind[spec.target] = (exported.state_dict | exported.constants)[spec.target].detach()
+                weight = Weight(checked_name(spec.target), tensors[spec.target].detach(), spec.kind == InputKind.PARAMETER)
+                operations.weights[operations.define(node.name)] = weight
             else:
-                operations.constants[node.name] = getattr(spec.arg, "value", None)
+                operations.constants[operations.define(node.name)] = getattr(spec.arg, "value", None)
         elif node.op == "get_attr":
-            operations.constants[node.name] = getattr(module, node.target)
+            operations.constants[operations.define(node.name)] = getattr(module, node.target)
         elif node.op == "call_function" and not is_assertion(node.target.__name__):
-            operations.calls.append(Call(node.target, _refs(node.args), _refs(node.kwargs), node.name))
+            args, kwargs = _refs(node.args, operations.numbers), _refs(node.kwargs, operations.numbers)
+            operations.calls.append(Call(node.target, args, kwargs, operations.define(node.name)))
     spec = next(spec for spec in exported.graph_signature.output_specs if spec.kind == OutputKind.USER_OUTPUT)
-    operations.output = spec.arg.name
+    operations.output = operations.numbers[spec.arg.name]
     return operations
 
 
-def _refs(argument: Any) -> Any:
+def _refs(argument: Any, numbers: Mapping[str, int]) -> Any:
     match argument:
         case Node():
-            return Ref(argument.name)
+            return Ref(numbers[argument.name])
         case tuple() | list():
-            return type(argument)([_refs(item) for item in argument])
+            return type(argument)([_refs(item, numbers) for item in argument])
         case dict():
-            return {key: _refs(item) for key, item in argument.items()}
+            return {key: _refs(item, numbers) for key, item in argument.items()}
     return argument
 
 
@@ -119,41 +177,10 @@ def is_assertion(operator: str) -> bool:
     return operator.partition(".")[0] in ASSERTIONS
 
 
-def hold_tensors(module: nn.Module, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
-    """Give a module tensors under dotted names, in modules of these names, so that its ``state_dict`` is that of the network it stands for.
-
-    Raises:
-        ValueError: a name cannot be one, or is another's beginning.
-    """
-    tied: dict[tuple[Any, ...], nn.Parameter] = {}
-    for name, tensor in {**parameters, **buffers}.items():
-        *path, last = name.split(".")
-        holder = module
-        for part in path:
-            if part not in holder._modules:
-                holder.add_module(part, nn.Module())
-            holder = holder.get_submodule(part)
-        try:
-            if name in parameters:
-                same = (tensor.data_ptr() or name, tensor.dtype, tensor.shape, tensor.stride())
-                holder.register_parameter(last, tied.setdefault(same, nn.Parameter(tensor, requires_grad=False)))
-            else:
-                holder.register_buffer(last, tensor)
-        except (KeyError, RuntimeError) as error:
-            raise ValueError(f"no tensor can be named {name!r}: {error}") from error
-
-
-def tensor_named(module: nn.Module, name: str) -> Tensor:
-    """The tensor of a dotted name."""
-    path, _, last = name.rpartition(".")
-    tensor: Tensor = getattr(module.get_submodule(path), last)
-    return tensor
-
-
-def _filled(argument: Any, values: Mapping[str, Any]) -> Any:
+def _filled(argument: Any, values: Mapping[int, Any]) -> Any:
     match argument:
-        case Ref(name=name):
-            return values[name]
+        case Ref(number=number):
+            return values[number]
         case tuple() | list():
             return type(argument)(_filled(item, values) for item in argument)
         case dict():
@@ -161,9 +188,9 @@ def _filled(argument: Any, values: Mapping[str, Any]) -> Any:
     return argument
 
 
-def _bind(outputs: Outputs, result: Any, values: dict[str, Any]) -> None:
-    if isinstance(outputs, str):
+def _bind(outputs: Outputs, result: Any, values: dict[int, Any]) -> None:
+    if isinstance(outputs, int):
         values[outputs] = result
     elif outputs is not None:
-        for name, value in zip(outputs, result, strict=True):
-            _bind(name, value, values)
+        for number, value in zip(outputs, result, strict=True):
+            _bind(number, value, values)

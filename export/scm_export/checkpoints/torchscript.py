@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import operator
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scm_export.checkpoints.archive import check_archive
-from scm_export.checkpoints.operator_graph import hold_tensors, tensor_named
+from scm_export.checkpoints.archive import check_contents
 from scm_export.checkpoints.torch_file import TRUST, first_line
 from scm_runtime.errors import CheckpointError
 
@@ -41,12 +40,12 @@ def read_torchscript(source: Path, *, trust: bool = False) -> tuple[ScriptedNetw
     Raises:
         CheckpointError: not trusted, damaged, or it uses what cannot be exported.
     """
-    check_archive(source)
     if not trust:
         raise CheckpointError(
             f"'{source}' is a TorchScript program, which torch can only load by running code from it, and was not loaded. {TRUST} "
             "A .pt2 of torch.export.save, or weights with --factory, need no trust."
         )
+    check_contents(source)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # TorchScript is deprecated; its files are still about
@@ -129,6 +128,37 @@ class ScriptedNetwork(nn.Module):
             condition, *carried = self._run(body, values)
             index += 1
         return carried
+
+
+def hold_tensors(module: nn.Module, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
+    """Give a module tensors under dotted names, in modules of these names, so that its ``state_dict`` is that of the network it stands for.
+
+    Raises:
+        ValueError: a name cannot be one, or is another's beginning.
+    """
+    tied: dict[tuple[Any, ...], nn.Parameter] = {}
+    for name, tensor in {**parameters, **buffers}.items():
+        *path, last = name.split(".")
+        holder = module
+        for part in path:
+            if part not in holder._modules:
+                holder.add_module(part, nn.Module())
+            holder = holder.get_submodule(part)
+        try:
+            if name in parameters:
+                same = (tensor.data_ptr() or name, tensor.dtype, tensor.shape, tensor.stride())
+                holder.register_parameter(last, tied.setdefault(same, nn.Parameter(tensor, requires_grad=False)))
+            else:
+                holder.register_buffer(last, tensor)
+        except (KeyError, RuntimeError) as error:
+            raise ValueError(f"no tensor can be named {name!r}: {error}") from error
+
+
+def tensor_named(module: nn.Module, name: str) -> Tensor:
+    """The tensor of a dotted name."""
+    path, _, last = name.rpartition(".")
+    tensor: Tensor = getattr(module.get_submodule(path), last)
+    return tensor
 
 
 def _raise(arguments: list[Any]) -> list[Any]:

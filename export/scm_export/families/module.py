@@ -66,6 +66,8 @@ def build_module(loaded: Loaded, options: BuildOptions) -> Model:
     if options.size is not None:
         raise CheckpointError("a network of the family module has the sample_shape of its config: leave out the size")
     _check_inputs(loaded, conditioning)
+    if config.keep_fp32 and loaded.inputs is not None:
+        raise CheckpointError(f"config.keep_fp32 names modules, and {loaded.describe()} holds operators without them: leave it out, or use --factory")
     network = loaded.network.eval().requires_grad_(False)
     if any(type(module).__module__.startswith("diffusers.") for module in network.modules()):
         free_batch(network)
@@ -140,7 +142,8 @@ def _check_inputs(loaded: Program, conditioning: tuple[Conditioning, ...]) -> No
 
 
 def _check_weights(network: nn.Module, what: str) -> None:
-    broken = [name for name, tensor in network.state_dict().items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
+    names: dict[str, str] = getattr(network, "original_names", {})  # of a program
+    broken = [names.get(name, name) for name, tensor in network.state_dict().items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
     if broken:
         raise CheckpointError(f"{what}: weights must be finite, got NaN or infinity in {', '.join(broken[:3])}")
     network.float()

@@ -1,0 +1,160 @@
+"""Finds the operators of a ``.pt2`` file and checks their arguments against what they take, before anything runs."""
+
+from __future__ import annotations
+
+import math
+import operator
+import re
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+
+from scm_export.checkpoints.operator_graph import Ref
+from scm_export.checkpoints.operator_list import OPERATORS
+
+Kind = Literal["tensor", "tensors", "number", "other"]
+"""What a value of a program is; "other" is None, a text, a dtype, a list of numbers."""
+
+ATEN = "torch.ops.aten."
+TEXT = re.compile(r"[a-z_]{0,32}")  # modes, such as "tanh" and "floor"
+
+# Operators on sizes. "**" is left out: its results can be astronomically long.
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    **{f"_operator.{name}": getattr(operator, name) for name in ("add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "getitem")},
+    **{f"_operator.{name}": getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge", "and_", "or_", "not_")},
+    **{f"math.{name}": getattr(math, name) for name in ("ceil", "floor", "trunc")},
+    **{f"torch.{name}": getattr(torch, name) for name in ("sym_float", "sym_int", "sym_max", "sym_min", "sym_not", "sym_ite", "sym_sqrt", "sym_sum")},
+}
+
+
+def _weight_norm(v: torch.Tensor, g: torch.Tensor, dim: int = 0) -> torch.Tensor:
+    """``torch.ops.aten._weight_norm``, which crashes where the shapes of v and g do not fit (arXiv 1602.07868, equation 2)."""
+    axes = None if dim == -1 else [axis for axis in range(v.ndim) if axis != dim % v.ndim]
+    norm: torch.Tensor = torch.linalg.vector_norm(v, dim=axes, keepdim=True)
+    return v * (g / norm)
+
+
+SUBSTITUTES: dict[Callable[..., Any], Callable[..., Any]] = {torch.ops.aten._weight_norm.default: _weight_norm}
+"""What is called in place of operators that trust their arguments."""
+
+
+class ForbiddenOperatorError(Exception):
+    """The operator is not one that is run; the text names it."""
+
+
+def find_operator(target: str) -> Callable[..., Any]:
+    """The operator of a name in a file.
+
+    Raises:
+        ForbiddenOperatorError: it is not in the list, or this torch does not have it.
+    """
+    if target in FUNCTIONS:
+        return FUNCTIONS[target]
+    name, _, overload = target.removeprefix(ATEN).partition(".")
+    entry = name if overload in ("", "default") else f"{name}.{overload}"
+    found = None
+    if target.startswith(ATEN) and entry in OPERATORS:
+        found = getattr(getattr(torch.ops.aten, name, None), overload or "default", None)
+    if found is None:
+        raise ForbiddenOperatorError(target)
+    operator: Callable[..., Any] = found
+    return operator
+
+
+def check_arguments(operator: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], kinds: dict[int, Kind], fixed: set[int]) -> tuple[Kind, ...]:
+    """Compare an operator's arguments with what it takes.
+
+    Args:
+        operator: of :func:`find_operator`.
+        args: values and, for results of other operators, :class:`~scm_export.checkpoints.operator_graph.Ref`.
+        kwargs: the same by name.
+        kinds: of the values that a Ref can mean, by their number.
+        fixed: numbers of the values that must not change: inputs and weights.
+
+    Returns:
+        The kinds of what it returns.
+
+    Raises:
+        ValueError: an argument is missing, unknown, of another type, or would be changed in place.
+    """
+    if not isinstance(operator, torch._ops.OpOverload):
+        return (_check_function(operator, args, kwargs, kinds),)
+    parameters: dict[str, Any] = {parameter.name: parameter for parameter in operator._schema.arguments}
+    positional = [parameter for parameter in parameters.values() if not parameter.kwarg_only]
+    if len(args) > len(positional):
+        raise ValueError(f"{operator} takes {len(positional)} arguments, got {len(args)}")
+    given = {parameter.name: value for parameter, value in zip(positional, args, strict=False)}
+    if twice := given.keys() & kwargs.keys() or kwargs.keys() - parameters.keys():
+        raise ValueError(f"{operator} takes the arguments {', '.join(parameters)}, got {min(twice)!r} besides")
+    given |= kwargs
+    for name, parameter in parameters.items():
+        if name not in given and not parameter.has_default_value():
+            raise ValueError(f"{operator} needs the argument {name}")
+        if name in given and not _fits(str(parameter.real_type), given[name], kinds, parameter.N):
+            raise ValueError(f"{operator} takes {parameter.real_type} as {name}, got {_described(given[name], kinds)}")
+        changes = parameter.alias_info is not None and parameter.alias_info.is_write
+        if changes and not (isinstance(given[name], Ref) and given[name].number not in fixed):
+            raise ValueError(f"{operator} would change {name}, an input or a weight of the network, in place")
+    return tuple(_kind_of_type(str(result.real_type)) for result in operator._schema.returns)
+
+
+def _check_function(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], kinds: dict[int, Kind]) -> Kind:
+    if function is operator.getitem:
+        if len(args) == 2 and not kwargs and kind_of(args[0], kinds) == "tensors" and type(args[1]) is int:
+            return "tensor"
+        raise ValueError("getitem takes a list of tensors and an index")
+    items = args[0] if len(args) == 1 and isinstance(args[0], list) else args  # sym_sum takes a list
+    if kwargs or len(items) > 64 or not all(kind_of(item, kinds) == "number" for item in items):
+        raise ValueError(f"{getattr(function, '__name__', function)} takes numbers, got {', '.join(_described(item, kinds) for item in args)}")
+    return "number"
+
+
+def kind_of(value: Any, kinds: dict[int, Kind]) -> Kind:
+    """What a value is, or what the one that a Ref means will be."""
+    if isinstance(value, Ref):
+        return kinds[value.number]
+    if isinstance(value, torch.Tensor):
+        return "tensor"
+    return "number" if isinstance(value, bool | int | float) else "other"
+
+
+def _fits(type: str, value: Any, kinds: dict[int, Kind], length: int | None = None) -> bool:
+    """Whether a value is of a type of an operator's schema. ``length``: a single number stands for that many."""
+    if wanted := re.fullmatch(r"Optional\[(.*)\]", type):
+        return value is None or _fits(wanted[1], value, kinds, length)
+    if wanted := re.fullmatch(r"List\[(.*)\]", type):
+        if isinstance(value, list):
+            return all(_fits(wanted[1], item, kinds) for item in value)
+        return kind_of(value, kinds) == "tensors" if wanted[1] == "Tensor" else length is not None and _fits(wanted[1], value, kinds)
+    kind = kind_of(value, kinds)
+    match type:
+        case "Tensor":
+            return kind in ("tensor", "number")  # torch makes tensors of numbers
+        case "number" | "float":
+            return kind == "number" or (type == "number" and isinstance(value, Ref) and kind == "tensor")
+        case "int":
+            return kind == "number" and not isinstance(value, bool | float)
+        case "bool":
+            return kind == "number" and (isinstance(value, bool | Ref))
+        case "str":
+            return isinstance(value, str) and TEXT.fullmatch(value) is not None
+        case "ScalarType":
+            return isinstance(value, torch.dtype)
+        case "Device":
+            return isinstance(value, torch.device)
+        case "Layout":
+            return isinstance(value, torch.layout)
+        case "MemoryFormat":
+            return isinstance(value, torch.memory_format)
+    return False
+
+
+def _kind_of_type(type: str) -> Kind:
+    if type in ("int", "float", "bool", "number"):
+        return "number"
+    return {"Tensor": "tensor", "List[Tensor]": "tensors"}.get(type, "other")  # type: ignore[return-value]  # mypy widens the dict's values to str
+
+
+def _described(value: Any, kinds: dict[int, Kind]) -> str:
+    return f"a {kinds[value.number]}" if isinstance(value, Ref) else repr(value)[:60]
