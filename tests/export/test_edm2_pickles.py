@@ -19,7 +19,7 @@ from torch.nn import functional
 from edm2_networks import MPConv, Precond, TrigFlowPrecond, filled
 from edm2_pickles import EasyDict, Recorded, snapshot, write_pickle
 from scm_export import export
-from scm_export.checkpoints import Checkpoint
+from scm_export.checkpoints import Checkpoint, SamplerSpec
 from scm_export.checkpoints.edm2_pickles import load_edm2_pickle
 from scm_export.families import BuildOptions, build_model
 from scm_export.model import Model
@@ -422,6 +422,8 @@ def spoiled(network: Any) -> None:
         (argument(window_size=8), "the Precond was built with window_size, which no Precond known here has"),
         (argument(num_blocks="two"), "num_blocks"),
         (argument(num_blocks=10**9), "num_blocks must be at least 1 and at most 100, got 1000000000"),
+        (lambda network: network.__dict__.update(label_dim=2**62), f"label_dim must be 0 or from 2 to 1000000, got {2**62}"),
+        (argument(num_blocks=10**5000), "an integer must have at most 128 bits, got 16610"),
         (argument(channel_mult=[{}]), "channel_mult must be a number, text or a short list of numbers, got list"),
         (argument(channels_per_head=18), "unet.enc.8x8_block0 has 3 heads for 36 channels, which channels_per_head = 18 does not give"),
         (argument(channel_mult=[1, 1, 1]), "the weights do not match the config"),
@@ -463,10 +465,21 @@ def test_a_pickle_without_a_network_is_refused(content: object, said: str, tmp_p
             "the encoder is of the unknown class 'StabilityVAEncoder'. The closest known one is 'StabilityVAEEncoder'",
         ),
         ({"encoder": Recorded("StabilityVAEEncoder", scale=[1.0], bias=[0.0])}, "a scale other than 0 and a bias for each of the 3 channels"),
+        ({"encoder": Recorded("StabilityVAEEncoder", scale=[10**400] * 3, bias=[0.0] * 3)}, "an integer must have at most 128 bits"),
+        ({"encoder": Recorded("StabilityVAEEncoder", scale=[1e-300] * 3, bias=[1e300] * 3)}, "sampler.latent_mean must be finite"),
         ({"loss_fn": Recorded("EDMConsistencyDistillLoss", student_sigma_mids=(3.0, 5.0))}, "the loss does not describe how to sample"),
+        ({"loss_fn": Recorded("EDMConsistencyDistillLoss", rho=1e-300)}, "the loss's rho must be a number from 0.1 to 100, got 1e-300"),
+        ({"loss_fn": Recorded("EDMConsistencyDistillLoss", sigma_max=1e300)}, "the loss's sigma_max must be a number from 1e-06 to 1e+06"),
+        ({"dataset_kwargs": {10**5000: 1}}, "an integer must have at most 128 bits"),
     ],
 )
 def test_what_goes_with_the_network_must_be_known_too(others: dict[str, Any], said: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as refused:
         through_a_pickle(original("edm2"), tmp_path, **others)
     assert said in str(refused.value)
+
+
+def test_a_network_of_more_elements_than_torch_can_count_is_refused() -> None:
+    config = {"img_resolution": 100_000, "patch_size": 100_000, "img_channels": 100_000, "model_channels": 100_000, "channel_mult": [1000], "label_dim": 0}
+    with pytest.raises(CheckpointError, match="makes a network that torch cannot hold"):
+        build_model(Checkpoint(family="edm2", config=config | {"channels_per_head": 100_000}, sampler=SamplerSpec(), weights={}))

@@ -18,7 +18,7 @@ from scm_export.checkpoints.native import Checkpoint
 from scm_export.checkpoints.persistence import Saved, pickle_errors, read_persistent
 from scm_export.checkpoints.stored_tensors import as_floats
 from scm_export.parametrisation import default_times
-from scm_export.samplers import SIGMA_MAX, angles, karras_sigmas, teacher_times
+from scm_export.samplers import RHO, SIGMA_MAX, SIGMA_MIN, angles, karras_sigmas, teacher_times
 from scm_runtime.errors import CheckpointError
 
 # What the classes are named, and what they are built with, in the constructors' order.
@@ -43,6 +43,7 @@ LATENT_STD: tuple[float, ...] = (4.17, 4.62, 3.71, 3.28)
 # EDM2 cuts 255 times the decoded image down to whole levels; here levels are rounded, and 255 itself must stay 255.
 PIXELS_FROM_ZERO_TO_ONE = {"pixel_scale": 255.0, "pixel_offset": -0.499}
 
+SIGMAS = (1e-6, 1e6)  # bounds of noise levels
 SEGMENTS = (1, 2, 4)  #  where the file does not say how many
 
 
@@ -222,15 +223,16 @@ def _sampling(class_name: str, loss: object, sigma_data: float, *, segments: boo
     a TrigFlow network a consistency model."""
     trained_with = loss.class_name if isinstance(loss, Saved) else ""
     said = loss.attributes if isinstance(loss, Saved) else {}
-    sigma_max = _number(said, "sigma_max", SIGMA_MAX)
+    sigma_max = _number(said, "sigma_max", SIGMA_MAX, *SIGMAS)
     start = math.atan(sigma_max / sigma_data)
     solver, diffusion = "ddim", False
     if segments:
-        count, schedule = _number(said, "num_segments", 0), said.get("boundary_schedule", "uniform_t")
-        times = {n: segment_times(start, n, schedule) for n in ([int(count)] if 1 <= count <= 64 else SEGMENTS)}
+        count, schedule = _number(said, "num_segments", 0, 0, 64), said.get("boundary_schedule", "uniform_t")
+        times = {n: segment_times(start, n, schedule) for n in ([int(count)] if count >= 1 else SEGMENTS)}
     elif trained_with == "EDMConsistencyDistillLoss":
-        between, steps = as_floats(said.get("student_sigma_mids")), int(min(max(_number(said, "S", 8), 2), 64))
-        sigmas = (sigma_max, *between, 0.0) if between else karras_sigmas(steps, _number(said, "sigma_min", 0.002), sigma_max, _number(said, "rho", 7.0))
+        between, steps = as_floats(said.get("student_sigma_mids")), int(min(max(_number(said, "S", 8, 1, 1e6), 2), 64))
+        sigma_min, rho = _number(said, "sigma_min", SIGMA_MIN, *SIGMAS), _number(said, "rho", RHO, 0.1, 100)
+        sigmas = (sigma_max, *between, 0.0) if between else karras_sigmas(steps, sigma_min, sigma_max, rho)
         times = {len(sigmas) - 1: angles(sigmas, sigma_data)}
     elif class_name == "Precond" or trained_with == "TrigFlowLoss":
         times, diffusion = teacher_times(sigma_data), True
@@ -255,9 +257,14 @@ def segment_times(start: float, segments: int, schedule: str = "uniform_t") -> t
     return (*(start * share for share in shares), 0.0)
 
 
-def _number(attributes: dict[str, Any], name: str, default: float) -> float:
+def _number(attributes: dict[str, Any], name: str, default: float, least: float, most: float) -> float:
+    """A number that the loss has, or the default where it has none. Raises CheckpointError where it is out of range."""
     value = attributes.get(name)
-    return float(value) if isinstance(value, int | float) and 0 < value < math.inf else default
+    if value is None:
+        return default
+    if not isinstance(value, int | float) or not least <= value <= most:
+        raise CheckpointError(f"the loss's {name} must be a number from {least:g} to {most:g}, got {value!r:.100}")
+    return float(value)
 
 
 def _pixels(encoder: object, channels: object, sigma_data: float, where: str) -> dict[str, Any]:

@@ -54,6 +54,9 @@ class SamplerSpec(Struct, kw_only=True, forbid_unknown_fields=True):
             value = getattr(self, name)
             if value is not None and (not math.isfinite(value) or (name == "pixel_scale" and value == 0)):
                 raise ValueError(f"sampler.{name} must be finite{' and not 0' * (name == 'pixel_scale')}, got {value}")
+        for name in ("latent_mean", "latent_std"):
+            if not all(map(math.isfinite, getattr(self, name) or ())):
+                raise ValueError(f"sampler.{name} must be finite, got {list(getattr(self, name))}")
         for count, times in (self.times or {}).items():
             steps = int(count) if count.isdecimal() else 0
             if steps < 1 or len(times) != steps + 1:
@@ -154,6 +157,8 @@ def convert(raw: object, struct: type[AnyStruct]) -> AnyStruct:
         return msgspec.convert(raw, struct)
     except msgspec.ValidationError as error:
         raise ValueError(explain(error, struct)) from error
+    except OverflowError as error:  # an integer where a float is wanted
+        raise ValueError(f"a number is too large: {error}") from error
 
 
 def explain(error: msgspec.ValidationError, struct: type[Struct]) -> str:

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, Protocol, runtime_checkable
 # A snapshot of the largest published network has some 50 000 opcodes. Each can make an object many times its own size in the file.
 MAX_OPCODES = 2_000_000
 MAX_LINE = 1 << 16
+MAX_INTEGER_BITS = 128  # torch's magic number has 80
 INLINE = 1 << 12  #  bytes; what is longer stays in the file until it is wanted
 
 
@@ -24,6 +25,10 @@ class ForbiddenPickleError(Exception):
 
 class MalformedPickleError(Exception):
     """The pickle is damaged, or holds something that no pickler writes."""
+
+
+class OversizedPickleError(MalformedPickleError):
+    """The pickle has more opcodes than any that holds data: reading it would take minutes and gigabytes."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,7 @@ class Interpreter:
         try:
             for count, (opcode, argument, _) in enumerate(pickletools.genops(self.source)):
                 if count > MAX_OPCODES:
-                    raise MalformedPickleError(f"it has more than {MAX_OPCODES} opcodes")
+                    raise OversizedPickleError(f"it has more than {MAX_OPCODES} opcodes")
                 if opcode.name in PUSHED:
                     self.stack.append(PUSHED[opcode.name](argument))
                 elif opcode.name in HANDLERS:
@@ -221,8 +226,16 @@ def _as_is(argument: Any) -> object:
     return argument
 
 
+def _integer(argument: int) -> int:
+    """A number that can be printed, and made a float."""
+    if argument.bit_length() > MAX_INTEGER_BITS:
+        raise MalformedPickleError(f"an integer must have at most {MAX_INTEGER_BITS} bits, got {argument.bit_length()}")
+    return argument
+
+
 PUSHED: dict[str, Callable[[Any], object]] = {
-    **dict.fromkeys(("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"), _as_is),
+    **dict.fromkeys(("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4"), _integer),
+    **dict.fromkeys(("FLOAT", "BINFLOAT"), _as_is),
     **dict.fromkeys(("UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"), _as_is),
     "NONE": lambda _: None,
     "NEWTRUE": lambda _: True,

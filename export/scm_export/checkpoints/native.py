@@ -144,5 +144,5 @@ def read_safetensors(source: Path) -> Mapping[str, object]:
             metadata = file.metadata() or {}
             header = msgspec.json.decode(metadata["scm"]) if "scm" in metadata else {}
             return {**header, "weights": {name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118 - safe_open is no mapping
-    except (SafetensorError, OSError, msgspec.DecodeError, TypeError) as error:
+    except (SafetensorError, OSError, msgspec.DecodeError, TypeError, RecursionError) as error:
         raise CheckpointError(f"'{source}' is not a readable .safetensors file: {first_line(error)}. Copy or save it again.") from error

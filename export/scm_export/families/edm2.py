@@ -82,8 +82,11 @@ def _config(checkpoint: Checkpoint) -> UNetConfig:
 
 
 def _network(config: UNetConfig, checkpoint: Checkpoint) -> UNet:
-    with torch.device("meta"):
-        network = UNet(config)
+    try:
+        with torch.device("meta"):
+            network = UNet(config)
+    except RuntimeError as error:  # numbers that are each in range can still make a tensor of more than 2^63 elements
+        raise CheckpointError(f"config of the family edm2 makes a network that torch cannot hold: {error}") from error
     load_weights(network, checkpoint.weights)
     network.eval().fold()
     return network

@@ -50,8 +50,8 @@ class UNetConfig:
         for name in ("label_balance", "concat_balance", "res_balance", "attn_balance"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
-        if self.label_dim < 0 or self.label_dim == 1:
-            raise ValueError(f"label_dim must be 0 or at least 2, got {self.label_dim}")
+        if self.label_dim < 0 or self.label_dim == 1 or self.label_dim > 1_000_000:
+            raise ValueError(f"label_dim must be 0 or from 2 to 1000000, got {self.label_dim}")
         if self.model_channels < 4 or self.model_channels % 2:
             raise ValueError(f"model_channels must be even and at least 4, got {self.model_channels}")
         divisor = self.patch_size << (len(self.channel_mult) - 1)
