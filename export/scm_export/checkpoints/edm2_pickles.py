@@ -56,10 +56,14 @@ def load_edm2_pickle(path: str | os.PathLike[str], network: str | None = None) -
     Raises:
         CheckpointError: the file wants more than data, or is damaged; it holds no network, several, or one of an unknown class or architecture.
     """
-    source = Path(path)
+    return read_edm2_pickle(Path(path), network)[0]
+
+
+def read_edm2_pickle(source: Path, network: str | None = None) -> tuple[Checkpoint, str]:
+    """The same, and the name of the network that was taken. Raises what it raises."""
     content = read_persistent(source)
     with pickle_errors(source):  # its tensors are only read now
-        return checkpoint_from_persistent(content, network, f"'{source}'")
+        return _checkpoint(content, network, f"'{source}'")
 
 
 def is_plain_pickle(start: bytes) -> bool:
@@ -67,10 +71,10 @@ def is_plain_pickle(start: bytes) -> bool:
     return start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05") and not start.startswith(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.")
 
 
-def checkpoint_from_persistent(content: object, network: str | None = None, where: str = "the pickle") -> Checkpoint:
+def _checkpoint(content: object, network: str | None, where: str) -> tuple[Checkpoint, str]:
     """The same from what :func:`~scm_export.checkpoints.persistence.read_persistent` returned; ``where`` begins the messages."""
     snapshot = _snapshot(content)
-    found = _choose(dict(_networks(snapshot.get("ema", content), "ema")), network, where)
+    name, found = _choose(dict(_networks(snapshot.get("ema", content), "ema")), network, where)
     _check_classes(found, where)
     config, sigma_data = _config(found, where)
     stored = {name.removeprefix("unet."): tensor for name, tensor in found.named_tensors().items() if not name.startswith(UNCERTAINTY)}
@@ -87,7 +91,7 @@ def checkpoint_from_persistent(content: object, network: str | None = None, wher
         sampler.validate()
     except ValueError as error:
         raise CheckpointError(f"{where}: the loss does not describe how to sample: {error}") from error
-    return Checkpoint(family="edm2", config=config, sampler=sampler, weights={name: tensor.load() for name, tensor in stored.items()})
+    return Checkpoint(family="edm2", config=config, sampler=sampler, weights={key: tensor.load() for key, tensor in stored.items()}), name
 
 
 # ----------------------------------------------------------------------------
@@ -118,16 +122,16 @@ def _walk(content: object, name: str) -> Iterator[tuple[str, object]]:
         waiting.extend((f"{path[:200]}.{str(key)[:100]}".lstrip("."), item) for key, item in items if isinstance(item, dict | list | tuple | Saved))
 
 
-def _choose(networks: dict[str, Saved], name: str | None, where: str) -> Saved:
+def _choose(networks: dict[str, Saved], name: str | None, where: str) -> tuple[str, Saved]:
     if not networks:
         raise CheckpointError(f"{where} holds no network: a snapshot of EDM2 is a dict with one under 'ema'")
     if name is None and len(networks) == 1:
-        return next(iter(networks.values()))
+        return next(iter(networks.items()))
     if name in networks:
-        return networks[name]
+        return name, networks[name]
     raise CheckpointError(
         f"{where} holds {len(networks)} networks: {', '.join(networks)}; got {name!r}. "
-        "Choose one with load_edm2_pickle(path, network=NAME) and write it with save_checkpoint, both in scm_export.checkpoints."
+        "Choose one with --weights NAME; of a guide, with load_edm2_pickle(path, network=NAME) and save_checkpoint, both in scm_export.checkpoints."
     )
 
 
