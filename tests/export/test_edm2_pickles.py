@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import tracemalloc
 from collections.abc import Callable
@@ -295,6 +296,19 @@ def test_one_of_several_networks_is_chosen_by_name(tmp_path: Path) -> None:
     assert torch.equal(load_edm2_pickle(path, "ema.1.0").weights["out_gain"], networks[1].unet.out_gain)
     planned = plan(path, options=Options(weights="ema.1.0", verify=False))
     assert planned.source.weights == "ema.1.0"
+    with pytest.raises(CheckpointError, match=r"got 'ema\.2'"):
+        plan(path, options=Options(weights="ema.2", verify=False))
+
+
+@pytest.mark.parametrize(
+    ("place", "key"),
+    [(lambda network: network, None), (lambda network: {"ema": network}, "ema"), (lambda network: {"ema": {"\x1b\ud800": network}}, r"ema.\x1b\ud800")],
+)
+def test_where_the_network_lay_is_recorded(place: Callable[[Any], Any], key: str | None, tmp_path: Path) -> None:
+    path = write_pickle(place(filled(NETWORKS["unconditional"](), 1).half()), tmp_path / "one.pkl")
+    planned = plan(path, options=Options(verify=False))
+    assert planned.source.weights == key
+    assert key is None or json.loads(planned.to_json())["source"]["weights"] == key
 
 
 def test_reading_takes_the_memory_of_the_network_alone(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from scm_export.checkpoints.header import SamplerSpec
 from scm_export.checkpoints.native import Checkpoint
 from scm_export.checkpoints.persistence import Saved, pickle_errors, read_persistent
 from scm_export.checkpoints.stored_tensors import as_floats
+from scm_export.checkpoints.weight_sets import printable
 from scm_export.parametrisation import default_times
 from scm_export.samplers import SIGMA_MAX, angles, karras_sigmas, teacher_times
 from scm_runtime.errors import CheckpointError
@@ -59,8 +60,8 @@ def load_edm2_pickle(path: str | os.PathLike[str], network: str | None = None) -
     return read_edm2_pickle(Path(path), network)[0]
 
 
-def read_edm2_pickle(source: Path, network: str | None = None) -> tuple[Checkpoint, str]:
-    """The same, and the name of the network that was taken. Raises what it raises."""
+def read_edm2_pickle(source: Path, network: str | None = None) -> tuple[Checkpoint, str | None]:
+    """The same, and the name of the network that was taken, None where the file is the network itself. Raises what it raises."""
     content = read_persistent(source)
     with pickle_errors(source):  # its tensors are only read now
         return _checkpoint(content, network, f"'{source}'")
@@ -71,7 +72,7 @@ def is_plain_pickle(start: bytes) -> bool:
     return start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05") and not start.startswith(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.")
 
 
-def _checkpoint(content: object, network: str | None, where: str) -> tuple[Checkpoint, str]:
+def _checkpoint(content: object, network: str | None, where: str) -> tuple[Checkpoint, str | None]:
     """The same from what :func:`~scm_export.checkpoints.persistence.read_persistent` returned; ``where`` begins the messages."""
     snapshot = _snapshot(content)
     name, found = _choose(dict(_networks(snapshot.get("ema", content), "ema")), network, where)
@@ -91,7 +92,8 @@ def _checkpoint(content: object, network: str | None, where: str) -> tuple[Check
         sampler.validate()
     except ValueError as error:
         raise CheckpointError(f"{where}: the loss does not describe how to sample: {error}") from error
-    return Checkpoint(family="edm2", config=config, sampler=sampler, weights={key: tensor.load() for key, tensor in stored.items()}), name
+    checkpoint = Checkpoint(family="edm2", config=config, sampler=sampler, weights={key: tensor.load() for key, tensor in stored.items()})
+    return checkpoint, None if isinstance(content, Saved) else name
 
 
 # ----------------------------------------------------------------------------
@@ -119,7 +121,7 @@ def _walk(content: object, name: str) -> Iterator[tuple[str, object]]:
         seen.add(id(value))
         yield path, value
         items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
-        waiting.extend((f"{path[:200]}.{str(key)[:100]}".lstrip("."), item) for key, item in items if isinstance(item, dict | list | tuple | Saved))
+        waiting.extend((f"{path[:200]}.{printable(key)[:100]}".lstrip("."), item) for key, item in items if isinstance(item, dict | list | tuple | Saved))
 
 
 def _choose(networks: dict[str, Saved], name: str | None, where: str) -> tuple[str, Saved]:

@@ -50,7 +50,7 @@ def choose_weights(raw: object, source: Path, key: str | None, progress: Callabl
     """
     sets = list(_weight_sets(raw))
     if not sets:
-        what = f"a dict with the keys {', '.join(map(_printable, list(raw)[:8]))}" if isinstance(raw, dict) else f"a {type(raw).__name__}"
+        what = f"a dict with the keys {', '.join(map(printable, list(raw)[:8]))}" if isinstance(raw, dict) else f"a {type(raw).__name__}"
         raise CheckpointError(f"'{source}' must hold a dict of tensors by name, as state_dict() returns it, got {what}")
     if key is not None:
         chosen = _with_key(sets, key, source)
@@ -121,7 +121,7 @@ def _weight_sets(raw: object) -> Iterator[WeightSet]:
             yield WeightSet(path, tensors)
         elif len(path) < MAX_DEPTH and id(value) not in opened:
             opened.add(id(value))
-            waiting += reversed([((*path, _printable(key)), item) for key, item in dict.items(value) if isinstance(item, dict)])
+            waiting += reversed([((*path, printable(key)), item) for key, item in dict.items(value) if isinstance(item, dict)])
 
 
 def _is_optimizer(path: tuple[str, ...], value: dict[object, object]) -> bool:
@@ -135,7 +135,7 @@ def _as_weights(value: dict[object, object]) -> dict[str, Tensor] | None:
     return named if len(named) == len(value) and any(tensor.is_floating_point() and tensor.ndim for tensor in named.values()) else None
 
 
-def _printable(key: object) -> str:
+def printable(key: object) -> str:
     """Of bearable length, and with escapes for what a terminal would not show."""
     named = str(key) if isinstance(key, str | int | float) else f"a {type(key).__name__}"
     shown = named if named.isprintable() else named.encode("unicode_escape").decode()
