@@ -223,9 +223,9 @@ def test_strange_keys_are_shown_as_they_can_be_given(tmp_path: Path) -> None:
 
 def test_a_crowd_of_sets_is_cut_short(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as refused:
-        taken(save(tmp_path, {f"expert{n}": weights(n) for n in range(500)}))
+        taken(save(tmp_path, {f"expert{n}": weights(n) for n in range(25)}))
     assert str(refused.value).count("\n") < 30
-    assert "and 480 more" in str(refused.value)
+    assert "and 5 more" in str(refused.value)
 
 
 @pytest.mark.parametrize(

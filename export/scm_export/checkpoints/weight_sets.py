@@ -72,8 +72,8 @@ def _with_key(sets: Sequence[WeightSet], key: str, source: Path) -> WeightSet:
     if len(chosen) == 1:
         return chosen[0]
     close = difflib.get_close_matches(key, [one.key for one in sets], n=1, cutoff=0.5)
-    meant = f"; did you mean {close[0]!r}?" if close and not chosen else ""
-    raise InvalidArgumentError(f"weights must be the key of one of the sets of weights in '{source}', got {key!r}{meant}. There are:\n{_listing(sets)}")
+    meant = f"; did you mean {close[0]!r}?" if close and not chosen else "."
+    raise InvalidArgumentError(f"weights must be the key of one of the sets of weights in '{source}', got {key!r}{meant} It holds:\n{_listing(sets)}")
 
 
 def _only_average(sets: Sequence[WeightSet], source: Path) -> WeightSet:
