@@ -1,4 +1,6 @@
-"""What does one of ONNX Runtime's session options give on the CPU? Two steps with our default and with the option set: time, in turns in one process, and peak memory, one process each.
+"""What does one of ONNX Runtime's session options gain on the CPU? Two steps with our default and with the option set.
+
+Times are taken in turns in one process, peak memory in one process each.
 
     python benchmarks/session_options.py                                                    enable_mem_pattern=true on the small consistency model
     python benchmarks/session_options.py enable_mem_pattern=true --sizes XXS,SANA-Sprint,CM,LCM

@@ -105,6 +105,8 @@ class Source(Struct, kw_only=True, omit_defaults=True):
 
     file: str
     sha256: str
+    weights: str | None = None
+    """Key of the set of weights that was taken, where the checkpoint holds it among other things."""
     guide: Source | None = None
     """The worse version of the network that leads it, where there is one."""
 

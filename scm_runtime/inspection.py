@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from scm_runtime.bundle import Conditioning, Manifest, Verification
+from scm_runtime.bundle import Conditioning, Manifest, Source, Verification
 from scm_runtime.conditioning import FREE_SIZE, stand_ins
 from scm_runtime.generator import Generator
 from scm_runtime.native import NativeOps
@@ -46,7 +46,7 @@ def show_manifest(folder: Path, manifest: Manifest, here: Collection[str]) -> No
         **{f"times, {count} step{'s' * (count != '1')}": _listed(times, manifest.time_unit) for count, times in manifest.times.items()},
         **{f"sampler {name}": f"{', '.join(map(str, counts))} steps" for name, counts in manifest.samplers.items()},
         **{item.name: _describe(item) for item in manifest.conditioning},
-        "made by": f"{manifest.producer} from {manifest.source.file} (SHA-256 {manifest.source.sha256[:12]}…)",
+        "made by": f"{manifest.producer} from {manifest.source.file} (SHA-256 {manifest.source.sha256[:12]}…){_weights(manifest.source)}",
         "licence": manifest.licence or "not stated",
         "verified": "no" if manifest.verification is None else _verified(manifest.verification),
     }.items():
@@ -71,6 +71,10 @@ def _describe(item: Conditioning) -> str:
         return f"{item.num_classes} classes{names}"
     default = {"embedding": "to be given", "mask": "default all ones"}.get(item.kind, "to be given" if item.default is None else f"default {item.default:g}")
     return f"{item.kind}, {item.describe()}, {default}"
+
+
+def _weights(source: Source) -> str:
+    return "" if source.weights is None else f", weights {source.weights!r}"
 
 
 def _verified(report: Verification) -> str:

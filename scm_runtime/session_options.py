@@ -26,7 +26,8 @@ def configure(options: Any, settings: Settings, profile_name: str) -> None:
     """
     options.log_severity_level = 4  # what goes wrong is raised, not printed
     on_cpu = settings.placement.device == "cpu"
-    if on_cpu:  # one block for all of a run comes beside what the arena holds already, where batch sizes vary: half as much again (benchmarks/NOTES.md, entry 17)
+    if on_cpu:
+        # A pattern's block comes beside what the arena holds already: half as much memory again where batch sizes vary (benchmarks/NOTES.md, entry 17).
         options.enable_mem_pattern = False
     entries: dict[str, object] = dict(CPU_ENTRIES if on_cpu else CUDA_ENTRIES)
     if settings.threads is not None:

@@ -342,8 +342,8 @@ CHECKPOINTS: list[Row] = [
         NOT_LOADED,
         TENSORS_ONLY,
     ),
-    ("a state dict", exporting(torch_file({"weight": torch.zeros(2)})), CheckpointError, "other.pt' is not a scm-checkpoint", "save_checkpoint"),
-    ("a tensor", exporting(torch_file(torch.zeros(2))), CheckpointError, "other.pt' is not a scm-checkpoint", "save_checkpoint"),
+    ("a state dict", exporting(torch_file({"weight": torch.zeros(2)})), CheckpointError, "other.pt' holds weights, but not how it is", "--config FILE.toml"),
+    ("a tensor", exporting(torch_file(torch.zeros(2))), CheckpointError, "must hold a dict of tensors by name", "got a Tensor"),
     (
         "truncated safetensors",
         exporting(file("a.safetensors", b"\xff\0\0\0\0\0\0\0{")),
@@ -351,7 +351,7 @@ CHECKPOINTS: list[Row] = [
         "a.safetensors' is not a readable .safetensors file",
         AGAIN,
     ),
-    ("other safetensors", exporting(foreign_safetensors), CheckpointError, "other.safetensors' is not a scm-checkpoint", "save_checkpoint"),
+    ("other safetensors", exporting(foreign_safetensors), CheckpointError, "other.safetensors' holds weights, but not how it", "--factory"),
     (
         "newer version",
         exporting(edited(lambda raw: raw.update(version=2))),

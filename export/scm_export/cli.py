@@ -49,6 +49,7 @@ class Size(click.ParamType[tuple[int, int]]):
 @click.option("--family", metavar="NAME", help="How to read the checkpoint; by default found from the checkpoint itself.")
 @click.option("--config", metavar="FILE.toml", help="What bare tensors or a program are: docs/checkpoint-format.md.")
 @click.option("--factory", metavar="PACKAGE.MODULE:FUNCTION", help="Function that returns the network that the checkpoint's tensors are for. It is run.")
+@click.option("--weights", metavar="KEY", help="Of several sets of weights in a training checkpoint: ema. By default the only moving average.")
 @click.option("--parametrisation", type=click.Choice(PARAMETRISATION_NAMES), help="What the network predicts, in place of what checkpoint or config say.")
 @click.option("--trust", is_flag=True, help="Open files that run code when they are opened (TorchScript, pickled modules): only from people you trust.")
 @click.option("--decoder", metavar="FOLDER", help="Autoencoder as diffusers saves it, for models of latents whose checkpoint brings none.")
@@ -133,6 +134,8 @@ def _show(done: Exported, report: Path | None) -> None:
         console.print("not verified (--no-verify)")
     else:
         console.print(_table(done.manifest.verification))
+    if done.manifest.source.weights is not None:
+        console.print(f"weights: {done.manifest.source.weights!r} of {done.manifest.source.file}", highlight=False, soft_wrap=True, markup=False)
     size = sum(entry.size for entry in done.manifest.files.values())
     console.print(f"wrote {done.path} ({size / 1e6:.1f} MB, {', '.join(done.manifest.dtypes)})", highlight=False, soft_wrap=True)
     if report is not None:

@@ -61,6 +61,7 @@ class Plan(Struct, kw_only=True):
         others = ", ".join(f"{name} {_size(size)}" for name, size in self.weights_bytes.items() if name != self.weights_dtype)
         return {
             "checkpoint": f"{self.source.file} (SHA-256 {self.source.sha256[:12]}…)",
+            **({} if self.source.weights is None else {"weights set": repr(self.source.weights)}),
             "family": self.family,
             "licence": self.licence or "not stated",
             "parameters": ", ".join(f"{name} {count / 1e6:,.2f} M" for name, count in self.parameters.items()),

@@ -12,7 +12,7 @@ import torch
 from onnx import ModelProto
 from onnxscript import ir
 
-from scm_export.checkpoints import DiffusersFolder, load
+from scm_export.checkpoints import DiffusersFolder, open_checkpoint
 from scm_export.checkpoints.from_hub import fetch
 from scm_export.choices import DEFAULT_OPSET, GRAPH_DTYPES, LOWEST_OPSET, MOST_STEPS, OPSETS, ParametrisationName
 from scm_export.dry_run import Plan, make_plan
@@ -43,6 +43,7 @@ class Options:
     family: str | None = None
     config: StrPath | None = None
     factory: str | None = None
+    weights: str | None = None
     parametrisation: ParametrisationName | None = None
     trust: bool = False
     dtype: Dtype | None = None
@@ -95,6 +96,7 @@ def export(
     family: str | None = None,
     config: StrPath | None = None,
     factory: str | None = None,
+    weights: str | None = None,
     parametrisation: ParametrisationName | None = None,
     trust: bool = False,
     dtype: Dtype | None = None,
@@ -124,6 +126,8 @@ def export(
         config: TOML or JSON file that says what bare tensors or a program are: family, configuration, sampler, conditioning (docs/checkpoint-format.md).
         factory: ``package.module:function``, for the family "module": returns the network that the checkpoint's tensors are loaded into. It is run, and
             looked for in the current folder too.
+        weights: dotted key of the set of weights to export, where a training checkpoint holds several (``"ema"``), or name of a network in an EDM2 pickle.
+            None: the only one, or of several the only one that its key names as a moving average. The manifest records which.
         parametrisation: what the network predicts, in place of what checkpoint or config say; one of ``scm_export.choices.PARAMETRISATION_NAMES``.
         trust: also open what can only be opened by running code from it: TorchScript, pickled modules, unusual ``.pt2`` files.
         dtype: of the stored weights, "fp32", "fp16" or "bf16"; None for the family's default. The last two give a graph in that dtype and an
@@ -133,7 +137,7 @@ def export(
         with_encoder: also write the autoencoder's encoder, ``encode.*.onnx``.
         preview_decoder: folder (or repository) of a small autoencoder (AutoencoderTiny), written as ``preview.*.onnx``.
         guide: checkpoint of a worse version of a diffusion model (smaller, less trained, without classes): autoguidance, with ``guidance_scale`` as an
-            input of the bundle. For the family edm2.
+            input of the bundle. For the family edm2. ``weights`` is not for it: it must hold one set.
         size: height and width of the images, pixels; None for the checkpoint's own.
         steps: step counts to compose whole samplers for, ``sample-K``; each must have times in the checkpoint. None for those up to 4,
             or else the smallest; may be empty.
@@ -162,6 +166,7 @@ def export(
         family=family,
         config=config,
         factory=factory,
+        weights=weights,
         parametrisation=parametrisation,
         trust=trust,
         dtype=dtype,
@@ -204,19 +209,24 @@ def _prepare(checkpoint: StrPath, out: StrPath | None, options: Options) -> tupl
     if options.report is not None:
         check_report_path(Path(options.report), destination)
     options.progress("reading the checkpoint")
-    loaded = load(path, trust=options.trust, config=options.config, factory=options.factory, parametrisation=options.parametrisation, progress=options.progress)
+    given = {name: getattr(options, name) for name in ("trust", "config", "factory", "weights", "parametrisation", "progress")}
+    loaded, weights = open_checkpoint(path, **given)
     name = find_family(loaded, options.family)
     options = replace(options, dtype=options.dtype or FAMILIES[name].dtype)
     assert options.dtype is not None
     if reason := FAMILIES[name].refuses.get(options.dtype):
         raise InvalidArgumentError(f"the family {name} cannot be exported in {options.dtype}: {reason}")
     decoder, preview = (None if given is None else fetch(given, None, options.progress).path for given in (options.decoder, options.preview_decoder))
-    guide = None if options.guide is None else load(Path(options.guide), trust=options.trust, progress=options.progress)
-    model = build_model(loaded, BuildOptions(decoder, options.latents, options.with_encoder, preview, guide, options.size), name)
+    guide = None if options.guide is None else open_checkpoint(Path(options.guide), trust=options.trust, progress=options.progress)
+    build = BuildOptions(decoder, options.latents, options.with_encoder, preview, None if guide is None else guide.checkpoint, options.size)
+    model = build_model(loaded, build, name)
     _check_use(model, options)
     fingerprint = loaded.fingerprint() if isinstance(loaded, DiffusersFolder) else sha256(path)
-    guided_by = None if options.guide is None else Source(file=Path(options.guide).name, sha256=sha256(Path(options.guide)))
-    return model, destination, Source(file=found.name, sha256=fingerprint, guide=guided_by), options
+    if options.guide is None or guide is None:
+        guided_by = None
+    else:
+        guided_by = Source(file=Path(options.guide).name, sha256=sha256(Path(options.guide)), weights=guide.weights)
+    return model, destination, Source(file=found.name, sha256=fingerprint, weights=weights, guide=guided_by), options
 
 
 def _check_use(model: Model, options: Options) -> None:

@@ -105,6 +105,7 @@ def facts(manifest: Manifest) -> dict[str, str]:
         f"times ({manifest.time_unit})": "; ".join(times),
         "conditioning": ", ".join(f"{item.name} {item.describe()}" for item in manifest.conditioning) or "none",
         "made from": f"{manifest.source.file}, SHA-256 {manifest.source.sha256}",
+        **({} if manifest.source.weights is None else {"weights": manifest.source.weights}),
         "made by": manifest.producer,
         "licence": manifest.licence or "not stated",
         "versions": f"Python {platform.python_version()}, {versions}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import warnings
@@ -133,6 +134,7 @@ def own_network(here: Path, tiny: Path) -> None:
     exec(FACTORY, scope)
     network: nn.Module = scope["make"]().eval()
     torch.save(network.state_dict(), here / "weights.pt")
+    torch.save({"model": network.state_dict(), "ema": network.state_dict(), "args": argparse.Namespace(lr=np.float64(1e-4))}, here / "training.pt")
     batch, arguments = torch.export.Dim("batch"), (torch.randn(2, 3, 6, 10), torch.rand(2))
     torch.export.save(torch.export.export(network, arguments, dynamic_shapes=({0: batch}, {0: batch})), here / "network.pt2")
     with warnings.catch_warnings():
@@ -152,6 +154,7 @@ MAKE: dict[str, Callable[[Path, Path], None]] = {
     "my-folder": lambda here, tiny: consistency(here / "my-folder"),
     "weights.safetensors": edm2_tensors,
     "weights.pt": own_network,
+    "training.pt": own_network,
     "network.pt2": own_network,
     "network.ts": own_network,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import tracemalloc
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from edm2_pickles import EasyDict, Recorded, snapshot, write_pickle
 from scm_export import export
 from scm_export.checkpoints import Checkpoint, SamplerSpec
 from scm_export.checkpoints.edm2_pickles import load_edm2_pickle
+from scm_export.exporter import Options, plan
 from scm_export.families import BuildOptions, build_model
 from scm_export.model import Model
 from scm_export.parametrisation import sample
@@ -289,9 +291,24 @@ def test_the_network_is_found_wherever_it_is_nested(place: Callable[[nn.Module],
 def test_one_of_several_networks_is_chosen_by_name(tmp_path: Path) -> None:
     networks: list[Any] = [filled(NETWORKS["unconditional"](), seed).half() for seed in (1, 2)]
     path = write_pickle(EasyDict(ema=[(networks[0], "-0.050"), (networks[1], "-0.100")]), tmp_path / "two.pkl")
-    with pytest.raises(CheckpointError, match=r"two.pkl' holds 2 networks: ema.0.0, ema.1.0; got None. Choose one with load_edm2_pickle"):
+    with pytest.raises(CheckpointError, match=r"two.pkl' holds 2 networks: ema.0.0, ema.1.0; got None. Choose one with --weights NAME"):
         load_edm2_pickle(path)
     assert torch.equal(load_edm2_pickle(path, "ema.1.0").weights["out_gain"], networks[1].unet.out_gain)
+    planned = plan(path, options=Options(weights="ema.1.0", verify=False))
+    assert planned.source.weights == "ema.1.0"
+    with pytest.raises(CheckpointError, match=r"got 'ema\.2'"):
+        plan(path, options=Options(weights="ema.2", verify=False))
+
+
+@pytest.mark.parametrize(
+    ("place", "key"),
+    [(lambda network: network, None), (lambda network: {"ema": network}, "ema"), (lambda network: {"ema": {"\x1b\ud800": network}}, r"ema.\x1b\ud800")],
+)
+def test_where_the_network_lay_is_recorded(place: Callable[[Any], Any], key: str | None, tmp_path: Path) -> None:
+    path = write_pickle(place(filled(NETWORKS["unconditional"](), 1).half()), tmp_path / "one.pkl")
+    planned = plan(path, options=Options(verify=False))
+    assert planned.source.weights == key
+    assert key is None or json.loads(planned.to_json())["source"]["weights"] == key
 
 
 def test_reading_takes_the_memory_of_the_network_alone(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from scm_export.families import build_model, find_family
 from scm_export.families.family import BuildOptions
 from scm_export.ops import philox_normal
 from scm_runtime import Generator
-from scm_runtime.errors import CheckpointError, VerificationError
+from scm_runtime.errors import VerificationError
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
@@ -265,12 +265,6 @@ def test_the_only_tensors_of_a_training_state_are_taken(plain: Callable[..., Any
     model = plain({"epoch": 3, key: randomised(Plain()).state_dict(), "optimizer": optimizer}, progress=said.append)
     torch.testing.assert_close(stepped(model), expected_step(), rtol=0, atol=1e-6)
     assert said == [f"taking the tensors under {key!r}"]
-
-
-def test_two_sets_of_tensors_are_not_chosen_between(plain: Callable[..., Any]) -> None:
-    state = randomised(Plain()).state_dict()
-    with pytest.raises(CheckpointError, match=r"more than one set of weights: model, ema\. .*moving average.* alone: torch\.save\("):
-        plain({"model": state, "ema": state})
 
 
 def test_a_parametrisation_given_goes_before_the_configs(plain: Callable[..., Any]) -> None:

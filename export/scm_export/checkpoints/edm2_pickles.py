@@ -17,6 +17,7 @@ from scm_export.checkpoints.header import SamplerSpec
 from scm_export.checkpoints.native import Checkpoint
 from scm_export.checkpoints.persistence import Saved, pickle_errors, read_persistent
 from scm_export.checkpoints.stored_tensors import as_floats
+from scm_export.checkpoints.weight_sets import printable
 from scm_export.parametrisation import default_times
 from scm_export.samplers import RHO, SIGMA_MAX, SIGMA_MIN, angles, karras_sigmas, teacher_times
 from scm_runtime.errors import CheckpointError
@@ -57,10 +58,14 @@ def load_edm2_pickle(path: str | os.PathLike[str], network: str | None = None) -
     Raises:
         CheckpointError: the file wants more than data, or is damaged; it holds no network, several, or one of an unknown class or architecture.
     """
-    source = Path(path)
+    return read_edm2_pickle(Path(path), network)[0]
+
+
+def read_edm2_pickle(source: Path, network: str | None = None) -> tuple[Checkpoint, str | None]:
+    """The same, and the name of the network that was taken, None where the file is the network itself. Raises what it raises."""
     content = read_persistent(source)
     with pickle_errors(source):  # its tensors are only read now
-        return checkpoint_from_persistent(content, network, f"'{source}'")
+        return _checkpoint(content, network, f"'{source}'")
 
 
 def is_plain_pickle(start: bytes) -> bool:
@@ -68,10 +73,10 @@ def is_plain_pickle(start: bytes) -> bool:
     return start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05") and not start.startswith(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.")
 
 
-def checkpoint_from_persistent(content: object, network: str | None = None, where: str = "the pickle") -> Checkpoint:
+def _checkpoint(content: object, network: str | None, where: str) -> tuple[Checkpoint, str | None]:
     """The same from what :func:`~scm_export.checkpoints.persistence.read_persistent` returned; ``where`` begins the messages."""
     snapshot = _snapshot(content)
-    found = _choose(dict(_networks(snapshot.get("ema", content), "ema")), network, where)
+    name, found = _choose(dict(_networks(snapshot.get("ema", content), "ema")), network, where)
     _check_classes(found, where)
     config, sigma_data = _config(found, where)
     stored = {name.removeprefix("unet."): tensor for name, tensor in found.named_tensors().items() if not name.startswith(UNCERTAINTY)}
@@ -88,7 +93,8 @@ def checkpoint_from_persistent(content: object, network: str | None = None, wher
         sampler.validate()
     except ValueError as error:
         raise CheckpointError(f"{where}: the loss does not describe how to sample: {error}") from error
-    return Checkpoint(family="edm2", config=config, sampler=sampler, weights={name: tensor.load() for name, tensor in stored.items()})
+    checkpoint = Checkpoint(family="edm2", config=config, sampler=sampler, weights={key: tensor.load() for key, tensor in stored.items()})
+    return checkpoint, None if isinstance(content, Saved) else name
 
 
 # ----------------------------------------------------------------------------
@@ -116,19 +122,19 @@ def _walk(content: object, name: str) -> Iterator[tuple[str, object]]:
         seen.add(id(value))
         yield path, value
         items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
-        waiting.extend((f"{path[:200]}.{str(key)[:100]}".lstrip("."), item) for key, item in items if isinstance(item, dict | list | tuple | Saved))
+        waiting.extend((f"{path[:200]}.{printable(key)[:100]}".lstrip("."), item) for key, item in items if isinstance(item, dict | list | tuple | Saved))
 
 
-def _choose(networks: dict[str, Saved], name: str | None, where: str) -> Saved:
+def _choose(networks: dict[str, Saved], name: str | None, where: str) -> tuple[str, Saved]:
     if not networks:
         raise CheckpointError(f"{where} holds no network: a snapshot of EDM2 is a dict with one under 'ema'")
     if name is None and len(networks) == 1:
-        return next(iter(networks.values()))
+        return next(iter(networks.items()))
     if name in networks:
-        return networks[name]
+        return name, networks[name]
     raise CheckpointError(
         f"{where} holds {len(networks)} networks: {', '.join(networks)}; got {name!r}. "
-        "Choose one with load_edm2_pickle(path, network=NAME) and write it with save_checkpoint, both in scm_export.checkpoints."
+        "Choose one with --weights NAME; of a guide, with load_edm2_pickle(path, network=NAME) and save_checkpoint, both in scm_export.checkpoints."
     )
 
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
-from scm_export.choices import ParametrisationName
+from scm_export.choices import PARAMETRISATION_NAMES, ParametrisationName
 from scm_runtime.bundle import CONDITIONING_DTYPES, Conditioning, Dimension
 from scm_runtime.errors import CheckpointError, CheckpointNotFoundError
 
@@ -133,6 +133,31 @@ def read_header(path: Path) -> Header:
     except ValueError as error:
         raise CheckpointError(f"the config '{path}': {error} ({DOCUMENT})") from error
     return header
+
+
+def example_config(inputs: tuple[str, ...] = ()) -> str:
+    """A ``--config`` file to fill in, valid as it is. ``inputs`` are the names of a program's inputs besides state and level, where they are known."""
+    blocks = [
+        f"# [[conditioning]]\n"
+        f'# name = "{name}"  # the keyword of the network\n'
+        f'# kind = "class"  # or one of: {", ".join(kind for kind in CONDITIONING_DTYPES if kind != "class")}\n'
+        f"# num_classes = 10  # of the kind class; an embedding and a mask have a shape, such as [77, 768]\n"
+        for name in inputs or ("class_labels",)
+    ]
+    others = ", ".join(name for name in PARAMETRISATION_NAMES if name != "trigflow")
+    return (
+        'family = "module"  # a network of your own; bare weights of an EDM2 network have "edm2" and its [config]\n'
+        "\n"
+        "[config]\n"
+        "sample_shape = [3, 32, 32]  # fill in: channels, height and width of what the network denoises\n"
+        "\n"
+        "[sampler]\n"
+        f'parametrisation = "trigflow"  # what the network predicts; or one of: {others}\n'
+        "sigma_data = 0.5  # fill in: standard deviation of the training data in the scale of the network\n"
+        "# times = { 1 = [1.5645, 0], 2 = [1.5645, 1.1, 0] }  # by step count, in radians; these are close to the defaults\n"
+        "\n"
+        "# A block for each input of the network besides the state and its level:\n" + "\n".join(blocks)
+    )
 
 
 def validate(family: str, sampler: SamplerSpec, conditioning: tuple[ConditioningSpec, ...]) -> None:

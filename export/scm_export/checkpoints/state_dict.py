@@ -1,51 +1,14 @@
-"""Bare tensors: a ``state_dict`` alone, or in a dict with other things of a training run. What they are a ``--config`` file says."""
+"""Names of the tensors in a ``state_dict``."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator
-from pathlib import Path
+from collections.abc import Collection
 from typing import Any
-
-from torch import Tensor
-
-from scm_runtime.errors import CheckpointError
 
 logger = logging.getLogger("scm_export")
 
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.", "unet.")  # DistributedDataParallel, torch.compile, and wrappers by custom
-DEPTH = 2  # of dicts in dicts
-
-
-def select_tensors(raw: object, source: Path) -> tuple[dict[str, Tensor], str]:
-    """The one dict of tensors in a file, and the key it lay under, "" for the file itself.
-
-    Raises:
-        CheckpointError: there is none, or more than one.
-    """
-    found = list(_dicts_of_tensors(raw, ()))
-    if len(found) == 1:
-        path, tensors = found[0]
-        return tensors, ".".join(path)
-    if found:
-        access = "".join(f"[{key!r}]" for key in found[0][0])
-        raise CheckpointError(
-            f"'{source}' holds more than one set of weights: {', '.join('.'.join(path) for path, _ in found)}. "
-            f"Save the one to sample with (usually the moving average) alone: "
-            f"torch.save(torch.load('{source.name}'){access}, 'weights.pt')"
-        )
-    what = f"a dict with the keys {', '.join(map(str, list(raw)[:8]))}" if isinstance(raw, dict) else f"a {type(raw).__name__}"
-    raise CheckpointError(f"'{source}' must hold a dict of tensors by name, as state_dict() returns it, got {what}")
-
-
-def _dicts_of_tensors(raw: object, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
-    if not isinstance(raw, dict) or (path and "optim" in path[-1].lower()):  # an optimizer's state has names of its own
-        return
-    if raw and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in raw.items()):
-        yield path, dict(raw)
-    elif len(path) < DEPTH:
-        for key, value in raw.items():
-            yield from _dicts_of_tensors(value, (*path, str(key)))
 
 
 def strip_prefixes(weights: dict[str, Any], expected: Collection[str]) -> str:

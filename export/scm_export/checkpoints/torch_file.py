@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from scm_export.checkpoints.archive import check_contents, check_storages
+from scm_export.checkpoints.ignored_objects import ignoring_objects, without_attributes
 from scm_runtime.errors import CheckpointError
 
 TRUST = "Only if you trust whoever made it: --trust loads it all the same, running its code."
@@ -22,6 +23,8 @@ TRUST = "Only if you trust whoever made it: --trust loads it all the same, runni
 def read_torch_file(source: Path, *, trust: bool = False) -> object:
     """The object in a ``.pt`` file: plain containers, plain values and tensors; with ``trust``, anything.
 
+    What training scripts save beside them (``argparse.Namespace``, NumPy's values, paths) is there as objects that hold nothing.
+
     Raises:
         CheckpointError: damaged, or without ``trust`` more than tensors and plain values.
     """
@@ -29,9 +32,9 @@ def read_torch_file(source: Path, *, trust: bool = False) -> object:
         check_contents(source)
         check_storages(source)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), ignoring_objects():
             warnings.simplefilter("ignore")  # about pickles that it then refuses
-            return torch.load(source, map_location="cpu", weights_only=True, mmap=is_zip(source))
+            return without_attributes(torch.load(source, map_location="cpu", weights_only=True, mmap=is_zip(source)))
     except pickle.UnpicklingError as error:
         if not (name := _callable_in(source, error)):
             raise CheckpointError(f"'{source}' is not a readable .pt file: damaged or of another format. Copy or save it again.") from error

@@ -1,0 +1,77 @@
+"""What a training run saves beside its tensors (arguments, NumPy's values, paths), read by torch's loader as objects that hold nothing.
+
+Only for :mod:`~scm_export.checkpoints.torch_file`: what is in such objects is never looked at, so it is neither constructed nor kept.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class IgnoredObject:
+    """Takes the place of an object. It accepts any arguments and any state, and keeps none of them."""
+
+    __slots__ = ()
+
+    def __new__(cls, *arguments: object) -> IgnoredObject:
+        return super().__new__(cls)
+
+    def __setstate__(self, state: object) -> None:
+        """Without it the loader would set attributes that the file names."""
+
+
+def _empty_dict(*default_factory: object) -> dict[Any, Any]:
+    """In place of a ``defaultdict``, which would call its factory for a missing key. Its items follow."""
+    return {}
+
+
+PATHS = ("Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath")
+NUMPY = ("multiarray.scalar", "multiarray._reconstruct", "numeric._frombuffer")
+IGNORED = (
+    "argparse.Namespace",
+    *(f"{module}.{name}" for module in ("pathlib", "pathlib._local") for name in PATHS),  # the second in Python 3.13
+    *(f"numpy.{core}.{name}" for core in ("core", "_core") for name in NUMPY),  # NumPy 2 made its core private
+    *("numpy.ndarray", "numpy.dtype", "builtins.bytes"),  # the last is how protocol 2 writes the bytes of an empty array
+    *(f"builtins.{name}" for name in ("list", "dict", "int", "float", "str")),  # factories of a defaultdict
+)
+STAND_INS = [("collections.defaultdict", _empty_dict), *((name, IgnoredObject) for name in IGNORED)]
+
+_one_at_a_time = threading.Lock()  # torch's list of safe globals is the process's, and is left as it was
+
+
+@contextmanager
+def ignoring_objects() -> Iterator[None]:
+    """Within the block ``torch.load(weights_only=True)`` knows the stand-ins by the names of what they stand for."""
+    with _one_at_a_time, torch.serialization.safe_globals([(stand_in, name) for name, stand_in in STAND_INS]):
+        yield
+
+
+def without_attributes(content: object) -> object:
+    """Make what torch's loader returned plain, in place, and return it.
+
+    The loader lets a file give dicts and tensors attributes of any name, which Python finds before the methods of that name. Here
+    dicts lose their attributes, and tensors in dicts and lists are replaced by plain ones over the same memory.
+    """
+    if isinstance(content, Tensor):
+        return Tensor.detach(content)
+    waiting: list[Any] = [content] if isinstance(content, dict | list | tuple) else []
+    seen = {id(content)}
+    while waiting:
+        container = waiting.pop()
+        if isinstance(container, OrderedDict | Counter):
+            vars(container).clear()
+        items: Any = dict.items(container) if isinstance(container, dict) else enumerate(container)
+        for key, value in items:
+            if isinstance(value, Tensor) and not isinstance(container, tuple):
+                container[key] = Tensor.detach(value)  # the size of a dict does not change
+            elif isinstance(value, dict | list | tuple) and id(value) not in seen:
+                seen.add(id(value))
+                waiting.append(value)
+    return content

@@ -1,0 +1,142 @@
+"""The sets of weights in a training checkpoint, and the one to export: the one asked for, the only one, or the only moving average."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import shlex
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from scm_runtime.errors import CheckpointError, InvalidArgumentError
+
+MAX_DEPTH = 4  # of dicts in dicts: Lightning's callbacks keep an average at callbacks.NAME.ema_state_dict
+MAX_KEY = 200  # characters of a key that are shown
+MAX_LISTED = 20
+
+# Words in the key of a moving average: "model_ema", "netEMA", "ema_0.9999"; and those that say that it is none: "non_ema".
+AVERAGE = {"ema", "average", "averaged", "avg", "shadow", "swa"}
+NO_AVERAGE = {"non", "no", "not"}
+
+
+@dataclass(frozen=True)
+class WeightSet:
+    """A dict of tensors by name, and where in the file it is."""
+
+    path: tuple[str, ...]
+    tensors: dict[str, Tensor]
+
+    @property
+    def key(self) -> str:
+        """Its dotted key, as ``--weights`` takes it; "" for the file itself."""
+        return ".".join(self.path)
+
+    def describe(self) -> str:
+        """Its size, in words."""
+        count = len(self.tensors)
+        return f"{count:,} tensor{'s' * (count != 1)}, {sum(tensor.numel() for tensor in self.tensors.values()):,} parameters"
+
+
+def choose_weights(raw: object, source: Path, key: str | None, progress: Callable[[str], None]) -> WeightSet:
+    """The set of weights with a key; without one, the only set, or the only moving average among several.
+
+    Raises:
+        CheckpointError: there is none, or none of several is the only moving average.
+        InvalidArgumentError: no set has this key, or the file has no choice.
+    """
+    sets = list(_weight_sets(raw))
+    if not sets:
+        what = f"a dict with the keys {', '.join(map(printable, list(raw)[:8]))}" if isinstance(raw, dict) else f"a {type(raw).__name__}"
+        raise CheckpointError(f"'{source}' must hold a dict of tensors by name, as state_dict() returns it, got {what}")
+    if key is not None:
+        chosen = _with_key(sets, key, source)
+    elif len(sets) == 1:
+        chosen = sets[0]
+    else:
+        chosen = _only_average(sets, source)
+        progress(f"taking the moving average under {chosen.key!r}, one of {len(sets)} sets of weights (--weights KEY takes another)")
+        return chosen
+    if chosen.key:
+        progress(f"taking the tensors under {chosen.key!r}")
+    return chosen
+
+
+def _with_key(sets: Sequence[WeightSet], key: str, source: Path) -> WeightSet:
+    if not sets[0].path:
+        raise InvalidArgumentError(f"'{source}' is one set of weights and has no choice of them: leave out the weights, got {key!r}")
+    chosen = [one for one in sets if one.key == key]
+    if len(chosen) == 1:
+        return chosen[0]
+    close = difflib.get_close_matches(key, [one.key for one in sets], n=1, cutoff=0.5)
+    meant = f"; did you mean {close[0]!r}?" if close and not chosen else "."
+    raise InvalidArgumentError(f"weights must be the key of one of the sets of weights in '{source}', got {key!r}{meant} It holds:\n{_listing(sets)}")
+
+
+def _only_average(sets: Sequence[WeightSet], source: Path) -> WeightSet:
+    below = Counter(one.path[:depth] for one in sets for depth in range(1, len(one.path) + 1))
+    averages = [one for one in sets if any(_names_average(one.path[depth - 1]) for depth in range(1, len(one.path) + 1) if below[one.path[:depth]] == 1)]
+    if len(averages) == 1:
+        return averages[0]
+    if averages:
+        found = f"holds {len(averages)} moving averages among its {len(sets)} sets of weights"
+    else:
+        found = f"holds {len(sets)} sets of weights, and none of them is named as a moving average"
+    raise CheckpointError(f"'{source}' {found}. Choose the one to sample with:\n{_listing(averages or sets)}")
+
+
+def _names_average(part: str) -> bool:
+    """Whether a part of a key, read word by word, names a moving average."""
+    words = {word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", part)}
+    return bool(words & AVERAGE) and not words & NO_AVERAGE
+
+
+def _listing(sets: Sequence[WeightSet]) -> str:
+    """A line a set, each with the option that chooses it."""
+    options = [f"--weights {shlex.quote(one.key)}" for one in sets[:MAX_LISTED]]
+    width = max(map(len, options))
+    lines = [f"  {option:{width}}  {one.describe()}" for option, one in zip(options, sets, strict=False)]
+    return "\n".join([*lines, *([f"  and {len(sets) - MAX_LISTED} more"] if len(sets) > MAX_LISTED else [])])
+
+
+# ----------------------------------------------------------------------------
+# What in a file is a set of weights.
+
+
+def _weight_sets(raw: object) -> Iterator[WeightSet]:
+    """Every dict of tensors that may be a network's, in the file's order. A dict in several places is looked through in the first."""
+    opened = set[int]()
+    checked: dict[int, dict[str, Tensor] | None] = {}
+    waiting: list[tuple[tuple[str, ...], object]] = [((), raw)]
+    while waiting:
+        path, value = waiting.pop()
+        if not isinstance(value, dict) or _is_optimizer(path, value):
+            continue
+        if id(value) not in checked:
+            checked[id(value)] = _as_weights(value)
+        if tensors := checked[id(value)]:
+            yield WeightSet(path, tensors)
+        elif len(path) < MAX_DEPTH and id(value) not in opened:
+            opened.add(id(value))
+            waiting += reversed([((*path, printable(key)), item) for key, item in dict.items(value) if isinstance(item, dict)])
+
+
+def _is_optimizer(path: tuple[str, ...], value: dict[object, object]) -> bool:
+    """Whether a dict is the state of an optimizer, whose tensors are named as it likes."""
+    return bool(path and "optim" in path[-1].lower()) or {"state", "param_groups"} <= value.keys()
+
+
+def _as_weights(value: dict[object, object]) -> dict[str, Tensor] | None:
+    """A dict of tensors, of which one at least is an array of real numbers: neither states of random generators nor lists of scores."""
+    named = {name: tensor for name, tensor in dict.items(value) if isinstance(name, str) and isinstance(tensor, Tensor)}
+    return named if len(named) == len(value) and any(tensor.is_floating_point() and tensor.ndim for tensor in named.values()) else None
+
+
+def printable(key: object) -> str:
+    """Of bearable length, and with escapes for what a terminal would not show."""
+    named = str(key) if isinstance(key, str | int | float) else f"a {type(key).__name__}"
+    shown = named if named.isprintable() else named.encode("unicode_escape").decode()
+    return shown if len(shown) <= MAX_KEY else f"{shown[:MAX_KEY]}…"
