@@ -25,6 +25,7 @@ from msgspec import Struct
 from scm_runtime.bundle import WEIGHTS, sha256
 from scm_runtime.cache_folder import MAX_BYTES, log_once, usable_folder
 from scm_runtime.cache_folder import max_bytes as default_bytes
+from scm_runtime.load_onnxruntime import load_onnxruntime
 from scm_runtime.verified import Verified
 
 Opened = TypeVar("Opened")
@@ -263,9 +264,7 @@ def _unchanged(options: Any) -> None:
 
 
 def _as_it_is(options: Any) -> None:
-    import onnxruntime
-
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.graph_optimization_level = load_onnxruntime().GraphOptimizationLevel.ORT_DISABLE_ALL
 
 
 def _saving(folder: Path) -> Change:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
 
@@ -24,9 +23,12 @@ from scm_runtime.bundle import WEIGHTS, read_manifest, sha256
 from scm_runtime.cache import PART, GraphCache
 from scm_runtime.cache_key import graph_key, is_cacheable
 from scm_runtime.errors import InvalidArgumentError
+from scm_runtime.load_onnxruntime import load_onnxruntime
 from scm_runtime.native import find_library
 from scm_runtime.verified import Verified, identity
 from support import full_disk, native_library, run_python, tree
+
+ort = load_onnxruntime()
 
 IMPORTS = ",".join(map(str, (Path(__file__).parents[1], Path(__file__).parent)))  # for other processes
 DIGITS = Path(scm_runtime.__file__).parent / "bundles" / "digits.scm"
@@ -44,7 +46,7 @@ class Opener:
         self.library, self.paths = library, list[Path]()
         self.levels: list[object] = []
 
-    def __call__(self, path: Path, change: Callable[[Any], None]) -> ort.InferenceSession:
+    def __call__(self, path: Path, change: Callable[[Any], None]) -> Any:
         self.paths.append(path)
         options = ort.SessionOptions()
         options.log_severity_level = 4
@@ -72,7 +74,7 @@ def key(source: Path = NOISE, **parts: Any) -> str:
     return graph_key(**({"graph": files[source.name].sha256, "weights": files[WEIGHTS].sha256, "providers": PROVIDERS} | parts))
 
 
-def run(session: ort.InferenceSession, n: int = 1) -> NDArray[Any]:
+def run(session: Any, n: int = 1) -> NDArray[Any]:
     rng = np.random.default_rng(n)
     inputs: dict[str, NDArray[Any]] = {}
     for value in session.get_inputs():
@@ -87,11 +89,11 @@ def run(session: ort.InferenceSession, n: int = 1) -> NDArray[Any]:
     return result
 
 
-def plain(graph: Path = NOISE, library: Path | None = None) -> ort.InferenceSession:
+def plain(graph: Path = NOISE, library: Path | None = None) -> Any:
     return Opener(library)(graph, lambda options: None)
 
 
-def signature(session: ort.InferenceSession) -> list[tuple[object, ...]]:
+def signature(session: Any) -> list[tuple[object, ...]]:
     return [(value.name, value.type, value.shape) for value in (*session.get_inputs(), *session.get_outputs())]
 
 
@@ -217,7 +219,7 @@ def test_an_entry_that_vanishes_while_it_is_opened(cache: GraphCache) -> None:
     cache.open(NOISE, key(), Opener())
     opener = Opener()
 
-    def build(path: Path, change: Callable[[Any], None]) -> ort.InferenceSession:
+    def build(path: Path, change: Callable[[Any], None]) -> Any:
         if path != NOISE:
             cache.clear()
         return opener(path, change)
@@ -238,7 +240,7 @@ def test_what_cannot_be_cached_is_opened_plainly_and_remembered(cache: GraphCach
     caplog.set_level(logging.INFO, "scm_runtime")
     opener = Opener()
 
-    def build(path: Path, change: Callable[[Any], None]) -> ort.InferenceSession:
+    def build(path: Path, change: Callable[[Any], None]) -> Any:
         session = opener(path, change)
         options = ort.SessionOptions()
         change(options)
@@ -321,10 +323,10 @@ def test_what_killed_processes_and_older_versions_left_is_removed(cache: GraphCa
 
 
 def test_threads_that_build_at_once(cache: GraphCache, caplog: pytest.LogCaptureFixture) -> None:
-    sessions: list[ort.InferenceSession] = []
+    sessions: list[Any] = []
     together = threading.Barrier(4, timeout=60)
 
-    def build(path: Path, change: Callable[[Any], None]) -> ort.InferenceSession:
+    def build(path: Path, change: Callable[[Any], None]) -> Any:
         session = Opener()(path, change)
         if path == NOISE:
             together.wait()  # all have found nothing there, and none has put its own there

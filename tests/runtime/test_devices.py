@@ -14,7 +14,7 @@ import pytest
 
 from scm_runtime import DeviceError, InvalidArgumentError, devices, driver, libraries
 from scm_runtime.devices import CPU, place, why_no_cuda
-from scm_runtime.session import load_onnxruntime
+from scm_runtime.load_onnxruntime import load_onnxruntime
 from support import run_python
 
 CUDA, TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"

@@ -28,8 +28,9 @@ from scm_runtime import (
 )
 from scm_runtime import hub as scm_hub
 from scm_runtime.cli import main
+from scm_runtime.load_onnxruntime import load_onnxruntime
 from scm_runtime.native import find_library
-from scm_runtime.session import Session, load_onnxruntime
+from scm_runtime.session import Session
 from support import BLOCK_IMPORTS, run_python, tree
 
 constants = pytest.importorskip("huggingface_hub.constants")
