@@ -138,7 +138,7 @@ class Session:
             library=cached.library if settings.library else None,
             session_options=settings.session_options,
         )
-        return cached.cache.open(self.path, key, self._open_at)
+        return cached.cache.open(self.path, key, self._open_at, sums=cached.sums)
 
     def _open_at(self, path: Path, change: Callable[[Any], None]) -> Any:
         """The graph at a path, the session's own or a copy of it, with options that ``change`` has had the last word on."""
