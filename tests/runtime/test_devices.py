@@ -110,7 +110,7 @@ def test_a_gpu_without_cuda_core(machine: Callable[..., None]) -> None:
 
 
 def test_the_cpu_is_had_without_looking(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "_onnxruntime", pytest.fail)
+    monkeypatch.setattr(devices, "load_onnxruntime", pytest.fail)
     assert place("cpu") == place("cpu", None, {}) == CPU
     assert CPU.index is None
 
