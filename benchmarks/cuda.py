@@ -26,10 +26,11 @@ from scm_runtime.cuda_thread import CudaContext
 from scm_runtime.devices import place
 from scm_runtime.engine import Trajectory
 from scm_runtime.errors import ScmError
+from scm_runtime.load_onnxruntime import load_onnxruntime
 from scm_runtime.location import find
 from scm_runtime.native import find_library
 from scm_runtime.schedules import along
-from scm_runtime.session import Settings, load_onnxruntime
+from scm_runtime.session import Settings
 
 REPLAYS = 200
 VARIANTS: dict[str, dict[str, Any]] = {

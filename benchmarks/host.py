@@ -27,10 +27,12 @@ from typing import Any
 import numpy as np
 from _common import interleaved, keep
 from _peers.models import DIGITS, edm2_config, random_checkpoint
-from onnxruntime import InferenceSession
 
 from scm_export import export
 from scm_runtime import Generator, Samples
+from scm_runtime.load_onnxruntime import load_onnxruntime
+
+InferenceSession = load_onnxruntime().InferenceSession
 
 CALLERS, CLIENTS = 8, 16
 ROUNDS = 3  # in which the clients' kinds take turns

@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import torch
 from _common import earlier, interleaved, keep
 from _peers.models import random_checkpoint
@@ -34,7 +33,10 @@ from scm_export.families import build_model
 from scm_export.networks.edm2 import PRESETS, UNetConfig
 from scm_export.trace import trace_step
 from scm_export.writer import BundleWriter
+from scm_runtime.load_onnxruntime import load_onnxruntime
 from scm_runtime.native import find_library
+
+ort = load_onnxruntime()
 
 OPSET = 20
 COPY_BYTES = 256 << 20
@@ -105,7 +107,7 @@ def cases(device: str) -> list[Case]:
     return found
 
 
-def session(model: onnx.ModelProto | Path, device: str, *, native: bool) -> ort.InferenceSession:
+def session(model: onnx.ModelProto | Path, device: str, *, native: bool) -> Any:
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # or it takes the cores of whatever runs next
@@ -122,7 +124,7 @@ def session(model: onnx.ModelProto | Path, device: str, *, native: bool) -> ort.
     return opened
 
 
-def bound(run: ort.InferenceSession, inputs: dict[str, torch.Tensor], device: str) -> Callable[[], None]:
+def bound(run: Any, inputs: dict[str, torch.Tensor], device: str) -> Callable[[], None]:
     """The session on inputs that lie where it works; outputs are allocated there too, as inside a larger graph."""
     binding = run.io_binding()
     for name, tensor in inputs.items():

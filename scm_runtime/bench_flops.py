@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scm_runtime.devices import Placement
-from scm_runtime.session import Session, Settings, load_onnxruntime
+from scm_runtime.load_onnxruntime import load_onnxruntime
+from scm_runtime.session import Session, Settings
 
 Shape = Sequence[int]
 

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from scm_runtime.bundle import Dtype
 from scm_runtime.devices import CUDA_PROVIDER, Placement
-from scm_runtime.session import Session, Settings, load_onnxruntime
+from scm_runtime.load_onnxruntime import load_onnxruntime
+from scm_runtime.session import Session, Settings
 
 GRAPHS = Path(str(files("scm_runtime") / "peaks"))
 BLOCK = 64

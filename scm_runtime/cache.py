@@ -3,6 +3,8 @@
 An entry is a folder named by its key, with ``graph.onnx``, the weights as the graph has them now, ``graph.data``, and ``entry.json``. ONNX Runtime maps the
 weights instead of copying them, so that processes on one machine share them. Sessions out of the cache compute the same bits as those that made it.
 
+An entry is made of a private copy of the graph and its weights, hashed while it is made: see private_copy.py.
+
 The cache never stands in the way: what is damaged is made anew, what cannot be written is left out, with a line in the log and no error.
 It is the user's own folder, closed to others (0700). Whoever can write to it can change what a model computes, as with the installed package.
 """
@@ -15,16 +17,19 @@ import os
 import shutil
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Struct
 
-from scm_runtime.bundle import WEIGHTS, sha256
+from scm_runtime.bundle import sha256
 from scm_runtime.cache_folder import MAX_BYTES, log_once, usable_folder
 from scm_runtime.cache_folder import max_bytes as default_bytes
+from scm_runtime.files import open_regular
+from scm_runtime.load_onnxruntime import load_onnxruntime
+from scm_runtime.private_copy import ChangedError, NoRoomError, copy_graph
 from scm_runtime.verified import Verified
 
 Opened = TypeVar("Opened")
@@ -83,14 +88,15 @@ class GraphCache:
         root = usable_folder(folder, PARTS) if limit > 0 else None
         return cls(root, limit) if root else None
 
-    def open(self, source: Path, key: str, build: Callable[[Path, Change], Opened], *, verify: bool = True) -> Opened:
+    def open(self, source: Path, key: str, build: Callable[[Path, Change], Opened], *, sums: Mapping[str, str], verify: bool = True) -> Opened:
         """Open a graph out of the cache where it is there; else open it as it stands and put it there.
 
         Args:
-            source: the ``.onnx`` file.
+            source: the ``.onnx`` file. What is put into the cache is made of a private copy of it, of exactly the bytes that have those sums.
             key: of ``cache_key.graph_key``.
             build: opens the graph at a path with new SessionOptions, which it gives to the change last of all. It is called up to three
                 times; what it returns from a call before the last is dropped.
+            sums: of the graph and the weights, by name, as ``copy_graph`` takes them: those that the key was made with.
             verify: compare the SHA-256 of cached files with what was written; False: their sizes alone.
 
         Returns:
@@ -101,8 +107,8 @@ class GraphCache:
         """
         path = self.folder / key
         entry, failure, refusal = self._read(path, verify), None, None
-        if entry is None and self._has_room(source):
-            failure = self._fill(path, source, build)
+        if entry is None:
+            failure = self._fill(path, source, build, sums)
             entry = self._read(path, verify=False)
         if entry is not None and entry.refused is None:
             try:
@@ -116,7 +122,9 @@ class GraphCache:
         opened = build(source, _unchanged)  # raises where the failure is not the cache's, and then it is not the cache's to tell
         if failure is not None and COMPILED in str(failure):
             refusal = f"cannot be saved: {failure}"
-        elif failure is not None:  # a full disk, a read-only folder: that may change
+        elif isinstance(failure, ChangedError):
+            _log.warning("nothing is cached of a graph: %s", failure)
+        elif failure is not None and not isinstance(failure, NoRoomError):  # a full disk, a read-only folder: that may change
             log_once("optimised graphs are not cached", failure)
         if refusal is not None:
             self._refuse(path, source, refusal)
@@ -127,18 +135,20 @@ class GraphCache:
         for _, _, path in self._entries():
             self._remove(path)
 
-    def _fill(self, path: Path, source: Path, build: Callable[[Path, Change], object]) -> Exception | None:
+    def _fill(self, path: Path, source: Path, build: Callable[[Path, Change], object], sums: Mapping[str, str]) -> Exception | None:
         """Make an entry; or say why that failed."""
-        part = self._part()
+        part, copies = self._part(), self._part()
         try:
-            part.mkdir(mode=0o700)
+            for folder in (part, copies):
+                folder.mkdir(mode=0o700)
             # The session is dropped: it holds copies of the weights that one from the entry maps.
-            build(source, _saving(part))
+            build(copy_graph(source, copies, sums, self._has_room), _saving(part))
             self._publish(part, path, source)
         except Exception as error:  # noqa: BLE001  # as above
             return error
         finally:
-            shutil.rmtree(part, ignore_errors=True)
+            for folder in (part, copies):
+                shutil.rmtree(folder, ignore_errors=True)
         return None
 
     def _publish(self, part: Path, path: Path, source: Path) -> None:
@@ -247,15 +257,10 @@ class GraphCache:
             except OSError:
                 continue  # removed by another process
 
-    def _has_room(self, source: Path) -> bool:
-        """Whether the disk keeps its spare part even if the graph has twice the weights' size, as half precision has when it is unpacked."""
-        try:
-            weights = source.with_name(WEIGHTS)
-            need = 2 * weights.stat().st_size if weights.exists() else 0
-            disk = shutil.disk_usage(self.folder)
-        except OSError:
-            return False
-        return disk.free - need > min(disk.total // SPARE, SPARE_MAX)
+    def _has_room(self, size: int) -> bool:
+        """Whether the disk keeps its spare part beside so many bytes. Raises OSError."""
+        disk = shutil.disk_usage(self.folder)
+        return disk.free - size > min(disk.total // SPARE, SPARE_MAX)
 
 
 def _unchanged(options: Any) -> None:
@@ -263,9 +268,7 @@ def _unchanged(options: Any) -> None:
 
 
 def _as_it_is(options: Any) -> None:
-    import onnxruntime
-
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.graph_optimization_level = load_onnxruntime().GraphOptimizationLevel.ORT_DISABLE_ALL
 
 
 def _saving(folder: Path) -> Change:
@@ -278,9 +281,7 @@ def _saving(folder: Path) -> Change:
 
 def _own_bytes(path: Path) -> bytes:
     """A small file's bytes, if it is one, and no link or pipe. Raises OSError."""
-    with os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise OSError(f"{path.name} is no file")
+    with open_regular(path, follow_links=False) as file:
         return file.read()
 
 

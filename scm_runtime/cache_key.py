@@ -13,6 +13,8 @@ from pathlib import Path
 
 import msgspec
 
+from scm_runtime.load_onnxruntime import load_onnxruntime
+
 FORMAT = 1  # of cache entries
 
 # Of /proc/cpuinfo, on x86 and ARM.
@@ -54,11 +56,9 @@ def graph_key(
         session_options: all that were set beyond the defaults.
         disabled_optimizers: by name.
     """
-    import onnxruntime
-
     parts = {
         "format": FORMAT,
-        "onnxruntime": onnxruntime.__version__,
+        "onnxruntime": load_onnxruntime().__version__,
         "graph": graph,
         "weights": weights,
         "providers": [[name, sorted((option, str(value)) for option, value in options.items())] for name, options in providers],

@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from scm_runtime.errors import DeviceError, InvalidArgumentError
 from scm_runtime.libraries import cuda_major, install_command, load, provider_library, vendor_libraries
+from scm_runtime.load_onnxruntime import load_onnxruntime
 
 CPU_PROVIDER, CUDA_PROVIDER, TENSORRT_PROVIDER = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 ON_CUDA = (CUDA_PROVIDER, TENSORRT_PROVIDER)
@@ -106,12 +106,12 @@ def why_no_cuda(index: int = 0) -> str | None:
 
 def needed_libraries(provider: str = CUDA_PROVIDER) -> tuple[str, ...]:
     """NVIDIA's libraries that a provider of this ONNX Runtime needs, by name; empty where it has no such provider or they are not known."""
-    path = provider_library(Path(_onnxruntime().__file__).parent, provider)
+    path = provider_library(Path(load_onnxruntime().__file__).parent, provider)
     return () if path is None else vendor_libraries(path)
 
 
 def _why_not(provider: str, index: int) -> str | None:
-    ort = _onnxruntime()
+    ort = load_onnxruntime()
     available = ort.get_available_providers()
     if provider not in available:
         return (
@@ -202,7 +202,7 @@ def _strings(name: str, options: Mapping[str, object]) -> dict[str, str]:
 
 def _known_providers() -> list[str]:
     """Those that ONNX Runtime was built with, and those of plugins registered in this process."""
-    ort = _onnxruntime()
+    ort = load_onnxruntime()
     plugins = [device.ep_name for device in getattr(ort, "get_ep_devices", list)()]
     return list(dict.fromkeys([*ort.get_available_providers(), *plugins]))
 
@@ -218,12 +218,6 @@ def _place_providers(pairs: list[tuple[str, dict[str, str]]]) -> Placement:
     if CPU_PROVIDER not in (name for name, _ in pairs):
         pairs = [*pairs, CPU.providers[0]]
     return Placement(first.removesuffix("ExecutionProvider").lower(), tuple(pairs), f"providers={[name for name, _ in pairs]}", hardware)
-
-
-def _onnxruntime() -> Any:
-    from scm_runtime.session import load_onnxruntime  # session.py imports this module
-
-    return load_onnxruntime()
 
 
 @cache

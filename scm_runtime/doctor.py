@@ -23,6 +23,7 @@ from scm_runtime._version import __version__
 from scm_runtime.devices import CPU_PROVIDER, CUDA_PROVIDER, needed_libraries, why_no_cuda
 from scm_runtime.diagnosis import Cache, Cuda, CudaLibrary, Gpu, Ops, Problem, Provider, Report, Threads
 from scm_runtime.errors import MissingDependencyError, ScmError
+from scm_runtime.load_onnxruntime import load_onnxruntime
 
 GOLDEN = Path(__file__).parent / "bundles" / "digits.golden.png"
 SEEDS = tuple(range(10))
@@ -91,8 +92,6 @@ def why_not_golden(pixels: NDArray[np.uint8]) -> str | None:
 
 def _onnxruntime() -> tuple[str | None, list[str], str | None]:
     """Version, providers, and what is wrong."""
-    from scm_runtime.session import load_onnxruntime
-
     try:
         ort = load_onnxruntime()
         ort.set_default_logger_severity(4)  # what fails stands in the report; ONNX Runtime would print it too

@@ -16,9 +16,10 @@ from scm_runtime.engine import Engine, HostEngine
 from scm_runtime.errors import InvalidArgumentError
 from scm_runtime.graphs import Graphs
 from scm_runtime.info import GeneratorInfo
+from scm_runtime.load_onnxruntime import load_onnxruntime
 from scm_runtime.location import Found
 from scm_runtime.native import Library, check_native_ops, open_with_kernels
-from scm_runtime.session import Cached, Session, Settings, check_threads, load_onnxruntime
+from scm_runtime.session import Cached, Session, Settings, check_threads
 from scm_runtime.verified import identity
 
 OpenEngine = Callable[[Dtype, Settings], Engine]

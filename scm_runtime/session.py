@@ -1,14 +1,12 @@
-"""The only file that knows ONNX Runtime: it opens graphs where they are to run, and runs them."""
+"""ONNX Runtime's sessions: opens graphs where they are to run, and runs them."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,65 +16,10 @@ from scm_runtime.bundle import WEIGHTS
 from scm_runtime.cache import GraphCache
 from scm_runtime.cache_key import graph_key, is_cacheable
 from scm_runtime.devices import CPU, Placement
-from scm_runtime.errors import DeviceError, InferenceError, InvalidArgumentError, MissingDependencyError, NativeOpsError, OutOfMemoryError
+from scm_runtime.errors import DeviceError, InferenceError, InvalidArgumentError, NativeOpsError, OutOfMemoryError
+from scm_runtime.load_onnxruntime import load_onnxruntime
 from scm_runtime.process import leave_to_parent
 from scm_runtime.session_options import configure
-
-if TYPE_CHECKING:
-    import onnxruntime
-
-
-NO_TELEMETRY = "ORT_DISABLE_TELEMETRY"
-
-
-def _installed(distribution: str) -> bool:
-    from importlib import metadata  # takes 20 ms, a third of importing scm_runtime
-
-    try:
-        metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
-
-
-@cache
-def load_onnxruntime() -> Any:
-    """Import ONNX Runtime.
-
-    Raises:
-        MissingDependencyError: it is not installed, or both of its wheels are: they overwrite each other's files.
-    """
-    if _installed("onnxruntime") and _installed("onnxruntime-gpu"):
-        raise MissingDependencyError(
-            "both onnxruntime and onnxruntime-gpu are installed; they overwrite each other. Keep one:\n"
-            "  pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'scm-runtime[cpu]'   (or [gpu])"
-        )
-    try:
-        with _without_telemetry():
-            import onnxruntime
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"ONNX Runtime cannot be imported ({error}). Install it:\n  pip install 'scm-runtime[cpu]'   (or [gpu] for CUDA)"
-        ) from error
-    return onnxruntime
-
-
-@contextmanager
-def _without_telemetry() -> Iterator[None]:
-    """Within the block ONNX Runtime is told to report nothing to its makers, unless the environment says something about that itself.
-
-    Since 1.29 it does so on Linux and macOS too, from the moment of its import, with an identifier kept on disk and a thread for which a forked
-    child that exits waits for ever. It looks at the environment once.
-    """
-    if NO_TELEMETRY in os.environ:
-        yield
-        return
-    os.environ[NO_TELEMETRY] = "1"
-    try:
-        yield
-    finally:
-        os.environ.pop(NO_TELEMETRY, None)
-
 
 # Of ONNX Runtime, by name: what makes new weights out of those in the file.
 COPYING_OPTIMIZERS = ("ConstantFolding", "ConvMulFusion", "NchwcTransformer")
@@ -145,7 +88,7 @@ class Session:
             OutOfMemoryError: the weights do not fit.
         """
         self.path, self.settings = path, settings or Settings()
-        self._session: onnxruntime.InferenceSession = self._open()
+        self._session: Any = self._open()
         leave_to_parent(self._session)
         self.provider: str = self._session.get_providers()[0]
         if self.provider != (wanted := self.settings.placement.providers[0][0]):
@@ -195,7 +138,7 @@ class Session:
             library=cached.library if settings.library else None,
             session_options=settings.session_options,
         )
-        return cached.cache.open(self.path, key, self._open_at)
+        return cached.cache.open(self.path, key, self._open_at, sums=cached.sums)
 
     def _open_at(self, path: Path, change: Callable[[Any], None]) -> Any:
         """The graph at a path, the session's own or a copy of it, with options that ``change`` has had the last word on."""

@@ -11,14 +11,16 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+from contextlib import suppress
+from io import BufferedReader
 from pathlib import Path
 
 import msgspec
 from msgspec import Struct
 
-from scm_runtime.bundle import sha256
-from scm_runtime.files import whole_file
+from scm_runtime.files import open_regular, whole_file
 
+UNREAD = "unread "
 KEPT_S = 30 * 24 * 3600
 SETTLED_NS = 2_000_000_000  # two changes may bear one time on file systems with coarse clocks (FAT: 2 s): younger files are hashed every time
 
@@ -34,9 +36,9 @@ class Seen(Struct, frozen=True):
     ctime_ns: int
 
     @classmethod
-    def of(cls, path: Path) -> Seen:
-        """As it is now. Raises OSError."""
-        found = path.stat()
+    def of(cls, path: Path, file: BufferedReader | None = None) -> Seen:
+        """As it is now; with ``file``, as the one that was opened at that path is now, whatever lies at the path by then. Raises OSError."""
+        found = path.stat() if file is None else os.fstat(file.fileno())
         return cls(os.fspath(path.absolute()), found.st_size, found.st_ino, found.st_dev, found.st_mtime_ns, found.st_ctime_ns)
 
 
@@ -47,9 +49,19 @@ class Sum(Struct, frozen=True):
     sha256: str
 
 
-def identity(path: Path) -> str:
-    """What stands for a file's sum where it is not to be read: it changes when the file does, and no sum is like it. Raises OSError."""
-    return "unread " + hashlib.sha256(msgspec.json.encode(Seen.of(path))).hexdigest()
+def file_sha256(file: BufferedReader) -> str:
+    """SHA-256 of an open file, in hexadecimal. Raises OSError."""
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def identity(path: Path, file: BufferedReader | None = None) -> str:
+    """What stands for a file's sum where it is not to be read: it changes when the file does, and no sum is like it. See ``Seen.of``. Raises OSError."""
+    return UNREAD + hashlib.sha256(msgspec.json.encode(Seen.of(path, file))).hexdigest()
+
+
+def is_identity(text: str) -> bool:
+    """Whether this is an ``identity``, and no SHA-256."""
+    return text.startswith(UNREAD)
 
 
 class Verified:
@@ -60,7 +72,11 @@ class Verified:
 
     def sha256(self, path: Path) -> str:
         """SHA-256 of a file, in hexadecimal: remembered, or taken now. A drop-in for ``bundle.sha256``. Raises OSError where the file cannot be read."""
-        before = Seen.of(path)
+        with open_regular(path) as file:
+            return self._sha256(path, file)
+
+    def _sha256(self, path: Path, file: BufferedReader) -> str:
+        before = Seen.of(path, file)  # not of the path: a file that is swapped for it, while its folder is another, would get its sum
         try:
             place = self._place(before)
             known = msgspec.json.decode(place.read_bytes(), type=Sum) if time.time() - place.stat().st_mtime < KEPT_S else None
@@ -69,19 +85,19 @@ class Verified:
         if known is not None and known.seen == before:
             return known.sha256
         settled = time.time_ns() - max(before.mtime_ns, before.ctime_ns) > SETTLED_NS
-        digest = sha256(path)
-        if settled and Seen.of(path) == before:
-            self.remember(path, digest)
+        digest = file_sha256(file)
+        if settled and Seen.of(path, file) == before:
+            self._remember(before, digest)
         return digest
 
     def remember(self, path: Path, digest: str) -> None:
         """Keep the sum of a file that nobody else writes to."""
-        try:
-            seen = Seen.of(path)
-            with whole_file(self._place(seen)) as part:
-                part.write_bytes(msgspec.json.encode(Sum(seen, digest)))
-        except OSError:
-            return  # it is hashed again next time
+        with suppress(OSError):  # it is hashed again next time
+            self._remember(Seen.of(path), digest)
+
+    def _remember(self, seen: Seen, digest: str) -> None:
+        with suppress(OSError), whole_file(self._place(seen)) as part:
+            part.write_bytes(msgspec.json.encode(Sum(seen, digest)))
 
     def prune(self) -> None:
         """Forget the sums that have had their month."""

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from scm_runtime import Generator, MissingDependencyError
-from scm_runtime.session import load_onnxruntime
+from scm_runtime.load_onnxruntime import load_onnxruntime
 
 TINY_LABELS = ("ant", "bee", "cat", "dog")
 

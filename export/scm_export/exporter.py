@@ -30,7 +30,7 @@ from scm_export.writer import BundleWriter, check_destination, new_bundle
 from scm_runtime import __version__
 from scm_runtime.bundle import OPS_DOMAIN, OPS_VERSION, SAMPLERS, SCHEMA_VERSION, Dtype, Manifest, SampleSpec, Source, sha256
 from scm_runtime.errors import InvalidArgumentError
-from scm_runtime.session import load_onnxruntime
+from scm_runtime.load_onnxruntime import load_onnxruntime
 
 StrPath = str | os.PathLike[str]
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -27,6 +26,10 @@ from scm_runtime.errors import CheckpointError
 
 pytest.importorskip("diffusers", reason="diffusers is in the test extra")
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
+
+from scm_runtime.load_onnxruntime import load_onnxruntime
+
+onnxruntime = load_onnxruntime()
 
 LATENTS = (6, 10)
 SIGMA_DATA = 0.5

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -17,6 +16,9 @@ from onnxscript import ir
 from scm_export import ops
 from scm_export.graphs import build_decode, build_noise
 from scm_export.model import ImageDecoder
+from scm_runtime.load_onnxruntime import load_onnxruntime
+
+onnxruntime = load_onnxruntime()
 
 Run = Callable[..., NDArray[Any]]
 

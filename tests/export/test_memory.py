@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from onnxscript import ir
@@ -22,7 +21,10 @@ from scm_export.networks.edm2 import UNet, UNetConfig
 from scm_export.precision import Precision
 from scm_export.references import LARGE_NETWORK
 from scm_export.trace import trace_map
+from scm_runtime.load_onnxruntime import load_onnxruntime
 from support import run_python
+
+onnxruntime = load_onnxruntime()
 
 # A first export, of a tiny model, takes what every export takes; what the second adds belongs to its weights.
 # VmHWM, since ru_maxrss begins with the size of the process that started this one.

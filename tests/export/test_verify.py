@@ -12,7 +12,6 @@ from typing import Any
 import msgspec
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from onnx import helper, numpy_helper
@@ -30,8 +29,11 @@ from scm_export.verify import verify_bundle
 from scm_export.writer import BundleWriter
 from scm_runtime.bundle import WEIGHTS, Manifest, Source, VerifiedCase
 from scm_runtime.errors import ExportError, VerificationError
+from scm_runtime.load_onnxruntime import load_onnxruntime
 from scm_runtime.session import Session
 from text_model import STATE, text_model
+
+onnxruntime = load_onnxruntime()
 
 SOURCE = Source(file="none", sha256="0" * 64)
 

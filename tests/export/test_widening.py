@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
-import onnxruntime
 import torch
 from onnx import TensorProto, shape_inference
 from onnxscript import ir
@@ -14,6 +13,9 @@ from scm_export.bf16 import emulate
 from scm_export.precision import Precision
 from scm_export.trace import trace_map
 from scm_export.widening import NO_BFLOAT16
+from scm_runtime.load_onnxruntime import load_onnxruntime
+
+onnxruntime = load_onnxruntime()
 
 
 class Resampling(nn.Module):

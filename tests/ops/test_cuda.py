@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper
@@ -14,7 +13,10 @@ from torch import Tensor
 from scm_export import ops
 from scm_export.tolerances import OP_TOLERANCE
 from scm_runtime.bundle import OPS_DOMAIN, OPS_VERSION
+from scm_runtime.load_onnxruntime import load_onnxruntime
 from support import native_library
+
+onnxruntime = load_onnxruntime()
 
 pytestmark = pytest.mark.gpu
 

@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
@@ -19,8 +18,11 @@ from scm_export.tolerances import SAMPLE_ATOL
 from scm_runtime import Generator
 from scm_runtime.bundle import MANIFEST, OPS_DOMAIN, OPS_VERSION, sha256
 from scm_runtime.errors import InvalidArgumentError
+from scm_runtime.load_onnxruntime import load_onnxruntime
 from scm_runtime.native import MATMUL_PRECISION
 from support import BFLOAT16, MATRIX_UNITS, native_library
+
+onnxruntime = load_onnxruntime()
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -21,8 +20,11 @@ from scm_export.graphs import ir_version
 from scm_export.ops import OPERATORS
 from scm_export.tolerances import OP_TOLERANCE, PRODUCT_TOLERANCE
 from scm_runtime.bundle import OPS_VERSION
+from scm_runtime.load_onnxruntime import load_onnxruntime
 from scm_runtime.native import MATMUL_PRECISION
 from support import native_library
+
+onnxruntime = load_onnxruntime()
 
 Arrays = tuple[NDArray[Any], ...]
 Attribute = float | tuple[int, ...]

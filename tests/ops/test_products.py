@@ -6,7 +6,6 @@ from collections import Counter
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -17,8 +16,11 @@ from torch import Tensor, nn
 from scm_export.model import ImageDecoder, Model
 from scm_export.parametrisation import Step
 from scm_export.trace import trace_step
+from scm_runtime.load_onnxruntime import load_onnxruntime
 from scm_runtime.native import MATMUL_PRECISION
 from support import BFLOAT16, native_library
+
+onnxruntime = load_onnxruntime()
 
 LAST, FIRST = "scm.channels_last", "scm.channels_first"
 

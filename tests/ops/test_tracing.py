@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from click.testing import CliRunner
@@ -27,6 +26,9 @@ from scm_export.trace import trace_step
 from scm_runtime import Generator
 from scm_runtime.bundle import CHANNELS_LAST_DOMAIN, OPS_DOMAIN, OPS_VERSION, read_manifest
 from scm_runtime.errors import ExportError
+from scm_runtime.load_onnxruntime import load_onnxruntime
+
+onnxruntime = load_onnxruntime()
 
 USED = {"PixelNorm", "MPSiLU", "MPSum", "MPCat", "NormModulateSiLU", "CosineAttention", "ConsistencyStep", "Conv3x3", "MatMul"}
 GRAPHS = {

@@ -10,11 +10,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
 
@@ -24,28 +24,34 @@ from scm_runtime.bundle import WEIGHTS, read_manifest, sha256
 from scm_runtime.cache import PART, GraphCache
 from scm_runtime.cache_key import graph_key, is_cacheable
 from scm_runtime.errors import InvalidArgumentError
+from scm_runtime.load_onnxruntime import load_onnxruntime
 from scm_runtime.native import find_library
-from scm_runtime.verified import Verified, identity
+from scm_runtime.verified import Verified, file_sha256, identity
 from support import full_disk, native_library, run_python, tree
+
+ort = load_onnxruntime()
 
 IMPORTS = ",".join(map(str, (Path(__file__).parents[1], Path(__file__).parent)))  # for other processes
 DIGITS = Path(scm_runtime.__file__).parent / "bundles" / "digits.scm"
 NOISE = DIGITS / "noise.onnx"  # small, and with function bodies not trivial: 43 kB optimised
 STEP = DIGITS / "step.fp32.onnx"
+SUMS = {name: entry.sha256 for name, entry in read_manifest(DIGITS).files.items()}
 PROVIDERS: list[tuple[str, dict[str, str]]] = [("CPUExecutionProvider", {})]
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="owners and modes of POSIX")
 
 
 class Opener:
-    """Opens graphs for a cache, and keeps what it was asked to open."""
+    """Opens graphs for a cache, and keeps what it was asked to open, and the names of the files beside it."""
 
     def __init__(self, library: Path | None = None) -> None:
         self.library, self.paths = library, list[Path]()
         self.levels: list[object] = []
+        self.beside: list[set[str]] = []
 
-    def __call__(self, path: Path, change: Callable[[Any], None]) -> ort.InferenceSession:
+    def __call__(self, path: Path, change: Callable[[Any], None]) -> Any:
         self.paths.append(path)
+        self.beside.append({file.name for file in path.parent.iterdir()})
         options = ort.SessionOptions()
         options.log_severity_level = 4
         if self.library:
@@ -68,11 +74,10 @@ def cache(tmp_path: Path) -> GraphCache:
 
 
 def key(source: Path = NOISE, **parts: Any) -> str:
-    files = read_manifest(DIGITS).files
-    return graph_key(**({"graph": files[source.name].sha256, "weights": files[WEIGHTS].sha256, "providers": PROVIDERS} | parts))
+    return graph_key(**({"graph": SUMS[source.name], "weights": SUMS[WEIGHTS], "providers": PROVIDERS} | parts))
 
 
-def run(session: ort.InferenceSession, n: int = 1) -> NDArray[Any]:
+def run(session: Any, n: int = 1) -> NDArray[Any]:
     rng = np.random.default_rng(n)
     inputs: dict[str, NDArray[Any]] = {}
     for value in session.get_inputs():
@@ -87,11 +92,11 @@ def run(session: ort.InferenceSession, n: int = 1) -> NDArray[Any]:
     return result
 
 
-def plain(graph: Path = NOISE, library: Path | None = None) -> ort.InferenceSession:
+def plain(graph: Path = NOISE, library: Path | None = None) -> Any:
     return Opener(library)(graph, lambda options: None)
 
 
-def signature(session: ort.InferenceSession) -> list[tuple[object, ...]]:
+def signature(session: Any) -> list[tuple[object, ...]]:
     return [(value.name, value.type, value.shape) for value in (*session.get_inputs(), *session.get_outputs())]
 
 
@@ -106,7 +111,7 @@ def test_cached_graphs_compute_the_same_bits(cache: GraphCache, graph: str, kern
     library, source = native_library() if kernels else None, DIGITS / graph
     expected = plain(source, library)
     for _ in range(2):
-        session = cache.open(source, key(source), Opener(library))
+        session = cache.open(source, key(source), Opener(library), sums=SUMS)
         assert signature(session) == signature(expected)
         for n in (1, 4):
             assert run(session, n).tobytes() == run(expected, n).tobytes()
@@ -114,21 +119,21 @@ def test_cached_graphs_compute_the_same_bits(cache: GraphCache, graph: str, kern
 
 def test_the_second_opening_neither_reads_the_bundle_nor_optimises(cache: GraphCache) -> None:
     first, second = Opener(), Opener()
-    cache.open(NOISE, key(), first)
-    session = cache.open(Path("nowhere") / NOISE.name, key(), second)
-    assert first.paths[0] == NOISE
+    cache.open(NOISE, key(), first, sums=SUMS)
+    session = cache.open(Path("nowhere") / NOISE.name, key(), second, sums=SUMS)
+    assert first.paths[0].name == NOISE.name
     assert second.paths == [cache.folder / key() / "graph.onnx"]
     assert second.levels == [ort.GraphOptimizationLevel.ORT_DISABLE_ALL]
     assert run(session).tobytes() == run(plain()).tobytes()
 
 
 def test_other_processes_use_the_entry(cache: GraphCache) -> None:
-    cache.open(NOISE, key(), Opener())
+    cache.open(NOISE, key(), Opener(), sums=SUMS)
     before = tree(cache.folder)
     opened = run_python(
         "import sys; sys.path[:0] = sys.argv[1].split(',')\n"
         "from test_cache import *\n"
-        "opener = Opener(); GraphCache.find(sys.argv[2]).open(NOISE, key(), opener); print(opener.paths)",
+        "opener = Opener(); GraphCache.find(sys.argv[2]).open(NOISE, key(), opener, sums=SUMS); print(opener.paths)",
         IMPORTS,
         cache.folder.parent,
     )
@@ -137,9 +142,27 @@ def test_other_processes_use_the_entry(cache: GraphCache) -> None:
     assert tree(cache.folder) == before
 
 
+@pytest.mark.parametrize(("graph", "beside"), [(NOISE, {NOISE.name}), (STEP, {STEP.name, WEIGHTS})], ids=["no weights", "weights"])
+def test_an_entry_is_made_of_a_private_copy_which_is_then_removed(cache: GraphCache, graph: Path, beside: set[str]) -> None:
+    """Of the weights too, where the graph has any in their file."""
+    opener = Opener()
+    cache.open(graph, key(graph), opener, sums=SUMS)
+    assert opener.beside[0] == beside
+    assert opener.paths[0].parent.parent == cache.folder
+    assert only_entry(cache).name == key(graph)
+
+
+@posix
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(cache: GraphCache, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / NOISE.name)
+    with pytest.raises(ZeroDivisionError):
+        cache.open(tmp_path / NOISE.name, key(), lambda *_: 1 / 0, sums=SUMS)
+    assert not list(cache.folder.iterdir())
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc shows what is mapped")
 def test_the_weights_are_mapped_not_copied(cache: GraphCache) -> None:
-    session = cache.open(STEP, key(STEP), Opener())
+    session = cache.open(STEP, key(STEP), Opener(), sums=SUMS)
     mapped = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(cache.folder / key(STEP) / "graph.data"))]
     sizes = [int(span.split("-")[1], 16) - int(span.split("-")[0], 16) for span, *_ in mapped]
     assert sum(sizes) > 0.8 * (cache.folder / key(STEP) / "graph.data").stat().st_size
@@ -180,13 +203,13 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_damaged_entries_are_made_anew(cache: GraphCache, damage: Callable[[Path], object], caplog: pytest.LogCaptureFixture) -> None:
-    cache.open(NOISE, key(), Opener())
+    cache.open(NOISE, key(), Opener(), sums=SUMS)
     whole = sizes(only_entry(cache))
     damage(cache.folder / key())
     opener = Opener()
-    session = cache.open(NOISE, key(), opener)
+    session = cache.open(NOISE, key(), opener, sums=SUMS)
     assert run(session).tobytes() == run(plain()).tobytes()
-    assert opener.paths[0] == NOISE
+    assert opener.paths[0].name == NOISE.name
     assert "made anew" in caplog.text
     assert not (cache.folder / key()).is_symlink()
     assert sizes(only_entry(cache)) == whole
@@ -201,33 +224,33 @@ def test_links_are_removed_not_what_they_point_to(cache: GraphCache, tmp_path: P
     mine.mkdir()
     (mine / "entry.json").write_text("keep")
     (cache.folder / key()).symlink_to(mine)
-    cache.open(NOISE, key(), Opener())
+    cache.open(NOISE, key(), Opener(), sums=SUMS)
     assert tree(mine) == {"entry.json": b"keep"}
 
 
 def test_without_verification_sizes_alone_are_compared(cache: GraphCache) -> None:
-    cache.open(NOISE, key(), Opener())
+    cache.open(NOISE, key(), Opener(), sums=SUMS)
     _flip(cache.folder / key() / "graph.data")
     opener = Opener()
-    cache.open(NOISE, key(), opener, verify=False)
+    cache.open(NOISE, key(), opener, verify=False, sums=SUMS)
     assert opener.paths == [cache.folder / key() / "graph.onnx"]
 
 
 def test_an_entry_that_vanishes_while_it_is_opened(cache: GraphCache) -> None:
-    cache.open(NOISE, key(), Opener())
+    cache.open(NOISE, key(), Opener(), sums=SUMS)
     opener = Opener()
 
-    def build(path: Path, change: Callable[[Any], None]) -> ort.InferenceSession:
-        if path != NOISE:
+    def build(path: Path, change: Callable[[Any], None]) -> Any:
+        if path.name != NOISE.name:
             cache.clear()
         return opener(path, change)
 
-    assert run(cache.open(NOISE, key(), build)).tobytes() == run(plain()).tobytes()
+    assert run(cache.open(NOISE, key(), build, sums=SUMS)).tobytes() == run(plain()).tobytes()
     assert not list(cache.folder.iterdir())  # not refused for ever after
 
 
 def test_open_sessions_outlive_their_entry(cache: GraphCache) -> None:
-    session = cache.open(NOISE, key(), Opener())
+    session = cache.open(NOISE, key(), Opener(), sums=SUMS)
     cache.clear()
     assert not list(cache.folder.iterdir())
     assert run(session).tobytes() == run(plain()).tobytes()
@@ -238,30 +261,30 @@ def test_what_cannot_be_cached_is_opened_plainly_and_remembered(cache: GraphCach
     caplog.set_level(logging.INFO, "scm_runtime")
     opener = Opener()
 
-    def build(path: Path, change: Callable[[Any], None]) -> ort.InferenceSession:
+    def build(path: Path, change: Callable[[Any], None]) -> Any:
         session = opener(path, change)
         options = ort.SessionOptions()
         change(options)
-        if options.optimized_model_filepath if when == "saved" else path != NOISE:
+        if options.optimized_model_filepath if when == "saved" else path.name != NOISE.name:
             raise RuntimeError("Unable to serialize model as it contains compiled nodes. Please disable …")
         return session
 
-    assert run(cache.open(NOISE, key(), build)).tobytes() == run(plain()).tobytes()
+    assert run(cache.open(NOISE, key(), build, sums=SUMS)).tobytes() == run(plain()).tobytes()
     assert "compiled nodes" in caplog.text
     opener.paths.clear()
-    cache.open(NOISE, key(), build)
+    cache.open(NOISE, key(), build, sums=SUMS)
     assert opener.paths == [NOISE]
     os.utime(cache.folder / key() / "entry.json", (0, 0))  # long ago: it is worth another try
     opener.paths.clear()
-    cache.open(NOISE, key(), opener)
-    assert opener.paths == [NOISE, cache.folder / key() / "graph.onnx"]
+    cache.open(NOISE, key(), opener, sums=SUMS)
+    assert [path.name for path in opener.paths] == [NOISE.name, "graph.onnx"]
 
 
 def test_errors_of_the_graph_are_raised_and_not_logged(cache: GraphCache, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     broken = tmp_path / "noise.onnx"
     broken.write_bytes(b"no graph")
     with pytest.raises(Exception, match=r"noise\.onnx failed"):
-        cache.open(broken, key(), Opener())
+        cache.open(broken, key(), Opener(), sums={broken.name: sha256(broken)})
     assert not caplog.records
     assert not list(cache.folder.iterdir())
 
@@ -269,19 +292,19 @@ def test_errors_of_the_graph_are_raised_and_not_logged(cache: GraphCache, tmp_pa
 @pytest.mark.parametrize("room", [100, 10_000, 20_000])
 def test_full_disk(cache: GraphCache, room: int, caplog: pytest.LogCaptureFixture) -> None:
     with full_disk(room):
-        session = cache.open(NOISE, key(), Opener())
-        cache.open(NOISE, key(), Opener())
+        session = cache.open(NOISE, key(), Opener(), sums=SUMS)
+        cache.open(NOISE, key(), Opener(), sums=SUMS)
     assert run(session).tobytes() == run(plain()).tobytes()
     assert not list(cache.folder.iterdir())
     assert len(caplog.records) == 1
-    cache.open(NOISE, key(), Opener())
+    cache.open(NOISE, key(), Opener(), sums=SUMS)
     assert only_entry(cache)
 
 
 def test_nothing_is_written_where_the_disk_is_nearly_full(cache: GraphCache, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"total": 100 << 30, "free": 4 << 30}))
     opener = Opener()
-    cache.open(NOISE, key(), opener)
+    cache.open(NOISE, key(), opener, sums=SUMS)
     assert opener.paths == [NOISE]
     assert not list(cache.folder.iterdir())
 
@@ -289,9 +312,9 @@ def test_nothing_is_written_where_the_disk_is_nearly_full(cache: GraphCache, mon
 def test_a_graph_larger_than_the_bound_is_not_cached(tmp_path: Path) -> None:
     cache = GraphCache.find(tmp_path / "cache", max_bytes=10_000)
     assert cache is not None
-    cache.open(NOISE, key(), Opener())
+    cache.open(NOISE, key(), Opener(), sums=SUMS)
     opener = Opener()
-    cache.open(NOISE, key(), opener)
+    cache.open(NOISE, key(), opener, sums=SUMS)
     assert opener.paths == [NOISE]
     assert sum(path.stat().st_size for path in cache.folder.rglob("*") if path.is_file()) < 1000
 
@@ -301,10 +324,10 @@ def test_what_was_unused_for_longest_goes_first(tmp_path: Path) -> None:
     assert cache is not None
     names = [key(device=device) for device in "abc"]
     for age, name in ((100, names[0]), (200, names[1])):
-        cache.open(NOISE, name, Opener())
+        cache.open(NOISE, name, Opener(), sums=SUMS)
         os.utime(cache.folder / name / "entry.json", (0, time.time() - age))
-    cache.open(NOISE, names[1], Opener())  # used again: now the other is older
-    cache.open(NOISE, names[2], Opener())
+    cache.open(NOISE, names[1], Opener(), sums=SUMS)  # used again: now the other is older
+    cache.open(NOISE, names[2], Opener(), sums=SUMS)
     assert {path.name for path in cache.folder.iterdir()} == {names[1], names[2]}
 
 
@@ -314,23 +337,23 @@ def test_what_killed_processes_and_older_versions_left_is_removed(cache: GraphCa
         part.mkdir()
         (part / "graph.data").write_bytes(b"half")
     os.utime(old, (0, 0))
-    cache.open(NOISE, key(device="before"), Opener())
+    cache.open(NOISE, key(device="before"), Opener(), sums=SUMS)
     os.utime(cache.folder / key(device="before") / "entry.json", (0, 0))
-    cache.open(NOISE, key(), Opener())
+    cache.open(NOISE, key(), Opener(), sums=SUMS)
     assert {path.name for path in cache.folder.iterdir()} == {young.name, key()}
 
 
 def test_threads_that_build_at_once(cache: GraphCache, caplog: pytest.LogCaptureFixture) -> None:
-    sessions: list[ort.InferenceSession] = []
+    sessions: list[Any] = []
     together = threading.Barrier(4, timeout=60)
 
-    def build(path: Path, change: Callable[[Any], None]) -> ort.InferenceSession:
+    def build(path: Path, change: Callable[[Any], None]) -> Any:
         session = Opener()(path, change)
-        if path == NOISE:
+        if path.name == NOISE.name:
             together.wait()  # all have found nothing there, and none has put its own there
         return session
 
-    threads = [threading.Thread(target=lambda: sessions.append(cache.open(NOISE, key(), build))) for _ in range(4)]
+    threads = [threading.Thread(target=lambda: sessions.append(cache.open(NOISE, key(), build, sums=SUMS))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -347,7 +370,7 @@ import sys; sys.path[:0] = sys.argv[1].split(",")
 from test_cache import *
 cache, expected = GraphCache.find(sys.argv[2], max_bytes=60_000), run(plain()).tobytes()  # room for one
 for turn in range(6):
-    assert run(cache.open(NOISE, key(device=str(turn % 2)), Opener())).tobytes() == expected
+    assert run(cache.open(NOISE, key(device=str(turn % 2)), Opener(), sums=SUMS)).tobytes() == expected
 """
     command = [sys.executable, "-c", program, IMPORTS, str(tmp_path / "cache")]
     running = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(3)]
@@ -484,15 +507,15 @@ def test_the_parts_are_no_links(tmp_path: Path, caplog: pytest.LogCaptureFixture
 
 @posix
 def test_a_folder_that_became_read_only(cache: GraphCache, caplog: pytest.LogCaptureFixture) -> None:
-    cache.open(NOISE, key(), Opener())
+    cache.open(NOISE, key(), Opener(), sums=SUMS)
     cache.folder.chmod(0o500)
     if os.access(cache.folder, os.W_OK):
         pytest.skip("root writes everywhere")
     opener = Opener()
-    cache.open(NOISE, key(), opener)
+    cache.open(NOISE, key(), opener, sums=SUMS)
     assert opener.paths == [cache.folder / key() / "graph.onnx"]
     for device in "ab":
-        cache.open(NOISE, key(device=device), opener)
+        cache.open(NOISE, key(device=device), opener, sums=SUMS)
     assert len(caplog.records) == 1
     cache.folder.chmod(0o700)
 
@@ -519,21 +542,21 @@ def verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Verified:
 
 
 @pytest.fixture
-def read(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """The files that were read to be hashed."""
-    paths: list[Path] = []
+def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The sums of the files that were read to be hashed."""
+    digests: list[str] = []
 
-    def watched(path: Path) -> str:
-        paths.append(path)
-        return sha256(path)
+    def watched(file: BufferedReader) -> str:
+        digests.append(file_sha256(file))
+        return digests[-1]
 
-    monkeypatch.setattr("scm_runtime.verified.sha256", watched)
-    return paths
+    monkeypatch.setattr("scm_runtime.verified.file_sha256", watched)
+    return digests
 
 
-def test_an_unchanged_file_is_hashed_once(verified: Verified, file: Path, read: list[Path]) -> None:
+def test_an_unchanged_file_is_hashed_once(verified: Verified, file: Path, read: list[str]) -> None:
     assert [verified.sha256(file) for _ in range(3)] == [sha256(file)] * 3
-    assert read == [file]
+    assert read == [sha256(file)]
 
 
 @pytest.mark.parametrize("change", ["written in place, times put back", "replaced", "another path"])
@@ -551,19 +574,19 @@ def test_a_changed_file_is_hashed_again(verified: Verified, file: Path, change: 
     assert verified.sha256(file) == sha256(file)
 
 
-def test_a_file_written_just_now_is_not_remembered(verified: Verified, file: Path, read: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_written_just_now_is_not_remembered(verified: Verified, file: Path, read: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("scm_runtime.verified.SETTLED_NS", 60_000_000_000)
     for _ in range(2):
         verified.sha256(file)
-    assert read == [file, file]
+    assert read == [sha256(file)] * 2
 
 
-def test_sums_have_their_month(verified: Verified, file: Path, read: list[Path], tmp_path: Path) -> None:
+def test_sums_have_their_month(verified: Verified, file: Path, read: list[str], tmp_path: Path) -> None:
     verified.sha256(file)
     (remembered,) = (tmp_path / "sums").iterdir()
     os.utime(remembered, (0, 0))
     verified.sha256(file)
-    assert read == [file, file]
+    assert read == [sha256(file)] * 2
     os.utime(remembered, (0, 0))
     verified.prune()
     assert not list((tmp_path / "sums").iterdir())
@@ -582,7 +605,7 @@ def test_a_memory_that_cannot_be_written(file: Path) -> None:
     assert Verified(file / "sums").sha256(file) == sha256(file)
 
 
-def test_the_identity_of_a_file_changes_with_it(file: Path, read: list[Path]) -> None:
+def test_the_identity_of_a_file_changes_with_it(file: Path, read: list[str]) -> None:
     before = identity(file)
     assert identity(file) == before
     file.write_bytes(b"changes")

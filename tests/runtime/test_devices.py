@@ -14,7 +14,7 @@ import pytest
 
 from scm_runtime import DeviceError, InvalidArgumentError, devices, driver, libraries
 from scm_runtime.devices import CPU, place, why_no_cuda
-from scm_runtime.session import load_onnxruntime
+from scm_runtime.load_onnxruntime import load_onnxruntime
 from support import run_python
 
 CUDA, TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
@@ -110,7 +110,7 @@ def test_a_gpu_without_cuda_core(machine: Callable[..., None]) -> None:
 
 
 def test_the_cpu_is_had_without_looking(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "_onnxruntime", pytest.fail)
+    monkeypatch.setattr(devices, "load_onnxruntime", pytest.fail)
     assert place("cpu") == place("cpu", None, {}) == CPU
     assert CPU.index is None
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from scm_runtime import doctor
 from scm_runtime.cli import main
-from scm_runtime.session import load_onnxruntime
+from scm_runtime.load_onnxruntime import load_onnxruntime
 from support import BLOCK_IMPORTS, ROOT, run_python
 
 CPU = "CPUExecutionProvider"

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
 from scm_runtime import Generator, InferenceError, InvalidArgumentError, Samples
 from scm_runtime.arguments import Labels
+from scm_runtime.load_onnxruntime import load_onnxruntime
+
+onnxruntime = load_onnxruntime()
 
 SEEDS = (11, 5, 2**62, -3, 0, 2**33 + 1, 7)
 
@@ -25,7 +27,7 @@ def pixels(samples: Samples) -> NDArray[np.uint8]:
     return samples.array
 
 
-def open_graph(bundle: Path, name: str) -> onnxruntime.InferenceSession:
+def open_graph(bundle: Path, name: str) -> Any:
     return onnxruntime.InferenceSession(bundle / name, providers=["CPUExecutionProvider"])
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 import scm_runtime
-from scm_runtime import MissingDependencyError, session
+from scm_runtime import MissingDependencyError
+from scm_runtime import load_onnxruntime as module
 from support import BLOCK_IMPORTS, run_python
 
 FORBIDDEN = "torch,onnx,onnxscript,scm_export"
@@ -115,8 +116,8 @@ cli.main(["generate", sys.argv[2], "-o", sys.argv[3]])
 
 
 def test_both_builds_of_onnxruntime(monkeypatch: pytest.MonkeyPatch, tiny_bundle: Path) -> None:
-    monkeypatch.setattr(session, "_installed", lambda distribution: True)
-    monkeypatch.setattr(session, "load_onnxruntime", session.load_onnxruntime.__wrapped__)  # past its cache
+    monkeypatch.setattr(module, "_installed", lambda distribution: True)
+    module.load_onnxruntime.cache_clear()
     with pytest.raises(MissingDependencyError, match=r"both onnxruntime and onnxruntime-gpu are installed") as caught:
         scm_runtime.Generator(tiny_bundle)
     assert isinstance(caught.value, ImportError)

@@ -411,22 +411,6 @@ def test_it_cannot_be_pickled_or_copied(digits: Generator) -> None:
             attempt(digits)
 
 
-def test_onnxruntime_reports_nothing_to_its_makers() -> None:
-    """And the environment is left as it was."""
-    run_python(
-        """
-import os
-from scm_runtime import session
-
-os.environ.pop("ORT_DISABLE_TELEMETRY", None)
-threads = len(os.listdir("/proc/self/task"))
-session.load_onnxruntime()
-assert "ORT_DISABLE_TELEMETRY" not in os.environ
-assert len(os.listdir("/proc/self/task")) == threads, "its thread that reports runs"
-"""
-    )
-
-
 def test_the_end_of_a_with_block_lets_requests_come_to_their_end(tiny_bundle: Path) -> None:
     with Generator(tiny_bundle, max_batch_size=1) as generate:
         futures = [generate.submit(seed=seed) for seed in range(12)]

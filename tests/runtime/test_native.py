@@ -15,7 +15,6 @@ from typing import Any
 
 import msgspec
 import numpy as np
-import onnxruntime
 import pytest
 from click.testing import CliRunner
 
@@ -25,7 +24,10 @@ from scm_runtime.bundle import OPS_DOMAIN, OPS_VERSION, Manifest, read_manifest
 from scm_runtime.cli import main
 from scm_runtime.devices import Placement
 from scm_runtime.driver import Device, Driver
+from scm_runtime.load_onnxruntime import load_onnxruntime
 from scm_runtime.session import Session, Settings
+
+onnxruntime = load_onnxruntime()
 
 FACTS = {"version": "9.8.7", "ops": {OPS_DOMAIN: OPS_VERSION}, "ort_api": 18, "ort_headers": "1.21", "cuda": None, "compiler": "cc"}
 

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch.utils.dlpack
 
 import handmade
 from scm_runtime import DeviceError, Generator, InvalidArgumentError, OutOfMemoryError, Span
+from scm_runtime.load_onnxruntime import load_onnxruntime
 from scm_runtime.session import Session, Settings
+
+onnxruntime = load_onnxruntime()
 
 # ----------------------------------------------------------------------------
 # Spans.

@@ -1,0 +1,174 @@
+"""ONNX Runtime is imported by one function, which keeps its telemetry off. Each case in a fresh process, with a fresh home folder.
+
+With telemetry on, ONNX Runtime starts a thread that reports to its makers, writes an identifier into the user's cache folder, and keeps forked children
+from ending.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support import BLOCK_IMPORTS, run_python
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="/proc lists the threads")
+
+# Watches the imports of ONNX Runtime while ACTION runs, looks at what is left of it, and forks two children that do nothing but end.
+PROGRAM = """
+import json, os, signal, sys, time
+
+seen = []
+
+def watch(event, arguments):
+    if event == "import" and arguments[0].split(".")[0] == "onnxruntime":
+        seen.append(os.environ.get("ORT_DISABLE_TELEMETRY"))
+
+sys.addaudithook(watch)
+ACTION
+report = {"seen": sorted(set(map(str, seen))), "after": os.environ.get("ORT_DISABLE_TELEMETRY"), "ended": {}}
+report["threads"] = len(os.listdir("/proc/self/task"))
+for way in ("exits", "comes to its end"):
+    pid = os.fork()
+    if pid == 0:
+        if way == "exits":
+            sys.exit(3)
+        break
+    deadline = time.monotonic() + 60
+    while not (done := os.waitpid(pid, os.WNOHANG))[0] and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if not done[0]:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    report["ended"][way] = os.waitstatus_to_exitcode(done[1]) if done[0] else "hung"
+else:
+    with open(sys.argv[1], "w") as file:
+        json.dump(report, file)
+"""
+
+GENERATOR = """
+from scm_runtime import Generator
+cache_dir = {"default": None, "none": False, "folder": os.path.expanduser("~/folder")}[sys.argv[3]]
+generator = Generator("digits", device=sys.argv[2], cache_dir=cache_dir, threads=1)
+generator(seed=1)
+"""
+
+COMMAND = """
+import importlib
+try:
+    importlib.import_module(sys.argv[2]).main(sys.argv[3:])
+except SystemExit as end:
+    assert end.code == 0, end.code
+"""
+
+
+def fresh_environment(home: Path) -> dict[str, str]:
+    """Of a user who has set nothing; with one thread for linear algebra, so that the others can be counted."""
+    home.mkdir()
+    dropped = {"SCM_CACHE_DIR", "ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME"}
+    kept = {name: value for name, value in os.environ.items() if name not in dropped}
+    return kept | {"HOME": str(home), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+
+
+def check(action: str, home: Path, *arguments: str | Path, folders: set[str], imported: bool = True) -> None:
+    """Run an action, and see that its process is as it would be without telemetry.
+
+    Args:
+        action: Python code.
+        home: the home folder, which is made.
+        arguments: of the code, from ``sys.argv[2]`` on.
+        folders: those below the home folder that get files; no others may.
+        imported: whether the action imports ONNX Runtime.
+    """
+    run_python(PROGRAM.replace("ACTION", action), home.parent / "report.json", *arguments, env=fresh_environment(home), cwd=home.parent)
+    report: dict[str, Any] = json.loads((home.parent / "report.json").read_bytes())
+    assert report == {"seen": ["1"] if imported else [], "after": None, "threads": 1, "ended": {"exits": 3, "comes to its end": 0}}
+    files = [path.relative_to(home) for path in home.rglob("*") if path.is_file()]
+    assert {file for file in files if not any(file.is_relative_to(folder) for folder in folders)} == set()
+    assert all(any(file.is_relative_to(folder) for file in files) for folder in folders), "each folder is used"
+
+
+@linux
+@pytest.mark.parametrize("cache", ["default", "folder", "none"])
+@pytest.mark.parametrize("device", ["cpu", "auto"])
+def test_a_generator_turns_no_telemetry_on(device: str, cache: str, tmp_path: Path) -> None:
+    check(GENERATOR, tmp_path / "home", device, cache, folders={"default": {".cache/scm-runtime"}, "folder": {"folder"}, "none": set[str]()}[cache])
+
+
+@linux
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "digits", "-o", "x.png", "--device", "cpu"],
+        ["inspect", "digits"],
+        ["smoke", "digits", "--device", "cpu"],
+        ["bench", "digits", "--device", "cpu", "--batch-sizes", "1", "--steps", "1", "--seconds", "0"],
+        ["doctor"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_command_turns_no_telemetry_on(arguments: list[str], tmp_path: Path) -> None:
+    reads = arguments[0] == "inspect"
+    fills = arguments[0] not in ("inspect", "doctor")
+    check(COMMAND, tmp_path / "home", "scm_runtime.cli", *arguments, folders={".cache/scm-runtime"} if fills else set(), imported=not reads)
+
+
+@linux
+def test_an_export_turns_no_telemetry_on(tmp_path: Path) -> None:
+    """It imports ONNX Runtime before it looks for the checkpoint, and PyTorch and others, which may import it too, afterwards."""
+    check(COMMAND.replace("== 0", "== 2"), tmp_path / "home", "scm_export.cli", "missing.pt", "-o", "x.scm", folders=set())
+
+
+def test_without_onnxruntime_every_way_to_open_a_bundle_says_what_to_install(tmp_path: Path) -> None:
+    program = """
+Block.error = ModuleNotFoundError
+from scm_runtime import DevicePool, Generator, MissingDependencyError, cli
+
+for device in ("cpu", "auto"):
+    for cache_dir in (None, sys.argv[2], False):
+        for opener, where in ((Generator, {"device": device}), (DevicePool, {"devices": [device]})):
+            try:
+                opener("digits", cache_dir=cache_dir, **where)
+            except MissingDependencyError as error:
+                assert "pip install 'scm-runtime[cpu]'" in str(error), error
+            else:
+                raise AssertionError("no error")
+for command in (["smoke", "digits"], ["generate", "digits", "-o", sys.argv[3]], ["bench", "digits"]):
+    try:
+        cli.main([*command, "--device", "cpu"])
+    except SystemExit as end:
+        assert end.code == 1, end.code
+"""
+    done = run_python(BLOCK_IMPORTS + program, "onnxruntime", tmp_path / "folder", tmp_path / "x.png", env=fresh_environment(tmp_path / "home"))
+    lines = done.stderr.splitlines()
+    assert [line for line in lines if line.startswith("Error: ")] == ["Error: ONNX Runtime cannot be imported (onnxruntime was imported). Install it:"] * 3
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize("how", ["raise KeyboardInterrupt", "raise ImportError('initialization failed') from KeyboardInterrupt()"])
+def test_an_interrupted_import_is_an_interrupt_and_can_be_repeated(how: str, tmp_path: Path) -> None:
+    """An extension module that is interrupted while it is initialised raises the second."""
+    program = """
+import os, sys
+from scm_runtime.load_onnxruntime import load_onnxruntime
+
+class Interrupted:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == "onnxruntime.capi._pybind_state":
+            HOW
+
+sys.meta_path.insert(0, Interrupted)
+try:
+    load_onnxruntime()
+except KeyboardInterrupt:
+    sys.meta_path.remove(Interrupted)
+assert "ORT_DISABLE_TELEMETRY" not in os.environ
+assert load_onnxruntime().__version__
+"""
+    run_python(program.replace("HOW", how), env=fresh_environment(tmp_path / "home"))
