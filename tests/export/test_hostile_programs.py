@@ -221,6 +221,8 @@ ARGUMENTS: dict[str, tuple[Callable[[Raw], object], str]] = {
     "missing": (argument("weight"), "needs the argument weight"),
     "unknown": (argument("depth", as_int=3), "got 'depth' besides"),
     "a text for numbers": (argument("stride", as_string="same"), r"takes List\[int\] as stride, got 'same'"),
+    "a size that crashes torch": (argument("stride", as_ints=[2**63 - 1, 1]), r"takes List\[int\] as stride, got \[9223372036854775807, 1\]"),
+    "one size that crashes torch": (argument("stride", as_int=2**63 - 1), r"takes List\[int\] as stride, got 9223372036854775807"),
     "a number for numbers": (argument("groups", as_float=1.5), "takes int as groups, got 1.5"),
     "a tensor for a number": (argument("groups", as_tensor={"name": "x"}), "takes int as groups, got a tensor"),
     "a list for a tensor": (argument("weight", as_ints=[1, 2]), r"takes Tensor as weight, got \[1, 2\]"),

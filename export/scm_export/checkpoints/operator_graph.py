@@ -16,6 +16,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import Node
 
 MAX_BITS = 64  # of an integer, a size or what is computed from one; more would be an attack on memory
+MAX_SIZE = 2**31  # of an integer in a list: a size, a stride, a kernel. Some operators of torch crash on larger ones
 MAX_NAME = 512  # characters
 
 # What an exported program asserts of its sizes: at this batch size, of that range. The graph is traced again, for every batch.
@@ -182,7 +183,10 @@ def _filled(argument: Any, values: Mapping[int, Any]) -> Any:
         case Ref(number=number):
             return values[number]
         case tuple() | list():
-            return type(argument)(_filled(item, values) for item in argument)
+            items = [_filled(item, values) for item in argument]
+            if any(isinstance(item, int) and abs(item) > MAX_SIZE for item in items):
+                raise ValueError(f"a size must be at most {MAX_SIZE}, got {max(item for item in items if isinstance(item, int))}")
+            return type(argument)(items)
         case dict():
             return {key: _filled(item, values) for key, item in argument.items()}
     return argument

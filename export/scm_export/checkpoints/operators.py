@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from scm_export.checkpoints.operator_graph import Ref
+from scm_export.checkpoints.operator_graph import MAX_SIZE, Ref
 from scm_export.checkpoints.operator_list import OPERATORS
 
 Kind = Literal["tensor", "tensors", "number", "other"]
@@ -125,8 +125,8 @@ def _fits(type: str, value: Any, kinds: dict[int, Kind], length: int | None = No
         return value is None or _fits(wanted[1], value, kinds, length)
     if wanted := re.fullmatch(r"List\[(.*)\]", type):
         if isinstance(value, list):
-            return all(_fits(wanted[1], item, kinds) for item in value)
-        return kind_of(value, kinds) == "tensors" if wanted[1] == "Tensor" else length is not None and _fits(wanted[1], value, kinds)
+            return all(_fits(wanted[1], item, kinds) and not (isinstance(item, int) and abs(item) > MAX_SIZE) for item in value)
+        return kind_of(value, kinds) == "tensors" if wanted[1] == "Tensor" else length is not None and _fits(type, [value], kinds)
     kind = kind_of(value, kinds)
     match type:
         case "Tensor":
