@@ -15,7 +15,6 @@ import pytest
 import handmade
 from support import ROOT, run_python
 
-# A process whose teardown takes a while after daemon threads may not go on: one that comes back from ONNX Runtime then aborts it.
 PRELUDE = f"""
 import sys, threading, time
 sys.path.insert(0, {str(ROOT / "tests")!r})
@@ -24,11 +23,14 @@ from holding import engine_of, stepping
 from scm_runtime import Generator, process
 
 class Teardown:
+    "Takes a while after daemon threads may not go on: one that comes back from ONNX Runtime then aborts the process."
     def __del__(self, sleep=time.sleep):
-        sleep(3)
+        sleep(2)
 
-sys.teardown = Teardown()  # goes late, and in any case
-process.CALLBACK_WAIT_S = process.EXIT_WAIT_S = 0.1
+def slow_teardown():
+    sys.teardown = Teardown()  # goes late, and in any case
+
+process.CALLBACK_WAIT_S = 0.1
 EMBEDS = np.ones((2, {handmade.WIDTH}), np.float32)
 SPIN = {{"prompt_embeds": EMBEDS, "guidance_scale": {handmade.SPIN}}}
 BLOCK = {{"prompt_embeds": EMBEDS, "conditioning": {{"score": {handmade.BLOCK}}}}}
@@ -64,7 +66,8 @@ def ends_quietly(program: str, *arguments: str | Path) -> str:
 @pytest.mark.parametrize("how", ["generator.submit(**{})", "in_daemon(lambda: generator(**{}))", "in_daemon(lambda: generator.submit(**{}).exception())"])
 def test_a_process_may_end_within_a_step(request_: str, how: str, slow_bundle: Path) -> None:
     """Also where one operator takes longer than the end of the process has patience for code of the user's."""
-    ends_quietly(f"generator = opened(); wait = begins(generator); kept = {how.format(request_)}; wait()", slow_bundle)
+    slow = "slow_teardown(); " * (request_ == "BLOCK")
+    ends_quietly(f"{slow}generator = opened(); wait = begins(generator); kept = {how.format(request_)}; wait()", slow_bundle)
 
 
 def test_a_process_may_end_within_a_step_of_a_generator_that_nobody_keeps(slow_bundle: Path) -> None:
@@ -77,6 +80,7 @@ def test_a_process_may_end_while_the_thread_of_a_cuda_device_computes(how: str) 
     ends_quietly(
         f"""
 from runtime.fake_cuda import PLACEMENT, FakeSession, Machine
+slow_teardown()
 from scm_runtime import cuda, generator as module
 from scm_runtime.cuda_open import open_cuda_engine
 
@@ -100,6 +104,8 @@ time.sleep(0.5)
 def test_a_process_may_end_while_a_thread_opens_generators(slow_bundle: Path) -> None:
     ends_quietly(
         """
+slow_teardown()
+
 def open_on():
     while True:
         Generator("digits", threads=1, cache_dir=False)
