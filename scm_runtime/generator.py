@@ -240,7 +240,7 @@ class Generator(Queued):
 
         Raises:
             InvalidArgumentError: an argument is out of range, of the wrong shape, or does not fit the others.
-            GeneratorClosedError: the Generator is closed.
+            GeneratorClosedError: the Generator is closed, or was while the call ran.
             ForkedError: it was made before this process was forked.
             GenerationCancelledError: the callback returned False.
             NonFiniteError: samples turned into NaN or infinity; see ``on_nonfinite``.
@@ -274,8 +274,8 @@ class Generator(Queued):
         that computes all requests: it holds up the others, and must not wait for one of them. So do callbacks of the future.
 
         Returns:
-            A future. Its ``result()`` raises what a call raises; GeneratorClosedError also if the Generator is closed before the request's turn comes
-            (one that has begun is finished); ``concurrent.futures.CancelledError`` after ``cancel()``.
+            A future. Its ``result()`` raises what a call raises: GeneratorClosedError if the Generator is closed before the samples are there, unless
+            by ``close(wait=True)``; and ``concurrent.futures.CancelledError`` after ``cancel()``.
 
         Raises:
             InvalidArgumentError, GeneratorClosedError, ForkedError: at once, as a call does.
