@@ -101,6 +101,27 @@ time.sleep(0.5)
     )
 
 
+def test_a_job_of_a_cuda_device_is_done_before_the_process_ends() -> None:
+    """Also where it is not in ONNX Runtime but in CUDA itself."""
+    printed = ends_quietly(
+        """
+from types import SimpleNamespace
+from scm_runtime.cuda_thread import CudaContext
+
+def job():
+    begun.set()
+    time.sleep(1)
+    print("done", flush=True)
+
+begun = threading.Event()
+context = CudaContext(0, open_gpu=lambda *_: SimpleNamespace(stream_handle=0))
+in_daemon(lambda: context.run(job))
+assert begun.wait(60)
+"""
+    )
+    assert printed == "done\n"
+
+
 def test_a_process_may_end_while_a_thread_opens_generators(slow_bundle: Path) -> None:
     ends_quietly(
         """
