@@ -11,68 +11,26 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable, MutableMapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar, cast
 
+from scm_runtime import process
 from scm_runtime.conditioning import is_int
-from scm_runtime.errors import GeneratorClosedError, InvalidArgumentError, OutOfMemoryError
-from scm_runtime.process import stop_at_exit
+from scm_runtime.errors import GeneratorClosedError, InferenceError, InvalidArgumentError, OutOfMemoryError
+from scm_runtime.runs import closed_error
 from scm_runtime.samples import Samples
 from scm_runtime.sampling import Request, Sampler, directly
+from scm_runtime.tickets import Ticket, hand_over
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
     from queue import SimpleQueue
 
 THREAD_NAME = "scm-runtime-batching"
+ON_STEP_WAIT_S, POLL_S = 0.1, 0.01  # of whoever closes: for a callback_on_step_end, and how often to look whether there is one
 
 Result = TypeVar("Result")
 _log = logging.getLogger("scm_runtime")
-
-
-class Ticket:
-    """A request in the line, and the future of its samples. It keeps what computes it alive; the line alone does not."""
-
-    def __init__(self, sampler: Sampler, request: Request, future: Future[Samples], leave: Callable[[], None]) -> None:
-        """``leave`` is called once, before the future has its result, when nothing will be computed for it any more."""
-        self.sampler, self.request, self.future = sampler, request, future
-        self.begun = self.settled = False
-        self._leave = leave
-        self.kind = tuple(sorted((name, values.shape[1:]) for name, values in request.trajectory.call.conditioning.items()))
-        """Tickets of one kind can share an evaluation."""
-
-    def __len__(self) -> int:
-        return len(self.request.trajectory)
-
-    @property
-    def cancelled(self) -> bool:
-        """Whether nobody wants it any more, and it has not been told yet."""
-        return not self.settled and self.future.cancelled()
-
-    def settle(self, outcome: Samples | BaseException | None) -> None:
-        """Hand over what came of it, None if it was cancelled: once, outside the engine's jobs, and with no lock held, for this runs code of the user's."""
-        if self.settled:
-            return
-        if isinstance(outcome, Samples):
-            try:
-                self.sampler.tell(self.request, outcome)
-            except BaseException as error:  # noqa: BLE001 - of the user's on_span: his future shall have it
-                outcome = error
-        self.settled = True
-        for act in (self._leave, lambda: self._tell_future(outcome)):
-            try:
-                act()
-            except BaseException:  # noqa: BLE001 - of a session that cannot be closed, or of a callback of the future: others shall not suffer from it
-                _log.exception("A request of submit() has ended, and what follows on it failed.")
-        del self.future  # an error knows the frames it came through, and those the ticket: it would keep itself alive, and the engine with it
-
-    def _tell_future(self, outcome: Samples | BaseException | None) -> None:
-        if not self.future.set_running_or_notify_cancel() or outcome is None:
-            return
-        if isinstance(outcome, BaseException):
-            self.future.set_exception(outcome)
-        else:
-            self.future.set_result(outcome)
 
 
 class Line:
@@ -87,23 +45,25 @@ class Line:
         self._tickets: list[Ticket] = []  # the thread's own, in the order in which they came
         # None wakes the thread. Putting takes no lock of ours, so that the garbage collector may do it wherever it comes in between.
         self._mail: SimpleQueue[Ticket | None] = SimpleQueue()
-        self._lock = threading.RLock()  # over these two; re-entered by signal handlers
-        self._thread: threading.Thread | None = None
+        self._lock = threading.RLock()  # over the mail and this; re-entered by signal handlers
+        self._serving = False  # whether there is a thread that takes from the mail
+        self._thread: threading.Thread | None = None  # the last one
+        self._called_back = False  # whether it is in a callback_on_step_end, which may wait for whoever closes
         self._closed = False
         self._ended = False
 
     def put(self, ticket: Ticket) -> None:
         """Let it join, and start the thread if there is none."""
         with self._lock:
-            if self._thread is None:
+            if not self._serving:
                 thread = threading.Thread(target=self._serve, name=THREAD_NAME, daemon=True)
-                stop_at_exit(self)
+                process.stop_at_exit(self)
                 thread.start()
-                self._thread = thread  # the thread looks at it under the lock
+                self._thread, self._serving = thread, True  # the thread looks at it under the lock
             self._mail.put(ticket)
 
     def close(self) -> None:
-        """Refuse what has not begun; the thread ends when the rest is done. Waits for nothing."""
+        """Refuse all tickets; the thread ends when it has told them. Waits for nothing."""
         self._closed = True
         self.end()
 
@@ -114,8 +74,21 @@ class Line:
 
     def join(self, timeout: float | None = None) -> None:
         """Wait for the thread's end, ``timeout`` seconds at most; not within the thread."""
-        if (thread := self._thread) is not None and thread is not threading.current_thread():
+        if (thread := self._thread) is not None and not self.is_current:
             thread.join(timeout)
+
+    @property
+    def is_current(self) -> bool:
+        """Whether it is the line's thread that asks."""
+        return self._thread is threading.current_thread()
+
+    def join_unless_called_back(self) -> None:
+        """After ``close``: wait for the thread's end, but hardly for a ``callback_on_step_end``, and not for ever for other code of the user's."""
+        if (thread := self._thread) is None or self.is_current:
+            return
+        start = time.monotonic()
+        while thread.is_alive() and time.monotonic() - start < (ON_STEP_WAIT_S if self._called_back else process.CALLBACK_WAIT_S):
+            thread.join(POLL_S)
 
     # -- The thread ------------------------------------------------------------------------------------------------------------------------------------------
 
@@ -126,19 +99,19 @@ class Line:
         except BaseException as error:  # noqa: BLE001 - a fault of this module: nobody shall wait for ever
             _log.exception("The thread that works off submit() died; the next submit() starts another.")
             with self._lock:
-                self._thread = None
+                self._serving = False
                 self._take_mail()
                 tickets, self._tickets = self._tickets, []
-            _hand_over(dict.fromkeys(tickets, error))
+            said = f"the thread that computes submitted requests failed, {type(error).__name__}: {error}. Submit this one again."
+            hand_over({ticket: InferenceError(said) for ticket in tickets})
 
     def _receive(self) -> bool:
         """Wait until there is something to compute; False if the thread is to end."""
         while True:
             self._take_mail()
             if self._closed:
-                closed = GeneratorClosedError("the Generator was closed before this request's turn came: make a new one")
-                _hand_over({ticket: closed for ticket in self._tickets if not ticket.begun})
-            _hand_over({ticket: None for ticket in self._tickets if ticket.cancelled})
+                hand_over({ticket: _closed_error(ticket) for ticket in self._tickets})
+            hand_over({ticket: None for ticket in self._tickets if ticket.cancelled})
             self._forget_settled()
             if self._tickets:
                 patience = self._patience()
@@ -150,7 +123,7 @@ class Line:
             if self._ended:
                 with self._lock:
                     if self._mail.empty():
-                        self._thread = None
+                        self._serving = False
                         return False
             else:
                 self._wait(None)
@@ -196,12 +169,14 @@ class Line:
             self._finish(silent, outcomes)
 
         sampler.engine.run(job)
-        _hand_over(outcomes)
+        hand_over(outcomes)
         for ticket in talking:
+            self._called_back = True
             _after_step(ticket, sampler.engine.run, outcomes)
+            self._called_back = False
         if any(_ready(ticket, outcomes) for ticket in talking):
             sampler.engine.run(lambda: self._finish(talking, outcomes))
-        _hand_over(outcomes)
+        hand_over(outcomes)
         self._forget_settled()
 
     def _finish(self, tickets: Sequence[Ticket], outcomes: dict[Ticket, Samples | BaseException]) -> None:
@@ -219,6 +194,9 @@ class Line:
         except BaseException as error:  # noqa: BLE001 - whose it is shows when each is alone, and his future shall have it
             if len(tickets) == 1:
                 outcomes[tickets[0]] = error
+                return
+            if isinstance(error, GeneratorClosedError):
+                outcomes.update((ticket, _closed_error(ticket, error.__cause__)) for ticket in tickets)
                 return
             size = 1
             if isinstance(error, OutOfMemoryError):
@@ -247,13 +225,23 @@ class Batcher:
         self._line.put(Ticket(sampler, request, future, leave))
         return future
 
-    def close(self, *, wait: bool) -> None:
-        """With ``wait``, work off the line, and wait for that unless it is the thread of the line that calls; without, see Line."""
-        if wait:
-            self._line.end()
-            self._line.join()
-        else:
-            self._line.close()
+    def finish(self) -> None:
+        """Work off the line, and wait for that unless it is the thread of the line that calls."""
+        self._line.end()
+        self._line.join()
+
+    def close(self) -> None:
+        """See Line."""
+        self._line.close()
+
+    def join(self) -> None:
+        """See Line.join_unless_called_back."""
+        self._line.join_unless_called_back()
+
+    @property
+    def is_current(self) -> bool:
+        """Whether it is the line's thread that asks: within a callback."""
+        return self._line.is_current
 
 
 def check_batching(max_batch_size: object, max_wait_ms: object) -> tuple[int, float]:
@@ -298,7 +286,8 @@ def _ready(ticket: Ticket, outcomes: dict[Ticket, Samples | BaseException]) -> b
     return ticket.request.trajectory.done and not ticket.settled and ticket not in outcomes and not ticket.cancelled
 
 
-def _hand_over(outcomes: MutableMapping[Ticket, Any]) -> None:
-    """Settle them, and keep none."""
-    for ticket in list(outcomes):
-        ticket.settle(outcomes.pop(ticket))
+def _closed_error(ticket: Ticket, cause: BaseException | None = None) -> GeneratorClosedError:
+    """Of a ticket whose Generator was closed: a new one each, for raising an error again makes its traceback longer."""
+    error = closed_error("while this call ran" if ticket.begun else "before this request's turn came")
+    error.__cause__ = cause
+    return error

@@ -16,7 +16,7 @@ import numpy as np
 from scm_runtime.bundle import Manifest
 from scm_runtime.cuda import Memory, is_fatal
 from scm_runtime.cuda_thread import CAPTURES, CudaContext
-from scm_runtime.errors import InferenceError, OutOfMemoryError
+from scm_runtime.errors import GeneratorClosedError, InferenceError, OutOfMemoryError
 from scm_runtime.session import Bound, Region, Session
 
 # ONNX Runtime never gives captured graphs back, nor the memory they work in: so many shapes of batches, and the rest runs without.
@@ -154,7 +154,7 @@ class Run:
             with CAPTURES.alone():
                 try:
                     bound()
-                except InferenceError as error:
+                except (InferenceError, GeneratorClosedError) as error:
                     if not is_fatal(error):
                         graph.context.gpu.end_capture()
                     raise

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from scm_runtime.cuda import Gpu, is_fatal
 from scm_runtime.errors import DeviceError, GeneratorClosedError, InferenceError
+from scm_runtime.runs import Run, RunRegistry
 
 Result = TypeVar("Result")
 
@@ -80,13 +81,16 @@ class Captures:
 
 
 CAPTURES = Captures()
+_JOBS = RunRegistry()  # the process does not end within one: they may be in ONNX Runtime or CUDA
 
 
 class _Job:
     """Something to be done, and what came of it."""
 
-    def __init__(self, what: Callable[[], Any]) -> None:
+    def __init__(self, what: Callable[[], Any], run: Run) -> None:
         self.what: Callable[[], Any] | None = what
+        self.run = run
+        """In flight from when it is queued to its end."""
         self.result: Any = None
         self.error: BaseException | None = None
         self.done = threading.Lock()
@@ -109,6 +113,7 @@ class _Worker:
             except BaseException as error:  # noqa: BLE001 - the caller gets it
                 job.error = self._judged(error)
             job.what = None  # may hold much, and this frame lives until the next job
+            job.run.end()
             job.done.release()
             del job
 
@@ -167,12 +172,13 @@ class CudaContext:
         """
         if threading.current_thread() is self._thread:
             return what()
-        job = _Job(what)
+        job = _Job(what, _JOBS.run(thread=self._thread.ident))
         with self._lock:
             if self._closed:
                 raise GeneratorClosedError("this Generator is closed: make a new one")
             if self._worker.lost is not None:
                 raise InferenceError(self._worker.lost)
+            job.run.begin()
             self._worker.jobs.put(job)
         with CAPTURES.resting():
             job.done.acquire()

@@ -140,20 +140,18 @@ def _batches(generator: Generator, order: Order) -> Iterator[Iterator[Samples]]:
     """The samples, batch by batch, while a bar on the terminal shows how far they are."""
     seed = order.seed[0] if order.seed is not None and len(order.seed) == 1 else order.seed
     if order.num_images is None:
-        yield iter(
-            [
-                generator(
-                    order.labels,
-                    seed=seed,
-                    batch_size=order.batch_size,
-                    num_inference_steps=order.steps,
-                    sampler=order.sampler,
-                    guidance_scale=order.guidance_scale,
-                    conditioning=order.conditioning,
-                    output_type="np",
-                )
-            ]
+        # Not a direct call: Ctrl-C ends the wait for a future at once, but not a step that this thread computes itself.
+        future = generator.submit(
+            order.labels,
+            seed=seed,
+            batch_size=order.batch_size,
+            num_inference_steps=order.steps,
+            sampler=order.sampler,
+            guidance_scale=order.guidance_scale,
+            conditioning=order.conditioning,
+            output_type="np",
         )
+        yield iter([future.result()])
         return
     labels = order.labels
     if isinstance(labels, list) and len(labels) < order.num_images:

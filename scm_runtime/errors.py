@@ -8,7 +8,7 @@
     ├── HubError                    (OSError) the Hugging Face hub refuses, or cannot be reached
     │   └── HubNotFoundError        (FileNotFoundError) no such repository, revision or file there, or offline and not in the cache
     ├── InvalidArgumentError        (ValueError) an argument of a call is out of range or of the wrong shape
-    │   └── GeneratorClosedError    (RuntimeError) a call of a Generator that is closed
+    │   └── GeneratorClosedError    (RuntimeError) a call of a Generator that is closed, or was while the call ran
     ├── MissingDependencyError      (ImportError) an optional package is not installed, or two exclude each other
     ├── OutputError                 (OSError) a result cannot be written
     ├── DeviceError                 (RuntimeError) the device asked for cannot be had, or ONNX Runtime went elsewhere
@@ -67,7 +67,7 @@ class InvalidArgumentError(ScmError, ValueError):
 
 
 class GeneratorClosedError(InvalidArgumentError, RuntimeError):
-    """The Generator is closed, or was while the call waited."""
+    """The Generator is closed, or was while the call waited or ran."""
 
 
 class MissingDependencyError(ScmError, ImportError):

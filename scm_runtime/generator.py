@@ -17,12 +17,13 @@ from scm_runtime.bundle import Dtype, Manifest
 from scm_runtime.calling import CallArguments, Callback, read_request
 from scm_runtime.conditioning import is_int, stand_ins
 from scm_runtime.devices import place
-from scm_runtime.errors import InvalidArgumentError
+from scm_runtime.errors import GeneratorClosedError, InvalidArgumentError
 from scm_runtime.guard import Guard, OnNonfinite, check_policy
 from scm_runtime.images import to_pixels
 from scm_runtime.info import GeneratorInfo
 from scm_runtime.location import find
 from scm_runtime.opening import open_bundle
+from scm_runtime.runs import end_thread_at_exit
 from scm_runtime.samples import EXPORT_A_DECODER, Samples
 from scm_runtime.sampling import OutputType, Sampler
 from scm_runtime.schedules import Schedules
@@ -111,20 +112,24 @@ class Generator(Queued):
         policy = check_policy(on_nonfinite)
         if on_span is not None and not callable(on_span):
             raise InvalidArgumentError(f"on_span must be a function of a Span, or None, got {on_span!r}")
-        opened = open_bundle(
-            find(bundle, revision),
-            place(device, providers, provider_options),
-            dtype=dtype,
-            session_options=session_options,
-            threads=threads,
-            native_ops=native_ops,
-            cuda_graph=cuda_graph,
-            gpu_mem_limit=gpu_mem_limit,
-            stream=stream,
-            profile_dir=profile_dir,
-            cache_dir=cache_dir,
-            verify_integrity=verify_integrity,
-        )
+        try:
+            opened = open_bundle(
+                find(bundle, revision),
+                place(device, providers, provider_options),
+                dtype=dtype,
+                session_options=session_options,
+                threads=threads,
+                native_ops=native_ops,
+                cuda_graph=cuda_graph,
+                gpu_mem_limit=gpu_mem_limit,
+                stream=stream,
+                profile_dir=profile_dir,
+                cache_dir=cache_dir,
+                verify_integrity=verify_integrity,
+            )
+        except GeneratorClosedError as error:
+            end_thread_at_exit(error)
+            raise
         self.folder: Path = opened.folder
         self.manifest: Manifest = opened.manifest
         self._schedules = Schedules(self.folder, self.manifest)
@@ -132,7 +137,8 @@ class Generator(Queued):
         self.dtype: Dtype = opened.engine.dtype
         attributes = {"bundle": self.info.bundle, "device": self.info.device, "dtype": self.dtype}
         guard = Guard(opened.engine, policy, opened.open_fp32)
-        self._usage = Usage(Sampler(opened.engine, guard, self.manifest, attributes, on_span), Sampler.close)
+        self._runs = opened.runs
+        self._usage = Usage(Sampler(opened.engine, guard, self._runs, self.manifest, attributes, on_span), Sampler.close)
         self._max_batch_size, self._batcher = max_batch_size, Batcher(max_batch_size, max_wait)
 
     def __enter__(self) -> Self:
@@ -157,18 +163,34 @@ class Generator(Queued):
         return self._usage.ended
 
     def close(self, *, wait: bool = False) -> None:
-        """Give the sessions, their threads and their memory back: at once, or when the calls that run have ended.
+        """End the calls that run, and give the sessions, their threads and their memory back.
 
-        Later calls raise GeneratorClosedError. Closing twice is allowed, and so is closing from a callback. The end of a ``with`` block that no exception
-        ends closes with ``wait=True``.
+        What runs in ONNX Runtime is terminated, within its step. Calls and requests of ``submit`` that have not come to their end raise
+        GeneratorClosedError, as later calls do. It returns when nothing of this Generator runs any more; but for a callback of the user's
+        it does not wait long.
+
+        Closing twice is allowed, and so is closing from a callback: there it waits for nothing, and the call that the callback belongs to
+        ends as the others do. The end of a ``with`` block that no exception ends closes with ``wait=True``.
 
         Args:
-            wait: let all requests of ``submit`` come to their end first. Otherwise nothing is waited for, and those whose turn has not
-                come get GeneratorClosedError.
+            wait: terminate nothing: let the calls that run and all requests of ``submit`` come to their end, and wait for the requests.
         """
+        if not wait:
+            self._terminate()
+            if not (self._usage.foreign or self._usage.inside or self._batcher.is_current):
+                self._runs.wait()
+                self._batcher.join()
+            return
         self._usage.end()
         if not self._usage.foreign:
-            self._batcher.close(wait=wait)
+            self._batcher.finish()
+
+    def _terminate(self) -> None:
+        """Refuse calls, and terminate what runs; waits for nothing."""
+        self._usage.end()
+        if not self._usage.foreign:
+            self._runs.terminate()
+            self._batcher.close()
 
     def __call__(
         self,
@@ -218,7 +240,7 @@ class Generator(Queued):
 
         Raises:
             InvalidArgumentError: an argument is out of range, of the wrong shape, or does not fit the others.
-            GeneratorClosedError: the Generator is closed.
+            GeneratorClosedError: the Generator is closed, or was while the call ran.
             ForkedError: it was made before this process was forked.
             GenerationCancelledError: the callback returned False.
             NonFiniteError: samples turned into NaN or infinity; see ``on_nonfinite``.
@@ -252,8 +274,8 @@ class Generator(Queued):
         that computes all requests: it holds up the others, and must not wait for one of them. So do callbacks of the future.
 
         Returns:
-            A future. Its ``result()`` raises what a call raises; GeneratorClosedError also if the Generator is closed before the request's turn comes
-            (one that has begun is finished); ``concurrent.futures.CancelledError`` after ``cancel()``.
+            A future. Its ``result()`` raises what a call raises: GeneratorClosedError if the Generator is closed before the samples are there, unless
+            by ``close(wait=True)``; and ``concurrent.futures.CancelledError`` after ``cancel()``.
 
         Raises:
             InvalidArgumentError, GeneratorClosedError, ForkedError: at once, as a call does.

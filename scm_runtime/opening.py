@@ -19,6 +19,7 @@ from scm_runtime.info import GeneratorInfo
 from scm_runtime.load_onnxruntime import load_onnxruntime
 from scm_runtime.location import Found
 from scm_runtime.native import Library, check_native_ops, open_with_kernels
+from scm_runtime.runs import RunRegistry
 from scm_runtime.session import Cached, Session, Settings, check_threads
 from scm_runtime.verified import identity
 
@@ -35,6 +36,8 @@ class Opened:
     open_fp32: Callable[[], Engine]
     """Opens another engine, over the fp32 graphs, in the same place."""
     info: GeneratorInfo
+    runs: RunRegistry
+    """Those of both engines."""
 
 
 def open_bundle(
@@ -99,7 +102,7 @@ def open_bundle(
         native_ops_reason=kernels.reason,
         cuda_graph=engine.cuda_graph,
     )
-    return Opened(folder, manifest, engine, open_fp32, info)
+    return Opened(folder, manifest, engine, open_fp32, info, base.runs)
 
 
 def _on_host(folder: Path, manifest: Manifest) -> OpenEngine:

@@ -85,6 +85,9 @@ class DevicePool(Queued):
 
     def close(self, *, wait: bool = False) -> None:
         """Close each Generator."""
+        if not wait:
+            for generator in self.generators:  # all of them, before any is waited for
+                generator._terminate()
         for generator in self.generators:
             generator.close(wait=wait)
 

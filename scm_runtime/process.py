@@ -1,4 +1,4 @@
-"""What a fork and the end of the process do to sessions and threads that are open."""
+"""What a fork and the end of the process do to sessions, runs and threads."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import atexit
 import os
 import time
 import weakref
+from collections.abc import Callable
 from typing import Any, Protocol
 
-EXIT_WAIT_S = 5.0  # that the interpreter's end waits, in all, for evaluations under way
+from scm_runtime import runs
+
+CALLBACK_WAIT_S = 5.0  # for code of the user's, which may hang: at the end of the process in all, and when a Generator is closed
 
 
 class Stoppable(Protocol):
@@ -24,7 +27,7 @@ _sessions: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def stop_at_exit(running: Stoppable) -> None:
-    """Close it at the interpreter's end, and wait for a while: a daemon thread in an evaluation would meet ONNX Runtime taken apart."""
+    """Close it at the interpreter's end, and wait for a while: its thread may be in code of the user's."""
     _threads.add(running)
 
 
@@ -34,20 +37,30 @@ def leave_to_parent(session: object) -> None:
 
 
 def _stop_all() -> None:
+    runs.terminate_all()
     running = list(_threads)
     for one in running:
         one.close()
-    deadline = time.monotonic() + EXIT_WAIT_S
+    _insist(runs.wait_for_all)
+    deadline = time.monotonic() + CALLBACK_WAIT_S
     for one in running:
-        while (left := deadline - time.monotonic()) > 0:
-            try:
-                one.join(left)
-            except KeyboardInterrupt:  # by a user who has no patience: to go on without would abort the process
-                continue
-            break
+        _insist(lambda one=one: one.join(max(deadline - time.monotonic(), 0.0)))  # type: ignore[misc]  # the lambda's default binds the loop's variable
+    _insist(runs.wait_for_all)  # for what the threads did last: a device's memory is given back in another
 
 
-def _keep_all() -> None:
+def _insist(wait: Callable[[], None]) -> None:
+    """Wait, whatever a user does who has no patience: to go on without would abort the process."""
+    while True:
+        try:
+            return wait()
+        except KeyboardInterrupt:
+            continue
+
+
+def _leave_all() -> None:
+    global _threads
+    _threads = weakref.WeakSet()
+    runs.forget_all()
     if not len(_sessions):
         return
     import ctypes
@@ -58,4 +71,4 @@ def _keep_all() -> None:
 
 atexit.register(_stop_all)
 if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
-    os.register_at_fork(after_in_child=_keep_all)
+    os.register_at_fork(after_in_child=_leave_all)

@@ -24,6 +24,7 @@ from scm_runtime.bundle import Manifest
 from scm_runtime.engine import Engine, Trajectory
 from scm_runtime.errors import GenerationCancelledError, InvalidArgumentError
 from scm_runtime.guard import Guard
+from scm_runtime.runs import RunRegistry
 from scm_runtime.samples import PICTURE_CHANNELS, Samples, Timings
 from scm_runtime.tracing import OnSpan, Span
 
@@ -60,13 +61,16 @@ class Request:
 class Sampler:
     """Brings requests from noise to samples on one engine."""
 
-    def __init__(self, engine: Engine, guard: Guard, manifest: Manifest, attributes: Mapping[str, str], on_span: OnSpan | None) -> None:
-        """``attributes`` are those of every span of a call."""
-        self.engine, self.guard = engine, guard
+    def __init__(self, engine: Engine, guard: Guard, runs: RunRegistry, manifest: Manifest, attributes: Mapping[str, str], on_span: OnSpan | None) -> None:
+        """``runs`` are those of the engine and the guard; ``attributes`` those of every span of a call."""
+        self.engine, self.guard, self._runs = engine, guard, runs
         self._manifest, self._attributes, self._on_span = manifest, attributes, on_span
 
     def sample(self, request: Request) -> Samples:
-        """A request alone, from beginning to end, called from any thread; raises what ``Generator.__call__`` raises."""
+        """A request alone, from beginning to end, called from any thread; raises what ``Generator.__call__`` raises.
+
+        GeneratorClosedError comes out of ``begin``, ``advance`` and ``finish``, if ``runs`` are terminated before or meanwhile.
+        """
         if request.on_step is not None:  # which runs in the caller's thread
             return self.deliver(request, self._sample(request, self.engine.run))
         return self.deliver(request, self.engine.run(lambda: self._sample(request, directly)))
@@ -81,11 +85,13 @@ class Sampler:
 
     def begin(self, request: Request) -> None:
         """Its first state; within a job of the engine."""
+        self._runs.check()
         request.begun_ns = time.time_ns()
         self.engine.begin(request.trajectory)
 
     def advance(self, requests: Sequence[Request]) -> None:
         """One evaluation for all of them; within a job of the engine."""
+        self._runs.check()
         self.engine.advance([request.trajectory for request in requests])
         for request in requests:
             request.trajectory.k += 1
@@ -121,6 +127,7 @@ class Sampler:
 
         Requests are decoded together only if they want pixels on the host.
         """
+        self._runs.check()
         for request in requests:
             self.guard.check(request.trajectory)
         pixels_of = ("pil", "np") if self.engine.lazy else ("pil", "np", "dlpack")

@@ -16,9 +16,10 @@ from scm_runtime.bundle import WEIGHTS
 from scm_runtime.cache import GraphCache
 from scm_runtime.cache_key import graph_key, is_cacheable
 from scm_runtime.devices import CPU, Placement
-from scm_runtime.errors import DeviceError, InferenceError, InvalidArgumentError, NativeOpsError, OutOfMemoryError
+from scm_runtime.errors import DeviceError, InferenceError, InvalidArgumentError, NativeOpsError, OutOfMemoryError, ScmError
 from scm_runtime.load_onnxruntime import load_onnxruntime
 from scm_runtime.process import leave_to_parent
+from scm_runtime.runs import Run, RunRegistry, closed_error
 from scm_runtime.session_options import configure
 
 # Of ONNX Runtime, by name: what makes new weights out of those in the file.
@@ -29,6 +30,8 @@ MOST_THREADS = 1024  # every graph has its own
 
 # How ONNX Runtime, its arenas, CUDA and cuDNN say it, in lower case.
 OUT_OF_MEMORY = ("allocate memory", "out of memory", "out_of_memory", "bad_alloc", "alloc_failed", "allocation_failed", "smaller than requested bytes")
+
+UNCAPTURED = {"gpu_graph_id": "-1"}  # of a run: the host's arrays have no addresses that a CUDA graph could keep
 
 # Options of a provider that say nothing about the optimised graph, and differ from process to process.
 VOLATILE_OPTIONS = ("user_compute_stream", "gpu_mem_limit", "enable_cuda_graph")
@@ -64,6 +67,8 @@ class Settings:
     frugal: bool = False
     """Slower, but with little more memory than the weights take. Otherwise they are reordered for convolutions, for a moment beside
     a first copy if they are in half precision; and in a graph that holds a step several times, scaled and packed once for each."""
+    runs: RunRegistry = field(default_factory=RunRegistry, compare=False, repr=False)
+    """Where the session's runs are registered while they are in flight: by default with those of no other."""
 
 
 class Region(NamedTuple):
@@ -99,8 +104,6 @@ class Session:
         self.output: str = outputs[0]
         self.shapes: dict[str, tuple[int | str | None, ...]] = {value.name: tuple(value.shape) for value in self._session.get_inputs()}
         """Of each input; a name or None for a free dimension."""
-        self._uncaptured = load_onnxruntime().RunOptions()
-        self._uncaptured.add_run_config_entry("gpu_graph_id", "-1")  # the host's arrays have no addresses that a CUDA graph could keep
 
     def __call__(self, **inputs: NDArray[Any]) -> NDArray[Any]:
         """Run the graph on arrays named as its inputs and return its only output.
@@ -108,11 +111,14 @@ class Session:
         Raises:
             OutOfMemoryError: memory did not suffice.
             InferenceError: ONNX Runtime failed in the graph.
+            GeneratorClosedError: the run was terminated.
         """
-        try:
-            result: NDArray[Any] = self._session.run([self.output], inputs, self._uncaptured)[0]
-        except Exception as error:
-            raise run_error(self.path, error) from error
+        options = _run_options(UNCAPTURED)
+        with self.settings.runs.run(options) as run:
+            try:
+                result: NDArray[Any] = self._session.run([self.output], inputs, options)[0]
+            except Exception as error:
+                raise run_error(self.path, error, run) from error
         return result
 
     def bind(self, inputs: Mapping[str, Region], output: Region, *, run_options: Mapping[str, str] | None = None) -> Bound:
@@ -154,13 +160,14 @@ class Session:
                     f"ONNX Runtime {ort.__version__} cannot use the library of native kernels '{settings.library}': {error}. "
                     "Install an ONNX Runtime and an scm-runtime that fit, or run without the kernels: native_ops=False"
                 ) from error
-        try:
-            return self._open_with(path, options)
-        except Exception as error:
-            if _out_of_memory(error):
-                raise OutOfMemoryError(f"the memory of {settings.placement.device} does not suffice to open '{path}': {error}") from error
-            remedy = "Upgrade it, or export the checkpoint again" + (", or run without the native kernels: native_ops=False" if settings.library else ".")
-            raise InferenceError(f"ONNX Runtime {ort.__version__} cannot open '{path}': {error}. {remedy}") from error
+        with settings.runs.run():  # which the end of the process waits for
+            try:
+                return self._open_with(path, options)
+            except Exception as error:
+                if _out_of_memory(error):
+                    raise OutOfMemoryError(f"the memory of {settings.placement.device} does not suffice to open '{path}': {error}") from error
+                remedy = "Upgrade it, or export the checkpoint again" + (", or run without the native kernels: native_ops=False" if settings.library else ".")
+                raise InferenceError(f"ONNX Runtime {ort.__version__} cannot open '{path}': {error}. {remedy}") from error
 
     def _open_with(self, path: Path, options: Any) -> Any:
         """Open the graph, with its weights from memory where ONNX Runtime will not follow the link that the hub's cache has for them.
@@ -201,25 +208,35 @@ class Bound:
         index = session.settings.placement.index
         if index is None:
             raise InvalidArgumentError(f"tensors are bound to the memory of a CUDA device, and the session is on {session.settings.placement.device}")
-        self._path, self._session = session.path, session._session
+        self._path, self._session, self._runs = session.path, session._session, session.settings.runs
         self._binding = self._session.io_binding()
         for name, region in inputs.items():
             self._binding.bind_input(name, "cuda", index, region.dtype, region.shape, region.address)
         self._binding.bind_output(session.output, "cuda", index, output.dtype, output.shape, output.address)
-        self._options = load_onnxruntime().RunOptions()
-        for name, value in run_options.items():
-            self._options.add_run_config_entry(name, value)
+        self._run_options = dict(run_options)
 
     def __call__(self) -> None:
-        """Run. Raises OutOfMemoryError and InferenceError."""
-        try:
-            self._session.run_with_iobinding(self._binding, self._options)
-        except Exception as error:
-            raise run_error(self._path, error) from error
+        """Run. Raises OutOfMemoryError, InferenceError and GeneratorClosedError."""
+        options = _run_options(self._run_options)
+        with self._runs.run(options) as run:
+            try:
+                self._session.run_with_iobinding(self._binding, options)
+            except Exception as error:
+                raise run_error(self._path, error, run) from error
 
 
-def run_error(path: Path, error: Exception) -> InferenceError:
+def _run_options(entries: Mapping[str, str]) -> Any:
+    """New ones: to terminate a run is to set a flag in its options."""
+    options = load_onnxruntime().RunOptions()
+    for name, value in entries.items():
+        options.add_run_config_entry(name, value)
+    return options
+
+
+def run_error(path: Path, error: Exception, run: Run) -> ScmError:
     """What went wrong while a graph ran."""
+    if run.terminated:
+        return closed_error()
     if _out_of_memory(error):
         return OutOfMemoryError(f"'{path.name}' failed: out of memory. Try a smaller batch. ({error})")
     return InferenceError(f"'{path.name}' failed: {error}.")

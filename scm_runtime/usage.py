@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from types import TracebackType
 from typing import Generic, TypeVar
 
 from scm_runtime.errors import ForkedError, GeneratorClosedError
+from scm_runtime.runs import end_thread_at_exit
 
 Resource = TypeVar("Resource")
 
@@ -25,6 +27,7 @@ class Usage(Generic[Resource]):
         self._close = close
         self._lock = threading.RLock()  # re-entered by signal handlers
         self._running = 0
+        self._here = threading.local()
         self._ended = False
         self._process = os.getpid()
 
@@ -52,11 +55,20 @@ class Usage(Generic[Resource]):
                 "Make the Generator in the child, or start it by spawn: multiprocessing.get_context('spawn')"
             )
 
-    def __enter__(self) -> Resource:
-        return self.enter()
+    @property
+    def inside(self) -> bool:
+        """Whether this thread is within a ``with`` block of this."""
+        return getattr(self._here, "depth", 0) > 0
 
-    def __exit__(self, *_: object) -> None:
+    def __enter__(self) -> Resource:
+        resource = self.enter()
+        self._here.depth = getattr(self._here, "depth", 0) + 1
+        return resource
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self._here.depth -= 1
         self.leave()
+        end_thread_at_exit(error)
 
     def enter(self) -> Resource:
         """A call begins: raises what ``check`` raises, or is to be followed by ``leave``, in whichever thread."""

@@ -5,7 +5,7 @@ Every input changes what comes out; heights differ from widths.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -125,18 +125,89 @@ ENCODE = """encode (uint8[batch,8,12,3] image) => (float[batch,2,4,6] x) {
 }"""
 
 
+# ----------------------------------------------------------------------------
+# The same graphs, but slow for some inputs.
+
+SPIN, BLOCK = 1100.0, 3100.0  # the guidance scale, and the score, that make SLOW_STEP slow
+
+
+def spin(amount: str) -> str:
+    """Lines of a graph: a loop of as many million laps as the scalar says, which makes ``nothing``, 0. A hundred million take minutes."""
+    return f"""
+    million = Constant<value_float=1000000.0>()
+    laps = Mul({amount}, million)
+    trips = Cast<to=7>(laps)
+    go = Constant<value_int=1>()
+    going = Cast<to=9>(go)
+    none = Constant<value_float=0.0>()
+    spun = Loop(trips, going, none) <body = spin (int64 lap, bool on, float value) => (bool still, float next) {{
+        still = Identity(on)
+        unit = Constant<value_float=1.0>()
+        next = Add(value, unit)
+    }}>
+    nothing = Mul(spun, none)
+"""
+
+
+# With SPIN minutes in a loop, whose operators are short; with BLOCK about a second in one operator.
+SLOW_STEP = STEP.replace(
+    "    x_next = Add(abcd, gt4)\n",
+    f"""
+    thousand = Constant<value_float=1000.0>()
+    guided = ReduceMax<keepdims=0>(guidance_scale)
+    guided_over = Sub(guided, thousand)
+    guided_above = Relu(guided_over){spin("guided_above")}
+    hundred = Constant<value_float=100.0>()
+    score_over = Sub(score, hundred)
+    score_above = Relu(score_over)
+    side = ReduceMax<keepdims=1>(score_above)
+    length = Cast<to=7>(side)
+    sides = Concat<axis=0>(length, length)
+    square = Expand(side, sides)
+    product = MatMul(square, square)
+    total_product = ReduceSum<keepdims=0>(product)
+    nothing_too = Mul(total_product, none)
+    both_nothing = Add(nothing, nothing_too)
+    whole = Add(abcd, gt4)
+    x_next = Add(whole, both_nothing)
+""",
+)
+
+# A million laps for each unit of the largest value.
+SLOW_ENCODE = ENCODE.replace(
+    "f = Cast<to=1>(image)", f"value_of = Cast<to=1>(image)\n    most = ReduceMax<keepdims=0>(value_of){spin('most')}    f = Add(value_of, nothing)"
+)
+SLOW_PREVIEW, SLOW_DECODE = (
+    text.replace("rgb = Concat", f"most = ReduceMax<keepdims=0>(x){spin('most')}    colours = Concat").replace(
+        "scaled = Mul(rgb, scale)", "rgb = Add(colours, nothing)\n    scaled = Mul(rgb, scale)"
+    )
+    for text in (PREVIEW, DECODE)
+)
+
+
 def projection() -> NDArray[np.float32]:
     """The only weights, ``[D, 2]``."""
     return np.linspace(-0.2, 0.3, WIDTH * 2, dtype=np.float32).reshape(WIDTH, 2)
 
 
-def write_text_bundle(folder: Path, *, decoder: bool = True, extras: Iterable[str] = ("encode", "preview"), name: str = "text", gain: float = 1.0) -> Path:
-    """Write the bundle. ``gain`` scales its weights, so that two revisions of it differ; without ``decoder`` it makes latents."""
+def write_text_bundle(
+    folder: Path,
+    *,
+    decoder: bool = True,
+    extras: Iterable[str] = ("encode", "preview"),
+    name: str = "text",
+    gain: float = 1.0,
+    graphs: Mapping[str, str] | None = None,
+) -> Path:
+    """Write the bundle; ``graphs`` take the place of some: ``{"step": SLOW_STEP}``.
+
+    ``gain`` scales its weights, so that two revisions of it differ; without ``decoder`` it makes latents.
+    """
     folder.mkdir(parents=True)
     (folder / WEIGHTS).write_bytes((projection() * np.float32(gain)).tobytes() + bytes(64))
-    graphs = {"noise": NOISE, "step.fp32": STEP, "decode.fp32": DECODE if decoder else LATENT}
-    graphs |= {f"{extra}.fp32": {"encode": ENCODE, "preview": PREVIEW}[extra] for extra in extras}
-    for graph, text in graphs.items():
+    texts = {"noise": NOISE, "step.fp32": STEP, "decode.fp32": DECODE if decoder else LATENT}
+    texts |= {f"{extra}.fp32": {"encode": ENCODE, "preview": PREVIEW}[extra] for extra in extras}
+    for graph, text in (texts | {f"{graph}.fp32": text for graph, text in (graphs or {}).items()}).items():
         model = onnx.parser.parse_model(HEADER + text)
         if graph.startswith("step"):
             model.graph.initializer.append(external("weights", [WIDTH, 2]))

@@ -14,6 +14,7 @@ import pytest
 from scm_runtime import Generator, Samples
 from scm_runtime.batching import THREAD_NAME
 from scm_runtime.engine import Trajectory
+from scm_runtime.session import Session
 
 PATIENCE_S = 60.0
 
@@ -39,6 +40,25 @@ def engine_of(generator: Generator) -> Any:
     """What computes for it."""
     assert generator._usage.resource is not None
     return generator._usage.resource.engine
+
+
+def stepping(engine: Any) -> threading.Event:
+    """Set when the engine begins to run its step graph; for the host's engine."""
+    graphs, begins = engine.graphs(), threading.Event()
+    graphs.step = _Stepping(graphs.step, begins)
+    return begins
+
+
+class _Stepping:
+    def __init__(self, session: Session, begins: threading.Event) -> None:
+        self._session, self._begins = session, begins
+
+    def __call__(self, **inputs: Any) -> Any:
+        self._begins.set()
+        return self._session(**inputs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
 
 
 def recorded(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[int, int]]]:

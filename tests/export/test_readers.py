@@ -77,6 +77,8 @@ def test_a_file_is_known_by_what_is_in_it_not_by_its_name(tiny_checkpoint: Path,
 
 def test_a_program_is_read_with_its_buffers_its_constants_and_its_tied_weights(tmp_path: Path) -> None:
     class Tied(nn.Module):
+        hidden: Tensor
+
         def __init__(self) -> None:
             super().__init__()
             self.first = nn.Conv2d(3, 3, 3, padding=1)

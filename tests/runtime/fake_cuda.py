@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from scm_runtime.cuda_thread import CAPTURES
 from scm_runtime.devices import CPU, Placement
 from scm_runtime.errors import InferenceError, OutOfMemoryError
+from scm_runtime.runs import RunRegistry
 from scm_runtime.session import Region, Session, Settings
 
 DEVICE_MEMORY = 0x7F00_0000_0000_0000  # above all addresses of a process
@@ -207,6 +208,7 @@ class Machine:
         self.device_syncs = 0
         self.refuses_graphs: set[str] = set()
         self.fails_to_capture: set[str] = set()
+        self.terminates_capture = False
         self.no_memory_to_capture: set[int] = set()
         self.largest_batch: int | None = None
         self.fatal = False
@@ -376,6 +378,7 @@ class Machine:
             cuMemcpyAsync=lambda to, source, nbytes, handle: machine.copy(to, source, nbytes, machine.streams[handle]),
             cuStreamIsCapturing=lambda handle: (ok, int(machine.streams[handle].capturing)),
             cuStreamEndCapture=end_capture,
+            cuGraphDestroy=lambda graph: (ok,),
             cuStreamWaitEvent=wait_event,
         )
         return core, SimpleNamespace(StridedMemoryView=View), driver
@@ -413,6 +416,10 @@ class FakeBound:
         expect(session.resident or not session.stream.queue, "inputs are copied before the stream is done")
 
     def __call__(self) -> None:
+        with self.session.settings.runs.run():
+            self._run()
+
+    def _run(self) -> None:
         session, machine, number = self.session, self.session.machine, int(self.options.get("gpu_graph_id", "0"))
         name, n = session.path.name, self.output.shape[0]
         machine.inside_run = True
@@ -444,6 +451,10 @@ class FakeBound:
         expect(session.stream.handle != LEGACY, "the default stream cannot be captured")
         if self.output.shape[0] in machine.no_memory_to_capture:
             raise OutOfMemoryError(f"'{session.path.name}' failed: Failed to allocate memory for requested buffer of size 123")
+        if machine.terminates_capture:
+            session.stream.capturing = True
+            session.settings.runs.terminate()
+            session.settings.runs.check()
         if session.path.name in machine.fails_to_capture:
             session.stream.capturing = True  # as it was left
             raise InferenceError(f"'{session.path.name}' failed: operation not permitted when stream is capturing.")
@@ -457,7 +468,12 @@ class FakeBound:
 
     def _compute(self) -> None:
         machine = self.session.machine
-        result = self.session(**(self.arrays or self._read()))
+        session = self.session
+        settings, session.settings = session.settings, replace(session.settings, runs=RunRegistry())  # nothing terminates what is on a stream already
+        try:
+            result = session(**(self.arrays or self._read()))
+        finally:
+            session.settings = settings
         expect((result.dtype, result.shape) == (np.dtype(self.output.dtype), self.output.shape), "the output does not fit its place")
         machine.bytes_at(self.output.address, _nbytes(self.output), queueing=False)[:] = np.ascontiguousarray(result).reshape(-1).view(np.uint8)
 

@@ -395,7 +395,7 @@ def test_where_memory_runs_out_batches_are_halved(digits: Generator, method: str
 
 
 def test_if_the_scheduler_dies_every_future_hears_of_it_and_the_next_request_starts_another(digits: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, deaths = batching.choose, iter([ZeroDivisionError])
+    real, deaths = batching.choose, iter([ZeroDivisionError("of no one")])
 
     def choose(*arguments: Any) -> Any:
         if (death := next(deaths, None)) is not None:
@@ -405,9 +405,12 @@ def test_if_the_scheduler_dies_every_future_hears_of_it_and_the_next_request_sta
     with held(digits):
         futures = [digits.submit(seed=i) for i in range(3)]
         monkeypatch.setattr(batching, "choose", choose)
+    errors = []
     for future in futures:
-        with pytest.raises(ZeroDivisionError):
+        with pytest.raises(InferenceError, match="failed, ZeroDivisionError: of no one") as caught:
             result(future)
+        errors.append(caught.value)
+    assert len({id(error) for error in errors}) == 3, "each has its own, or all their tracebacks would be in one"
     assert len(result(digits.submit(seed=1))) == 1
 
 

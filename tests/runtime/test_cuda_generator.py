@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from handmade import WIDTH, write_text_bundle
+from handmade import BLOCK, SLOW_STEP, WIDTH, write_text_bundle
+from holding import PATIENCE_S, engine_of
 from runtime.fake_cuda import PLACEMENT, Capsule, FakeSession, Machine
-from scm_runtime import Generator, NonFiniteError, OutOfMemoryError, cuda, generator
+from scm_runtime import Generator, GeneratorClosedError, NonFiniteError, OutOfMemoryError, cuda, generator
 from scm_runtime.cuda_array import DeviceArray
 from scm_runtime.cuda_open import open_cuda_engine
 from scm_runtime.devices import CPU
@@ -190,3 +193,40 @@ def test_decode_runs_outside_of_cuda_graphs(machine: Machine, on_cpu: Generator)
     latents = on_cpu(seed=SEEDS, output_type="latent").array
     with opened() as generate:
         np.testing.assert_array_equal(generate.decode(latents), on_cpu.decode(latents))
+
+
+@pytest.mark.parametrize("submitted", [False, True])
+def test_closing_ends_a_call_whose_work_is_on_the_stream(machine: Machine, submitted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begins, run = threading.Event(), FakeSession.__call__
+
+    def announced(session: FakeSession, **inputs: Any) -> Any:
+        if session.path.name.startswith("step"):
+            begins.set()
+        return run(session, **inputs)
+
+    monkeypatch.setattr(FakeSession, "__call__", announced)
+    generate = opened(write_text_bundle(tmp_path / "slow.scm", graphs={"step": SLOW_STEP}))
+    thread = engine_of(generate)._context._thread
+    arguments: dict[str, Any] = {"prompt_embeds": np.ones((3, WIDTH)), "conditioning": {"score": BLOCK}, "seed": SEEDS}
+    with ThreadPoolExecutor(1) as pool:
+        future = generate.submit(**arguments) if submitted else pool.submit(lambda: generate(**arguments))
+        assert begins.wait(PATIENCE_S)
+        generate.close()
+        with pytest.raises(GeneratorClosedError, match="while this call ran"):
+            future.result(PATIENCE_S)
+    thread.join(PATIENCE_S)
+    assert not thread.is_alive()
+    del future
+    gc.collect()
+    assert machine.used == 0
+
+
+def test_a_capture_that_is_terminated_leaves_the_stream_in_order(machine: Machine) -> None:
+    generate = opened()
+    machine.terminates_capture = True
+    with pytest.raises(GeneratorClosedError, match="while this call ran"):
+        generate(seed=SEEDS)
+    assert not any(stream.capturing for stream in machine.streams.values())
+    generate.close()
+    gc.collect()
+    assert machine.used == 0

@@ -308,9 +308,9 @@ def test_the_whole_sampler_in_one_graph(tiny_bundle: Path, steps: int) -> None:
     np.testing.assert_array_equal(image, tiny(labels, seed=SEEDS, num_inference_steps=steps, output_type="np").array)
 
 
-def test_a_call_that_runs_while_another_thread_closes_ends_well(tiny_bundle: Path) -> None:
+def test_a_call_that_runs_while_another_thread_closes_and_waits_ends_well(tiny_bundle: Path) -> None:
     generate = Generator(tiny_bundle)
-    samples = generate(seed=1, callback_on_step_end=lambda generator, *_: generator.close())
+    samples = generate(seed=1, callback_on_step_end=lambda generator, *_: generator.close(wait=True))
     assert len(samples) == 1
     with pytest.raises(InvalidArgumentError, match="closed"):
         generate(seed=1)
