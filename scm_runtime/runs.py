@@ -22,7 +22,7 @@ class Run:
     __slots__ = ("_ended", "_thread", "options", "registry")
 
     def __init__(self, registry: RunRegistry, options: Any | None, thread: int | None = None) -> None:
-        """``options``, of ``onnxruntime.RunOptions``, are this run's alone; None for what cannot be terminated. ``thread`` is the one that runs it, by default this one."""
+        """``options``, ONNX Runtime's RunOptions, are this run's alone; None for what cannot be terminated. ``thread`` runs it, by default this one."""
         self.registry, self.options = registry, options
         self._thread = threading.get_ident() if thread is None else thread
         self._ended = threading.Lock()
