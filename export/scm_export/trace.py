@@ -51,6 +51,9 @@ def trace_step(model: Model, opset: int, *, operators: bool = True) -> ir.Model:
     free = {name: torch.export.Dim(name, min=1, max=LARGEST) for name in names}
     batch = torch.export.Dim(BATCH, min=1, max=LARGEST)
     conditioning = {item.name: example(item, TRACE_BATCH, sizes) for item in model.conditioning}
+    if model.family == "module":
+        with torch.no_grad():  # a table that the network keeps for each dtype is then a real one, not one of the tracer
+            model.step(*inputs.values(), conditioning)
     shapes = {item.name: {0: batch, **{axis: free[size] for axis, size in enumerate(item.shape, 1) if isinstance(size, str)}} for item in model.conditioning}
     return _trace(
         "step",
