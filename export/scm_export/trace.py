@@ -131,6 +131,11 @@ def _trace(
         exporter_log.setLevel(level)
     if missing := set(inputs) - {value.name for value in traced.graph.inputs}:
         raise ExportError(f"the traced {name} lost its inputs {', '.join(sorted(missing))}")
+    if any(value.shape is not None and value.shape.rank() and isinstance(value.shape[0], int) for value in traced.graph.inputs):
+        raise ExportError(
+            f"torch.onnx fixed the batch of {name} at the {TRACE_BATCH} samples it was traced with. The network uses the batch size as a number: in a loop "
+            "over samples, in float(x.shape[0]), or as the length of a table that it keeps. Write that with tensors, or make such a table at every call."
+        )
     _strip(traced, name)
     traced.ir_version = ir_version(opset)
     attach_functions(traced)

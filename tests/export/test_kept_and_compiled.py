@@ -20,7 +20,7 @@ from scm_export import export
 from scm_export.checkpoints import load
 from scm_export.families import build_model
 from scm_runtime import Generator
-from scm_runtime.errors import ExportError, VerificationError
+from scm_runtime.errors import ExportError
 from support import ROOT, run_python
 
 SIGMA_DATA = 0.5
@@ -90,14 +90,11 @@ def test_it_exports_and_can_be_called_afterwards_as_before(kind: str, tmp_path: 
     assert not any(isinstance(table, FakeTensor) for table in LINES.values())
 
 
-def test_a_table_of_the_batch_is_never_that_of_the_traces_batch(tmp_path: Path) -> None:
-    options = write(tmp_path, "by_batch")
-    try:
-        bundle = export(tmp_path / "weights.pt", **options, steps=())
-    except (ExportError, VerificationError):
-        assert not (tmp_path / "weights.scm").exists()
-    else:
-        check_samples(bundle.path, "by_batch")
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_table_as_long_as_the_batch_is_refused_and_not_fixed_at_one_length(verify: bool, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"fixed the batch of step at the 2 samples.*table"):
+        export(tmp_path / "weights.pt", **write(tmp_path, "by_batch"), steps=(), verify=verify)
+    assert not (tmp_path / "weights.scm").exists()
 
 
 @pytest.mark.parametrize("kind", ["compiled", "compiled_layer", "compiled_in_place"])
