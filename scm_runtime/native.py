@@ -16,7 +16,7 @@ import msgspec
 from msgspec import Struct
 
 from scm_runtime.bundle import OPS_DOMAIN, Manifest
-from scm_runtime.devices import Placement
+from scm_runtime.devices import CPU, Placement
 from scm_runtime.errors import InferenceError, InvalidArgumentError, NativeOpsError
 
 NativeOps = bool | Literal["auto"]
@@ -136,6 +136,12 @@ def open_with_kernels(
     opened = open_graphs(None)
     _log_once(level, f"the function bodies run instead of the native kernels: {reason}")
     return opened, Kernels(None, reason)
+
+
+def usable_on_cpu(manifest: Manifest) -> Library | None:
+    """The library, if a bundle's graphs can use it on the CPU. Raises NativeOpsError where it is there and damaged."""
+    library = find_library()
+    return library if _why_not(manifest, library, CPU) is None else None
 
 
 def _why_not(manifest: Manifest, library: Library | None, placement: Placement) -> str | None:

@@ -98,10 +98,10 @@ TYPED_TEST(ConsistencyStepTest, RefusesWhatItCannotTake) {
     all[which] = random(all[which].type, shape);
     return all;
   };
-  expect_refused("ConsistencyStep", with(0, {}), kAttributes, {"x must have at least 1 axis", "[]"});
+  expect_scalar_refused("ConsistencyStep", with(0, {}), kAttributes, {"x must have at least 1 axis", "[]"});
   expect_refused("ConsistencyStep", with(1, {2, 4}), kAttributes, {"F must have the shape of x, [2, 5]", "[2, 4]"});
   expect_refused("ConsistencyStep", with(2, {2, 5, 1}), kAttributes, {"noise must have the shape of x, [2, 5]", "[2, 5, 1]"});
-  expect_refused("ConsistencyStep", with(3, {}), kAttributes, {"t must have 1 axis", "[]"});
+  expect_scalar_refused("ConsistencyStep", with(3, {}), kAttributes, {"t must have 1 axis", "[]"});
   expect_refused("ConsistencyStep", with(3, {3}), kAttributes, {"t must have 2", "the samples of x", "[3]"});
   expect_refused("ConsistencyStep", with(4, {2, 1}), kAttributes, {"t_next must have 1 axis", "[2, 1]"});
   expect_refused("ConsistencyStep", with(4, {1}), kAttributes, {"t_next must have 2", "the samples of x", "[1]"});

@@ -507,10 +507,10 @@ const OrtApiBase base{get_api, get_version};
 // -- Text -------------------------------------------------------------------------------------------------------------
 
 std::unique_ptr<OrtTensorTypeAndShapeInfo> parse(const Spec& spec) {
-  if (spec.shape == "?") return nullptr;
   auto info = std::make_unique<OrtTensorTypeAndShapeInfo>();
   info->type = spec.type;
   info->lent = true;
+  if (spec.shape == "?") return info;  // as ONNX Runtime has it: no axes, like a scalar
   std::string text = spec.shape.substr(1, spec.shape.size() - 2);
   std::replace(text.begin(), text.end(), ',', ' ');
   std::istringstream words(text);

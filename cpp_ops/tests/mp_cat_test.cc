@@ -110,7 +110,7 @@ TYPED_TEST(MPCatTest, InfersTheSumOfTheChannels) {
 TYPED_TEST(MPCatTest, RefusesWhatItCannotTake) {
   const auto zeros = [](const Sizes& shape) { return random(kType<TypeParam>, shape); };
   const Attributes attributes{{"t", 0.5f}};
-  expect_refused("MPCat", {zeros({}), zeros({})}, attributes, {"a must have at least 1 axis", "[]"});
+  expect_scalar_refused("MPCat", {zeros({}), zeros({})}, attributes, {"a must have at least 1 axis", "[]"});
   expect_refused("MPCat", {zeros({2, 3}), zeros({3})}, attributes, {"b must have 2 axes", "[3]"});
   expect_refused("MPCat", {zeros({2, 5, 3}), zeros({2, 4, 3})}, attributes, {"b must have 5", "axis 1", "[2, 4, 3]"});
   expect_refused("MPCat", {zeros({2, 0}), zeros({2, 3})}, attributes, {"a must have at least 1 channel", "[2, 0]"});

@@ -131,7 +131,7 @@ TEST(PhiloxNormalTest, RefusesADrawOutOfRange) {
 TEST(PhiloxNormalTest, RefusesWhatItCannotTake) {
   const Tensor seeds = integers({2}, {1, 2}), draw = integers({}, {0}), scale = scalar(1);
   const Attributes attributes{{"shape", Sizes{4}}};
-  expect_refused("PhiloxNormal", {integers({}, {1}), draw, scale}, attributes, {"seeds must have 1 axis", "[]"});
+  expect_scalar_refused("PhiloxNormal", {integers({}, {1}), draw, scale}, attributes, {"seeds must have 1 axis", "[]"});
   expect_refused("PhiloxNormal", {seeds, integers({1}, {0}), scale}, attributes, {"draw must have 0 axes", "[1]"});
   expect_refused("PhiloxNormal", {seeds, draw, random(kFloat, {1})}, attributes, {"scale must have 0 axes", "[1]"});
   expect_refused("PhiloxNormal", {seeds, draw, scale}, {{"shape", Sizes{4, -1}}}, {"shape must be at least 0, got -1"});

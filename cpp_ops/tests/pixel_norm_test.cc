@@ -88,7 +88,7 @@ TYPED_TEST(PixelNormTest, InfersTheShapeOfItsInput) {
 
 TYPED_TEST(PixelNormTest, RefusesWhatItCannotTake) {
   const auto zeros = [](const Sizes& shape) { return random(kType<TypeParam>, shape); };
-  expect_refused("PixelNorm", {zeros({})}, kAttributes, {"x must have at least 1 axis", "[]"});
+  expect_scalar_refused("PixelNorm", {zeros({})}, kAttributes, {"x must have at least 1 axis", "[]"});
   expect_refused("PixelNorm", {zeros({3, 0})}, kAttributes, {"x must have at least 1 channel", "[3, 0]"});
   expect_refused("PixelNorm", {zeros({3, 4})}, {}, {"eps"});
   expect_refused("PixelNorm", {zeros({3, 4})}, {{"eps", std::int64_t{1}}}, {""});

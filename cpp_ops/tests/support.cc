@@ -161,13 +161,29 @@ void expect_same_bits(const Tensor& actual, const Tensor& expected) {
   EXPECT_TRUE(actual.bytes == expected.bytes) << "the bits differ, shape " << text(actual.shape);
 }
 
-void expect_refused(const std::string& op, const std::vector<Tensor>& inputs, const Attributes& attributes, const std::vector<std::string>& fragments) {
+namespace {
+
+void expect_error(const std::string& error, const std::string& op, const std::vector<std::string>& fragments) {
+  EXPECT_EQ(error.rfind("scm::" + op + ": ", 0), 0u) << "'" << error << "'";
+  for (const std::string& fragment : fragments) EXPECT_NE(error.find(fragment), std::string::npos) << "'" << error << "' lacks '" << fragment << "'";
+}
+
+std::string inference_error(const std::string& op, const std::vector<Tensor>& inputs, const Attributes& attributes) {
   std::vector<Spec> specs;
   for (const Tensor& input : inputs) specs.push_back(spec(input));
-  for (const std::string& error : {fake_ort::run(op, inputs, attributes).error, fake_ort::infer(op, specs, attributes).error}) {
-    EXPECT_EQ(error.rfind("scm::" + op + ": ", 0), 0u) << "'" << error << "'";
-    for (const std::string& fragment : fragments) EXPECT_NE(error.find(fragment), std::string::npos) << "'" << error << "' lacks '" << fragment << "'";
-  }
+  return fake_ort::infer(op, specs, attributes).error;
+}
+
+}  // namespace
+
+void expect_refused(const std::string& op, const std::vector<Tensor>& inputs, const Attributes& attributes, const std::vector<std::string>& fragments) {
+  expect_error(fake_ort::run(op, inputs, attributes).error, op, fragments);
+  expect_error(inference_error(op, inputs, attributes), op, fragments);
+}
+
+void expect_scalar_refused(const std::string& op, const std::vector<Tensor>& inputs, const Attributes& attributes, const std::vector<std::string>& fragments) {
+  expect_error(fake_ort::run(op, inputs, attributes).error, op, fragments);
+  EXPECT_EQ(inference_error(op, inputs, attributes), "");
 }
 
 std::vector<std::string> inferred(const std::string& op, const std::vector<Spec>& inputs, const Attributes& attributes, std::size_t outputs) {

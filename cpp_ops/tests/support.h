@@ -97,6 +97,8 @@ void expect_same_bits(const Tensor& actual, const Tensor& expected);
 
 // The operator must refuse these inputs, when a session opens and when it runs, with an error that holds its name and all of `fragments`.
 void expect_refused(const std::string& op, const std::vector<Tensor>& inputs, const Attributes& attributes, const std::vector<std::string>& fragments);
+// The same of a scalar, which inference cannot tell from a tensor of unknown rank: the node is refused when it runs.
+void expect_scalar_refused(const std::string& op, const std::vector<Tensor>& inputs, const Attributes& attributes, const std::vector<std::string>& fragments);
 
 // The shapes that the operator infers; "?" where it gives none.
 std::vector<std::string> inferred(const std::string& op, const std::vector<Spec>& inputs, const Attributes& attributes, std::size_t outputs = 1);

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 import onnx
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 from onnxscript import ir
 
 from scm_export.functions import attach_functions
@@ -79,8 +79,13 @@ def _model(name: str, inputs: Sequence[ir.Value], node: ir.Node, opset: int) -> 
 
 
 def compose_sample(model: Model, steps: int, noise: ModelProto, step: ModelProto, decode: ModelProto) -> ModelProto:
-    """Compose the sampler of one step count out of the graphs of its parts, whose weights may lie in external data."""
+    """Compose the sampler of one step count out of the graphs of its parts, whose weights may lie in external data.
+
+    Types and shapes come along: with the native library registered ONNX Runtime does not look into function bodies, and what it infers by itself ends
+    where a dimension has no name.
+    """
     nodes: list[NodeProto] = []
+    values: list[ValueInfoProto] = []
     seeds = helper.make_tensor_value_info("seeds", TensorProto.INT64, [BATCH])
     conditioning = {value.name: value for value in step.graph.input if value.name in {item.name for item in model.conditioning}}
 
@@ -91,7 +96,7 @@ def compose_sample(model: Model, steps: int, noise: ModelProto, step: ModelProto
     def draw(index: int, scale: float) -> str:
         prefix = f"noise{index}/"
         inputs = {"seeds": "seeds", "draw": constant(f"{prefix}draw", np.int64(index)), "scale": constant(f"{prefix}scale", np.float32(scale))}
-        return _instantiate(noise.graph, prefix, inputs, nodes)
+        return _instantiate(noise.graph, prefix, inputs, nodes, values)
 
     nodes.append(helper.make_node("Shape", ["seeds"], ["batch_shape"]))
     x = draw(0, model.initial_scale)
@@ -100,22 +105,28 @@ def compose_sample(model: Model, steps: int, noise: ModelProto, step: ModelProto
         for name, time in zip(("t", "t_next"), pair, strict=True):
             inputs[name] = f"step{k}/{name}s"
             nodes.append(helper.make_node("Expand", [constant(f"step{k}/{name}", np.float32(time)), "batch_shape"], [inputs[name]]))
-        x = _instantiate(step.graph, f"step{k}/", inputs, nodes)
+        x = _instantiate(step.graph, f"step{k}/", inputs, nodes, values)
     output = onnx.ValueInfoProto()
     output.CopyFrom(decode.graph.output[0])
-    nodes.append(helper.make_node("Identity", [_instantiate(decode.graph, "decode/", {"x": x}, nodes)], [output.name]))
+    nodes.append(helper.make_node("Identity", [_instantiate(decode.graph, "decode/", {"x": x}, nodes, values)], [output.name]))
 
     constants = [_constant(part.graph, tensor) for part in (noise, step, decode) for tensor in part.graph.initializer]
-    graph = helper.make_graph(nodes, f"sample-{steps}", [seeds, *conditioning.values()], [output], constants)
+    graph = helper.make_graph(nodes, f"sample-{steps}", [seeds, *conditioning.values()], [output], constants, value_info=values)
     imports = {entry.domain: entry for part in (noise, step, decode) for entry in part.opset_import}
     functions = {function.name: function for part in (noise, step, decode) for function in part.functions}
     return helper.make_model(graph, opset_imports=list(imports.values()), ir_version=step.ir_version, functions=list(functions.values()))
 
 
-def _instantiate(part: GraphProto, prefix: str, inputs: Mapping[str, str], nodes: list[NodeProto]) -> str:
-    """Append a copy of a graph's nodes, its inputs bound to outer values and its own values prefixed; returns its output's name."""
+def _instantiate(part: GraphProto, prefix: str, inputs: Mapping[str, str], nodes: list[NodeProto], values: list[ValueInfoProto]) -> str:
+    """Append a copy of a graph's nodes and of what is known of their results, its inputs bound to outer values and its own values prefixed.
+
+    Returns:
+        The name of the output.
+    """
     names = dict(inputs)
     names |= {name: prefix + name for name in _outputs(part.node)}
+    results = {name for node in part.node for name in node.output}
+    values.extend(_renamed_value(value, names) for value in (*part.value_info, *part.output) if value.name in results)
     names |= {tensor.name: _constant(part, tensor).name for tensor in part.initializer}
     nodes.extend(_renamed(node, prefix, names) for node in part.node)
     return names[part.output[0].name]
@@ -142,6 +153,13 @@ def _subgraphs(node: NodeProto) -> Iterable[GraphProto]:
     return (graph for attribute in node.attribute for graph in (attribute.g, *attribute.graphs) if graph.node)
 
 
+def _renamed_value(value: ValueInfoProto, names: Mapping[str, str]) -> ValueInfoProto:
+    copy = ValueInfoProto()
+    copy.CopyFrom(value)
+    copy.name = names.get(value.name, value.name)
+    return copy
+
+
 def _renamed(node: NodeProto, prefix: str, names: Mapping[str, str]) -> NodeProto:
     copy = NodeProto()
     copy.CopyFrom(node)
@@ -149,7 +167,7 @@ def _renamed(node: NodeProto, prefix: str, names: Mapping[str, str]) -> NodeProt
     copy.input[:] = [names.get(name, name) for name in node.input]
     copy.output[:] = [names.get(name, name) for name in node.output]
     for graph in _subgraphs(copy):
-        for value in (*graph.input, *graph.output, *graph.initializer):
+        for value in (*graph.input, *graph.output, *graph.value_info, *graph.initializer):
             value.name = names.get(value.name, value.name)
         inner = [_renamed(child, prefix, names) for child in graph.node]
         del graph.node[:]

@@ -128,8 +128,10 @@ class Model:
         """Give the memory of the weights back. The model cannot be used again."""
         self.reference = None
         for network in self.networks:
-            for tensor in (*network.parameters(), *network.buffers()):  # one buffer is enough to keep a mapped file
-                tensor.data = tensor.data.new_empty(0)
+            for module in network.modules():  # one buffer is enough to keep a mapped file
+                for tensor in module.parameters(recurse=False):
+                    tensor.data = tensor.data.new_empty(0)
+                module._buffers.update(dict.fromkeys(module._buffers))  # a table may be held by others too
         gc.collect()  # tracing leaves cycles behind
 
     def compute_in(self, dtype: str) -> None:

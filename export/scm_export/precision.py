@@ -37,14 +37,14 @@ class Precision(nn.Module):
         Args:
             network: called with the wrapper's own arguments, floating tensors cast; but one number a sample, a time or a scale, stays float32.
             islands: (dotted name, module) to whether the module computes in float32.
-            match_dtypes: the network was not written for half precision. Its buffers stay float32 too, and its operators are
-                helped (``promotion.py``).
+            match_dtypes: the network was not written for half precision. Its buffers stay float32 too, also those of later calls, and its
+                operators are helped (``promotion.py``).
         """
         super().__init__()
         self.network = network
         self.compute_dtype = torch.float32
         self._match_dtypes = match_dtypes
-        self._wide: set[str] = {name for name, _ in network.named_buffers()} if match_dtypes else set()
+        self._wide: set[str] = set()
         for name, module in network.named_modules():
             if islands(name, module):
                 module.register_forward_pre_hook(_enter, with_kwargs=True)
@@ -53,7 +53,8 @@ class Precision(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         dtype = self.compute_dtype
-        tensors = {name: _cast(tensor, torch.float32 if name in self._wide else dtype) for name, tensor in _tensors(self.network)}
+        wide = self._wide | {name for name, _ in self.network.named_buffers()} if self._match_dtypes else self._wide
+        tensors = {name: _cast(tensor, torch.float32 if name in wide else dtype) for name, tensor in _tensors(self.network)}
         args, kwargs = tree_map(lambda value: value if _is_per_sample(value) else _cast(value, dtype), (args, kwargs))
         with MatchDtypes() if self._match_dtypes else nullcontext():
             output = functional_call(self.network, tensors, args, kwargs)

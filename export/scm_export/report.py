@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from scm_export.comparisons import Compared
 from scm_export.tolerances import passes
-from scm_export.verify import Compared, Outcome
+from scm_export.verify import Outcome
 from scm_runtime.bundle import Manifest, VerifiedCase
 from scm_runtime.errors import OutputError
 from scm_runtime.files import whole_file

@@ -51,6 +51,9 @@ def trace_step(model: Model, opset: int, *, operators: bool = True) -> ir.Model:
     free = {name: torch.export.Dim(name, min=1, max=LARGEST) for name in names}
     batch = torch.export.Dim(BATCH, min=1, max=LARGEST)
     conditioning = {item.name: example(item, TRACE_BATCH, sizes) for item in model.conditioning}
+    if model.family == "module":
+        with torch.no_grad():  # a table that the network keeps for each dtype is then a real one, not one of the tracer
+            model.step(*inputs.values(), conditioning)
     shapes = {item.name: {0: batch, **{axis: free[size] for axis, size in enumerate(item.shape, 1) if isinstance(size, str)}} for item in model.conditioning}
     return _trace(
         "step",
@@ -128,6 +131,11 @@ def _trace(
         exporter_log.setLevel(level)
     if missing := set(inputs) - {value.name for value in traced.graph.inputs}:
         raise ExportError(f"the traced {name} lost its inputs {', '.join(sorted(missing))}")
+    if any(value.shape is not None and value.shape.rank() and isinstance(value.shape[0], int) for value in traced.graph.inputs):
+        raise ExportError(
+            f"torch.onnx fixed the batch of {name} at the {TRACE_BATCH} samples it was traced with. The network uses the batch size as a number: in a loop "
+            "over samples, in float(x.shape[0]), or as the length of a table that it keeps. Write that with tensors, or make such a table at every call."
+        )
     _strip(traced, name)
     traced.ir_version = ir_version(opset)
     attach_functions(traced)

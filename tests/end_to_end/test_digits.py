@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from both_ways import check_both_ways
 from scm_export import ops
 from scm_export.checkpoints import load_checkpoint
 from scm_export.families import build_model
@@ -38,6 +39,10 @@ def test_the_committed_figures_are_of_this_model_and_pass_the_gate() -> None:
         assert one["recognised"][0] >= 0.80
         assert two["recognised"][0] >= 0.85
         assert two["frechet"][0] <= 1.1 * rows["teacher with autoguidance, 63 evaluations", "fp32"]["figures"]["frechet"][0]
+
+
+def test_every_graph_opens_bare_and_with_the_native_library() -> None:
+    check_both_ways(ROOT / "scm_runtime" / "bundles" / "digits.scm")
 
 
 @pytest.mark.parametrize("steps", [1, 2])

@@ -15,6 +15,7 @@ from onnxscript import ir
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from both_ways import check_both_ways
 from scm_export import export
 from scm_export.checkpoints import SamplerSpec, load_checkpoint, save_checkpoint
 from scm_export.families import BuildOptions, build_model
@@ -263,7 +264,7 @@ def test_an_edm2_checkpoint_of_latents_needs_its_decoder_and_becomes_images(fold
     save_checkpoint(checkpoint, tmp_path / "latents.pt")
     with pytest.raises(CheckpointError, match="missing decoder"):
         build_model(load_checkpoint(tmp_path / "latents.pt"))
-    done = export(tmp_path / "latents.pt", decoder=folders("kl"), with_encoder=True, preview_decoder=folders("tiny"), steps=(), verify=False)
+    done = export(tmp_path / "latents.pt", decoder=folders("kl"), with_encoder=True, preview_decoder=folders("tiny"), steps=(2,), verify=False)
     assert {"decode.fp32.onnx", "encode.fp32.onnx", "preview.fp32.onnx"} <= set(done.manifest.files)
     assert done.manifest.output.shape == (32, 32, 3)
     with Generator(done.path) as generate:
@@ -273,3 +274,4 @@ def test_an_edm2_checkpoint_of_latents_needs_its_decoder_and_becomes_images(fold
     pixels = decoded(network, torch.from_numpy(x), statistics)
     assert np.abs(image - (pixels.clamp(0, 1) * 255).permute(0, 2, 3, 1).numpy()).max() <= 1
     assert image.std() > 5
+    check_both_ways(done.path)

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from both_ways import check_both_ways
 from scm_export import export, ops
 from scm_export.checkpoints import load
 from scm_export.families import BuildOptions, build_model, find_family
@@ -138,7 +139,7 @@ def test_two_steps_go_through_the_authors_noise_level(plain: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_half_precision_stays_above_40_db(plain: Path, tmp_path: Path, dtype: Any) -> None:
-    done = export(plain, tmp_path / "cm.scm", dtype=dtype, steps=())
+    done = export(plain, tmp_path / "cm.scm", dtype=dtype, steps=(2,))
     assert done.manifest.dtypes == (dtype, "fp32")
     assert done.manifest.verification is not None
     cases = [case for case in done.manifest.verification.cases if case.graph == "step"]
@@ -148,6 +149,7 @@ def test_half_precision_stays_above_40_db(plain: Path, tmp_path: Path, dtype: An
         found = generate(seed=[1, 2, 3], output_type="np").array
     expected = with_scheduler(plain, [1, 2, 3], TWO_STEPS, (3, 16, 16))[-1].transpose(0, 2, 3, 1)
     assert psnr(found, (expected * 127.5 + 127.5).clip(0, 255)) >= 40
+    check_both_ways(done.path)
 
 
 def psnr(a: NDArray[Any], b: NDArray[Any]) -> float:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from both_ways import check_both_ways
 from scm_export import cli, export, ops
 from scm_export.checkpoints import load_checkpoint, save_checkpoint
 from scm_export.families import build_model
@@ -74,6 +75,11 @@ def test_half_weights_are_stored_once_and_serve_both_graphs(half_bundle: Path, t
             found = generate(**arguments).array  # type: ignore[arg-type]  # keywords by name
             np.testing.assert_allclose(found, expected, atol=sample_atol(generate.dtype, "fp16"))
             assert not np.array_equal(found, expected)
+
+
+def test_every_graph_opens_bare_and_with_the_native_library(tiny_bundle: Path, half_bundle: Path, tiny_guided: tuple[Path, Path, Path]) -> None:
+    for bundle in (tiny_bundle, half_bundle, tiny_guided[0]):
+        check_both_ways(bundle)
 
 
 def test_an_export_can_be_repeated_to_the_byte(tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path) -> None:

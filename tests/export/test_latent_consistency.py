@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from both_ways import check_both_ways
 from scm_export import export, ops
 from scm_export.checkpoints import load
 from scm_export.families import BuildOptions, build_model, find_family
@@ -161,13 +162,14 @@ def test_other_schedulers_settings_are_followed(tmp_path: Path, changes: dict[st
 
 
 def test_half_precision_stays_above_40_db(folder: Path, tmp_path: Path) -> None:
-    done = export(folder, tmp_path / "lcm.scm", steps=())
+    done = export(folder, tmp_path / "lcm.scm", steps=(2,))
     assert done.manifest.dtypes == ("fp16", "fp32")  # the family's default
     assert done.manifest.verification is not None
     assert "LCMScheduler" in done.manifest.verification.reference
     cases = [case for case in done.manifest.verification.cases if case.graph == "step"]
     assert {(case.dtype, case.batch_size, case.steps) for case in cases} >= {(name, n, k) for name in ("fp16", "fp32") for n in (1, 3) for k in (1, 2)}
     assert all(case.psnr is None or case.psnr >= 40 for case in cases)
+    check_both_ways(done.path)
 
 
 def test_another_size_is_asked_for_in_pixels(folder: Path) -> None:

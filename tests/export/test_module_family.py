@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from both_ways import check_both_ways
 from own_networks import CLASSES, SHAPE, TOKENS, FromDiffusers, OwnNetwork, Plain, Sensitive
 from scm_export import export
 from scm_export.checkpoints import Checkpoint, ConditioningSpec, SamplerSpec, load, load_checkpoint, save_checkpoint
@@ -173,11 +174,12 @@ def test_half_precision_is_verified_and_close(form: str, dtype: Any, network: nn
     name, write, options = FORMS[form]
     write(network, tmp_path / name)
     (tmp_path / "config.toml").write_text(CONFIG)
-    manifest = export(tmp_path / name, tmp_path / "out.scm", config=tmp_path / "config.toml", dtype=dtype, steps=(), **options).manifest
+    manifest = export(tmp_path / name, tmp_path / "out.scm", config=tmp_path / "config.toml", dtype=dtype, steps=(2,), **options).manifest
     assert manifest.verification is not None
     cases = [case for case in manifest.verification.cases if case.dtype == dtype]
     assert {case.batch_size for case in cases} >= {1, 3}
     assert all(case.psnr is None or case.psnr >= 40 for case in cases)
+    check_both_ways(tmp_path / "out.scm")
 
 
 def test_a_named_module_computes_in_float32(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from diffusers.schedulers import scheduling_scm
 from numpy.typing import NDArray
 from torch import Tensor
 
+from both_ways import check_both_ways
 from scm_export import export, ops
 from scm_export.checkpoints import load
 from scm_export.families import BuildOptions, build_model, find_family
@@ -138,7 +139,7 @@ def original(folder: Path) -> Original:
 
 @pytest.fixture(scope="module")
 def bundle(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export(folder, tmp_path_factory.mktemp("bundle") / "tiny.scm", dtype="fp32", size=SIZE, steps=(), verify=False).path
+    return export(folder, tmp_path_factory.mktemp("bundle") / "tiny.scm", dtype="fp32", size=SIZE, steps=(1, 2), verify=False).path
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +198,10 @@ def test_guidance_counts_and_is_the_pipelines_unless_given(generate: Generator) 
 def test_without_embeddings_there_is_an_error_that_names_them(generate: Generator) -> None:
     with pytest.raises(InvalidArgumentError, match="prompt_embeds"):
         generate(seed=1)
+
+
+def test_every_graph_opens_bare_and_with_the_native_library(bundle: Path) -> None:
+    check_both_ways(bundle)
 
 
 def test_bfloat16_is_the_default_and_close_to_the_scheduler_of_diffusers(folder: Path, tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ import torch
 from onnx import helper, numpy_helper
 from torch import Tensor, nn
 
-from scm_export import bf16, references
+from both_ways import check_both_ways
+from scm_export import bf16, comparisons, references, verify
 from scm_export.exporter import Options, export_model
 from scm_export.model import ImageNetwork, Model, Reference
 from scm_export.parametrisation import sample
@@ -30,7 +31,8 @@ from scm_export.writer import BundleWriter
 from scm_runtime.bundle import WEIGHTS, Manifest, Source, VerifiedCase
 from scm_runtime.errors import ExportError, VerificationError
 from scm_runtime.load_onnxruntime import load_onnxruntime
-from scm_runtime.session import Session
+from scm_runtime.session import Session, Settings
+from support import native_library
 from text_model import STATE, text_model
 
 onnxruntime = load_onnxruntime()
@@ -71,6 +73,10 @@ def test_all_graphs_are_compared_in_every_batch_guidance_and_text_length(bundle:
     assert not [path for path in bundle[0].iterdir() if path.name not in {*bundle[1].files, "scm.json"}]
 
 
+def test_every_graph_opens_bare_and_with_the_native_library(bundle: tuple[Path, Manifest]) -> None:
+    check_both_ways(bundle[0])
+
+
 def flip(path: Path) -> None:
     """Damage a graph: its output comes mirrored."""
     model = onnx.load(path, load_external_data=False)
@@ -98,6 +104,62 @@ def test_a_damaged_graph_fails_in_its_cases_alone(graph: str, bundle: tuple[Path
         outcome.require_passed()
     assert caught.value.report is not None
     assert len(caught.value.report.cases) == len(outcome.cases)
+
+
+def tell_kernels_apart(path: Path, attribute: str, value: float | None) -> None:
+    """Damage what the kernels read: nodes get another value of an attribute, or none, and the function bodies keep the old one."""
+    model = onnx.load(path, load_external_data=False)
+    (old,) = {item.f for node in model.graph.node for item in node.attribute if item.name == attribute}
+    for function in model.functions:
+        for node in function.node:
+            for item in node.attribute:
+                if item.ref_attr_name == attribute:
+                    item.CopyFrom(helper.make_attribute(item.name, old))
+        kept = [name for name in function.attribute if name != attribute or value is not None]
+        function.attribute[:] = kept
+    for node in model.graph.node:
+        others = [item for item in node.attribute if item.name != attribute]
+        changed = [helper.make_attribute(attribute, value) for item in node.attribute if item.name == attribute and value is not None]
+        del node.attribute[:]
+        node.attribute.extend([*others, *changed])
+    path.write_bytes(model.SerializeToString())
+
+
+@pytest.mark.parametrize("graph", ["step", "sample-2"])
+@pytest.mark.parametrize(("value", "says"), [(0.9, "over tolerance; the worst is {graph}"), (None, "does not run: .*{graph}.*sigma_data")])
+def test_a_graph_that_is_wrong_with_the_native_library_alone_fails(
+    graph: str, value: float | None, says: str, bundle: tuple[Path, Manifest], expected: References, tmp_path: Path
+) -> None:
+    native_library()
+    damaged = Path(shutil.copytree(bundle[0], tmp_path / "damaged.scm"))
+    tell_kernels_apart(damaged / f"{graph}.fp32.onnx", "sigma_data", value)
+    outcome = verify_bundle(damaged, bundle[1], expected, None, quiet)
+    assert all(passes(case) for case in outcome.cases)
+    with pytest.raises(VerificationError, match=f"(?s)with the native library registered, .*{says.format(graph=graph)}.*--no-custom-ops") as caught:
+        outcome.require_passed()
+    assert caught.value.report is not None
+    # A bundle whose manifest names no operators is compared without the library: no host would register it.
+    plain = msgspec.structs.replace(bundle[1], ops={})
+    verify_bundle(damaged, plain, expected, None, quiet).require_passed()
+
+
+def test_of_a_large_network_every_graph_is_opened_with_the_native_library(
+    bundle: tuple[Path, Manifest], expected: References, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    native_library()
+    opened: list[tuple[str, bool]] = []
+
+    class Noted(Session):
+        def __init__(self, path: Path, settings: Settings | None = None) -> None:
+            super().__init__(path, settings)
+            opened.append((path.name, settings is not None and settings.library is not None))
+
+    monkeypatch.setattr(comparisons, "Session", Noted)
+    monkeypatch.setattr(comparisons, "LARGE_NETWORK", 0)
+    monkeypatch.setattr(verify, "LARGE_NETWORK", 0)
+    verify_bundle(*bundle, expected, None, quiet).require_passed()
+    for library in (False, True):
+        assert {name for name, with_library in opened if with_library == library} == {path.name for path in bundle[0].glob("*.onnx")}
 
 
 def ignore_mask(_module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:

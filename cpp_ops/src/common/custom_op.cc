@@ -18,6 +18,8 @@ Inferred infer_inputs(const OrtApi& api, OrtShapeInferContext* context) {
     }
     std::size_t rank = 0;
     check(api, api.GetDimensionsCount(info, &rank));
+    // ONNX Runtime gives a tensor of unknown rank and a scalar alike, as one without axes. Kernels check the rank again.
+    inputs.shapes[i].ranked = rank > 0;
     std::vector<std::int64_t> sizes(rank);
     std::vector<const char*> symbols(rank);
     check(api, api.GetDimensions(info, sizes.data(), rank));

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import importlib
 import re
@@ -38,6 +39,9 @@ class Program:
 def make_network(factory: str, arguments: dict[str, Any]) -> nn.Module:
     """Call ``package.module:function``, looked for in the current folder too, as ``python -m`` does.
 
+    Returns:
+        A copy of what it returns, where that can be copied: an export changes its network and empties it in the end, and the factory's may be in use elsewhere.
+
     Raises:
         InvalidArgumentError: no such function.
         CheckpointError: it fails, or returns no module.
@@ -53,7 +57,17 @@ def make_network(factory: str, arguments: dict[str, Any]) -> nn.Module:
             raise CheckpointError(f"the factory {factory} raised {type(error).__name__}{given}: {first_line(error)}") from error
     if not isinstance(network, nn.Module):
         raise CheckpointError(f"the factory {factory} must return a torch.nn.Module, got {type(network).__name__}")
-    return network
+    return _copy(network)
+
+
+def _copy(network: nn.Module) -> nn.Module:
+    """A network of its own over the same parameters' memory, which nobody writes to; or itself, where its class does not allow a copy."""
+    try:
+        memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in network.parameters() if type(p) is nn.Parameter}
+        copied: nn.Module = copy.deepcopy(network, memo)
+    except Exception:  # noqa: BLE001 - the code that copies may be the user's, and a copy is not needed for a right bundle
+        return network
+    return copied
 
 
 def _find(module_name: str, function_name: str) -> Callable[..., Any]:

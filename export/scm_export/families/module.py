@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import logging
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from typing import Any
@@ -11,10 +10,10 @@ from typing import Any
 import torch
 from msgspec import Struct
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from scm_export.checkpoints import Checkpoint, Loaded, Program, SamplerSpec
 from scm_export.checkpoints.header import PositiveInteger, convert
+from scm_export.checkpoints.state_dict import uncompiled
 from scm_export.families.autoencoders import ImageNetworks, LatentStatistics, image_networks, pixel_networks
 from scm_export.families.diffusers_networks import free_batch
 from scm_export.families.family import BuildOptions, Family
@@ -109,7 +108,9 @@ class FirstOutput(nn.Module):
         self.network = network
 
     def forward(self, x: Tensor, level: Tensor, **conditioning: Tensor) -> Tensor:
-        output: Any = self.network(x, level, **conditioning)
+        # What torch.compile would make of the network is not what is traced, and it cannot compile MatchDtypes.
+        with torch.compiler.set_stance("force_eager"):
+            output: Any = self.network(x, level, **conditioning)
         while not isinstance(output, Tensor):
             if isinstance(output, dict) and output:
                 output = next(iter(output.values()))
@@ -151,7 +152,7 @@ def _check_weights(network: nn.Module, what: str) -> None:
 
 def _islands(network: nn.Module, keep_fp32: tuple[str, ...]) -> Callable[[str, nn.Module], bool]:
     """Norms, and the modules named; what lies inside a named one is left to it."""
-    names = [name for name, _ in network.named_modules() if name]
+    names = [uncompiled(name) for name, _ in network.named_modules() if uncompiled(name)]
     kept = {name for name in names if any(fnmatchcase(name, pattern) for pattern in keep_fp32)}
     for pattern in keep_fp32:
         if not any(fnmatchcase(name, pattern) for name in names):
@@ -161,7 +162,7 @@ def _islands(network: nn.Module, keep_fp32: tuple[str, ...]) -> Callable[[str, n
     def inside(name: str) -> bool:
         return any(name.startswith(f"{outer}.") for outer in kept)
 
-    return lambda name, module: not inside(name) and (name in kept or norms(name, module))
+    return lambda name, module: not inside(uncompiled(name)) and (uncompiled(name) in kept or norms(name, module))
 
 
 def _images(sample_shape: tuple[int, ...], sampler: SamplerSpec, options: BuildOptions) -> ImageNetworks:
@@ -176,26 +177,22 @@ def _images(sample_shape: tuple[int, ...], sampler: SamplerSpec, options: BuildO
 
 
 def _try(network: nn.Module, model: Model, loaded: Program) -> None:
-    """Call the network without computing anything, at two batch sizes: what does not fit together shows in its own words."""
-    log = logging.getLogger("torch._subclasses.fake_tensor")
+    """Call the network at two batch sizes: what does not fit together shows in its own words.
+
+    Really, and in float32, before any tracing: a table that the network makes at its first call and keeps is then a real one.
+    """
     for n in (TRACE_BATCH, TRACE_BATCH + 1):
         x, level = torch.zeros(n, *model.sample_shape), torch.full((n,), 0.5)
         conditioning = {item.name: example(item, n) for item in model.conditioning}
-        disabled, log.disabled = log.disabled, True  # what it logs as an error is in the exception
         try:
-            with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as fake:
-                given = {name: fake.from_tensor(tensor) for name, tensor in conditioning.items()}
-                output = network(fake.from_tensor(x), fake.from_tensor(level), **given)
-        except (DataDependentOutputException, DynamicOutputShapeException):
-            return  # the exporter says what in the network depends on values
+            with torch.no_grad():
+                output = network(x, level, **conditioning)
         except Exception as error:
             asked = ", ".join(["x", "level", *(f"{item.name}=" for item in model.conditioning)])
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise CheckpointError(
                 f"{loaded.describe()} cannot be called as network({asked}) with x of {[n, *model.sample_shape]}: {type(error).__name__}: {reason}"
             ) from error
-        finally:
-            log.disabled = disabled
         if output.shape != x.shape:
             raise CheckpointError(f"{loaded.describe()} must return a tensor shaped as x, {list(x.shape)}, got {list(output.shape)}")
 

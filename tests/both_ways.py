@@ -1,0 +1,66 @@
+"""Bundles as hosts other than scm-runtime open them: on a bare ONNX Runtime, and with the library of native kernels registered."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scm_export.tolerances import PIXEL_ATOL, sample_atol
+from scm_export.trace import example
+from scm_runtime import Generator
+from scm_runtime.bundle import Manifest, read_manifest
+from scm_runtime.load_onnxruntime import load_onnxruntime
+from scm_runtime.native import MATMUL_PRECISION
+from support import native_library
+
+OWN_ARGUMENTS = ("class_labels", "guidance_scale", "prompt_embeds", "prompt_attention_mask")  # of Generator's call
+SEEDS = [3, 4]
+
+
+def sessions(graph: Path) -> dict[str, Any]:
+    """The graph opened in every way that a host on the CPU can open it."""
+    ort = load_onnxruntime()
+
+    def opened(*, library: bool, precision: str | None = None) -> Any:
+        options = ort.SessionOptions()
+        options.log_severity_level = 4
+        if precision is not None:  # registers the products too, where the processor has what they need
+            options.add_session_config_entry(MATMUL_PRECISION, precision)
+        if library:
+            options.register_custom_ops_library(str(native_library()))
+        return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+
+    return {"bare": opened(library=False), "library": opened(library=True), "medium": opened(library=True, precision="medium")}
+
+
+def check_both_ways(bundle: Path) -> None:
+    """Assert that every graph opens in every way, and that the composed samplers draw what Generator draws.
+
+    Graphs in bfloat16 are left out: ONNX Runtime has no kernels for them on the CPU.
+    """
+    manifest = read_manifest(bundle)
+    graphs = {path.name: sessions(path) for path in sorted(bundle.glob("*.onnx")) if ".bf16." not in path.name}
+    conditioning = {item.name: example(item, len(SEEDS)).numpy() for item in manifest.conditioning}
+    composed = [(dtype, count) for dtype in manifest.dtypes if dtype != "bf16" for count in manifest.composed_steps]
+    assert composed
+    for dtype, count in composed:
+        expected = _generate(bundle, dtype, count, conditioning)
+        for way in ("bare", "library"):
+            (found,) = graphs[f"sample-{count}.{dtype}.onnx"][way].run(None, {"seeds": np.array(SEEDS), **conditioning})
+            np.testing.assert_allclose(found.astype(float), expected.astype(float), rtol=0, atol=_atol(manifest, dtype, expected), err_msg=f"{dtype}, {way}")
+
+
+def _generate(bundle: Path, dtype: Any, count: int, conditioning: dict[str, NDArray[Any]]) -> NDArray[Any]:
+    arguments: dict[str, Any] = {name: value for name, value in conditioning.items() if name in OWN_ARGUMENTS}
+    others = {name: value for name, value in conditioning.items() if name not in OWN_ARGUMENTS}
+    with Generator(bundle, dtype=dtype, device="cpu", native_ops=False) as generate:
+        return np.asarray(generate(**arguments, conditioning=others, seed=SEEDS, num_inference_steps=count, output_type="np").array)
+
+
+def _atol(manifest: Manifest, dtype: str, expected: NDArray[Any]) -> float:
+    if expected.dtype == np.uint8:
+        return PIXEL_ATOL[dtype, manifest.weights_dtype]
+    return sample_atol(dtype, manifest.weights_dtype, max(manifest.sigma_data, float(expected.std())))
