@@ -19,6 +19,7 @@ from scm_runtime import __version__
 from scm_runtime.bundle import Verification
 from scm_runtime.cli import IntegerList, clean_errors
 from scm_runtime.errors import MissingDependencyError, VerificationError
+from scm_runtime.parameter_type import ParamType
 
 if TYPE_CHECKING:
     from scm_export.dry_run import Plan
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 INTERRUPTED = 130  # as a shell has it: 128 + SIGINT
 
 
-class Size(click.ParamType[tuple[int, int]]):
+class Size(ParamType[tuple[int, int]]):
     """``HEIGHTxWIDTH``."""
 
     name = "size"
