@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from scm_export.choices import DEFAULT_OPSET, GRAPH_DTYPES, OPSETS, PARAMETRISATION_NAMES
+from scm_export.versions import check_versions
 from scm_runtime import __version__
 from scm_runtime.bundle import Verification
 from scm_runtime.cli import IntegerList, clean_errors
@@ -114,6 +115,7 @@ def main(checkpoint: str, out: Path | None, dry_run: bool, as_json: bool, **opti
 
 
 def _run(terminal: Console, checkpoint: str, out: Path | None, dry_run: bool, options: Mapping[str, Any]) -> Exported | Plan:
+    check_versions()
     try:
         from scm_export.exporter import Options, export_with, plan  # torch takes seconds to import: not for --help
     except ImportError as error:
