@@ -24,5 +24,5 @@ class OldRunner(click.testing.CliRunner):
 def complete_click() -> None:
     """Put the class above in the place of click 8.1's, and both streams into a result's ``output``."""
     if OLD:
-        click.testing.CliRunner = OldRunner  # type: ignore[misc]
-        click.testing.Result.output = property(lambda result: result.stdout + result.stderr)  # type: ignore[assignment,method-assign]
+        click.testing.CliRunner = OldRunner  # type: ignore[assignment,misc]  # a subclass takes its name
+        click.testing.Result.output = property(lambda result: result.stdout + result.stderr)  # type: ignore[assignment,method-assign]  # a property like the one it replaces
