@@ -7,6 +7,7 @@
 
 PYTHON ?= python3
 VENV   := .venv
+FLOORS := build/floors
 BIN    := $(VENV)/bin
 CMAKE  := $(BIN)/cmake
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
@@ -26,7 +27,7 @@ BENCHES  := $(filter-out benchmarks/_% benchmarks/figures.py,$(wildcard benchmar
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:  # two pips must not fill one .venv at a time
-.PHONY: help demo test test-gpu lint types ops ops-test ops-sanitize ops-tsan soak bench bench-large format dist constraints clean
+.PHONY: help demo test test-gpu lint types floors floors-runtime ops ops-test ops-sanitize ops-tsan soak bench bench-large format dist constraints clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | while IFS='	' read -r name what; do printf '  make %-12s %s\n' "$$name" "$$what"; done
@@ -46,6 +47,14 @@ lint: $(FULL) ## ruff: rules and format
 
 types: $(FULL) ## mypy --strict
 	$(BIN)/mypy --strict
+
+floors: floors-runtime $(FLOORS)/.stamp-full ## install the lowest versions that pyproject.toml allows, and run the command lines, the tests of the runtime and those of each family
+	$(call run-floors,full,tests/runtime $(EXPORT_TESTS) -n auto --dist loadfile)
+
+floors-runtime: $(FLOORS)/.stamp-runtime ## the part of it that needs no torch
+	$(FLOORS)/runtime/bin/scm-runtime --help > $(FLOORS)/help.txt
+	$(FLOORS)/runtime/bin/scm-export --help > $(FLOORS)/help.txt
+	$(call run-floors,runtime,$(RUNTIME_TESTS))
 
 test-gpu: $(FULL) ## run the GPU tests, once more under compute-sanitizer where it is installed (needs onnxruntime-gpu and a CUDA build of torch in .venv)
 	$(call build-ops,ON)
@@ -154,6 +163,44 @@ $(LIGHT): $(MADE) $(PACKAGE)
 	$(INSTALL) '.[cpu]'
 	@touch $@
 	$(FRESH)
+
+# -- The lowest versions ------------------------------------------------------------------------------------------------
+
+# uv resolves, pip installs: of torch, pip takes the build that is at hand (CONTRIBUTING.md), and uv would download another.
+# torch has the version in constraints.txt, and so has every package that pyproject.toml does not name, where the floors allow it.
+
+LOWEST_EXTRAS  := cpu,export,hub,test
+RUNTIME_EXTRAS := cpu,hub
+RESOLVE         = $(BIN)/uv pip compile --quiet --no-header --no-annotate --python $(BIN)/python --resolution lowest-direct
+RESOLVE        += --extra cpu --extra export --extra hub --extra test
+RUNTIME_TESTS  := $(patsubst %,tests/runtime/test_%.py,commands cache devices doctor pool samples)
+EXPORT_TESTS   := $(patsubst %,tests/export/test_%.py,cli consistency export latent_consistency module_family sana_sprint)
+
+$(FLOORS)/pins.txt: $(FULL)
+	rm -rf $(FLOORS)
+	mkdir -p $(FLOORS)
+	grep '^torch==' constraints.txt > $(FLOORS)/torch.txt
+	$(RESOLVE) --no-deps pyproject.toml -o $(FLOORS)/direct.txt
+	cp constraints.txt $(FLOORS)/new.txt
+	$(RESOLVE) -c $(FLOORS)/torch.txt $$(sed 's/==.*//; s/^/--upgrade-package /' $(FLOORS)/direct.txt) pyproject.toml -o $(FLOORS)/new.txt
+	mv $(FLOORS)/new.txt $@
+
+# Without the library of kernels: it is compiled against none of these packages.
+# $(1): name of the environment; $(2): what to install
+define install-floors
+$(BIN)/python -m venv $(FLOORS)/$(1)
+$(FLOORS)/$(1)/bin/python -m pip --disable-pip-version-check --quiet install -c $(FLOORS)/pins.txt -C wheel.cmake=false -C wheel.platlib=false -e '.[$(2)]' pytest pytest-xdist
+@touch $@
+endef
+
+$(FLOORS)/.stamp-runtime: $(FLOORS)/pins.txt
+	$(call install-floors,runtime,$(RUNTIME_EXTRAS))
+
+$(FLOORS)/.stamp-full: $(FLOORS)/pins.txt
+	$(call install-floors,full,$(LOWEST_EXTRAS))
+
+# Warnings are errors with the pinned versions only: older ones warn of their own use.
+run-floors = env -u SCM_REQUIRE_OPS OMP_NUM_THREADS=1 $(FLOORS)/$(1)/bin/python -m pytest -W default $(2)
 
 $(FULL): $(MADE) $(PACKAGE)
 	$(INSTALL) '.[$(EXTRAS)]'

@@ -12,6 +12,7 @@ import click
 
 from scm_runtime._version import __version__
 from scm_runtime.errors import BundleNotFoundError, CheckpointNotFoundError, HubNotFoundError, InvalidArgumentError, ScmError
+from scm_runtime.parameter_type import ParamType
 
 if TYPE_CHECKING:
     from scm_runtime.bundle import Dtype
@@ -40,7 +41,7 @@ def clean_errors() -> Iterator[None]:
         sys.exit(INTERRUPTED)
 
 
-class IntegerList(click.ParamType[tuple[int, ...]]):
+class IntegerList(ParamType[tuple[int, ...]]):
     """Integers separated by commas, each at least ``minimum``; with a minimum the list may be empty."""
 
     name = "integers"

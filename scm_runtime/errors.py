@@ -9,7 +9,7 @@
     │   └── HubNotFoundError        (FileNotFoundError) no such repository, revision or file there, or offline and not in the cache
     ├── InvalidArgumentError        (ValueError) an argument of a call is out of range or of the wrong shape
     │   └── GeneratorClosedError    (RuntimeError) a call of a Generator that is closed, or was while the call ran
-    ├── MissingDependencyError      (ImportError) an optional package is not installed, or two exclude each other
+    ├── MissingDependencyError      (ImportError) an optional package is not installed, or is too old, or two exclude each other
     ├── OutputError                 (OSError) a result cannot be written
     ├── DeviceError                 (RuntimeError) the device asked for cannot be had, or ONNX Runtime went elsewhere
     ├── ForkedError                 (RuntimeError) a Generator was used in a forked child of the process that made it
@@ -71,7 +71,7 @@ class GeneratorClosedError(InvalidArgumentError, RuntimeError):
 
 
 class MissingDependencyError(ScmError, ImportError):
-    """A package is not installed, or two are that exclude each other."""
+    """A package is not installed, or is too old, or two are installed that exclude each other."""
 
 
 class OutputError(ScmError, OSError):

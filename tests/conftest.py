@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 
+from old_click import complete_click
 from scm_runtime import Generator, MissingDependencyError
 from scm_runtime.load_onnxruntime import load_onnxruntime
 
+complete_click()  # before the modules of tests take the names they import
 TINY_LABELS = ("ant", "bee", "cat", "dog")
 
 

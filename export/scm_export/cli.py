@@ -15,10 +15,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from scm_export.choices import DEFAULT_OPSET, GRAPH_DTYPES, OPSETS, PARAMETRISATION_NAMES
+from scm_export.versions import check_versions
 from scm_runtime import __version__
 from scm_runtime.bundle import Verification
 from scm_runtime.cli import IntegerList, clean_errors
 from scm_runtime.errors import MissingDependencyError, VerificationError
+from scm_runtime.parameter_type import ParamType
 
 if TYPE_CHECKING:
     from scm_export.dry_run import Plan
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 INTERRUPTED = 130  # as a shell has it: 128 + SIGINT
 
 
-class Size(click.ParamType[tuple[int, int]]):
+class Size(ParamType[tuple[int, int]]):
     """``HEIGHTxWIDTH``."""
 
     name = "size"
@@ -114,6 +116,7 @@ def main(checkpoint: str, out: Path | None, dry_run: bool, as_json: bool, **opti
 
 
 def _run(terminal: Console, checkpoint: str, out: Path | None, dry_run: bool, options: Mapping[str, Any]) -> Exported | Plan:
+    check_versions()
     try:
         from scm_export.exporter import Options, export_with, plan  # torch takes seconds to import: not for --help
     except ImportError as error:

@@ -26,6 +26,7 @@ from scm_export.report import check_report_path, write_report
 from scm_export.samplers import to_json as samplers_to_json
 from scm_export.trace import TRACE_BATCH, trace_map, trace_step
 from scm_export.verify import verify_bundle
+from scm_export.versions import check_versions, warn_about_newer_torch
 from scm_export.writer import BundleWriter, check_destination, new_bundle
 from scm_runtime import __version__
 from scm_runtime.bundle import OPS_DOMAIN, OPS_VERSION, SAMPLERS, SCHEMA_VERSION, Dtype, Manifest, SampleSpec, Source, sha256
@@ -157,6 +158,7 @@ def export(
         CheckpointError: the checkpoint cannot be read, or does not fit its family.
         HubError: the hub has no such repository, or cannot be asked.
         InvalidArgumentError: an option is out of range, or does not fit another one or the model.
+        MissingDependencyError: a package is missing, or installed in a version that is known to fail.
         OutputError: the bundle or the report cannot be written, or the bundle exists and force is False.
         VerificationError: the bundle is over tolerance; nothing is left at ``out``.
         ExportError: torch cannot translate the network.
@@ -202,6 +204,8 @@ def plan(checkpoint: StrPath, out: StrPath | None = None, options: Options | Non
 
 def _prepare(checkpoint: StrPath, out: StrPath | None, options: Options) -> tuple[Model, Path, Source, Options]:
     """The model, where its bundle goes, what it is made from, and the options with the dtype settled."""
+    check_versions()
+    warn_about_newer_torch()
     found = fetch(checkpoint, options.revision, options.progress)
     path = found.path
     destination = found.bundle if out is None else Path(out)

@@ -64,6 +64,20 @@ def test_help_needs_no_torch_and_knows_every_option() -> None:
             assert option.help
 
 
+@pytest.mark.parametrize("module", ["scm_runtime.cli", "scm_export.cli"])
+def test_help_works_with_a_click_whose_parameter_types_cannot_be_subscripted(module: str) -> None:
+    """As those before 8.4, which pip leaves where they are."""
+    program = """
+import runpy, sys
+import click
+
+click.ParamType.__class_getitem__ = None
+module, sys.argv = sys.argv[1], ["command", "--help"]
+runpy.run_module(module, run_name="__main__")
+"""
+    assert "Usage: command" in run_python(program, module).stdout
+
+
 def test_every_option_is_one_of_the_exporters_and_the_other_way_round() -> None:
     names = {option.name for option in cli.main.params}
     assert names - {"checkpoint", "out", "dry_run", "as_json", "version"} == set(exporter.Options.__dataclass_fields__) - {"progress"}

@@ -1,0 +1,85 @@
+"""Which versions of other packages the exporter is known to fail with, and which versions of torch it has been tested with.
+
+Checked before anything is read, because the error of a translation that fails minutes later does not name its cause. Packages are looked up, not imported.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from importlib import metadata
+from typing import NamedTuple
+
+from scm_runtime.errors import MissingDependencyError
+
+logger = logging.getLogger("scm_export")
+
+
+class Requirement(NamedTuple):
+    """A lowest version, and what older ones do."""
+
+    package: str
+    minimum: str
+    reason: str
+    torch: str | None = None
+    """Only with this version of torch or a newer one."""
+    distributions: tuple[str, ...] = ()
+    """Names the package is installed under; by default its own."""
+
+
+REQUIREMENTS = (
+    Requirement("torch", "2.10", "older versions corrupt memory when they read some files of weights (CVE-2026-24747)"),
+    Requirement("onnx", "1.21", "older versions read and write files outside a model's folder (CVE-2026-34445, CVE-2026-27489)"),
+    Requirement("onnxscript", "0.7.2", "older versions cannot translate what torch 2.13 traces", torch="2.13"),
+    Requirement("onnxruntime", "1.29", "older versions have no float64 Sin and Cos on the CPU", distributions=("onnxruntime", "onnxruntime-gpu")),
+)
+TESTED_TORCH = ("2.10", "2.13")  # oldest and newest release series
+
+
+def check_versions() -> None:
+    """Refuse installed packages that are known to fail.
+
+    Raises:
+        MissingDependencyError: at least one is too old; the message has the versions and the pip command that upgrades all of them.
+    """
+    torch = _installed("torch")
+    problems, upgrades = [], []
+    for needed in REQUIREMENTS:
+        if needed.torch is not None and (torch is None or _parse(torch) < _parse(needed.torch)):
+            continue
+        for name in needed.distributions or (needed.package,):
+            found = _installed(name)
+            if found is not None and _parse(found) < _parse(needed.minimum):
+                beside = "" if needed.torch is None else f" with torch {torch}"
+                problems.append(f"{name} {found} cannot be used{beside}: {needed.reason}. It must be at least {needed.minimum}.")
+                upgrades.append(f"'{name}>={needed.minimum}'")
+    if problems:
+        raise MissingDependencyError("\n".join([*problems, f"  pip install {' '.join(upgrades)}"]))
+
+
+def warn_about_newer_torch() -> None:
+    """Log a warning where torch is newer than every version this exporter has been tested with."""
+    found = _installed("torch")
+    oldest, newest = TESTED_TORCH
+    if found is not None and _parse(found)[:2] > _parse(newest):
+        logger.warning(
+            "torch %s is newer than the versions this exporter has been tested with (%s to %s). If the network cannot be translated, that may be the reason; "
+            "a tested version:\n  pip install 'torch~=%s.0'",
+            found,
+            oldest,
+            newest,
+            newest,
+        )
+
+
+def _installed(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _parse(version: str) -> tuple[int, ...]:
+    """The release number, without what follows it: (2, 13, 0) for "2.13.0+cpu"."""
+    found = re.match(r"\d+(\.\d+)*", version)
+    return tuple(map(int, found[0].split("."))) if found else ()
