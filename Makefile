@@ -185,22 +185,24 @@ $(FLOORS)/pins.txt: $(FULL)
 	$(RESOLVE) -c $(FLOORS)/torch.txt $$(sed 's/==.*//; s/^/--upgrade-package /' $(FLOORS)/direct.txt) pyproject.toml -o $(FLOORS)/new.txt
 	mv $(FLOORS)/new.txt $@
 
-# Without the library of kernels: it is compiled against none of these packages.
-# $(1): name of the environment; $(2): what to install
+# $(1): name of the environment; $(2): what to install; $(3): further options for pip
 define install-floors
 $(BIN)/python -m venv $(FLOORS)/$(1)
-$(FLOORS)/$(1)/bin/python -m pip --disable-pip-version-check --quiet install -c $(FLOORS)/pins.txt -C wheel.cmake=false -C wheel.platlib=false -e '.[$(2)]' pytest pytest-xdist
+SCM_OPS_CUDA=OFF $(FLOORS)/$(1)/bin/python -m pip --disable-pip-version-check --quiet install -c $(FLOORS)/pins.txt $(3) -e '.[$(2)]' pytest pytest-xdist
 @touch $@
 endef
 
 $(FLOORS)/.stamp-runtime: $(FLOORS)/pins.txt
-	$(call install-floors,runtime,$(RUNTIME_EXTRAS))
+	$(call install-floors,runtime,$(RUNTIME_EXTRAS),$(WITHOUT_OPS))
 
 $(FLOORS)/.stamp-full: $(FLOORS)/pins.txt
 	$(call install-floors,full,$(LOWEST_EXTRAS))
 
+# What is run without torch is run without the library of kernels too, which takes a minute to compile.
+WITHOUT_OPS = -C wheel.cmake=false -C wheel.platlib=false
+
 # Warnings are errors with the pinned versions only: older ones warn of their own use.
-run-floors = env -u SCM_REQUIRE_OPS OMP_NUM_THREADS=1 $(FLOORS)/$(1)/bin/python -m pytest -W default $(2)
+run-floors = $(if $(filter runtime,$(1)),env -u SCM_REQUIRE_OPS) OMP_NUM_THREADS=1 $(FLOORS)/$(1)/bin/python -m pytest -W default $(2)
 
 $(FULL): $(MADE) $(PACKAGE)
 	$(INSTALL) '.[$(EXTRAS)]'

@@ -41,6 +41,11 @@ class Size(ParamType[tuple[int, int]]):
         return int(found[1]), int(found[2])
 
 
+def _negate(context: click.Context, parameter: click.Parameter, value: bool) -> bool:
+    """What a flag with "no" in its name means: ``flag_value=False, default=True`` would say the same, but is False by default in click 8.3.0."""
+    return not value
+
+
 # The parameters of all options but -o, --dry-run and --json are fields of scm_export.exporter.Options, by name.
 @click.command()
 @click.argument("checkpoint")
@@ -74,9 +79,9 @@ class Size(ParamType[tuple[int, int]]):
     type=click.IntRange(OPSETS[0], OPSETS[-1]),
     help=f"ONNX operator set; by default {DEFAULT_OPSET['fp32']}, for bf16 {DEFAULT_OPSET['bf16']}.",
 )
-@click.option("--no-custom-ops", "custom_ops", is_flag=True, flag_value=False, default=True, help="Standard ONNX alone, for other runtimes and tools.")
+@click.option("--no-custom-ops", "custom_ops", is_flag=True, callback=_negate, help="Standard ONNX alone, for other runtimes and tools.")
 # How it is verified.
-@click.option("--no-verify", "verify", is_flag=True, flag_value=False, default=True, help="Leave out the comparison with PyTorch.")
+@click.option("--no-verify", "verify", is_flag=True, callback=_negate, help="Leave out the comparison with PyTorch.")
 @click.option("--atol", type=click.FloatRange(0, min_open=True), help="Largest absolute error allowed, in the scale of the state; by default by dtype.")
 @click.option(
     "--report",

@@ -31,7 +31,12 @@ REQUIREMENTS = (
     Requirement("torch", "2.10", "older versions corrupt memory when they read some files of weights (CVE-2026-24747)"),
     Requirement("onnx", "1.21", "older versions read and write files outside a model's folder (CVE-2026-34445, CVE-2026-27489)"),
     Requirement("onnxscript", "0.7.2", "older versions cannot translate what torch 2.13 traces", torch="2.13"),
-    Requirement("onnxruntime", "1.29", "older versions have no float64 Sin and Cos on the CPU", distributions=("onnxruntime", "onnxruntime-gpu")),
+    Requirement(
+        "onnxruntime",
+        "1.30",
+        "1.29 ends the process when it opens some float16 graphs, older versions have no float64 Sin and Cos on the CPU",
+        distributions=("onnxruntime", "onnxruntime-gpu"),
+    ),
 )
 TESTED_TORCH = ("2.10", "2.13")  # oldest and newest release series
 

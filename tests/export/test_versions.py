@@ -41,7 +41,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
         ({"torch": "2.14.1", "onnxscript": "0.5.4"}, ["onnxscript 0.5.4 cannot be used with torch 2.14.1"], "pip install 'onnxscript>=0.7.2'"),
         ({"torch": "2.9.1"}, ["torch 2.9.1 cannot be used: ", "CVE-2026-24747"], "pip install 'torch>=2.10'"),
         ({"onnx": "1.20.1"}, ["onnx 1.20.1 cannot be used: ", "CVE-2026-34445"], "pip install 'onnx>=1.21'"),
-        ({"onnxruntime-gpu": "1.28.0"}, ["onnxruntime-gpu 1.28.0 cannot be used: "], "pip install 'onnxruntime-gpu>=1.29'"),
+        ({"onnxruntime-gpu": "1.29.0"}, ["onnxruntime-gpu 1.29.0 cannot be used: "], "pip install 'onnxruntime-gpu>=1.30'"),
         ({"onnx": "1.20.1", "onnxscript": "0.6.0"}, ["onnx 1.20.1", "onnxscript 0.6.0"], "pip install 'onnx>=1.21' 'onnxscript>=0.7.2'"),
     ],
 )
