@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import nullcontext
 from itertools import chain
 from typing import Any
@@ -31,7 +31,7 @@ class Precision(nn.Module):
     graphs of every dtype.
     """
 
-    def __init__(self, network: nn.Module, islands: Island = norms, *, match_dtypes: bool = False) -> None:
+    def __init__(self, network: nn.Module, islands: Island = norms, *, match_dtypes: bool = False, wide: Collection[str] = ()) -> None:
         """Wrap a network.
 
         Args:
@@ -39,12 +39,13 @@ class Precision(nn.Module):
             islands: (dotted name, module) to whether the module computes in float32.
             match_dtypes: the network was not written for half precision. Its buffers stay float32 too, also those of later calls, and its
                 operators are helped (``promotion.py``).
+            wide: names of parameters that stay float32 wherever they are used.
         """
         super().__init__()
         self.network = network
         self.compute_dtype = torch.float32
         self._match_dtypes = match_dtypes
-        self._wide: set[str] = set()
+        self._wide: set[str] = set(wide)
         for name, module in network.named_modules():
             if islands(name, module):
                 module.register_forward_pre_hook(_enter, with_kwargs=True)

@@ -201,6 +201,22 @@ def test_a_named_module_computes_in_float32(tmp_path: Path) -> None:
     assert worst_psnr([]) < 35
 
 
+def test_a_module_that_a_program_was_made_of_computes_in_float32(tmp_path: Path) -> None:
+    network = randomised(Sensitive())
+    batch = torch.export.Dim("batch", max=1024)
+    program = torch.export.export(network.eval(), (torch.randn(2, *SHAPE), torch.rand(2)), dynamic_shapes=({0: batch}, {0: batch}))
+    torch.export.save(program, tmp_path / "network.pt2")
+
+    def worst_error(keep_fp32: list[str]) -> float:
+        (tmp_path / "config.json").write_text(json.dumps({"config": {"sample_shape": SHAPE, "keep_fp32": keep_fp32}}))
+        model = build_model(load(tmp_path / "network.pt2", config=tmp_path / "config.json"))
+        exact = stepped(model)
+        model.compute_in("bf16")
+        return float((stepped(model) - exact).abs().max())
+
+    assert worst_error(["time_embed"]) < worst_error([]) / 3
+
+
 def test_a_network_of_diffusers_is_sampled_in_any_batch(tmp_path: Path) -> None:
     shape, network = (3, 8, 16), randomised(FromDiffusers())
     torch.save(network.state_dict(), tmp_path / "weights.pt")

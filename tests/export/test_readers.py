@@ -414,7 +414,7 @@ ROWS: list[tuple[str, Make, type[ScmError], str, str]] = [
     ("labels without classes", header({"label_names": ["a"]}), CheckpointError, "got 0", "label_names need one conditioning of kind 'class'"),
     ("conditioning of another", header({"family": "edm2", "conditioning": [{"name": "c", "kind": "scalar"}]}), CheckpointError, "'edm2'", "leave it out"),
     ("unknown module", header({"config": {"sample_shape": SHAPE, "keep_fp32": ["con"]}}), CheckpointError, "got 'con'", "did you mean 'conv'?"),
-    ("modules of a program", program(config={"sample_shape": SHAPE, "keep_fp32": ["conv"]}), CheckpointError, "holds operators without them", "use --factory"),
+    ("unknown module of a program", program(config={"sample_shape": SHAPE, "keep_fp32": ["con"]}), CheckpointError, "got 'con'", "did you mean 'conv'?"),
     ("one statistic", header({"sampler": {"latent_mean": [0, 0, 0]}}), CheckpointError, "got one of them", "go together"),
     (
         "config for a scm-checkpoint",

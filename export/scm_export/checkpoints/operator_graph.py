@@ -184,7 +184,7 @@ def _filled(argument: Any, values: Mapping[int, Any]) -> Any:
             return values[number]
         case tuple() | list():
             items = [_filled(item, values) for item in argument]
-            if any(isinstance(item, int) and abs(item) > MAX_SIZE for item in items):
+            if isinstance(argument, list) and any(isinstance(item, int) and abs(item) > MAX_SIZE for item in items):
                 raise ValueError(f"a size must be at most {MAX_SIZE}, got {max(item for item in items if isinstance(item, int))}")
             return type(argument)(items)
         case dict():

@@ -116,7 +116,7 @@ def _weight_sets(raw: object) -> Iterator[WeightSet]:
         if not isinstance(value, dict) or _is_optimizer(path, value):
             continue
         if id(value) not in checked:
-            checked[id(value)] = _as_weights(value)
+            checked[id(value)] = _as_weights(value, beside_others=bool(path))
         if tensors := checked[id(value)]:
             yield WeightSet(path, tensors)
         elif len(path) < MAX_DEPTH and id(value) not in opened:
@@ -129,10 +129,15 @@ def _is_optimizer(path: tuple[str, ...], value: dict[object, object]) -> bool:
     return bool(path and "optim" in path[-1].lower()) or {"state", "param_groups"} <= value.keys()
 
 
-def _as_weights(value: dict[object, object]) -> dict[str, Tensor] | None:
-    """A dict of tensors, of which one at least is an array of real numbers: neither states of random generators nor lists of scores."""
+def _as_weights(value: dict[object, object], *, beside_others: bool) -> dict[str, Tensor] | None:
+    """A dict of tensors by name, or None.
+
+    Beside other things one tensor at least must be an array of real numbers: states of random generators and lists of scores are not weights.
+    """
     named = {name: tensor for name, tensor in dict.items(value) if isinstance(name, str) and isinstance(tensor, Tensor)}
-    return named if len(named) == len(value) and any(tensor.is_floating_point() and tensor.ndim for tensor in named.values()) else None
+    if not named or len(named) < len(value):
+        return None
+    return named if not beside_others or any(tensor.is_floating_point() and tensor.ndim for tensor in named.values()) else None
 
 
 def printable(key: object) -> str:

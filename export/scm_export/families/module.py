@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from scm_export.checkpoints import Checkpoint, Loaded, Program, SamplerSpec
 from scm_export.checkpoints.header import PositiveInteger, convert
+from scm_export.checkpoints.operator_graph import OperatorGraph
 from scm_export.checkpoints.state_dict import uncompiled
 from scm_export.families.autoencoders import ImageNetworks, LatentStatistics, image_networks, pixel_networks
 from scm_export.families.diffusers_networks import free_batch
@@ -65,8 +66,6 @@ def build_module(loaded: Loaded, options: BuildOptions) -> Model:
     if options.size is not None:
         raise CheckpointError("a network of the family module has the sample_shape of its config: leave out the size")
     _check_inputs(loaded, conditioning)
-    if config.keep_fp32 and loaded.inputs is not None:
-        raise CheckpointError(f"config.keep_fp32 names modules, and {loaded.describe()} holds operators without them: leave it out, or use --factory")
     network = loaded.network.eval().requires_grad_(False)
     if any(type(module).__module__.startswith("diffusers.") for module in network.modules()):
         free_batch(network)
@@ -78,7 +77,8 @@ def build_module(loaded: Loaded, options: BuildOptions) -> Model:
     else:
         _check_weights(network, loaded.describe())
     images = _images(config.sample_shape, sampler, options)
-    own = FirstOutput(Precision(network, _islands(network, config.keep_fp32), match_dtypes=True))
+    kept = _kept(network, config.keep_fp32)
+    own = FirstOutput(Precision(network, _islands(kept), match_dtypes=True, wide=_weights_in(network, kept)))
     model = Model(
         family="module",
         step=Step(own, sampler.sigma_data, sampler.parametrisation, sampler.solver),
@@ -143,21 +143,41 @@ def _check_inputs(loaded: Program, conditioning: tuple[Conditioning, ...]) -> No
 
 
 def _check_weights(network: nn.Module, what: str) -> None:
-    names: dict[str, str] = getattr(network, "original_names", {})  # of a program
+    names = network.original_names if isinstance(network, OperatorGraph) else {}
     broken = [names.get(name, name) for name, tensor in network.state_dict().items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
     if broken:
         raise CheckpointError(f"{what}: weights must be finite, got NaN or infinity in {', '.join(broken[:3])}")
     network.float()
 
 
-def _islands(network: nn.Module, keep_fp32: tuple[str, ...]) -> Callable[[str, nn.Module], bool]:
-    """Norms, and the modules named; what lies inside a named one is left to it."""
-    names = [uncompiled(name) for name, _ in network.named_modules() if uncompiled(name)]
+def _kept(network: nn.Module, keep_fp32: tuple[str, ...]) -> set[str]:
+    """Names of the modules that the patterns name. Raises CheckpointError for a pattern that names none."""
+    names = _module_names(network)
     kept = {name for name in names if any(fnmatchcase(name, pattern) for pattern in keep_fp32)}
     for pattern in keep_fp32:
         if not any(fnmatchcase(name, pattern) for name in names):
             close = difflib.get_close_matches(pattern, names, n=1)
             raise CheckpointError(f"config.keep_fp32 must name modules of the network, got {pattern!r}{f'; did you mean {close[0]!r}?' if close else ''}")
+    return kept
+
+
+def _module_names(network: nn.Module) -> list[str]:
+    """Dotted names of a network's modules; of a program, which has none, those that the names of its tensors had in the file."""
+    if isinstance(network, OperatorGraph):
+        paths = [name.split(".")[:-1] for name in network.original_names.values()]
+        return list(dict.fromkeys(".".join(path[:depth]) for path in paths for depth in range(1, len(path) + 1)))
+    return [uncompiled(name) for name, _ in network.named_modules() if uncompiled(name)]
+
+
+def _weights_in(network: nn.Module, kept: set[str]) -> set[str]:
+    """Names of a program's tensors that lie in the modules named."""
+    if not isinstance(network, OperatorGraph):
+        return set()
+    return {own for own, original in network.original_names.items() if any(original.startswith(f"{name}.") for name in kept)}
+
+
+def _islands(kept: set[str]) -> Callable[[str, nn.Module], bool]:
+    """Norms, and the modules named; what lies inside a named one is left to it."""
 
     def inside(name: str) -> bool:
         return any(name.startswith(f"{outer}.") for outer in kept)
