@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -142,6 +143,28 @@ class KeepsByBatch(Network):
         return self.table
 
 
+class GrowsTable(Network):
+    """Whose table is as long as the largest batch so far."""
+
+    table: Tensor | None = None
+
+    def positions(self, x: Tensor) -> Tensor:
+        n = x.shape[0]  # len(x) would fix the batch as it is traced
+        if self.table is None or self.table.shape[0] < n:
+            self.table = torch.linspace(-1, 1, x.shape[-1])[None, None, None].repeat(n, 1, 1, 1)
+        return self.table[:n]
+
+
+class Scripted(Network):
+    """Whose layer is TorchScript, which does not copy as other modules do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self.leave = torch.jit.script(self.leave)  # type: ignore[assignment]  # it is called as a Conv2d is
+
+
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "compiled": compiled,
     "compiled_layer": compiled_layer,
@@ -156,6 +179,8 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "buffer_of_lru_cache": BuffersCachedFunction,
     "global_dict": KeepsGlobally,
     "by_batch": KeepsByBatch,
+    "grows": GrowsTable,
+    "scripted": Scripted,
 }
 
 held: dict[str, nn.Module] = {}

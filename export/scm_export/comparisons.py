@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,14 @@ from scm_export.bf16 import emulated
 from scm_export.references import BATCH_SIZES, LARGE_NETWORK, Drawn, Evaluated, Mapped, References, Way, describe, describe_steps
 from scm_export.tolerances import PIXEL_ATOL, min_psnr, sample_atol
 from scm_runtime.bundle import COMBINE, Dtype, Manifest, VerifiedCase
+from scm_runtime.errors import ExportError, InferenceError
 from scm_runtime.schedules import Evaluations, Schedules
 from scm_runtime.session import Session, Settings
 
 Progress = Callable[[str], None]
+
+
+REPEATS = 2  # of the samples of a single evaluation
 
 
 @dataclass(frozen=True)
@@ -181,6 +185,9 @@ def _step(graphs: Graphs) -> tuple[list[VerifiedCase], list[Sampled]]:
         for evaluated in graphs.references.evaluated:
             graphs.progress(f"verifying step.{graphs.dtype}: single evaluations")
             cases.append(_evaluation(graphs, step, evaluated))
+        if graphs.manifest.family == "module" and graphs.library is None:
+            graphs.progress(f"verifying step.{graphs.dtype}: a larger batch")
+            cases.append(_larger_batch(graphs, step, graphs.references.evaluated[0]))
         for drawn in graphs.references.drawn:
             for n in drawn.batch_sizes:
                 graphs.progress(f"verifying step.{graphs.dtype}: {describe_steps(drawn)}, batch {n}{describe(drawn.way)}")
@@ -194,6 +201,24 @@ def _evaluation(graphs: Graphs, step: Session, evaluated: Evaluated) -> Verified
     return graphs.case(
         "step", evaluated.x_next, step(**evaluated.inputs), graphs.state_atol(evaluated.x_next), way=evaluated.way, times=[float(f"{t:.7g}") for t in times]
     )
+
+
+def _larger_batch(graphs: Graphs, step: Session, evaluated: Evaluated) -> VerifiedCase:
+    """The same samples several times over: a batch larger than any that the network was called with in PyTorch, whose size it might have kept.
+
+    Raises:
+        ExportError: the graph fails in it.
+    """
+    inputs = {name: np.concatenate([values] * REPEATS) for name, values in evaluated.inputs.items()}
+    repeated = replace(evaluated, inputs=inputs, x_next=np.concatenate([evaluated.x_next] * REPEATS))
+    try:
+        return _evaluation(graphs, step, repeated)
+    except InferenceError as error:
+        n = len(repeated.x_next)
+        raise ExportError(
+            f"the step fails for {n} samples, more than the network was called with while it was exported: {error} Where the network keeps a table of the "
+            "batch's size between calls, make that table at every call"
+        ) from error
 
 
 def _sample(

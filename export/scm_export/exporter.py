@@ -26,7 +26,7 @@ from scm_export.report import check_report_path, write_report
 from scm_export.samplers import to_json as samplers_to_json
 from scm_export.trace import TRACE_BATCH, trace_map, trace_step
 from scm_export.verify import verify_bundle
-from scm_export.versions import check_versions, warn_about_newer_torch
+from scm_export.versions import check_versions, warn_about_untested_versions
 from scm_export.writer import BundleWriter, check_destination, new_bundle
 from scm_runtime import __version__
 from scm_runtime.bundle import OPS_DOMAIN, OPS_VERSION, SAMPLERS, SCHEMA_VERSION, Dtype, Manifest, SampleSpec, Source, sha256
@@ -205,7 +205,7 @@ def plan(checkpoint: StrPath, out: StrPath | None = None, options: Options | Non
 def _prepare(checkpoint: StrPath, out: StrPath | None, options: Options) -> tuple[Model, Path, Source, Options]:
     """The model, where its bundle goes, what it is made from, and the options with the dtype settled."""
     check_versions()
-    warn_about_newer_torch()
+    warn_about_untested_versions()
     found = fetch(checkpoint, options.revision, options.progress)
     path = found.path
     destination = found.bundle if out is None else Path(out)

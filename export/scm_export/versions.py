@@ -1,4 +1,4 @@
-"""Which versions of other packages the exporter is known to fail with, and which versions of torch it has been tested with.
+"""Which versions of other packages the exporter is known to fail with, and which it has been tested with.
 
 Checked before anything is read, because the error of a translation that fails minutes later does not name its cause. Packages are looked up, not imported.
 """
@@ -38,7 +38,7 @@ REQUIREMENTS = (
         distributions=("onnxruntime", "onnxruntime-gpu"),
     ),
 )
-TESTED_TORCH = ("2.10", "2.13")  # oldest and newest release series
+TESTED = {"torch": "2.13", "onnxscript": "0.7"}  # newest release series; the two must fit each other
 
 
 def check_versions() -> None:
@@ -62,18 +62,16 @@ def check_versions() -> None:
         raise MissingDependencyError("\n".join([*problems, f"  pip install {' '.join(upgrades)}"]))
 
 
-def warn_about_newer_torch() -> None:
-    """Log a warning where torch is newer than every version this exporter has been tested with."""
-    found = _installed("torch")
-    oldest, newest = TESTED_TORCH
-    if found is not None and _parse(found)[:2] > _parse(newest):
+def warn_about_untested_versions() -> None:
+    """Log a warning where torch or onnxscript is newer than the release series that this exporter has been tested with."""
+    newer = [f"{name} {found}" for name, tested in TESTED.items() if (found := _installed(name)) is not None and _parse(found)[:2] > _parse(tested)]
+    if newer:
         logger.warning(
-            "torch %s is newer than the versions this exporter has been tested with (%s to %s). If the network cannot be translated, that may be the reason; "
-            "a tested version:\n  pip install 'torch~=%s.0'",
-            found,
-            oldest,
-            newest,
-            newest,
+            "%s: newer than what this exporter has been tested with (%s). If the network cannot be translated, that may be the reason. The tested versions:\n"
+            "  pip install %s",
+            ", ".join(newer),
+            ", ".join(f"{name} {tested}" for name, tested in TESTED.items()),
+            " ".join(f"'{name}~={tested}.0'" for name, tested in TESTED.items()),
         )
 
 

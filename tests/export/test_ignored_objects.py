@@ -165,3 +165,23 @@ def test_threads_read_at_once(tmp_path: Path) -> None:
     for thread in threads:
         thread.join(60)
     assert read == [True] * 30
+
+
+@pytest.mark.parametrize(
+    ("tensor", "kind"),
+    [
+        (torch.eye(3).to_sparse(), "sparse"),
+        (torch.zeros(3, 2, device="meta"), "without data"),
+    ],
+)
+def test_a_tensor_that_is_not_plain_is_refused_by_name(tensor: Tensor, kind: str, tmp_path: Path) -> None:
+    save(tmp_path, {"model": {**weights(RAW), "odd\x1b": tensor}})
+    with pytest.raises(CheckpointError, match=rf"the tensor odd\\x1b must be dense, and is {kind}"):
+        taken(tmp_path / "run.pt")
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_a_nested_tensor_is_refused(tmp_path: Path) -> None:
+    save(tmp_path, {"w": torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])})
+    with pytest.raises(CheckpointError, match="the tensor w must be dense, and is nested"):
+        taken(tmp_path / "run.pt")

@@ -20,7 +20,7 @@ from scm_export import export
 from scm_export.checkpoints import load
 from scm_export.families import build_model
 from scm_runtime import Generator
-from scm_runtime.errors import ExportError
+from scm_runtime.errors import ExportError, ScmError, VerificationError
 from support import ROOT, run_python
 
 SIGMA_DATA = 0.5
@@ -70,7 +70,7 @@ def check_samples(bundle: Path, kind: str) -> None:
             np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in NETWORKS if kind != "by_batch"])
+@pytest.mark.parametrize("kind", [kind for kind in NETWORKS if kind not in ("by_batch", "grows", "scripted")])
 def test_it_exports_and_can_be_called_afterwards_as_before(kind: str, tmp_path: Path) -> None:
     network = keeping_networks.held[kind] = NETWORKS[kind]()
     names, values = list(network.state_dict()), [tensor.clone() for tensor in network.state_dict().values()]
@@ -95,6 +95,17 @@ def test_a_table_as_long_as_the_batch_is_refused_and_not_fixed_at_one_length(ver
     with pytest.raises(ExportError, match=r"fixed the batch of step at the 2 samples.*table"):
         export(tmp_path / "weights.pt", **write(tmp_path, "by_batch"), steps=(), verify=verify)
     assert not (tmp_path / "weights.scm").exists()
+
+
+def test_a_table_of_the_largest_batch_so_far_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(VerificationError, match=r"the step fails for 6 samples.*make that table at every call"):
+        export(tmp_path / "weights.pt", **write(tmp_path, "grows"), steps=())
+    assert not (tmp_path / "weights.scm").exists()
+
+
+def test_a_scripted_layer_is_no_traceback(tmp_path: Path) -> None:
+    with pytest.raises(ScmError):
+        export(tmp_path / "weights.pt", **write(tmp_path, "scripted"), steps=(), verify=False)
 
 
 @pytest.mark.parametrize("kind", ["compiled", "compiled_layer", "compiled_in_place"])

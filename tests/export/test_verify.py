@@ -62,7 +62,7 @@ def test_all_graphs_are_compared_in_every_batch_guidance_and_text_length(bundle:
     assert {(case.graph, case.batch_size, case.steps, case.guidance_scale, case.sizes.get("tokens")) for case in outcome.cases} == {
         *(("step", n, steps, guidance, tokens) for n in (1, 3) for steps in (1, 2) for guidance, tokens in ((4.5, 7), (6.75, 300))),
         *(("sample-2", n, 2, guidance, tokens) for n in (1, 3) for guidance, tokens in ((4.5, 7), (6.75, 300))),
-        ("step", 3, 0, 4.5, 7),  # single evaluations
+        *(("step", n, 0, 4.5, 7) for n in (3, 6)),  # single evaluations, and again in a batch that the network was not called with
         *((graph, n, 0, None, None) for graph in ("decode", "preview", "encode") for n in (1, 3)),
     }
     single = next(case for case in outcome.cases if case.times)

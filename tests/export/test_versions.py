@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from scm_export import cli, export
-from scm_export.versions import REQUIREMENTS, TESTED_TORCH, check_versions
+from scm_export.versions import REQUIREMENTS, TESTED, check_versions
 from scm_runtime import MissingDependencyError
 from support import BLOCK_IMPORTS, ROOT, run_python
 
@@ -76,13 +76,14 @@ def test_an_older_torch_takes_an_older_onnxscript(version: str, install: Install
     check_versions()
 
 
-def test_a_torch_newer_than_any_tested_is_told_of_first(install: Install, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_versions_newer_than_any_tested_are_told_of_first(install: Install, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     install("torch", "2.99.0")
+    install("onnxscript", "0.99")
     with caplog.at_level(logging.WARNING, "scm_export"), pytest.raises(FileNotFoundError):
         export(tmp_path / "no-checkpoint.pt")
     (message,) = (record.getMessage() for record in caplog.records if record.name == "scm_export")
-    assert "torch 2.99.0 is newer than the versions this exporter has been tested with (2.10 to 2.13)" in message
-    assert "pip install 'torch~=2.13.0'" in message
+    assert "torch 2.99.0, onnxscript 0.99: newer than what this exporter has been tested with (torch 2.13, onnxscript 0.7)" in message
+    assert "pip install 'torch~=2.13.0' 'onnxscript~=0.7.0'" in message
 
 
 def test_a_tested_torch_is_not_remarked_upon(install: Install, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -108,9 +109,9 @@ def test_the_floors_of_pyproject_are_not_below_those_of_the_exporter() -> None:
             assert floors[name]
             for floor in floors[name]:
                 assert parse(floor) >= parse(needed.minimum), name
-    assert parse(floors["torch"][0]) == parse(TESTED_TORCH[0])
 
 
-def test_the_torch_that_development_installs_is_the_newest_tested() -> None:
-    (pin,) = re.findall(r"^torch==(\d+\.\d+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
-    assert pin == TESTED_TORCH[1]
+@pytest.mark.parametrize("name", TESTED)
+def test_what_development_installs_is_what_is_tested(name: str) -> None:
+    (pin,) = re.findall(rf"^{name}==(\d+\.\d+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert pin == TESTED[name]

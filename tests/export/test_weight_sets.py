@@ -16,12 +16,14 @@ import pytest
 import torch
 from click.testing import CliRunner
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from own_networks import SHAPE, Plain
 from scm_export import cli, export
 from scm_export.checkpoints import load
 from scm_export.checkpoints.header import read_header
 from scm_export.exporter import Options, plan
+from scm_export.families import build_model
 from scm_export.ops import philox_normal
 from scm_runtime import Generator
 from scm_runtime.bundle import Source, read_manifest
@@ -100,7 +102,10 @@ def test_the_only_moving_average_is_taken(key: str, tmp_path: Path) -> None:
     assert f"taking the moving average under {key!r}, one of 2 sets of weights (--weights KEY takes another)" in said
 
 
-@pytest.mark.parametrize("keys", [("model", "schema"), ("model", "discriminator"), ("model", "non_ema"), ("generator", "cinema")])
+@pytest.mark.parametrize(
+    "keys",
+    [("model", "schema"), ("model", "discriminator"), ("model", "non_ema"), ("generator", "cinema"), ("generator", "discriminator_ema"), ("net", "avg_grad")],
+)
 def test_without_a_moving_average_nothing_is_guessed(keys: tuple[str, str], tmp_path: Path) -> None:
     path = save(tmp_path, training_state(**{key: weights(seed) for seed, key in enumerate(keys)}))
     with pytest.raises(CheckpointError) as refused:
@@ -121,6 +126,55 @@ def test_of_several_moving_averages_none_is_guessed(tmp_path: Path) -> None:
     found, said = taken(path, weights="ema_0.9999")
     assert same(found, 3)
     assert said == ["taking the tensors under 'ema_0.9999'"]
+
+
+def test_several_sets_under_one_moving_average_are_several_averages(tmp_path: Path) -> None:
+    path = save(tmp_path, {"model": weights(RAW), "ema": {"0.999": weights(2), "0.9999": weights(3)}})
+    with pytest.raises(CheckpointError, match=r"holds 2 moving averages among its 3 sets of weights"):
+        taken(path)
+
+
+def test_numbers_beside_the_tensors_of_an_average_are_left_out(tmp_path: Path) -> None:
+    path = save(tmp_path, {"model": weights(RAW), "ema": {**weights(AVERAGE), "decay": 0.999, "updates": 7, "name": "fast"}})
+    assert same(taken(path)[0], AVERAGE)
+
+
+@pytest.mark.parametrize(
+    "average",
+    [
+        {"decay": 0.9, "num_updates": 5, "shadow_params": [torch.zeros(3, 2)], "collected_params": []},  # torch_ema, score_sde
+        [torch.zeros(3, 2)],
+        (torch.zeros(3, 2), torch.zeros(3)),
+        [{"conv.weight": torch.zeros(3, 2)}],
+    ],
+)
+def test_an_average_without_names_is_not_passed_over_in_silence(average: object, tmp_path: Path) -> None:
+    path = save(tmp_path, {"model": weights(RAW), "ema": average})
+    with pytest.raises(CheckpointError, match=r"keeps a moving average under 'ema[.\w]*' in a form without names") as refused:
+        taken(path)
+    assert re.search(r"^  --weights model +2 tensors", str(refused.value), re.MULTILINE)
+    assert same(taken(path, weights="model")[0], RAW)
+
+
+def test_the_state_of_a_class_of_averages_is_its_weights(tmp_path: Path) -> None:
+    average = Plain().eval()
+    average.load_state_dict(weights(AVERAGE))
+    states = {
+        "torch": AveragedModel(average).state_dict(),
+        "ema-pytorch": {
+            "initted": torch.tensor(True),
+            "step": torch.tensor(3),
+            **{f"online_model.{name}": tensor for name, tensor in weights(RAW).items()},
+            **{f"ema_model.{name}": tensor for name, tensor in weights(AVERAGE).items()},
+        },
+        "LitEma": {**weights(AVERAGE), "decay": torch.tensor(0.999), "num_updates": torch.tensor(5)},
+    }
+    (tmp_path / "config.json").write_text(json.dumps({"config": {"sample_shape": SHAPE}}))
+    for state in states.values():
+        path = save(tmp_path, {"model": weights(RAW), "ema": state})
+        model = build_model(load(path, config=tmp_path / "config.json", factory="own_networks:plain"))
+        found: dict[str, Tensor] = {name.rpartition("network.")[2]: tensor for name, tensor in model.step.named_parameters()}
+        assert same(found, AVERAGE)
 
 
 def test_a_set_is_chosen_by_its_dotted_key(tmp_path: Path) -> None:

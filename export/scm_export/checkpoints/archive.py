@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from scm_export.checkpoints.inert_pickle import ForbiddenPickleError, Global, MalformedPickleError, OversizedPickleError, StandIn, read_small_pickle
+from scm_export.checkpoints.printable import printable
 from scm_export.checkpoints.stored_tensors import STORAGE_DTYPES
 from scm_runtime.errors import CheckpointError
 
@@ -37,7 +38,7 @@ def archive_kind(source: Path) -> ArchiveKind:
         return "TorchScript"
     if "data.pkl" in names:
         return "torch.save"
-    some = ", ".join(sorted(names - {""})[:3])
+    some = ", ".join(printable(name) for name in sorted(names - {""})[:3])
     raise CheckpointError(
         f"'{source}' is a zip archive, but not one that torch wrote (it holds {some or 'nothing'}). "
         "Expected one of torch.save, torch.export.save or TorchScript."
@@ -69,7 +70,7 @@ def check_archive(source: Path) -> list[zipfile.ZipInfo]:
         raise CheckpointError(f"'{source}' has a data.pkl of {large[0].file_size} bytes, more than {MAX_PICKLE}: refused. Save the checkpoint again.")
     if packed:
         raise CheckpointError(
-            f"'{source}' holds compressed tensors ({packed[0]}), which torch does not write. Save it again, or unpack and store it uncompressed."
+            f"'{source}' holds compressed tensors ({printable(packed[0])}), which torch does not write. Save it again, or unpack and store it uncompressed."
         )
     return entries
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from scm_export.checkpoints.archive import check_contents
 from scm_export.checkpoints.operator_graph import Call, Operations, OperatorGraph, Outputs, Ref, Weight, checked_name, from_exported_program, is_assertion
-from scm_export.checkpoints.operators import ATEN, SUBSTITUTES, ForbiddenOperatorError, Kind, check_arguments, find_operator, kind_of
+from scm_export.checkpoints.operators import ATEN, SUBSTITUTES, WITHOUT_IN_PLACE, ForbiddenOperatorError, Kind, check_arguments, find_operator, kind_of
 from scm_export.checkpoints.torch_file import TRUST, current_folder_importable, first_line
 from scm_runtime.errors import CheckpointError
 
@@ -37,7 +37,6 @@ DTYPES = {
     13: torch.bfloat16,
 }
 LAYOUTS = {7: torch.strided}
-REWRITE = "Export the network again, with operators that change nothing in place: torch.export.export(…).run_decompositions()"
 MEMORY_FORMATS = {1: torch.contiguous_format, 2: torch.channels_last, 3: torch.channels_last_3d, 4: torch.preserve_format}
 
 
@@ -87,7 +86,7 @@ def _read(source: Path) -> Operations:
             raise CheckpointError(f"'{source}' was saved on a big-endian machine. Save it again on another.")
         raw = msgspec.json.decode(archive.read(names[models[0]]))
         if (version := raw["schema_version"]["major"]) != SCHEMA_MAJOR:
-            raise CheckpointError(f"'{source}' has version {version} of the format of torch.export, this scm-export reads version {SCHEMA_MAJOR}. {TRUST}")
+            raise CheckpointError(f"'{source}' has version {version!r} of the format of torch.export, this scm-export reads version {SCHEMA_MAJOR}. {TRUST}")
         stem = models[0].removeprefix("models/").removesuffix(".json")
         tensors: dict[str, Tensor] = {}
         for kind in ("constants", "weights"):
@@ -143,7 +142,7 @@ class _Reader:
         match kind:
             case "user_input":
                 if "as_tensor" not in spec["arg"]:
-                    raise CheckpointError(f"'{self.source}': the program's inputs must be tensors, got one {_only(spec['arg'])[0].removeprefix('as_')}")
+                    raise CheckpointError(f"'{self.source}': the program's inputs must be tensors, got one {_only(spec['arg'])[0].removeprefix('as_')!r:.100}")
                 name = spec["arg"]["as_tensor"]["name"]
                 sizes = self.raw["graph"]["tensor_values"][name]["sizes"]
                 self.kinds[operations.define_input(name, tuple(size.get("as_int") for size in sizes))] = "tensor"
@@ -162,7 +161,9 @@ class _Reader:
         try:
             operator = find_operator(target)
         except ForbiddenOperatorError as error:
-            raise _refused(self.source, f"the operator {target[:200]!r}", "which is not one of those that are run without trust") from error
+            name = target.removeprefix(ATEN).partition(".")[0]
+            in_place = f" ({WITHOUT_IN_PLACE})" if name.endswith("_") and not name.startswith("_") else ""
+            raise _refused(self.source, f"the operator {target[:200]!r}", f"which is not one of those that are run without trust{in_place}") from error
         given = [(item["name"], self.argument(item["arg"]), item.get("kind", 1)) for item in node["inputs"]]
         args = tuple(value for _, value, kind in given if kind != 2)
         if any(name == "train" and value is True for name, value, _ in given):
@@ -171,7 +172,7 @@ class _Reader:
         try:
             returned = check_arguments(operator, args, kwargs, self.kinds, fixed)
         except ValueError as error:
-            raise CheckpointError(f"'{self.source}' is damaged, or not as torch.export.save writes it: {error}. {REWRITE}") from error
+            raise CheckpointError(f"'{self.source}' is damaged, or not as torch.export.save writes it: {error}. Export the network again.") from error
         outputs = [self.define(item, kind) for item, kind in zip(node["outputs"], returned, strict=True)]
         self.operations.calls.append(Call(SUBSTITUTES.get(operator, operator), args, kwargs, outputs[0] if len(outputs) == 1 else tuple(outputs)))
 
@@ -220,7 +221,7 @@ class _Reader:
                 return LAYOUTS[value]
             case "as_device":
                 return torch.device("cpu")  # whatever it was exported on
-        raise _refused(self.source, f"an argument of the kind {kind.removeprefix('as_')[:200]}")
+        raise _refused(self.source, f"an argument of the kind {kind.removeprefix('as_')[:200]!r}")
 
     def ref(self, name: str) -> Ref:
         """A value that is there already."""

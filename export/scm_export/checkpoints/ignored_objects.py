@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scm_export.checkpoints.printable import printable
+
 
 class IgnoredObject:
     """Takes the place of an object. It accepts any arguments and any state, and keeps none of them."""
@@ -58,9 +60,12 @@ def without_attributes(content: object) -> object:
 
     The loader lets a file give dicts and tensors attributes of any name, which Python finds before the methods of that name. Here
     dicts lose their attributes, and tensors in dicts and lists are replaced by plain ones over the same memory.
+
+    Raises:
+        ValueError: a tensor is sparse, nested, quantized or without data.
     """
     if isinstance(content, Tensor):
-        return Tensor.detach(content)
+        return _plain(content, "")
     waiting: list[Any] = [content] if isinstance(content, dict | list | tuple) else []
     seen = {id(content)}
     while waiting:
@@ -69,9 +74,18 @@ def without_attributes(content: object) -> object:
             vars(container).clear()
         items: Any = dict.items(container) if isinstance(container, dict) else enumerate(container)
         for key, value in items:
-            if isinstance(value, Tensor) and not isinstance(container, tuple):
-                container[key] = Tensor.detach(value)  # the size of a dict does not change
+            if isinstance(value, Tensor):
+                plain = _plain(value, key)
+                if not isinstance(container, tuple):
+                    container[key] = plain  # the size of a dict does not change
             elif isinstance(value, dict | list | tuple) and id(value) not in seen:
                 seen.add(id(value))
                 waiting.append(value)
     return content
+
+
+def _plain(tensor: Tensor, key: object) -> Tensor:
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized or tensor.device.type != "cpu":
+        kind = "nested" if tensor.is_nested else "quantized" if tensor.is_quantized else "without data" if tensor.is_meta else "sparse"
+        raise ValueError(f"the tensor {printable(key)} must be dense, and is {kind}")
+    return Tensor.detach(tensor)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, runtime_checkable
 
+from scm_export.checkpoints.printable import printable
+
 # A snapshot of the largest published network has some 50 000 opcodes. Each can make an object many times its own size in the file.
 MAX_OPCODES = 2_000_000
 MAX_LINE = 1 << 16
@@ -192,7 +194,7 @@ class Interpreter:
     def _push_global(self, module: str, name: str) -> None:
         full = f"{module}.{name}"
         if full not in self.stand_ins:
-            raise ForbiddenPickleError(_short(full))
+            raise ForbiddenPickleError(printable(full))
         self.stack.append(Global(full))
 
     def reduce(self, _: object) -> None:
@@ -299,7 +301,7 @@ def _key(value: Any) -> str | float | None:
 def _forbidden(opcode: str, argument: object) -> str:
     """What an opcode that is not followed wants, by name where it gives one."""
     if opcode == "INST" and isinstance(argument, str):
-        return _short(argument.replace(" ", ".", 1))
+        return printable(argument.replace(" ", ".", 1))
     if opcode.startswith("EXT"):
         return f"the extension {argument}"
     return "a persistent id" if opcode == "PERSID" else f"the opcode {opcode}"
@@ -307,8 +309,3 @@ def _forbidden(opcode: str, argument: object) -> str:
 
 def _what(value: object) -> str:
     return value.name if isinstance(value, Global) else f"a {type(value).__name__}"
-
-
-def _short(name: str) -> str:
-    """For a message: of bearable length, and without characters that a terminal obeys."""
-    return (name if len(name) <= 200 else name[:200] + "...").encode("unicode_escape").decode()

@@ -12,13 +12,13 @@ ELEMENTWISE = """
     bitwise_or.Scalar bitwise_or.Tensor bitwise_xor.Scalar bitwise_xor.Tensor ceil clamp.Tensor clamp_max.Tensor clamp_min.Tensor clip cos cosh deg2rad
     div.Scalar_mode div.Tensor_mode divide.Scalar divide.Tensor eq.Scalar eq.Tensor erf erfc exp2 expm1 fix float_power.Tensor_Scalar floor floor_divide
     fmod.Scalar fmod.Tensor frac ge.Scalar ge.Tensor glu greater.Scalar greater.Tensor greater_equal.Scalar greater_equal.Tensor gt.Scalar gt.Tensor
-    hardshrink heaviside hypot isfinite isinf isnan ldexp.Tensor le.Scalar le.Tensor lerp.Scalar lerp.Tensor less.Scalar less.Tensor less_equal.Scalar
-    less_equal.Tensor log log10 log1p log2 log_sigmoid logaddexp logaddexp2 logical_and logical_not logical_or logical_xor logit __lshift__.Scalar lt.Scalar
-    lt.Tensor masked_fill.Scalar masked_fill.Tensor maximum minimum multiply.Scalar multiply.Tensor nan_to_num ne.Scalar ne.Tensor not_equal.Scalar
-    not_equal.Tensor __or__.Scalar __or__.Tensor positive pow.Scalar pow.Tensor_Scalar pow.Tensor_Tensor prelu _prelu_kernel rad2deg reciprocal
-    remainder.Scalar remainder.Tensor round round.decimals __rshift__.Scalar rsqrt rsub.Scalar rsub.Tensor sgn sign sin sinc sinh softplus softshrink
-    special_expit square subtract.Scalar subtract.Tensor tan threshold true_divide.Scalar true_divide.Tensor trunc where.Scalar where.ScalarOther
-    where.ScalarSelf where.self xlogy.Tensor __xor__.Scalar __xor__.Tensor
+    hardshrink heaviside hypot isclose isfinite isinf isnan ldexp.Tensor le.Scalar le.Tensor lerp.Scalar lerp.Tensor less.Scalar less.Tensor
+    less_equal.Scalar less_equal.Tensor log log10 log1p log2 log_sigmoid logaddexp logaddexp2 logical_and logical_not logical_or logical_xor logit
+    __lshift__.Scalar lt.Scalar lt.Tensor masked_fill.Scalar masked_fill.Tensor maximum minimum multiply.Scalar multiply.Tensor nan_to_num ne.Scalar
+    ne.Tensor not_equal.Scalar not_equal.Tensor __or__.Scalar __or__.Tensor positive pow.Scalar pow.Tensor_Scalar pow.Tensor_Tensor prelu _prelu_kernel
+    rad2deg reciprocal remainder.Scalar remainder.Tensor round round.decimals __rshift__.Scalar rsqrt rsub.Scalar rsub.Tensor sgn sign sin sinc sinh
+    softplus softshrink special_expit square subtract.Scalar subtract.Tensor tan threshold true_divide.Scalar true_divide.Tensor trunc where.Scalar
+    where.ScalarOther where.ScalarSelf where.self xlogy.Tensor __xor__.Scalar __xor__.Tensor
 """
 REDUCTIONS = """
     all all.dim all.dims amax amin any any.dim any.dims argmax argmin argsort cdist count_nonzero cumprod cumsum linalg_norm linalg_vector_norm logcumsumexp
@@ -26,8 +26,8 @@ REDUCTIONS = """
     std.correction std.dim std_mean.correction std_mean.dim sum sum.dim_IntList topk trace var var.correction var.dim var_mean.correction var_mean.dim
 """
 PRODUCTS = """
-    addbmm addmm addmv baddbmm bilinear bmm conv1d conv1d.padding conv2d conv2d.padding conv3d conv3d.padding conv_transpose1d conv_transpose2d.input
-    conv_transpose3d.input convolution dot einsum inner kron linalg_cross linear _log_softmax log_softmax.int matmul mm mv outer
+    addbmm addmm addmv addr baddbmm bilinear bmm conv1d conv1d.padding conv2d conv2d.padding conv3d conv3d.padding conv_transpose1d conv_transpose2d.input
+    conv_transpose3d.input convolution cross dot einsum inner kron linalg_cross linear _log_softmax log_softmax.int matmul mm mv outer
     scaled_dot_product_attention _scaled_dot_product_flash_attention_for_cpu _softmax softmax.int special_log_softmax special_softmax tensordot vdot
 """
 NORMS_AND_POOLING = """
@@ -58,18 +58,19 @@ INDEXING_AND_JOINING = """
     meshgrid meshgrid.indexing narrow one_hot pad reflection_pad1d reflection_pad2d reflection_pad3d repeat repeat_interleave.self_int replication_pad1d
     replication_pad2d replication_pad3d roll rot90 scatter.src scatter.value scatter_add select.int select_scatter slice.Tensor slice_scatter split.Tensor
     split.sizes split_with_sizes stack take_along_dim tensor_split.indices tensor_split.sections tile tril triu unbind.int unfold _unsafe_index.Tensor
-    vstack
+    unsafe_split.Tensor vstack
 """
 CREATION = """
-    arange arange.start arange.start_step empty.memory_format empty_like eye eye.m fill.Scalar fill.Tensor full full_like linspace new_full new_ones
-    new_zeros ones ones_like scalar_tensor zeros zeros_like
+    arange arange.start arange.start_step empty.memory_format empty_like eye eye.m fill.Scalar fill.Tensor full full_like linspace new_empty new_full
+    new_ones new_zeros ones ones_like scalar_tensor zeros zeros_like
 """
 SIZES = """
     sym_numel sym_size.int
 """
 
 # torch.export keeps what a network does in place: activations, sums, and the assignment to a part of a tensor.
-ASSIGNMENTS = "abs_ addcdiv_ addcmul_ copy_ detach_ fill_.Scalar fill_.Tensor index_put_ masked_fill_.Scalar masked_fill_.Tensor pow_.Scalar pow_.Tensor zero_"
+ASSIGNMENTS = "abs_ addcdiv_ addcmul_ copy_ detach_ fill_.Scalar fill_.Tensor index_put_ masked_fill_.Scalar masked_fill_.Tensor pow_.Scalar pow_.Tensor"
+ASSIGNMENTS += " scatter_.src scatter_.value scatter_add_ squeeze_.dim unsqueeze_ zero_"
 
 
 def _in_place(names: str) -> list[str]:

@@ -17,6 +17,7 @@ Kind = Literal["tensor", "tensors", "number", "other"]
 """What a value of a program is; "other" is None, a text, a dtype, a list of numbers."""
 
 ATEN = "torch.ops.aten."
+WITHOUT_IN_PLACE = "Without operators that work in place: torch.export.export(…).run_decompositions()"
 TEXT = re.compile(r"[a-z_]{0,32}")  # modes, such as "tanh" and "floor"
 
 # Operators on sizes. "**" is left out: its results can be astronomically long.
@@ -35,8 +36,50 @@ def _weight_norm(v: torch.Tensor, g: torch.Tensor, dim: int = 0) -> torch.Tensor
     return v * (g / norm)
 
 
-SUBSTITUTES: dict[Callable[..., Any], Callable[..., Any]] = {torch.ops.aten._weight_norm.default: _weight_norm}
-"""What is called in place of operators that trust their arguments."""
+def _batch_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    mean: torch.Tensor,
+    variance: torch.Tensor,
+    momentum: float,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``_native_batch_norm_legit_no_training``, which reads beyond a mean or a variance that is shorter than the channels. The other two results are empty."""
+    y: torch.Tensor = torch.batch_norm(x, weight, bias, mean, variance, False, momentum, eps, False)
+    return y, x.new_zeros(0), x.new_zeros(0)
+
+
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """``scaled_dot_product_attention``, which divides by sizes that may be 0."""
+    if min(query.ndim, key.ndim, value.ndim) < 2 or any(size == 0 for tensor in (query, key, value) for size in tensor.shape):
+        raise ValueError(f"attention takes queries, keys and values of at least 1, got {[tuple(tensor.shape) for tensor in (query, key, value)]}")
+    y: torch.Tensor = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **kwargs)
+    return y
+
+
+def _flash_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout_p: float = 0.0, is_causal: bool = False, **kwargs: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``_scaled_dot_product_flash_attention_for_cpu``, which trusts its callers in all sizes. Its second result is empty."""
+    return _attention(query, key, value, dropout_p=dropout_p, is_causal=is_causal, **kwargs), query.new_zeros(0)
+
+
+SUBSTITUTES: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch.ops.aten._native_batch_norm_legit_no_training.default: _batch_norm,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default: _flash_attention,
+    torch.ops.aten._weight_norm.default: _weight_norm,
+    torch.ops.aten.scaled_dot_product_attention.default: _attention,
+}
+"""What is called in place of operators that crash on tensors of some sizes."""
 
 
 class ForbiddenOperatorError(Exception):
@@ -95,7 +138,7 @@ def check_arguments(operator: Callable[..., Any], args: tuple[Any, ...], kwargs:
             raise ValueError(f"{operator} takes {parameter.real_type} as {name}, got {_described(given[name], kinds)}")
         changes = parameter.alias_info is not None and parameter.alias_info.is_write
         if changes and not (isinstance(given[name], Ref) and given[name].number not in fixed):
-            raise ValueError(f"{operator} would change {name}, an input or a weight of the network, in place")
+            raise ValueError(f"{operator} would change {name}, an input or a weight of the network, in place. {WITHOUT_IN_PLACE}")
     return tuple(_kind_of_type(str(result.real_type)) for result in operator._schema.returns)
 
 

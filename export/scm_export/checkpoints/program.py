@@ -67,7 +67,7 @@ def _copy(network: nn.Module) -> nn.Module:
         copied: nn.Module = copy.deepcopy(network, memo)
     except Exception:  # noqa: BLE001 - the code that copies may be the user's, and a copy is not needed for a right bundle
         return network
-    return copied
+    return copied if all(parameter.is_leaf for parameter in copied.parameters()) else network  # TorchScript's are not
 
 
 def _find(module_name: str, function_name: str) -> Callable[..., Any]:

@@ -8,8 +8,21 @@ from typing import Any
 
 logger = logging.getLogger("scm_export")
 
-PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.", "unet.")  # DistributedDataParallel, torch.compile, and wrappers by custom
+PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.", "unet.", "ema_model.")  # DistributedDataParallel, torch.compile, and wrappers by custom
 COMPILED = "_orig_mod"  # the name of the module inside a compiled one
+
+
+# What classes of moving averages keep beside the weights: torch's AveragedModel, LDM's LitEma, ema-pytorch.
+COUNTERS = ("n_averaged", "decay", "num_updates", "initted", "step")
+OTHER_MODEL = "online_model."  # of ema-pytorch, beside "ema_model."
+
+
+def drop_bookkeeping(weights: dict[str, Any], expected: Collection[str]) -> None:
+    """Leave out, in place, what a moving average's class keeps beside its weights: counters, and the network that it follows."""
+    averaged = any(name.startswith("ema_model.") for name in weights)
+    for name in [name for name in weights if name not in expected]:
+        if name in COUNTERS or (averaged and name.startswith(OTHER_MODEL)):
+            del weights[name]
 
 
 def strip_prefixes(weights: dict[str, Any], expected: Collection[str]) -> str:

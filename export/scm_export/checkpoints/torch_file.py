@@ -34,7 +34,7 @@ def read_torch_file(source: Path, *, trust: bool = False) -> object:
     try:
         with warnings.catch_warnings(), ignoring_objects():
             warnings.simplefilter("ignore")  # about pickles that it then refuses
-            return without_attributes(torch.load(source, map_location="cpu", weights_only=True, mmap=is_zip(source)))
+            content = torch.load(source, map_location="cpu", weights_only=True, mmap=is_zip(source))
     except pickle.UnpicklingError as error:
         if not (name := _callable_in(source, error)):
             raise CheckpointError(f"'{source}' is not a readable .pt file: damaged or of another format. Copy or save it again.") from error
@@ -45,6 +45,10 @@ def read_torch_file(source: Path, *, trust: bool = False) -> object:
         ) from error
     except Exception as error:
         raise CheckpointError(f"'{source}' is not a readable .pt file: truncated or of another format ({first_line(error)}). Copy or save it again.") from error
+    try:
+        return without_attributes(content)
+    except ValueError as error:
+        raise CheckpointError(f"'{source}': {error}. Save it as a plain tensor.") from error
 
 
 def _read_trusted(source: Path, name: str) -> object:

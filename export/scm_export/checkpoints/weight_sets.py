@@ -12,15 +12,15 @@ from pathlib import Path
 
 from torch import Tensor
 
+from scm_export.checkpoints.printable import printable
 from scm_runtime.errors import CheckpointError, InvalidArgumentError
 
 MAX_DEPTH = 4  # of dicts in dicts: Lightning's callbacks keep an average at callbacks.NAME.ema_state_dict
-MAX_KEY = 200  # characters of a key that are shown
 MAX_LISTED = 20
 
 # Words in the key of a moving average: "model_ema", "netEMA", "ema_0.9999"; and those that say that it is none: "non_ema".
 AVERAGE = {"ema", "average", "averaged", "avg", "shadow", "swa"}
-NO_AVERAGE = {"non", "no", "not"}
+NO_AVERAGE = {"non", "no", "not", "grad", "grads", "gradient", "loss", "disc", "discriminator", "critic"}
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,11 @@ def choose_weights(raw: object, source: Path, key: str | None, progress: Callabl
     if not sets:
         what = f"a dict with the keys {', '.join(map(printable, list(raw)[:8]))}" if isinstance(raw, dict) else f"a {type(raw).__name__}"
         raise CheckpointError(f"'{source}' must hold a dict of tensors by name, as state_dict() returns it, got {what}")
+    if key is None and (average := _unreadable_average(raw, sets)):
+        raise CheckpointError(
+            f"'{source}' keeps a moving average under {average!r} in a form without names, such as a list of tensors, which cannot be put into the network. "
+            f"Save its state_dict, or choose another set:\n{_listing(sets)}"
+        )
     if key is not None:
         chosen = _with_key(sets, key, source)
     elif len(sets) == 1:
@@ -81,6 +86,7 @@ def _only_average(sets: Sequence[WeightSet], source: Path) -> WeightSet:
     averages = [one for one in sets if any(_names_average(one.path[depth - 1]) for depth in range(1, len(one.path) + 1) if below[one.path[:depth]] == 1)]
     if len(averages) == 1:
         return averages[0]
+    averages = averages or [one for one in sets if any(map(_names_average, one.path))]
     if averages:
         found = f"holds {len(averages)} moving averages among its {len(sets)} sets of weights"
     else:
@@ -130,18 +136,34 @@ def _is_optimizer(path: tuple[str, ...], value: dict[object, object]) -> bool:
 
 
 def _as_weights(value: dict[object, object], *, beside_others: bool) -> dict[str, Tensor] | None:
-    """A dict of tensors by name, or None.
+    """The tensors of a dict that holds tensors by name, and perhaps numbers; None for another.
 
     Beside other things one tensor at least must be an array of real numbers: states of random generators and lists of scores are not weights.
     """
     named = {name: tensor for name, tensor in dict.items(value) if isinstance(name, str) and isinstance(tensor, Tensor)}
-    if not named or len(named) < len(value):
+    if not named or not all(isinstance(other, Tensor | int | float | str | None) and isinstance(name, str) for name, other in dict.items(value)):
         return None
-    return named if not beside_others or any(tensor.is_floating_point() and tensor.ndim for tensor in named.values()) else None
+    arrays = any(tensor.is_floating_point() and tensor.ndim for tensor in named.values())
+    return named if arrays or not (beside_others or len(named) < len(value)) else None
 
 
-def printable(key: object) -> str:
-    """Of bearable length, and with escapes for what a terminal would not show."""
-    named = str(key) if isinstance(key, str | int | float) else f"a {type(key).__name__}"
-    shown = named if named.isprintable() else named.encode("unicode_escape").decode()
-    return shown if len(shown) <= MAX_KEY else f"{shown[:MAX_KEY]}…"
+def _unreadable_average(raw: object, sets: Sequence[WeightSet]) -> str | None:
+    """Key of a moving average that holds tensors and no set of weights; None where there is none."""
+    waiting: list[tuple[tuple[str, ...], object]] = [((), raw)]
+    seen = set[int]()
+    while waiting:
+        path, value = waiting.pop()
+        if path and _names_average(path[-1]) and _holds_array(value) and not any(one.path[: len(path)] == path for one in sets):
+            return ".".join(path)
+        if isinstance(value, dict) and len(path) < MAX_DEPTH and id(value) not in seen and not _is_optimizer(path, value):
+            seen.add(id(value))
+            waiting += reversed([((*path, printable(key)), item) for key, item in dict.items(value) if isinstance(item, dict | list | tuple)])
+    return None
+
+
+def _holds_array(value: object, depth: int = 0) -> bool:
+    """Whether there is a tensor with axes in nested containers."""
+    if isinstance(value, Tensor):
+        return value.ndim > 0
+    items = list(dict.values(value)) if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return depth < MAX_DEPTH and any(_holds_array(item, depth + 1) for item in items)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from scm_export.checkpoints.state_dict import strip_prefixes
+from scm_export.checkpoints.state_dict import drop_bookkeeping, strip_prefixes
 from scm_runtime.errors import CheckpointError
 
 
@@ -22,6 +22,7 @@ def load_weights(network: nn.Module, weights: dict[str, Tensor]) -> None:
     """
     own = network.state_dict()
     expected = {name: tuple(tensor.shape) for name, tensor in own.items()}
+    drop_bookkeeping(weights, expected)
     strip_prefixes(weights, expected)
     problems = []
     if missing := [name for name in expected if name not in weights]:

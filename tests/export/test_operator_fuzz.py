@@ -1,0 +1,156 @@
+"""No operator that a ``.pt2`` file may use crashes the process, whatever tensors and numbers its schema admits."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import signal
+from typing import Any
+
+import pytest
+import torch
+
+from scm_export.checkpoints.operator_list import OPERATORS
+from scm_export.checkpoints.operators import ATEN, SUBSTITUTES, check_arguments, find_operator
+
+CALLS = int(os.environ.get("SCM_FUZZ_CALLS", "12"))  # of each operator
+DTYPES = (*[torch.float32] * 6, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int64, torch.int32, torch.uint8, torch.bool, torch.complex64)
+TEXTS = ("tanh", "none", "floor", "trunc", "reflect", "constant", "circular", "same", "valid", "ij", "xy", "ortho", "")
+MEMORY = 6 << 30  # bytes of address space: what asks for more is an error and no burden
+
+
+def tensor(chance: random.Random) -> torch.Tensor:
+    shape = [chance.choice([0, 1, 1, 2, 3, 3, 4, 5, 8]) for _ in range(chance.choice([0, 1, 1, 2, 2, 3, 3, 4, 4, 4, 5]))]
+    dtype = chance.choice(DTYPES)
+    made = torch.rand(shape).gt(0.5) if dtype == torch.bool else (torch.randn(shape) * chance.choice([1, 3, 100, 1e9])).to(dtype)
+    return made.transpose(0, -1) if made.ndim > 1 and chance.random() < 0.2 else made
+
+
+def value(chance: random.Random, type: str, length: int | None = None) -> Any:
+    """A value of a type of torch's schemas."""
+    if type.startswith("Optional["):
+        return None if chance.random() < 0.5 else value(chance, type[9:-1], length)
+    if type.startswith("List["):
+        count = length if length and chance.random() < 0.7 else chance.choice([0, 1, 1, 2, 2, 2, 3, 4, 5])
+        return [value(chance, type[5:-1]) for _ in range(count)]
+    match type:
+        case "Tensor":
+            return tensor(chance)
+        case "int":
+            return chance.choice([0, 1, 1, 2, 2, 3, 4, -1, -2, 5, 7, 64, 1000])
+        case "float":
+            return chance.choice([0.0, 0.5, 1.0, -1.0, 1e-5, float("nan"), float("inf"), -float("inf"), 1e30])
+        case "number":
+            return chance.choice([0, 1, 2, -1, 7, 0.5, -1.5, float("nan"), float("inf"), 2**31])
+        case "bool":
+            return chance.random() < 0.4
+        case "str":
+            return chance.choice(TEXTS)
+        case "ScalarType":
+            return chance.choice(DTYPES)
+    return {"Device": torch.device("cpu"), "Layout": torch.strided, "MemoryFormat": torch.contiguous_format}.get(type)
+
+
+def call(name: str, number: int) -> None:
+    """One call of an operator, as a program makes it. What torch refuses is no fault."""
+    chance = random.Random(f"{name} {number}")
+    torch.manual_seed(number)
+    operator: Any = find_operator(ATEN + name)
+    args: list[Any] = []
+    kwargs: dict[str, Any] = {}
+    for parameter in operator._schema.arguments:
+        if parameter.has_default_value() and chance.random() < 0.5:
+            if not parameter.kwarg_only:
+                break
+            continue
+        made = value(chance, str(parameter.real_type), parameter.N)
+        if parameter.kwarg_only:
+            kwargs[parameter.name] = made
+        else:
+            args.append(made)
+    try:
+        if not name.partition(".")[0].endswith("_"):
+            check_arguments(operator, tuple(args), kwargs, {}, set())
+        SUBSTITUTES.get(operator, operator)(*args, **kwargs)
+    except Exception:  # noqa: BLE001 - whatever torch raises
+        return
+
+
+def crash(names: list[str]) -> str | None:
+    """What a child process was at when a signal ended it; None where it came to its end."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        for name in names:
+            os.write(write, f"\n{name}".encode())
+            for number in range(CALLS):
+                call(name, number)
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read, "rb") as pipe:
+        last = pipe.read().rpartition(b"\n")[2].decode()
+    status = os.waitpid(child, 0)[1]
+    return f"{last}: {signal.Signals(os.WTERMSIG(status)).name}" if os.WIFSIGNALED(status) else None
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_no_operator_on_the_list_crashes() -> None:
+    torch.set_num_threads(1)  # a forked child has no other
+    names, crashes = sorted(OPERATORS), []
+    while names:
+        found = crash(names)
+        if found is None:
+            break
+        crashes.append(found)
+        names = names[names.index(found.partition(":")[0]) + 1 :]
+    assert not crashes
+
+
+# What crashed torch 2.13 when it was called as it is.
+ATTENTION = "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default"
+
+
+@pytest.mark.parametrize(
+    ("target", "args", "kwargs"),
+    [
+        (ATTENTION, [torch.zeros(2, 3, 0, 8)] * 3, {}),
+        (ATTENTION, [torch.zeros(2, 0, 4, 8)] * 3, {}),
+        (ATTENTION, [torch.zeros(2, 3, 4, 8), torch.zeros(2, 3, 0, 8), torch.zeros(2, 3, 0, 8)], {}),
+        (
+            "torch.ops.aten.scaled_dot_product_attention.default",
+            [torch.zeros(2, 4, 4, 8), torch.zeros(2, 0, 4, 8), torch.zeros(2, 0, 4, 8)],
+            {"enable_gqa": True},
+        ),
+        (
+            "torch.ops.aten._native_batch_norm_legit_no_training.default",
+            [torch.zeros(2, 4, 4, 4), None, None, torch.zeros(1), torch.zeros(1), 0.1, 1e-5],
+            {},
+        ),
+    ],
+)
+def test_sizes_that_crash_torch_are_errors(target: str, args: list[Any], kwargs: dict[str, Any]) -> None:
+    operator = find_operator(target)
+    check_arguments(operator, tuple(args), kwargs, {}, set())
+    with pytest.raises((ValueError, RuntimeError)):
+        SUBSTITUTES[operator](*args, **kwargs)
+
+
+def test_what_stands_in_for_an_operator_computes_the_same() -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 5, 8) for _ in range(3))
+    x, mean, variance = torch.randn(2, 4, 6, 6), torch.randn(4), torch.rand(4) + 0.5
+    cases: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
+        (ATTENTION, (q, k, v, 0.0, True), {"scale": 0.3}),
+        ("torch.ops.aten.scaled_dot_product_attention.default", (q, k, v, None, 0.0, True), {}),
+        ("torch.ops.aten._native_batch_norm_legit_no_training.default", (x, torch.randn(4), None, mean, variance, 0.1, 1e-5), {}),
+        ("torch.ops.aten._weight_norm.default", (torch.randn(4, 3, 2), torch.rand(4, 1, 1), 0), {}),
+    ]
+    for target, args, kwargs in cases:
+        operator = find_operator(target)
+        ours, theirs = SUBSTITUTES[operator](*args, **kwargs), operator(*args, **kwargs)
+        first = (ours, theirs) if isinstance(ours, torch.Tensor) else (ours[0], theirs[0])
+        torch.testing.assert_close(*first)
