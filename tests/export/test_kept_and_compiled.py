@@ -98,7 +98,7 @@ def test_a_table_as_long_as_the_batch_is_refused_and_not_fixed_at_one_length(ver
 
 
 def test_a_table_of_the_largest_batch_so_far_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(VerificationError, match=r"the step fails for 6 samples.*make that table at every call"):
+    with pytest.raises(VerificationError, match=r"(?s)the step fails for 6 samples.*make that table at every call"):
         export(tmp_path / "weights.pt", **write(tmp_path, "grows"), steps=())
     assert not (tmp_path / "weights.scm").exists()
 
