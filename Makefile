@@ -40,9 +40,10 @@ demo: $(LIGHT) ## draw twenty digits with the embedded model; installs no torch
 test: $(FULL) $(OPS) ## run the tests, a process a core (ARGS="-k noise" to choose)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
-lint: $(FULL) ## ruff: rules and format
+lint: $(FULL) ## ruff: rules and format; import-linter: which package may import which
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/lint-imports
 	$(BIN)/python benchmarks/figures.py --check
 
 types: $(FULL) ## mypy --strict
@@ -128,7 +129,7 @@ $(call CONFIGURE,build/ops) -DCMAKE_BUILD_TYPE=Release $(if $(1),-DSCM_OPS_CUDA=
 $(CMAKE) --build build/ops --parallel $(JOBS)
 $(CMAKE) --install build/ops --prefix "$(SITE)"
 @# An editable install that was made without the library does not look there.
-@$(BIN)/python -c 'import sys; from scm_runtime.native import find_library; sys.exit(find_library() is None)' \
+@$(BIN)/python -c 'import sys; from scm_runtime.ort.native_ops import find_library; sys.exit(find_library() is None)' \
 	|| SCM_REQUIRE_OPS=1 SCM_OPS_CUDA=$(or $(1),OFF) $(PIP) install --no-deps -e .
 @touch $(OPS)
 endef

@@ -18,19 +18,19 @@ import numpy as np
 from _common import RESULTS, interleaved
 
 from scm_runtime import Generator
-from scm_runtime.arguments import Call
-from scm_runtime.bundle import Dtype, read_manifest
-from scm_runtime.cuda_engine import CudaEngine
-from scm_runtime.cuda_open import open_cuda_engine
-from scm_runtime.cuda_thread import CudaContext
-from scm_runtime.devices import place
-from scm_runtime.engine import Trajectory
+from scm_runtime.bundle.location import find
+from scm_runtime.bundle.manifest import Dtype, read_manifest
+from scm_runtime.bundle.solver_tables import along
+from scm_runtime.common.load_onnxruntime import load_onnxruntime
+from scm_runtime.devices.placement import place
+from scm_runtime.engines.cuda.engine import CudaEngine
+from scm_runtime.engines.cuda.open_engine import open_cuda_engine
+from scm_runtime.engines.cuda.thread import CudaContext
+from scm_runtime.engines.engine import Trajectory
 from scm_runtime.errors import ScmError
-from scm_runtime.load_onnxruntime import load_onnxruntime
-from scm_runtime.location import find
-from scm_runtime.native import find_library
-from scm_runtime.schedules import along
-from scm_runtime.session import Settings
+from scm_runtime.inputs.call import Call
+from scm_runtime.ort.native_ops import find_library
+from scm_runtime.ort.session import Settings
 
 REPLAYS = 200
 VARIANTS: dict[str, dict[str, Any]] = {

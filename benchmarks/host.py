@@ -30,7 +30,7 @@ from _peers.models import DIGITS, edm2_config, random_checkpoint
 
 from scm_export import export
 from scm_runtime import Generator, Samples
-from scm_runtime.load_onnxruntime import load_onnxruntime
+from scm_runtime.common.load_onnxruntime import load_onnxruntime
 
 InferenceSession = load_onnxruntime().InferenceSession
 

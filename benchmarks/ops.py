@@ -33,8 +33,8 @@ from scm_export.families import build_model
 from scm_export.networks.edm2 import PRESETS, UNetConfig
 from scm_export.trace import trace_step
 from scm_export.writer import BundleWriter
-from scm_runtime.load_onnxruntime import load_onnxruntime
-from scm_runtime.native import find_library
+from scm_runtime.common.load_onnxruntime import load_onnxruntime
+from scm_runtime.ort.native_ops import find_library
 
 ort = load_onnxruntime()
 

@@ -9,7 +9,9 @@ Everything public stands in ``__all__``.
 """
 
 from scm_runtime._version import __version__
-from scm_runtime.bundle import Manifest
+from scm_runtime.bundle.manifest import Manifest
+from scm_runtime.device_pool import DevicePool
+from scm_runtime.engines.info import GeneratorInfo
 from scm_runtime.errors import (
     BundleError,
     BundleIntegrityError,
@@ -31,8 +33,6 @@ from scm_runtime.errors import (
     ScmError,
 )
 from scm_runtime.generator import Generator
-from scm_runtime.info import GeneratorInfo
-from scm_runtime.pool import DevicePool
 from scm_runtime.samples import Samples, Timings
 from scm_runtime.tracing import Span
 

@@ -31,7 +31,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from scm_runtime.bundle import Verification
+    from scm_runtime.bundle.manifest import Verification
 
 
 class ScmError(Exception):

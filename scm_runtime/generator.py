@@ -11,25 +11,27 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, Unpack, cast
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from scm_runtime.arguments import Labels, Seeds, read_latents
-from scm_runtime.batching import Batcher, check_batching
-from scm_runtime.bundle import Dtype, Manifest
-from scm_runtime.calling import CallArguments, Callback, read_request
-from scm_runtime.conditioning import is_int, stand_ins
-from scm_runtime.devices import place
+from scm_runtime.bundle.location import find
+from scm_runtime.bundle.manifest import Dtype, Manifest
+from scm_runtime.bundle.solver_tables import Schedules
+from scm_runtime.common.checks import is_int
+from scm_runtime.common.runs import end_thread_at_exit
+from scm_runtime.common.shared_resource import Usage
+from scm_runtime.devices.placement import place
+from scm_runtime.engines.info import GeneratorInfo
+from scm_runtime.engines.open_bundle import open_bundle
 from scm_runtime.errors import GeneratorClosedError, InvalidArgumentError
-from scm_runtime.guard import Guard, OnNonfinite, check_policy
-from scm_runtime.images import to_pixels
-from scm_runtime.info import GeneratorInfo
-from scm_runtime.location import find
-from scm_runtime.opening import open_bundle
-from scm_runtime.runs import end_thread_at_exit
+from scm_runtime.inputs.arguments import CallArguments, Callback, OutputType
+from scm_runtime.inputs.call import Labels, Seeds, read_latents
+from scm_runtime.inputs.conditioning import stand_ins
+from scm_runtime.inputs.images import to_pixels
 from scm_runtime.samples import EXPORT_A_DECODER, Samples
-from scm_runtime.sampling import OutputType, Sampler
-from scm_runtime.schedules import Schedules
-from scm_runtime.streaming import Queued
+from scm_runtime.sampling.batching import Batcher, check_batching
+from scm_runtime.sampling.loop import Sampler
+from scm_runtime.sampling.nonfinite import Guard, OnNonfinite, check_policy
+from scm_runtime.sampling.request import read_request
+from scm_runtime.sampling.streaming import Queued
 from scm_runtime.tracing import OnSpan
-from scm_runtime.usage import Usage
 
 if TYPE_CHECKING:
     from concurrent.futures import Future

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from scm_runtime.common.files import whole_file
 from scm_runtime.errors import InvalidArgumentError, OutputError
-from scm_runtime.files import whole_file
 
 if TYPE_CHECKING:
     from PIL import Image

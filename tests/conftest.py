@@ -15,7 +15,7 @@ import pytest
 
 from old_click import complete_click
 from scm_runtime import Generator, MissingDependencyError
-from scm_runtime.load_onnxruntime import load_onnxruntime
+from scm_runtime.common.load_onnxruntime import load_onnxruntime
 
 complete_click()  # before the modules of tests take the names they import
 TINY_LABELS = ("ant", "bee", "cat", "dog")

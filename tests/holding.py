@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from scm_runtime import Generator, Samples
-from scm_runtime.batching import THREAD_NAME
-from scm_runtime.engine import Trajectory
-from scm_runtime.session import Session
+from scm_runtime.engines.engine import Trajectory
+from scm_runtime.ort.session import Session
+from scm_runtime.sampling.batching import THREAD_NAME
 
 PATIENCE_S = 60.0
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from scm_runtime.native import find_library
+from scm_runtime.ort.native_ops import find_library
 
 ROOT = Path(__file__).parents[1]
 

@@ -13,7 +13,7 @@ from scm_export.model import Decoder, ImageNetwork, Latents, Model
 from scm_export.ops import to_image
 from scm_export.parametrisation import Step, default_times
 from scm_export.precision import Precision
-from scm_runtime.bundle import Conditioning
+from scm_runtime.bundle.manifest import Conditioning
 
 STATE = (4, 6, 8)
 IMAGE = (12, 16, 3)

@@ -23,7 +23,7 @@ from scm_export.model import Model
 from scm_export.parametrisation import sample
 from scm_export.trace import example, trace_step
 from scm_export.writer import BundleWriter
-from scm_runtime.bundle import Dtype
+from scm_runtime.bundle.manifest import Dtype
 
 OPSET = 20
 FIRST_SEED = 20261123

@@ -18,7 +18,7 @@ from samplers import T_MAX, TWO_STEPS, Network, Noise, autoguided, bundle_noise,
 from scm_export import export
 from scm_export.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from scm_runtime import Generator
-from scm_runtime.bundle import Dtype
+from scm_runtime.bundle.manifest import Dtype
 from train import as_checkpoint, new_network
 
 CPU = torch.device("cpu")

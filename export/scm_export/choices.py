@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-from scm_runtime.bundle import Dtype
+from scm_runtime.bundle.manifest import Dtype
 
 ParametrisationName = Literal["trigflow", "trigflow-negated", "edm", "flow", "x0"]
 PARAMETRISATION_NAMES: tuple[ParametrisationName, ...] = get_args(ParametrisationName)

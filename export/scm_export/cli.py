@@ -17,10 +17,10 @@ from rich.table import Table
 from scm_export.choices import DEFAULT_OPSET, GRAPH_DTYPES, OPSETS, PARAMETRISATION_NAMES
 from scm_export.versions import check_versions
 from scm_runtime import __version__
-from scm_runtime.bundle import Verification
+from scm_runtime.bundle.manifest import Verification
 from scm_runtime.cli import IntegerList, clean_errors
+from scm_runtime.cli.parameter_type import ParamType
 from scm_runtime.errors import MissingDependencyError, VerificationError
-from scm_runtime.parameter_type import ParamType
 
 if TYPE_CHECKING:
     from scm_export.dry_run import Plan

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from scm_export.bf16 import emulated
 from scm_export.references import BATCH_SIZES, LARGE_NETWORK, Drawn, Evaluated, Mapped, References, Way, describe, describe_steps
 from scm_export.tolerances import PIXEL_ATOL, min_psnr, sample_atol
-from scm_runtime.bundle import COMBINE, Dtype, Manifest, VerifiedCase
+from scm_runtime.bundle.manifest import COMBINE, Dtype, Manifest, VerifiedCase
+from scm_runtime.bundle.solver_tables import Evaluations, Schedules
 from scm_runtime.errors import ExportError, InferenceError
-from scm_runtime.schedules import Evaluations, Schedules
-from scm_runtime.session import Session, Settings
+from scm_runtime.ort.session import Session, Settings
 
 Progress = Callable[[str], None]
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from scm_export.choices import GRAPH_DTYPES
 from scm_export.functions import INLINE_BELOW
 from scm_export.model import DTYPES, ImageDecoder, ImageNetwork, Latents, Model
-from scm_runtime.bundle import COMBINE, STEP_INPUTS, Conditioning, Dtype, OutputSpec, Source
+from scm_runtime.bundle.manifest import COMBINE, STEP_INPUTS, Conditioning, Dtype, OutputSpec, Source
 
 
 class PlannedInput(Struct, kw_only=True):

@@ -13,7 +13,7 @@ from onnxscript import ir
 from scm_export.functions import attach_functions
 from scm_export.model import ImageDecoder, Latents, Model
 from scm_export.ops import OPERATORS, Operator
-from scm_runtime.bundle import OPS_DOMAIN
+from scm_runtime.bundle.manifest import OPS_DOMAIN
 
 BATCH = "batch"
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from scm_export.ops import to_image
-from scm_runtime.bundle import Conditioning, OutputSpec
-from scm_runtime.schedules import Evaluations
+from scm_runtime.bundle.manifest import Conditioning, OutputSpec
+from scm_runtime.bundle.solver_tables import Evaluations
 
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

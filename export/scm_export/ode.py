@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from scm_export.samplers import karras_sigmas
-from scm_runtime.schedules import Evaluations
+from scm_runtime.bundle.solver_tables import Evaluations
 
 Denoise = Callable[[Tensor, float], Tensor]
 """(EDM's state ``X = x / cos t``, sigma) to the denoised D."""

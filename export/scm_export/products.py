@@ -6,7 +6,7 @@ import numpy as np
 from onnxscript import ir
 
 from scm_export.functions import INLINE_BELOW
-from scm_runtime.bundle import CHANNELS_FIRST_DOMAIN, CHANNELS_LAST_DOMAIN, OPS_VERSION
+from scm_runtime.bundle.manifest import CHANNELS_FIRST_DOMAIN, CHANNELS_LAST_DOMAIN, OPS_VERSION
 
 # Of the operators: a session that has their kernels refuses nodes of other types.
 DTYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)

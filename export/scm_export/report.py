@@ -19,9 +19,9 @@ from PIL import Image
 from scm_export.comparisons import Compared
 from scm_export.tolerances import passes
 from scm_export.verify import Outcome
-from scm_runtime.bundle import Manifest, VerifiedCase
+from scm_runtime.bundle.manifest import Manifest, VerifiedCase
+from scm_runtime.common.files import whole_file
 from scm_runtime.errors import OutputError
-from scm_runtime.files import whole_file
 from scm_runtime.samples import PICTURE_CHANNELS
 
 EXPLANATION = (

@@ -1,4 +1,4 @@
-"""Solvers of a diffusion model's ODE, as the tables of evaluations that the runtime walks along: see ``scm_runtime.schedules``.
+"""Solvers of a diffusion model's ODE, as the tables of evaluations that the runtime walks along: see ``scm_runtime.bundle.solver_tables``.
 
 In EDM's variables, the state ``X = x / cos t`` at ``sigma = sigma_d tan t`` and the denoised D, the ODE is ``dX/dsigma = (X - D) / sigma``. Every solver
 here makes the next state a sum of X where the step began, X where the network was evaluated, and D there; brought back to TrigFlow's x, these are a row's
@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import msgspec
 
-from scm_runtime.schedules import Evaluation, Evaluations
+from scm_runtime.bundle.solver_tables import Evaluation, Evaluations
 
 TEACHER_STEPS = (8, 16, 32)
 SOLVER_STEPS = (8, 16, 32, 64)

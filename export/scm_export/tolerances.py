@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from scm_runtime.bundle import VerifiedCase
+    from scm_runtime.bundle.manifest import VerifiedCase
 
 # Largest absolute difference of a state whose standard deviation is 0.5, by the dtype the graph computes in and the one its weights are
 # stored in. Half precision has 11 significant bits: its rounding alone moves a weight by up to 5e-4 of itself, and few-step

@@ -19,7 +19,7 @@ from scm_export.ops import operators_as_nodes
 from scm_export.products import mark_products
 from scm_export.weight_layout import store_as_read
 from scm_export.widening import widen
-from scm_runtime.bundle import Conditioning
+from scm_runtime.bundle.manifest import Conditioning
 from scm_runtime.errors import ExportError
 
 TRACE_BATCH = 2  # sizes 0 and 1 would specialise

@@ -10,9 +10,9 @@ from pathlib import Path
 from scm_export.comparisons import Compared, Graphs, Progress, compare
 from scm_export.references import LARGE_NETWORK, References
 from scm_export.tolerances import passes, sample_atol
-from scm_runtime.bundle import Dtype, Manifest, Verification, VerifiedCase
+from scm_runtime.bundle.manifest import Dtype, Manifest, Verification, VerifiedCase
 from scm_runtime.errors import ExportError, InferenceError, NativeOpsError, VerificationError
-from scm_runtime.native import usable_on_cpu
+from scm_runtime.ort.native_ops import usable_on_cpu
 
 DEVICES = ("cpu",)  # every one that sessions can be opened on
 

@@ -15,9 +15,9 @@ from onnx import ModelProto
 from onnxscript import ir
 
 from scm_export.functions import INLINE_BELOW
-from scm_runtime.bundle import MANIFEST, WEIGHTS, FileEntry, Manifest, sha256
+from scm_runtime.bundle.manifest import MANIFEST, WEIGHTS, FileEntry, Manifest, sha256
+from scm_runtime.common.files import beside
 from scm_runtime.errors import OutputError, ScmError
-from scm_runtime.files import beside
 
 PAGE = 4096  # offsets of larger tensors, so that a runtime can map them
 

@@ -13,7 +13,7 @@ from scm_export.exporter import Options, export_model
 from scm_export.model import ImageDecoder, Model
 from scm_export.parametrisation import Step, default_times
 from scm_runtime import Generator
-from scm_runtime.bundle import Source
+from scm_runtime.bundle.manifest import Source
 
 MEAN, STD, SIGMA_DATA = 0.3, 0.2, 0.5
 SAMPLES = 10_000

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from scm_runtime.native import FACTS, LIBRARY
+from scm_runtime.ort.native_ops import FACTS, LIBRARY
 from support import BLOCK_IMPORTS, ROOT, run
 
 # Nothing of this environment may leak into the new one; the build is the quick one.

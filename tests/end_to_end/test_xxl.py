@@ -15,7 +15,7 @@ from scm_export.model import ImageDecoder, Model
 from scm_export.networks.edm2 import PRESETS, UNet
 from scm_export.parametrisation import Step, default_times, t_max
 from scm_runtime import Generator
-from scm_runtime.bundle import Conditioning, Source
+from scm_runtime.bundle.manifest import Conditioning, Source
 from support import native_library
 
 pytestmark = pytest.mark.skipif(not os.environ.get("SCM_TEST_XXL"), reason="takes three minutes and 9 GB of memory: SCM_TEST_XXL=1")

@@ -28,7 +28,7 @@ from scm_runtime.errors import CheckpointError
 pytest.importorskip("diffusers", reason="diffusers is in the test extra")
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
 
-from scm_runtime.load_onnxruntime import load_onnxruntime
+from scm_runtime.common.load_onnxruntime import load_onnxruntime
 
 onnxruntime = load_onnxruntime()
 

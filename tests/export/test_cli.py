@@ -15,7 +15,7 @@ from hub_cache import Hub, add_snapshot, commit_of, serving
 from scm_export import cli, exporter
 from scm_export.choices import PARAMETRISATION_NAMES
 from scm_export.parametrisation import PARAMETRISATIONS
-from scm_runtime.bundle import read_manifest
+from scm_runtime.bundle.manifest import read_manifest
 from support import BLOCK_IMPORTS, run_python, tree
 
 REPOSITORY = "someone/model"

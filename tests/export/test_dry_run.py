@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from scm_export import Options, cli, export, exporter, plan
 from scm_export.dry_run import make_plan
 from scm_export.exporter import export_model
-from scm_runtime.bundle import WEIGHTS, Source
+from scm_runtime.bundle.manifest import WEIGHTS, Source
 from support import tree
 from text_model import text_model
 

@@ -19,7 +19,7 @@ from scm_export.families import build_model
 from scm_export.parametrisation import sample
 from scm_export.tolerances import sample_atol
 from scm_runtime import Generator
-from scm_runtime.bundle import WEIGHTS, read_manifest
+from scm_runtime.bundle.manifest import WEIGHTS, read_manifest
 
 
 @pytest.fixture(scope="module")

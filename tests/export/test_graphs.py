@@ -16,7 +16,7 @@ from onnxscript import ir
 from scm_export import ops
 from scm_export.graphs import build_decode, build_noise
 from scm_export.model import ImageDecoder
-from scm_runtime.load_onnxruntime import load_onnxruntime
+from scm_runtime.common.load_onnxruntime import load_onnxruntime
 
 onnxruntime = load_onnxruntime()
 

@@ -21,7 +21,7 @@ from scm_export.networks.edm2 import UNet, UNetConfig
 from scm_export.precision import Precision
 from scm_export.references import LARGE_NETWORK
 from scm_export.trace import trace_map
-from scm_runtime.load_onnxruntime import load_onnxruntime
+from scm_runtime.common.load_onnxruntime import load_onnxruntime
 from support import run_python
 
 onnxruntime = load_onnxruntime()

@@ -20,7 +20,7 @@ from scm_export.references import FIRST_SEED
 from scm_export.report import to_html
 from scm_export.verify import Outcome, verify_bundle
 from scm_runtime import Generator
-from scm_runtime.bundle import Manifest, VerifiedCase, read_manifest
+from scm_runtime.bundle.manifest import Manifest, VerifiedCase, read_manifest
 from support import tree
 
 

@@ -28,10 +28,10 @@ from scm_export.tolerances import passes
 from scm_export.trace import trace_map
 from scm_export.verify import verify_bundle
 from scm_export.writer import BundleWriter
-from scm_runtime.bundle import WEIGHTS, Manifest, Source, VerifiedCase
+from scm_runtime.bundle.manifest import WEIGHTS, Manifest, Source, VerifiedCase
+from scm_runtime.common.load_onnxruntime import load_onnxruntime
 from scm_runtime.errors import ExportError, VerificationError
-from scm_runtime.load_onnxruntime import load_onnxruntime
-from scm_runtime.session import Session, Settings
+from scm_runtime.ort.session import Session, Settings
 from support import native_library
 from text_model import STATE, text_model
 

@@ -26,7 +26,7 @@ from scm_export.exporter import Options, plan
 from scm_export.families import build_model
 from scm_export.ops import philox_normal
 from scm_runtime import Generator
-from scm_runtime.bundle import Source, read_manifest
+from scm_runtime.bundle.manifest import Source, read_manifest
 from scm_runtime.cli import main as scm_runtime
 from scm_runtime.errors import CheckpointError, InvalidArgumentError, ScmError
 from support import ROOT

@@ -13,7 +13,7 @@ from scm_export.bf16 import emulate
 from scm_export.precision import Precision
 from scm_export.trace import trace_map
 from scm_export.widening import NO_BFLOAT16
-from scm_runtime.load_onnxruntime import load_onnxruntime
+from scm_runtime.common.load_onnxruntime import load_onnxruntime
 
 onnxruntime = load_onnxruntime()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from scm_runtime.load_onnxruntime import load_onnxruntime
+from scm_runtime.common.load_onnxruntime import load_onnxruntime
 from support import ROOT, native_library, run
 
 BUNDLE = ROOT / "scm_runtime" / "bundles" / "digits.scm"

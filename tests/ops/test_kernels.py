@@ -16,10 +16,10 @@ from onnx import TensorProto, helper
 
 from scm_export.tolerances import SAMPLE_ATOL
 from scm_runtime import Generator
-from scm_runtime.bundle import MANIFEST, OPS_DOMAIN, OPS_VERSION, sha256
+from scm_runtime.bundle.manifest import MANIFEST, OPS_DOMAIN, OPS_VERSION, sha256
+from scm_runtime.common.load_onnxruntime import load_onnxruntime
 from scm_runtime.errors import InvalidArgumentError
-from scm_runtime.load_onnxruntime import load_onnxruntime
-from scm_runtime.native import MATMUL_PRECISION
+from scm_runtime.ort.native_ops import MATMUL_PRECISION
 from support import BFLOAT16, MATRIX_UNITS, native_library
 
 onnxruntime = load_onnxruntime()

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from scm_export.model import ImageDecoder, Model
 from scm_export.parametrisation import Step
 from scm_export.trace import trace_step
-from scm_runtime.load_onnxruntime import load_onnxruntime
-from scm_runtime.native import MATMUL_PRECISION
+from scm_runtime.common.load_onnxruntime import load_onnxruntime
+from scm_runtime.ort.native_ops import MATMUL_PRECISION
 from support import BFLOAT16, native_library
 
 onnxruntime = load_onnxruntime()

@@ -24,9 +24,9 @@ from scm_export.ops import OPERATORS, operators_as_nodes
 from scm_export.parametrisation import Step
 from scm_export.trace import trace_step
 from scm_runtime import Generator
-from scm_runtime.bundle import CHANNELS_LAST_DOMAIN, OPS_DOMAIN, OPS_VERSION, read_manifest
+from scm_runtime.bundle.manifest import CHANNELS_LAST_DOMAIN, OPS_DOMAIN, OPS_VERSION, read_manifest
+from scm_runtime.common.load_onnxruntime import load_onnxruntime
 from scm_runtime.errors import ExportError
-from scm_runtime.load_onnxruntime import load_onnxruntime
 
 onnxruntime = load_onnxruntime()
 

@@ -1,4 +1,4 @@
-"""A CUDA machine made of NumPy: what cuda-core, cuda-bindings and ONNX Runtime's CUDA provider do for ``scm_runtime.cuda``, as far as it is used.
+"""A CUDA machine made of NumPy: what cuda-core, cuda-bindings and ONNX Runtime's CUDA provider do for ``scm_runtime.engines.cuda``, as far as it is used.
 
 It is lazier and stricter than a device. Streams do nothing before somebody waits for them, so that a missing order, or host memory changed or read too early,
 shows. New memory holds NaN. Addresses outside of a live allocation, calls in a wrong thread, and calls that spoil a capture are errors.
@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from scm_runtime.cuda_thread import CAPTURES
-from scm_runtime.devices import CPU, Placement
+from scm_runtime.common.runs import RunRegistry
+from scm_runtime.devices.placement import CPU, Placement
+from scm_runtime.engines.cuda.thread import CAPTURES
 from scm_runtime.errors import InferenceError, OutOfMemoryError
-from scm_runtime.runs import RunRegistry
-from scm_runtime.session import Region, Session, Settings
+from scm_runtime.ort.session import Region, Session, Settings
 
 DEVICE_MEMORY = 0x7F00_0000_0000_0000  # above all addresses of a process
 LEGACY = 1

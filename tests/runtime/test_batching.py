@@ -25,8 +25,8 @@ from scm_runtime import (
     OutOfMemoryError,
     Samples,
     Span,
-    batching,
 )
+from scm_runtime.sampling import batching
 from support import native_library, run_python
 
 

@@ -15,12 +15,14 @@ import pytest
 from click.testing import CliRunner, Result
 
 import handmade
-from scm_runtime import bench_cells, bench_machine, bench_report
-from scm_runtime.bench_cells import Row
-from scm_runtime.bench_flops import count_graph
-from scm_runtime.bench_result import Peak
+from scm_runtime.bench import cells as bench_cells
+from scm_runtime.bench import machine as bench_machine
+from scm_runtime.bench.cells import Row
+from scm_runtime.bench.flops import count_graph
+from scm_runtime.bench.result import Peak
+from scm_runtime.cli import bench as bench_report
 from scm_runtime.cli import main
-from scm_runtime.devices import CPU
+from scm_runtime.devices.placement import CPU
 from support import BLOCK_IMPORTS, ROOT, run_python
 
 PEAK = Peak(product_gflops=50.0, copy_gb_per_second=8.0, how="as the test says")
@@ -30,7 +32,7 @@ QUICK = ("--seconds", "0", "--threads", "1", "--device", "cpu")
 @pytest.fixture(autouse=True)
 def peak(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seconds a run, saved: test_bench_peak.py has the real one."""
-    monkeypatch.setattr("scm_runtime.bench.cpu_peak", lambda threads: PEAK)
+    monkeypatch.setattr("scm_runtime.bench.run.cpu_peak", lambda threads: PEAK)
 
 
 def call(*arguments: object, code: int = 0, width: int = 120) -> Result:
@@ -222,8 +224,8 @@ def test_a_graph_that_cannot_be_profiled_leaves_the_rest(monkeypatch: pytest.Mon
     def full(*_: object) -> Any:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("scm_runtime.bench.count_graph", full)
-    monkeypatch.setattr("scm_runtime.bench.cpu_peak", lambda threads: Peak(reason="its process failed"))
+    monkeypatch.setattr("scm_runtime.bench.run.count_graph", full)
+    monkeypatch.setattr("scm_runtime.bench.run.cpu_peak", lambda threads: Peak(reason="its process failed"))
     arguments = ("digits", "--batch-sizes", "1", "--steps", "1", *QUICK)
     document = measured(*arguments)
     (cell,) = document["cells"]
@@ -327,7 +329,7 @@ def test_what_cannot_be_compared_with_is_refused_before_anything_is_measured(nam
 
 def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
-    monkeypatch.setattr("scm_runtime.bench.bench", None)
+    monkeypatch.setattr("scm_runtime.bench.run.bench", None)
     result = call("digits", "-o", tmp_path / "file" / "out.json", code=1)
     assert result.stderr.startswith(f"Error: cannot write '{tmp_path}/file/out.json': ")
 
@@ -361,8 +363,8 @@ def test_a_cell_that_does_not_fit_leaves_the_others() -> None:
     """Forty thousand digits at once, in a process that may have 2 GB."""
     program = """
 import resource, sys
-from scm_runtime import bench
-from scm_runtime.bench_result import Peak
+from scm_runtime.bench import run as bench
+from scm_runtime.bench.result import Peak
 from scm_runtime.cli import main
 bench.cpu_peak = lambda threads: Peak(reason="not here")
 resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))

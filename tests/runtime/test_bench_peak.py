@@ -11,11 +11,16 @@ import numpy as np
 import onnx
 import pytest
 
-from scm_runtime import OutOfMemoryError, bench_gpu_peak, bench_machine, bench_memory, bench_peak, driver
-from scm_runtime.bench_gpu_peak import BLOCK, CHAIN, GRAPHS, copy_rate, product_rate
-from scm_runtime.bench_result import Peak
-from scm_runtime.devices import CPU
-from scm_runtime.session import Session
+from scm_runtime import OutOfMemoryError
+from scm_runtime.bench import cpu_peak as bench_peak
+from scm_runtime.bench import gpu_peak as bench_gpu_peak
+from scm_runtime.bench import machine as bench_machine
+from scm_runtime.bench import memory as bench_memory
+from scm_runtime.bench.gpu_peak import BLOCK, CHAIN, GRAPHS, copy_rate, product_rate
+from scm_runtime.bench.result import Peak
+from scm_runtime.devices import cuda_driver as driver
+from scm_runtime.devices.placement import CPU
+from scm_runtime.ort.session import Session
 
 HEADER = '<ir_version: 10, opset_import: ["" : 20]>\n'
 TYPES = {"fp32": 1, "fp16": 10, "bf16": 16}

@@ -11,8 +11,8 @@ import msgspec
 import pytest
 
 from scm_runtime import BundleIntegrityError, BundleNotFoundError, BundleSchemaError, Generator, Manifest
-from scm_runtime.bundle import MANIFEST, check_files, read_manifest, sha256
-from scm_runtime.location import locate
+from scm_runtime.bundle.location import locate
+from scm_runtime.bundle.manifest import MANIFEST, check_files, read_manifest, sha256
 
 EMBEDDING = {"name": "prompt_embeds", "kind": "embedding", "dtype": "float32", "shape": ["tokens", 8]}
 
@@ -176,7 +176,7 @@ def test_a_file_that_may_not_be_read(tiny_bundle: Path, monkeypatch: pytest.Monk
     def refuse(path: Path) -> str:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("scm_runtime.bundle.sha256", refuse)
+    monkeypatch.setattr("scm_runtime.bundle.manifest.sha256", refuse)
     with pytest.raises(BundleIntegrityError, match=r"cannot read '.*': Permission denied\. Expected a file that you may read"):
         Generator(tiny_bundle)
 
@@ -188,7 +188,7 @@ def test_an_extra_file_does_no_harm(bundle: Path) -> None:
 
 def test_locate(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert locate(tiny_bundle) == locate(str(tiny_bundle)) == tiny_bundle
-    monkeypatch.setattr("scm_runtime.location.EMBEDDED", tiny_bundle.parent)
+    monkeypatch.setattr("scm_runtime.bundle.location.EMBEDDED", tiny_bundle.parent)
     assert locate("tiny") == tiny_bundle
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()

@@ -19,14 +19,15 @@ import pytest
 from numpy.typing import NDArray
 
 import scm_runtime
-from scm_runtime import cache_folder, cache_key
-from scm_runtime.bundle import WEIGHTS, read_manifest, sha256
-from scm_runtime.cache import PART, GraphCache
-from scm_runtime.cache_key import graph_key, is_cacheable
+from scm_runtime.bundle.checksums import Verified, file_sha256, identity
+from scm_runtime.bundle.manifest import WEIGHTS, read_manifest, sha256
+from scm_runtime.cache import folder as cache_folder
+from scm_runtime.cache import key as cache_key
+from scm_runtime.cache.graph_cache import PART, GraphCache
+from scm_runtime.cache.key import graph_key, is_cacheable
+from scm_runtime.common.load_onnxruntime import load_onnxruntime
 from scm_runtime.errors import InvalidArgumentError
-from scm_runtime.load_onnxruntime import load_onnxruntime
-from scm_runtime.native import find_library
-from scm_runtime.verified import Verified, file_sha256, identity
+from scm_runtime.ort.native_ops import find_library
 from support import full_disk, native_library, run_python, tree
 
 ort = load_onnxruntime()
@@ -537,7 +538,7 @@ def file(tmp_path: Path) -> Path:
 @pytest.fixture
 def verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Verified:
     (tmp_path / "sums").mkdir()
-    monkeypatch.setattr("scm_runtime.verified.SETTLED_NS", 0)
+    monkeypatch.setattr("scm_runtime.bundle.checksums.SETTLED_NS", 0)
     return Verified(tmp_path / "sums")
 
 
@@ -550,7 +551,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         digests.append(file_sha256(file))
         return digests[-1]
 
-    monkeypatch.setattr("scm_runtime.verified.file_sha256", watched)
+    monkeypatch.setattr("scm_runtime.bundle.checksums.file_sha256", watched)
     return digests
 
 
@@ -575,7 +576,7 @@ def test_a_changed_file_is_hashed_again(verified: Verified, file: Path, change: 
 
 
 def test_a_file_written_just_now_is_not_remembered(verified: Verified, file: Path, read: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("scm_runtime.verified.SETTLED_NS", 60_000_000_000)
+    monkeypatch.setattr("scm_runtime.bundle.checksums.SETTLED_NS", 60_000_000_000)
     for _ in range(2):
         verified.sha256(file)
     assert read == [sha256(file)] * 2

@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 
 import handmade
 from scm_runtime import Generator, InferenceError
-from scm_runtime.bundle import WEIGHTS, sha256
-from scm_runtime.cache import PART, GraphCache
-from scm_runtime.private_copy import ChangedError, copy_graph
-from scm_runtime.verified import Seen, Verified, identity
+from scm_runtime.bundle.checksums import Seen, Verified, identity
+from scm_runtime.bundle.manifest import WEIGHTS, sha256
+from scm_runtime.cache.graph_cache import PART, GraphCache
+from scm_runtime.cache.private_copy import ChangedError, copy_graph
 
 STEP = "step.fp32.onnx"
 SEEDS = (7, 8)
@@ -153,7 +153,7 @@ def test_no_sum_is_remembered_of_a_folder_that_was_swapped(tmp_path: Path, monke
         folder.mkdir()
         (folder / "file").write_bytes(contents)
     (tmp_path / "sums").mkdir()
-    monkeypatch.setattr("scm_runtime.verified.SETTLED_NS", 0)
+    monkeypatch.setattr("scm_runtime.bundle.checksums.SETTLED_NS", 0)
     look, looks = Seen.of, [0]
 
     def watched(*arguments: Any) -> Seen:

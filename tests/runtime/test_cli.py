@@ -22,7 +22,7 @@ from PIL import Image
 import scm_runtime
 from scm_runtime import Generator, Manifest, Samples
 from scm_runtime.cli import main
-from scm_runtime.engine import HostEngine, Trajectory
+from scm_runtime.engines.engine import HostEngine, Trajectory
 from scm_runtime.samples import grid
 from support import run, tree
 

@@ -21,19 +21,20 @@ from onnx import TensorProto, helper
 
 import scm_runtime
 from runtime.fake_cuda import LEGACY, PLACEMENT, Capsule, CudaError, GraphRun, Machine, Stream
-from scm_runtime import cuda, cuda_slots
-from scm_runtime.arguments import Call
-from scm_runtime.bundle import read_manifest
-from scm_runtime.cuda_array import DeviceArray
-from scm_runtime.cuda_engine import CudaEngine
-from scm_runtime.cuda_open import FINITE, open_cuda_engine
-from scm_runtime.cuda_options import cuda_options
-from scm_runtime.cuda_thread import Captures, CudaContext
-from scm_runtime.engine import Engine, HostEngine, Trajectory
+from scm_runtime.bundle.manifest import read_manifest
+from scm_runtime.bundle.solver_tables import Schedules, along
+from scm_runtime.engines.cuda import gpu as cuda
+from scm_runtime.engines.cuda import slots as cuda_slots
+from scm_runtime.engines.cuda.dlpack import DeviceArray
+from scm_runtime.engines.cuda.engine import CudaEngine
+from scm_runtime.engines.cuda.open_engine import FINITE, open_cuda_engine
+from scm_runtime.engines.cuda.options import cuda_options
+from scm_runtime.engines.cuda.thread import Captures, CudaContext
+from scm_runtime.engines.engine import Engine, HostEngine, Trajectory
+from scm_runtime.engines.sessions import Graphs
 from scm_runtime.errors import DeviceError, GeneratorClosedError, InferenceError, InvalidArgumentError, MissingDependencyError, OutOfMemoryError
-from scm_runtime.graphs import Graphs
-from scm_runtime.schedules import Schedules, along
-from scm_runtime.session import Session, Settings
+from scm_runtime.inputs.call import Call
+from scm_runtime.ort.session import Session, Settings
 
 DIGITS = Path(scm_runtime.__file__).parent / "bundles" / "digits.scm"
 MANIFEST = read_manifest(DIGITS)

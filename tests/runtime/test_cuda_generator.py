@@ -15,11 +15,12 @@ import pytest
 from handmade import BLOCK, SLOW_STEP, WIDTH, write_text_bundle
 from holding import PATIENCE_S, engine_of
 from runtime.fake_cuda import PLACEMENT, Capsule, FakeSession, Machine
-from scm_runtime import Generator, GeneratorClosedError, NonFiniteError, OutOfMemoryError, cuda, generator
-from scm_runtime.cuda_array import DeviceArray
-from scm_runtime.cuda_open import open_cuda_engine
-from scm_runtime.devices import CPU
-from scm_runtime.session import Session, Settings
+from scm_runtime import Generator, GeneratorClosedError, NonFiniteError, OutOfMemoryError, generator
+from scm_runtime.devices.placement import CPU
+from scm_runtime.engines.cuda import gpu as cuda
+from scm_runtime.engines.cuda.dlpack import DeviceArray
+from scm_runtime.engines.cuda.open_engine import open_cuda_engine
+from scm_runtime.ort.session import Session, Settings
 
 SEEDS = [1, 2, 3]
 

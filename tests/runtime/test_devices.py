@@ -1,4 +1,4 @@
-"""Which device a caller gets, and what is said of one that cannot be had. The driver is a fake, behind ``driver.load_library``; libraries are real files."""
+"""Which device a caller gets, and what is said of one that is not available. The driver is a fake, behind ``cuda_driver.load_library``."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from typing import Any
 
 import pytest
 
-from scm_runtime import DeviceError, InvalidArgumentError, devices, driver, libraries
-from scm_runtime.devices import CPU, place, why_no_cuda
-from scm_runtime.load_onnxruntime import load_onnxruntime
+from scm_runtime import DeviceError, InvalidArgumentError
+from scm_runtime.common.load_onnxruntime import load_onnxruntime
+from scm_runtime.devices import cuda_driver as driver
+from scm_runtime.devices import cuda_libraries as libraries
+from scm_runtime.devices import placement as devices
+from scm_runtime.devices.placement import CPU, place, why_no_cuda
 from support import run_python
 
 CUDA, TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
@@ -284,7 +287,7 @@ def test_libraries_in_python_packages_are_found(tmp_path: Path) -> None:
     shutil.copy(next((Path(load_onnxruntime().__file__).parent / "capi").glob("libonnxruntime_providers_shared.so")), folder / "libcublas.so.99")
     program = """
 import sys
-from scm_runtime.libraries import install_command, load
+from scm_runtime.devices.cuda_libraries import install_command, load
 sys.path.append(sys.argv[1])
 found, missing = load(["libcublas.so.99", "libcudart.so.99"])
 assert found.path == sys.argv[1] + "/nvidia/cu99/lib/libcublas.so.99" and found.error is None, found

@@ -12,9 +12,9 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from scm_runtime import doctor
 from scm_runtime.cli import main
-from scm_runtime.load_onnxruntime import load_onnxruntime
+from scm_runtime.common.load_onnxruntime import load_onnxruntime
+from scm_runtime.doctor import examine as doctor
 from support import BLOCK_IMPORTS, ROOT, run_python
 
 CPU = "CPUExecutionProvider"
@@ -101,7 +101,8 @@ def test_a_provider_that_cannot_be_opened_is_a_failure(monkeypatch: pytest.Monke
 
 
 def test_a_build_for_cuda_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
-    from scm_runtime import devices, driver
+    from scm_runtime.devices import cuda_driver as driver
+    from scm_runtime.devices import placement as devices
 
     def none() -> object:
         raise OSError("libcuda.so.1: no such file")

@@ -20,7 +20,8 @@ import sys, threading, time
 sys.path.insert(0, {str(ROOT / "tests")!r})
 import numpy as np
 from holding import engine_of, stepping
-from scm_runtime import Generator, process
+from scm_runtime import Generator
+from scm_runtime.common import process
 
 class Teardown:
     "Takes a while after daemon threads may not go on: one that comes back from ONNX Runtime then aborts the process."
@@ -81,8 +82,9 @@ def test_a_process_may_end_while_the_thread_of_a_cuda_device_computes(how: str) 
         f"""
 from runtime.fake_cuda import PLACEMENT, FakeSession, Machine
 slow_teardown()
-from scm_runtime import cuda, generator as module
-from scm_runtime.cuda_open import open_cuda_engine
+from scm_runtime import generator as module
+from scm_runtime.engines.cuda import gpu as cuda
+from scm_runtime.engines.cuda.open_engine import open_cuda_engine
 
 machine, computes, compute = Machine(), threading.Event(), FakeSession.__call__
 cuda._loaded, module.place = machine.modules, lambda *_: PLACEMENT
@@ -106,7 +108,7 @@ def test_a_job_of_a_cuda_device_is_done_before_the_process_ends() -> None:
     printed = ends_quietly(
         """
 from types import SimpleNamespace
-from scm_runtime.cuda_thread import CudaContext
+from scm_runtime.engines.cuda.thread import CudaContext
 
 def job():
     begun.set()
@@ -220,7 +222,7 @@ def test_ctrl_c_ends_the_command_line_within_a_step(more: tuple[str, ...], slow_
     program = """
 import sys
 sys.argv[0] = "scm-runtime"
-from scm_runtime import session
+from scm_runtime.ort import session
 from scm_runtime.cli import main
 
 run = session.Session.__call__

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from scm_runtime import Generator, InferenceError, InvalidArgumentError, Samples
-from scm_runtime.arguments import Labels
-from scm_runtime.load_onnxruntime import load_onnxruntime
+from scm_runtime.common.load_onnxruntime import load_onnxruntime
+from scm_runtime.inputs.call import Labels
 
 onnxruntime = load_onnxruntime()
 
@@ -265,7 +265,7 @@ def test_repr_names_the_bundle(tiny: Generator, tiny_bundle: Path) -> None:
 
 
 def test_a_graph_that_onnxruntime_refuses(tiny_bundle: Path, tmp_path: Path) -> None:
-    from scm_runtime.session import Session
+    from scm_runtime.ort.session import Session
 
     path = tmp_path / "step.fp32.onnx"
     path.write_bytes(b"no graph")

@@ -26,11 +26,11 @@ from scm_runtime import (
     InferenceError,
     InvalidArgumentError,
 )
-from scm_runtime import hub as scm_hub
+from scm_runtime.bundle import hub as scm_hub
 from scm_runtime.cli import main
-from scm_runtime.load_onnxruntime import load_onnxruntime
-from scm_runtime.native import find_library
-from scm_runtime.session import Session
+from scm_runtime.common.load_onnxruntime import load_onnxruntime
+from scm_runtime.ort.native_ops import find_library
+from scm_runtime.ort.session import Session
 from support import BLOCK_IMPORTS, run_python, tree
 
 constants = pytest.importorskip("huggingface_hub.constants")
@@ -282,7 +282,8 @@ def test_a_file_of_the_cache_behind_a_link(place: str, tmp_path: Path) -> None:
 
 PROGRAM = """
 import json, sys, time
-from scm_runtime import Generator, hub
+from scm_runtime import Generator
+from scm_runtime.bundle import hub
 
 time.sleep = lambda seconds: None  # huggingface_hub waits between its attempts
 

@@ -9,7 +9,7 @@ import pytest
 
 import scm_runtime
 from scm_runtime import MissingDependencyError
-from scm_runtime import load_onnxruntime as module
+from scm_runtime.common import load_onnxruntime as module
 from support import BLOCK_IMPORTS, run_python
 
 FORBIDDEN = "torch,onnx,onnxscript,scm_export"

@@ -158,7 +158,7 @@ def test_an_interrupted_import_is_an_interrupt_and_can_be_repeated(how: str, tmp
     """An extension module that is interrupted while it is initialised raises the second."""
     program = """
 import os, sys
-from scm_runtime.load_onnxruntime import load_onnxruntime
+from scm_runtime.common.load_onnxruntime import load_onnxruntime
 
 class Interrupted:
     @staticmethod

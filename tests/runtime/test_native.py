@@ -19,13 +19,14 @@ import pytest
 from click.testing import CliRunner
 
 import scm_runtime
-from scm_runtime import Generator, InferenceError, InvalidArgumentError, NativeOpsError, native
-from scm_runtime.bundle import OPS_DOMAIN, OPS_VERSION, Manifest, read_manifest
+from scm_runtime import Generator, InferenceError, InvalidArgumentError, NativeOpsError
+from scm_runtime.bundle.manifest import OPS_DOMAIN, OPS_VERSION, Manifest, read_manifest
 from scm_runtime.cli import main
-from scm_runtime.devices import Placement
-from scm_runtime.driver import Device, Driver
-from scm_runtime.load_onnxruntime import load_onnxruntime
-from scm_runtime.session import Session, Settings
+from scm_runtime.common.load_onnxruntime import load_onnxruntime
+from scm_runtime.devices.cuda_driver import Device, Driver
+from scm_runtime.devices.placement import Placement
+from scm_runtime.ort import native_ops as native
+from scm_runtime.ort.session import Session, Settings
 
 onnxruntime = load_onnxruntime()
 
@@ -320,7 +321,7 @@ def test_kernels_on_other_devices(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     install("accepts", cuda=cuda)
-    monkeypatch.setattr("scm_runtime.driver.read_driver", lambda: Driver(driver, (Device(0, "Some GPU", capability, 1 << 30),)))
+    monkeypatch.setattr("scm_runtime.devices.cuda_driver.read_driver", lambda: Driver(driver, (Device(0, "Some GPU", capability, 1 << 30),)))
     manifest = read_manifest(bundle)
     opened, kernels = native.open_with_kernels(manifest, "auto", placement, lambda library: library)
     if reason is None:

@@ -14,8 +14,8 @@ import torch.utils.dlpack
 
 import handmade
 from scm_runtime import DeviceError, Generator, InvalidArgumentError, OutOfMemoryError, Span
-from scm_runtime.load_onnxruntime import load_onnxruntime
-from scm_runtime.session import Session, Settings
+from scm_runtime.common.load_onnxruntime import load_onnxruntime
+from scm_runtime.ort.session import Session, Settings
 
 onnxruntime = load_onnxruntime()
 

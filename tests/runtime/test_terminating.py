@@ -18,8 +18,8 @@ import pytest
 import handmade
 from holding import PATIENCE_S, engine_of, held, schedulers, stepping
 from scm_runtime import DevicePool, Generator, GeneratorClosedError, InferenceError
-from scm_runtime.engine import Trajectory
-from scm_runtime.guard import Guard
+from scm_runtime.engines.engine import Trajectory
+from scm_runtime.sampling.nonfinite import Guard
 
 EMBEDS = np.ones((2, handmade.WIDTH), np.float32)
 FAST: dict[str, Any] = {"prompt_embeds": EMBEDS, "seed": 1, "output_type": "latent"}

@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import handmade
-from scm_runtime import Generator, InferenceError, InvalidArgumentError, session
-from scm_runtime.bundle import MANIFEST, FileEntry, read_manifest, sha256
+from scm_runtime import Generator, InferenceError, InvalidArgumentError
+from scm_runtime.bundle.manifest import MANIFEST, FileEntry, read_manifest, sha256
 from scm_runtime.cli import main
+from scm_runtime.ort import session
 from scm_runtime.samples import grid
 from support import tree
 
@@ -417,7 +418,7 @@ class Code:
 def test_a_file_of_embeddings_that_cannot_be_used(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: Callable[[Path], bytes | None], message: str
 ) -> None:
-    monkeypatch.setattr("scm_runtime.embeddings.LARGEST", 2**20)
+    monkeypatch.setattr("scm_runtime.cli.embeddings.LARGEST", 2**20)
     path, content = tmp_path / "prompt.npz", data(tmp_path)
     if content is not None:
         path.write_bytes(content)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from scm_export.checkpoints.diffusers_folder import MODEL, PIPELINE
-from scm_runtime import hub
+from scm_runtime.bundle import hub
 from scm_runtime.errors import CheckpointError
 
 NETWORKS = ("unet", "transformer", "vae")  # of a pipeline; its text encoder, which is larger than all of them, is not read

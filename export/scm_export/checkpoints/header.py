@@ -16,7 +16,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from scm_export.choices import PARAMETRISATION_NAMES, ParametrisationName
-from scm_runtime.bundle import CONDITIONING_DTYPES, Conditioning, Dimension
+from scm_runtime.bundle.manifest import CONDITIONING_DTYPES, Conditioning, Dimension
 from scm_runtime.errors import CheckpointError, CheckpointNotFoundError
 
 T_LIMIT = math.pi / 2 + 1e-4  # some samplers round pi/2 up

@@ -14,7 +14,7 @@ from scm_export.model import Model
 from scm_export.networks.autoguided import Autoguided
 from scm_export.networks.edm2 import UNet, UNetConfig
 from scm_export.parametrisation import Step
-from scm_runtime.bundle import Conditioning
+from scm_runtime.bundle.manifest import Conditioning
 from scm_runtime.errors import CheckpointError
 
 AUTOGUIDANCE = 2.0  # the scale where a call gives none: about what is best at 512 x 512 (arXiv 2406.02507, table 1)

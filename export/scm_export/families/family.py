@@ -8,7 +8,7 @@ from pathlib import Path
 
 from scm_export.checkpoints import Loaded
 from scm_export.model import Model
-from scm_runtime.bundle import Dtype
+from scm_runtime.bundle.manifest import Dtype
 
 
 @dataclass(frozen=True)

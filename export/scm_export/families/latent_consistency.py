@@ -30,7 +30,7 @@ from scm_export.families.family import BuildOptions, Family
 from scm_export.families.weights import load_weights
 from scm_export.model import Model, Reference
 from scm_export.precision import Precision
-from scm_runtime.bundle import Conditioning
+from scm_runtime.bundle.manifest import Conditioning
 from scm_runtime.errors import CheckpointError
 
 PIPELINES = ("LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline")

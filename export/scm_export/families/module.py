@@ -24,7 +24,7 @@ from scm_export.model import Model, Reference
 from scm_export.parametrisation import Step, sample
 from scm_export.precision import Precision, norms
 from scm_export.trace import TRACE_BATCH, example
-from scm_runtime.bundle import Conditioning
+from scm_runtime.bundle.manifest import Conditioning
 from scm_runtime.errors import CheckpointError
 
 PIXEL_CHANNELS = (1, 3, 4)

@@ -21,7 +21,7 @@ from scm_export.families.weights import load_weights
 from scm_export.model import Model, Reference
 from scm_export.parametrisation import Step
 from scm_export.precision import Precision, norms
-from scm_runtime.bundle import Conditioning
+from scm_runtime.bundle.manifest import Conditioning
 from scm_runtime.errors import CheckpointError, InvalidArgumentError
 
 PIPELINES = ("SanaSprintPipeline", "SanaSprintImg2ImgPipeline")

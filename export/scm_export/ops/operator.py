@@ -14,7 +14,7 @@ import torch
 from onnx import FunctionProto, parser
 from torch import Tensor
 
-from scm_runtime.bundle import OPS_DOMAIN, OPS_VERSION
+from scm_runtime.bundle.manifest import OPS_DOMAIN, OPS_VERSION
 
 _as_nodes = ContextVar("as_nodes", default=False)
 

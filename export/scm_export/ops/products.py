@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from scm_export.ops.operator import Operator, as_nodes
-from scm_runtime.bundle import CHANNELS_FIRST_DOMAIN, CHANNELS_LAST_DOMAIN
+from scm_runtime.bundle.manifest import CHANNELS_FIRST_DOMAIN, CHANNELS_LAST_DOMAIN
 
 
 def conv3x3(x: Tensor, w: Tensor) -> Tensor:

@@ -1,0 +1,5 @@
+"""Bundles on disk: the manifest, checksums, where a bundle lies, and the tables of a diffusion model's solvers."""
+
+from scm_runtime.bundle.manifest import Manifest, read_manifest
+
+__all__ = ["Manifest", "read_manifest"]

@@ -1,0 +1,5 @@
+"""``python -m scm_runtime.cli``."""
+
+from scm_runtime.cli.commands import main
+
+main()

@@ -1,0 +1,74 @@
+"""The open graphs of a bundle in one dtype: those of the loop at once, encode and preview when they are first asked for."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from scm_runtime.bundle.manifest import COMBINE, Dtype, Manifest
+from scm_runtime.errors import InferenceError, InvalidArgumentError, OutOfMemoryError
+from scm_runtime.ort.session import Session
+
+# What the exporter must be told for a bundle to have the graph.
+EXPORT_OPTIONS = {"encode": "--with-encoder", "preview": "--preview-decoder FOLDER"}
+
+
+class Graphs:
+    """Sessions over a bundle's graphs. Safe to use from several threads."""
+
+    def __init__(self, folder: Path, manifest: Manifest, dtype: Dtype, open_session: Callable[[Path], Session]) -> None:
+        """Open noise, step and decode, and combine where the bundle has samplers.
+
+        Args:
+            folder: of the bundle.
+            manifest: of the bundle.
+            dtype: which graphs.
+            open_session: opens one.
+
+        Raises:
+            InferenceError, DeviceError, NativeOpsError: what ``open_session`` raises.
+        """
+        self._folder, self._manifest, self._dtype, self._open_session = folder, manifest, dtype, open_session
+        self._lock = threading.Lock()
+        self._optional: dict[str, Session] = {}
+        self.noise = self._open("noise.onnx")
+        self.step = self._open(f"step.{dtype}.onnx")
+        self.decode = self._open(f"decode.{dtype}.onnx")
+        self._combine = self._open(COMBINE) if manifest.samplers else None
+
+    @property
+    def combine(self) -> Session:
+        """Of a bundle with samplers."""
+        assert self._combine is not None
+        return self._combine
+
+    def optional(self, kind: Literal["encode", "preview"]) -> Session:
+        """Encode or preview, opened by the first call. Raises InvalidArgumentError where the bundle has none, InferenceError where it cannot be opened."""
+        with self._lock:
+            if kind not in self._optional:
+                name = self._manifest.optional_graph(kind, self._dtype)
+                if name is None:
+                    what = {"encode": "encoder", "preview": "preview decoder"}[kind]
+                    raise InvalidArgumentError(
+                        f"the bundle {self._manifest.name!r} has no {what}. Export its checkpoint again with one: scm-export … {EXPORT_OPTIONS[kind]}"
+                    )
+                self._optional[kind] = self._open(name)
+            return self._optional[kind]
+
+    def end_profiling(self) -> None:
+        """Write the sessions' profiles, where they were asked for."""
+        with self._lock:
+            for session in (self.noise, self.step, self.decode, *([self._combine] if self._combine else []), *self._optional.values()):
+                session.end_profiling()
+
+    def _open(self, name: str) -> Session:
+        try:
+            return self._open_session(self._folder / name)
+        except OutOfMemoryError:
+            raise
+        except InferenceError as error:
+            if self._dtype == "fp32":
+                raise
+            raise InferenceError(f"{error} Or compute in fp32, which every bundle can: dtype='fp32'.") from error

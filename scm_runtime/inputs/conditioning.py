@@ -1,0 +1,166 @@
+"""Conditioning at the border: what a caller gives for an input of the step graph becomes the array ``[N, *shape]`` that the graph reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scm_runtime.bundle.manifest import Conditioning
+from scm_runtime.common.checks import is_int
+from scm_runtime.errors import InvalidArgumentError
+
+FREE_SIZE = 7  # that a stand-in has in a dimension that a call may choose
+
+
+@dataclass(frozen=True)
+class Column:
+    """A checked argument."""
+
+    values: NDArray[Any]  #  [N, *shape], or [*shape] for all samples
+    shared: bool  #          whether it is for all samples
+
+    @property
+    def length(self) -> int | None:
+        """N, where the argument tells."""
+        return None if self.shared else len(self.values)
+
+
+def read_column(item: Conditioning, value: object) -> Column:
+    """Check an argument against its input; raises InvalidArgumentError."""
+    if item.kind == "class":
+        return _classes(item, value)
+    if item.kind == "scalar":
+        return _scalars(item, value)
+    return _arrays(item, value)
+
+
+def _classes(item: Conditioning, value: Any) -> Column:
+    shared = isinstance(value, str) or is_int(value)
+    labels = [value] if shared else np.asarray(value, object).tolist()
+    if not isinstance(labels, list):
+        raise InvalidArgumentError(f"{item.name} must be class indices or label names, got {value!r}")
+    indices = np.array([class_index(item, label) for label in labels], np.int64)
+    return Column(indices[0] if shared else indices, shared)
+
+
+def class_index(item: Conditioning, label: object) -> int:
+    """Index of a class given by number or by name; raises InvalidArgumentError."""
+    classes = cast(int, item.num_classes)
+    if isinstance(label, str):
+        names = item.label_names or ()
+        if label in names:
+            return names.index(label)
+        known = ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
+        expected = f"one of its {len(names)} label names ({known})" if names else f"an index from 0 to {classes - 1}: the bundle has no label names"
+        raise InvalidArgumentError(f"{item.name} must be {expected}, got {label!r}")
+    if not is_int(label) or not 0 <= cast(int, label) < classes:
+        raise InvalidArgumentError(f"{item.name} must be from 0 to {classes - 1}, got {label!r}")
+    return int(cast(int, label))
+
+
+def _scalars(item: Conditioning, value: Any) -> Column:
+    try:
+        numbers = np.asarray(value, np.float32)
+    except (TypeError, ValueError) as error:
+        raise InvalidArgumentError(f"{item.name} must be a number or one a sample, got {value!r}") from error
+    if numbers.ndim > 1 or not np.isfinite(numbers).all():
+        raise InvalidArgumentError(f"{item.name} must be a finite number or one a sample, got {value!r}")
+    return Column(numbers, shared=not numbers.ndim)
+
+
+def _arrays(item: Conditioning, value: Any) -> Column:
+    array = to_array(item.name, value)
+    shared = array.ndim == len(item.shape)
+    sizes = array.shape if shared else array.shape[1:]
+    if len(sizes) != len(item.shape) or any(
+        size != expected if isinstance(expected, int) else size < 1 for size, expected in zip(sizes, item.shape, strict=True)
+    ):
+        raise InvalidArgumentError(f"{item.name} must have the shape {_shape(item.shape)} or {_shape(('N', *item.shape))}, got {list(array.shape)}")
+    if not shared and not len(array):
+        return Column(array, shared)  # no samples: arguments.py says so
+    if item.kind == "embedding":
+        if not np.isfinite(array).all():
+            raise InvalidArgumentError(f"{item.name} must be finite, got NaN or infinity")
+        return Column(array, shared)
+    if not np.isin(array, (0, 1)).all():
+        raise InvalidArgumentError(f"{item.name} must hold 1 where there is something and 0 where not, got {array[~np.isin(array, (0, 1))][0]:g}")
+    if not array.reshape(1 if shared else len(array), -1).any(axis=1).all():
+        raise InvalidArgumentError(f"{item.name} must have at least one 1 a sample, got a sample of zeros")
+    return Column(array.astype(np.int64), shared)
+
+
+def to_array(name: str, value: Any) -> NDArray[np.float32]:
+    """Numbers of any real type as float32; raises InvalidArgumentError."""
+    try:
+        raw = np.asarray(value)
+        if raw.dtype.kind in "cSU":
+            raise TypeError(f"{raw.dtype} is no real number")
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinity, which callers refuse
+            return np.ascontiguousarray(raw, np.float32).reshape(raw.shape)
+    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: torch, for tensors with gradients
+        hint = ": of a torch tensor give tensor.detach().float().cpu().numpy()" if type(value).__module__.startswith("torch") else ""
+        raise InvalidArgumentError(f"{name} must be an array of numbers, got {type(value).__name__} ({error}){hint}") from error
+
+
+def free_sizes(inputs: Mapping[str, Conditioning], columns: Mapping[str, Column | None]) -> dict[str, int]:
+    """Sizes of the free dimensions within one call; raises InvalidArgumentError where two arguments disagree."""
+    sizes: dict[str, int] = {}
+    owners: dict[str, str] = {}
+    for name, column in columns.items():
+        if column is None:
+            continue
+        shape = column.values.shape if column.shared else column.values.shape[1:]
+        for dimension, size in zip(inputs[name].shape, shape, strict=True):
+            if not isinstance(dimension, str):
+                continue
+            if sizes.setdefault(dimension, size) != size:
+                first = owners[dimension]
+                shapes = " and ".join(f"{other} {list(cast(Column, columns[other]).values.shape)}" for other in (first, name))
+                raise InvalidArgumentError(f"{first} and {name} must have as many {dimension}: got {sizes[dimension]} and {size}, in {shapes}")
+            owners.setdefault(dimension, name)
+    return sizes
+
+
+def fill(item: Conditioning, column: Column | None, seeds: NDArray[np.int64], sizes: Mapping[str, int]) -> NDArray[Any]:
+    """The array of one input for a batch: as given, or its default; raises InvalidArgumentError where there is none."""
+    if column is not None:
+        if not column.shared:
+            return np.ascontiguousarray(column.values)
+        return np.repeat(column.values[None], len(seeds), 0)
+    if item.is_array:
+        unknown = [dimension for dimension in item.shape if isinstance(dimension, str) and dimension not in sizes]
+        if item.kind == "embedding" or unknown:
+            raise InvalidArgumentError(_needed(item))
+        return np.ones((len(seeds), *(sizes[dimension] if isinstance(dimension, str) else dimension for dimension in item.shape)), np.int64)
+    if item.default is not None:
+        return np.full(seeds.shape, item.default, item.dtype)
+    if item.kind == "class":
+        return seeds % cast(int, item.num_classes)
+    raise InvalidArgumentError(f"this bundle needs {item.name}: a number, or one a sample")
+
+
+def stand_ins(inputs: Sequence[Conditioning], seeds: Sequence[int]) -> dict[str, Any]:
+    """Something for each input that has to be given: 1 for a number, and for an embedding standard normal numbers that follow from the sample's seed."""
+    given: dict[str, Any] = {}
+    for item in inputs:
+        if item.kind == "embedding":
+            shape = [FREE_SIZE if isinstance(size, str) else size for size in item.shape]
+            given[item.name] = np.stack([np.random.default_rng(seed).standard_normal(shape, np.float32) for seed in seeds])
+        elif item.kind == "scalar" and item.default is None:
+            given[item.name] = 1.0
+    return given
+
+
+def _needed(item: Conditioning) -> str:
+    needed = f"this bundle needs {item.name}: {item.describe()}, or {_shape(item.shape)} for all samples"
+    if item.name != "prompt_embeds":
+        return f"{needed}. Give it in conditioning={{{item.name!r}: …}}"
+    return f"{needed}, from the model's text encoder, which is not part of the bundle. On the command line: --prompt-embeds FILE.npz"
+
+
+def _shape(shape: Sequence[int | str]) -> str:
+    return f"[{', '.join(map(str, shape))}]"
