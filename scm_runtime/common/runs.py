@@ -79,13 +79,14 @@ class RunRegistry:
     def terminate(self) -> None:
         """End the runs in flight at their next operator, and let no other begin. Waits for nothing."""
         self._terminated = True
-        _terminate([run for run in list(_in_flight) if run.registry is self])
+        _terminate(self._own_runs())
 
     def wait(self) -> None:
         """Until no run is in flight, but for one of this thread."""
-        for run in list(_in_flight):
-            if run.registry is self:
-                run.wait()
+        _wait(self._own_runs())
+
+    def _own_runs(self) -> list[Run]:
+        return [run for run in list(_in_flight) if run.registry is self]
 
 
 def closed_error(when: str = "while this call ran") -> GeneratorClosedError:
@@ -113,8 +114,7 @@ def terminate_all() -> None:
 
 def wait_for_all() -> None:
     """Until no run is in flight, but for one of this thread."""
-    for run in list(_in_flight):
-        run.wait()
+    _wait(list(_in_flight))
 
 
 def forget_all() -> None:
@@ -128,3 +128,8 @@ def _terminate(runs: list[Run]) -> None:
     for run in runs:
         if run.options is not None:
             run.options.terminate = True
+
+
+def _wait(runs: list[Run]) -> None:
+    for run in runs:
+        run.wait()

@@ -92,8 +92,8 @@ def check_contents(source: Path) -> None:
                     while file.read(CHUNK):
                         pass
             except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError) as error:  # RuntimeError: it is encrypted
-                name = ascii(entry.filename[:200])
-                raise CheckpointError(f"'{source}' is damaged: the entry {name} cannot be read ({error}). Copy or save it again.") from error
+                name = printable(entry.filename)
+                raise CheckpointError(f"'{source}' is damaged: the entry '{name}' cannot be read ({error}). Copy or save it again.") from error
 
 
 def check_storages(source: Path) -> None:

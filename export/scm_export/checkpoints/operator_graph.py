@@ -15,6 +15,8 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import Node
 
+from scm_export.checkpoints.printable import printable
+
 MAX_BITS = 64  # of an integer, a size or what is computed from one; more would be an attack on memory
 MAX_SIZE = 2**31  # of an integer in a list: a size, a stride, a kernel. Some operators of torch crash on larger ones
 MAX_NAME = 512  # characters
@@ -95,8 +97,7 @@ def checked_name(name: object) -> str:
         ValueError: no text, empty, too long, or with characters that are not printed, such as line ends.
     """
     if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME or not name.isprintable():
-        shown = repr(name)
-        raise ValueError(f"a name must be 1 to {MAX_NAME} printable characters, got {shown if len(shown) <= 200 else shown[:200] + '…'}")
+        raise ValueError(f"a name must be 1 to {MAX_NAME} printable characters, got '{printable(name)}'")
     return name
 
 

@@ -52,13 +52,13 @@ def choose_weights(raw: object, source: Path, key: str | None, progress: Callabl
     if not sets:
         what = f"a dict with the keys {', '.join(map(printable, list(raw)[:8]))}" if isinstance(raw, dict) else f"a {type(raw).__name__}"
         raise CheckpointError(f"'{source}' must hold a dict of tensors by name, as state_dict() returns it, got {what}")
-    if key is None and (average := _unreadable_average(raw, sets)):
+    if key is not None:
+        chosen = _with_key(sets, key, source)
+    elif average := _unreadable_average(raw, sets):
         raise CheckpointError(
             f"'{source}' keeps a moving average under {average!r} in a form without names, such as a list of tensors, which cannot be put into the network. "
             f"Save its state_dict, or choose another set:\n{_listing(sets)}"
         )
-    if key is not None:
-        chosen = _with_key(sets, key, source)
     elif len(sets) == 1:
         chosen = sets[0]
     else:
