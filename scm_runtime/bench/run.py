@@ -23,7 +23,8 @@ from scm_runtime.bench.flops import count_graph, step_inputs
 from scm_runtime.bench.machine import better, cores, cpu_peak, gpu_peak, processor
 from scm_runtime.bench.memory import DeviceMemory, peak_bytes, resident_bytes
 from scm_runtime.bench.result import BundleFacts, Memory, Peak, Result, Work, check_comparable, compare
-from scm_runtime.bundle.manifest import MANIFEST, Dtype, sha256
+from scm_runtime.bundle.checksums import sha256
+from scm_runtime.bundle.manifest import MANIFEST, Dtype
 from scm_runtime.devices.placement import Placement, place
 from scm_runtime.errors import InvalidArgumentError, ScmError
 from scm_runtime.generator import CAPTURE_RUNS, Generator

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from io import BufferedReader
 from pathlib import Path
@@ -18,7 +19,9 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
+from scm_runtime.bundle.manifest import Manifest
 from scm_runtime.common.files import open_regular, whole_file
+from scm_runtime.errors import BundleIntegrityError
 
 UNREAD = "unread "
 KEPT_S = 30 * 24 * 3600
@@ -49,6 +52,12 @@ class Sum(Struct, frozen=True):
     sha256: str
 
 
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal. Raises OSError."""
+    with path.open("rb") as file:
+        return file_sha256(file)
+
+
 def file_sha256(file: BufferedReader) -> str:
     """SHA-256 of an open file, in hexadecimal. Raises OSError."""
     return hashlib.file_digest(file, "sha256").hexdigest()
@@ -71,7 +80,7 @@ class Verified:
         self._folder = folder
 
     def sha256(self, path: Path) -> str:
-        """SHA-256 of a file, in hexadecimal: remembered, or taken now. A drop-in for ``manifest.sha256``. Raises OSError where the file cannot be read."""
+        """SHA-256 of a file, in hexadecimal: remembered, or taken now. A drop-in for ``sha256``. Raises OSError where the file cannot be read."""
         with open_regular(path) as file:
             return self._sha256(path, file)
 
@@ -110,3 +119,30 @@ class Verified:
 
     def _place(self, seen: Seen) -> Path:
         return self._folder / f"{hashlib.sha256(os.fsencode(seen.path)).hexdigest()[:32]}.json"
+
+
+def check_files(
+    folder: Path, manifest: Manifest, names: Iterable[str] | None = None, *, hashes: bool = True, digest_of: Callable[[Path], str] | None = None
+) -> None:
+    """Compare files of a bundle, all or those named, with its manifest: presence and size always, SHA-256 unless ``hashes`` is False.
+
+    ``digest_of`` takes the sum of a file, or remembers it; by default it is taken.
+
+    Raises:
+        BundleIntegrityError: a file is missing, cannot be read, or differs.
+    """
+    for name in manifest.files if names is None else names:
+        entry, path = manifest.files[name], folder / name
+        if not path.is_file():
+            raise BundleIntegrityError(f"'{folder}' lacks the file {name}, which its manifest lists. Copy the whole folder or export again.")
+        size = path.stat().st_size
+        if size != entry.size:
+            raise BundleIntegrityError(f"'{path}' must have {entry.size} bytes, got {size}. Copy the whole folder again or export again.")
+        try:
+            digest = (digest_of or sha256)(path) if hashes else entry.sha256
+        except OSError as error:
+            raise BundleIntegrityError(f"cannot read '{path}': {error.strerror}. Expected a file that you may read.") from error
+        if digest != entry.sha256:
+            raise BundleIntegrityError(
+                f"'{path}' must have SHA-256 {entry.sha256[:12]}…, got {digest[:12]}…. The file was changed or damaged: copy or export it again."
+            )

@@ -24,8 +24,7 @@ from typing import Any, Literal, TypeVar
 import msgspec
 from msgspec import Struct
 
-from scm_runtime.bundle.checksums import Verified
-from scm_runtime.bundle.manifest import sha256
+from scm_runtime.bundle.checksums import Verified, sha256
 from scm_runtime.cache.folder import MAX_BYTES, log_once, usable_folder
 from scm_runtime.cache.folder import max_bytes as default_bytes
 from scm_runtime.cache.private_copy import ChangedError, NoRoomError, copy_graph

@@ -159,8 +159,9 @@ def generate(
 @skip_integrity_option
 def inspect(bundle: str, as_json: bool, revision: str | None, skip_integrity: bool) -> None:
     """Show what BUNDLE is, what it takes, and how it was verified; check its files, of a repository on the hub those in the cache."""
+    from scm_runtime.bundle.checksums import check_files
     from scm_runtime.bundle.location import find
-    from scm_runtime.bundle.manifest import check_files, read_manifest
+    from scm_runtime.bundle.manifest import read_manifest
     from scm_runtime.cli.smoke import show_manifest
 
     with clean_errors():

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, cast
 
-from scm_runtime.bundle.checksums import identity
+from scm_runtime.bundle.checksums import check_files, identity
 from scm_runtime.bundle.location import Found
-from scm_runtime.bundle.manifest import Dtype, Manifest, check_files, read_manifest
+from scm_runtime.bundle.manifest import Dtype, Manifest, read_manifest
 from scm_runtime.cache.graph_cache import GraphCache
 from scm_runtime.common.checks import is_int
 from scm_runtime.common.load_onnxruntime import load_onnxruntime

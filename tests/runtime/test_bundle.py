@@ -11,8 +11,9 @@ import msgspec
 import pytest
 
 from scm_runtime import BundleIntegrityError, BundleNotFoundError, BundleSchemaError, Generator, Manifest
+from scm_runtime.bundle.checksums import check_files, sha256
 from scm_runtime.bundle.location import locate
-from scm_runtime.bundle.manifest import MANIFEST, check_files, read_manifest, sha256
+from scm_runtime.bundle.manifest import MANIFEST, read_manifest
 
 EMBEDDING = {"name": "prompt_embeds", "kind": "embedding", "dtype": "float32", "shape": ["tokens", 8]}
 
@@ -176,7 +177,7 @@ def test_a_file_that_may_not_be_read(tiny_bundle: Path, monkeypatch: pytest.Monk
     def refuse(path: Path) -> str:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("scm_runtime.bundle.manifest.sha256", refuse)
+    monkeypatch.setattr("scm_runtime.bundle.checksums.sha256", refuse)
     with pytest.raises(BundleIntegrityError, match=r"cannot read '.*': Permission denied\. Expected a file that you may read"):
         Generator(tiny_bundle)
 

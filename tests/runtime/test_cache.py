@@ -19,8 +19,8 @@ import pytest
 from numpy.typing import NDArray
 
 import scm_runtime
-from scm_runtime.bundle.checksums import Verified, file_sha256, identity
-from scm_runtime.bundle.manifest import WEIGHTS, read_manifest, sha256
+from scm_runtime.bundle.checksums import Verified, file_sha256, identity, sha256
+from scm_runtime.bundle.manifest import WEIGHTS, read_manifest
 from scm_runtime.cache import folder as cache_folder
 from scm_runtime.cache import key as cache_key
 from scm_runtime.cache.graph_cache import PART, GraphCache

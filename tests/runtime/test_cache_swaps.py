@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 import handmade
 from scm_runtime import Generator, InferenceError
-from scm_runtime.bundle.checksums import Seen, Verified, identity
-from scm_runtime.bundle.manifest import WEIGHTS, sha256
+from scm_runtime.bundle.checksums import Seen, Verified, identity, sha256
+from scm_runtime.bundle.manifest import WEIGHTS
 from scm_runtime.cache.graph_cache import PART, GraphCache
 from scm_runtime.cache.private_copy import ChangedError, copy_graph
 

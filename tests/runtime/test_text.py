@@ -19,7 +19,8 @@ from PIL import Image
 
 import handmade
 from scm_runtime import Generator, InferenceError, InvalidArgumentError
-from scm_runtime.bundle.manifest import MANIFEST, FileEntry, read_manifest, sha256
+from scm_runtime.bundle.checksums import sha256
+from scm_runtime.bundle.manifest import MANIFEST, FileEntry, read_manifest
 from scm_runtime.cli import main
 from scm_runtime.ort import session
 from scm_runtime.samples import grid
