@@ -18,7 +18,7 @@ from scm_export.choices import DEFAULT_OPSET, GRAPH_DTYPES, OPSETS, PARAMETRISAT
 from scm_export.versions import check_versions
 from scm_runtime import __version__
 from scm_runtime.bundle.manifest import Verification
-from scm_runtime.cli import IntegerList, clean_errors
+from scm_runtime.cli import IntegerList, exit_on_error
 from scm_runtime.cli.parameter_type import ParamType
 from scm_runtime.errors import MissingDependencyError, VerificationError
 
@@ -100,7 +100,7 @@ def main(checkpoint: str, out: Path | None, dry_run: bool, as_json: bool, **opti
     original's own sampler; over tolerance nothing is written and the exit code is 1.
     """
     terminal = Console(stderr=True)
-    with clean_errors():
+    with exit_on_error():
         try:
             done = _run(terminal, checkpoint, out, dry_run, options)
         except VerificationError as error:

@@ -10,10 +10,10 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from scm_runtime.bench.result import Cell, Peak, Work
+from scm_runtime.bench.result import Cell, MachinePeak, ModelCost
 from scm_runtime.errors import InferenceError
 from scm_runtime.generator import Generator
-from scm_runtime.inputs.conditioning import stand_ins
+from scm_runtime.inputs.conditioning import placeholder_conditioning
 from scm_runtime.samples import Timings
 
 TURN_S = 0.1  # that a cell has before the next one's turn, but one call at least
@@ -21,12 +21,12 @@ SHORT_S = 0.05  # a turn of calls shorter than this begins with one that does no
 LEAST_RUNS = 3
 PARTS = ("noise", "steps", "decode", "copy")
 
-Tell = Callable[[str, float], None]
+Progress = Callable[[str, float], None]
 """Told what is done now, and which part of all measurements, from 0 to 1, is behind us."""
 
 
 @dataclass(eq=False)
-class Row:
+class CellRun:
     """A cell while it is measured."""
 
     generator: Generator
@@ -60,14 +60,14 @@ class Row:
         """Make its arguments and the first calls, which take memory and capture CUDA graphs."""
         try:
             seeds = range(self.batch_size)
-            self.arguments["conditioning"] = stand_ins(self.generator.manifest.conditioning, seeds)
+            self.arguments["conditioning"] = placeholder_conditioning(self.generator.manifest.conditioning, seeds)
         except MemoryError as error:
             self.error = str(error) or "out of memory"
         for _ in range(calls):
             if self.error is None:
                 self.call(keep=False)
 
-    def turn(self, seconds: float) -> None:
+    def measure_round(self, seconds: float) -> None:
         """Its calls of one round."""
         if (self.times[-1] if self.times else cast(float, self.first)) < SHORT_S:
             self.call(keep=False)
@@ -86,7 +86,7 @@ class Row:
         return 1.0 if self.done(seconds) else min(sum(self.times) / seconds, 1.0) if seconds else 0.0
 
 
-def measure(rows: Sequence[Row], seconds: float, first_calls: int, tell: Tell, after_turn: Callable[[], None]) -> None:
+def measure(rows: Sequence[CellRun], seconds: float, first_calls: int, tell: Progress, after_turn: Callable[[], None]) -> None:
     """Make the first calls of each, and then measure in turns."""
     for row in sorted(rows, key=lambda row: -row.batch_size):  # the largest takes the memory at once
         tell(f"first calls: {_named(row)}", 0)
@@ -95,15 +95,15 @@ def measure(rows: Sequence[Row], seconds: float, first_calls: int, tell: Tell, a
     while waiting := [row for row in rows if not row.done(seconds)]:
         for row in waiting:
             tell(_named(row), sum(one.part_done(seconds) for one in rows) / len(rows))
-            row.turn(seconds)
+            row.measure_round(seconds)
             after_turn()
 
 
-def _named(row: Row) -> str:
+def _named(row: CellRun) -> str:
     return f"{row.steps} step{'s' * (row.steps > 1)}, batch {row.batch_size}"
 
 
-def figures(row: Row, work: Work, peak: Peak) -> Cell:
+def summarize(row: CellRun, work: ModelCost, peak: MachinePeak) -> Cell:
     """A cell's figures."""
     if row.error is not None or not row.times:
         return Cell(steps=row.steps, batch_size=row.batch_size, evaluations=row.evaluations, error=row.error)

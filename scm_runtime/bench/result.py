@@ -39,13 +39,13 @@ class Cell(Struct, frozen=True, kw_only=True):
     parts_ms: dict[str, float] = {}
     """Medians of ``noise``, ``steps``, ``decode`` and ``copy``."""
     gflops: float | None = None
-    """10^9 floating point operations a second, see ``Work``."""
+    """10^9 floating point operations a second, see ``ModelCost``."""
     product_share: float | None = None
-    """Of ``Peak.product_gflops``."""
+    """Of ``MachinePeak.product_gflops``."""
     weights_gb_per_second: float | None = None
     """10^9 bytes of weights a second, each read once an evaluation: the least that must be moved."""
     copy_share: float | None = None
-    """Of ``Peak.copy_gb_per_second``."""
+    """Of ``MachinePeak.copy_gb_per_second``."""
     error: str | None = None
 
     @property
@@ -54,7 +54,7 @@ class Cell(Struct, frozen=True, kw_only=True):
         return self.steps, self.batch_size
 
 
-class Work(Struct, frozen=True, kw_only=True):
+class ModelCost(Struct, frozen=True, kw_only=True):
     """What a sample takes, whatever the machine: two operations for each multiplication with addition in convolutions and matrix products, nothing else."""
 
     step_gflop: float | None = None
@@ -68,7 +68,7 @@ class Work(Struct, frozen=True, kw_only=True):
     """Why nothing was counted."""
 
 
-class Peak(Struct, frozen=True, kw_only=True):
+class MachinePeak(Struct, frozen=True, kw_only=True):
     """What the machine reaches in a large matrix product and in copying, measured in the same run."""
 
     product_gflops: float | None = None
@@ -143,8 +143,8 @@ class Result(Struct, frozen=True, kw_only=True):
     interrupted: bool
     cells: tuple[Cell, ...]
     memory: Memory
-    work: Work
-    peak: Peak
+    work: ModelCost
+    peak: MachinePeak
     comparison: Comparison | None = None
 
     @property

@@ -18,18 +18,18 @@ import msgspec
 import numpy as np
 
 from scm_runtime._version import __version__
-from scm_runtime.bench.cells import Row, Tell, figures, measure
+from scm_runtime.bench.cells import CellRun, Progress, measure, summarize
 from scm_runtime.bench.flops import count_graph, step_inputs
-from scm_runtime.bench.machine import better, cores, cpu_peak, gpu_peak, processor
+from scm_runtime.bench.machine import best_of, cores, cpu_peak, gpu_peak, processor
 from scm_runtime.bench.memory import DeviceMemory, peak_bytes, resident_bytes
-from scm_runtime.bench.result import BundleFacts, Memory, Peak, Result, Work, check_comparable, compare
+from scm_runtime.bench.result import BundleFacts, MachinePeak, Memory, ModelCost, Result, check_comparable, compare
 from scm_runtime.bundle.checksums import sha256
 from scm_runtime.bundle.manifest import MANIFEST, Dtype
-from scm_runtime.devices.placement import Placement, place
+from scm_runtime.devices.placement import Placement, resolve_device
 from scm_runtime.errors import InvalidArgumentError, ScmError
 from scm_runtime.generator import CAPTURE_RUNS, Generator
 from scm_runtime.inputs.arguments import CallArguments
-from scm_runtime.inputs.conditioning import stand_ins
+from scm_runtime.inputs.conditioning import placeholder_conditioning
 from scm_runtime.ort.native_ops import NativeOps
 from scm_runtime.sampling.request import read_request
 
@@ -38,7 +38,7 @@ ITEM_BYTES: dict[Dtype, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
 @dataclass(frozen=True)
-class Order:
+class BenchOptions:
     """What is to be measured, as typed."""
 
     bundle: str
@@ -57,7 +57,7 @@ class Order:
     verify_integrity: bool = True
 
 
-def bench(order: Order, other: tuple[Path, Result] | None = None, tell: Tell = lambda what, part: None) -> Result:
+def bench(order: BenchOptions, other: tuple[Path, Result] | None = None, tell: Progress = lambda what, part: None) -> Result:
     """Measure.
 
     Ctrl-C ends it early: what was measured by then is returned, with ``interrupted`` set; where that is nothing, KeyboardInterrupt goes on.
@@ -74,7 +74,7 @@ def bench(order: Order, other: tuple[Path, Result] | None = None, tell: Tell = l
     if not order.batch_sizes or order.steps == ():
         raise InvalidArgumentError(f"batch_sizes and steps must hold at least one number, got {order.batch_sizes} and {order.steps}")
     tell("opening the bundle", 0)
-    placement = place(order.device)
+    placement = resolve_device(order.device)
     device = DeviceMemory(placement.index)
     start = time.perf_counter()
     generator = Generator(
@@ -87,7 +87,7 @@ def bench(order: Order, other: tuple[Path, Result] | None = None, tell: Tell = l
         verify_integrity=order.verify_integrity,
     )
     open_ms = (time.perf_counter() - start) * 1e3
-    work, peak, interrupted = _work(generator, reason="interrupted"), Peak(reason="interrupted"), False
+    work, peak, interrupted = _work(generator, reason="interrupted"), MachinePeak(reason="interrupted"), False
     with generator:
         opened = resident_bytes()
         rows = _plan(generator, order)
@@ -105,7 +105,7 @@ def bench(order: Order, other: tuple[Path, Result] | None = None, tell: Tell = l
     if not interrupted:  # the bundle is closed, and its memory free for other sessions
         try:
             tell("measuring the machine", 1)
-            peak = better(peak, cpu_peak(order.threads)) if placement.index is None else gpu_peak(placement, generator.dtype)
+            peak = best_of(peak, cpu_peak(order.threads)) if placement.index is None else gpu_peak(placement, generator.dtype)
             tell("counting operations", 1)
             work = _count(generator, placement, order.threads, rows)
         except KeyboardInterrupt:
@@ -127,7 +127,7 @@ def bench(order: Order, other: tuple[Path, Result] | None = None, tell: Tell = l
         seconds=order.seconds if isfinite(order.seconds) else None,  # JSON has no infinity
         open_ms=open_ms,
         interrupted=interrupted,
-        cells=tuple(figures(row, work, peak) for row in rows),
+        cells=tuple(summarize(row, work, peak) for row in rows),
         memory=memory,
         work=work,
         peak=peak,
@@ -135,7 +135,7 @@ def bench(order: Order, other: tuple[Path, Result] | None = None, tell: Tell = l
     return msgspec.structs.replace(result, comparison=compare(result, other[1], other[0])) if other else result
 
 
-def _plan(generator: Generator, order: Order) -> list[Row]:
+def _plan(generator: Generator, order: BenchOptions) -> list[CellRun]:
     """The cells, with their arguments checked before any of them is computed."""
     manifest, rows = generator.manifest, []
     usual = tuple(count for count in USUAL_STEPS if str(count) in manifest.times and manifest.solver == "consistency")
@@ -144,16 +144,16 @@ def _plan(generator: Generator, order: Order) -> list[Row]:
             "num_inference_steps": wanted,
             "sampler": order.sampler,
             "seed": 0,
-            "conditioning": stand_ins(manifest.conditioning, range(1)),
+            "conditioning": placeholder_conditioning(manifest.conditioning, range(1)),
             "output_type": "np",
         }
         steps = read_request(generator, None, cast(CallArguments, arguments)).trajectory.call.steps
-        rows += [Row(generator, steps, size, {**arguments, "batch_size": size}) for size in dict.fromkeys(order.batch_sizes)]
+        rows += [CellRun(generator, steps, size, {**arguments, "batch_size": size}) for size in dict.fromkeys(order.batch_sizes)]
     return rows
 
 
-def _count(generator: Generator, placement: Placement, threads: int | None, rows: Sequence[Row]) -> Work:
-    """What a sample takes; ``Work.reason`` where it cannot be counted."""
+def _count(generator: Generator, placement: Placement, threads: int | None, rows: Sequence[CellRun]) -> ModelCost:
+    """What a sample takes; ``ModelCost.reason`` where it cannot be counted."""
     manifest, dtype = generator.manifest, generator.dtype
     row = next((row for row in rows if row.first is not None), None)
     if row is None:
@@ -167,5 +167,5 @@ def _count(generator: Generator, placement: Placement, threads: int | None, rows
     return _work(generator, step_gflop=step.flop / 1e9, decode_gflop=decode.flop / 1e9, uncounted=tuple(sorted(step.uncounted | decode.uncounted)))
 
 
-def _work(generator: Generator, **known: Any) -> Work:
-    return Work(weight_bytes=generator.manifest.parameters * ITEM_BYTES[generator.dtype], **known)
+def _work(generator: Generator, **known: Any) -> ModelCost:
+    return ModelCost(weight_bytes=generator.manifest.parameters * ITEM_BYTES[generator.dtype], **known)

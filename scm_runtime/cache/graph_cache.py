@@ -24,7 +24,7 @@ from typing import Any, Literal, TypeVar
 import msgspec
 from msgspec import Struct
 
-from scm_runtime.bundle.checksums import Verified, sha256
+from scm_runtime.bundle.checksums import ChecksumCache, sha256
 from scm_runtime.cache.folder import MAX_BYTES, log_once, usable_folder
 from scm_runtime.cache.folder import max_bytes as default_bytes
 from scm_runtime.cache.private_copy import ChangedError, NoRoomError, copy_graph
@@ -68,7 +68,7 @@ class GraphCache:
     def __init__(self, folder: Path, max_bytes: int = MAX_BYTES) -> None:
         """A cache in a folder that exists and is the user's own; ``GraphCache.find`` sees to that."""
         self.folder, self.max_bytes = folder / GRAPHS, max_bytes
-        self.verified = Verified(folder / SUMS)
+        self.verified = ChecksumCache(folder / SUMS)
 
     @classmethod
     def find(cls, folder: str | os.PathLike[str] | Literal[False] | None = None, max_bytes: int | None = None) -> GraphCache | None:

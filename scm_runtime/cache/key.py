@@ -47,8 +47,8 @@ def graph_key(
     The running ONNX Runtime's version, the format of the cache and, as ONNX Runtime lays weights out for the vector units it finds, the CPU are in it too.
 
     Args:
-        graph: SHA-256 of the ``.onnx`` file. Where nobody compared the file with its sum, ``checksums.identity`` of it instead: else a damaged file would
-            leave its graph under the name of the good one.
+        graph: SHA-256 of the ``.onnx`` file. Where nobody compared the file with its sum, ``checksums.stat_fingerprint`` of it instead: else a damaged file
+            would leave its graph under the name of the good one.
         weights: of the weights beside it, likewise.
         providers: with their options, in order.
         device: the name of the accelerator, such as "NVIDIA L4 8.9"; "" for none.

@@ -10,15 +10,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from scm_runtime.bench.cells import Tell
-from scm_runtime.bench.result import Cell, Comparison, Memory, Peak, Result, Work
+from scm_runtime.bench.cells import Progress
+from scm_runtime.bench.result import Cell, Comparison, MachinePeak, Memory, ModelCost, Result
 
 COLUMNS = ("steps", "batch", "median\nms", "p95\nms", "min\nms", "images/s", "of\nproduct", "of\ncopy", "runs")
 CAPTION = "of product, of copy: the share of what the machine reaches in them"
 
 
 @contextmanager
-def progress() -> Iterator[Tell]:
+def progress() -> Iterator[Progress]:
     """A line on stderr that says what is measured, if that is a terminal."""
     if not sys.stderr.isatty():
         yield lambda what, part: None
@@ -98,7 +98,7 @@ def _memory(memory: Memory, comparison: Comparison | None) -> str:
     return ", ".join(parts) or "not known here"
 
 
-def _work(work: Work) -> str:
+def _work(work: ModelCost) -> str:
     weights = f"{work.weight_bytes / 1e6:,.4g} MB of weights an evaluation"
     if work.step_gflop is None:
         return f"{weights}; operations not counted: {work.reason}"
@@ -107,7 +107,7 @@ def _work(work: Work) -> str:
     return f"{work.step_gflop:,.4g} GFLOP an evaluation{decode}{uncounted}; {weights}"
 
 
-def _peak(peak: Peak) -> str:
+def _peak(peak: MachinePeak) -> str:
     if peak.product_gflops is None or peak.copy_gb_per_second is None:
         return f"not measured: {peak.reason}"
     return f"{peak.product_gflops:,.0f} GFLOP/s in a product, {peak.copy_gb_per_second:,.1f} GB/s in a copy\n({peak.how})"

@@ -23,7 +23,7 @@ USAGE_ERRORS = (InvalidArgumentError, BundleNotFoundError, CheckpointNotFoundErr
 
 
 @contextmanager
-def clean_errors() -> Iterator[None]:
+def exit_on_error() -> Iterator[None]:
     """Turn this project's errors into one message on stderr and an exit code, without a traceback.
 
     The code is 2 for a wrong argument or a path with nothing there, 130 for Ctrl-C, 1 for the rest.
@@ -129,12 +129,12 @@ def generate(
     skip_integrity: bool,
 ) -> None:
     """Draw images from BUNDLE. BUNDLE is a folder, the name of an embedded bundle, or org/name on the Hugging Face hub."""
-    with clean_errors():
+    with exit_on_error():
         from scm_runtime.cli.embeddings import read_embeddings
-        from scm_runtime.cli.generate import Order, Output, draw, parse_labels
+        from scm_runtime.cli.generate import GenerateOptions, OutputPattern, draw, parse_labels
         from scm_runtime.generator import Generator
 
-        output = Output.read(out)  # before the work, not after
+        output = OutputPattern.read(out)  # before the work, not after
         prompts = None if prompt_embeds is None else read_embeddings(prompt_embeds)
         with Generator(
             bundle,
@@ -148,7 +148,7 @@ def generate(
         ) as generator:
             names = next((item.label_names for item in generator.manifest.conditioning if item.name == "class_labels"), None) or ()
             classes = None if labels is None else parse_labels(labels, names)
-            order = Order(classes, seed, num_images, batch_size, prompts, steps, sampler, guidance_scale)
+            order = GenerateOptions(classes, seed, num_images, batch_size, prompts, steps, sampler, guidance_scale)
             click.echo(draw(generator, order, output, columns))
 
 
@@ -160,12 +160,12 @@ def generate(
 def inspect(bundle: str, as_json: bool, revision: str | None, skip_integrity: bool) -> None:
     """Show what BUNDLE is, what it takes, and how it was verified; check its files, of a repository on the hub those in the cache."""
     from scm_runtime.bundle.checksums import check_files
-    from scm_runtime.bundle.location import find
+    from scm_runtime.bundle.location import resolve_bundle
     from scm_runtime.bundle.manifest import read_manifest
     from scm_runtime.cli.smoke import show_manifest
 
-    with clean_errors():
-        folder, repository = find(bundle, revision)
+    with exit_on_error():
+        folder, repository = resolve_bundle(bundle, revision)
         manifest = read_manifest(folder)
         here = [name for name in manifest.files if repository is None or (folder / name).is_file()]
         check_files(folder, manifest, here, hashes=not skip_integrity)
@@ -187,7 +187,7 @@ def smoke(bundle: str, device: str, revision: str | None, native_ops: bool | Non
 
     A model of text gets random numbers for embeddings: its text encoder is not part of the bundle.
     """
-    with clean_errors():
+    with exit_on_error():
         from scm_runtime.cli.smoke import smoke_test
 
         kernels: NativeOps = "auto" if native_ops is None else native_ops
@@ -232,16 +232,16 @@ def bench(
 
     Ctrl-C shows what was measured so far. The exit code is 1 if nothing could be measured.
     """
-    with clean_errors():
+    with exit_on_error():
         from scm_runtime.bench.result import check_writable, read_result, write_result
-        from scm_runtime.bench.run import Order
+        from scm_runtime.bench.run import BenchOptions
         from scm_runtime.bench.run import bench as measure
         from scm_runtime.cli.bench import progress, show_result
 
         other = None if compare is None else (compare, read_result(compare))  # before the work, not after
         if out is not None:
             check_writable(out)
-        order = Order(
+        order = BenchOptions(
             bundle,
             batch_sizes,
             steps,
@@ -277,7 +277,7 @@ def doctor(as_json: bool) -> None:
 
     from scm_runtime.doctor.examine import examine
 
-    with clean_errors():
+    with exit_on_error():
         report = examine()
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(report), indent=2).decode())

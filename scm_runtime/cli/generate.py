@@ -31,7 +31,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 @dataclass(frozen=True)
-class Output:
+class OutputPattern:
     """Where images go, from ``-o``."""
 
     name: str
@@ -42,10 +42,10 @@ class Output:
     """As the user wrote it."""
 
     @staticmethod
-    def read(out: str) -> Output:
+    def read(out: str) -> OutputPattern:
         """A path, a path with {seed} or {index}, or a folder, which ends with a slash; raises InvalidArgumentError."""
         if out.endswith("/"):
-            return Output(out.replace("{", "{{").replace("}", "}}") + IN_A_FOLDER, each=True, shown=out)
+            return OutputPattern(out.replace("{", "{{").replace("}", "}}") + IN_A_FOLDER, each=True, shown=out)
         try:
             parsed = [(name, form, conversion) for _, name, form, conversion in string.Formatter().parse(out) if name is not None]
             fields = {name for name, _, _ in parsed}
@@ -53,7 +53,7 @@ class Output:
         except ValueError:  # an open brace
             fields, plain = {""}, True
         each = bool(fields)
-        output = Output(out, each, out)
+        output = OutputPattern(out, each, out)
         try:
             if not fields <= set(FIELDS):
                 raise ValueError(f"there is no field {{{min(fields - set(FIELDS))}}}")
@@ -85,7 +85,7 @@ class Output:
 
 
 @dataclass(frozen=True)
-class Order:
+class GenerateOptions:
     """What is to be drawn, as typed; None for what was not."""
 
     labels: int | str | list[int | str] | None
@@ -98,7 +98,7 @@ class Order:
     guidance_scale: float | None
 
 
-def draw(generator: Generator, order: Order, output: Output, columns: int | None) -> str:
+def draw(generator: Generator, order: GenerateOptions, output: OutputPattern, columns: int | None) -> str:
     """Draw and write; returns a line that says what was done.
 
     Without ``num_images`` it is one batch, as in a call of the Generator. With it, batches: one seed counts on over all of them, and labels are
@@ -136,7 +136,7 @@ def draw(generator: Generator, order: Order, output: Output, columns: int | None
 
 
 @contextmanager
-def _batches(generator: Generator, order: Order) -> Iterator[Iterator[Samples]]:
+def _batches(generator: Generator, order: GenerateOptions) -> Iterator[Iterator[Samples]]:
     """The samples, batch by batch, while a bar on the terminal shows how far they are."""
     seed = order.seed[0] if order.seed is not None and len(order.seed) == 1 else order.seed
     if order.num_images is None:

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from scm_runtime.bundle.manifest import Conditioning, Manifest, Source, Verification
 from scm_runtime.generator import Generator
-from scm_runtime.inputs.conditioning import FREE_SIZE, stand_ins
+from scm_runtime.inputs.conditioning import PLACEHOLDER_SIZE, placeholder_conditioning
 from scm_runtime.ort.native_ops import NativeOps
 from scm_runtime.samples import Samples
 
@@ -108,7 +108,7 @@ def smoke_test(
     inputs = generator.manifest.conditioning
     if random := [f"{item.name} {item.describe()}" for item in inputs if item.kind == "embedding"]:
         free = sorted({size for item in inputs for size in item.shape if isinstance(size, str)})
-        sizes = "".join(f", {FREE_SIZE} {size}" for size in free)
+        sizes = "".join(f", {PLACEHOLDER_SIZE} {size}" for size in free)
         said = f"random numbers stand in for {', '.join(random)}{sizes}: what is checked holds for any, but nothing is said of pictures from a text encoder"
         console.print(said, highlight=False, markup=False, soft_wrap=True)
     table = Table("steps", "finite", "deterministic", "independent of the batch", "batch 1, median", "batch 4, median")
@@ -118,7 +118,7 @@ def smoke_test(
         for steps in sorted(int(count) for count in generator.manifest.times):
 
             def draw(seeds: list[int], output_type: Literal["np", "latent"], steps: int = steps) -> Samples:
-                return generator(seed=seeds, num_inference_steps=steps, conditioning=stand_ins(inputs, seeds), output_type=output_type)
+                return generator(seed=seeds, num_inference_steps=steps, conditioning=placeholder_conditioning(inputs, seeds), output_type=output_type)
 
             batch = draw([7, 8, 9, 10], "latent").array
             alone, reordered = draw([9], "latent").array, draw([10, 9, 7], "latent").array

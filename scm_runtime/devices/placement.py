@@ -45,7 +45,7 @@ class Placement:
 CPU = Placement("cpu", ((CPU_PROVIDER, {}),), "device='cpu'")
 
 
-def place(
+def resolve_device(
     device: str = "auto",
     providers: Sequence[str | tuple[str, Mapping[str, object]]] | None = None,
     provider_options: Mapping[str, object] | Sequence[Mapping[str, object]] | None = None,
@@ -76,7 +76,7 @@ def place(
     if device == "cpu":
         return CPU
     if device == "auto":
-        if why := why_no_cuda(0):
+        if why := cuda_unavailable_reason(0):
             _log_once(f"device 'auto' is the CPU: {why}")
             return Placement("cpu", CPU.providers, why)
         placement = _cuda(0, {}, "device='auto' found it")
@@ -88,12 +88,12 @@ def place(
     options = _strings(CUDA_PROVIDER, provider_options or {})
     if options.get("device_id", str(index)) != str(index):
         raise InvalidArgumentError(f"device={device!r} and provider_options' device_id={options['device_id']!r} are different GPUs. Leave device_id out.")
-    if why := why_no_cuda(index):
+    if why := cuda_unavailable_reason(index):
         raise DeviceError(f"device={device!r} cannot be had: {why}")
     return _cuda(index, options, f"device={device!r}")
 
 
-def why_no_cuda(index: int = 0) -> str | None:
+def cuda_unavailable_reason(index: int = 0) -> str | None:
     """Why a CUDA device cannot be had, and what would mend it; None where it can.
 
     The CUDA libraries that ONNX Runtime needs are loaded by the way, as it does not look for them in NVIDIA's Python packages itself.
@@ -101,7 +101,7 @@ def why_no_cuda(index: int = 0) -> str | None:
     Raises:
         MissingDependencyError: ONNX Runtime is not installed.
     """
-    return _why_not(CUDA_PROVIDER, index) or _why_no_cuda_core()
+    return provider_unavailable_reason(CUDA_PROVIDER, index) or _cuda_core_unavailable_reason()
 
 
 def needed_libraries(provider: str = CUDA_PROVIDER) -> tuple[str, ...]:
@@ -110,7 +110,7 @@ def needed_libraries(provider: str = CUDA_PROVIDER) -> tuple[str, ...]:
     return () if path is None else vendor_libraries(path)
 
 
-def _why_not(provider: str, index: int) -> str | None:
+def provider_unavailable_reason(provider: str, index: int) -> str | None:
     ort = load_onnxruntime()
     available = ort.get_available_providers()
     if provider not in available:
@@ -142,7 +142,7 @@ def _why_not(provider: str, index: int) -> str | None:
     return None
 
 
-def _why_no_cuda_core() -> str | None:
+def _cuda_core_unavailable_reason() -> str | None:
     from importlib.util import find_spec  # for those with a GPU
 
     try:
@@ -212,7 +212,7 @@ def _place_providers(pairs: list[tuple[str, dict[str, str]]]) -> Placement:
     hardware = ""
     if first in ON_CUDA:
         index = int(options["device_id"]) if options.get("device_id", "").isascii() and options.get("device_id", "").isdigit() else 0
-        if why := _why_not(first, index):
+        if why := provider_unavailable_reason(first, index):
             raise DeviceError(f"providers={[name for name, _ in pairs]} cannot be had: {why}")
         hardware = _hardware(index)
     if CPU_PROVIDER not in (name for name, _ in pairs):

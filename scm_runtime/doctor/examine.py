@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from scm_runtime._version import __version__
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
-from scm_runtime.devices.placement import CPU_PROVIDER, CUDA_PROVIDER, needed_libraries, why_no_cuda
+from scm_runtime.devices.placement import CPU_PROVIDER, CUDA_PROVIDER, cuda_unavailable_reason, needed_libraries
 from scm_runtime.doctor.report import Cache, Cuda, CudaLibrary, Gpu, Ops, Problem, Provider, Report, Threads
 from scm_runtime.errors import MissingDependencyError, ScmError
 
@@ -74,7 +74,7 @@ def examine() -> Report:
     )
 
 
-def why_not_golden(pixels: NDArray[np.uint8]) -> str | None:
+def golden_mismatch(pixels: NDArray[np.uint8]) -> str | None:
     """Why ten digits, uint8 ``[10, H, W, 1]``, are not those of the golden picture; None where they are."""
     from PIL import Image
 
@@ -118,7 +118,7 @@ def _try_provider(name: str) -> Provider:
                 generator(seed=SEEDS, num_inference_steps=STEPS, output_type="np")
                 took = (time.perf_counter() - start) * 1e3
             ran = _nodes(Path(folder))
-        reason = why_not_golden(np.asarray(pixels))
+        reason = golden_mismatch(np.asarray(pixels))
         if reason is None and not ran[name]:
             reason = f"none of the {ran.total()} nodes ran on it, but on {', '.join(sorted(ran)) or 'nothing'}"
     except Exception as error:  # noqa: BLE001  # whatever a provider does, the others are tried too
@@ -140,7 +140,7 @@ def _cuda(available: list[str]) -> Cuda:
         from scm_runtime.devices.cuda_driver import read_driver
         from scm_runtime.devices.cuda_libraries import install_command, load
 
-        driver, libraries, reason = read_driver(), load(needed_libraries()), why_no_cuda()
+        driver, libraries, reason = read_driver(), load(needed_libraries()), cuda_unavailable_reason()
     except Exception as error:  # noqa: BLE001  # as above
         return Cuda(usable=False, reason=_said(error), driver=None)
     return Cuda(
@@ -176,7 +176,7 @@ def _why_no_kernels(device: str) -> str | None:
 
     try:
         with Generator("digits", device=device, dtype="fp32", native_ops=True, cache_dir=False) as generator:
-            return why_not_golden(np.asarray(generator(seed=SEEDS, num_inference_steps=STEPS, output_type="np").array))
+            return golden_mismatch(np.asarray(generator(seed=SEEDS, num_inference_steps=STEPS, output_type="np").array))
     except Exception as error:  # noqa: BLE001  # as above
         return f"on {device}: {_said(error)}"
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scm_runtime.bundle.manifest import Dtype
-from scm_runtime.bundle.solver_tables import Evaluation
+from scm_runtime.bundle.solver_tables import SolverStage
 from scm_runtime.engines.sessions import Graphs
 from scm_runtime.inputs.call import Call
 
@@ -50,7 +50,7 @@ class Trajectory:
         return self.k == len(self.call.evaluations)
 
     @property
-    def evaluation(self) -> Evaluation:
+    def evaluation(self) -> SolverStage:
         """The next one."""
         return self.call.evaluations[self.k]
 

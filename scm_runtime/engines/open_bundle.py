@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, cast
 
-from scm_runtime.bundle.checksums import check_files, identity
-from scm_runtime.bundle.location import Found
+from scm_runtime.bundle.checksums import check_files, stat_fingerprint
+from scm_runtime.bundle.location import ResolvedBundle
 from scm_runtime.bundle.manifest import Dtype, Manifest, read_manifest
 from scm_runtime.cache.graph_cache import GraphCache
 from scm_runtime.common.checks import is_int
@@ -41,7 +41,7 @@ class Opened:
 
 
 def open_bundle(
-    found: Found,
+    found: ResolvedBundle,
     placement: Placement,
     *,
     dtype: Dtype | Literal["auto"],
@@ -76,7 +76,7 @@ def open_bundle(
         if cache is not None:
             # A sum that nobody compared must not name a graph: another file's may stand under it.
             here = {name: entry.sha256 for name, entry in manifest.files.items() if (folder / name).is_file()}
-            sums = here if verify_integrity else {name: identity(folder / name) for name in here}
+            sums = here if verify_integrity else {name: stat_fingerprint(folder / name) for name in here}
             cached = Cached(cache, sums, cache.verified.sha256(library.path) if library else None)
         return replace(base, library=library.path if library else None, cached=cached)
 

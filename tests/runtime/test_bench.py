@@ -17,15 +17,15 @@ from click.testing import CliRunner, Result
 import handmade
 from scm_runtime.bench import cells as bench_cells
 from scm_runtime.bench import machine as bench_machine
-from scm_runtime.bench.cells import Row
+from scm_runtime.bench.cells import CellRun
 from scm_runtime.bench.flops import count_graph
-from scm_runtime.bench.result import Peak
+from scm_runtime.bench.result import MachinePeak
 from scm_runtime.cli import bench as bench_report
 from scm_runtime.cli import main
 from scm_runtime.devices.placement import CPU
 from support import BLOCK_IMPORTS, ROOT, run_python
 
-PEAK = Peak(product_gflops=50.0, copy_gb_per_second=8.0, how="as the test says")
+PEAK = MachinePeak(product_gflops=50.0, copy_gb_per_second=8.0, how="as the test says")
 QUICK = ("--seconds", "0", "--threads", "1", "--device", "cpu")
 
 
@@ -99,14 +99,14 @@ def test_the_tables() -> None:
 
 def test_cells_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     order = []
-    turn = Row.turn
+    original = CellRun.measure_round
 
-    def noted(row: Row, seconds: float) -> None:
+    def noted(row: CellRun, seconds: float) -> None:
         order.append((row.steps, row.batch_size))
-        turn(row, seconds)
+        original(row, seconds)
 
     monkeypatch.setattr(bench_cells, "TURN_S", 0)
-    monkeypatch.setattr(Row, "turn", noted)
+    monkeypatch.setattr(CellRun, "measure_round", noted)
     document = measured("digits", "--batch-sizes", "1,2", "--steps", "2,1", *QUICK)
     assert order == [(2, 1), (2, 2), (1, 1), (1, 2)] * 3
     assert [cell["runs"] for cell in document["cells"]] == [3] * 4
@@ -225,7 +225,7 @@ def test_a_graph_that_cannot_be_profiled_leaves_the_rest(monkeypatch: pytest.Mon
         raise OSError("No space left on device")
 
     monkeypatch.setattr("scm_runtime.bench.run.count_graph", full)
-    monkeypatch.setattr("scm_runtime.bench.run.cpu_peak", lambda threads: Peak(reason="its process failed"))
+    monkeypatch.setattr("scm_runtime.bench.run.cpu_peak", lambda threads: MachinePeak(reason="its process failed"))
     arguments = ("digits", "--batch-sizes", "1", "--steps", "1", *QUICK)
     document = measured(*arguments)
     (cell,) = document["cells"]
@@ -238,11 +238,11 @@ def test_a_graph_that_cannot_be_profiled_leaves_the_rest(monkeypatch: pytest.Mon
 
 
 def test_the_better_of_two_peaks() -> None:
-    none, one, two = Peak(reason="why"), Peak(product_gflops=1, copy_gb_per_second=4), Peak(product_gflops=2, copy_gb_per_second=3)
-    assert bench_machine.better(one, two) == Peak(product_gflops=2, copy_gb_per_second=4)
-    assert bench_machine.better(none, two) == two
-    assert bench_machine.better(one, none) == one
-    assert bench_machine.better(none, none) == none
+    none, one, two = MachinePeak(reason="why"), MachinePeak(product_gflops=1, copy_gb_per_second=4), MachinePeak(product_gflops=2, copy_gb_per_second=3)
+    assert bench_machine.best_of(one, two) == MachinePeak(product_gflops=2, copy_gb_per_second=4)
+    assert bench_machine.best_of(none, two) == two
+    assert bench_machine.best_of(one, none) == one
+    assert bench_machine.best_of(none, none) == none
 
 
 # ----------------------------------------------------------------------------
@@ -320,7 +320,7 @@ def test_what_cannot_be_compared_with_is_refused_before_anything_is_measured(nam
     def never(*_: object, **__: object) -> Any:
         raise AssertionError("something was measured")
 
-    monkeypatch.setattr(Row, "warm_up", never)
+    monkeypatch.setattr(CellRun, "warm_up", never)
     result = call("digits", "--batch-sizes", "1", "--steps", "1", *QUICK, "--compare", path, "-o", tmp_path / "out.json", code=2)
     assert said in " ".join(result.stderr.split())
     assert result.stdout == ""
@@ -355,7 +355,7 @@ def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(tm
     ],
 )
 def test_arguments_out_of_range(arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Row, "warm_up", None)  # nothing is measured
+    monkeypatch.setattr(CellRun, "warm_up", None)  # nothing is measured
     assert said in " ".join(call(*arguments, code=2).stderr.split())
 
 
@@ -364,9 +364,9 @@ def test_a_cell_that_does_not_fit_leaves_the_others() -> None:
     program = """
 import resource, sys
 from scm_runtime.bench import run as bench
-from scm_runtime.bench.result import Peak
+from scm_runtime.bench.result import MachinePeak
 from scm_runtime.cli import main
-bench.cpu_peak = lambda threads: Peak(reason="not here")
+bench.cpu_peak = lambda threads: MachinePeak(reason="not here")
 resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
 main(["bench", "digits", "--batch-sizes", sys.argv[1], "--steps", "1", "--seconds", "0", "--threads", "1", "--device", "cpu", *sys.argv[2:]])
 """
@@ -385,29 +385,29 @@ main(["bench", "digits", "--batch-sizes", sys.argv[1], "--steps", "1", "--second
 
 
 def interrupting(monkeypatch: pytest.MonkeyPatch, method: str, at: int) -> None:
-    """Ctrl-C in one of the calls of a method of Row, by number."""
+    """Ctrl-C in one of the calls of a method of CellRun, by number."""
     calls = 0
-    original = getattr(Row, method)
+    original = getattr(CellRun, method)
 
-    def interrupted(row: Row, argument: Any) -> None:
+    def interrupted(row: CellRun, argument: Any) -> None:
         nonlocal calls
         calls += 1
         if calls == at:
             raise KeyboardInterrupt
         original(row, argument)
 
-    monkeypatch.setattr(Row, method, interrupted)
+    monkeypatch.setattr(CellRun, method, interrupted)
 
 
 def test_ctrl_c_shows_what_was_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     arguments = ("digits", "--batch-sizes", "1,2", "--steps", "1", *QUICK)
-    interrupting(monkeypatch, "turn", 2)
+    interrupting(monkeypatch, "measure_round", 2)
     document = measured(*arguments, "--seconds", "inf", "-o", tmp_path / "out.json", code=130)
     assert document["interrupted"] is True
     assert document["seconds"] is None
     assert [cell["median_ms"] is not None for cell in document["cells"]] == [True, False]
     assert json.loads((tmp_path / "out.json").read_text()) == document
-    interrupting(monkeypatch, "turn", 2)
+    interrupting(monkeypatch, "measure_round", 2)
     result = call(*arguments, code=130)
     assert "not reached" in result.stdout
     assert result.stderr == "Interrupted: the figures are those until then\n"

@@ -17,7 +17,7 @@ from scm_runtime.bench import gpu_peak as bench_gpu_peak
 from scm_runtime.bench import machine as bench_machine
 from scm_runtime.bench import memory as bench_memory
 from scm_runtime.bench.gpu_peak import BLOCK, CHAIN, GRAPHS, copy_rate, product_rate
-from scm_runtime.bench.result import Peak
+from scm_runtime.bench.result import MachinePeak
 from scm_runtime.devices import cuda_driver as driver
 from scm_runtime.devices.placement import CPU
 from scm_runtime.ort.session import Session
@@ -95,7 +95,7 @@ def test_a_gpus_peak(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OutOfMemoryError("the device is full")
 
     monkeypatch.setattr(bench_gpu_peak, "copy_rate", full)
-    assert bench_machine.gpu_peak(CPU, "fp32") == Peak(reason="the device is full")
+    assert bench_machine.gpu_peak(CPU, "fp32") == MachinePeak(reason="the device is full")
 
 
 def test_the_cpu_has_rates_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
