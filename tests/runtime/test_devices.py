@@ -112,7 +112,7 @@ def test_a_gpu_without_cuda_core(machine: Callable[..., None]) -> None:
     assert resolve_device("auto", [CUDA]).providers[0][0] == CUDA, "ONNX Runtime alone does without"
 
 
-def test_the_cpu_is_had_without_looking(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cpu_needs_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "load_onnxruntime", pytest.fail)
     assert resolve_device("cpu") == resolve_device("cpu", None, {}) == CPU
     assert CPU.index is None
@@ -155,7 +155,7 @@ def test_the_build_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_driver(machine: Callable[..., None]) -> None:
     machine(None)
-    assert "device='cuda' cannot be had: there is no NVIDIA driver (libcuda.so.1: cannot open" in refusal("cuda")
+    assert "device='cuda' is not available: there is no NVIDIA driver (libcuda.so.1: cannot open" in refusal("cuda")
     assert "--gpus all" in refusal("cuda")
 
 
@@ -190,7 +190,7 @@ def test_a_missing_library_is_named_with_its_package(machine: Callable[..., None
     said = refusal("cuda")
     assert "needs libcublasLt.so.13, which cannot be loaded" in said
     assert said.endswith("pip install 'nvidia-cublas~=13.0'")
-    assert said == f"device='cuda' cannot be had: {cuda_unavailable_reason()}"
+    assert said == f"device='cuda' is not available: {cuda_unavailable_reason()}"
     machine(FakeCuda(), missing=NAMES)
     assert refusal("cuda").endswith("pip install 'nvidia-cublas~=13.0' 'nvidia-cuda-runtime~=13.0'")
 
@@ -248,7 +248,7 @@ def test_providers_that_cannot_be() -> None:
         (("auto", [(name, None)]), "a provider must be a name"),
         (("auto", [name], [{}, {}]), "a list of 1 mappings"),
         (("auto", [name], {"a": 1}), "a list of 1 mappings"),
-        (("auto", [(name, {})], [{}]), "names alone"),
+        (("auto", [(name, {})], [{}]), "names only"),
         (("auto", [name], ["a"]), "the options a mapping"),
     ):
         assert expected in refusal(*arguments, error=InvalidArgumentError)
@@ -270,7 +270,7 @@ def test_providers_on_a_gpu_need_what_it_needs(machine: Callable[..., None]) -> 
 def test_what_a_library_is_linked_with() -> None:
     capi = Path(load_onnxruntime().__file__).parent / "capi"
     with next(capi.glob("onnxruntime_pybind11_state*.so")).open("rb") as file:
-        assert "libc.so.6" in libraries.needed(file)
+        assert "libc.so.6" in libraries.needed_names(file)
 
 
 def test_files_that_are_no_libraries(tmp_path: Path) -> None:
