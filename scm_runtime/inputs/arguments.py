@@ -1,4 +1,4 @@
-"""The arguments that a call, ``submit``, ``async_`` and ``stream`` share."""
+"""Names and types of the arguments that a Generator's call, ``submit``, ``async_`` and ``stream`` share."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Callback = Callable[["Generator", int, float, dict[str, NDArray[np.float32]]], M
 
 
 class BatchArguments(TypedDict, total=False):
-    """What holds for any number of samples; ``Generator.__call__`` says what each means."""
+    """Arguments that do not depend on the number of samples. ``Generator.__call__`` documents them."""
 
     num_inference_steps: int | None
     timesteps: Sequence[float] | None
@@ -35,22 +35,22 @@ class BatchArguments(TypedDict, total=False):
 
 
 class CallArguments(BatchArguments, total=False):
-    """All of a call's but the labels, which may stand first without their name."""
+    """Keyword arguments of a call, except class_labels, which may also be positional."""
 
     seed: Seeds | None
     batch_size: int | None
 
 
-CONDITIONING = ("guidance_scale", "prompt_embeds", "prompt_attention_mask")  # those with arguments of their own, beside class_labels
+CONDITIONING = ("guidance_scale", "prompt_embeds", "prompt_attention_mask")  # inputs with an argument each, besides class_labels
 
 
 def check_names(arguments: Mapping[str, object], kind: type[BatchArguments]) -> None:
-    """Raise TypeError, as Python does, for an argument that there is not."""
+    """Raise TypeError for an unknown argument, as Python does."""
     known = {name for base in (BatchArguments, kind) for name in base.__annotations__}
     if unknown := sorted(arguments.keys() - known):
-        raise TypeError(f"got an unexpected keyword argument {unknown[0]!r}: there are class_labels, {', '.join(sorted(known))}")
+        raise TypeError(f"got an unexpected keyword argument {unknown[0]!r}: known are class_labels, {', '.join(sorted(known))}")
 
 
 def conditioning_of(class_labels: Labels | None, arguments: BatchArguments) -> dict[str, Any]:
-    """All conditioning given, by the names of the graph's inputs; raises InvalidArgumentError."""
+    """Return the given conditioning by the names of the step graph's inputs; raises InvalidArgumentError."""
     return gather_conditioning(arguments.get("conditioning"), class_labels=class_labels, **{name: arguments.get(name) for name in CONDITIONING})

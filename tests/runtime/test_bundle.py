@@ -121,7 +121,7 @@ def test_names_of_files(bundle: Path, name: str) -> None:
         (lambda raw: raw["output"].update(shape=[8, 8]), r"output of kind 'image' must have the shape \[H, W, C\], got \[8, 8\]"),
         (lambda raw: raw["output"].update(kind="latent"), r"output of kind 'latent' must have the state's shape \[3, 8, 8\], got \[8, 8, 3\]"),
         (lambda raw: raw.update(time_unit="seconds"), "seconds"),
-        (lambda raw: raw["conditioning"].append(EMBEDDING | {"shape": []}), "'prompt_embeds' of kind 'embedding' must be an array a sample, got the shape"),
+        (lambda raw: raw["conditioning"].append(EMBEDDING | {"shape": []}), "'prompt_embeds' of kind 'embedding' must be an array per sample, got the shape"),
         (lambda raw: raw["conditioning"].append(EMBEDDING | {"shape": ["Tokens", 8]}), r"\$\.conditioning\[1\]\.shape"),
         (lambda raw: raw["conditioning"].append(EMBEDDING | {"shape": ["tokens", 0]}), r"\$\.conditioning\[1\]\.shape"),
         (lambda raw: raw["conditioning"].append(EMBEDDING | {"dtype": "int64"}), "'prompt_embeds' of kind 'embedding' must have the dtype float32, got int64"),
@@ -137,7 +137,7 @@ def test_names_of_files(bundle: Path, name: str) -> None:
         (lambda raw: raw["conditioning"].append(EMBEDDING | {"kind": "mask"}), "'prompt_embeds' of kind 'mask' must have the dtype int64, got float32"),
         (
             lambda raw: raw["conditioning"][0].update(shape=["tokens"]),
-            r"'class_labels' of kind 'class' must be one number a sample, got the shape \['tokens'\]",
+            r"'class_labels' of kind 'class' must be one number per sample, got the shape \['tokens'\]",
         ),
     ],
 )

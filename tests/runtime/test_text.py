@@ -152,7 +152,7 @@ def wrong_mask(value: float) -> NDArray[np.float64]:
         ({"prompt_embeds": EMBEDS[:0]}, "prompt_embeds must hold at least one value, got none"),
         ({"prompt_embeds": EMBEDS * np.nan}, "prompt_embeds must be finite, got NaN or infinity"),
         ({"prompt_embeds": EMBEDS.astype(np.float64) * 1e300}, "prompt_embeds must be finite, got NaN or infinity"),
-        ({"prompt_embeds": EMBEDS * 1j}, r"prompt_embeds must be an array of numbers, got ndarray \(complex64 is no real number\)"),
+        ({"prompt_embeds": EMBEDS * 1j}, r"prompt_embeds must be an array of numbers, got ndarray \(complex64 is not a real dtype\)"),
         ({"prompt_embeds": "a cat"}, "prompt_embeds must be an array of numbers, got str"),
         ({"prompt_embeds": [[1.0, 2.0], [3.0]]}, "prompt_embeds must be an array of numbers, got list"),
         ({"prompt_embeds": {"a": 1}}, "prompt_embeds must be an array of numbers, got dict"),
@@ -166,12 +166,15 @@ def wrong_mask(value: float) -> NDArray[np.float64]:
         ),
         (
             {"prompt_embeds": EMBEDS, "prompt_attention_mask": wrong_mask(2)},
-            "prompt_attention_mask must hold 1 where there is something and 0 where not, got 2",
+            "prompt_attention_mask must hold ones and zeros only, got 2",
         ),
-        ({"prompt_embeds": EMBEDS, "prompt_attention_mask": wrong_mask(0.5)}, "prompt_attention_mask must hold 1 .*, got 0.5"),
-        ({"prompt_embeds": EMBEDS, "prompt_attention_mask": wrong_mask(np.nan)}, "prompt_attention_mask must hold 1 .*, got nan"),
-        ({"prompt_embeds": EMBEDS, "prompt_attention_mask": np.zeros(7)}, "prompt_attention_mask must have at least one 1 a sample, got a sample of zeros"),
-        ({"prompt_embeds": EMBEDS, "prompt_attention_mask": MASK * [[1], [0], [1]]}, "prompt_attention_mask must have at least one 1 a sample"),
+        ({"prompt_embeds": EMBEDS, "prompt_attention_mask": wrong_mask(0.5)}, "prompt_attention_mask must hold ones and zeros only, got 0.5"),
+        ({"prompt_embeds": EMBEDS, "prompt_attention_mask": wrong_mask(np.nan)}, "prompt_attention_mask must hold ones and zeros only, got nan"),
+        (
+            {"prompt_embeds": EMBEDS, "prompt_attention_mask": np.zeros(7)},
+            "prompt_attention_mask must have at least one 1 per sample, got only zeros",
+        ),
+        ({"prompt_embeds": EMBEDS, "prompt_attention_mask": MASK * [[1], [0], [1]]}, "prompt_attention_mask must have at least one 1 per sample"),
         ({"prompt_embeds": EMBEDS, "batch_size": 2}, "all arguments must be for one batch size, got prompt_embeds: 3, batch_size: 2"),
         ({"prompt_embeds": EMBEDS, "prompt_attention_mask": MASK[:2]}, "must be for one batch size, got prompt_embeds: 3, prompt_attention_mask: 2"),
         (
@@ -179,10 +182,10 @@ def wrong_mask(value: float) -> NDArray[np.float64]:
             "class_labels was given, but the bundle 'text' takes prompt_embeds, prompt_attention_mask, guidance_scale",
         ),
         ({"prompt_embeds": EMBEDS, "conditioning": {"scores": 1}}, "scores was given, but the bundle 'text' takes prompt_embeds, prompt_attention_mask"),
-        ({"prompt_embeds": EMBEDS, "conditioning": {"prompt_embeds": EMBEDS}}, "prompt_embeds must be given once, got it in conditioning too"),
+        ({"prompt_embeds": EMBEDS, "conditioning": {"prompt_embeds": EMBEDS}}, "prompt_embeds must be given once, but conditioning has it too"),
         ({"prompt_embeds": EMBEDS, "conditioning": [("score", 1)]}, "conditioning must be a dict of the model's inputs by name, got list"),
         ({"prompt_embeds": EMBEDS, "conditioning": {"score": np.inf}}, "score must be a finite number"),
-        ({"prompt_embeds": EMBEDS, "guidance_scale": [[1.0]]}, "guidance_scale must be a finite number or one a sample"),
+        ({"prompt_embeds": EMBEDS, "guidance_scale": [[1.0]]}, "guidance_scale must be a finite number or one per sample"),
     ],
 )
 def test_what_does_not_fit(text: Generator, arguments: dict[str, Any], message: str) -> None:
@@ -286,8 +289,8 @@ RED = Image.fromarray(PIXELS[0])
         (PIXELS[0], r"images must be uint8 \[N, 8, 12, 3\], got uint8 \[8, 12, 3\]"),
         (PIXELS.swapaxes(1, 2), r"images must be uint8 \[N, 8, 12, 3\], got uint8 \[1, 12, 8, 3\]"),
         (PIXELS.astype(np.float32), r"images must be uint8 \[N, 8, 12, 3\], got float32 \[1, 8, 12, 3\]"),
-        (PIXELS[:0], "images must hold at least one picture, got none"),
-        ([], "images must hold at least one picture, got none"),
+        (PIXELS[:0], "images must hold at least one image, got none"),
+        ([], "images must hold at least one image, got none"),
         (RED.resize((8, 12)), r"images must have the size 12 x 8, got 8 x 12\. Resize them: image\.resize\(\(12, 8\)\)"),
         ([RED, RED.resize((24, 16))], "images must have the size 12 x 8, got 24 x 16"),
         (RED.convert("L"), r"images must have the mode RGB, got L\. Convert them: image\.convert\('RGB'\)"),
@@ -419,7 +422,7 @@ class Code:
 def test_a_file_of_embeddings_that_cannot_be_used(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: Callable[[Path], bytes | None], message: str
 ) -> None:
-    monkeypatch.setattr("scm_runtime.cli.embeddings.LARGEST", 2**20)
+    monkeypatch.setattr("scm_runtime.cli.embeddings.MAX_UNPACKED_BYTES", 2**20)
     path, content = tmp_path / "prompt.npz", data(tmp_path)
     if content is not None:
         path.write_bytes(content)
@@ -460,7 +463,7 @@ def test_inspect(bundle: Path, plain: Path) -> None:
     assert "also" not in shown
 
 
-def test_smoke_says_what_stands_in_for_the_text(bundle: Path, plain: Path) -> None:
+def test_smoke_names_the_placeholder_inputs(bundle: Path, plain: Path) -> None:
     for path in (bundle, plain):
         result = call("smoke", path)
         assert result.exit_code == 0, result.output
