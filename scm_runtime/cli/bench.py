@@ -14,7 +14,7 @@ from scm_runtime.bench.result import Cell, Comparison, MachinePeak, Memory, Mode
 from scm_runtime.cli.tables import facts_table, progress_bar
 
 COLUMNS = ("steps", "batch", "median\nms", "p95\nms", "min\nms", "images/s", "of\nmatmul", "of\ncopy", "runs")
-CAPTION = "of matmul, of copy: share of this machine's measured peak in matrix products and in copying"
+CAPTION = "of matmul, of copy: share of the machine's measured peak"
 
 
 @contextmanager

@@ -34,7 +34,7 @@ MAX_LEVELS, MAX_SHARE = 2, 0.01  # devices round differently: at most 1 % of the
 # Wheels that install into the folder onnxruntime, each with different providers.
 WHEELS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml", "onnxruntime-webgpu", "onnxruntime-qnn")
 CACHE_REMEDY = "Set SCM_CACHE_DIR to a folder that only you can write to, or turn the cache off: SCM_CACHE_DIR=''"
-REMOTE = {"AzureExecutionProvider": "it calls a remote service and computes nothing here"}
+REMOTE = {"AzureExecutionProvider": "it calls a service and computes nothing here"}
 ENVIRONMENT_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 
 

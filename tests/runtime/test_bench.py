@@ -99,7 +99,7 @@ def test_the_tables() -> None:
         "MiB at the peak",
     ):
         assert said in text
-    assert "share of this machine's measured peak" in text
+    assert "share of the machine's measured peak" in text
     assert "×" not in text
     assert result.stderr == ""  # which is no terminal
     assert max(map(len, call("digits", "--batch-sizes", "2", "--steps", "1", *QUICK, width=80).stdout.splitlines())) <= 80
