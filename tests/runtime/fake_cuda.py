@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from scm_runtime.common.runs import RunRegistry
 from scm_runtime.devices.placement import CPU, Placement
-from scm_runtime.engines.cuda.thread import CAPTURES
+from scm_runtime.engines.cuda.capture_lock import CAPTURES
 from scm_runtime.errors import InferenceError, OutOfMemoryError
 from scm_runtime.ort.session import Region, Session, Settings
 

@@ -25,11 +25,11 @@ from scm_runtime.bundle.manifest import read_manifest
 from scm_runtime.bundle.solver_tables import Schedules, along
 from scm_runtime.engines.cuda import gpu as cuda
 from scm_runtime.engines.cuda import slots as cuda_slots
+from scm_runtime.engines.cuda.capture_lock import Captures
 from scm_runtime.engines.cuda.dlpack import DeviceArray
 from scm_runtime.engines.cuda.engine import CudaEngine
-from scm_runtime.engines.cuda.open_engine import FINITE, open_cuda_engine
-from scm_runtime.engines.cuda.options import cuda_options
-from scm_runtime.engines.cuda.thread import Captures, CudaContext
+from scm_runtime.engines.cuda.open_engine import FINITE, cuda_options, open_cuda_engine
+from scm_runtime.engines.cuda.thread import CudaContext
 from scm_runtime.engines.engine import Engine, HostEngine, Trajectory
 from scm_runtime.engines.sessions import Graphs
 from scm_runtime.errors import DeviceError, GeneratorClosedError, InferenceError, InvalidArgumentError, MissingDependencyError, OutOfMemoryError

@@ -16,8 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scm_runtime.bundle.manifest import Dtype, Manifest
+from scm_runtime.engines.cuda.blocks import Block
+from scm_runtime.engines.cuda.capture import Graphed
 from scm_runtime.engines.cuda.dlpack import DeviceArray
-from scm_runtime.engines.cuda.slots import Block, Graphed, Key, Slot, Slots
+from scm_runtime.engines.cuda.slots import Key, Slot, Slots
 from scm_runtime.engines.cuda.thread import CudaContext
 from scm_runtime.engines.engine import Part, Trajectory, combines, weights_of
 from scm_runtime.engines.sessions import Graphs
