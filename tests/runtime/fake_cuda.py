@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from scm_runtime.common.runs import RunRegistry
 from scm_runtime.devices.placement import CPU, Placement
-from scm_runtime.engines.cuda.capture_lock import CAPTURES
+from scm_runtime.engines.cuda.capture_lock import CAPTURE_LOCK
 from scm_runtime.errors import InferenceError, OutOfMemoryError
 from scm_runtime.ort.session import Region, Session, Settings
 
@@ -228,7 +228,7 @@ class Machine:
         if not anywhere and not self.foreign_ok:
             self.threads.add(threading.get_ident())
             expect(len(self.threads) == 1, "CUDA was called in a second thread")
-        expect(not CAPTURES._capturing or self.inside_run, "CUDA was called while a graph was captured")
+        expect(not CAPTURE_LOCK._capturing or self.inside_run, "CUDA was called while a graph was captured")
 
     inside_run = False
 
@@ -447,7 +447,7 @@ class FakeBound:
             expect(session.captured[number] == addresses, "a captured graph is replayed with other addresses")
             expect(not machine.runs[-1].shrinks, "memory of a captured graph is given back")
             return
-        expect(CAPTURES._capturing, "other threads may call CUDA while a graph is captured")
+        expect(CAPTURE_LOCK._capturing, "other threads may call CUDA while a graph is captured")
         expect(session.stream.handle != LEGACY, "the default stream cannot be captured")
         if self.output.shape[0] in machine.no_memory_to_capture:
             raise OutOfMemoryError(f"'{session.path.name}' failed: Failed to allocate memory for requested buffer of size 123")

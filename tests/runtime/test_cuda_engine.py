@@ -23,9 +23,9 @@ import scm_runtime
 from runtime.fake_cuda import LEGACY, PLACEMENT, Capsule, CudaError, GraphRun, Machine, Stream
 from scm_runtime.bundle.manifest import read_manifest
 from scm_runtime.bundle.solver_tables import Schedules, along
-from scm_runtime.engines.cuda import gpu as cuda
-from scm_runtime.engines.cuda import slots as cuda_slots
-from scm_runtime.engines.cuda.capture_lock import Captures
+from scm_runtime.engines.cuda import static_buffers
+from scm_runtime.engines.cuda import stream as cuda
+from scm_runtime.engines.cuda.capture_lock import CaptureLock
 from scm_runtime.engines.cuda.dlpack import DeviceArray
 from scm_runtime.engines.cuda.engine import CudaEngine
 from scm_runtime.engines.cuda.open_engine import FINITE, cuda_options, open_cuda_engine
@@ -43,7 +43,7 @@ MANIFEST = read_manifest(DIGITS)
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     made = Machine()
-    monkeypatch.setattr(cuda, "_loaded", made.modules)
+    monkeypatch.setattr(cuda, "_import_cuda", made.modules)
     return made
 
 
@@ -91,7 +91,7 @@ def sampled(engine: Engine, trajectory: Trajectory) -> NDArray[Any]:
 def in_use(machine: Machine, engine: CudaEngine) -> int:
     """Bytes of the device, once what nobody refers to is freed."""
     gc.collect()
-    engine.run(engine._context.gpu.free_discarded)
+    engine.run(engine._context.stream.free_deferred)
     return machine.used
 
 
@@ -232,20 +232,20 @@ def test_every_shape_is_captured_once_and_replayed(engine: CudaEngine, machine: 
     sampled(engine, call(3, 4))
     assert {run.number for run in machine.runs} == {numbers[2]}
     assert engine.cuda_graph
-    assert engine.captured == 2
+    assert engine.captured_graphs == 2
 
 
 def test_no_more_graphs_than_the_bound(engine: CudaEngine, machine: Machine, host: HostEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_slots, "MAX_GRAPHS", 2)
-    monkeypatch.setattr(cuda_slots, "MAX_OTHERS", 1)
+    monkeypatch.setattr(static_buffers, "MAX_GRAPHS", 2)
+    monkeypatch.setattr(static_buffers, "MAX_UNCAPTURED", 1)
     for n in (1, 2, 3, 4, 3, 1):
         np.testing.assert_array_equal(sampled(engine, call(*range(n))), sampled(host, call(*range(n))))
     assert {run.n for run in machine.runs if run.number != -1} == {1, 2}
-    assert engine.captured == 2
+    assert engine.captured_graphs == 2
 
 
 def test_places_without_a_graph_make_room_for_each_other(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_slots, "MAX_OTHERS", 1)
+    monkeypatch.setattr(static_buffers, "MAX_UNCAPTURED", 1)
     engine = opened(machine, cuda_graph=False)
     used = []
     for n in (4, 5, 4, 5):
@@ -609,18 +609,18 @@ def test_marks_measure_on_the_stream_from_any_thread(engine: CudaEngine) -> None
 
 
 def test_a_capture_waits_for_other_jobs_and_holds_new_ones_up() -> None:
-    captures, order, inside = Captures(), [], threading.Event()
+    captures, order, inside = CaptureLock(), [], threading.Event()
     leave = threading.Event()
 
     def other(name: str) -> None:
-        with captures.working():
+        with captures.shared():
             order.append(name)
             inside.set()
             leave.wait(10)
             order.append(f"{name} ends")
 
     def capture() -> None:
-        with captures.working(), captures.alone():
+        with captures.shared(), captures.exclusive():
             order.append("captures")
 
     first = threading.Thread(target=other, args=("first",))
@@ -667,7 +667,7 @@ def test_a_device_that_cannot_be_used_is_named(machine: Machine, monkeypatch: py
         raise CudaError("CUDA_ERROR_NO_DEVICE: no CUDA-capable device is detected")
 
     core.Device = broken
-    monkeypatch.setattr(cuda, "_loaded", lambda: (core, *others))
+    monkeypatch.setattr(cuda, "_import_cuda", lambda: (core, *others))
     with pytest.raises(DeviceError, match=r"cuda:3 cannot be used: .*NO_DEVICE.* scm-runtime doctor"):
         CudaContext(3)
 

@@ -17,7 +17,7 @@ from holding import PATIENCE_S, engine_of
 from runtime.fake_cuda import PLACEMENT, Capsule, FakeSession, Machine
 from scm_runtime import Generator, GeneratorClosedError, NonFiniteError, OutOfMemoryError, generator
 from scm_runtime.devices.placement import CPU
-from scm_runtime.engines.cuda import gpu as cuda
+from scm_runtime.engines.cuda import stream as cuda
 from scm_runtime.engines.cuda.dlpack import DeviceArray
 from scm_runtime.engines.cuda.open_engine import open_cuda_engine
 from scm_runtime.ort.session import Session, Settings
@@ -28,7 +28,7 @@ SEEDS = [1, 2, 3]
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     made = Machine()
-    monkeypatch.setattr(cuda, "_loaded", made.modules)
+    monkeypatch.setattr(cuda, "_import_cuda", made.modules)
     monkeypatch.setattr(generator, "place", lambda device, *_: PLACEMENT if device == "cuda" else CPU)
     assert open_cuda_engine.__kwdefaults__ is not None
     monkeypatch.setitem(open_cuda_engine.__kwdefaults__, "open_session", made.open_session)

@@ -6,39 +6,39 @@ import logging
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from scm_runtime.engines.cuda.capture_lock import CAPTURES
-from scm_runtime.engines.cuda.gpu import is_fatal
+from scm_runtime.engines.cuda.capture_lock import CAPTURE_LOCK
+from scm_runtime.engines.cuda.stream import is_fatal
 from scm_runtime.engines.cuda.thread import CudaContext
 from scm_runtime.errors import GeneratorClosedError, InferenceError, OutOfMemoryError
 from scm_runtime.ort.session import Bound, Region, Session
 
 # Before a capture, which must not allocate. ONNX Runtime runs twice on its own account, after which its arena may still have to grow.
-PREPARATIONS = 2
+WARMUP_RUNS = 2
 
 _log = logging.getLogger("scm_runtime")
 
 
-class Graph:
+class DeviceSession:
     """An open session, whether all of it runs on the device, and whether its runs may be captured."""
 
-    def __init__(self, context: CudaContext, session: Session, *, resident: bool, capture: bool) -> None:
-        self.context, self.session, self.resident, self.capture = context, session, resident, resident and capture
-        self.captured = 0
-        self.shrink = False
+    def __init__(self, context: CudaContext, ort_session: Session, *, all_on_device: bool, capture: bool) -> None:
+        self.context, self.ort_session, self.all_on_device, self.capture_enabled = context, ort_session, all_on_device, all_on_device and capture
+        self.capture_count = 0
+        self.shrink_arena = False
         """Whether the next run is to give back what the arena has spare."""
 
-    def bind(self, inputs: Mapping[str, Region], output: Region, number: int | None) -> Run:
-        """A run at these addresses, captured under this number unless it is None."""
-        return Run(self, inputs, output, number)
+    def bind(self, inputs: Mapping[str, Region], output: Region, graph_id: int | None) -> BoundRun:
+        """A run at these addresses, captured under this graph ID unless it is None."""
+        return BoundRun(self, inputs, output, graph_id)
 
 
-class Run:
+class BoundRun:
     """A session bound to fixed addresses."""
 
-    def __init__(self, graph: Graph, inputs: Mapping[str, Region], output: Region, number: int | None) -> None:
-        self._graph, self._inputs, self._output = graph, dict(inputs), output
-        self._number = number
-        self._bound: Bound | None = None
+    def __init__(self, session: DeviceSession, inputs: Mapping[str, Region], output: Region, graph_id: int | None) -> None:
+        self._session, self._inputs, self._output = session, dict(inputs), output
+        self._graph_id = graph_id
+        self._uncaptured: Bound | None = None
         self._captured: Bound | None = None
 
     @property
@@ -53,80 +53,80 @@ class Run:
             OutOfMemoryError: memory did not suffice.
             InferenceError: ONNX Runtime failed.
         """
-        graph = self._graph
-        if not graph.resident:
-            self._run_copied()
-        elif graph.shrink and not graph.captured:
-            graph.shrink = False
-            self._shrink()
+        session = self._session
+        if not session.all_on_device:
+            self._run_with_copies()
+        elif session.shrink_arena and not session.capture_count:
+            session.shrink_arena = False
+            self._run_and_shrink_arena()
         elif self._captured is not None:
             self._captured()
-        elif self._number is None or not graph.capture:
-            self._plain()
+        elif self._graph_id is None or not session.capture_enabled:
+            self._run_uncaptured()
         else:
-            self._capture(self._number)
+            self._warm_up_and_capture(self._graph_id)
 
-    def _plain(self) -> None:
-        if self._bound is None:
-            self._bound = self._bind(None)
-        self._bound()
+    def _run_uncaptured(self) -> None:
+        if self._uncaptured is None:
+            self._uncaptured = self._bind(None)
+        self._uncaptured()
 
-    def _run_copied(self) -> None:
+    def _run_with_copies(self) -> None:
         # What nodes on the CPU read, ONNX Runtime copies when it is bound and not when it runs, in no order with the stream.
-        self._graph.context.gpu.synchronize()
-        self._graph.session.bind(self._inputs, self._output, run_options={"gpu_graph_id": "-1"})()
+        self._session.context.stream.synchronize()
+        self._session.ort_session.bind(self._inputs, self._output, run_options={"gpu_graph_id": "-1"})()
 
-    def _capture(self, number: int) -> None:
-        graph = self._graph
-        for _ in range(PREPARATIONS):
-            self._plain()
-        bound = self._bind(number)
+    def _warm_up_and_capture(self, graph_id: int) -> None:
+        session = self._session
+        for _ in range(WARMUP_RUNS):
+            self._run_uncaptured()
+        bound = self._bind(graph_id)
         try:
-            with CAPTURES.alone():
+            with CAPTURE_LOCK.exclusive():
                 try:
                     bound()
                 except (InferenceError, GeneratorClosedError) as error:
                     if not is_fatal(error):
-                        graph.context.gpu.end_capture()
+                        session.context.stream.abort_capture()
                     raise
         except InferenceError as error:
             if is_fatal(error):
                 raise
-            self._number = None
+            self._graph_id = None
             # Memory that was not there while nothing could be allocated is a matter of this shape alone.
-            graph.capture = graph.capture and isinstance(error, OutOfMemoryError)
-            _log.info("'%s' runs without a CUDA graph for %d samples: %s", graph.session.path.name, self._output.shape[0], error)
-            self._plain()
+            session.capture_enabled = session.capture_enabled and isinstance(error, OutOfMemoryError)
+            _log.info("'%s' runs without a CUDA graph for %d samples: %s", session.ort_session.path.name, self._output.shape[0], error)
+            self._run_uncaptured()
         else:
             self._captured = bound
-            graph.captured += 1
+            session.capture_count += 1
 
-    def _shrink(self) -> None:
+    def _run_and_shrink_arena(self) -> None:
         try:
-            self._bind(None, {"memory.enable_memory_arena_shrinkage": f"gpu:{self._graph.context.index}"})()
+            self._bind(None, {"memory.enable_memory_arena_shrinkage": f"gpu:{self._session.context.index}"})()
         except InferenceError as error:
             if is_fatal(error) or isinstance(error, OutOfMemoryError):
                 raise
-            _log.debug("'%s' keeps its arena: %s", self._graph.session.path.name, error)
-            self._plain()
+            _log.debug("'%s' keeps its arena: %s", self._session.ort_session.path.name, error)
+            self._run_uncaptured()
 
-    def _bind(self, number: int | None, options: Mapping[str, str] | None = None) -> Bound:
+    def _bind(self, graph_id: int | None, options: Mapping[str, str] | None = None) -> Bound:
         # Everything is on one stream: nobody needs the end of a run but who fetches, and that waits for itself.
-        entries = {"disable_synchronize_execution_providers": "1", "gpu_graph_id": "-1" if number is None else str(number), **(options or {})}
-        return self._graph.session.bind(self._inputs, self._output, run_options=entries)
+        entries = {"disable_synchronize_execution_providers": "1", "gpu_graph_id": "-1" if graph_id is None else str(graph_id), **(options or {})}
+        return self._session.ort_session.bind(self._inputs, self._output, run_options=entries)
 
 
-class Graphed(NamedTuple):
+class EngineSessions(NamedTuple):
     """The sessions that a slot runs."""
 
-    noise: Graph
-    step: Graph
-    finite: Graph
-    decode: Graph
-    combine: Graph | None = None
+    noise: DeviceSession
+    step: DeviceSession
+    finite: DeviceSession
+    decode: DeviceSession
+    combine: DeviceSession | None = None
     """Of a bundle with samplers."""
 
     @property
-    def all(self) -> list[Graph]:
+    def all(self) -> list[DeviceSession]:
         """Those there are."""
-        return [graph for graph in self if graph is not None]
+        return [session for session in self if session is not None]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-class Captures:
+class CaptureLock:
     """Lets one thread of the process capture a CUDA graph while none of the others that work for us calls CUDA.
 
     ONNX Runtime captures in the mode in which an allocation in any thread of the process, also for another device, is an error there and spoils the
@@ -16,51 +16,51 @@ class Captures:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._working = self._waiting = 0
+        self._holders = self._waiting = 0
         self._capturing = False
-        self._here = threading.local()
+        self._local = threading.local()
 
     @contextmanager
-    def working(self) -> Iterator[None]:
+    def shared(self) -> Iterator[None]:
         """A job that may call CUDA."""
-        self._enter()
+        self._acquire()
         try:
             yield
         finally:
-            self._leave()
+            self._release()
 
     @contextmanager
-    def resting(self) -> Iterator[None]:
+    def released(self) -> Iterator[None]:
         """Within a job or not: while it waits for another thread's, which may want to capture."""
-        if not getattr(self._here, "working", False):
+        if not getattr(self._local, "held", False):
             yield
             return
-        self._leave()
+        self._release()
         try:
             yield
         finally:
-            self._enter()
+            self._acquire()
 
-    def _enter(self) -> None:
+    def _acquire(self) -> None:
         with self._changed:
             self._changed.wait_for(lambda: not self._capturing and not self._waiting)
-            self._working += 1
-        self._here.working = True
+            self._holders += 1
+        self._local.held = True
 
-    def _leave(self) -> None:
-        self._here.working = False
+    def _release(self) -> None:
+        self._local.held = False
         with self._changed:
-            self._working -= 1
+            self._holders -= 1
             self._changed.notify_all()
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
+    def exclusive(self) -> Iterator[None]:
         """Within a job: until the other jobs stand still, and while they do."""
         with self._changed:
-            self._working -= 1
+            self._holders -= 1
             self._waiting += 1
             self._changed.notify_all()
-            self._changed.wait_for(lambda: not self._capturing and not self._working)
+            self._changed.wait_for(lambda: not self._capturing and not self._holders)
             self._waiting -= 1
             self._capturing = True
         try:
@@ -68,8 +68,8 @@ class Captures:
         finally:
             with self._changed:
                 self._capturing = False
-                self._working += 1
+                self._holders += 1
                 self._changed.notify_all()
 
 
-CAPTURES = Captures()
+CAPTURE_LOCK = CaptureLock()

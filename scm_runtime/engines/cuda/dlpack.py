@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from scm_runtime.engines.cuda.gpu import LEGACY, Gpu, Memory
+from scm_runtime.engines.cuda.stream import LEGACY_STREAM, CudaStream, DeviceBuffer
 
 KDLCUDA = 2  # DLPack's number of the device type
 
@@ -14,17 +14,17 @@ KDLCUDA = 2  # DLPack's number of the device type
 class DeviceArray:
     """A result in the device's memory, for ``from_dlpack`` of torch, JAX, CuPy and others. It lives as long as somebody holds it, without the Generator too."""
 
-    def __init__(self, gpu: Gpu, memory: Memory, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
-        self._gpu, self._memory, self.shape, self.dtype = gpu, memory, shape, dtype
+    def __init__(self, stream: CudaStream, memory: DeviceBuffer, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        self._stream, self._memory, self.shape, self.dtype = stream, memory, shape, dtype
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __repr__(self) -> str:
-        return f"DeviceArray({self.dtype} {list(self.shape)}, cuda:{self._gpu.index})"
+        return f"DeviceArray({self.dtype} {list(self.shape)}, cuda:{self._stream.index})"
 
     def __dlpack_device__(self) -> tuple[int, int]:
-        return (KDLCUDA, self._gpu.index)
+        return (KDLCUDA, self._stream.index)
 
     def __dlpack__(
         self,
@@ -52,5 +52,5 @@ class DeviceArray:
         if stream == 0 or (stream is not None and stream < -1):
             raise BufferError(f"stream must be None, -1, 1, 2 or a handle, got {stream}")
         if stream != -1:
-            self._gpu.make_wait(stream or LEGACY, self._memory.written)
-        return self._gpu.export(self._memory, self.shape, self.dtype, max_version)
+            self._stream.stream_wait_event(stream or LEGACY_STREAM, self._memory.ready_event)
+        return self._stream.export_dlpack(self._memory, self.shape, self.dtype, max_version)

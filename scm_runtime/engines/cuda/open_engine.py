@@ -9,7 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from scm_runtime.bundle.manifest import Dtype, Manifest
-from scm_runtime.engines.cuda.capture import Graph, Graphed
+from scm_runtime.engines.cuda.capture import DeviceSession, EngineSessions
 from scm_runtime.engines.cuda.engine import CudaEngine
 from scm_runtime.engines.cuda.thread import CudaContext
 from scm_runtime.engines.sessions import Graphs
@@ -53,14 +53,14 @@ def open_cuda_engine(
         InvalidArgumentError: the provider's options name what has an argument of its own.
     """
     opener = _Opener(context, settings, gpu_mem_limit, open_session)
-    capture = cuda_graph and context.gpu.can_capture
+    capture = cuda_graph and context.stream.can_capture
 
     def open_all() -> CudaEngine:
         graphs = Graphs(folder, manifest, dtype, opener.open)
         finite = opener.open_finite()
         sessions = (graphs.noise, graphs.step, finite, graphs.decode, *([graphs.combine] if manifest.samplers else []))
-        graphed = Graphed(*(Graph(context, session, resident=_is_resident(session), capture=capture) for session in sessions))
-        return CudaEngine(context, graphs, graphed, dtype, manifest)
+        device_sessions = EngineSessions(*(DeviceSession(context, session, all_on_device=_is_all_on_device(session), capture=capture) for session in sessions))
+        return CudaEngine(context, graphs, device_sessions, dtype, manifest)
 
     return context.run(open_all)
 
@@ -73,38 +73,38 @@ class _Opener:
             options = cuda_options(context.index, gpu_mem_limit=gpu_mem_limit, cuda_graph=cuda_graph, stream_handle=context.stream_handle, extra=extra)
             return replace(settings, placement=replace(settings.placement, providers=((provider, options), *rest)))
 
-        self._anyhow, self._whole = settings_for(False), settings_for(True)
+        self._with_cpu_nodes, self._fully_on_device = settings_for(False), settings_for(True)
         self._open_session = open_session
 
     def open(self, path: Path) -> Session:
         """Open a graph of the bundle."""
         # The optional graphs are called with the host's arrays, which ONNX Runtime copies for each node as it is needed.
         if path.name.startswith(("encode.", "preview.")):
-            return self._open_session(path, self._anyhow)
-        return self._open(path, self._whole, self._anyhow)
+            return self._open_session(path, self._with_cpu_nodes)
+        return self._open(path, self._fully_on_device, self._with_cpu_nodes)
 
     def open_finite(self) -> Session:
         """Open the graph that looks for NaN and infinity. It is no part of the bundle: the cache does not know it."""
-        whole, anyhow = (replace(settings, cached=None, library=None) for settings in (self._whole, self._anyhow))
-        return self._open(FINITE, whole, anyhow)
+        fully_on_device, with_cpu_nodes = (replace(settings, cached=None, library=None) for settings in (self._fully_on_device, self._with_cpu_nodes))
+        return self._open(FINITE, fully_on_device, with_cpu_nodes)
 
-    def _open(self, path: Path, whole: Settings, anyhow: Settings) -> Session:
+    def _open(self, path: Path, fully_on_device: Settings, with_cpu_nodes: Settings) -> Session:
         """With all nodes on the device, or else with some on the CPU.
 
         ONNX Runtime refuses what cannot be on the device as a whole when it is to be ready for CUDA graphs, so it is asked to be, whether any is captured
         or not: a run says which graph it is, or none.
         """
         try:
-            return self._open_session(path, whole)
+            return self._open_session(path, fully_on_device)
         except (OutOfMemoryError, DeviceError, NativeOpsError):
             raise
         except InferenceError as error:  # what is wrong otherwise comes again
-            session = self._open_session(path, anyhow)
+            session = self._open_session(path, with_cpu_nodes)
             _log.info("'%s' runs with copies to the CPU and back, and without CUDA graphs: %s", path.name, error)
             return session
 
 
-def _is_resident(session: Session) -> bool:
+def _is_all_on_device(session: Session) -> bool:
     return session.settings.placement.providers[0][1]["enable_cuda_graph"] == "1"
 
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from scm_runtime.common.runs import Run, RunRegistry
-from scm_runtime.engines.cuda.capture_lock import CAPTURES
-from scm_runtime.engines.cuda.gpu import Gpu, is_fatal
+from scm_runtime.engines.cuda.capture_lock import CAPTURE_LOCK
+from scm_runtime.engines.cuda.stream import CudaStream, is_fatal
 from scm_runtime.errors import DeviceError, GeneratorClosedError, InferenceError
 
 Result = TypeVar("Result")
@@ -36,26 +36,26 @@ class _Worker:
 
     def __init__(self) -> None:
         self.jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self.lost: str | None = None
+        self.fatal_error: str | None = None
 
     def work(self) -> None:
         while (job := self.jobs.get()) is not None:
             try:
-                with CAPTURES.working():
+                with CAPTURE_LOCK.shared():
                     assert job.what is not None
                     job.result = job.what()
             except BaseException as error:  # noqa: BLE001 - the caller gets it
-                job.error = self._judged(error)
+                job.error = self._classify(error)
             job.what = None  # may hold much, and this frame lives until the next job
             job.run.end()
             job.done.release()
             del job
 
-    def _judged(self, error: BaseException) -> BaseException:
+    def _classify(self, error: BaseException) -> BaseException:
         if not isinstance(error, InferenceError) or not is_fatal(error):
             return error
-        self.lost = f"CUDA failed in a way that the process cannot recover from: {error} Restart the process."
-        lost = InferenceError(self.lost)
+        self.fatal_error = f"CUDA failed in a way that the process cannot recover from: {error} Restart the process."
+        lost = InferenceError(self.fatal_error)
         lost.__cause__ = error
         return lost
 
@@ -63,13 +63,13 @@ class _Worker:
 class CudaContext:
     """A device, a stream of it, and the thread that works there. Engines share it, and the last one that closes ends it."""
 
-    def __init__(self, index: int, stream: object | None = None, *, open_gpu: Callable[[int, object | None], Gpu] = Gpu) -> None:
+    def __init__(self, index: int, stream: object | None = None, *, open_stream: Callable[[int, object | None], CudaStream] = CudaStream) -> None:
         """Take a device.
 
         Args:
             index: of the device.
-            stream: the host's, see ``gpu.read_stream``; None for one of our own.
-            open_gpu: for tests.
+            stream: the host's, see ``stream.parse_stream``; None for one of our own.
+            open_stream: for tests.
 
         Raises:
             InvalidArgumentError: the stream is of another device, or none.
@@ -84,13 +84,13 @@ class CudaContext:
         self._thread = threading.Thread(target=self._worker.work, name=f"scm-runtime cuda:{index}", daemon=True)
         self._thread.start()
         try:
-            self.gpu: Gpu = self.run(lambda: open_gpu(index, stream))
+            self.stream: CudaStream = self.run(lambda: open_stream(index, stream))
         except BaseException as error:
             self._worker.jobs.put(None)
             if isinstance(error, InferenceError):
                 raise DeviceError(f"cuda:{index} cannot be used: {error}. scm-runtime doctor shows what is missing.") from error
             raise
-        self.stream_handle = self.gpu.stream_handle
+        self.stream_handle = self.stream.stream_handle
 
     def __del__(self) -> None:
         self._worker.jobs.put(None)
@@ -110,11 +110,11 @@ class CudaContext:
         with self._lock:
             if self._closed:
                 raise GeneratorClosedError("this Generator is closed: make a new one")
-            if self._worker.lost is not None:
-                raise InferenceError(self._worker.lost)
+            if self._worker.fatal_error is not None:
+                raise InferenceError(self._worker.fatal_error)
             job.run.begin()
             self._worker.jobs.put(job)
-        with CAPTURES.resting():
+        with CAPTURE_LOCK.released():
             job.done.acquire()
         if job.error is not None:
             try:
@@ -125,9 +125,9 @@ class CudaContext:
         return result
 
     @property
-    def lost(self) -> bool:
+    def context_lost(self) -> bool:
         """Whether CUDA failed in a way that the process cannot recover from."""
-        return self._worker.lost is not None
+        return self._worker.fatal_error is not None
 
     def retain(self) -> None:
         """One more engine works here."""
@@ -141,8 +141,8 @@ class CudaContext:
             if self._users or self._closed:
                 return
         try:
-            if not self.lost:
-                self.run(self.gpu.close)
+            if not self.context_lost:
+                self.run(self.stream.close)
         finally:
             with self._lock:
                 self._closed = True
