@@ -285,7 +285,7 @@ def test_a_graph_that_cannot_be_captured_runs_without(machine: Machine, host: Ho
     with caplog.at_level(logging.INFO, "scm_runtime"):
         for seeds in ((1,), (1, 2), (1,)):
             np.testing.assert_array_equal(sampled(engine, call(*seeds)), sampled(host, call(*seeds)))
-    assert [record.getMessage().split(":")[0] for record in caplog.records] == ["'step.fp32.onnx' runs without a CUDA graph for 1 samples"]
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == ["'step.fp32.onnx' runs without a CUDA graph for a batch of 1"]
     assert sum(run.number != -1 for run in machine.runs if run.graph == "step.fp32.onnx") == 1
     assert not engine.cuda_graph
     engine.close()
@@ -340,7 +340,7 @@ def test_the_default_stream_is_never_captured(machine: Machine, host: HostEngine
 
 
 def test_a_stream_of_another_device_is_refused(machine: Machine) -> None:
-    with pytest.raises(InvalidArgumentError, match=r"one of the device cuda:0, got one of cuda:1"):
+    with pytest.raises(InvalidArgumentError, match=r"belong to the device cuda:0, got a stream of cuda:1"):
         CudaContext(0, machine.make_stream(1).handle)
 
 
@@ -435,7 +435,7 @@ def test_out_of_memory_says_what_helps_and_leaves_an_engine_that_works(machine: 
     before = sampled(engine, call(1))
     settled = in_use(machine, engine)
     machine.largest_batch = 4
-    with pytest.raises(OutOfMemoryError, match=r"does not suffice for a batch of 8 in fp32\. Try a smaller batch, half precision.*gpu_mem_limit") as raised:
+    with pytest.raises(OutOfMemoryError, match=r"cuda:0 is out of memory with a batch of 8 in fp32\. Try a smaller batch, half precision.*gpu_mem_limit") as raised:
         sampled(engine, call(*range(8)))
     del raised  # its frames hold what they worked with
     assert in_use(machine, engine) == settled
@@ -656,7 +656,7 @@ def test_provider_options() -> None:
     assert (options["device_id"], options["user_compute_stream"], options["enable_cuda_graph"], options["use_tf32"]) == ("1", "77", "1", "1")
     assert cuda_options(0, cuda_graph=False, stream_handle=77)["enable_cuda_graph"] == "0"
     for name, argument in (("user_compute_stream", "stream"), ("enable_cuda_graph", "cuda_graph"), ("device_id", "device")):
-        with pytest.raises(InvalidArgumentError, match=rf"leave {name} out: give {argument}="):
+        with pytest.raises(InvalidArgumentError, match=rf"must not contain {name}: pass {argument}="):
             cuda_options(0, stream_handle=77, extra={name: "5"})
 
 

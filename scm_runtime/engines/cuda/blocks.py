@@ -1,4 +1,4 @@
-"""Several tensors in one piece of a device's memory."""
+"""Named tensors in one allocation of device memory."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from scm_runtime.engines.cuda.stream import DeviceBuffer
 from scm_runtime.engines.cuda.thread import CudaContext
 from scm_runtime.ort.session import Region
 
-ALIGNMENT = 256  # bytes: what cudaMalloc gives, and vectorised loads may count on
+ALIGNMENT = 256  # bytes, as cudaMalloc aligns; kernels with vectorized loads rely on it
 
 TensorSpec = tuple[type[np.generic], tuple[int, ...]]
+"""Dtype and shape of a tensor."""
 
 
 class Layout:
-    """Tensors in one piece of memory, in order, each aligned."""
+    """Offsets of tensors that lie in one allocation, in the given order, each aligned to ``ALIGNMENT``."""
 
     def __init__(self, fields: tuple[tuple[str, TensorSpec], ...]) -> None:
         self.fields = dict(fields)
         self.offsets: dict[str, int] = {}
         self.nbytes = {name: np.dtype(dtype).itemsize * prod(shape) for name, (dtype, shape) in fields}
-        """In bytes."""
+        """Size of each tensor in bytes, without padding."""
         self.total_nbytes = 0
         for name, size in self.nbytes.items():
             self.offsets[name] = self.total_nbytes
@@ -33,7 +34,7 @@ class Layout:
         self._structured: dict[tuple[str, ...], tuple[int, np.dtype[Any]]] = {}
 
     def structured_dtype(self, names: tuple[str, ...]) -> tuple[int, np.dtype[Any]]:
-        """Some of the tensors, that stand together, as NumPy writes them at once: where the first one begins, and the dtype of all."""
+        """Return the offset of the first of some adjacent tensors, and the NumPy structured dtype that holds all of them."""
         if names not in self._structured:
             first, end = min(self.offsets[name] for name in names), max(self.offsets[name] + self.nbytes[name] for name in names)
             offsets = [self.offsets[name] - first for name in names]
@@ -46,26 +47,26 @@ _cached_layout = lru_cache(64)(Layout)
 
 
 class TensorBlock:
-    """Memory with several tensors in it."""
+    """One allocation of device memory that holds several tensors."""
 
     def __init__(self, context: CudaContext, fields: Mapping[str, TensorSpec]) -> None:
-        """Allocate. Raises OutOfMemoryError."""
+        """Allocate uninitialized memory for tensors of these dtypes and shapes. Raises OutOfMemoryError."""
         self._layout, self._stream = _cached_layout(tuple(fields.items())), context.stream
         self.nbytes = self._layout.nbytes
-        self._memory: DeviceBuffer = self._stream.allocate(self._layout.total_nbytes)
+        self._buffer: DeviceBuffer = self._stream.allocate(self._layout.total_nbytes)
 
     def address(self, name: str) -> int:
-        """Where a tensor lies."""
-        return self._memory.address + self._layout.offsets[name]
+        """Return the device address of a tensor."""
+        return self._buffer.address + self._layout.offsets[name]
 
     def tensor(self, name: str) -> Region:
-        """A tensor, for a session to be bound to."""
+        """Return a tensor's address, dtype and shape, to bind a session to it."""
         return Region(self.address(name), *self._layout.fields[name])
 
     def upload(self, arrays: Mapping[str, Any]) -> None:
-        """Write tensors that stand together, in one copy."""
+        """Enqueue one copy that writes some adjacent tensors from host arrays or numbers."""
         first, dtype = self._layout.structured_dtype(tuple(arrays))
         packed = np.zeros((), dtype)
         for name, array in arrays.items():
             packed[name] = array
-        self._stream.upload(self._memory.address + first, packed)
+        self._stream.upload(self._buffer.address + first, packed)

@@ -1,4 +1,4 @@
-"""Sessions bound to fixed addresses of a device, and the CUDA graphs captured of their runs."""
+"""Sessions bound to fixed device addresses, and the capture and replay of their runs as CUDA graphs."""
 
 from __future__ import annotations
 
@@ -12,28 +12,34 @@ from scm_runtime.engines.cuda.thread import CudaContext
 from scm_runtime.errors import GeneratorClosedError, InferenceError, OutOfMemoryError
 from scm_runtime.ort.session import Bound, Region, Session
 
-# Before a capture, which must not allocate. ONNX Runtime runs twice on its own account, after which its arena may still have to grow.
+# Runs before a capture, during which nothing may be allocated. ONNX Runtime adds two warm-up runs of its own, and its arena may still grow after those.
 WARMUP_RUNS = 2
 
 _log = logging.getLogger("scm_runtime")
 
 
 class DeviceSession:
-    """An open session, whether all of it runs on the device, and whether its runs may be captured."""
+    """An ONNX Runtime session on a CUDA device, with what is known about its nodes and its captures.
+
+    Attributes:
+        all_on_device: whether all of the graph's nodes run on the device.
+        capture_enabled: whether its runs are captured; set to False after a capture failed.
+        capture_count: number of CUDA graphs captured so far.
+        shrink_arena: whether the next run frees the unused memory of the session's arena.
+    """
 
     def __init__(self, context: CudaContext, ort_session: Session, *, all_on_device: bool, capture: bool) -> None:
         self.context, self.ort_session, self.all_on_device, self.capture_enabled = context, ort_session, all_on_device, all_on_device and capture
         self.capture_count = 0
         self.shrink_arena = False
-        """Whether the next run is to give back what the arena has spare."""
 
     def bind(self, inputs: Mapping[str, Region], output: Region, graph_id: int | None) -> BoundRun:
-        """A run at these addresses, captured under this graph ID unless it is None."""
+        """Bind the session to device tensors. Its runs are captured under ``graph_id``, unless that is None."""
         return BoundRun(self, inputs, output, graph_id)
 
 
 class BoundRun:
-    """A session bound to fixed addresses."""
+    """A session bound to fixed device addresses. Calling it enqueues a run."""
 
     def __init__(self, session: DeviceSession, inputs: Mapping[str, Region], output: Region, graph_id: int | None) -> None:
         self._session, self._inputs, self._output = session, dict(inputs), output
@@ -43,15 +49,16 @@ class BoundRun:
 
     @property
     def captured(self) -> bool:
-        """Whether a CUDA graph stands for it."""
+        """Whether the run was captured, and calls replay the CUDA graph."""
         return self._captured is not None
 
     def __call__(self) -> None:
-        """Put the work on the stream; the first time several times over, so that it can be captured.
+        """Enqueue the work on the stream. A call that captures enqueues it several times, to warm up.
 
         Raises:
-            OutOfMemoryError: memory did not suffice.
+            OutOfMemoryError: the device is out of memory.
             InferenceError: ONNX Runtime failed.
+            GeneratorClosedError: the run was terminated.
         """
         session = self._session
         if not session.all_on_device:
@@ -72,7 +79,7 @@ class BoundRun:
         self._uncaptured()
 
     def _run_with_copies(self) -> None:
-        # What nodes on the CPU read, ONNX Runtime copies when it is bound and not when it runs, in no order with the stream.
+        # ONNX Runtime copies the inputs of CPU nodes when they are bound, not when the session runs, and not in the order of the stream.
         self._session.context.stream.synchronize()
         self._session.ort_session.bind(self._inputs, self._output, run_options={"gpu_graph_id": "-1"})()
 
@@ -93,9 +100,9 @@ class BoundRun:
             if is_fatal(error):
                 raise
             self._graph_id = None
-            # Memory that was not there while nothing could be allocated is a matter of this shape alone.
+            # Out of memory concerns this shape only: nothing may be allocated during a capture. After any other failure the session is not captured again.
             session.capture_enabled = session.capture_enabled and isinstance(error, OutOfMemoryError)
-            _log.info("'%s' runs without a CUDA graph for %d samples: %s", session.ort_session.path.name, self._output.shape[0], error)
+            _log.info("'%s' runs without a CUDA graph for a batch of %d: %s", session.ort_session.path.name, self._output.shape[0], error)
             self._run_uncaptured()
         else:
             self._captured = bound
@@ -107,26 +114,26 @@ class BoundRun:
         except InferenceError as error:
             if is_fatal(error) or isinstance(error, OutOfMemoryError):
                 raise
-            _log.debug("'%s' keeps its arena: %s", self._session.ort_session.path.name, error)
+            _log.debug("'%s' could not shrink its arena: %s", self._session.ort_session.path.name, error)
             self._run_uncaptured()
 
     def _bind(self, graph_id: int | None, options: Mapping[str, str] | None = None) -> Bound:
-        # Everything is on one stream: nobody needs the end of a run but who fetches, and that waits for itself.
+        # All work is on one stream. Only downloads need the end of a run, and they synchronize themselves.
         entries = {"disable_synchronize_execution_providers": "1", "gpu_graph_id": "-1" if graph_id is None else str(graph_id), **(options or {})}
         return self._session.ort_session.bind(self._inputs, self._output, run_options=entries)
 
 
 class EngineSessions(NamedTuple):
-    """The sessions that a slot runs."""
+    """The sessions of an engine's loop."""
 
     noise: DeviceSession
     step: DeviceSession
     finite: DeviceSession
     decode: DeviceSession
     combine: DeviceSession | None = None
-    """Of a bundle with samplers."""
+    """None if the bundle has no samplers."""
 
     @property
     def all(self) -> list[DeviceSession]:
-        """Those there are."""
+        """The sessions that are not None."""
         return [session for session in self if session is not None]

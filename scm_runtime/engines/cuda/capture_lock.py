@@ -1,4 +1,4 @@
-"""Keeps the threads of this process from calling CUDA while one of them captures a CUDA graph."""
+"""A lock that keeps other threads of this package from calling CUDA while one of them captures a CUDA graph."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from contextlib import contextmanager
 
 
 class CaptureLock:
-    """Lets one thread of the process capture a CUDA graph while none of the others that work for us calls CUDA.
+    """A process-wide lock: shared by jobs that may call CUDA, exclusive while one of them captures a CUDA graph.
 
-    ONNX Runtime captures in the mode in which an allocation in any thread of the process, also for another device, is an error there and spoils the
-    capture. What the host does in threads of its own we cannot hold back.
+    ONNX Runtime captures in CUDA's global mode. An allocation in any other thread of the process, also on another device, fails then and invalidates the
+    capture. Threads that the host application uses for its own CUDA calls do not take this lock.
     """
 
     def __init__(self) -> None:
@@ -22,7 +22,7 @@ class CaptureLock:
 
     @contextmanager
     def shared(self) -> Iterator[None]:
-        """A job that may call CUDA."""
+        """Hold the lock for a job that may call CUDA. Waits for a capture that is running or requested."""
         self._acquire()
         try:
             yield
@@ -31,7 +31,7 @@ class CaptureLock:
 
     @contextmanager
     def released(self) -> Iterator[None]:
-        """Within a job or not: while it waits for another thread's, which may want to capture."""
+        """Release this thread's shared lock, if it holds one, while it waits for a job of another thread, which may want to capture."""
         if not getattr(self._local, "held", False):
             yield
             return
@@ -55,7 +55,7 @@ class CaptureLock:
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Within a job: until the other jobs stand still, and while they do."""
+        """Upgrade this thread's shared lock for a capture: wait until no other job holds the lock, and keep new ones waiting."""
         with self._changed:
             self._holders -= 1
             self._waiting += 1

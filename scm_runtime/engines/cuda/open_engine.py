@@ -1,4 +1,4 @@
-"""Opens a bundle's graphs on a CUDA device, and finds out which of them are on it with all their nodes."""
+"""Open a bundle's graphs on a CUDA device, and find out which of them run there with all their nodes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from scm_runtime.ort.session import Session, Settings
 
 OpenSession = Callable[[Path, Settings], Session]
 
-# x [N, D] to [N]: 0 where all is finite, NaN where not. tests/runtime/test_cuda_engine.py holds what it was made of.
+# Graph from x [N, D] to [N]: 0 for a finite sample, otherwise NaN. tests/runtime/test_cuda_engine.py has the code that built it.
 FINITE = Path(str(files("scm_runtime") / "finite.onnx"))
 
 _log = logging.getLogger("scm_runtime")
@@ -35,22 +35,22 @@ def open_cuda_engine(
     gpu_mem_limit: int | None = None,
     open_session: OpenSession = Session,
 ) -> CudaEngine:
-    """Open noise, step and decode, and work with them.
+    """Open the graphs of the sampling loop and return an engine that runs them.
 
     Args:
-        context: the device, stream and thread; engines share it.
-        folder: of the bundle.
-        manifest: of the bundle.
-        dtype: which graphs.
-        settings: of the sessions; the placement's first provider is CUDA's, with the caller's own options if there are any.
-        cuda_graph: whether to capture what runs again and again.
-        gpu_mem_limit: bytes that each graph's arena may take; None for all there is.
+        context: the device, stream and thread, which engines may share.
+        folder: folder of the bundle.
+        manifest: manifest of the bundle.
+        dtype: dtype of the graphs to open.
+        settings: settings of the sessions. The first provider of the placement is CUDA's, with the provider options given by the user.
+        cuda_graph: whether to capture runs as CUDA graphs.
+        gpu_mem_limit: maximum size of each session's arena in bytes; None for no limit.
         open_session: opens one graph.
 
     Raises:
-        OutOfMemoryError: the weights do not fit.
-        InferenceError, DeviceError, NativeOpsError: what ``open_session`` raises.
-        InvalidArgumentError: the provider's options name what has an argument of its own.
+        OutOfMemoryError: the weights do not fit into the device's memory.
+        InferenceError, DeviceError, NativeOpsError: ``open_session`` raised it.
+        InvalidArgumentError: the provider options contain one that is set by another argument.
     """
     opener = _Opener(context, settings, gpu_mem_limit, open_session)
     capture = cuda_graph and context.stream.can_capture
@@ -66,6 +66,8 @@ def open_cuda_engine(
 
 
 class _Opener:
+    """Opens each graph fully on the device if ONNX Runtime accepts that, otherwise with some nodes on the CPU."""
+
     def __init__(self, context: CudaContext, settings: Settings, gpu_mem_limit: int | None, open_session: OpenSession) -> None:
         (provider, extra), *rest = settings.placement.providers
 
@@ -78,27 +80,27 @@ class _Opener:
 
     def open(self, path: Path) -> Session:
         """Open a graph of the bundle."""
-        # The optional graphs are called with the host's arrays, which ONNX Runtime copies for each node as it is needed.
+        # The optional graphs run on host arrays, which ONNX Runtime copies to the device as its nodes need them.
         if path.name.startswith(("encode.", "preview.")):
             return self._open_session(path, self._with_cpu_nodes)
         return self._open(path, self._fully_on_device, self._with_cpu_nodes)
 
     def open_finite(self) -> Session:
-        """Open the graph that looks for NaN and infinity. It is no part of the bundle: the cache does not know it."""
+        """Open the graph that flags samples with NaN or infinity. It is not part of the bundle, so it is not cached."""
         fully_on_device, with_cpu_nodes = (replace(settings, cached=None, library=None) for settings in (self._fully_on_device, self._with_cpu_nodes))
         return self._open(FINITE, fully_on_device, with_cpu_nodes)
 
     def _open(self, path: Path, fully_on_device: Settings, with_cpu_nodes: Settings) -> Session:
-        """With all nodes on the device, or else with some on the CPU.
+        """Open a graph with all nodes on the device, or with some on the CPU if that fails.
 
-        ONNX Runtime refuses what cannot be on the device as a whole when it is to be ready for CUDA graphs, so it is asked to be, whether any is captured
-        or not: a run says which graph it is, or none.
+        ``enable_cuda_graph`` is set even if nothing will be captured: with it, ONNX Runtime rejects a graph that has nodes on the CPU. Each run then says
+        whether it is captured, by its ``gpu_graph_id``.
         """
         try:
             return self._open_session(path, fully_on_device)
         except (OutOfMemoryError, DeviceError, NativeOpsError):
             raise
-        except InferenceError as error:  # what is wrong otherwise comes again
+        except InferenceError as error:  # if there is another reason, the second attempt raises it again
             session = self._open_session(path, with_cpu_nodes)
             _log.info("'%s' runs with copies to the CPU and back, and without CUDA graphs: %s", path.name, error)
             return session
@@ -111,28 +113,28 @@ def _is_all_on_device(session: Session) -> bool:
 def cuda_options(
     index: int, *, gpu_mem_limit: int | None = None, cuda_graph: bool = True, stream_handle: int, extra: Mapping[str, str] | None = None
 ) -> dict[str, str]:
-    """Options of ONNX Runtime's CUDA provider for one session.
+    """Return the options of ONNX Runtime's CUDA provider for one session.
 
     Args:
-        index: of the device.
-        gpu_mem_limit: bytes of the session's arena; cuDNN's and cuBLAS's workspaces and the context come on top.
-        cuda_graph: to be ready for CUDA graphs; ONNX Runtime then refuses graphs with nodes on the CPU.
-        stream_handle: of the stream that the session works on.
-        extra: the caller's own, which take the place of the defaults.
+        index: index of the device.
+        gpu_mem_limit: maximum size of the session's arena in bytes, without the CUDA context and the workspaces of cuDNN and cuBLAS; None for no limit.
+        cuda_graph: whether runs may be captured. If so, ONNX Runtime rejects graphs with nodes on the CPU.
+        stream_handle: handle of the stream that the session uses.
+        extra: provider options given by the user, which override the defaults.
 
     Raises:
-        InvalidArgumentError: ``extra`` names what has an argument of its own.
+        InvalidArgumentError: ``extra`` contains an option that is set by another argument.
     """
-    own = {"device_id": "device", "user_compute_stream": "stream", "has_user_compute_stream": "stream", "enable_cuda_graph": "cuda_graph"}
-    for name, argument in own.items():
+    arguments = {"device_id": "device", "user_compute_stream": "stream", "has_user_compute_stream": "stream", "enable_cuda_graph": "cuda_graph"}
+    for name, argument in arguments.items():
         if name in (extra or {}) and not (name == "device_id" and str((extra or {})[name]) == str(index)):
-            raise InvalidArgumentError(f"provider_options must leave {name} out: give {argument}= instead")
+            raise InvalidArgumentError(f"provider_options must not contain {name}: pass {argument}= instead")
     options = {
-        # Batches come in all sizes: doubling the arena for each larger one would take memory that nothing uses.
+        # Batch sizes vary: doubling the arena for each larger batch would waste memory.
         "arena_extend_strategy": "kSameAsRequested",
-        # An exhaustive search runs at the first call of every shape, and batches make new shapes. benchmarks/cuda.py compares the two.
+        # An exhaustive search runs at the first call of each shape, and each batch size is a new shape. benchmarks/cuda.py compares the two.
         "cudnn_conv_algo_search": "HEURISTIC",
-        # fp32 is what the other dtypes are compared with and what overflowing samples are done again in. Who wants speed takes fp16 or bf16.
+        # fp32 is the reference for the other dtypes, and overflowing samples are repeated in it. For speed there are fp16 and bf16.
         "use_tf32": "0",
     }
     if gpu_mem_limit is not None:
@@ -141,6 +143,6 @@ def cuda_options(
         **options,
         **{name: str(value) for name, value in (extra or {}).items()},
         "device_id": str(index),
-        "user_compute_stream": str(stream_handle),  # 0 would mean none: the default stream is LEGACY here
+        "user_compute_stream": str(stream_handle),  # 0 would mean no stream: the legacy default stream has the handle 1 here
         "enable_cuda_graph": str(int(cuda_graph)),
     }

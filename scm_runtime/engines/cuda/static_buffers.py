@@ -1,4 +1,4 @@
-"""Fixed places in a device's memory for batches of one size, the sessions bound to them, and the CUDA graphs captured of those."""
+"""Static device buffers per batch shape, with the sessions bound to them: CUDA graphs replay at the addresses at which they were captured."""
 
 from __future__ import annotations
 
@@ -16,17 +16,23 @@ from scm_runtime.engines.cuda.capture import BoundRun, EngineSessions
 from scm_runtime.engines.cuda.thread import CudaContext
 from scm_runtime.ort.session import Region
 
-# ONNX Runtime never gives captured graphs back, nor the memory they work in: so many shapes of batches, and the rest runs without.
+# Maximum number of batch shapes that are captured. ONNX Runtime never frees captured graphs or the memory that they use.
 MAX_GRAPHS = 8
-# Shapes without a graph whose places are kept for the next batch of that shape.
+# Maximum number of batch shapes without a captured graph whose buffers are kept.
 MAX_UNCAPTURED = 8
 
 BatchShape = tuple[int, tuple[tuple[str, tuple[int, ...]], ...]]
-"""N, and the shape of each conditioning input without N."""
+"""Batch size N, and the name of each conditioning input with its shape without N."""
 
 
 class StaticBuffers:
-    """Where batches of N samples are computed, for one set of sizes of the conditioning."""
+    """The buffers of batches of one shape, and the runs bound to them.
+
+    Attributes:
+        block: all tensors but the decoder's output.
+        loaded: serial numbers of the states whose seeds and conditioning are in the buffers.
+        noise, step, check: runs of the noise graph, the step graph and the graph that flags samples with NaN or infinity.
+    """
 
     def __init__(
         self,
@@ -37,9 +43,9 @@ class StaticBuffers:
         dtypes: Mapping[str, type[np.generic]],
         graph_id: int | None,
     ) -> None:
-        """Take the memory of the steps; the decoder's when it is first needed. Raises OutOfMemoryError."""
+        """Allocate all buffers but the decoder's output, which the first ``decode`` allocates. Raises OutOfMemoryError."""
         n, sizes = shape
-        self.n, self.graph_id = n, graph_id
+        self.graph_id = graph_id
         self._context, self._sessions = context, sessions
         state: TensorSpec = (np.float32, (n, *manifest.sample.shape))
         conditioning: dict[str, TensorSpec] = {name: (dtypes[name], (n, *shape)) for name, shape in sizes}
@@ -51,7 +57,7 @@ class StaticBuffers:
                 "draw": (np.int64, ()),
                 "scale": (np.float32, ()),
                 "seeds": (np.int64, (n,)),
-                **{f"conditioning {name}": field for name, field in conditioning.items()},
+                **{f"conditioning {name}": spec for name, spec in conditioning.items()},
                 "finite": (np.float32, (n,)),
                 "noise": state,
                 "x": state,
@@ -60,28 +66,27 @@ class StaticBuffers:
             },
         )
         self.loaded: tuple[int, ...] = ()
-        """Whose seeds and conditioning stand here."""
-        at = block.tensor
-        given = {name: at(f"conditioning {name}") for name in conditioning}
-        self.noise = sessions.noise.bind({name: at(name) for name in ("seeds", "draw", "scale")}, at("noise"), graph_id)
-        self.step = sessions.step.bind({name: at(name) for name in ("x", "t", "t_next", "noise")} | given, at("x_next"), graph_id)
-        flat = at("x_next")._replace(shape=(n, prod(manifest.sample.shape)))
-        self.check = sessions.finite.bind({"x": flat}, at("finite"), graph_id)
+        tensor = block.tensor
+        inputs = {name: tensor(f"conditioning {name}") for name in conditioning}
+        self.noise = sessions.noise.bind({name: tensor(name) for name in ("seeds", "draw", "scale")}, tensor("noise"), graph_id)
+        self.step = sessions.step.bind({name: tensor(name) for name in ("x", "t", "t_next", "noise")} | inputs, tensor("x_next"), graph_id)
+        flat = tensor("x_next")._replace(shape=(n, prod(manifest.sample.shape)))
+        self.check = sessions.finite.bind({"x": flat}, tensor("finite"), graph_id)
         self._combine: BoundRun | None = None
         if sessions.combine is not None:
-            summands = {"x": at("x"), "base": at("base"), "result": at("noise"), "weights": at("weights")}
-            self._combine = sessions.combine.bind(summands, at("x_next"), graph_id)
+            summands = {"x": tensor("x"), "base": tensor("base"), "result": tensor("noise"), "weights": tensor("weights")}
+            self._combine = sessions.combine.bind(summands, tensor("x_next"), graph_id)
         decoded = np.uint8 if manifest.output.kind == "image" else np.float32
         self._decoded: TensorSpec = (decoded, (n, *manifest.output.shape))
         self._decoder: tuple[TensorBlock, BoundRun] | None = None
 
     def combine(self) -> None:
-        """Put base, x and what stands in the noise's place together, to x_next."""
+        """Compute ``x_next`` from ``x``, ``base`` and the result of an evaluation, which was copied to ``noise``."""
         assert self._combine is not None
         self._combine()
 
     def decode(self) -> Region:
-        """Decode x, and say where the result lies."""
+        """Decode ``x`` and return the tensor with the result, which the next call overwrites. Raises OutOfMemoryError."""
         if self._decoder is None:
             block = TensorBlock(self._context, {"decoded": self._decoded})
             self._decoder = block, self._sessions.decode.bind({"x": self.block.tensor("x")}, block.tensor("decoded"), self.graph_id)
@@ -91,7 +96,7 @@ class StaticBuffers:
 
     @property
     def captured(self) -> bool:
-        """Whether a captured graph works here."""
+        """Whether any of the runs was captured as a CUDA graph."""
         optional = (self._combine, self._decoder and self._decoder[1])
         runs: Sequence[BoundRun] = (self.noise, self.step, self.check, *(run for run in optional if run))
         return any(run.captured for run in runs)
@@ -99,7 +104,7 @@ class StaticBuffers:
 
 @dataclass
 class StaticBufferCache:
-    """The places in use, the least recently used first."""
+    """The static buffers of recent batch shapes, least recently used first."""
 
     context: CudaContext
     sessions: EngineSessions
@@ -107,10 +112,10 @@ class StaticBufferCache:
 
     def __post_init__(self) -> None:
         self._buffers: OrderedDict[BatchShape, StaticBuffers] = OrderedDict()
-        self._graph_ids = count(1)  # never used twice: ONNX Runtime counts a graph ID's warm-up runs, whatever their shape
+        self._graph_ids = count(1)  # no ID is used twice: ONNX Runtime counts warm-up runs per ID, not per shape
 
     def get(self, shape: BatchShape, dtypes: Mapping[str, type[np.generic]]) -> StaticBuffers:
-        """The place for a batch. Raises OutOfMemoryError."""
+        """Return the buffers for a batch shape, allocating them if needed. Raises OutOfMemoryError."""
         buffers = self._buffers.get(shape)
         if buffers is None:
             others = [other for other, kept in self._buffers.items() if not kept.captured]
@@ -128,7 +133,7 @@ class StaticBufferCache:
         return any(session.capture_enabled for session in self.sessions.all) and numbered < MAX_GRAPHS
 
     def release_uncaptured(self, shape: BatchShape) -> None:
-        """Free the places without a graph, and that of ``key`` in any case: its graphs are never run again. Let the arenas shrink."""
+        """Free the buffers without a captured graph, and those of ``shape`` with or without one. Let the arenas shrink at the next run."""
         for other in [other for other, buffers in self._buffers.items() if other == shape or not buffers.captured]:
             del self._buffers[other]
         for session in self.sessions.all:

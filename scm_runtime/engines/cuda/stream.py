@@ -1,7 +1,7 @@
-"""The only file that knows cuda-core and cuda-bindings: one device's stream, memory, copies and clock.
+"""A CUDA stream with its device's memory, copies and events. No other module imports cuda-core or cuda-bindings.
 
-Nothing here imports CUDA before a ``CudaStream`` is made. A ``CudaStream`` is used in one thread, that of ``thread.CudaContext``; shared memory may be
-read and dropped in any.
+Nothing here imports CUDA until a ``CudaStream`` is created. A ``CudaStream`` is used in one thread only, that of ``thread.CudaContext``, except for the
+methods that say otherwise. Buffers that were shared may be read and dropped in any thread.
 """
 
 from __future__ import annotations
@@ -22,13 +22,20 @@ from scm_runtime.errors import InferenceError, InvalidArgumentError, MissingDepe
 P = ParamSpec("P")
 Result = TypeVar("Result")
 
-# CUDA's own handles: the stream that all threads share by default, and the one that each thread has by default.
+# CUDA's predefined handles: the default stream shared by all threads, and the default stream of the calling thread.
 LEGACY_STREAM, PER_THREAD_STREAM = 1, 2
-STAGING_BYTES = 64 << 20  # pinned memory is taken from the whole machine: larger results come in pieces
+STAGING_BYTES = 64 << 20  # at most; larger results are copied in chunks, because pinned memory is taken from the whole machine
 
 
 def parse_stream(stream: object) -> int:
-    """The handle of a host's stream: an integer, an object with ``__cuda_stream__``, or one of torch's; raises InvalidArgumentError."""
+    """Return the handle of a stream given by the caller.
+
+    Args:
+        stream: an integer handle, an object with ``__cuda_stream__``, or a ``torch.cuda.Stream``; 0 is the legacy default stream.
+
+    Raises:
+        InvalidArgumentError: it is none of these, or it is the per-thread default stream.
+    """
     handle: object = stream
     protocol = getattr(stream, "__cuda_stream__", None)
     if protocol is not None:
@@ -36,20 +43,21 @@ def parse_stream(stream: object) -> int:
     elif hasattr(stream, "cuda_stream"):
         handle = stream.cuda_stream
     if isinstance(handle, bool) or not isinstance(handle, int) or handle < 0:
-        raise InvalidArgumentError(f"stream must be a CUDA stream's handle or an object with __cuda_stream__, got {stream!r}")
+        raise InvalidArgumentError(f"stream must be the handle of a CUDA stream or an object with __cuda_stream__, got {stream!r}")
     if handle == PER_THREAD_STREAM:
-        raise InvalidArgumentError("stream must be one that other threads can use, got the per-thread default stream (2): make a stream")
+        raise InvalidArgumentError("stream must be usable from other threads, got the per-thread default stream (2): create a stream")
     return handle or LEGACY_STREAM
 
 
 def _import_cuda() -> tuple[Any, Any, Any]:
+    """Return the modules cuda.core, cuda.core.utils and cuda.bindings.driver."""
     try:
-        return tuple(importlib.import_module(name) for name in ("cuda.core", "cuda.core.utils", "cuda.bindings.driver"))  # type: ignore[return-value]  # three
+        return tuple(importlib.import_module(name) for name in ("cuda.core", "cuda.core.utils", "cuda.bindings.driver"))  # type: ignore[return-value]  # always three
     except ImportError as error:
         raise MissingDependencyError(f"cuda-core and cuda-bindings cannot be imported ({error}). Install them:\n  pip install 'scm-runtime[gpu]'") from error
 
 
-# What CUDA and ONNX Runtime say when the device's context cannot be used any more, whatever is done next.
+# Parts of the messages of CUDA and ONNX Runtime, in lower case, after which the device's context is unusable until the process restarts.
 _FATAL_MESSAGES = (
     *("illegal memory access", "illegal_address", "illegal instruction", "illegal_instruction", "device-side assert", "cuda_error_assert"),
     *("unspecified launch failure", "launch_failed", "misaligned address", "misaligned_address", "uncorrectable ecc", "ecc_uncorrectable"),
@@ -57,13 +65,13 @@ _FATAL_MESSAGES = (
 
 
 def is_fatal(error: BaseException) -> bool:
-    """Whether an error of CUDA's leaves nothing to go on with in this process."""
-    said = str(error).lower()
-    return any(words in said for words in _FATAL_MESSAGES)
+    """Return True if a CUDA error makes the device's context unusable in this process."""
+    message = str(error).lower()
+    return any(words in message for words in _FATAL_MESSAGES)
 
 
 def _translate_errors(function: Callable[P, Result]) -> Callable[P, Result]:
-    """Errors of CUDA's as ours."""
+    """Decorate a function so that CUDA's exceptions become InferenceError or OutOfMemoryError."""
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> Result:
@@ -73,21 +81,21 @@ def _translate_errors(function: Callable[P, Result]) -> Callable[P, Result]:
             raise
         except Exception as error:
             if "out_of_memory" in str(error).lower().replace(" ", "_"):
-                raise OutOfMemoryError(f"the device's memory does not suffice: {error}") from error
+                raise OutOfMemoryError(f"the device is out of memory: {error}") from error
             raise InferenceError(f"CUDA failed: {error}") from error
 
     return call
 
 
 class DeviceBuffer:
-    """A piece of the device's memory. It is freed when the last reference goes, but not before the device's own thread gets to it."""
+    """A piece of device memory. Once the last reference is dropped, the thread of the CudaContext frees it."""
 
     __slots__ = ("_buffer", "_stream", "address", "nbytes", "ready_event")
 
     def __init__(self, buffer: Any, stream: CudaStream) -> None:
         self._buffer, self._stream = buffer, stream
         self.ready_event: Any = None
-        """Of memory that was handed out: the event after which it holds its contents."""
+        """The event after which a shared buffer holds its contents; None if the buffer is not shared."""
         self.address, self.nbytes = int(buffer.handle), int(buffer.size)
 
     def __del__(self) -> None:
@@ -95,26 +103,27 @@ class DeviceBuffer:
 
 
 class CudaStream:
-    """A stream of a device and what is done on it, in order."""
+    """A stream of a CUDA device, and the operations that are enqueued on it in order."""
 
     @_translate_errors
     def __init__(self, index: int, stream: object | None = None) -> None:
-        """Take the device, in the calling thread: all methods are for this thread.
+        """Make the device current in the calling thread, which is the only one that may call the methods.
 
         Args:
-            index: of the device.
-            stream: the host's, see ``parse_stream``; None for one of our own, which does not wait for the default stream nor the other way round.
+            index: index of the device.
+            stream: a stream owned by the caller, see ``parse_stream``. None creates a non-blocking stream, which is not synchronized with the default stream.
 
         Raises:
-            InvalidArgumentError: the stream is of another device, or none.
-            MissingDependencyError: no cuda-core.
+            InvalidArgumentError: ``stream`` is not a CUDA stream, or belongs to another device.
+            MissingDependencyError: cuda-core is not installed.
+            InferenceError: CUDA failed.
         """
         self._core, self._utils, self._driver = _import_cuda()
         self.index = index
         self._device = self._core.Device(index)
         self._device.set_current()
         self._context = self._check(self._driver.cuCtxGetCurrent())
-        self._host_stream_object = stream
+        self._host_stream_object = stream  # kept alive
         self.owns_stream = stream is None
         self._stream: Any = self._device.create_stream() if stream is None else self._wrap_host_stream(parse_stream(stream))
         self._handle = self._stream.handle
@@ -123,7 +132,7 @@ class CudaStream:
         self._timed = self._core.EventOptions(timing_enabled=True)
         self._pool: Any = None
         if self._device.properties.memory_pools_supported:
-            # A pool of our own goes back to the device as a whole; until then it keeps what calls free for the next one.
+            # A private pool keeps freed memory for the next call, and returns all of it to the device when it is closed.
             self._pool = self._core.DeviceMemoryResource(self._device, self._core.DeviceMemoryResourceOptions())
             threshold = self._driver.CUmemPool_attribute.CU_MEMPOOL_ATTR_RELEASE_THRESHOLD
             self._check(self._driver.cuMemPoolSetAttribute(self._pool.handle, threshold, self._driver.cuuint64_t(2**64 - 1)))
@@ -135,51 +144,55 @@ class CudaStream:
 
     def _wrap_host_stream(self, handle: int) -> Any:
         if handle == LEGACY_STREAM:
-            return self._core.LEGACY_DEFAULT_STREAM  # every device has one: it is ours while this device is current
+            return self._core.LEGACY_DEFAULT_STREAM  # every device has one: it is this device's while the device is current
         try:
             stream = self._core.Stream.from_handle(handle)
-            of = int(stream.device.device_id)
+            device_index = int(stream.device.device_id)
         except Exception as error:
-            raise InvalidArgumentError(f"stream must be a CUDA stream, got the handle {handle}, which CUDA does not know: {error}") from error
-        if of != self.index:
-            raise InvalidArgumentError(f"stream must be one of the device cuda:{self.index}, got one of cuda:{of}. Give device='cuda:{of}', or another stream.")
+            raise InvalidArgumentError(f"stream must be a CUDA stream, got the unknown handle {handle}: {error}") from error
+        if device_index != self.index:
+            raise InvalidArgumentError(
+                f"stream must belong to the device cuda:{self.index}, got a stream of cuda:{device_index}. "
+                f"Pass device='cuda:{device_index}', or a stream of cuda:{self.index}."
+            )
         return stream
 
     @_translate_errors
     def allocate(self, nbytes: int) -> DeviceBuffer:
-        """Memory of the device, whose contents are not known. Raises OutOfMemoryError."""
+        """Allocate uninitialized device memory. Raises OutOfMemoryError."""
         self.free_deferred()
         return DeviceBuffer(self._memory.allocate(max(nbytes, 1), stream=self._stream), self)
 
     @_translate_errors
-    def copy(self, to: int, source: int, nbytes: int) -> None:
-        """Copy within the device."""
-        self._check(self._driver.cuMemcpyAsync(to, source, nbytes, self._handle))
+    def copy(self, destination: int, source: int, nbytes: int) -> None:
+        """Enqueue a copy of ``nbytes`` bytes between two device addresses."""
+        self._check(self._driver.cuMemcpyAsync(destination, source, nbytes, self._handle))
 
     @_translate_errors
-    def upload(self, to: int, array: NDArray[Any]) -> None:
-        """Copy a contiguous array of the host's, which must not be changed afterwards."""
-        # CUDA says of pageable memory that the call may return before the copy is done, and of some machines that the device reads it itself.
+    def upload(self, destination: int, array: NDArray[Any]) -> None:
+        """Enqueue a copy of a contiguous host array to a device address. The array must not be changed afterwards."""
+        # From pageable memory, the call may return before the copy is done; on some machines the device reads pageable memory directly.
         self._uploading.append(array)
-        self._check(self._driver.cuMemcpyAsync(to, array.ctypes.data, array.nbytes, self._handle))
+        self._check(self._driver.cuMemcpyAsync(destination, array.ctypes.data, array.nbytes, self._handle))
 
     @_translate_errors
     def download(self, source: int, shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[Any]:
-        """A fresh array of the host's, once all that came before is done."""
+        """Copy device memory to a new host array. Waits until the work enqueued before is done."""
         result = np.empty(shape, dtype)
         flat = result.reshape(-1).view(np.uint8)
         staging = self._pinned(min(flat.nbytes, STAGING_BYTES))
         for start in range(0, flat.nbytes, STAGING_BYTES):
-            piece = flat[start : start + STAGING_BYTES]
-            self._check(self._driver.cuMemcpyAsync(int(staging.handle), source + start, piece.nbytes, self._handle))
+            chunk = flat[start : start + STAGING_BYTES]
+            self._check(self._driver.cuMemcpyAsync(int(staging.handle), source + start, chunk.nbytes, self._handle))
             self.synchronize()
-            ctypes.memmove(piece.ctypes.data, int(staging.handle), piece.nbytes)
+            ctypes.memmove(chunk.ctypes.data, int(staging.handle), chunk.nbytes)
         return result
 
     def _pinned(self, nbytes: int) -> Any:
+        """Return a pinned host buffer of at least ``nbytes`` bytes, which the next call may reuse."""
         if self._staging is None or self._staging.size < nbytes:
             if self._staging is not None:
-                self._staging.close()  # nothing reads it: every use of it waits for its end
+                self._staging.close()  # safe: every copy into it is waited for
                 self._staging = None
             size = min(STAGING_BYTES, 1 << max(nbytes - 1, 4095).bit_length())
             self._staging = self._core.LegacyPinnedMemoryResource().allocate(size)
@@ -187,34 +200,34 @@ class CudaStream:
 
     @_translate_errors
     def record(self) -> Any:
-        """Now, on the stream's clock."""
+        """Enqueue a timing event and return it."""
         return self._stream.record(options=self._timed)
 
     @_translate_errors
     def elapsed(self, start: Any, end: Any) -> float:
-        """Between two records; waits for the second."""
+        """Return the seconds between two events made by ``record``. Waits for ``end``."""
         end.sync()
         return float(end - start) / 1000
 
     @_translate_errors
     def synchronize(self) -> None:
-        """Wait for what was put on the stream, not for what the host puts there from now on, nor for the device."""
+        """Wait for the work enqueued so far. Does not wait for other streams, nor for work that the caller enqueues meanwhile."""
         self._stream.record().sync()
         self._uploading.clear()
 
     @_translate_errors
     def abort_capture(self) -> None:
-        """Take the stream out of a capture that failed, where ONNX Runtime left it there."""
+        """End a failed capture if ONNX Runtime left the stream in capture mode."""
         driver = self._driver
         status = self._check(driver.cuStreamIsCapturing(self._handle))
         if status != driver.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE:
             status, graph = driver.cuStreamEndCapture(self._handle)
-            if not int(status):  # else it is the failure that is known already
+            if not int(status):  # otherwise it reports the failure that the caller knows about
                 self._check(driver.cuGraphDestroy(graph))
 
     def defer_free(self, buffer: Any, ready_event: Any) -> None:
-        """Free memory, when that can be. From any thread."""
-        # Another thread may come while the stream is being captured, and a free would become a part of the graph.
+        """Free a cuda-core buffer as soon as that is safe. May be called from any thread."""
+        # The caller may be another thread during a capture, and the free would be captured as a part of the graph.
         self._deferred.append((buffer, ready_event))
         if self._closed:
             with self._current_context():
@@ -222,49 +235,49 @@ class CudaStream:
 
     @_translate_errors
     def free_deferred(self) -> None:
-        """Free the memory that nothing refers to any more."""
+        """Free the buffers that were passed to ``defer_free``."""
         while True:
             try:
                 buffer, ready_event = self._deferred.popleft()
-            except IndexError:  # also where another thread was faster
+            except IndexError:  # also if another thread took the last one
                 return
             if ready_event is None:
-                buffer.close()  # in the order of the stream it was allocated on
+                buffer.close()  # in the order of the stream that it was allocated on
                 continue
-            # It was handed out, and most consumers work on the default stream. Theirs is the last use: the free comes after it there.
+            # The buffer was shared, and most consumers use it on the default stream. Freeing it there orders the free after their last use.
             legacy = self._core.LEGACY_DEFAULT_STREAM
             legacy.wait(ready_event)
             buffer.close(legacy)
 
     @_translate_errors
     def trim(self) -> None:
-        """Give what is free back to the device."""
+        """Return the free memory of the pool to the device."""
         self.free_deferred()
         self.synchronize()
         if self._pool is not None:
             self._check(self._driver.cuMemPoolTrimTo(self._pool.handle, 0))
 
     @_translate_errors
-    def share(self, memory: DeviceBuffer) -> None:
-        """Memory is to be somebody else's, who may read what the stream has been told to write so far."""
-        memory.ready_event = self._stream.record()
+    def share(self, buffer: DeviceBuffer) -> None:
+        """Prepare a buffer for consumers on other streams: record the event after which its contents are complete."""
+        buffer.ready_event = self._stream.record()
 
     @_translate_errors
-    def export_dlpack(self, memory: DeviceBuffer, shape: tuple[int, ...], dtype: np.dtype[Any], max_version: tuple[int, int] | None) -> object:
-        """A DLPack capsule that keeps the memory. From any thread."""
+    def export_dlpack(self, buffer: DeviceBuffer, shape: tuple[int, ...], dtype: np.dtype[Any], max_version: tuple[int, int] | None) -> object:
+        """Return a DLPack capsule that keeps the buffer alive. May be called from any thread."""
         with self._current_context():
-            buffer = self._core.Buffer.from_handle(memory.address, memory.nbytes, owner=memory)
-            return self._utils.StridedMemoryView.from_buffer(buffer, shape, dtype=dtype).__dlpack__(max_version=max_version)
+            view = self._core.Buffer.from_handle(buffer.address, buffer.nbytes, owner=buffer)
+            return self._utils.StridedMemoryView.from_buffer(view, shape, dtype=dtype).__dlpack__(max_version=max_version)
 
     @_translate_errors
     def stream_wait_event(self, stream: int, event: Any) -> None:
-        """Let what comes next on a stream of this device wait for an event. From any thread."""
-        with self._current_context():  # which stream the default one is depends on it
+        """Make later work on a stream of this device, given by its handle, wait for an event. May be called from any thread."""
+        with self._current_context():  # the handles of the default streams refer to the current context
             self._check(self._driver.cuStreamWaitEvent(stream, event.handle, 0))
 
     @_translate_errors
     def close(self) -> None:
-        """Give the memory and the stream back. Arrays that were handed out keep theirs."""
+        """Free the memory, and the stream unless the caller owns it. Shared buffers stay valid."""
         self.synchronize()
         self.free_deferred()
         if self._staging is not None:
@@ -277,7 +290,7 @@ class CudaStream:
 
     @contextmanager
     def _current_context(self) -> Iterator[None]:
-        """The device made current in a thread of the host's, whose own choice comes back."""
+        """Make the device's context current in the calling thread, and restore the previous one afterwards."""
         self._check(self._driver.cuCtxPushCurrent(self._context))
         try:
             yield
@@ -285,8 +298,10 @@ class CudaStream:
             self._driver.cuCtxPopCurrent()
 
     def _check(self, returned: tuple[Any, ...]) -> Any:
-        """What a call of the driver returned, without its status."""
+        """Return the result of a driver call without its status. Raises InferenceError or OutOfMemoryError if the call failed."""
         status, *values = returned
         if int(status):
-            raise InferenceError(f"CUDA failed: {status.name}") if "OUT_OF_MEMORY" not in status.name else OutOfMemoryError(f"CUDA: {status.name}")
+            if "OUT_OF_MEMORY" in status.name:
+                raise OutOfMemoryError(f"the device is out of memory: {status.name}")
+            raise InferenceError(f"CUDA failed: {status.name}")
         return values[0] if values else None

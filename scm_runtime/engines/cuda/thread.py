@@ -1,4 +1,7 @@
-"""The one thread in which all of a Generator's CUDA work is done: ONNX Runtime keeps captured graphs a thread, and work on a stream wants an order."""
+"""The thread that does all CUDA work of a Generator.
+
+One thread, because ONNX Runtime keeps captured CUDA graphs per thread, and because work on a stream must be enqueued in order.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +18,16 @@ from scm_runtime.errors import DeviceError, GeneratorClosedError, InferenceError
 Result = TypeVar("Result")
 
 
-_JOBS = RunRegistry()  # the process does not end within one: they may be in ONNX Runtime or CUDA
+_JOBS = RunRegistry()  # the end of the process waits for jobs, which may be inside ONNX Runtime or CUDA
 
 
 class _Job:
-    """Something to be done, and what came of it."""
+    """A function to be called in the thread, and its result or error."""
 
-    def __init__(self, what: Callable[[], Any], run: Run) -> None:
-        self.what: Callable[[], Any] | None = what
+    def __init__(self, function: Callable[[], Any], run: Run) -> None:
+        self.function: Callable[[], Any] | None = function
         self.run = run
-        """In flight from when it is queued to its end."""
+        """In flight from when the job is queued until it ends."""
         self.result: Any = None
         self.error: BaseException | None = None
         self.done = threading.Lock()
@@ -32,48 +35,50 @@ class _Job:
 
 
 class _Worker:
-    """What the thread knows. It does not know the context, so that a context that was dropped without close is collected, and the thread ends."""
+    """The queue and state of the thread. It has no reference to the context: a context dropped without ``close`` is collected, which ends the thread."""
 
     def __init__(self) -> None:
         self.jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self.fatal_error: str | None = None
+        """The error after which CUDA cannot be used in this process any more."""
 
     def work(self) -> None:
         while (job := self.jobs.get()) is not None:
             try:
                 with CAPTURE_LOCK.shared():
-                    assert job.what is not None
-                    job.result = job.what()
-            except BaseException as error:  # noqa: BLE001 - the caller gets it
+                    assert job.function is not None
+                    job.result = job.function()
+            except BaseException as error:  # noqa: BLE001 - raised in the caller's thread
                 job.error = self._classify(error)
-            job.what = None  # may hold much, and this frame lives until the next job
+            job.function = None  # it may hold large objects, and this frame keeps the job until the next one
             job.run.end()
             job.done.release()
             del job
 
     def _classify(self, error: BaseException) -> BaseException:
+        """Return the error to raise in the caller's thread, and remember it if CUDA cannot recover from it."""
         if not isinstance(error, InferenceError) or not is_fatal(error):
             return error
         self.fatal_error = f"CUDA failed in a way that the process cannot recover from: {error} Restart the process."
-        lost = InferenceError(self.fatal_error)
-        lost.__cause__ = error
-        return lost
+        fatal = InferenceError(self.fatal_error)
+        fatal.__cause__ = error
+        return fatal
 
 
 class CudaContext:
-    """A device, a stream of it, and the thread that works there. Engines share it, and the last one that closes ends it."""
+    """A CUDA device, a stream and the thread that uses them. Engines share a context; closing the last engine closes it."""
 
     def __init__(self, index: int, stream: object | None = None, *, open_stream: Callable[[int, object | None], CudaStream] = CudaStream) -> None:
-        """Take a device.
+        """Start the thread and make the device current in it.
 
         Args:
-            index: of the device.
-            stream: the host's, see ``stream.parse_stream``; None for one of our own.
-            open_stream: for tests.
+            index: index of the device.
+            stream: a stream owned by the caller, see ``stream.parse_stream``; None creates one.
+            open_stream: creates the stream; tests replace it.
 
         Raises:
-            InvalidArgumentError: the stream is of another device, or none.
-            MissingDependencyError: no cuda-core.
+            InvalidArgumentError: ``stream`` is not a CUDA stream, or belongs to another device.
+            MissingDependencyError: cuda-core is not installed.
             DeviceError: CUDA cannot be used.
         """
         self.index = index
@@ -95,18 +100,18 @@ class CudaContext:
     def __del__(self) -> None:
         self._worker.jobs.put(None)
 
-    def run(self, what: Callable[[], Result]) -> Result:
-        """Do it in the thread and return what it returns, or raise what it raises; within the thread, at once.
+    def run(self, function: Callable[[], Result]) -> Result:
+        """Call a function in the context's thread, and return its result or raise its error. In that thread, call it directly.
 
-        A caller that is interrupted while it waits leaves the job to end by itself.
+        If the caller is interrupted while it waits, the function still runs to its end.
 
         Raises:
             GeneratorClosedError: the context is closed.
-            InferenceError: CUDA was lost before.
+            InferenceError: CUDA failed before in a way that the process cannot recover from.
         """
         if threading.current_thread() is self._thread:
-            return what()
-        job = _Job(what, _JOBS.run(thread=self._thread.ident))
+            return function()
+        job = _Job(function, _JOBS.run(thread=self._thread.ident))
         with self._lock:
             if self._closed:
                 raise GeneratorClosedError("this Generator is closed: make a new one")
@@ -120,22 +125,22 @@ class CudaContext:
             try:
                 raise job.error
             finally:
-                job.error = None  # or the error would hold this frame, which holds the error
+                job.error = None  # breaks a reference cycle: the error holds this frame, which holds the job
         result: Result = job.result
         return result
 
     @property
     def context_lost(self) -> bool:
-        """Whether CUDA failed in a way that the process cannot recover from."""
+        """True after CUDA failed in a way that the process cannot recover from."""
         return self._worker.fatal_error is not None
 
     def retain(self) -> None:
-        """One more engine works here."""
+        """Register an engine that uses the context."""
         with self._lock:
             self._users += 1
 
     def release(self) -> None:
-        """One engine less; after the last one, end the thread, when what it has to do is done, and give the stream and the memory back."""
+        """Unregister an engine. After the last one, finish the queued jobs, close the stream and end the thread."""
         with self._lock:
             self._users -= 1
             if self._users or self._closed:
