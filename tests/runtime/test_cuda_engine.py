@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 import scm_runtime
-from runtime.fake_cuda import LEGACY, PLACEMENT, Capsule, CudaError, GraphRun, Machine, Stream
+from runtime.fake_cuda import PLACEMENT, GraphRun, Machine
+from runtime.fake_cuda_driver import LEGACY, Capsule, CudaError, Stream
 from scm_runtime.bundle.manifest import read_manifest
 from scm_runtime.bundle.solver_tables import Schedules, along
 from scm_runtime.engines.cuda import static_buffers
@@ -165,7 +166,7 @@ def test_merged_trajectories_at_one_step_draw_noise_at_once(engine: CudaEngine, 
         engine.begin(other)
         machine.runs.clear()
         step(engine, one, other)
-        assert [(run.graph, run.n) for run in machine.runs if run.number != -1] == [("noise.onnx", 3), ("step.fp32.onnx", 3), ("finite.onnx", 3)]
+        assert [(run.graph, run.n) for run in machine.runs if run.graph_id != -1] == [("noise.onnx", 3), ("step.fp32.onnx", 3), ("finite.onnx", 3)]
         step(engine, one, other)
         return engine.decode([one, other])
 
@@ -225,12 +226,12 @@ def test_finite_graph_is_the_one_described() -> None:
 def test_every_shape_is_captured_once_and_replayed(engine: CudaEngine, machine: Machine) -> None:
     sampled(engine, call(1))
     sampled(engine, call(1, 2))
-    numbers = {run.n: run.number for run in machine.runs}  # the last of each, after runs that prepare
+    numbers = {run.n: run.graph_id for run in machine.runs}  # the last of each, after runs that prepare
     assert len(set(numbers.values())) == 2
     assert -1 not in numbers.values()
     machine.runs.clear()
     sampled(engine, call(3, 4))
-    assert {run.number for run in machine.runs} == {numbers[2]}
+    assert {run.graph_id for run in machine.runs} == {numbers[2]}
     assert engine.cuda_graph
     assert engine.captured_graphs == 2
 
@@ -240,7 +241,7 @@ def test_no_more_graphs_than_the_bound(engine: CudaEngine, machine: Machine, hos
     monkeypatch.setattr(static_buffers, "MAX_UNCAPTURED", 1)
     for n in (1, 2, 3, 4, 3, 1):
         np.testing.assert_array_equal(sampled(engine, call(*range(n))), sampled(host, call(*range(n))))
-    assert {run.n for run in machine.runs if run.number != -1} == {1, 2}
+    assert {run.n for run in machine.runs if run.graph_id != -1} == {1, 2}
     assert engine.captured_graphs == 2
 
 
@@ -259,7 +260,7 @@ def test_places_without_a_graph_make_room_for_each_other(machine: Machine, monke
 def test_without_cuda_graphs(machine: Machine, host: HostEngine) -> None:
     engine = opened(machine, cuda_graph=False)
     np.testing.assert_array_equal(sampled(engine, call(1, 2)), sampled(host, call(1, 2)))
-    assert {run.number for run in machine.runs} == {-1}
+    assert {run.graph_id for run in machine.runs} == {-1}
     assert not engine.cuda_graph
     engine.close()
 
@@ -274,7 +275,7 @@ def test_a_graph_with_nodes_on_the_cpu(machine: Machine, host: HostEngine, caplo
     assert [record.getMessage().split(":")[0] for record in caplog.records] == [f"'{name}' runs with copies to the CPU and back, and without CUDA graphs"]
     for seeds in ((1, 2), (3, 4), (1, 2)):
         np.testing.assert_array_equal(sampled(engine, call(*seeds)), sampled(host, call(*seeds)))
-    captured = {run.graph for run in machine.runs if run.number != -1}
+    captured = {run.graph for run in machine.runs if run.graph_id != -1}
     assert captured == ({"noise.onnx", "step.fp32.onnx", "finite.onnx", "decode.fp32.onnx"} - {name} if cuda_graph else set())
     engine.close()
 
@@ -286,7 +287,7 @@ def test_a_graph_that_cannot_be_captured_runs_without(machine: Machine, host: Ho
         for seeds in ((1,), (1, 2), (1,)):
             np.testing.assert_array_equal(sampled(engine, call(*seeds)), sampled(host, call(*seeds)))
     assert [record.getMessage().split(":")[0] for record in caplog.records] == ["'step.fp32.onnx' runs without a CUDA graph for a batch of 1"]
-    assert sum(run.number != -1 for run in machine.runs if run.graph == "step.fp32.onnx") == 1
+    assert sum(run.graph_id != -1 for run in machine.runs if run.graph == "step.fp32.onnx") == 1
     assert not engine.cuda_graph
     engine.close()
 
@@ -295,7 +296,7 @@ def test_a_shape_for_which_a_capture_would_need_memory_runs_without(engine: Cuda
     machine.no_memory_to_capture = {2}
     for seeds in ((1, 2), (3,), (4, 5)):
         np.testing.assert_array_equal(sampled(engine, call(*seeds)), sampled(host, call(*seeds)))
-    steps = [run for run in machine.runs if run.graph == "step.fp32.onnx" and run.number != -1]
+    steps = [run for run in machine.runs if run.graph == "step.fp32.onnx" and run.graph_id != -1]
     assert [run.n for run in steps] == [2, 1, 1]  # tried once; captured, and replayed
     assert engine.cuda_graph
 
@@ -335,7 +336,7 @@ def test_the_default_stream_is_never_captured(machine: Machine, host: HostEngine
     engine = opened(machine, 0)  # torch's name for it; to ONNX Runtime 0 means that none is given
     assert engine._context.stream_handle == LEGACY
     np.testing.assert_array_equal(sampled(engine, call(1)), sampled(host, call(1)))
-    assert {run.number for run in machine.runs} == {-1}
+    assert {run.graph_id for run in machine.runs} == {-1}
     engine.close()
 
 
@@ -360,7 +361,7 @@ def read(machine: Machine, capsule: Capsule, stream: Stream) -> NDArray[Any]:
     """What a consumer sees that puts its work on a stream and waits for that."""
     nbytes = int(np.prod(capsule.shape)) * capsule.dtype.itemsize
     seen: list[NDArray[Any]] = []
-    machine.foreign_ok = True
+    machine.allow_other_threads = True
     stream.put(lambda: seen.append(machine.bytes_at(capsule.address, nbytes, queueing=False).view(capsule.dtype).reshape(capsule.shape).copy()))
     stream.record().sync()
     return seen[0]
@@ -386,7 +387,7 @@ def test_a_consumer_of_dlpack_sees_the_result_without_the_host_waiting(machine: 
     assert capsule.versioned
     assert not consumed(array, stream=-1).versioned
     np.testing.assert_array_equal(read(machine, capsule, stream), sampled(host, call(1, 2)))
-    machine.foreign_ok = False
+    machine.allow_other_threads = False
     engine.close()
 
 
@@ -435,7 +436,9 @@ def test_out_of_memory_says_what_helps_and_leaves_an_engine_that_works(machine: 
     before = sampled(engine, call(1))
     settled = in_use(machine, engine)
     machine.largest_batch = 4
-    with pytest.raises(OutOfMemoryError, match=r"cuda:0 is out of memory with a batch of 8 in fp32\. Try a smaller batch, half precision.*gpu_mem_limit") as raised:
+    with pytest.raises(
+        OutOfMemoryError, match=r"cuda:0 is out of memory with a batch of 8 in fp32\. Try a smaller batch, half precision.*gpu_mem_limit"
+    ) as raised:
         sampled(engine, call(*range(8)))
     del raised  # its frames hold what they worked with
     assert in_use(machine, engine) == settled
@@ -594,7 +597,7 @@ def test_a_dropped_context_ends_its_thread(machine: Machine) -> None:
     engine = opened(machine)
     sampled(engine, call(1))
     thread = engine._context._thread
-    machine.foreign_ok = True
+    machine.allow_other_threads = True
     del engine
     gc.collect()
     thread.join(10)
@@ -639,7 +642,7 @@ def test_a_capture_waits_for_other_jobs_and_holds_new_ones_up() -> None:
 
 
 def test_a_job_that_waits_for_another_contexts_job_does_not_hold_up_its_captures(machine: Machine) -> None:
-    machine.foreign_ok = True
+    machine.allow_other_threads = True
     first, second = opened(machine), opened(machine)
     answer: list[NDArray[Any]] = []
     asks = threading.Thread(target=lambda: answer.append(first.run(lambda: sampled(second, call(1)))), daemon=True)  # as a callback may

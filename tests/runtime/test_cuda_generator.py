@@ -14,7 +14,8 @@ import pytest
 
 from handmade import BLOCK, SLOW_STEP, WIDTH, write_text_bundle
 from holding import PATIENCE_S, engine_of
-from runtime.fake_cuda import PLACEMENT, Capsule, FakeSession, Machine
+from runtime.fake_cuda import PLACEMENT, FakeSession, Machine
+from runtime.fake_cuda_driver import Capsule
 from scm_runtime import Generator, GeneratorClosedError, NonFiniteError, OutOfMemoryError, generator
 from scm_runtime.devices.placement import CPU
 from scm_runtime.engines.cuda import stream as cuda
