@@ -32,7 +32,18 @@ class GraphRun:
 
 
 class Machine(FakeDriver):
-    """Simulated devices, a record of the sessions opened and run on them, and faults that tests inject."""
+    """Simulated devices, a record of the sessions opened and run on them, and faults that tests inject.
+
+    Attributes:
+        runs: all runs of sessions, in order.
+        opened: file name of each graph that was opened, and whether with ``enable_cuda_graph``.
+        refuses_graphs: file names of graphs that have nodes on the CPU.
+        fails_to_capture: file names of graphs whose captures fail.
+        terminates_capture: whether the Generator is closed during the next capture.
+        no_memory_to_capture: batch sizes whose captures run out of memory.
+        largest_batch: larger batches run out of memory; None for no limit.
+        fatal: whether runs fail with an error that leaves the context unusable.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,6 +68,8 @@ class Machine(FakeDriver):
 
 
 class FakeSession(Session):
+    """A session on the CPU, whose bound runs read and write the memory of a simulated device."""
+
     def __init__(self, machine: Machine, path: Path, settings: Settings, stream: Stream, capture: bool) -> None:
         super().__init__(path, replace(settings, placement=CPU, threads=1))
         self.settings = settings
@@ -69,6 +82,8 @@ class FakeSession(Session):
 
 
 class FakeBound:
+    """A FakeSession bound to device addresses. A call enqueues a run on the session's stream."""
+
     def __init__(self, session: FakeSession, inputs: dict[str, Region], output: Region, options: dict[str, str]) -> None:
         self.session, self.inputs, self.output, self.options = session, inputs, output, options
         # The inputs of CPU nodes are copied when they are bound, not in the order of the stream.

@@ -1,4 +1,4 @@
-"""The CUDA engine against a machine made of NumPy (fake_cuda): it draws what the host draws, in order, in one thread, and gives everything back."""
+"""The CUDA engine on a simulated machine (fake_cuda): it matches the host engine, orders its work, uses one thread, and frees everything."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def step(engine: Engine, *trajectories: Trajectory) -> None:
 
 
 def sampled(engine: Engine, trajectory: Trajectory) -> NDArray[Any]:
-    """A whole call."""
+    """Run a call from noise to pixels."""
 
     def job() -> NDArray[Any]:
         engine.begin(trajectory)
@@ -90,28 +90,28 @@ def sampled(engine: Engine, trajectory: Trajectory) -> NDArray[Any]:
 
 
 def in_use(machine: Machine, engine: CudaEngine) -> int:
-    """Bytes of the device, once what nobody refers to is freed."""
+    """Return the bytes of device memory in use, after garbage collection."""
     gc.collect()
     engine.run(engine._context.stream.free_deferred)
     return machine.used
 
 
-def test_pixels_are_the_hosts(engine: CudaEngine, host: HostEngine) -> None:
+def test_pixels_match_the_host_engine(engine: CudaEngine, host: HostEngine) -> None:
     for trajectory in (call(7), call(1, 2, 3), call(4, 5, 6, steps=1)):
         np.testing.assert_array_equal(sampled(engine, trajectory), sampled(host, Trajectory(trajectory.call)))
 
 
-def test_latents_take_the_place_of_the_first_noise(engine: CudaEngine, host: HostEngine) -> None:
+def test_latents_replace_the_initial_noise(engine: CudaEngine, host: HostEngine) -> None:
     latents = np.random.default_rng(0).standard_normal((2, *MANIFEST.sample.shape), np.float32)
     np.testing.assert_array_equal(sampled(engine, call(1, 2, latents=latents)), sampled(host, call(1, 2, latents=latents)))
 
 
-def test_the_same_shape_again_with_other_seeds_and_conditioning(engine: CudaEngine, host: HostEngine) -> None:
+def test_a_shape_is_reused_with_other_seeds_and_conditioning(engine: CudaEngine, host: HostEngine) -> None:
     for seeds in ((1, 2), (3, 4), (1, 2)):
         np.testing.assert_array_equal(sampled(engine, call(*seeds)), sampled(host, call(*seeds)))
 
 
-def test_merged_trajectories_at_different_steps_get_what_they_get_alone(engine: CudaEngine) -> None:
+def test_merged_trajectories_at_different_steps_match_separate_runs(engine: CudaEngine) -> None:
     alone = [sampled(engine, call(1, 2)), sampled(engine, call(3))]
     ahead, behind = call(1, 2), call(3)
 
@@ -129,7 +129,7 @@ def test_merged_trajectories_at_different_steps_get_what_they_get_alone(engine: 
         np.testing.assert_array_equal(merged, expected)
 
 
-def test_samplers_of_several_evaluations_a_step(machine: Machine, tiny_guided: tuple[Path, Path, Path]) -> None:
+def test_samplers_with_several_evaluations_per_step(machine: Machine, tiny_guided: tuple[Path, Path, Path]) -> None:
     folder = tiny_guided[0]
     manifest = read_manifest(folder)
     schedules, times = Schedules(folder, manifest), ("heun", None, "dpm-solver-2s")
@@ -158,7 +158,7 @@ def test_samplers_of_several_evaluations_a_step(machine: Machine, tiny_guided: t
     engine.close()
 
 
-def test_merged_trajectories_at_one_step_draw_noise_at_once(engine: CudaEngine, machine: Machine) -> None:
+def test_merged_trajectories_at_the_same_step_draw_noise_in_one_run(engine: CudaEngine, machine: Machine) -> None:
     one, other = call(1, 2), call(3)
 
     def job() -> list[NDArray[Any]]:
@@ -173,12 +173,12 @@ def test_merged_trajectories_at_one_step_draw_noise_at_once(engine: CudaEngine, 
     merged = engine.run(job)
     for pixels, seeds in zip(merged, ((1, 2), (3,)), strict=True):
         np.testing.assert_array_equal(pixels, sampled(engine, call(*seeds)))
-    assert merged[0].base is None  # one caller's result does not keep another's memory
+    assert merged[0].base is None  # the result of one caller does not keep the memory of another's alive
 
 
-def test_states_go_to_the_host_only_when_they_are_fetched(engine: CudaEngine, machine: Machine) -> None:
+def test_states_are_copied_to_the_host_only_when_they_are_fetched(engine: CudaEngine, machine: Machine) -> None:
     pixels = sampled(engine, call(1, 2, 3))
-    assert sorted(machine.to_host) == sorted([2 * 3 * 4, pixels.nbytes])  # a flag a step and sample, and pixels
+    assert sorted(machine.to_host) == sorted([2 * 3 * 4, pixels.nbytes])  # one flag per step and sample, and the pixels
 
 
 def test_fetched_and_replaced_states(engine: CudaEngine, host: HostEngine) -> None:
@@ -198,7 +198,7 @@ def test_fetched_and_replaced_states(engine: CudaEngine, host: HostEngine) -> No
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_finite_says_which_sample_after_which_step(engine: CudaEngine, bad: float) -> None:
+def test_finite_flags_are_per_sample_and_evaluation(engine: CudaEngine, bad: float) -> None:
     trajectory = call(1, 2, 3)
 
     def job() -> NDArray[np.bool_]:
@@ -213,7 +213,7 @@ def test_finite_says_which_sample_after_which_step(engine: CudaEngine, bad: floa
     assert engine.run(job).tolist() == [[True, False, True]]
 
 
-def test_finite_graph_is_the_one_described() -> None:
+def test_finite_graph_matches_the_code_that_builds_it() -> None:
     x, finite = (helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in (("x", ["N", "D"]), ("finite", ["N"])))
     nodes = [helper.make_node("Sub", ["x", "x"], ["zero_or_nan"]), helper.make_node("ReduceSum", ["zero_or_nan", "axes"], ["finite"], keepdims=0)]
     graph = helper.make_graph(nodes, "finite", [x], [finite], [helper.make_tensor("axes", TensorProto.INT64, [1], [1])])
@@ -226,7 +226,7 @@ def test_finite_graph_is_the_one_described() -> None:
 def test_every_shape_is_captured_once_and_replayed(engine: CudaEngine, machine: Machine) -> None:
     sampled(engine, call(1))
     sampled(engine, call(1, 2))
-    numbers = {run.n: run.graph_id for run in machine.runs}  # the last of each, after runs that prepare
+    numbers = {run.n: run.graph_id for run in machine.runs}  # of the last run of each size, after its warm-up runs
     assert len(set(numbers.values())) == 2
     assert -1 not in numbers.values()
     machine.runs.clear()
@@ -236,7 +236,7 @@ def test_every_shape_is_captured_once_and_replayed(engine: CudaEngine, machine: 
     assert engine.captured_graphs == 2
 
 
-def test_no_more_graphs_than_the_bound(engine: CudaEngine, machine: Machine, host: HostEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_captured_shapes_is_limited(engine: CudaEngine, machine: Machine, host: HostEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(static_buffers, "MAX_GRAPHS", 2)
     monkeypatch.setattr(static_buffers, "MAX_UNCAPTURED", 1)
     for n in (1, 2, 3, 4, 3, 1):
@@ -245,7 +245,7 @@ def test_no_more_graphs_than_the_bound(engine: CudaEngine, machine: Machine, hos
     assert engine.captured_graphs == 2
 
 
-def test_places_without_a_graph_make_room_for_each_other(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_buffers_without_a_graph_are_evicted(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(static_buffers, "MAX_UNCAPTURED", 1)
     engine = opened(machine, cuda_graph=False)
     used = []
@@ -268,7 +268,7 @@ def test_without_cuda_graphs(machine: Machine, host: HostEngine) -> None:
 @pytest.mark.parametrize("name", ["noise.onnx", "step.fp32.onnx"])
 @pytest.mark.parametrize("cuda_graph", [False, True])
 def test_a_graph_with_nodes_on_the_cpu(machine: Machine, host: HostEngine, caplog: pytest.LogCaptureFixture, name: str, cuda_graph: bool) -> None:
-    """ONNX Runtime copies what they read as it is bound: it is bound anew for every run, once the stream is done."""
+    """ONNX Runtime copies the inputs of CPU nodes when it binds them: each run binds again, after the stream is synchronized."""
     machine.refuses_graphs = {name}
     with caplog.at_level(logging.INFO, "scm_runtime"):
         engine = opened(machine, cuda_graph=cuda_graph)
@@ -280,7 +280,7 @@ def test_a_graph_with_nodes_on_the_cpu(machine: Machine, host: HostEngine, caplo
     engine.close()
 
 
-def test_a_graph_that_cannot_be_captured_runs_without(machine: Machine, host: HostEngine, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_graph_whose_capture_fails_runs_uncaptured(machine: Machine, host: HostEngine, caplog: pytest.LogCaptureFixture) -> None:
     machine.fails_to_capture = {"step.fp32.onnx"}
     engine = opened(machine)
     with caplog.at_level(logging.INFO, "scm_runtime"):
@@ -292,12 +292,12 @@ def test_a_graph_that_cannot_be_captured_runs_without(machine: Machine, host: Ho
     engine.close()
 
 
-def test_a_shape_for_which_a_capture_would_need_memory_runs_without(engine: CudaEngine, machine: Machine, host: HostEngine) -> None:
+def test_a_shape_whose_capture_runs_out_of_memory_runs_uncaptured(engine: CudaEngine, machine: Machine, host: HostEngine) -> None:
     machine.no_memory_to_capture = {2}
     for seeds in ((1, 2), (3,), (4, 5)):
         np.testing.assert_array_equal(sampled(engine, call(*seeds)), sampled(host, call(*seeds)))
     steps = [run for run in machine.runs if run.graph == "step.fp32.onnx" and run.graph_id != -1]
-    assert [run.n for run in steps] == [2, 1, 1]  # tried once; captured, and replayed
+    assert [run.n for run in steps] == [2, 1, 1]  # one failed attempt; then a capture and a replay
     assert engine.cuda_graph
 
 
@@ -315,38 +315,38 @@ class TorchStream:
 
 
 @pytest.mark.parametrize("kind", [int, NumbaStream, TorchStream])
-def test_works_on_the_hosts_stream_and_waits_for_nothing_of_the_hosts(machine: Machine, host: HostEngine, kind: type) -> None:
+def test_uses_the_callers_stream_without_waiting_for_the_callers_work(machine: Machine, host: HostEngine, kind: type) -> None:
     theirs = machine.make_stream()
     engine, trajectory, later = opened(machine, kind(theirs.handle)), call(2), []
     np.testing.assert_array_equal(sampled(engine, call(1)), sampled(host, call(1)))
     engine.run(lambda: engine.begin(trajectory))
     engine.run(lambda: engine.fetch(trajectory))
-    theirs.queue.append(lambda: later.append("the host's own work"))
+    theirs.queue.append(lambda: later.append("the caller's work"))
     engine.run(lambda: engine.advance([trajectory]))
     assert later == []
     engine.run(lambda: engine.fetch(trajectory))
-    assert later  # it came before
+    assert later  # the download waits for work enqueued before it
     engine.close()
     assert not theirs.closed
     assert machine.device_syncs == 0
-    assert len(machine.streams) == 2  # the default one and theirs
+    assert len(machine.streams) == 2  # the default stream and the caller's
 
 
 def test_the_default_stream_is_never_captured(machine: Machine, host: HostEngine) -> None:
-    engine = opened(machine, 0)  # torch's name for it; to ONNX Runtime 0 means that none is given
+    engine = opened(machine, 0)  # as torch numbers it; for ONNX Runtime 0 means that no stream is given
     assert engine._context.stream_handle == LEGACY
     np.testing.assert_array_equal(sampled(engine, call(1)), sampled(host, call(1)))
     assert {run.graph_id for run in machine.runs} == {-1}
     engine.close()
 
 
-def test_a_stream_of_another_device_is_refused(machine: Machine) -> None:
+def test_a_stream_of_another_device_is_rejected(machine: Machine) -> None:
     with pytest.raises(InvalidArgumentError, match=r"belong to the device cuda:0, got a stream of cuda:1"):
         CudaContext(0, machine.make_stream(1).handle)
 
 
 @pytest.mark.parametrize("stream", [True, "0", -1, 2, object(), 12345])
-def test_what_is_no_stream_is_refused(machine: Machine, stream: object) -> None:
+def test_invalid_streams_are_rejected(machine: Machine, stream: object) -> None:
     with pytest.raises(InvalidArgumentError, match="stream must be"):
         CudaContext(0, stream)
 
@@ -358,7 +358,7 @@ def consumed(array: DeviceArray, **arguments: Any) -> Capsule:
 
 
 def read(machine: Machine, capsule: Capsule, stream: Stream) -> NDArray[Any]:
-    """What a consumer sees that puts its work on a stream and waits for that."""
+    """Return what a consumer reads that enqueues its work on a stream and waits for that."""
     nbytes = int(np.prod(capsule.shape)) * capsule.dtype.itemsize
     seen: list[NDArray[Any]] = []
     machine.allow_other_threads = True
@@ -368,7 +368,7 @@ def read(machine: Machine, capsule: Capsule, stream: Stream) -> NDArray[Any]:
 
 
 @pytest.mark.parametrize("asked", ["none", "legacy", "own"])
-def test_a_consumer_of_dlpack_sees_the_result_without_the_host_waiting(machine: Machine, host: HostEngine, asked: str) -> None:
+def test_a_dlpack_consumer_gets_the_result_without_host_synchronization(machine: Machine, host: HostEngine, asked: str) -> None:
     engine, trajectory = opened(machine), call(1, 2)
     stream = machine.make_stream() if asked == "own" else machine.legacy
 
@@ -391,7 +391,7 @@ def test_a_consumer_of_dlpack_sees_the_result_without_the_host_waiting(machine: 
     engine.close()
 
 
-def test_a_consumer_that_waits_itself_is_not_made_to(machine: Machine) -> None:
+def test_dlpack_stream_minus_one_adds_no_wait_and_invalid_arguments_are_rejected(machine: Machine) -> None:
     engine, trajectory = opened(machine), call(1)
     engine.run(lambda: engine.begin(trajectory))
     array = engine.run(lambda: engine.on_device(trajectory))
@@ -404,7 +404,7 @@ def test_a_consumer_that_waits_itself_is_not_made_to(machine: Machine) -> None:
     engine.close()
 
 
-def test_a_result_on_the_device_outlives_the_generator_and_later_calls(machine: Machine, host: HostEngine) -> None:
+def test_a_result_on_the_device_outlives_the_engine_and_later_calls(machine: Machine, host: HostEngine) -> None:
     engine, trajectory = opened(machine), call(1)
 
     def job() -> DeviceArray:
@@ -428,26 +428,25 @@ def test_a_result_on_the_device_outlives_the_generator_and_later_calls(machine: 
     del capsule
     gc.collect()
     assert machine.used == 0
-    assert machine.frees[-1] == (address, LEGACY)  # after what the consumer does on its stream
+    assert machine.frees[-1] == (address, LEGACY)  # ordered after the consumer's work on that stream
 
 
-def test_out_of_memory_says_what_helps_and_leaves_an_engine_that_works(machine: Machine, host: HostEngine) -> None:
+def test_out_of_memory_names_remedies_and_leaves_a_working_engine(machine: Machine, host: HostEngine) -> None:
     engine = opened(machine)
     before = sampled(engine, call(1))
     settled = in_use(machine, engine)
     machine.largest_batch = 4
-    with pytest.raises(
-        OutOfMemoryError, match=r"cuda:0 is out of memory with a batch of 8 in fp32\. Try a smaller batch, half precision.*gpu_mem_limit"
-    ) as raised:
+    message = r"cuda:0 is out of memory with a batch of 8 in fp32\. Try a smaller batch, half precision.*gpu_mem_limit"
+    with pytest.raises(OutOfMemoryError, match=message) as raised:
         sampled(engine, call(*range(8)))
-    del raised  # its frames hold what they worked with
+    del raised  # the frames of its traceback hold buffers
     assert in_use(machine, engine) == settled
     np.testing.assert_array_equal(sampled(engine, call(0, 1, 2, 3)), sampled(host, call(0, 1, 2, 3)))
     np.testing.assert_array_equal(sampled(engine, call(1)), before)
     engine.close()
 
 
-def test_out_of_memory_for_our_own_buffers(machine: Machine, host: HostEngine) -> None:
+def test_out_of_memory_while_buffers_are_allocated(machine: Machine, host: HostEngine) -> None:
     engine = opened(machine)
     machine.capacity = 1 << 18
     with pytest.raises(OutOfMemoryError, match="batch of 64"):
@@ -457,7 +456,7 @@ def test_out_of_memory_for_our_own_buffers(machine: Machine, host: HostEngine) -
 
 
 @pytest.mark.parametrize("cuda_graph", [False, True])
-def test_after_out_of_memory_arenas_shrink_where_no_captured_graph_uses_them(machine: Machine, cuda_graph: bool) -> None:
+def test_arenas_without_captured_graphs_shrink_after_out_of_memory(machine: Machine, cuda_graph: bool) -> None:
     engine = opened(machine, cuda_graph=cuda_graph)
     sampled(engine, call(1))
     machine.largest_batch = 4
@@ -471,7 +470,7 @@ def test_after_out_of_memory_arenas_shrink_where_no_captured_graph_uses_them(mac
     engine.close()
 
 
-def test_a_lost_context_says_that_the_process_must_restart(machine: Machine) -> None:
+def test_the_error_of_a_lost_context_says_to_restart_the_process(machine: Machine) -> None:
     engine = opened(machine)
     machine.fatal = True
     for _ in range(2):
@@ -480,12 +479,12 @@ def test_a_lost_context_says_that_the_process_must_restart(machine: Machine) -> 
     session = weakref.ref(engine.graphs().step)
     thread = engine._context._thread
     machine.runs.clear()
-    engine.close()  # says nothing more, and touches nothing
+    engine.close()  # raises nothing and calls nothing in CUDA
     assert session() is not None
     assert not thread.is_alive()
 
 
-def test_close_gives_all_memory_back_and_ends_the_thread(machine: Machine) -> None:
+def test_close_frees_all_memory_and_ends_the_thread(machine: Machine) -> None:
     engine = opened(machine)
     session = weakref.ref(engine.graphs().step)
     sampled(engine, call(1, 2))
@@ -505,12 +504,12 @@ def test_close_gives_all_memory_back_and_ends_the_thread(machine: Machine) -> No
         engine.graphs()
 
 
-def test_finished_calls_give_their_memory_back_in_the_engines_thread(machine: Machine) -> None:
+def test_memory_of_finished_calls_is_freed_in_the_engines_thread(machine: Machine) -> None:
     engine = opened(machine)
     sampled(engine, call(1))
     settled = in_use(machine, engine)
     for seed in range(5):
-        sampled(engine, call(seed))  # the trajectory dies here, in this thread
+        sampled(engine, call(seed))  # the trajectory is destroyed here, in this thread
         gc.collect()
     assert in_use(machine, engine) == settled
     engine.close()
@@ -527,7 +526,7 @@ def test_two_engines_share_a_context(machine: Machine, host: HostEngine) -> None
     assert machine.used == 0
 
 
-def test_a_bundle_that_cannot_be_opened_leaves_the_context_for_another_try(machine: Machine) -> None:
+def test_the_context_is_usable_after_a_bundle_failed_to_open(machine: Machine) -> None:
     context = CudaContext(0)
 
     def refuse(path: Path, settings: Settings) -> Session:
@@ -540,7 +539,7 @@ def test_a_bundle_that_cannot_be_opened_leaves_the_context_for_another_try(machi
     engine.close()
 
 
-def test_calls_from_many_threads_use_cuda_in_one(machine: Machine, host: HostEngine) -> None:
+def test_calls_from_many_threads_use_cuda_in_one_thread(machine: Machine, host: HostEngine) -> None:
     engine = opened(machine)
     with ThreadPoolExecutor(8) as pool:
         results = list(pool.map(lambda seed: sampled(engine, call(seed)), range(16)))
@@ -561,7 +560,7 @@ def test_errors_reach_the_caller_with_their_traceback(engine: CudaEngine) -> Non
     assert engine.run(lambda: 3) == 3
 
 
-def test_an_interrupted_caller_leaves_an_engine_that_works(engine: CudaEngine, host: HostEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_caller_leaves_a_working_engine(engine: CudaEngine, host: HostEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     started, go = threading.Event(), threading.Event()
 
     def slow() -> None:
@@ -569,7 +568,7 @@ def test_an_interrupted_caller_leaves_an_engine_that_works(engine: CudaEngine, h
         go.wait(10)
 
     class Interrupted:
-        """A lock whose waiter gets Ctrl-C, as the main thread does."""
+        """A lock whose second acquire raises KeyboardInterrupt, as Ctrl-C does in the main thread."""
 
         def __init__(self, lock: Any) -> None:
             self.lock, self.taken = lock, False
@@ -604,26 +603,26 @@ def test_a_dropped_context_ends_its_thread(machine: Machine) -> None:
     assert not thread.is_alive()
 
 
-def test_marks_measure_on_the_stream_from_any_thread(engine: CudaEngine) -> None:
+def test_timing_events_can_be_read_from_any_thread(engine: CudaEngine) -> None:
     trajectory = call(1)
     sampled(engine, trajectory)
     assert [part.name for part in trajectory.parts] == ["noise", "noise", "step", "noise", "step", "decode", "copy"]
     assert all(engine.seconds(part.start, part.end) > 0 for part in trajectory.parts)
 
 
-def test_a_capture_waits_for_other_jobs_and_holds_new_ones_up() -> None:
-    captures, order, inside = CaptureLock(), [], threading.Event()
+def test_a_capture_waits_for_running_jobs_and_blocks_new_ones() -> None:
+    lock, order, inside = CaptureLock(), [], threading.Event()
     leave = threading.Event()
 
     def other(name: str) -> None:
-        with captures.shared():
+        with lock.shared():
             order.append(name)
             inside.set()
             leave.wait(10)
             order.append(f"{name} ends")
 
     def capture() -> None:
-        with captures.shared(), captures.exclusive():
+        with lock.shared(), lock.exclusive():
             order.append("captures")
 
     first = threading.Thread(target=other, args=("first",))
@@ -631,7 +630,7 @@ def test_a_capture_waits_for_other_jobs_and_holds_new_ones_up() -> None:
     inside.wait(10)
     capturing = threading.Thread(target=capture)
     capturing.start()
-    while not captures._waiting:
+    while not lock._waiting:
         time.sleep(0.001)
     second = threading.Thread(target=other, args=("second",))
     second.start()
@@ -641,7 +640,7 @@ def test_a_capture_waits_for_other_jobs_and_holds_new_ones_up() -> None:
     assert order == ["first", "first ends", "captures", "second", "second ends"]
 
 
-def test_a_job_that_waits_for_another_contexts_job_does_not_hold_up_its_captures(machine: Machine) -> None:
+def test_a_job_that_waits_for_another_contexts_job_does_not_block_its_captures(machine: Machine) -> None:
     machine.allow_other_threads = True
     first, second = opened(machine), opened(machine)
     answer: list[NDArray[Any]] = []
@@ -663,7 +662,7 @@ def test_provider_options() -> None:
             cuda_options(0, stream_handle=77, extra={name: "5"})
 
 
-def test_a_device_that_cannot_be_used_is_named(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_names_the_device_that_cannot_be_used(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     core, *others = machine.modules()
 
     def broken(index: int) -> None:
