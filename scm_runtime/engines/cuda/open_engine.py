@@ -107,6 +107,7 @@ class _Opener:
 
 
 def _is_all_on_device(session: Session) -> bool:
+    """Return True if the session was opened with all nodes on the device."""
     return session.settings.placement.providers[0][1]["enable_cuda_graph"] == "1"
 
 

@@ -17,7 +17,6 @@ from scm_runtime.errors import DeviceError, GeneratorClosedError, InferenceError
 
 Result = TypeVar("Result")
 
-
 _JOBS = RunRegistry()  # the end of the process waits for jobs, which may be inside ONNX Runtime or CUDA
 
 
