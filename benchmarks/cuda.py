@@ -100,8 +100,8 @@ def own_time_ms(engine: CudaEngine, n: int, conditioning: Mapping[str, Any]) -> 
     engine.start(trajectory)
     engine.step([trajectory])
     engine.decode([trajectory])
-    slot = engine._slot([trajectory])
-    runs: dict[str, Callable[[], object]] = {"noise": slot.noise, "step": slot.step, "finite": slot.check, "decode": slot.decode}
+    buffers = engine._buffers_for([trajectory])
+    runs: dict[str, Callable[[], object]] = {"noise": buffers.noise, "step": buffers.step, "finite": buffers.check, "decode": buffers.decode}
     times = {}
     for name, run in runs.items():
         start = engine.timestamp()
