@@ -13,7 +13,7 @@ from scm_export.trace import example
 from scm_runtime import Generator
 from scm_runtime.bundle.manifest import Manifest, read_manifest
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
-from scm_runtime.ort.native_ops import MATMUL_PRECISION
+from scm_runtime.ort.options import MATMUL_PRECISION
 from support import native_library
 
 OWN_ARGUMENTS = ("class_labels", "guidance_scale", "prompt_embeds", "prompt_attention_mask")  # of Generator's call

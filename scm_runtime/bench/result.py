@@ -71,7 +71,7 @@ class ModelCost(Struct, frozen=True, kw_only=True):
 
 
 class MachinePeak(Struct, frozen=True, kw_only=True):
-    """Peak of the machine in large matrix products and in copying, measured in the same run."""
+    """The machine's peak in large matrix products and in copying, measured in the same run."""
 
     matmul_gflops: float | None = field(default=None, name="product_gflops")
     copy_gb_per_second: float | None = None

@@ -32,7 +32,6 @@ from scm_runtime.generator import CAPTURE_RUNS, Generator
 from scm_runtime.inputs.arguments import CallArguments
 from scm_runtime.inputs.conditioning import placeholder_conditioning
 from scm_runtime.ort.native_ops import NativeOps
-from scm_runtime.sampling.request import read_request
 
 DEFAULT_STEPS = (1, 2)  # for a consistency model
 ITEM_BYTES: dict[Dtype, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
@@ -148,7 +147,7 @@ def _plan(generator: Generator, options: BenchOptions) -> list[CellRun]:
             "conditioning": placeholder_conditioning(manifest.conditioning, range(1)),
             "output_type": "np",
         }
-        steps = read_request(generator, None, cast(CallArguments, arguments)).trajectory.call.steps
+        steps = generator._read_request(None, cast(CallArguments, arguments)).trajectory.call.steps
         runs += [CellRun(generator, steps, size, {**arguments, "batch_size": size}) for size in dict.fromkeys(options.batch_sizes)]
     return runs
 

@@ -1,4 +1,4 @@
-"""Output of ``scm-runtime bench``: a result as tables on stdout, and a progress bar on stderr."""
+"""Printed output of ``scm-runtime bench``: a result as tables on stdout, and a progress bar on stderr."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Output of ``scm-runtime doctor``: a report as tables."""
+"""Printed output of ``scm-runtime doctor``: a report as tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Output of ``scm-runtime inspect``: a bundle's manifest as tables."""
+"""Printed output of ``scm-runtime inspect``: a bundle's manifest as tables."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scm_runtime.errors import InvalidArgumentError
-from scm_runtime.samples import picture_format
+from scm_runtime.samples import image_format_of
 
 FIELDS = ("seed", "index")
 NAME_IN_FOLDER = "{seed:06d}.png"
@@ -55,7 +55,7 @@ class OutputPattern:
             raise InvalidArgumentError(
                 f"'{out}' has no image file's ending. End it in .png or .jpg, for instance, or write '{out}/' for a folder with one file per image."
             )
-        picture_format(path)
+        image_format_of(path)
         return pattern
 
     def path(self, index: int, seed: int) -> Path:

@@ -9,18 +9,16 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
+from scm_runtime.common.log import log_once
 from scm_runtime.devices.cuda_libraries import cuda_major, install_command, load, provider_library, vendor_libraries
 from scm_runtime.errors import DeviceError, InvalidArgumentError
 
 CPU_PROVIDER, CUDA_PROVIDER, TENSORRT_PROVIDER = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 CUDA_PROVIDERS = (CUDA_PROVIDER, TENSORRT_PROVIDER)
 OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}  # on Linux, by CUDA's major version. Source: CUDA's release notes, "minor version compatibility"
-
-_log = logging.getLogger("scm_runtime")
 
 
 @dataclass(frozen=True)
@@ -77,10 +75,10 @@ def resolve_device(
         return CPU
     if device == "auto":
         if reason := cuda_unavailable_reason(0):
-            _log_once(f"device 'auto' is the CPU: {reason}")
+            log_once(logging.INFO, f"device 'auto' is the CPU: {reason}")
             return Placement("cpu", CPU.providers, reason)
         placement = _cuda(0, {}, "device='auto' found it")
-        _log_once(f"device 'auto' is {placement.device}, {placement.hardware}")
+        log_once(logging.INFO, f"device 'auto' is {placement.device}, {placement.hardware}")
         return placement
     index = int(device.partition(":")[2] or 0)
     if provider_options is not None and not isinstance(provider_options, Mapping):
@@ -219,8 +217,3 @@ def _place_providers(pairs: list[tuple[str, dict[str, str]]]) -> Placement:
     if CPU_PROVIDER not in (name for name, _ in pairs):
         pairs = [*pairs, CPU.providers[0]]
     return Placement(first.removesuffix("ExecutionProvider").lower(), tuple(pairs), f"providers={[name for name, _ in pairs]}", hardware)
-
-
-@cache
-def _log_once(message: str) -> None:
-    _log.info(message)

@@ -55,7 +55,7 @@ def examine() -> Report:
         problems.append(Problem("the native kernels do not run on every device; the function bodies in the graphs compute the same, slower", ops.reason))
     cache = _cache()
     if cache.reason:
-        problems.append(Problem("optimised graphs cannot be cached, so that bundles open more slowly", cache.reason))
+        problems.append(Problem("optimized graphs cannot be cached, so that bundles open more slowly", cache.reason))
     variables = {name: value for name in ENVIRONMENT_VARIABLES if (value := os.environ.get(name)) is not None}
     return Report(
         works=any(provider.works for provider in providers),
@@ -101,7 +101,7 @@ def _onnxruntime() -> tuple[str | None, list[str], str | None]:
     except MissingDependencyError as error:
         return None, [], str(error)
     except Exception as error:  # noqa: BLE001  # a broken installation may raise anything
-        return None, [], f"{_said(error)}. Install it again: pip install --force-reinstall 'scm-runtime[cpu]'   (or [gpu] for CUDA)"
+        return None, [], f"{error_text(error)}. Install it again: pip install --force-reinstall 'scm-runtime[cpu]'   (or [gpu] for CUDA)"
 
 
 def _try_provider(name: str) -> Provider:
@@ -124,7 +124,7 @@ def _try_provider(name: str) -> Provider:
         if reason is None and not nodes[name]:
             reason = f"none of the {nodes.total()} nodes ran on it, but on {', '.join(sorted(nodes)) or 'nothing'}"
     except Exception as error:  # noqa: BLE001  # one provider's failure must not stop the examination
-        return Provider(name, False, _said(error), None)
+        return Provider(name, False, error_text(error), None)
     return Provider(name, reason is None, reason, None if reason else round(milliseconds, 1))
 
 
@@ -144,7 +144,7 @@ def _cuda(available: list[str]) -> Cuda:
 
         driver, libraries, reason = read_driver(), load(needed_libraries()), cuda_unavailable_reason()
     except Exception as error:  # noqa: BLE001  # as above
-        return Cuda(usable=False, reason=_said(error), driver=None)
+        return Cuda(usable=False, reason=error_text(error), driver=None)
     return Cuda(
         usable=reason is None,
         reason=reason,
@@ -169,7 +169,7 @@ def _ops(providers: tuple[Provider, ...]) -> Ops:
     reason = next((failure for failure in failures.values() if failure), None)
     if library is None:
         return Ops(None, reason=reason or "this installation has no library")
-    facts, runs = library.facts, {device: failure is None for device, failure in failures.items()}
+    facts, runs = library.info, {device: failure is None for device, failure in failures.items()}
     return Ops(str(library.path), facts.version, facts.ops, facts.cuda.version if facts.cuda else None, runs, reason)
 
 
@@ -181,24 +181,24 @@ def _kernels_failure(device: str) -> str | None:
         with Generator("digits", device=device, dtype="fp32", native_ops=True, cache_dir=False) as generator:
             return golden_mismatch(np.asarray(generator(seed=SEEDS, num_inference_steps=STEPS, output_type="np").array))
     except Exception as error:  # noqa: BLE001  # as above
-        return f"on {device}: {_said(error)}"
+        return f"on {device}: {error_text(error)}"
 
 
 def _cache() -> Cache:
     """Describe the cache folder. It is created if it does not exist, as a Generator would do."""
     from scm_runtime.cache.folder import look_for_folder, max_bytes
-    from scm_runtime.cache.graph_cache import PARTS
+    from scm_runtime.cache.graph_cache import SUBFOLDERS
 
     try:
         max_bytes()
-        folder, reason = look_for_folder(None, PARTS)
+        folder, reason = look_for_folder(None, SUBFOLDERS)
         if folder is None:
             return Cache(os.environ.get("SCM_CACHE_DIR") or None, writable=False, size_bytes=0, reason=reason)
         size = sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
         writable = os.access(folder, os.W_OK)
         return Cache(str(folder), writable, size, None if writable else f"'{folder}' is not writable. {CACHE_REMEDY}")
     except (OSError, ScmError) as error:
-        return Cache(os.environ.get("SCM_CACHE_DIR") or None, writable=False, size_bytes=0, reason=f"{_said(error)}. {CACHE_REMEDY}")
+        return Cache(os.environ.get("SCM_CACHE_DIR") or None, writable=False, size_bytes=0, reason=f"{error_text(error)}. {CACHE_REMEDY}")
 
 
 def _version(distribution: str) -> str | None:
@@ -208,5 +208,5 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _said(error: Exception) -> str:
+def error_text(error: Exception) -> str:
     return str(error) if isinstance(error, ScmError) else f"{type(error).__name__}: {error}"

@@ -77,7 +77,7 @@ class Ops(Struct, frozen=True):
 
 
 class Cache(Struct, frozen=True):
-    """The folder of optimised graphs."""
+    """The folder of optimized graphs."""
 
     folder: str | None
     """None if there is none. With a ``reason`` of None, the cache is turned off: SCM_CACHE_DIR is empty."""

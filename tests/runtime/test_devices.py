@@ -88,9 +88,9 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 @pytest.fixture
-def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
-    """The log, as a process has it that has not yet said anything."""
-    devices._log_once.cache_clear()
+def log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    """The log, as if this process had not logged anything yet."""
+    monkeypatch.setattr("scm_runtime.common.log._logged", set())
     caplog.set_level(logging.INFO, "scm_runtime")
     return caplog
 
