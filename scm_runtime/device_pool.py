@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self, Unpack
 
 from scm_runtime.errors import InvalidArgumentError
 from scm_runtime.generator import Generator
-from scm_runtime.inputs.arguments import CallArguments
-from scm_runtime.inputs.call import Labels
+from scm_runtime.inputs.arguments import CallArguments, Labels
 from scm_runtime.samples import Samples
 from scm_runtime.sampling.streaming import QueuedSampling, StreamSource
 

@@ -21,8 +21,8 @@ from scm_runtime.common.shared_resource import SharedResource
 from scm_runtime.devices.placement import resolve_device
 from scm_runtime.engines.open_bundle import GeneratorInfo, open_bundle
 from scm_runtime.errors import GeneratorClosedError, InvalidArgumentError
-from scm_runtime.inputs.arguments import CallArguments, Callback, OutputType
-from scm_runtime.inputs.call import Labels, Seeds, read_latents
+from scm_runtime.inputs.arguments import CallArguments, Callback, Labels, OutputType, Seeds
+from scm_runtime.inputs.call import read_latents
 from scm_runtime.inputs.conditioning import placeholder_conditioning
 from scm_runtime.inputs.images import to_pixels
 from scm_runtime.samples import EXPORT_A_DECODER, OnSpan, Samples

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from scm_runtime.inputs.call import Labels, Seeds, gather_conditioning
+from scm_runtime.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     from scm_runtime.generator import Generator
 
+Labels = int | str | Sequence[int | str] | NDArray[np.integer[Any]]
+Seeds = int | Sequence[int] | NDArray[np.integer[Any]]
 OutputType = Literal["pil", "np", "latent", "dlpack"]
 OUTPUT_TYPES = ("pil", "np", "latent", "dlpack")
 OnStep = Callable[[int, float, NDArray[np.float32]], Mapping[str, Any] | Literal[False] | None]
@@ -51,6 +53,18 @@ def check_names(arguments: Mapping[str, object], kind: type[BatchArguments]) -> 
         raise TypeError(f"got an unexpected keyword argument {unknown[0]!r}: known are class_labels, {', '.join(sorted(known))}")
 
 
-def conditioning_of(class_labels: Labels | None, arguments: BatchArguments) -> dict[str, Any]:
-    """Return the given conditioning by the names of the step graph's inputs; raises InvalidArgumentError."""
-    return gather_conditioning(arguments.get("conditioning"), class_labels=class_labels, **{name: arguments.get(name) for name in CONDITIONING})
+def gather_conditioning(class_labels: Labels | None, arguments: BatchArguments) -> dict[str, Any]:
+    """Return the conditioning of a call by the names of the step graph's inputs, None for arguments that were not given.
+
+    Raises:
+        InvalidArgumentError: ``conditioning`` is not a mapping, or has an input that was also given by its argument.
+    """
+    named = {"class_labels": class_labels, **{name: arguments.get(name) for name in CONDITIONING}}
+    others = arguments.get("conditioning")
+    if others is None:
+        return named
+    if not isinstance(others, Mapping):
+        raise InvalidArgumentError(f"conditioning must be a dict of the model's inputs by name, got {type(others).__name__}")
+    if twice := [str(name) for name in others if named.get(name) is not None]:
+        raise InvalidArgumentError(f"{', '.join(twice)} must be given once, but conditioning has it too")
+    return named | dict(others)

@@ -14,10 +14,8 @@ from scm_runtime.bundle.manifest import Manifest
 from scm_runtime.bundle.solver_tables import SolverStages
 from scm_runtime.common.checks import is_int
 from scm_runtime.errors import InvalidArgumentError, OutOfMemoryError
+from scm_runtime.inputs.arguments import Seeds
 from scm_runtime.inputs.conditioning import broadcast_to_batch, dynamic_sizes, read_input, to_array
-
-Labels = int | str | Sequence[int | str] | NDArray[np.integer[Any]]
-Seeds = int | Sequence[int] | NDArray[np.integer[Any]]
 
 
 @dataclass(frozen=True)
@@ -91,17 +89,6 @@ def resolve_call(
         raise OutOfMemoryError(f"{n} seeds do not fit into memory. Try a smaller batch.") from error
     arrays = {name: broadcast_to_batch(inputs[name], item, seeds, sizes) for name, item in batched.items()}
     return Call(seeds, arrays, evaluations, start)
-
-
-def gather_conditioning(others: Mapping[str, Any] | None, **named: Any) -> dict[str, Any]:
-    """Merge a call's named arguments (None if not given) with its ``conditioning`` mapping; raises InvalidArgumentError."""
-    if others is None:
-        return named
-    if not isinstance(others, Mapping):
-        raise InvalidArgumentError(f"conditioning must be a dict of the model's inputs by name, got {type(others).__name__}")
-    if twice := [str(name) for name in others if named.get(name) is not None]:
-        raise InvalidArgumentError(f"{', '.join(twice)} must be given once, but conditioning has it too")
-    return named | dict(others)
 
 
 def random_seed() -> int:

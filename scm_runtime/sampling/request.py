@@ -14,8 +14,8 @@ from scm_runtime.bundle.manifest import Manifest
 from scm_runtime.bundle.solver_tables import SolverTables
 from scm_runtime.engines.engine import Trajectory
 from scm_runtime.errors import InvalidArgumentError
-from scm_runtime.inputs.arguments import OUTPUT_TYPES, CallArguments, OnStep, OutputType, check_names, conditioning_of
-from scm_runtime.inputs.call import Labels, resolve_call
+from scm_runtime.inputs.arguments import OUTPUT_TYPES, CallArguments, Labels, OnStep, OutputType, check_names, gather_conditioning
+from scm_runtime.inputs.call import resolve_call
 from scm_runtime.samples import Span
 
 
@@ -60,7 +60,7 @@ def read_request(
         raise InvalidArgumentError(f"output_type must be {', '.join(map(repr, OUTPUT_TYPES[:-1]))} or {OUTPUT_TYPES[-1]!r}, got {output_type!r}")
     call = resolve_call(
         manifest,
-        conditioning=conditioning_of(class_labels, arguments),
+        conditioning=gather_conditioning(class_labels, arguments),
         seed=arguments.get("seed"),
         batch_size=arguments.get("batch_size"),
         latents=arguments.get("latents"),

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Unpack, cast
 from scm_runtime.bundle.manifest import Manifest
 from scm_runtime.common.checks import is_int
 from scm_runtime.errors import InvalidArgumentError
-from scm_runtime.inputs.arguments import CONDITIONING, BatchArguments, CallArguments, check_names, conditioning_of
-from scm_runtime.inputs.call import Labels, Seeds, check_range, random_seed, read_latents, read_seeds
+from scm_runtime.inputs.arguments import CONDITIONING, BatchArguments, CallArguments, Labels, Seeds, check_names, gather_conditioning
+from scm_runtime.inputs.call import check_range, random_seed, read_latents, read_seeds
 from scm_runtime.inputs.conditioning import BatchedInput, read_input
 from scm_runtime.samples import Samples
 
@@ -112,7 +112,7 @@ def _slices(
 ) -> Callable[[int, int], CallArguments]:
     """Check the arguments that are given per sample, and return a function that makes the call arguments of samples ``start`` to ``stop``."""
     inputs = {item.name: item for item in manifest.conditioning}
-    given: dict[str, Any] = {name: value for name, value in conditioning_of(class_labels, arguments).items() if value is not None}
+    given: dict[str, Any] = {name: value for name, value in gather_conditioning(class_labels, arguments).items() if value is not None}
     columns = {name: read_input(inputs[name], value) if name in inputs else BatchedInput(value, broadcast=True) for name, value in given.items()}
     latents = arguments.get("latents")
     start_from = None if latents is None else read_latents(latents, manifest.sample.shape)

@@ -15,7 +15,7 @@ from PIL import Image
 
 from scm_runtime import Generator, InferenceError, InvalidArgumentError, Samples
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
-from scm_runtime.inputs.call import Labels
+from scm_runtime.inputs.arguments import Labels
 
 onnxruntime = load_onnxruntime()
 
