@@ -56,7 +56,7 @@ def keys(document: dict[str, Any]) -> list[tuple[int, int]]:
 # Figures.
 
 
-def test_the_figures_hang_together() -> None:
+def test_the_figures_are_consistent() -> None:
     document = measured("digits", "--batch-sizes", "1,3", "--steps", "1,2", *QUICK)
     assert keys(document) == [(1, 1), (1, 3), (2, 1), (2, 3)]
     for cell in document["cells"]:
@@ -101,7 +101,7 @@ def test_the_tables() -> None:
         assert said in text
     assert "share of the machine's measured peak" in text
     assert "×" not in text
-    assert result.stderr == ""  # which is no terminal
+    assert result.stderr == ""  # it is not a terminal
     assert max(map(len, call("digits", "--batch-sizes", "2", "--steps", "1", *QUICK, width=80).stdout.splitlines())) <= 80
 
 
@@ -171,7 +171,7 @@ assert not loaded, loaded
 
 
 def test_operations_are_those_that_torch_counts() -> None:
-    """Of the network that the embedded bundle was exported from."""
+    """Compared with torch's count for the network that the embedded bundle was exported from."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -193,7 +193,11 @@ def test_operations_are_those_that_torch_counts() -> None:
 GRAPHS: dict[str, tuple[str, dict[str, tuple[int, ...]], int]] = {
     "product": ("(float[2,3,5,7] x, float[7,11] w) => (float[2,3,5,11] y) { y = MatMul(x, w) }", {"x": (2, 3, 5, 7), "w": (7, 11)}, 2 * 30 * 7 * 11),
     "gemm": ("(float[2,7] x, float[11,7] w) => (float[2,11] y) { y = Gemm<transB=1>(x, w) }", {"x": (2, 7), "w": (11, 7)}, 2 * 2 * 7 * 11),
-    "gemm of a turned matrix": ("(float[7,2] x, float[7,11] w) => (float[2,11] y) { y = Gemm<transA=1>(x, w) }", {"x": (7, 2), "w": (7, 11)}, 2 * 2 * 7 * 11),
+    "gemm of a transposed matrix": (
+        "(float[7,2] x, float[7,11] w) => (float[2,11] y) { y = Gemm<transA=1>(x, w) }",
+        {"x": (7, 2), "w": (7, 11)},
+        2 * 2 * 7 * 11,
+    ),
     "convolution in groups": (
         "(float[2,6,9,9] x, float[4,3,3,3] w) => (float[2,4,4,4] y) { y = Conv<group=2, strides=[2,2]>(x, w) }",
         {"x": (2, 6, 9, 9), "w": (4, 3, 3, 3)},
@@ -245,7 +249,7 @@ def test_a_graph_that_cannot_be_profiled_leaves_the_rest(monkeypatch: pytest.Mon
     assert "not measured: its process failed" in text
 
 
-def test_the_better_of_two_peaks() -> None:
+def test_the_best_of_two_peaks() -> None:
     none, one, two = MachinePeak(reason="why"), MachinePeak(matmul_gflops=1, copy_gb_per_second=4), MachinePeak(matmul_gflops=2, copy_gb_per_second=3)
     assert bench_machine.best_of(one, two) == MachinePeak(matmul_gflops=2, copy_gb_per_second=4)
     assert bench_machine.best_of(none, two) == two
@@ -276,7 +280,7 @@ def test_a_result_is_written_and_compared_with(tmp_path: Path) -> None:
     assert "different:" not in text
 
 
-def test_what_was_not_the_same_is_said(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_differences_are_reported(tiny_bundle: Path, tmp_path: Path) -> None:
     path = tmp_path / "tiny.json"
     measured(tiny_bundle, "--batch-sizes", "1", "--steps", "1", *QUICK, "-o", path)
     arguments = ("digits", "--batch-sizes", "1", "--steps", "1", *QUICK, "--threads", "2", "--compare", path)
@@ -320,7 +324,7 @@ UNFIT: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("name", UNFIT)
-def test_what_cannot_be_compared_with_is_refused_before_anything_is_measured(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unusable_earlier_result_is_refused_before_anything_is_measured(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make, said = UNFIT[name]
     path = tmp_path / "other.json"
     make(path)
@@ -368,7 +372,7 @@ def test_arguments_out_of_range(arguments: list[str], said: str, monkeypatch: py
 
 
 def test_a_cell_that_does_not_fit_leaves_the_others() -> None:
-    """Forty thousand digits at once, in a process that may have 2 GB."""
+    """A batch of forty thousand digits, in a process limited to 2 GB of memory."""
     program = """
 import resource, sys
 from scm_runtime.bench import run as bench

@@ -68,10 +68,10 @@ def test_the_graphs_are_those_described() -> None:
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 def test_the_products_neither_grow_nor_vanish(dtype: str) -> None:
-    turned = np.array(np.linalg.qr(np.random.default_rng(0).standard_normal((BLOCK, BLOCK)))[0])
+    orthogonal = np.array(np.linalg.qr(np.random.default_rng(0).standard_normal((BLOCK, BLOCK)))[0])
     repeats = 3
-    corner = open_session(GRAPHS / f"product.{dtype}.onnx")(block=(turned / repeats).astype(np.float32), repeats=np.array([repeats, repeats]))
-    expected = np.linalg.matrix_power(turned, CHAIN["product"] + 1)[0, 0] / repeats
+    corner = open_session(GRAPHS / f"product.{dtype}.onnx")(block=(orthogonal / repeats).astype(np.float32), repeats=np.array([repeats, repeats]))
+    expected = np.linalg.matrix_power(orthogonal, CHAIN["product"] + 1)[0, 0] / repeats
     np.testing.assert_allclose(corner, expected, atol=1e-6 if dtype == "fp32" else 1e-3)
 
 
@@ -82,7 +82,7 @@ def test_the_graphs_have_rates() -> None:
 
 
 def test_a_gpus_peak(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measured on the CPU, and with an error of memory."""
+    """Measured on the CPU, and with an out-of-memory error."""
     monkeypatch.setattr(bench_gpu_peak, "SIZE", {"fp32": 2 * BLOCK})
     monkeypatch.setattr(bench_gpu_peak, "COPIED_BYTES", 1 << 20)
     peak = bench_machine.measure_gpu_peak(CPU, "fp32")
@@ -105,7 +105,7 @@ def test_the_cpu_has_rates_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPat
     assert str(found["library"]).startswith(f"numpy {np.__version__}")
 
 
-def test_a_process_that_fails_is_told_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+def test_a_failing_process_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     program = tmp_path / "program.py"
     monkeypatch.setattr(bench_peak, "__file__", str(program))
     for text, said in (("import no_such_module", "no_such_module"), ("print('no JSON')", "its process failed"), ("raise SystemExit(3)", "ended with 3")):
@@ -117,7 +117,7 @@ def test_a_process_that_fails_is_told_of(monkeypatch: pytest.MonkeyPatch, tmp_pa
         bench_peak.measure_in_subprocess(1)
 
 
-def test_a_product_of_known_duration_has_the_rate_that_follows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rates_follow_from_the_duration(monkeypatch: pytest.MonkeyPatch) -> None:
     done = []
 
     def half_a_second(work: Any, items: Any) -> float:
@@ -180,7 +180,7 @@ class Driver:
         return 0
 
 
-def test_a_gpus_memory_is_what_was_taken_since(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpus_memory_growth_is_its_maximum(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Driver(3 * GIB)
     monkeypatch.setattr(bench_memory, "load_nvml", lambda: machine)
     monkeypatch.setattr(driver, "load_library", lambda: machine)
@@ -190,12 +190,12 @@ def test_a_gpus_memory_is_what_was_taken_since(monkeypatch: pytest.MonkeyPatch) 
         machine.used = used
         memory.update()
         assert memory.growth == growth
-    unknown = bench_memory.DeviceMemory(0)  # which the driver does not know
+    unknown = bench_memory.DeviceMemory(0)  # the fake driver knows device 1 only
     unknown.update()
     assert unknown.growth is None
 
 
-def test_no_driver_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_driver_is_not_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def none() -> Any:
         raise OSError("libnvidia-ml.so.1: no such file")
 

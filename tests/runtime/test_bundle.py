@@ -1,4 +1,4 @@
-"""The manifest, and the checks between a folder on disk and the first session."""
+"""The manifest, and the validation of a bundle's folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EMBEDDING = {"name": "prompt_embeds", "kind": "embedding", "dtype": "float32", "
 
 @pytest.fixture
 def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
-    """A copy to change."""
+    """A copy of the tiny bundle that a test may change."""
     return shutil.copytree(tiny_bundle, tmp_path / "copy.scm")
 
 
@@ -66,7 +66,7 @@ def test_unknown_keys_are_ignored(bundle: Path) -> None:
 
 
 def test_a_bundle_of_an_earlier_writer(tmp_path: Path) -> None:
-    """Keys that came later have defaults."""
+    """Keys that were added later have defaults."""
     written = msgspec.json.decode((find_local("digits") / MANIFEST).read_bytes())
     for key in ("time_unit", "solver", "samplers"):
         del written[key]
@@ -156,8 +156,8 @@ def test_no_manifest_at_all(bundle: Path, data: bytes) -> None:
 
 
 def test_integrity(bundle: Path) -> None:
-    """With verify_integrity=False a changed byte passes, another size does not."""
-    path = bundle / "sample-1.fp32.onnx"  # one that a Generator does not open
+    """With verify_integrity=False, a changed byte is not detected, but another size is."""
+    path = bundle / "sample-1.fp32.onnx"  # a Generator does not open it
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
@@ -187,7 +187,7 @@ def test_an_extra_file_does_no_harm(bundle: Path) -> None:
     check_files(bundle, read_manifest(bundle))
 
 
-def test_locate(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_find_local(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert find_local(tiny_bundle) == find_local(str(tiny_bundle)) == tiny_bundle
     monkeypatch.setattr("scm_runtime.bundle.location.EMBEDDED", tiny_bundle.parent)
     assert find_local("tiny") == tiny_bundle
@@ -199,7 +199,7 @@ def test_locate(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("name", ["../bundles/digits", "", "a b", "nothing"])
-def test_a_name_that_is_no_embedded_bundle(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(BundleNotFoundError, match="no bundle at"):
         find_local(name)

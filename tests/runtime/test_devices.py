@@ -1,4 +1,4 @@
-"""Which device a caller gets, and what is said of one that is not available. The driver is a fake, behind ``cuda_driver.load_library``."""
+"""Selection of devices, and the reasons for those that are not available. ``cuda_driver.load_library`` returns a fake driver."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ERRORS = {100: "CUDA_ERROR_NO_DEVICE", 803: "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH",
 
 
 class FakeCuda:
-    """As much of libcuda.so.1 as is asked for."""
+    """Fake libcuda.so.1, with the functions that the package calls."""
 
     def __init__(self, version: int = 13020, devices: tuple[str, ...] = ("NVIDIA L4",), init: int = 0) -> None:
         self.version, self.devices, self.init = version, devices, init
@@ -66,7 +66,7 @@ class FakeCuda:
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Make this machine one with the GPU build of ONNX Runtime, a driver, and CUDA libraries, of which some may be missing."""
+    """Return a function that fakes the GPU build of ONNX Runtime, a driver, and CUDA libraries, some of which may be missing."""
 
     def make(cuda: FakeCuda | None, missing: tuple[str, ...] = (), *, core: bool = True) -> None:
         def load_library() -> FakeCuda:
@@ -96,6 +96,7 @@ def log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> py
 
 
 def refusal(*arguments: Any, error: type[Exception] = DeviceError) -> str:
+    """Message of the error that resolve_device raises."""
     with pytest.raises(error) as caught:
         resolve_device(*arguments)
     return str(caught.value)
@@ -148,7 +149,7 @@ def test_options_that_fit_no_device(machine: Callable[..., None]) -> None:
 
 def test_the_build_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load_onnxruntime(), "get_available_providers", lambda: ["CPUExecutionProvider"])
-    monkeypatch.setattr(driver, "load_library", pytest.fail)  # nothing is loaded where nothing could use it
+    monkeypatch.setattr(driver, "load_library", pytest.fail)  # a build without CUDA does not need the driver
     assert "has no CUDAExecutionProvider, only CPUExecutionProvider" in refusal("cuda")
     assert "pip uninstall -y onnxruntime && pip install 'scm-runtime[gpu]'" in refusal("cuda")
 
@@ -236,7 +237,7 @@ def test_providers_pass_as_they_are() -> None:
 
 
 @pytest.mark.usefixtures("known")
-def test_providers_that_cannot_be() -> None:
+def test_invalid_providers() -> None:
     name = "OpenVINOExecutionProvider"
     for arguments, expected in (
         (("auto", ["OpenVINO"]), "no provider 'OpenVINO'; it has OpenVINOExecutionProvider, CPUExecutionProvider"),
@@ -273,7 +274,7 @@ def test_what_a_library_is_linked_with() -> None:
         assert "libc.so.6" in libraries.needed_names(file)
 
 
-def test_files_that_are_no_libraries(tmp_path: Path) -> None:
+def test_files_that_are_not_libraries(tmp_path: Path) -> None:
     for content in (b"", b"\x7fELF", b"\x7fELF\x02\x01" + bytes(58), b"\x7fELF\x02\x01" + b"\xff" * 90):
         path = tmp_path / "no.so"
         path.write_bytes(content)

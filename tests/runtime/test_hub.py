@@ -118,7 +118,7 @@ def test_only_the_files_that_the_dtype_needs(cache: Path, bundles: dict[str, Pat
     with Generator("org/text") as generator:
         np.testing.assert_allclose(latents(generator), expected(1.0), atol=1e-5)
     with pytest.raises(BundleIntegrityError, match=r"lacks the file s.*, which its manifest lists"):
-        Generator(generator.folder)  # as a folder, it must be whole
+        Generator(generator.folder)  # a folder must be complete
     shown = CliRunner(catch_exceptions=False).invoke(main, ["inspect", "org/text"])
     assert shown.exit_code == 0
     assert "those fetched so far are unchanged" in shown.stdout
@@ -235,7 +235,7 @@ def test_weights_behind_a_link_that_onnxruntime_refuses(filled: Path, monkeypatc
     with Generator("org/text", revision="v1") as generator:
         assert attempts == [name for name in ("noise.onnx", "step.fp32.onnx", "decode.fp32.onnx") for _ in range(2)]
         step = generator.folder / "step.fp32.onnx"
-        (generator.folder / "weights.onnx.data").unlink()  # in memory by now
+        (generator.folder / "weights.onnx.data").unlink()  # the sessions have read it
         np.testing.assert_allclose(latents(generator), expected(1.0), atol=1e-5)
     attempts.clear()
     with pytest.raises(InferenceError, match="escapes model directory"):
@@ -250,7 +250,7 @@ def test_graphs_from_the_hub_are_kept_optimised(follows: bool, filled: Path, tmp
 
     def spy(path: str, options: Any, **keywords: Any) -> Any:
         opened.append(Path(path).name)
-        if not follows and Path(path).with_name("weights.onnx.data").is_symlink():  # not of a private copy
+        if not follows and Path(path).with_name("weights.onnx.data").is_symlink():  # not for a private copy
             raise RuntimeError("External data path escapes model directory")
         return original(path, options, **keywords)
 
@@ -352,7 +352,7 @@ def test_what_the_hub_refuses(remote: Hub, tmp_path: Path) -> None:
 
 def test_a_hub_that_cannot_be_reached(tmp_path: Path) -> None:
     nowhere = Hub()
-    nowhere.url = "http://127.0.0.1:9"  # the port that nothing may listen on
+    nowhere.url = "http://127.0.0.1:9"  # nothing listens on the discard port
     ((name, message),) = ask(nowhere, tmp_path / "home", ("generator", ("org/text", None)))
     assert name == "HubError"
     assert "scm.json of the repository 'org/text' is not in the cache and cannot be fetched from the hub" in message

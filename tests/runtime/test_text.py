@@ -1,4 +1,4 @@
-"""Models of text: embeddings and masks of free length, an encoder, previews, and bundles without a decoder, all on a bundle written by hand."""
+"""Text-to-image models: embeddings and masks of dynamic length, an encoder, previews, and bundles without a decoder, with a handmade bundle."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def text(bundle: Path) -> Generator:
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle without decoder, encoder and preview."""
+    """A bundle without decoder, encoder or preview decoder."""
     return handmade.write_text_bundle(tmp_path_factory.mktemp("plain") / "plain.scm", decoder=False, extras=(), name="plain")
 
 
@@ -246,7 +246,7 @@ def test_encoder_and_preview_are_opened_once_and_when_needed(bundle: Path, monke
 
 
 def with_half_graphs(bundle: Path, copy: Path, step: bytes | None = None) -> Path:
-    """A copy of a bundle that lists fp16 graphs too: those of fp32, or another step. Encoder and preview are in fp32 alone."""
+    """Copy a bundle and add fp16 graphs: copies of the fp32 graphs, or ``step``. Encoder and preview decoder remain fp32 only."""
     shutil.copytree(bundle, copy)
     manifest = read_manifest(copy)
     for graph in ("step", "decode"):
@@ -394,7 +394,7 @@ def bomb() -> bytes:
 
 
 class Code:
-    """Makes a file when it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, target: Path) -> None:
         self.target = target
