@@ -11,22 +11,19 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.box import SIMPLE
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from scm_export.choices import DEFAULT_OPSET, GRAPH_DTYPES, OPSETS, PARAMETRISATION_NAMES
 from scm_export.versions import check_versions
 from scm_runtime import __version__
 from scm_runtime.bundle.manifest import Verification
-from scm_runtime.cli import IntegerList, clean_errors
-from scm_runtime.cli.parameter_type import ParamType
+from scm_runtime.cli.options import INTERRUPTED, IntegerList, ParamType, exit_on_error
+from scm_runtime.cli.tables import facts_table
 from scm_runtime.errors import MissingDependencyError, VerificationError
 
 if TYPE_CHECKING:
     from scm_export.dry_run import Plan
     from scm_export.exporter import Exported
-
-INTERRUPTED = 130  # as a shell has it: 128 + SIGINT
 
 
 class Size(ParamType[tuple[int, int]]):
@@ -100,7 +97,7 @@ def main(checkpoint: str, out: Path | None, dry_run: bool, as_json: bool, **opti
     original's own sampler; over tolerance nothing is written and the exit code is 1.
     """
     terminal = Console(stderr=True)
-    with clean_errors():
+    with exit_on_error():
         try:
             done = _run(terminal, checkpoint, out, dry_run, options)
         except VerificationError as error:
@@ -151,13 +148,8 @@ def _show(done: Exported, report: Path | None) -> None:
 
 
 def _show_plan(plan: Plan) -> None:
-    facts = Table(show_header=False, box=None, pad_edge=False)
-    facts.add_column(no_wrap=True)
-    facts.add_column(overflow="fold")
-    for name, value in plan.facts().items():
-        facts.add_row(f"[bold]{name}[/]", escape(value))
     console = Console()
-    console.print(facts)
+    console.print(facts_table(plan.facts()))
     console.print("nothing was written (--dry-run)")
 
 

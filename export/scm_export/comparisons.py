@@ -16,7 +16,7 @@ from scm_export.bf16 import emulated
 from scm_export.references import BATCH_SIZES, LARGE_NETWORK, Drawn, Evaluated, Mapped, References, Way, describe, describe_steps
 from scm_export.tolerances import PIXEL_ATOL, min_psnr, sample_atol
 from scm_runtime.bundle.manifest import COMBINE, Dtype, Manifest, VerifiedCase
-from scm_runtime.bundle.solver_tables import Evaluations, Schedules
+from scm_runtime.bundle.solver_tables import SolverStages, SolverTables
 from scm_runtime.errors import ExportError, InferenceError
 from scm_runtime.ort.open_session import open_session
 from scm_runtime.ort.options import SessionSettings
@@ -182,7 +182,7 @@ def _step(graphs: Graphs) -> tuple[list[VerifiedCase], list[Sampled]]:
     cases, sampled = [], []
     noise = graphs.open_shared("noise.onnx")
     combine = graphs.open_shared(COMBINE) if graphs.manifest.samplers else None
-    schedules = Schedules(graphs.folder, graphs.manifest)
+    schedules = SolverTables(graphs.folder, graphs.manifest)
     with graphs.open("step") as step:
         for evaluated in graphs.references.evaluated:
             graphs.progress(f"verifying step.{graphs.dtype}: single evaluations")
@@ -224,7 +224,7 @@ def _larger_batch(graphs: Graphs, step: Session, evaluated: Evaluated) -> Verifi
 
 
 def _sample(
-    initial_scale: float, evaluations: Evaluations, noise: Session, step: Session, combine: Session | None, drawn: Drawn, n: int
+    initial_scale: float, evaluations: SolverStages, noise: Session, step: Session, combine: Session | None, drawn: Drawn, n: int
 ) -> NDArray[np.float32]:
     """What Generator does, the last n samples of the reference in a batch of their own."""
     seeds, conditioning = drawn.seeds[-n:], {name: values[-n:] for name, values in drawn.conditioning.items()}

@@ -29,7 +29,8 @@ from scm_export.verify import verify_bundle
 from scm_export.versions import check_versions, warn_about_untested_versions
 from scm_export.writer import BundleWriter, check_destination, new_bundle
 from scm_runtime import __version__
-from scm_runtime.bundle.manifest import OPS_DOMAIN, OPS_VERSION, SAMPLERS, SCHEMA_VERSION, Dtype, Manifest, SampleSpec, Source, sha256
+from scm_runtime.bundle.checksums import sha256
+from scm_runtime.bundle.manifest import OPS_DOMAIN, OPS_VERSION, SAMPLERS, SCHEMA_VERSION, Dtype, Manifest, SampleSpec, Source
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
 from scm_runtime.errors import InvalidArgumentError
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from scm_export.ops import to_image
 from scm_runtime.bundle.manifest import Conditioning, OutputSpec
-from scm_runtime.bundle.solver_tables import Evaluations
+from scm_runtime.bundle.solver_tables import SolverStages
 
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -74,7 +74,7 @@ class Model:
     time_unit: Literal["radians", "sigma", "timestep"] = "radians"
     solver: Literal["consistency", "ddim"] = "consistency"
     """What the step does: jump to the data and noise again, or follow the ODE."""
-    samplers: dict[str, dict[int, Evaluations]] = field(default_factory=dict)
+    samplers: dict[str, dict[int, SolverStages]] = field(default_factory=dict)
     """Of a diffusion model: other samplers, by name and number of steps."""
     encoder: ImageNetwork | None = None
     """For editing: image to x, by the posterior's mean."""

@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import msgspec
 
-from scm_runtime.bundle.solver_tables import Evaluation, Evaluations
+from scm_runtime.bundle.solver_tables import SolverStage, SolverStages
 
 TEACHER_STEPS = (8, 16, 32)
 SOLVER_STEPS = (8, 16, 32, 64)
@@ -72,7 +72,7 @@ SOLVERS: dict[str, Callable[[float, float], tuple[float, Weights]]] = {
 }
 
 
-def solve(solver: Callable[[float, float], tuple[float, Weights]], sigmas: Sequence[float], sigma_data: float) -> Evaluations:
+def solve(solver: Callable[[float, float], tuple[float, Weights]], sigmas: Sequence[float], sigma_data: float) -> SolverStages:
     """A solver's evaluations along noise levels of which the last is 0: two a step, and one for the last."""
 
     def cos(sigma: float) -> float:
@@ -81,21 +81,21 @@ def solve(solver: Callable[[float, float], tuple[float, Weights]], sigmas: Seque
     rows = []
     for sigma, sigma_next in pairwise(sigmas):
         if sigma_next == 0:
-            rows.append(Evaluation(math.atan(sigma / sigma_data), 0.0))
+            rows.append(SolverStage(math.atan(sigma / sigma_data), 0.0))
             continue
         between, (base, x, denoised) = solver(sigma, sigma_next)
         t, there = angles((sigma, between), sigma_data)
         end = cos(sigma_next)
-        rows += [Evaluation(t, there), Evaluation(there, 0.0, (base * end / cos(sigma), x * end / cos(between), denoised * end))]
+        rows += [SolverStage(t, there), SolverStage(there, 0.0, (base * end / cos(sigma), x * end / cos(between), denoised * end))]
     return tuple(rows)
 
 
-def make_tables(sigma_data: float, t_start: float) -> dict[str, dict[int, Evaluations]]:
+def make_tables(sigma_data: float, t_start: float) -> dict[str, dict[int, SolverStages]]:
     """All solvers along EDM's noise levels, the first no larger than at ``t_start``, by name and number of steps."""
     largest = min(SIGMA_MAX, sigma_data * math.tan(t_start)) if t_start < math.pi / 2 else SIGMA_MAX
     return {name: {steps: solve(solver, karras_sigmas(steps, sigma_max=largest), sigma_data) for steps in SOLVER_STEPS} for name, solver in SOLVERS.items()}
 
 
-def to_json(tables: dict[str, dict[int, Evaluations]]) -> bytes:
+def to_json(tables: dict[str, dict[int, SolverStages]]) -> bytes:
     """``samplers.json``."""
     return msgspec.json.encode({name: {str(steps): rows for steps, rows in table.items()} for name, table in tables.items()})

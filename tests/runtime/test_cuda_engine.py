@@ -23,7 +23,7 @@ import scm_runtime
 from runtime.fake_cuda import PLACEMENT, GraphRun, Machine
 from runtime.fake_cuda_driver import LEGACY, Capsule, CudaError, Stream
 from scm_runtime.bundle.manifest import read_manifest
-from scm_runtime.bundle.solver_tables import Schedules, along
+from scm_runtime.bundle.solver_tables import SolverTables, from_times
 from scm_runtime.engines.cuda import static_buffers
 from scm_runtime.engines.cuda import stream as cuda
 from scm_runtime.engines.cuda.capture_lock import CaptureLock
@@ -70,7 +70,7 @@ def engine(machine: Machine) -> Iterator[CudaEngine]:
 
 def call(*seeds: int, steps: int = 2, latents: NDArray[np.float32] | None = None) -> Trajectory:
     labels = np.array([seed % 10 for seed in seeds], np.int64)
-    return Trajectory(Call(np.array(seeds, np.int64), {"class_labels": labels}, along(MANIFEST.times[str(steps)]), latents))
+    return Trajectory(Call(np.array(seeds, np.int64), {"class_labels": labels}, from_times(MANIFEST.times[str(steps)]), latents))
 
 
 def step(engine: Engine, *trajectories: Trajectory) -> None:
@@ -135,7 +135,7 @@ def test_merged_trajectories_at_different_steps_match_separate_runs(engine: Cuda
 def test_samplers_with_several_evaluations_per_step(machine: Machine, tiny_guided: tuple[Path, Path, Path]) -> None:
     folder = tiny_guided[0]
     manifest = read_manifest(folder)
-    schedules, times = Schedules(folder, manifest), ("heun", None, "dpm-solver-2s")
+    schedules, times = SolverTables(folder, manifest), ("heun", None, "dpm-solver-2s")
     host = HostEngine(BundleSessions(folder, manifest, "fp32", lambda path: open_session(path, SessionSettings(threads=1))), "fp32", manifest.initial_scale)
     engine = open_cuda_engine(CudaContext(0, None), folder, manifest, "fp32", SessionSettings(PLACEMENT), open_session=machine.open_session)
 

@@ -31,7 +31,7 @@ SEEDS = [1, 2, 3]
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     made = Machine()
     monkeypatch.setattr(cuda, "_import_cuda", made.modules)
-    monkeypatch.setattr(generator, "place", lambda device, *_: PLACEMENT if device == "cuda" else CPU)
+    monkeypatch.setattr(generator, "resolve_device", lambda device, *_: PLACEMENT if device == "cuda" else CPU)
     assert open_cuda_engine.__kwdefaults__ is not None
     monkeypatch.setitem(open_cuda_engine.__kwdefaults__, "open_session", made.open_session)
     return made

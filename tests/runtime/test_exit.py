@@ -87,7 +87,7 @@ from scm_runtime.engines.cuda import stream as cuda
 from scm_runtime.engines.cuda.open_engine import open_cuda_engine
 
 machine, computes, compute = Machine(), threading.Event(), FakeSession.__call__
-cuda._import_cuda, module.place = machine.modules, lambda *_: PLACEMENT
+cuda._import_cuda, module.resolve_device = machine.modules, lambda *_: PLACEMENT
 open_cuda_engine.__kwdefaults__["open_session"] = machine.open_session
 
 def announced(session, **inputs):

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from scm_export.checkpoints.torch_file import read_torch_file
-from scm_runtime.bundle.manifest import sha256
+from scm_runtime.bundle.checksums import sha256
 from scm_runtime.errors import CheckpointError
 
 PIPELINE, MODEL, SCHEDULER = "model_index.json", "config.json", "scheduler_config.json"
