@@ -101,7 +101,7 @@ def _onnxruntime() -> tuple[str | None, list[str], str | None]:
     except MissingDependencyError as error:
         return None, [], str(error)
     except Exception as error:  # noqa: BLE001  # a broken installation may raise anything
-        return None, [], f"{error_text(error)}. Install it again: pip install --force-reinstall 'scm-runtime[cpu]'   (or [gpu] for CUDA)"
+        return None, [], f"{_error_text(error)}. Install it again: pip install --force-reinstall 'scm-runtime[cpu]'   (or [gpu] for CUDA)"
 
 
 def _try_provider(name: str) -> Provider:
@@ -124,7 +124,7 @@ def _try_provider(name: str) -> Provider:
         if reason is None and not nodes[name]:
             reason = f"none of the {nodes.total()} nodes ran on it, but on {', '.join(sorted(nodes)) or 'nothing'}"
     except Exception as error:  # noqa: BLE001  # one provider's failure must not stop the examination
-        return Provider(name, False, error_text(error), None)
+        return Provider(name, False, _error_text(error), None)
     return Provider(name, reason is None, reason, None if reason else round(milliseconds, 1))
 
 
@@ -144,7 +144,7 @@ def _cuda(available: list[str]) -> Cuda:
 
         driver, libraries, reason = read_driver(), load(needed_libraries()), cuda_unavailable_reason()
     except Exception as error:  # noqa: BLE001  # as above
-        return Cuda(usable=False, reason=error_text(error), driver=None)
+        return Cuda(usable=False, reason=_error_text(error), driver=None)
     return Cuda(
         usable=reason is None,
         reason=reason,
@@ -181,7 +181,7 @@ def _kernels_failure(device: str) -> str | None:
         with Generator("digits", device=device, dtype="fp32", native_ops=True, cache_dir=False) as generator:
             return golden_mismatch(np.asarray(generator(seed=SEEDS, num_inference_steps=STEPS, output_type="np").array))
     except Exception as error:  # noqa: BLE001  # as above
-        return f"on {device}: {error_text(error)}"
+        return f"on {device}: {_error_text(error)}"
 
 
 def _cache() -> Cache:
@@ -198,7 +198,7 @@ def _cache() -> Cache:
         writable = os.access(folder, os.W_OK)
         return Cache(str(folder), writable, size, None if writable else f"'{folder}' is not writable. {CACHE_REMEDY}")
     except (OSError, ScmError) as error:
-        return Cache(os.environ.get("SCM_CACHE_DIR") or None, writable=False, size_bytes=0, reason=f"{error_text(error)}. {CACHE_REMEDY}")
+        return Cache(os.environ.get("SCM_CACHE_DIR") or None, writable=False, size_bytes=0, reason=f"{_error_text(error)}. {CACHE_REMEDY}")
 
 
 def _version(distribution: str) -> str | None:
@@ -208,5 +208,5 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def error_text(error: Exception) -> str:
+def _error_text(error: Exception) -> str:
     return str(error) if isinstance(error, ScmError) else f"{type(error).__name__}: {error}"
