@@ -16,11 +16,11 @@ void add_consistency_step(CustomOps& ops, const OrtApi& api);
 void add_philox_normal(CustomOps& ops, const OrtApi& api);
 void add_to_image(CustomOps& ops, const OrtApi& api);
 
-// Of the domains `scm.channels_last` and `scm.channels_first`, version 1, to float32's accuracy (`exact`) or to bfloat16's; and whether this processor can.
-template <bool kExact>
+// Of the domains `scm.channels_last` and `scm.channels_first`, version 1, to float32's accuracy (`split_bf16`) or to bfloat16's; and whether this processor can.
+template <bool kSplitBf16>
 void add_channels_last(CustomOps& ops, const OrtApi& api);
-template <bool kExact>
+template <bool kSplitBf16>
 void add_channels_first(CustomOps& ops, const OrtApi& api);
-bool has_products(bool exact);
+bool has_dense_kernels(bool split_bf16);
 
 }  // namespace scm

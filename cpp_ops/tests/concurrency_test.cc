@@ -58,7 +58,7 @@ void expect_outputs(const Outcome& outcome, const Outcome& expected) {
 
 // The first of the process: see CMakeLists.txt.
 TEST(ConcurrencyTest, SessionsThatOpenAtOnceGetTheSameDomain) {
-  const auto domains = fake_ort::register_at_once(kCallers);
+  const auto domains = fake_ort::register_concurrently(kCallers);
   EXPECT_EQ(std::set(domains.begin(), domains.end()).size(), 1u);
   EXPECT_NE(domains.at(0), nullptr);
 }
@@ -70,7 +70,7 @@ TEST(ConcurrencyTest, SessionsInferAndRunAtOnce) {
   std::vector<std::vector<Outcome>> outcomes(kCallers);
   Options options;
   options.threads = Threads::many;
-  fake_ort::at_once(kCallers, [&](int caller) {
+  fake_ort::in_parallel(kCallers, [&](int caller) {
     for (const Example& node : nodes) {
       Options own = options;
       own.outputs.assign(node.outputs, true);
@@ -97,7 +97,7 @@ TEST(ConcurrencyTest, OneKernelServesManyCallers) {
       ASSERT_EQ(expected.error, "");
       EXPECT_GT(expected.pieces, 1u) << "too little work to be divided";
       options.threads = Threads::many;
-      for (const Outcome& outcome : fake_ort::run_at_once(*fake_ort::find(node.op, node.types()), node.inputs, node.attributes, options, kCallers, 3)) {
+      for (const Outcome& outcome : fake_ort::run_concurrently(*fake_ort::find(node.op, node.types()), node.inputs, node.attributes, options, kCallers, 3)) {
         EXPECT_EQ(outcome.pieces, expected.pieces);
         expect_outputs(outcome, expected);
       }
@@ -108,16 +108,16 @@ TEST(ConcurrencyTest, OneKernelServesManyCallers) {
 TEST(ConcurrencyTest, CallersGetTheirOwnErrors) {
   const std::int64_t length = std::int64_t{1} << 44;  // more than there is memory for
   Options options;
-  options.pretend_memory = true;
+  options.no_output_memory = true;
   options.threads = Threads::many;
   const OrtCustomOp* op = fake_ort::find("CosineAttention", {kFloat});
-  for (const Outcome& outcome : fake_ort::run_at_once(*op, {{kFloat, {4, length, 3}, {}}}, {{"heads", std::int64_t{1}}, {"eps", 1e-4f}}, options, kCallers, 3)) {
+  for (const Outcome& outcome : fake_ort::run_concurrently(*op, {{kFloat, {4, length, 3}, {}}}, {{"heads", std::int64_t{1}}, {"eps", 1e-4f}}, options, kCallers, 3)) {
     EXPECT_EQ(outcome.error, "scm::CosineAttention: std::bad_alloc with inputs of the shapes [4, 17592186044416, 3]");
   }
 }
 
 // Not a test of the library: the sanitizer must find this, or it would find nothing (see CMakeLists.txt).
-TEST(DISABLED_PlantedRaceTest, AKernelThatCountsItsRuns) {
+TEST(DISABLED_DeliberateRaceTest, AKernelThatCountsItsRuns) {
   struct Counting : OrtCustomOp {
     int runs = 0;
   } op{};
@@ -130,7 +130,7 @@ TEST(DISABLED_PlantedRaceTest, AKernelThatCountsItsRuns) {
     return nullptr;
   };
   op.KernelDestroy = [](void*) {};
-  fake_ort::run_at_once(op, {}, {}, with_outputs({}), kCallers, 3);
+  fake_ort::run_concurrently(op, {}, {}, with_outputs({}), kCallers, 3);
   EXPECT_GT(op.runs, 0);
 }
 

@@ -85,7 +85,7 @@ TYPED_TEST(CosineAttentionTest, AttendsSharplyAndEvenly) {
   expect_close(outcome.outputs.at(0), sizes.output(), Values(77 * 64, 0));
 }
 
-TYPED_TEST(CosineAttentionTest, TellsKeysApartThatAreAllOppositeToTheQuery) {
+TYPED_TEST(CosineAttentionTest, DistinguishesKeysThatAreAllOppositeToTheQuery) {
   for (const std::int64_t size : {64, 448, 1024, 4096}) {
     const Case sizes{1, 8, 1, size};
     Values points;
@@ -118,8 +118,8 @@ TYPED_TEST(CosineAttentionTest, KeepsNaNAndInfinityWhereTheyCanReach) {
   }
 }
 
-TYPED_TEST(CosineAttentionTest, GivesTheSameOnManyThreadsAndInAnyBatch) {
-  expect_same_anyhow("CosineAttention", {random(kType<TypeParam>, {3, 200, 3 * 3 * 20})}, attributes(3));
+TYPED_TEST(CosineAttentionTest, IsReproducibleOnManyThreadsAndInAnyBatch) {
+  expect_reproducible("CosineAttention", {random(kType<TypeParam>, {3, 200, 3 * 3 * 20})}, attributes(3));
 }
 
 TYPED_TEST(CosineAttentionTest, DoesNotDependOnTheBatchAtAnyLevel) {
@@ -148,10 +148,10 @@ TYPED_TEST(CosineAttentionTest, DoesNotDependOnTheBatchAtAnyLevel) {
   }
 }
 
-TYPED_TEST(CosineAttentionTest, ReportsWantOfMemory) {
+TYPED_TEST(CosineAttentionTest, ReportsOutOfMemory) {
   const std::int64_t length = std::int64_t{1} << 44;  // of which a thread keeps the factors
   Options options;
-  options.pretend_memory = true;
+  options.no_output_memory = true;
   options.threads = Threads::many;
   for (const std::int64_t samples : {1, 4}) {
     const Tensor qkv{kType<TypeParam>, {samples, length, 3}, {}};
@@ -168,20 +168,20 @@ TYPED_TEST(CosineAttentionTest, InfersAThirdOfTheChannels) {
   EXPECT_EQ(inferred("CosineAttention", {{type, "?"}}, attributes(3)), std::vector<std::string>{"?"});
 }
 
-TYPED_TEST(CosineAttentionTest, RefusesWhatItCannotTake) {
+TYPED_TEST(CosineAttentionTest, RejectsInvalidInputs) {
   const auto zeros = [](const Sizes& shape) { return random(kType<TypeParam>, shape); };
-  expect_refused("CosineAttention", {zeros({5, 9})}, attributes(1), {"qkv must have 3 axes", "[5, 9]"});
-  expect_refused("CosineAttention", {zeros({1, 1, 3 * 4097})}, attributes(1), {"at most 4096 channels a head", "[1, 1, 12291]"});
-  expect_refused("CosineAttention", {zeros({1, 2, 5, 9})}, attributes(1), {"qkv must have 3 axes", "[1, 2, 5, 9]"});
-  expect_refused("CosineAttention", {zeros({1, 5, 0})}, attributes(1), {"qkv must have at least 1 channel", "[1, 5, 0]"});
-  expect_refused("CosineAttention", {zeros({1, 5, 9})}, attributes(2), {"multiple of 3 * heads = 6", "[1, 5, 9]"});
-  expect_refused("CosineAttention", {zeros({1, 5, 8})}, attributes(1), {"multiple of 3 * heads = 3", "[1, 5, 8]"});
-  expect_refused("CosineAttention", {zeros({1, 5, 9})}, attributes(0), {"heads must be in [1, 2^31), got 0"});
-  expect_refused("CosineAttention", {zeros({1, 5, 9})}, attributes(-3), {"heads must be in [1, 2^31), got -3"});
-  expect_refused("CosineAttention", {zeros({1, 5, 9})}, attributes(0x5555555555555555), {"heads must be in [1, 2^31)"});  // 3 * heads would be -1
-  expect_refused("CosineAttention", {zeros({1, 5, 9})}, {{"eps", kEps}}, {"heads"});
-  expect_refused("CosineAttention", {zeros({1, 5, 9})}, {{"heads", std::int64_t{1}}}, {"eps"});
-  expect_refused("CosineAttention", {zeros({1, 5, 9})}, {{"heads", 1.0f}, {"eps", kEps}}, {""});
+  expect_rejected("CosineAttention", {zeros({5, 9})}, attributes(1), {"qkv must have 3 axes", "[5, 9]"});
+  expect_rejected("CosineAttention", {zeros({1, 1, 3 * 4097})}, attributes(1), {"at most 4096 channels a head", "[1, 1, 12291]"});
+  expect_rejected("CosineAttention", {zeros({1, 2, 5, 9})}, attributes(1), {"qkv must have 3 axes", "[1, 2, 5, 9]"});
+  expect_rejected("CosineAttention", {zeros({1, 5, 0})}, attributes(1), {"qkv must have at least 1 channel", "[1, 5, 0]"});
+  expect_rejected("CosineAttention", {zeros({1, 5, 9})}, attributes(2), {"multiple of 3 * heads = 6", "[1, 5, 9]"});
+  expect_rejected("CosineAttention", {zeros({1, 5, 8})}, attributes(1), {"multiple of 3 * heads = 3", "[1, 5, 8]"});
+  expect_rejected("CosineAttention", {zeros({1, 5, 9})}, attributes(0), {"heads must be in [1, 2^31), got 0"});
+  expect_rejected("CosineAttention", {zeros({1, 5, 9})}, attributes(-3), {"heads must be in [1, 2^31), got -3"});
+  expect_rejected("CosineAttention", {zeros({1, 5, 9})}, attributes(0x5555555555555555), {"heads must be in [1, 2^31)"});  // 3 * heads would be -1
+  expect_rejected("CosineAttention", {zeros({1, 5, 9})}, {{"eps", kEps}}, {"heads"});
+  expect_rejected("CosineAttention", {zeros({1, 5, 9})}, {{"heads", std::int64_t{1}}}, {"eps"});
+  expect_rejected("CosineAttention", {zeros({1, 5, 9})}, {{"heads", 1.0f}, {"eps", kEps}}, {""});
 }
 
 }  // namespace

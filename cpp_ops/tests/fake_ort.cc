@@ -24,7 +24,7 @@ struct OrtTensorTypeAndShapeInfo {
   ONNXTensorElementDataType type = ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
   std::vector<std::int64_t> sizes;
   std::vector<std::string> symbols;
-  bool lent = false;  // belongs to a context: not to be released by the library
+  bool borrowed = false;  // belongs to a context: not to be released by the library
 };
 
 struct OrtValue {
@@ -92,24 +92,24 @@ void ORT_API_CALL release_status(OrtStatus* status) noexcept {
 
 OrtStatus* failure(const std::string& text) { return create_status(ORT_FAIL, text.c_str()); }
 
-constexpr char kPlanted[] = "this call was to fail";
+constexpr char kInjectedFailure[] = "injected failure";
 
 // At the beginning of every call that can fail.
-OrtStatus* planted() {
+OrtStatus* injected_failure() {
   if (calls_before_failure == kNever) return nullptr;
-  return calls_before_failure-- == 0 ? failure(kPlanted) : nullptr;
+  return calls_before_failure-- == 0 ? failure(kInjectedFailure) : nullptr;
 }
 
-#define PLANTED_FAILURE                                 \
+#define MAYBE_FAIL                                 \
   do {                                                  \
-    if (OrtStatus* status = planted()) return status;   \
+    if (OrtStatus* status = injected_failure()) return status;   \
   } while (false)
 
 // Sets the call that fails for as long as it lives.
-class Planted {
+class InjectFailure {
  public:
-  explicit Planted(int call) { calls_before_failure = call; }
-  ~Planted() { calls_before_failure = kNever; }
+  explicit InjectFailure(int call) { calls_before_failure = call; }
+  ~InjectFailure() { calls_before_failure = kNever; }
 };
 
 std::string take(OrtStatus* status) {
@@ -148,7 +148,7 @@ OrtStatus* attribute(const OrtKernelInfo* info, const char* name, const Value** 
 }
 
 OrtStatus* ORT_API_CALL attribute_float(const OrtKernelInfo* info, const char* name, float* out) noexcept {
-  PLANTED_FAILURE;
+  MAYBE_FAIL;
   const float* value = nullptr;
   OrtStatus* status = attribute(info, name, &value);
   if (!status) *out = *value;
@@ -156,7 +156,7 @@ OrtStatus* ORT_API_CALL attribute_float(const OrtKernelInfo* info, const char* n
 }
 
 OrtStatus* ORT_API_CALL attribute_int64(const OrtKernelInfo* info, const char* name, std::int64_t* out) noexcept {
-  PLANTED_FAILURE;
+  MAYBE_FAIL;
   const std::int64_t* value = nullptr;
   OrtStatus* status = attribute(info, name, &value);
   if (!status) *out = *value;
@@ -164,7 +164,7 @@ OrtStatus* ORT_API_CALL attribute_int64(const OrtKernelInfo* info, const char* n
 }
 
 OrtStatus* ORT_API_CALL attribute_int64s(const OrtKernelInfo* info, const char* name, std::int64_t* out, std::size_t* size) noexcept {
-  PLANTED_FAILURE;
+  MAYBE_FAIL;
   const std::vector<std::int64_t>* value = nullptr;
   if (OrtStatus* status = attribute(info, name, &value)) return status;
   const std::size_t room = *size;
@@ -176,7 +176,7 @@ OrtStatus* ORT_API_CALL attribute_int64s(const OrtKernelInfo* info, const char* 
 }
 
 OrtStatus* ORT_API_CALL constant_input(const OrtKernelInfo* info, std::size_t i, int* is_constant, const OrtValue** out) noexcept {
-  PLANTED_FAILURE;
+  MAYBE_FAIL;
   if (i >= info->constants.size()) return failure("input index out of range");
   *is_constant = info->constants[i].data != nullptr;
   *out = *is_constant ? &info->constants[i] : nullptr;
@@ -184,7 +184,7 @@ OrtStatus* ORT_API_CALL constant_input(const OrtKernelInfo* info, std::size_t i,
 }
 
 OrtStatus* ORT_API_CALL inference_attribute(const OrtShapeInferContext* context, const char* name, const OrtOpAttr** out) noexcept {
-  PLANTED_FAILURE;
+  MAYBE_FAIL;
   const auto found = context->attributes.find(name);
   if (found == context->attributes.end()) return failure(std::string("Attribute ") + name + " does not exist.");
   *out = &found->second;
@@ -192,7 +192,7 @@ OrtStatus* ORT_API_CALL inference_attribute(const OrtShapeInferContext* context,
 }
 
 OrtStatus* ORT_API_CALL read_attribute(const OrtOpAttr* attribute, OrtOpAttrType type, void* data, std::size_t room, std::size_t* out) noexcept {
-  PLANTED_FAILURE;
+  MAYBE_FAIL;
   const auto copy = [&](const void* from, std::size_t bytes) -> OrtStatus* {
     *out = bytes;
     if (room < bytes) return failure("Size of data not large enough to hold the attribute.");
@@ -210,7 +210,7 @@ OrtStatus* ORT_API_CALL read_attribute(const OrtOpAttr* attribute, OrtOpAttrType
 // -- Types and shapes -------------------------------------------------------------------------------------------------
 
 OrtStatus* ORT_API_CALL create_info(OrtTensorTypeAndShapeInfo** out) noexcept {
-  PLANTED_FAILURE;
+  MAYBE_FAIL;
   ++live;
   *out = new OrtTensorTypeAndShapeInfo;
   return nullptr;
@@ -218,69 +218,69 @@ OrtStatus* ORT_API_CALL create_info(OrtTensorTypeAndShapeInfo** out) noexcept {
 
 void ORT_API_CALL release_info(OrtTensorTypeAndShapeInfo* info) noexcept {
   if (!info) return;
-  EXPECT_FALSE(info->lent) << "released what belongs to the context";
-  if (info->lent) return;
+  EXPECT_FALSE(info->borrowed) << "released what belongs to the context";
+  if (info->borrowed) return;
   --live;
   delete info;
 }
 
 OrtStatus* ORT_API_CALL dimension_count(const OrtTensorTypeAndShapeInfo* info, std::size_t* out) noexcept {
-  PLANTED_FAILURE;
+  MAYBE_FAIL;
   *out = info->sizes.size();
   return nullptr;
 }
 
 OrtStatus* ORT_API_CALL dimensions(const OrtTensorTypeAndShapeInfo* info, std::int64_t* out, std::size_t count) noexcept {
-  PLANTED_FAILURE;
+  MAYBE_FAIL;
   std::copy_n(info->sizes.begin(), std::min(count, info->sizes.size()), out);
   return nullptr;
 }
 
 OrtStatus* ORT_API_CALL symbolic_dimensions(const OrtTensorTypeAndShapeInfo* info, const char** out, std::size_t count) noexcept {
-  PLANTED_FAILURE;
+  MAYBE_FAIL;
   for (std::size_t i = 0; i < std::min(count, info->symbols.size()); ++i) out[i] = info->symbols[i].c_str();
   return nullptr;
 }
 
 OrtStatus* ORT_API_CALL element_type(const OrtTensorTypeAndShapeInfo* info, ONNXTensorElementDataType* out) noexcept {
-  PLANTED_FAILURE;
+  MAYBE_FAIL;
   *out = info->type;
   return nullptr;
 }
 
 OrtStatus* ORT_API_CALL set_element_type(OrtTensorTypeAndShapeInfo* info, ONNXTensorElementDataType type) noexcept {
-  PLANTED_FAILURE;
+  MAYBE_FAIL;
   info->type = type;
   return nullptr;
 }
 
 OrtStatus* ORT_API_CALL set_dimensions(OrtTensorTypeAndShapeInfo* info, const std::int64_t* sizes, std::size_t count) noexcept {
-  PLANTED_FAILURE;
+  MAYBE_FAIL;
   info->sizes.assign(sizes, sizes + count);
   return nullptr;
 }
 
 OrtStatus* ORT_API_CALL set_symbolic_dimensions(OrtTensorTypeAndShapeInfo* info, const char** symbols, std::size_t count) noexcept {
-  PLANTED_FAILURE;
+  MAYBE_FAIL;
   info->symbols.assign(symbols, symbols + count);
   return nullptr;
 }
 
 OrtStatus* ORT_API_CALL inference_input_count(const OrtShapeInferContext* context, std::size_t* out) noexcept {
-  PLANTED_FAILURE;
+  MAYBE_FAIL;
   *out = context->inputs.size();
   return nullptr;
 }
 
 OrtStatus* ORT_API_CALL inference_input(const OrtShapeInferContext* context, std::size_t i, OrtTensorTypeAndShapeInfo** out) noexcept {
-  PLANTED_FAILURE;
+  MAYBE_FAIL;
   if (i >= context->inputs.size() || !context->inputs[i]) return failure("Failed to fetch type shape info for the index.");
   *out = context->inputs[i].get();
   return nullptr;
 }
 
 OrtStatus* ORT_API_CALL set_inference_output(const OrtShapeInferContext* context, std::size_t i, const OrtTensorTypeAndShapeInfo* info) noexcept {
-  PLANTED_FAILURE;
+  MAYBE_FAIL;
   if (i >= context->outputs.size()) return failure("the node has no such output");
   *const_cast<OrtShapeInferContext*>(context)->outputs[i] = *info;
   return nullptr;
@@ -289,20 +289,20 @@ OrtStatus* ORT_API_CALL set_inference_output(const OrtShapeInferContext* context
 // -- Tensors and threads ----------------------------------------------------------------------------------------------
 
 OrtStatus* ORT_API_CALL get_input(const OrtKernelContext* context, std::size_t i, const OrtValue** out) noexcept {
-  PLANTED_FAILURE;
+  MAYBE_FAIL;
   if (i >= context->inputs.size()) return failure("input index out of range");
   *out = &context->inputs[i];
   return nullptr;
 }
 
 OrtStatus* ORT_API_CALL output_count(const OrtKernelContext* context, std::size_t* out) noexcept {
-  PLANTED_FAILURE;
+  MAYBE_FAIL;
   *out = context->options.outputs.size();
   return nullptr;
 }
 
 OrtStatus* ORT_API_CALL get_output(OrtKernelContext* context, std::size_t i, const std::int64_t* sizes, std::size_t rank, OrtValue** out) noexcept {
-  PLANTED_FAILURE;
+  MAYBE_FAIL;
   if (i >= context->outputs.size()) return failure("output index out of range");
   if (!context->options.outputs[i]) {
     *out = nullptr;
@@ -318,12 +318,12 @@ OrtStatus* ORT_API_CALL get_output(OrtKernelContext* context, std::size_t i, con
     if (size < 0 || __builtin_mul_overflow(bytes, size, &bytes)) return failure("the shape has a negative size or too many elements");
   }
   static std::byte nothing;
-  if (context->options.pretend_memory) {
+  if (context->options.no_output_memory) {
     output.data = &nothing;
   } else if (bytes > std::int64_t{1} << 30) {
     return failure("cannot allocate " + std::to_string(bytes) + " bytes");
-  } else if (i == 0 && context->options.written_over >= 0) {
-    auto& taken = *context->input_bytes[static_cast<std::size_t>(context->options.written_over)];
+  } else if (i == 0 && context->options.inplace_input >= 0) {
+    auto& taken = *context->input_bytes[static_cast<std::size_t>(context->options.inplace_input)];
     EXPECT_EQ(taken.size(), static_cast<std::size_t>(bytes)) << "an output over an input of another size";
     output.data = taken.empty() ? &nothing : taken.data();
   } else {
@@ -335,24 +335,24 @@ OrtStatus* ORT_API_CALL get_output(OrtKernelContext* context, std::size_t i, con
 }
 
 OrtStatus* ORT_API_CALL type_and_shape(const OrtValue* value, OrtTensorTypeAndShapeInfo** out) noexcept {
-  PLANTED_FAILURE;
+  MAYBE_FAIL;
   ++live;
   *out = new OrtTensorTypeAndShapeInfo{value->type, value->shape, std::vector<std::string>(value->shape.size()), false};
   return nullptr;
 }
 
 OrtStatus* ORT_API_CALL tensor_data(OrtValue* value, void** out) noexcept {
-  PLANTED_FAILURE;
+  MAYBE_FAIL;
   *out = value->data;
   return nullptr;
 }
 
 OrtStatus* ORT_API_CALL parallel_for(const OrtKernelContext* context, void (*run)(void*, std::size_t), std::size_t total, std::size_t, void* data) noexcept {
-  PLANTED_FAILURE;
+  MAYBE_FAIL;
   context->pieces += total;
   if (context->options.threads == Threads::one) {
     for (std::size_t i = 0; i < total; ++i) run(data, i);
-  } else if (context->options.threads == Threads::one_backwards) {
+  } else if (context->options.threads == Threads::one_reversed) {
     for (std::size_t i = total; i-- > 0;) run(data, i);
   } else {
     // Dealt out, not taken from a common counter: every thread has some, however short they are, and nothing orders them.
@@ -371,7 +371,7 @@ OrtStatus* ORT_API_CALL parallel_for(const OrtKernelContext* context, void (*run
 // -- Memory -----------------------------------------------------------------------------------------------------------
 
 OrtStatus* ORT_API_CALL create_memory_info(OrtAllocatorType, OrtMemType, OrtMemoryInfo** out) noexcept {
-  PLANTED_FAILURE;
+  MAYBE_FAIL;
   ++live;
   *out = new OrtMemoryInfo;
   return nullptr;
@@ -383,7 +383,7 @@ void ORT_API_CALL release_memory_info(OrtMemoryInfo* info) noexcept {
 }
 
 OrtStatus* ORT_API_CALL get_allocator(const OrtKernelContext*, const OrtMemoryInfo*, OrtAllocator** out) noexcept {
-  PLANTED_FAILURE;
+  MAYBE_FAIL;
   ++live;
   *out = new OrtAllocator{};
   return nullptr;
@@ -395,7 +395,7 @@ void ORT_API_CALL release_allocator(OrtAllocator* allocator) noexcept {
 }
 
 OrtStatus* ORT_API_CALL allocate(OrtAllocator*, std::size_t bytes, void** out) noexcept {
-  PLANTED_FAILURE;
+  MAYBE_FAIL;
   ++live;
   *out = std::malloc(bytes);
   if (*out) std::memset(*out, 0xff, bytes);  // NaN, whatever it is taken for
@@ -411,7 +411,7 @@ OrtStatus* ORT_API_CALL deallocate(OrtAllocator*, void* data) noexcept {
 // -- Registration -----------------------------------------------------------------------------------------------------
 
 OrtStatus* ORT_API_CALL create_domain(const char* name, OrtCustomOpDomain** out) noexcept {
-  PLANTED_FAILURE;
+  MAYBE_FAIL;
   ++domains;
   *out = new OrtCustomOpDomain{name, {}};
   return nullptr;
@@ -423,25 +423,25 @@ void ORT_API_CALL release_domain(OrtCustomOpDomain* domain) noexcept {
 }
 
 OrtStatus* ORT_API_CALL add_op(OrtCustomOpDomain* domain, const OrtCustomOp* op) noexcept {
-  PLANTED_FAILURE;
+  MAYBE_FAIL;
   domain->ops.push_back(op);
   return nullptr;
 }
 
 OrtStatus* ORT_API_CALL add_domain(OrtSessionOptions* options, OrtCustomOpDomain* domain) noexcept {
-  PLANTED_FAILURE;
+  MAYBE_FAIL;
   options->domains.push_back(domain);
   return nullptr;
 }
 
 OrtStatus* ORT_API_CALL has_entry(const OrtSessionOptions* options, const char* key, int* out) noexcept {
-  PLANTED_FAILURE;
+  MAYBE_FAIL;
   *out = options->entries.count(key) > 0;
   return nullptr;
 }
 
 OrtStatus* ORT_API_CALL get_entry(const OrtSessionOptions* options, const char* key, char* out, std::size_t* size) noexcept {
-  PLANTED_FAILURE;
+  MAYBE_FAIL;
   const std::string& value = options->entries.at(key);
   const std::size_t room = *size;
   *size = value.size() + 1;
@@ -509,7 +509,7 @@ const OrtApiBase base{get_api, get_version};
 std::unique_ptr<OrtTensorTypeAndShapeInfo> parse(const Spec& spec) {
   auto info = std::make_unique<OrtTensorTypeAndShapeInfo>();
   info->type = spec.type;
-  info->lent = true;
+  info->borrowed = true;
   if (spec.shape == "?") return info;  // as ONNX Runtime has it: no axes, like a scalar
   std::string text = spec.shape.substr(1, spec.shape.size() - 2);
   std::replace(text.begin(), text.end(), ',', ' ');
@@ -533,7 +533,7 @@ Spec to_spec(const OrtTensorTypeAndShapeInfo& info) {
   return {info.type, text + "]"};
 }
 
-// For one run on these inputs, which must outlive it; with `written_over` it writes to them.
+// For one run on these inputs, which must outlive it; with `inplace_input` it writes to them.
 OrtKernelContext context_of(const OrtCustomOp& op, std::vector<Tensor>& inputs, const Options& options) {
   static std::byte nothing;
   OrtKernelContext context{op, options, {}, {}, {}, {}, 0};
@@ -551,8 +551,8 @@ std::vector<Tensor> outputs_of(const OrtKernelContext& context) {
   for (std::size_t i = 0; i < context.outputs.size(); ++i) {
     const OrtValue& output = context.outputs[i];
     EXPECT_EQ(output.data != nullptr, context.options.outputs[i]) << "output " << i;
-    const bool over = i == 0 && context.options.written_over >= 0;
-    outputs.push_back({output.type, output.shape, over ? *context.input_bytes[static_cast<std::size_t>(context.options.written_over)] : context.output_bytes[i]});
+    const bool over = i == 0 && context.options.inplace_input >= 0;
+    outputs.push_back({output.type, output.shape, over ? *context.input_bytes[static_cast<std::size_t>(context.options.inplace_input)] : context.output_bytes[i]});
   }
   return outputs;
 }
@@ -571,12 +571,12 @@ int live_objects() { return live; }
 namespace {
 
 // One more call of the API allowed at each attempt, until one succeeds.
-std::vector<const OrtCustomOpDomain*> register_in_the_end(const std::map<std::string, std::string>& entries, std::vector<std::string>& failures) {
+std::vector<const OrtCustomOpDomain*> register_despite_failures(const std::map<std::string, std::string>& entries, std::vector<std::string>& failures) {
   for (int call = 0;; ++call) {
     OrtSessionOptions options{entries, {}};
     OrtStatus* status = nullptr;
     {
-      const Planted planted_failure(call);
+      const InjectFailure inject_failure(call);
       status = RegisterCustomOps(&options, &base);
     }
     EXPECT_EQ(live, status ? 1 : 0) << "failed registrations must leave nothing behind";
@@ -590,19 +590,19 @@ std::vector<const OrtCustomOpDomain*> register_in_the_end(const std::map<std::st
 const Library& library() {
   static const Library registered = [] {
     Library result;
-    const auto plain = register_in_the_end({}, result.failures);
+    const auto plain = register_despite_failures({}, result.failures);
     EXPECT_EQ(plain.size(), 1u);
     EXPECT_EQ(domains, 1);
     result.domain = plain.at(0)->name;
     result.ops = plain.at(0)->ops;
     for (const char* precision : {"high", "medium"}) {
-      const auto found = register_in_the_end({{kPrecision, precision}}, result.failures);
+      const auto found = register_despite_failures({{kPrecision, precision}}, result.failures);
       for (std::size_t i = 1; i < found.size(); ++i) {
-        auto& ops = result.products[precision];
+        auto& ops = result.dense_ops[precision];
         ops.insert(ops.end(), found[i]->ops.begin(), found[i]->ops.end());
       }
     }
-    EXPECT_EQ(domains, 1 + 2 * static_cast<int>(result.products.size()));
+    EXPECT_EQ(domains, 1 + 2 * static_cast<int>(result.dense_ops.size()));
     return result;
   }();
   return registered;
@@ -610,8 +610,8 @@ const Library& library() {
 
 const OrtCustomOp* find(const std::string& name, const std::vector<ONNXTensorElementDataType>& inputs, const std::string& precision) {
   const OrtCustomOp* found = nullptr;
-  const auto products = library().products.find(precision);
-  for (const OrtCustomOp* op : products == library().products.end() ? library().ops : products->second) {
+  const auto dense_ops = library().dense_ops.find(precision);
+  for (const OrtCustomOp* op : dense_ops == library().dense_ops.end() ? library().ops : dense_ops->second) {
     bool fits = op->GetName(op) == name && op->GetExecutionProviderType(op) == std::string("CPUExecutionProvider");
     fits = fits && op->GetInputTypeCount(op) == inputs.size();
     for (std::size_t i = 0; fits && i < inputs.size(); ++i) fits = op->GetInputType(op, i) == inputs[i];
@@ -656,9 +656,9 @@ Outcome run(const std::string& name, std::vector<Tensor> inputs, const Attribute
     const bool present = i < options.outputs.size() && options.outputs[i];
     EXPECT_TRUE(present || op->GetOutputCharacteristic(op, i) == INPUT_OUTPUT_OPTIONAL) << "output " << i << " is not optional";
   }
-  if (options.written_over >= 0) {
+  if (options.inplace_input >= 0) {
     const auto allowed = may_inplace(*op);
-    const std::pair<int, int> asked{options.written_over, 0};
+    const std::pair<int, int> asked{options.inplace_input, 0};
     EXPECT_NE(std::find(allowed.begin(), allowed.end(), asked), allowed.end()) << "not among GetMayInplace";
   }
 
@@ -667,7 +667,7 @@ Outcome run(const std::string& name, std::vector<Tensor> inputs, const Attribute
   const int live_before = live;
   Outcome outcome;
   try {
-    const Planted planted_failure(options.failing_call);
+    const InjectFailure inject_failure(options.failing_call);
     OrtKernelInfo info{attributes, context.inputs};
     for (std::size_t i = 0; i < inputs.size(); ++i) {
       if (static_cast<int>(i) != options.constant) info.constants[i].data = nullptr;
@@ -685,29 +685,29 @@ Outcome run(const std::string& name, std::vector<Tensor> inputs, const Attribute
   EXPECT_EQ(live, live_before) << name << " kept or gave back too many objects";
   outcome.pieces = context.pieces;
   for (std::size_t i = 0; i < inputs.size(); ++i) {
-    const bool kept = inputs[i].bytes == before[i].bytes || static_cast<int>(i) == options.written_over;
+    const bool kept = inputs[i].bytes == before[i].bytes || static_cast<int>(i) == options.inplace_input;
     EXPECT_TRUE(kept) << name << " wrote to input " << i;
   }
-  if (!outcome.error.empty() || options.pretend_memory) return outcome;
+  if (!outcome.error.empty() || options.no_output_memory) return outcome;
   outcome.outputs = outputs_of(context);
   return outcome;
 }
 
-std::vector<Outcome> run_at_once(const OrtCustomOp& op, std::vector<Tensor> inputs, const Attributes& attributes, const Options& options, int callers, int runs) {
+std::vector<Outcome> run_concurrently(const OrtCustomOp& op, std::vector<Tensor> inputs, const Attributes& attributes, const Options& options, int callers, int runs) {
   const std::vector<Tensor> before = inputs;
   const OrtKernelInfo info{attributes, std::vector<OrtValue>(inputs.size(), OrtValue{ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED, {}, nullptr})};
   void* kernel = nullptr;
   const std::string error = take(op.CreateKernelV2(&op, &api, &info, &kernel));
   if (!kernel) return {{error, {}, 0}};
   std::vector<Outcome> outcomes(static_cast<std::size_t>(callers * runs));
-  at_once(callers, [&](int caller) {
+  in_parallel(callers, [&](int caller) {
     const int live_before = live;
     for (int run = 0; run < runs; ++run) {
       OrtKernelContext context = context_of(op, inputs, options);
       Outcome& outcome = outcomes[static_cast<std::size_t>(caller * runs + run)];
       outcome.error = take(op.KernelComputeV2(kernel, &context));
       outcome.pieces = context.pieces;
-      if (outcome.error.empty() && !options.pretend_memory) outcome.outputs = outputs_of(context);
+      if (outcome.error.empty() && !options.no_output_memory) outcome.outputs = outputs_of(context);
     }
     EXPECT_EQ(live, live_before) << "kept or gave back too many objects";
   });
@@ -716,9 +716,9 @@ std::vector<Outcome> run_at_once(const OrtCustomOp& op, std::vector<Tensor> inpu
   return outcomes;
 }
 
-std::vector<const OrtCustomOpDomain*> register_at_once(int sessions) {
+std::vector<const OrtCustomOpDomain*> register_concurrently(int sessions) {
   std::vector<const OrtCustomOpDomain*> registered(static_cast<std::size_t>(sessions));
-  at_once(sessions, [&](int session) {
+  in_parallel(sessions, [&](int session) {
     OrtSessionOptions options;
     EXPECT_EQ(take(RegisterCustomOps(&options, &base)), "");
     EXPECT_EQ(options.domains.size(), 1u);
@@ -728,7 +728,7 @@ std::vector<const OrtCustomOpDomain*> register_at_once(int sessions) {
   return registered;
 }
 
-void at_once(int threads, const std::function<void(int)>& body) {
+void in_parallel(int threads, const std::function<void(int)>& body) {
   std::atomic<int> missing{threads};
   std::vector<std::thread> running;
   for (int thread = 0; thread < threads; ++thread) {
@@ -750,7 +750,7 @@ Inference infer(const OrtCustomOp* op, const std::vector<Spec>& inputs, const At
   const int live_before = live;
   Inference result;
   try {
-    const Planted planted_failure(failing_call);
+    const InjectFailure inject_failure(failing_call);
     result.error = take(op->InferOutputShapeFn(op, &context));
   } catch (...) {
     ADD_FAILURE() << op->GetName(op) << " threw across the ABI";

@@ -23,19 +23,19 @@ struct Tensor {
 using Attribute = std::variant<float, std::int64_t, std::vector<std::int64_t>, std::string>;
 using Attributes = std::map<std::string, Attribute>;
 
-enum class Threads { one, one_backwards, many };
+enum class Threads { one, one_reversed, many };
 
 constexpr int kNever = -1;
 constexpr const char* kPrecision = "scm.float32_matmul_precision";  // entry of a session's configuration
 
 struct Options {
   std::vector<bool> outputs{true};      // of the node; false: an optional output without a name
-  int written_over = -1;                // the input whose memory output 0 takes
+  int inplace_input = -1;                // the input whose memory output 0 takes
   Threads threads = Threads::one;       // of KernelContext_ParallelFor
   int failing_call = kNever;            // the call of the API, counted from 0, that fails
   int constant = -1;                    // the input that the kernel is told of when it is made
   std::string precision;                // "high" or "medium": of the operators that multiply bfloat16
-  bool pretend_memory = false;          // outputs have no memory: for tests in which the kernel stops before it writes
+  bool no_output_memory = false;          // outputs have no memory: for tests in which the kernel stops before it writes
 };
 
 struct Outcome {
@@ -48,10 +48,10 @@ struct Outcome {
 Outcome run(const std::string& op, std::vector<Tensor> inputs, const Attributes& attributes = {}, const Options& options = {});
 
 // One kernel that several callers run at once, each `runs` times, as the runs of one session do: all read the same inputs, each has outputs of its own.
-std::vector<Outcome> run_at_once(const OrtCustomOp& op, std::vector<Tensor> inputs, const Attributes& attributes, const Options& options, int callers, int runs);
+std::vector<Outcome> run_concurrently(const OrtCustomOp& op, std::vector<Tensor> inputs, const Attributes& attributes, const Options& options, int callers, int runs);
 
 // Threads that wait for one another, then run the body; it gets their numbers.
-void at_once(int threads, const std::function<void(int)>& body);
+void in_parallel(int threads, const std::function<void(int)>& body);
 
 // A type and a shape as text: "[2, H, ?]" has a known, a symbolic and an unknown size, "?" not even a known rank.
 struct Spec {
@@ -77,7 +77,7 @@ Inference infer(const std::string& op, const std::vector<Spec>& inputs, const At
 struct Library {
   std::string domain;
   std::vector<const OrtCustomOp*> ops;
-  std::map<std::string, std::vector<const OrtCustomOp*>> products;  // those that multiply bfloat16, by precision; none where the processor cannot have them
+  std::map<std::string, std::vector<const OrtCustomOp*>> dense_ops;  // those that multiply bfloat16, by precision; none where the processor cannot have them
   std::vector<std::string> failures;
 };
 
@@ -91,7 +91,7 @@ std::vector<std::pair<int, int>> may_inplace(const OrtCustomOp& op);
 std::pair<std::string, std::vector<std::string>> register_with(std::uint32_t newest_api, const char* version, const std::string& precision = "");
 
 // The domains that sessions got whose options met the library at once; no other call is needed before.
-std::vector<const OrtCustomOpDomain*> register_at_once(int sessions);
+std::vector<const OrtCustomOpDomain*> register_concurrently(int sessions);
 
 int live_objects();  // made by the API in this thread and not given back, apart from domains
 

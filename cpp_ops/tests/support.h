@@ -48,8 +48,8 @@ template <>
 inline constexpr ONNXTensorElementDataType kType<std::uint8_t> = kUint8;
 
 // float16 by its definition, written apart from the library's conversions.
-double half_value(std::uint16_t bits);
-std::uint16_t nearest_half(double x);  // ties to even
+double half_to_double(std::uint16_t bits);
+std::uint16_t double_to_half(double x);  // ties to even
 
 // -- Tensors ----------------------------------------------------------------------------------------------------------
 
@@ -96,16 +96,16 @@ void expect_close(const Tensor& actual, const Sizes& shape, const Values& expect
 void expect_same_bits(const Tensor& actual, const Tensor& expected);
 
 // The operator must refuse these inputs, when a session opens and when it runs, with an error that holds its name and all of `fragments`.
-void expect_refused(const std::string& op, const std::vector<Tensor>& inputs, const Attributes& attributes, const std::vector<std::string>& fragments);
+void expect_rejected(const std::string& op, const std::vector<Tensor>& inputs, const Attributes& attributes, const std::vector<std::string>& fragments);
 // The same of a scalar, which inference cannot tell from a tensor of unknown rank: the node is refused when it runs.
-void expect_scalar_refused(const std::string& op, const std::vector<Tensor>& inputs, const Attributes& attributes, const std::vector<std::string>& fragments);
+void expect_scalar_rejected(const std::string& op, const std::vector<Tensor>& inputs, const Attributes& attributes, const std::vector<std::string>& fragments);
 
 // The shapes that the operator infers; "?" where it gives none.
 std::vector<std::string> inferred(const std::string& op, const std::vector<Spec>& inputs, const Attributes& attributes, std::size_t outputs = 1);
 
 // Gives the same bits with the output over every input that GetMayInplace names, in any order of the pieces and on several threads; and every sample
 // gives alone what it gives in its batch.
-void expect_same_anyhow(const std::string& op, const std::vector<Tensor>& inputs, const Attributes& attributes, std::size_t outputs = 1);
+void expect_reproducible(const std::string& op, const std::vector<Tensor>& inputs, const Attributes& attributes, std::size_t outputs = 1);
 
 inline Options with_outputs(std::vector<bool> outputs) {
   Options options;

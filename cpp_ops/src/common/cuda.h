@@ -38,14 +38,14 @@ const char* launch(void (*kernel)(Parameters...), dim3 grid, int threads, void* 
   return cudaGetErrorString(error);
 }
 
-// Blocks for `count` things, `share` to a block; y for samples. Kernels loop over what a grid of the greatest size leaves.
-inline dim3 grid_of(std::int64_t count, std::int64_t share, std::int64_t samples = 1) {
-  const std::int64_t blocks = ceil_div(count, share);
+// Blocks for `count` things, `per_block` to a block; y for samples. Kernels loop over what a grid of the greatest size leaves.
+inline dim3 grid_of(std::int64_t count, std::int64_t per_block, std::int64_t samples = 1) {
+  const std::int64_t blocks = ceil_div(count, per_block);
   return dim3(static_cast<unsigned>(blocks < kMaxGridX ? blocks : kMaxGridX), static_cast<unsigned>(samples < kMaxGridY ? samples : kMaxGridY));
 }
 
 template <typename T>
-constexpr int kWidest = 16 / static_cast<int>(sizeof(T));
+constexpr int kVectorWidth = 16 / static_cast<int>(sizeof(T));
 
 // Null counts as aligned: an output that nobody reads.
 template <typename... Pointers>
@@ -136,11 +136,11 @@ __device__ __forceinline__ std::int64_t quotient(std::int64_t a, std::int64_t b)
 // Calls store(i, load(i)) for every i in [0, count), shared among the blocks of the grid's x. A thread has kInFlight loads on the way at once: it takes
 // that to fill the memory's bandwidth.
 constexpr int kInFlight = 2;
-constexpr int kShare = kThreads * kInFlight;  // of a block, at a time
+constexpr int kElementsPerBlock = kThreads * kInFlight;  // of a block, at a time
 
 template <typename Load, typename Store>
 __device__ __forceinline__ void for_each(std::int64_t count, Load load, Store store) {
-  for (std::int64_t first = std::int64_t{blockIdx.x} * kShare + threadIdx.x; first < count; first += std::int64_t{gridDim.x} * kShare) {
+  for (std::int64_t first = std::int64_t{blockIdx.x} * kElementsPerBlock + threadIdx.x; first < count; first += std::int64_t{gridDim.x} * kElementsPerBlock) {
     decltype(load(first)) loaded[kInFlight];
 #pragma unroll
     for (int j = 0; j < kInFlight; ++j) {
@@ -156,7 +156,7 @@ __device__ __forceinline__ void for_each(std::int64_t count, Load load, Store st
 // -- Rows to norm: a row belongs to a group of lanes of one warp, kVectors vectors a lane, all in registers: read once ---------------
 
 // How many lanes a row takes, a power of two, so that each has about kVectors vectors of it; a whole warp if with_row_shape chose more than two.
-inline int lanes_of(std::int64_t vectors, int per_lane) {
+inline int lanes_per_row(std::int64_t vectors, int per_lane) {
   int lanes = 1;
   while (lanes < static_cast<int>(kWarp) && std::int64_t{lanes} * per_lane < vectors) lanes *= 2;
   return lanes;
@@ -172,7 +172,7 @@ struct Constant {
 template <typename T, typename Run>
 const char* with_row_shape(std::int64_t channels, bool wide, const Run& run) {
   if (!wide) return channels <= 4 * kWarp ? run(Constant<1>{}, Constant<4>{}) : run(Constant<1>{}, Constant<0>{});
-  constexpr Constant<kWidest<T>> width;
+  constexpr Constant<kVectorWidth<T>> width;
   const std::int64_t vectors = channels / width.value;
   if (vectors <= 2 * kWarp) return run(width, Constant<2>{});
   if (vectors <= 4 * kWarp) return run(width, Constant<4>{});

@@ -34,8 +34,8 @@ void set_outputs(const OrtApi& api, OrtShapeInferContext* context, const Inferre
   const Shapes& shapes = outputs.shapes;
   for (std::size_t i = 0; i < shapes.size(); ++i) {
     // ONNX Runtime takes an unknown size without a name for the size -1: such a shape is better left open.
-    const bool settled = std::all_of(shapes[i].dims.begin(), shapes[i].dims.end(), [](const Dim& dim) { return dim.known() || (dim.symbol && *dim.symbol); });
-    if (!shapes[i].ranked || !settled) continue;
+    const bool fully_named = std::all_of(shapes[i].dims.begin(), shapes[i].dims.end(), [](const Dim& dim) { return dim.known() || (dim.symbol && *dim.symbol); });
+    if (!shapes[i].ranked || !fully_named) continue;
     OrtTensorTypeAndShapeInfo* info = nullptr;
     check(api, api.CreateTensorTypeAndShapeInfo(&info));
     const std::unique_ptr<OrtTensorTypeAndShapeInfo, decltype(api.ReleaseTensorTypeAndShapeInfo)> owner(info, api.ReleaseTensorTypeAndShapeInfo);

@@ -8,7 +8,7 @@ inline namespace SCM_ISA {
 
 // x with its magnitude bounded, by a minimum of integers: selections of floats make compilers evaluate what follows for the constants too, and there
 // denormal numbers lurk, which cost a hundred cycles each. NaN gives the bound.
-SCM_HD float bounded(float x, float bound) {
+SCM_HD float clamp_magnitude(float x, float bound) {
   const std::uint32_t magnitude = bits_of(x) & 0x7fffffffu, limit = bits_of(bound);
   return float_of((magnitude < limit ? magnitude : limit) | (bits_of(x) & 0x80000000u));
 }
@@ -34,7 +34,7 @@ SCM_HD float exponential(float x) {
 
 // mp_silu: silu(x) / 0.596 (EDM2, equation 81). Below -87 the result is 0 but for numbers of 1e37 and more.
 SCM_HD float activate(float x) {
-  const float denominator = 1.0f + exponential(-bounded(x, 87.0f));
+  const float denominator = 1.0f + exponential(-clamp_magnitude(x, 87.0f));
 #ifdef __CUDA_ARCH__
   return __fdividef(x, denominator) * (1.0f / 0.596f);
 #else
@@ -43,7 +43,7 @@ SCM_HD float activate(float x) {
 }
 
 // Rounded to float before anything is added to it, as in the function bodies; CPU kernels that use it are compiled with -ffp-contract=off.
-SCM_HD float product(float a, float b) {
+SCM_HD float rounded_product(float a, float b) {
 #ifdef __CUDA_ARCH__
   return __fmul_rn(a, b);
 #else
@@ -58,7 +58,7 @@ SCM_HD float clamp(float x, float bound) {
 }
 
 // A pixel's level: rounded to nearest even, NaN to 0.
-SCM_HD std::uint8_t to_level(float x) {
+SCM_HD std::uint8_t to_uint8(float x) {
   x = x > 0.0f ? x : 0.0f;
   x = x < 255.0f ? x : 255.0f;
   return static_cast<std::uint8_t>(bits_of(x + 12582912.0f) & 0xffu);  // 1.5 * 2^23: the addition rounds

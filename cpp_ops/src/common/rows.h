@@ -10,7 +10,7 @@ inline namespace SCM_ISA {
 
 // The factor that a pixel norm multiplies a row with.
 template <typename T>
-float row_factor(const T* x, std::int64_t channels, float eps) {
+float row_norm_factor(const T* x, std::int64_t channels, float eps) {
   float sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (std::int64_t c = 0; c < channels; ++c) sum += to_float(x[c]) * to_float(x[c]);

@@ -41,7 +41,7 @@ void check_rank_at_least(const char* name, const Shape& shape, std::size_t rank)
 void check_same(const char* name_a, const Shape& a, const char* name_b, const Shape& b);
 // `a`'s axis must have the size `expected`, described by `what`: check_dim("scale", scale, 1, y.back(), "the channels of y").
 void check_dim(const char* name, const Shape& shape, std::size_t axis, const Dim& expected, const char* what);
-void check_some_channels(const char* name, const Shape& shape);  // the last axis must not be empty
+void check_has_channels(const char* name, const Shape& shape);  // the last axis must not be empty
 [[noreturn]] void fail(const char* name, const Shape& shape, const std::string& expected);
 
 // For kernels, where every size is known.

@@ -42,9 +42,9 @@ __global__ void __launch_bounds__(kThreads) kernel(const Params<T> p) {
 template <typename T>
 const char* cuda(const Params<T>& p, void* stream) {
   if (p.size % kFour == 0 && aligned(16, p.x, p.noise, p.x_next) && aligned(kFour * sizeof(T), p.F)) {
-    return launch(kernel<T, kFour>, grid_of(p.size / kFour, kShare, p.samples), kThreads, stream, p);
+    return launch(kernel<T, kFour>, grid_of(p.size / kFour, kElementsPerBlock, p.samples), kThreads, stream, p);
   }
-  return launch(kernel<T, 1>, grid_of(p.size, kShare, p.samples), kThreads, stream, p);
+  return launch(kernel<T, 1>, grid_of(p.size, kElementsPerBlock, p.samples), kThreads, stream, p);
 }
 SCM_INSTANTIATE_CUDA
 

@@ -63,7 +63,7 @@ struct Rows {
 };
 
 template <typename T>
-Rows copied(const T* x, std::int64_t token, std::int64_t count, std::int64_t size, float* copy) {
+Rows copy_rows(const T* x, std::int64_t token, std::int64_t count, std::int64_t size, float* copy) {
   const std::int64_t width = padded(size);
   for (std::int64_t row = 0; row < kKeys; ++row) {
     for (std::int64_t c = 0; c < width; ++c) copy[row * width + c] = row < count && c < size ? to_float(x[row * token + c]) : 0;
@@ -73,12 +73,12 @@ Rows copied(const T* x, std::int64_t token, std::int64_t count, std::int64_t siz
 
 template <typename T>
 Rows rows_of(const T* x, std::int64_t token, std::int64_t count, std::int64_t size, float* copy) {
-  return copied(x, token, count, size, copy);
+  return copy_rows(x, token, count, size, copy);
 }
 
 inline Rows rows_of(const float* x, std::int64_t token, std::int64_t count, std::int64_t size, float* copy) {
   if (count == kKeys && size % kColumns == 0) return {x, token};
-  return copied(x, token, count, size, copy);
+  return copy_rows(x, token, count, size, copy);
 }
 
 // A key's scores become its weights, times the factor of its value; their sums go to the queries.
@@ -86,7 +86,7 @@ inline void exponentials(float* scores, float* sums, std::int64_t queries, float
 #pragma omp simd
   for (std::int64_t i = 0; i < queries; ++i) {
     const float score = scores[i] * norm_k;
-    const float weight = exponential(bounded(score, 87.0f)) + (score - score);  // NaN stays NaN
+    const float weight = exponential(clamp_magnitude(score, 87.0f)) + (score - score);  // NaN stays NaN
     sums[i] += weight;
     scores[i] = weight * norm_v;
   }
@@ -122,22 +122,22 @@ void SCM_CPU(const Params<T>& p, std::int64_t begin, std::int64_t end) {
   float *norm_k = scratch + at.norms, *norm_v = norm_k + length;
   const float temperature = 1 / __builtin_sqrtf(static_cast<float>(size));
   const std::int64_t token = 3 * p.heads * size;  // from one position to the next
-  std::int64_t normed = -1;  // the head whose factors are at hand
+  std::int64_t normalized_head = -1;  // the head whose factors are at hand
   for (std::int64_t unit = begin; unit < end; ++unit) {
     const std::int64_t sample = unit / blocks / p.heads, head = unit / blocks % p.heads, first = unit % blocks * kQueries;
     const std::int64_t queries = length - first < kQueries ? length - first : kQueries, columns = padded(queries);
     const T* q = p.qkv + sample * length * token + head * size;
     const T *k = q + p.heads * size, *v = k + p.heads * size;
-    if (unit / blocks != normed) {
-      normed = unit / blocks;
+    if (unit / blocks != normalized_head) {
+      normalized_head = unit / blocks;
       for (std::int64_t l = 0; l < length; ++l) {
-        norm_k[l] = row_factor(k + l * token, size, p.eps);
-        norm_v[l] = row_factor(v + l * token, size, p.eps);
+        norm_k[l] = row_norm_factor(k + l * token, size, p.eps);
+        norm_v[l] = row_norm_factor(v + l * token, size, p.eps);
       }
     }
     for (std::int64_t query = 0; query < columns; ++query) {
       const T* x = q + (first + query) * token;
-      const float scale = query < queries ? row_factor(x, size, p.eps) * temperature : 0;
+      const float scale = query < queries ? row_norm_factor(x, size, p.eps) * temperature : 0;
       for (std::int64_t c = 0; c < size; ++c) Q[c * kQueries + query] = query < queries ? to_float(x[c]) * scale : 0;
       sums[query] = 0;
     }

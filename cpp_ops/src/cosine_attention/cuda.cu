@@ -1,14 +1,14 @@
 // A block takes 64 or 128 queries of one head and passes over the head's keys and values in tiles: scores, exponentials, and their product with the
 // values, all in registers; of scores only a warp's 16 queries by a few keys exist at a time.
 //
-// Heads of 64 channels, those of EDM2 networks, go to tensor cores; `halves` for float16 and bfloat16, `floats` for float32, as three products of TF32
-// numbers (3xTF32), which keep float32's accuracy. Keys and values are normalised on their way to shared memory, the next tile's loads are under way
+// Heads of 64 channels, those of EDM2 networks, go to tensor cores; `attention_16bit` for float16 and bfloat16, `attention_float32` for float32, as three products of TF32
+// numbers (3xTF32), which keep float32's accuracy. Keys and values are normalized on their way to shared memory, the next tile's loads are under way
 // while a tile is worked on. Queries stay as they are: their factors scale the scores.
 //
 // After the normalisation no vector is longer than sqrt(64), so a score, divided by sqrt(64), is in [-8, 8] and its exponential in [3e-4, 2981]: a
 // softmax without the search for the maximum, in the range of float16 too.
 //
-// `any_size` serves all other head sizes, and pointers that are not aligned, with plain float32 arithmetic.
+// `attention_any_size` serves all other head sizes, and pointers that are not aligned, with plain float32 arithmetic.
 #include "common/cuda.h"
 #include "common/ptx.h"
 #include "cosine_attention/op.h"
@@ -39,7 +39,7 @@ struct Head {
 // A tile of keys and values on its way from global to shared memory: each thread holds vectors of 16 bytes, and the threads of a row are neighbours.
 template <typename T, int kKeys>
 struct Tile {
-  static constexpr int kWidth = kWidest<T>, kLanes = kHead / kWidth, kRows = kBlock / kLanes, kVectors = kKeys / kRows;
+  static constexpr int kWidth = kVectorWidth<T>, kLanes = kHead / kWidth, kRows = kBlock / kLanes, kVectors = kKeys / kRows;
   Vector<T, kWidth> k[kVectors], v[kVectors];
 
   __device__ __forceinline__ void load_from(const Head<T>& head, std::int64_t first, std::int64_t length) {
@@ -62,13 +62,13 @@ struct Tile {
 #pragma unroll
     for (int j = 0; j < kVectors; ++j) {
       const bool inside = first + row + j * kRows < length;
-      store(keys[row + j * kRows], lane, normalised(k[j], inside, eps));
-      store(values[row + j * kRows], lane, normalised(v[j], inside, eps));
+      store(keys[row + j * kRows], lane, normalized(k[j], inside, eps));
+      store(values[row + j * kRows], lane, normalized(v[j], inside, eps));
     }
   }
 
  private:
-  static __device__ __forceinline__ Vector<T, kWidth> normalised(const Vector<T, kWidth>& x, bool inside, float eps) {
+  static __device__ __forceinline__ Vector<T, kWidth> normalized(const Vector<T, kWidth>& x, bool inside, float eps) {
     const float norm = norm_factor(group_sum(sum_of_squares(x), kLanes), 1.0f / kHead, eps), factor = inside ? norm : 0.0f;
     return vector_of<T, kWidth>([&](int i) { return x[i] * factor; });
   }
@@ -90,7 +90,7 @@ __device__ __forceinline__ void load_pair(const T* x, std::uint32_t& bits, float
 }
 
 template <typename T, int kTiles>
-__global__ void __launch_bounds__(kBlock, 2) halves(const Params<T> p) {
+__global__ void __launch_bounds__(kBlock, 2) attention_16bit(const Params<T> p) {
   alignas(16) __shared__ T keys[kKeys16][kStride16];
   alignas(16) __shared__ T values[kKeys16][kStride16];
   constexpr int kQueries = kWarps * kTiles * 16, kChunk = 32 / kTiles;  // keys at a time: enough independent products, few enough registers
@@ -232,7 +232,7 @@ __device__ __forceinline__ void multiply_add_split(float (&c)[4], const SplitA& 
   multiply_add_tf32(c, a.high, b0.high, b1.high);
 }
 
-__global__ void __launch_bounds__(kBlock) floats(const Params<float> p) {
+__global__ void __launch_bounds__(kBlock) attention_float32(const Params<float> p) {
   alignas(16) __shared__ float keys[kKeys32][kStrideK32];
   alignas(16) __shared__ float values[kKeys32][kStrideV32];
   constexpr int kQueries = kWarps * 16;
@@ -343,7 +343,7 @@ __device__ void norms(float (&factors)[kKeysAny], const T* x, std::int64_t first
 
 // 32 rows by kColumns channels, zeros where there are none.
 template <int kColumns, int kStride, typename T>
-__device__ void fetch(float (&tile)[kKeysAny][kStride], const T* x, std::int64_t first, std::int64_t channel, const Params<T>& p, std::int64_t token) {
+__device__ void load_tile(float (&tile)[kKeysAny][kStride], const T* x, std::int64_t first, std::int64_t channel, const Params<T>& p, std::int64_t token) {
   for (int i = threadIdx.x; i < kKeysAny * kColumns; i += kBlockAny) {
     const int row = i / kColumns, c = i % kColumns;
     tile[row][c] = first + row < p.length && channel + c < p.head_size ? to_float(x[(first + row) * token + channel + c]) : 0.0f;
@@ -351,7 +351,7 @@ __device__ void fetch(float (&tile)[kKeysAny][kStride], const T* x, std::int64_t
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kBlockAny) any_size(const Params<T> p) {
+__global__ void __launch_bounds__(kBlockAny) attention_any_size(const Params<T> p) {
   __shared__ float q[kQueriesAny][kDepth + 1], k[kKeysAny][kDepth + 1], v[kKeysAny][kSlice], weights[kQueriesAny][kKeysAny + 1];
   __shared__ float norm_q[kQueriesAny], norm_k[kKeysAny], norm_v[kKeysAny];
   const int row = threadIdx.x / kLanesAny, lane = threadIdx.x % kLanesAny;
@@ -369,12 +369,12 @@ __global__ void __launch_bounds__(kBlockAny) any_size(const Params<T> p) {
       float scores[kKeysAny / kLanesAny] = {};
       for (std::int64_t channel = 0; channel < p.head_size; channel += kDepth) {
         __syncthreads();  // all have read the tiles before
-        fetch<kDepth>(q, head.q, first_query, channel, p, head.token);
-        fetch<kDepth>(k, head.k, first, channel, p, head.token);
+        load_tile<kDepth>(q, head.q, first_query, channel, p, head.token);
+        load_tile<kDepth>(k, head.k, first, channel, p, head.token);
         if (channel == 0) {
           norms(norm_k, head.k, first, p, head.token);
           norms(norm_v, head.v, first, p, head.token);
-          fetch<kSlice>(v, head.v, first, slice, p, head.token);
+          load_tile<kSlice>(v, head.v, first, slice, p, head.token);
         }
         __syncthreads();
         for (int c = 0; c < kDepth; ++c) {
@@ -430,15 +430,15 @@ template <typename T>
 const char* cuda(const Params<T>& p, void* stream) {
   const std::int64_t heads = p.samples * p.heads;
   if (p.head_size != kHead || !aligned(16, p.qkv, p.y)) {
-    return launch(any_size<T>, grid_of(heads * ceil_div(p.length, kQueriesAny) * ceil_div(p.head_size, kSlice), 1), kBlockAny, stream, p);
+    return launch(attention_any_size<T>, grid_of(heads * ceil_div(p.length, kQueriesAny) * ceil_div(p.head_size, kSlice), 1), kBlockAny, stream, p);
   }
   const std::int64_t blocks = heads * ceil_div(p.length, 64), double_blocks = heads * ceil_div(p.length, 128);
   if constexpr (sizeof(T) == sizeof(float)) {
-    return launch(floats, grid_of(blocks, 1), kBlock, stream, p);
+    return launch(attention_float32, grid_of(blocks, 1), kBlock, stream, p);
   } else if (p.length > 64 && double_blocks >= kManyBlocks) {
-    return launch(halves<T, 2>, grid_of(double_blocks, 1), kBlock, stream, p);
+    return launch(attention_16bit<T, 2>, grid_of(double_blocks, 1), kBlock, stream, p);
   } else {
-    return launch(halves<T, 1>, grid_of(blocks, 1), kBlock, stream, p);
+    return launch(attention_16bit<T, 1>, grid_of(blocks, 1), kBlock, stream, p);
   }
 }
 SCM_INSTANTIATE_CUDA

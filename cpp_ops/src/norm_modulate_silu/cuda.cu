@@ -91,12 +91,12 @@ dim3 grid(std::int64_t pixels, std::int64_t rows, std::int64_t samples) {
 
 template <typename T>
 const char* cuda(const Params<T>& p, void* stream) {
-  const bool wide = p.channels % kWidest<T> == 0 && aligned(16, p.y, p.modulation, p.z);
+  const bool wide = p.channels % kVectorWidth<T> == 0 && aligned(16, p.y, p.modulation, p.z);
   return with_row_shape<T>(p.channels, wide, [&](auto width, auto per_lane) {
     if constexpr (per_lane.value == 0) {
       return launch(long_rows<T, width.value>, grid(p.pixels, kThreads / kWarp, p.samples), kThreads, stream, p);
     } else {
-      const int lanes = lanes_of(p.channels / width.value, per_lane.value);
+      const int lanes = lanes_per_row(p.channels / width.value, per_lane.value);
       return launch(kernel<T, width.value, per_lane.value>, grid(p.pixels, kThreads / lanes, p.samples), kThreads, stream, p, lanes);
     }
   });

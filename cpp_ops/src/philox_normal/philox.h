@@ -62,7 +62,7 @@ SCM_HD float standard_normal(std::uint64_t seed, std::uint32_t draw, std::uint64
     k1 += 0xBB67AE85u;
   }
   const float u = static_cast<float>(c0) * 0x1p-32f + 0x1p-33f;  // this product is exact
-  const float v = product(static_cast<float>(c1), 1.46291808e-9f) + 7.31459042e-10f;
+  const float v = rounded_product(static_cast<float>(c1), 1.46291808e-9f) + 7.31459042e-10f;
   return static_cast<float>(square_root(-2.0 * logarithm(u)) * sine(static_cast<double>(v)));
 }
 

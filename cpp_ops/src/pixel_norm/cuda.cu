@@ -59,12 +59,12 @@ __global__ void __launch_bounds__(kThreads) long_rows(const Params<T> p) {
 
 template <typename T>
 const char* cuda(const Params<T>& p, void* stream) {
-  const bool wide = p.channels % kWidest<T> == 0 && aligned(16, p.x, p.y, p.activated);
+  const bool wide = p.channels % kVectorWidth<T> == 0 && aligned(16, p.x, p.y, p.activated);
   return with_row_shape<T>(p.channels, wide, [&](auto width, auto per_lane) {
     if constexpr (per_lane.value == 0) {
       return launch(long_rows<T, width.value>, grid_of(p.rows, kThreads / kWarp), kThreads, stream, p);
     } else {
-      const int lanes = lanes_of(p.channels / width.value, per_lane.value);
+      const int lanes = lanes_per_row(p.channels / width.value, per_lane.value);
       return launch(kernel<T, width.value, per_lane.value>, grid_of(p.rows, kThreads / lanes), kThreads, stream, p, lanes);
     }
   });

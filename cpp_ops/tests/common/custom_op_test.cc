@@ -66,14 +66,14 @@ TEST(RegistrationTest, FailsWithAStatusWhereverOnnxRuntimeFails) {
 #ifdef SCM_OPS_BFLOAT16
     calls += 3;  // with an entry in its configuration one for the session again, and two for the entry
     // Where there are the two other domains, as above for both of them; but once they are made the session's second call comes before any that is to fail.
-    if (const auto found = fake_ort::library().products.find(precision); found != fake_ort::library().products.end()) calls += found->second.size() + 3;
+    if (const auto found = fake_ort::library().dense_ops.find(precision); found != fake_ort::library().dense_ops.end()) calls += found->second.size() + 3;
 #else
     static_cast<void>(precision);
     calls += 1;  // one for the session
 #endif
   }
   EXPECT_EQ(failures.size(), calls);
-  for (const std::string& failure : failures) EXPECT_EQ(failure, "scm::RegisterCustomOps: this call was to fail");
+  for (const std::string& failure : failures) EXPECT_EQ(failure, "scm::RegisterCustomOps: injected failure");
 }
 
 TEST(RegistrationTest, ServesManySessions) {
@@ -85,7 +85,7 @@ TEST(RegistrationTest, ServesManySessions) {
   EXPECT_EQ(fake_ort::register_with(25, "1.25.0").first, "");
 }
 
-TEST(RegistrationTest, RefusesAnOnnxRuntimeThatIsTooOld) {
+TEST(RegistrationTest, RejectsAnOnnxRuntimeThatIsTooOld) {
   const auto [error, domains] = fake_ort::register_with(15, "1.15.0");
   EXPECT_NE(error.find("1.18"), std::string::npos) << error;
   EXPECT_NE(error.find("1.15.0"), std::string::npos) << error;
@@ -93,7 +93,7 @@ TEST(RegistrationTest, RefusesAnOnnxRuntimeThatIsTooOld) {
   EXPECT_EQ(fake_ort::live_objects(), 0);
 }
 
-TEST(CustomOpTest, MayWorkInPlaceWhereTypesAndSizesAgree) {
+TEST(CustomOpTest, WorksInPlaceWhereTypesAndSizesMatch) {
   for (const auto type : {kFloat, kHalf}) {
     for (const Example& example : examples(type)) {
       SCOPED_TRACE(example.op);
@@ -107,7 +107,7 @@ TEST(CustomOpTest, MayWorkInPlaceWhereTypesAndSizesAgree) {
         EXPECT_EQ(op->GetInputType(op, static_cast<std::size_t>(input)), op->GetOutputType(op, static_cast<std::size_t>(output)));
         Options options = with_outputs(std::vector<bool>(example.outputs, true));
         const Outcome apart = fake_ort::run(example.op, example.inputs, example.attributes, options);
-        options.written_over = input;
+        options.inplace_input = input;
         const Outcome over = fake_ort::run(example.op, example.inputs, example.attributes, options);
         ASSERT_EQ(apart.error + over.error, "");
         for (std::size_t i = 0; i < example.outputs; ++i) expect_same_bits(over.outputs[i], apart.outputs[i]);
@@ -133,15 +133,15 @@ TEST(CustomOpTest, RunsAndInfersTheSameShapesAndTypes) {
   }
 }
 
-TEST(CustomOpTest, RefusesANodeWithoutAnyOneOfItsAttributes) {
+TEST(CustomOpTest, RejectsANodeThatLacksAnAttribute) {
   for (const Example& example : examples(kFloat)) {
     for (const auto& [name, value] : example.attributes) {
       SCOPED_TRACE(std::string(example.op) + " and " + name);
       Attributes lacking = example.attributes, mistyped = example.attributes;
       lacking.erase(name);
       mistyped[name] = std::string("text");
-      expect_refused(example.op, example.inputs, lacking, {name});
-      expect_refused(example.op, example.inputs, mistyped, {});
+      expect_rejected(example.op, example.inputs, lacking, {name});
+      expect_rejected(example.op, example.inputs, mistyped, {});
     }
   }
 }
@@ -151,7 +151,7 @@ TEST(CustomOpTest, TurnsFailuresOfOnnxRuntimeIntoStatuses) {
   for (const Example& example : examples(kHalf)) {
     SCOPED_TRACE(example.op);
     Options options = with_outputs(std::vector<bool>(example.outputs, true));
-    const std::string expected = std::string("scm::") + example.op + ": this call was to fail";
+    const std::string expected = std::string("scm::") + example.op + ": injected failure";
     Outcome outcome;
     for (options.failing_call = 0;; ++options.failing_call) {
       outcome = fake_ort::run(example.op, example.inputs, example.attributes, options);
@@ -170,7 +170,7 @@ TEST(CustomOpTest, InfersWhatItCanWhereOnnxRuntimeFails) {
     SCOPED_TRACE(example.op);
     std::vector<Spec> specs;
     for (const Tensor& input : example.inputs) specs.push_back(spec(input));
-    const std::string expected = std::string("scm::") + example.op + ": this call was to fail";
+    const std::string expected = std::string("scm::") + example.op + ": injected failure";
     int errors = 0;
     for (int call = 0; call < 60; ++call) {  // an unknown input or an absent output is no error
       const auto inference = fake_ort::infer(example.op, specs, example.attributes, example.outputs, call);
@@ -182,11 +182,11 @@ TEST(CustomOpTest, InfersWhatItCanWhereOnnxRuntimeFails) {
   }
 }
 
-TEST(CustomOpTest, ReportsAFailureToDivideTheWork) {
+TEST(CustomOpTest, ReportsAFailureOfParallelFor) {
   Options options;
   options.failing_call = 10;  // after the attributes, input and output
   const Outcome outcome = fake_ort::run("PixelNorm", {random(kFloat, {1000, 64})}, {{"eps", 1e-4f}}, options);
-  EXPECT_EQ(outcome.error, "scm::PixelNorm: this call was to fail");
+  EXPECT_EQ(outcome.error, "scm::PixelNorm: injected failure");
 }
 
 TEST(CustomOpTest, InfersNothingForOutputsThatTheNodeDoesNotHave) {

@@ -40,10 +40,10 @@ std::vector<float> sampled_floats() {
   return floats;
 }
 
-TEST(TypesTest, EveryHalfBecomesItsFloat) {
+TEST(TypesTest, EveryHalfConvertsToItsFloat) {
   for (std::uint32_t half = 0; half < 0x10000; ++half) {
     const float got = to_float(float16{static_cast<std::uint16_t>(half)});
-    const double expected = half_value(static_cast<std::uint16_t>(half));
+    const double expected = half_to_double(static_cast<std::uint16_t>(half));
     if (std::isnan(expected)) {
       ASSERT_TRUE(std::isnan(got)) << half;
     } else {
@@ -53,7 +53,7 @@ TEST(TypesTest, EveryHalfBecomesItsFloat) {
   }
 }
 
-TEST(TypesTest, EveryHalfComesBack) {
+TEST(TypesTest, EveryHalfSurvivesARoundTrip) {
   for (std::uint32_t half = 0; half < 0x10000; ++half) {
     const std::uint16_t back = from_float<float16>(to_float(float16{static_cast<std::uint16_t>(half)})).bits;
     const bool nan = (half & 0x7fff) > 0x7c00;
@@ -62,7 +62,7 @@ TEST(TypesTest, EveryHalfComesBack) {
 }
 
 TEST(TypesTest, FloatsRoundToTheNearestHalf) {
-  for (const float x : sampled_floats()) ASSERT_EQ(from_float<float16>(x).bits, nearest_half(x)) << std::hexfloat << x;
+  for (const float x : sampled_floats()) ASSERT_EQ(from_float<float16>(x).bits, double_to_half(x)) << std::hexfloat << x;
 }
 
 #ifdef __FLT16_MANT_DIG__
@@ -84,7 +84,7 @@ TEST(TypesTest, AgreesWithTheCompilersHalf) {
 }
 #endif
 
-TEST(TypesTest, EveryBfloat16BecomesItsFloatAndComesBack) {
+TEST(TypesTest, EveryBfloat16ConvertsToItsFloatAndBack) {
   for (std::uint32_t narrow = 0; narrow < 0x10000; ++narrow) {
     const float x = to_float(bfloat16{static_cast<std::uint16_t>(narrow)});
     ASSERT_EQ(bits(x), narrow << 16);
@@ -126,10 +126,10 @@ TEST(TypesTest, KernelsRoundToTheNearestHalfAtEveryLevel) {
       for (std::size_t i = 0; i < count; ++i) data<float16>(b)[i].bits = static_cast<std::uint16_t>(generator() % 0x7c00);
       kernel({data<float16>(a), data<float16>(b), data<float16>(y), nullptr, static_cast<std::int64_t>(count), 1.0f, weight, std::numeric_limits<float>::infinity()}, 0, count);
       for (std::size_t i = 0; i < count; ++i) {
-        const double sum = half_value(data<float16>(a)[i].bits) + static_cast<double>(weight) * half_value(data<float16>(b)[i].bits);
-        const std::uint16_t expected = nearest_half(static_cast<float>(sum)), got = data<float16>(y)[i].bits;
+        const double sum = half_to_double(data<float16>(a)[i].bits) + static_cast<double>(weight) * half_to_double(data<float16>(b)[i].bits);
+        const std::uint16_t expected = double_to_half(static_cast<float>(sum)), got = data<float16>(y)[i].bits;
         if (std::isnan(sum)) {
-          ASSERT_TRUE(std::isnan(half_value(got))) << i;
+          ASSERT_TRUE(std::isnan(half_to_double(got))) << i;
         } else {
           ASSERT_EQ(got & (sum == 0 ? 0x7fff : 0xffff), expected & (sum == 0 ? 0x7fff : 0xffff)) << i;
         }

@@ -11,7 +11,7 @@
 
 #include <functional>
 
-namespace machine {
+namespace simulator {
 
 struct Index {
   unsigned x = 1, y = 1, z = 1;
@@ -19,7 +19,7 @@ struct Index {
 
 // How to run what is launched next.
 struct Options {
-  bool backwards = false;        // last block and last thread first
+  bool reversed = false;        // last block and last thread first
   unsigned max_blocks = 0;       // run a grid of at most so many blocks in x and in y, whatever the launch asks for: kernels must loop; 0 for no limit
   unsigned only_blocks = 0;      // of a grid as large as was asked for, run so many; 0 for all
   bool refuse_launches = false;  // every launch is an error
@@ -37,6 +37,6 @@ void warp_instruction(int site, void* argument, void (*perform)(void* const* lan
 
 [[noreturn]] void fail(const char* what);  // tells which thread of which block, and ends the program
 
-}  // namespace machine
+}  // namespace simulator
 
-extern machine::Index threadIdx, blockIdx, blockDim, gridDim;
+extern simulator::Index threadIdx, blockIdx, blockDim, gridDim;

@@ -3,12 +3,12 @@
 
 #include <immintrin.h>
 
-#include "products/product.h"
+#include "dense/dense.h"
 
-namespace scm::products {
+namespace scm::dense {
 namespace {
 
-[[maybe_unused]] __mmask16 first(std::int64_t count) { return count >= 16 ? 0xffff : count <= 0 ? 0 : static_cast<__mmask16>((1u << count) - 1); }
+[[maybe_unused]] __mmask16 first_lanes(std::int64_t count) { return count >= 16 ? 0xffff : count <= 0 ? 0 : static_cast<__mmask16>((1u << count) - 1); }
 
 [[maybe_unused]] __m512 load(const float* from, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, from); }
 [[maybe_unused]] __m512 load(const float16* from, __mmask16 mask) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, from)); }
@@ -42,26 +42,26 @@ namespace {
   }
 }
 
-// Where a step begins: 32 inputs at one place of the window, in elements after those of a position.
+// Where a step begins: 32 inputs at one tap of the window, in elements after those of a pixel.
 [[maybe_unused]] std::int64_t step_offset(const Sizes& s, std::int64_t step) {
-  const std::int64_t blocks = s.padded_inputs() / 32, place = step / blocks, input = step % blocks * 32;
-  return (place / s.side * s.row() + place % s.side) * s.padded_inputs() + input;
+  const std::int64_t blocks = s.padded_in_channels() / 32, tap = step / blocks, input = step % blocks * 32;
+  return (tap / s.kernel_size * s.row_stride() + tap % s.kernel_size) * s.padded_in_channels() + input;
 }
 
-// Writes the sums of the positions that are pixels, and leaves those between the rows. `sums(i, half)` are the 16 of position begin + i, aligned to 64 bytes.
-template <typename T, typename SumsOf>
-void write_channels_last(const Params<T>& p, std::int64_t block, std::int64_t begin, std::int64_t end, SumsOf sums) {
+// Writes the sums of the pixels that are pixels, and leaves those between the rows. `sums(i, half)` are the 16 of pixel begin + i, aligned to 64 bytes.
+template <typename T, typename SumsAt>
+void write_channels_last(const Params<T>& p, std::int64_t block, std::int64_t begin, std::int64_t end, SumsAt sums) {
   const Sizes& s = p.sizes;
-  const std::int64_t outputs = s.outputs - block * kBlock;
-  const __mmask16 masks[2] = {first(outputs), first(outputs - 16)};
-  std::int64_t n = begin / s.sample(), h = begin % s.sample() / s.row(), w = begin % s.row();
-  for (std::int64_t position = begin; position < end; ++position) {
+  const std::int64_t outputs = s.out_channels - block * kBlock;
+  const __mmask16 masks[2] = {first_lanes(outputs), first_lanes(outputs - 16)};
+  std::int64_t n = begin / s.sample_stride(), h = begin % s.sample_stride() / s.row_stride(), w = begin % s.row_stride();
+  for (std::int64_t pixel = begin; pixel < end; ++pixel) {
     if (w < s.width && h < s.height) {
-      T* y = p.y + ((n * s.height + h) * s.width + w) * s.outputs + block * kBlock;
-      store(y, masks[0], _mm512_load_ps(sums(position - begin, 0)));
-      if (masks[1]) store(y + 16, masks[1], _mm512_load_ps(sums(position - begin, 1)));
+      T* y = p.y + ((n * s.height + h) * s.width + w) * s.out_channels + block * kBlock;
+      store(y, masks[0], _mm512_load_ps(sums(pixel - begin, 0)));
+      if (masks[1]) store(y + 16, masks[1], _mm512_load_ps(sums(pixel - begin, 1)));
     }
-    if (++w == s.row()) {
+    if (++w == s.row_stride()) {
       w = 0;
       if (++h == s.height + s.pad()) {
         h = 0;
@@ -71,60 +71,60 @@ void write_channels_last(const Params<T>& p, std::int64_t block, std::int64_t be
   }
 }
 
-// The same into planes, with the bias added: 16 positions at once, of which the pixels of one sample lie side by side.
-template <typename T, typename SumsOf>
-void write_planes(const Params<T>& p, std::int64_t block, std::int64_t begin, std::int64_t end, SumsOf sums) {
-  struct Run {
+// The same into planes, with the bias added: 16 pixels at once, of which the pixels of one sample lie side by side.
+template <typename T, typename SumsAt>
+void write_channels_first(const Params<T>& p, std::int64_t block, std::int64_t begin, std::int64_t end, SumsAt sums) {
+  struct PixelRun {
     T* to;
     __mmask16 lanes;
   };
   const Sizes& s = p.sizes;
   const std::int64_t plane = s.height * s.width;
-  std::int64_t n = begin / s.sample(), h = begin % s.sample() / s.row(), w = begin % s.row();
-  for (std::int64_t position = begin; position < end; position += 16) {
-    const std::int64_t count = end - position < 16 ? end - position : 16;
-    Run runs[16];
-    int found = 0;
+  std::int64_t n = begin / s.sample_stride(), h = begin % s.sample_stride() / s.row_stride(), w = begin % s.row_stride();
+  for (std::int64_t pixel = begin; pixel < end; pixel += 16) {
+    const std::int64_t count = end - pixel < 16 ? end - pixel : 16;
+    PixelRun runs[16];
+    int run_count = 0;
     for (std::int64_t lane = 0; lane < count;) {
-      T* const to = p.y + (n * s.outputs + block * kBlock) * plane + h * s.width + w;  // of the next pixel, also from between the rows
+      T* const to = p.y + (n * s.out_channels + block * kBlock) * plane + h * s.width + w;  // of the next pixel, also from between the rows
       __mmask16 lanes = 0;
       for (bool same = true; same && lane < count; ++lane) {
         if (w < s.width && h < s.height) lanes = static_cast<__mmask16>(lanes | 1u << lane);
-        if (++w < s.row()) continue;
+        if (++w < s.row_stride()) continue;
         w = 0;
         if (++h < s.height + s.pad()) continue;
         h = 0;
         ++n;
         same = false;
       }
-      if (lanes) runs[found++] = {to, lanes};
+      if (lanes) runs[run_count++] = {to, lanes};
     }
     for (std::int64_t half = 0; half < 2; ++half) {
-      const std::int64_t outputs = s.outputs - block * kBlock - 16 * half;
+      const std::int64_t outputs = s.out_channels - block * kBlock - 16 * half;
       if (outputs <= 0) break;
       __m512 columns[16];
-      for (std::int64_t i = 0; i < 16; ++i) columns[i] = i < count ? _mm512_load_ps(sums(position - begin + i, half)) : _mm512_setzero_ps();
-      const __m512 bias = load(p.bias + block * kBlock + 16 * half, first(outputs));
+      for (std::int64_t i = 0; i < 16; ++i) columns[i] = i < count ? _mm512_load_ps(sums(pixel - begin + i, half)) : _mm512_setzero_ps();
+      const __m512 bias = load(p.bias + block * kBlock + 16 * half, first_lanes(outputs));
       for (__m512& column : columns) column = _mm512_add_ps(column, bias);
       transpose(columns);
       for (std::int64_t output = 0; output < 16 && output < outputs; ++output) {
-        for (int i = 0; i < found; ++i) {
+        for (int i = 0; i < run_count; ++i) {
           T* const to = runs[i].to + (16 * half + output) * plane;
-          store(to, first(__builtin_popcount(runs[i].lanes)), _mm512_maskz_compress_ps(runs[i].lanes, columns[output]));
+          store(to, first_lanes(__builtin_popcount(runs[i].lanes)), _mm512_maskz_compress_ps(runs[i].lanes, columns[output]));
         }
       }
     }
   }
 }
 
-template <typename T, typename SumsOf>
-void write(const Params<T>& p, std::int64_t block, std::int64_t begin, std::int64_t end, SumsOf sums) {
-  if (p.planes) {
-    write_planes(p, block, begin, end, sums);
+template <typename T, typename SumsAt>
+void write(const Params<T>& p, std::int64_t block, std::int64_t begin, std::int64_t end, SumsAt sums) {
+  if (p.channels_first) {
+    write_channels_first(p, block, begin, end, sums);
   } else {
     write_channels_last(p, block, begin, end, sums);
   }
 }
 
 }  // namespace
-}  // namespace scm::products
+}  // namespace scm::dense
