@@ -1,4 +1,4 @@
-// The library's only export: registers its operators with a session's options.
+// RegisterCustomOps, the library's only exported function: adds the operators to a session's options.
 #include <array>
 #include <cstdio>
 #include <string>
@@ -27,11 +27,11 @@ constexpr void (*kOps[])(CustomOps&, const OrtApi&) = {
     add_to_image,
 };
 
-// ONNX Runtime keeps pointers to the domain and its operators for as long as a session lives, and this library loaded for as long.
+// A custom operator domain and its operators. ONNX Runtime keeps pointers to them, and keeps this library loaded, as long as a session exists.
 class Domain {
  public:
   template <typename Add>
-  Domain(const OrtApi& api, const char* name, const Add& add) : Domain(api) {  // from here on the destructor runs, whatever is thrown
+  Domain(const OrtApi& api, const char* name, const Add& add) : Domain(api) {  // delegation: the destructor runs even if this body throws
     add(ops_, api);
     check(api, api.CreateCustomOpDomain(name, &domain_));
     for (const auto& op : ops_) check(api, api.CustomOpDomain_Add(domain_, op.get()));
@@ -57,7 +57,8 @@ void add_scm(CustomOps& ops, const OrtApi& api) {
 #ifdef SCM_OPS_BFLOAT16
 constexpr const char* kPrecisionKey = "scm.float32_matmul_precision";
 
-// What the session's configuration says, in torch's words; without it, as for sessions on other devices, function bodies run.
+// Returns the precision that the session's configuration requests, in the terms of torch.set_float32_matmul_precision. Without the entry it is "highest": the
+// ONNX function bodies run, as they do for sessions on other devices.
 std::string matmul_precision(const OrtApi& api, const OrtSessionOptions* options) {
   int is_set = 0;
   check(api, api.HasSessionConfigEntry(options, kPrecisionKey, &is_set));
@@ -70,20 +71,23 @@ std::string matmul_precision(const OrtApi& api, const OrtSessionOptions* options
 
 template <bool kSplitBf16>
 struct DenseDomains {
-  explicit DenseDomains(const OrtApi& api) : last(api, "scm.channels_last", add_channels_last<kSplitBf16>), first(api, "scm.channels_first", add_channels_first<kSplitBf16>) {}
+  explicit DenseDomains(const OrtApi& api)
+      : channels_last(api, "scm.channels_last", add_channels_last<kSplitBf16>), channels_first(api, "scm.channels_first", add_channels_first<kSplitBf16>) {}
 
-  Domain last, first;
+  Domain channels_last, channels_first;
 };
 
 template <bool kSplitBf16>
 void add_dense_domains(const OrtApi& api, OrtSessionOptions* options) {
   static const DenseDomains<kSplitBf16> domains(api);
-  for (const Domain* domain : {&domains.last, &domains.first}) check(api, api.AddCustomOpDomain(options, domain->get()));
+  for (const Domain* domain : {&domains.channels_last, &domains.channels_first}) check(api, api.AddCustomOpDomain(options, domain->get()));
 }
 
 void register_dense_ops(const OrtApi& api, OrtSessionOptions* options) {
   const std::string precision = matmul_precision(api, options);
-  if (precision != "highest" && precision != "high" && precision != "medium") throw Error{std::string(kPrecisionKey) + " must be highest, high or medium, got " + precision};
+  if (precision != "highest" && precision != "high" && precision != "medium") {
+    throw Error{std::string(kPrecisionKey) + " must be highest, high or medium, got " + precision};
+  }
   if (precision == "highest" || !has_dense_kernels(precision == "high")) return;
   (precision == "high" ? add_dense_domains<true> : add_dense_domains<false>)(api, options);
 }
@@ -95,7 +99,7 @@ void register_dense_ops(const OrtApi& api, OrtSessionOptions* options) {
 extern "C" SCM_OPS_EXPORT OrtStatus* ORT_API_CALL RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
   const OrtApi* api = base->GetApi(SCM_OPS_ORT_API);
   if (!api) {
-    const OrtApi* oldest = base->GetApi(1);  // enough to say what is wrong
+    const OrtApi* oldest = base->GetApi(1);  // every release supports API 1, which has CreateStatus
     char reason[128];
     std::snprintf(reason, sizeof reason, "scm_ops needs ONNX Runtime 1.%d or newer, got %s", SCM_OPS_ORT_API, base->GetVersionString());
     return oldest->CreateStatus(ORT_FAIL, reason);

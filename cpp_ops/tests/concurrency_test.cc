@@ -112,7 +112,7 @@ TEST(ConcurrencyTest, CallersGetTheirOwnErrors) {
   options.threads = Threads::many;
   const OrtCustomOp* op = fake_ort::find("CosineAttention", {kFloat});
   for (const Outcome& outcome : fake_ort::run_concurrently(*op, {{kFloat, {4, length, 3}, {}}}, {{"heads", std::int64_t{1}}, {"eps", 1e-4f}}, options, kCallers, 3)) {
-    EXPECT_EQ(outcome.error, "scm::CosineAttention: std::bad_alloc with inputs of the shapes [4, 17592186044416, 3]");
+    EXPECT_EQ(outcome.error, "scm::CosineAttention: std::bad_alloc with input shapes [4, 17592186044416, 3]");
   }
 }
 

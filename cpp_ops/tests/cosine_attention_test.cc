@@ -156,7 +156,7 @@ TYPED_TEST(CosineAttentionTest, ReportsOutOfMemory) {
   for (const std::int64_t samples : {1, 4}) {
     const Tensor qkv{kType<TypeParam>, {samples, length, 3}, {}};
     EXPECT_EQ(fake_ort::run("CosineAttention", {qkv}, attributes(1), options).error,
-              "scm::CosineAttention: std::bad_alloc with inputs of the shapes [" + std::to_string(samples) + ", 17592186044416, 3]");
+              "scm::CosineAttention: std::bad_alloc with input shapes [" + std::to_string(samples) + ", 17592186044416, 3]");
   }
 }
 
@@ -171,7 +171,7 @@ TYPED_TEST(CosineAttentionTest, InfersAThirdOfTheChannels) {
 TYPED_TEST(CosineAttentionTest, RejectsInvalidInputs) {
   const auto zeros = [](const Sizes& shape) { return random(kType<TypeParam>, shape); };
   expect_rejected("CosineAttention", {zeros({5, 9})}, attributes(1), {"qkv must have 3 axes", "[5, 9]"});
-  expect_rejected("CosineAttention", {zeros({1, 1, 3 * 4097})}, attributes(1), {"at most 4096 channels a head", "[1, 1, 12291]"});
+  expect_rejected("CosineAttention", {zeros({1, 1, 3 * 4097})}, attributes(1), {"at most 4096 channels per head", "[1, 1, 12291]"});
   expect_rejected("CosineAttention", {zeros({1, 2, 5, 9})}, attributes(1), {"qkv must have 3 axes", "[1, 2, 5, 9]"});
   expect_rejected("CosineAttention", {zeros({1, 5, 0})}, attributes(1), {"qkv must have at least 1 channel", "[1, 5, 0]"});
   expect_rejected("CosineAttention", {zeros({1, 5, 9})}, attributes(2), {"multiple of 3 * heads = 6", "[1, 5, 9]"});

@@ -1,4 +1,5 @@
-// Compiled for AMX alone: nothing of the standard library may be called, and nothing here before isa() has said so.
+// Dense kernels for AMX. This file is compiled with AMX enabled: it must not call the standard library (see common/kernel.h), and nothing here may be called
+// unless isa() is Isa::amx.
 #include <immintrin.h>
 
 #include "dense/dense.h"
@@ -7,15 +8,17 @@
 namespace scm::dense {
 namespace {
 
-constexpr std::int64_t kSteps = 8;  // at once, of 32 inputs at one tap each: their weights, high and low, fill 32 KiB
+// Steps per pass over the pixels. A step is 32 input channels at one tap; the weights of 8 steps, high and low, take 32 KiB and stay in the L1 cache.
+constexpr std::int64_t kSteps = 8;
 
+// Operand of LDTILECFG.
 struct alignas(64) TileConfig {
   std::uint8_t palette = 1, start = 0, reserved[14] = {};
   std::uint16_t row_bytes[16] = {};
   std::uint8_t rows[16] = {};
 };
 
-// The tile registers of this thread, for as long as it lives.
+// Configures the thread's tile registers for its lifetime: eight tiles of 16 rows of 64 bytes.
 class ScopedTiles {
  public:
   ScopedTiles() {
@@ -31,15 +34,15 @@ class ScopedTiles {
   ~ScopedTiles() { _tile_release(); }
 };
 
-// Accumulators of 32 pixels and 32 outputs in four tiles: pixels 0 to 15 and the first outputs, and the second; pixels 16 to 31 likewise.
+// Sums for 32 pixels by 32 output channels in four tiles of 16 by 16: tile 2 * i + j holds half i of the pixels and half j of the channels.
 struct alignas(64) Accumulators {
   float tiles[4][256];
 };
 
-// Adds the products of some steps: `at` says where each of them begins. kTall and kWide: whether the second half of the pixels and of the outputs is asked for.
+// Accumulates `steps` steps; step i reads its inputs at offsets[i]. kTall and kWide: also compute the second half of the pixels and of the output channels.
 template <bool kTall, bool kWide>
-void accumulate(Accumulators& accumulators, const std::uint16_t* high, const std::uint16_t* low, const std::int64_t (&offsets)[kSteps], std::int64_t steps, std::int64_t stride,
-                const std::uint16_t* weights, bool from_zero) {
+void accumulate(Accumulators& accumulators, const std::uint16_t* high, const std::uint16_t* low, const std::int64_t (&offsets)[kSteps], std::int64_t steps,
+                std::int64_t stride, const std::uint16_t* weights, bool from_zero) {
   if (from_zero) {
     _tile_zero(0);
     _tile_zero(1);
@@ -80,8 +83,8 @@ void accumulate(Accumulators& accumulators, const std::uint16_t* high, const std
   if constexpr (kTall && kWide) _tile_stored(3, accumulators.tiles[3], 64);
 }
 
-using Accumulate = void (*)(Accumulators&, const std::uint16_t*, const std::uint16_t*, const std::int64_t (&)[kSteps], std::int64_t, std::int64_t, const std::uint16_t*,
-                            bool);
+using Accumulate = void (*)(Accumulators&, const std::uint16_t*, const std::uint16_t*, const std::int64_t (&)[kSteps], std::int64_t, std::int64_t,
+                            const std::uint16_t*, bool);
 
 }  // namespace
 

@@ -1,4 +1,5 @@
-// Compiled for AVX-512 with bfloat16: nothing of the standard library may be called, and nothing here before isa() has said so.
+// Dense kernels for AVX512-BF16. This file is compiled with AVX-512 enabled: it must not call the standard library (see common/kernel.h), and nothing here may
+// be called if isa() is Isa::none.
 #include <immintrin.h>
 
 #include "dense/dense.h"
@@ -7,15 +8,15 @@
 namespace scm::dense {
 namespace {
 
-constexpr std::int64_t kSteps = 8;       // at once, of 32 inputs at one tap each: their weights fill 16 KiB
-constexpr std::int64_t kPixels = 12;  // at once: with 32 outputs 24 registers of sums
+constexpr std::int64_t kSteps = 8;    // steps per pass over the pixels: 32 input channels at one tap each; the weights of all take 16 KiB
+constexpr std::int64_t kPixels = 12;  // per iteration: with 32 output channels their sums take 24 of 32 registers
 constexpr std::int64_t kMaxSums = (kChunk + kPixels) * kBlock;
 
-// Adds the products of some steps to the sums of kRows pixels, 32 a pixel: `at` says where each step begins. kWide: whether the second half of the
-// outputs is asked for.
+// Accumulates `steps` steps into the sums of kRows pixels, 32 per pixel; step i reads its inputs at offsets[i]. kWide: also compute the second half of the
+// output channels.
 template <int kRows, bool kWide>
-void accumulate(float* sums, const std::uint16_t* x, const std::int64_t (&offsets)[kSteps], std::int64_t steps, std::int64_t stride, const std::uint16_t* weights,
-                bool from_zero) {
+void accumulate(float* sums, const std::uint16_t* x, const std::int64_t (&offsets)[kSteps], std::int64_t steps, std::int64_t stride,
+                const std::uint16_t* weights, bool from_zero) {
   __m512 sum[kRows][2];
   for (int row = 0; row < kRows; ++row) {
     for (int half = 0; half < (kWide ? 2 : 1); ++half) sum[row][half] = from_zero ? _mm512_setzero_ps() : _mm512_load_ps(sums + row * kBlock + half * 16);
@@ -55,7 +56,7 @@ void multiply_avx512_bf16(const Params<T>& p, std::int64_t block, std::int64_t b
     const std::int64_t count = steps - step < kSteps ? steps - step : kSteps;
     std::int64_t offsets[kSteps];
     for (std::int64_t i = 0; i < count; ++i) offsets[i] = step_offset(s, step + i);
-    for (std::int64_t pixel = begin; pixel < end;) {  // what is computed beyond the end is not used
+    for (std::int64_t pixel = begin; pixel < end;) {  // results beyond `end` are discarded
       const std::int64_t fours = end - pixel > 8 ? 3 : end - pixel > 4 ? 2 : 1;
       kVariants[fours - 1][wide](sums + (pixel - begin) * kBlock, p.high + pixel * channels, offsets, count, channels, weights, step == 0);
       pixel += 4 * fours;

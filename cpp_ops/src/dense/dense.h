@@ -1,9 +1,12 @@
-// Convolutions and matrix products, on what an x86 processor has for bfloat16: matrix units (AMX), or dot products in
-// AVX-512's vectors.
+// Dense layers, i.e. convolutions and matrix products, on the bfloat16 instructions of x86 processors: AMX tiles or AVX512-BF16 dot products.
 //
-// Both multiply bfloat16 and add in float32. A float32 number is the sum of two bfloat16, high and low, to 16 of its 24 bits: with
-// high * high + high * low + low * high a product has a relative error of about 2^-16, and a sum of many less: on matrix units still several times as fast as
-// float32. One product alone is bfloat16 arithmetic, for which dot products have twice float32's rate.
+// Both multiply bfloat16 and accumulate in float32. There are two precisions:
+//   split_bf16      A float32 is split into two bfloat16, high + low, which keeps 16 of its 24 bits. high * high + high * low + low * high has a relative error
+//                   of about 2^-16. AMX only, where three products are still several times as fast as float32.
+//   not split_bf16  Plain bfloat16, one product. AVX512-BF16 has twice the rate of float32.
+//
+// A convolution is an implicit GEMM. The input is copied into a zero-padded, channels-last bfloat16 buffer, in which a kernel tap is a constant offset. The
+// kernels step over the taps and over 32 input channels at a time, and compute 32 output channels for each pixel of the padded image.
 #pragma once
 
 #include <cstddef>
@@ -13,63 +16,68 @@
 
 namespace scm::dense {
 
-// y[n, h, w, o] = sum of x[n, h + i - kernel_size / 2, w + j - kernel_size / 2, c] * weight[o, c, i, j], with zeros round the map. A matrix product is kernel_size 1, height 1.
+// y[n, h, w, o] = sum over i, j, c of x[n, h + i - pad, w + j - pad, c] * weight[o, c, i, j], with zero padding. A matrix product is the case samples = 1,
+// width = 1, kernel_size = 1, with its rows as height.
 struct Sizes {
   std::int64_t samples, height, width, in_channels, out_channels, kernel_size;
 
   std::int64_t pad() const { return kernel_size / 2; }
-  // The padded map is flat: the zeros at the right end of a row are those at the left end of the next, those below a sample those above the next.
+  // Strides of the padded buffer, in pixels. Padding is shared: the right padding of a row is the left padding of the next one, and the rows below a sample are
+  // the rows above the next one.
   std::int64_t row_stride() const { return width + pad(); }
   std::int64_t sample_stride() const { return (height + pad()) * row_stride(); }
+  // Pixels to compute, with the padding between rows and samples, whose results are discarded. Pixel p of the output has tap 0 at pixel p of the buffer.
   std::int64_t output_pixels() const { return samples * sample_stride(); }
   std::int64_t padded_in_channels() const { return (in_channels + 31) / 32 * 32; }
   std::int64_t padded_rows() const { return samples * (height + pad()) + pad(); }
   std::int64_t padded_pixels() const { return padded_rows() * row_stride() + pad() + kOverread; }
 
-  static constexpr std::int64_t kOverread = 64;  // read with the last block of rows, and not used
+  static constexpr std::int64_t kOverread = 64;  // pixels that the last block reads past the end; the results are discarded
 };
 
-// Weights as the units read them: for each 32 outputs, each tap in the window and each 32 inputs two tiles, of 16 outputs each, and two more of what
-// bfloat16 leaves of them. A tile is 16 pairs of inputs by 16 outputs. What is missing to 32 is zeros.
+// Packed weights: for each block of 32 output channels, each tap, and each 32 input channels, two tiles of 16 output channels each, followed with split_bf16 by
+// two tiles of the low parts. A tile is 16 pairs of input channels by 16 output channels. Channels are zero-padded to a multiple of 32.
 constexpr std::int64_t kTile = 16 * 32;
 
+// Number of bfloat16 values of the packed weights.
 inline std::int64_t packed_size(const Sizes& s, bool split_bf16) {
   return (s.out_channels + 31) / 32 * s.kernel_size * s.kernel_size * (s.padded_in_channels() / 32) * (split_bf16 ? 4 : 2) * kTile;
 }
 
-// How far apart the weights of neighbouring taps, inputs and outputs lie, in elements: [outputs, inputs, kernel_size, kernel_size] or [inputs, outputs].
+// Strides of the unpacked weights, in elements, along taps, input channels and output channels. The layout is [out, in, kernel_size, kernel_size] for
+// convolutions and [in, out] for matrix products.
 struct Strides {
   std::int64_t tap, input, output;
 };
 
-// `to` has packed_size() bfloat16 numbers, aligned to 64 bytes.
+// Packs the weights into `to`, packed_size() bfloat16 values aligned to 64 bytes.
 template <typename T>
 void pack(const T* weight, const Strides& strides, const Sizes& sizes, bool split_bf16, std::uint16_t* to);
 
 template <typename T>
 struct Params {
-  const T* x;                   // [samples, height, width, inputs]; of planes [samples, inputs, height, width]
+  const T* x;                   // [samples, height, width, in_channels], or [samples, in_channels, height, width] if channels_first
   const std::uint16_t* weight;  // packed
-  const T* bias;                // [outputs]; of planes alone
-  T* y;                         // as x, with outputs
+  const T* bias;                // [out_channels], if channels_first
+  T* y;                         // as x, with out_channels
   Sizes sizes;
-  bool channels_first;          // whether channels come first
-  std::uint16_t* high;  // [slots, padded_in_channels], bfloat16
-  std::uint16_t* low;   // the same; null for one product
+  bool channels_first;
+  std::uint16_t* high;  // [padded_pixels, padded_in_channels], bfloat16
+  std::uint16_t* low;   // as high; null without split_bf16
 };
 
-constexpr std::int64_t kBlock = 32;   // outputs, and pixels, that a piece of work computes at once
-constexpr std::int64_t kChunk = 512;  // pixels of a piece of work, at most
+constexpr std::int64_t kBlock = 32;   // output channels of a piece of work; pixels in an AMX block
+constexpr std::int64_t kChunk = 512;  // maximum number of pixels of a piece of work
 
-// What this processor has and the system lets the process use; asks the system, the first time.
+// Returns the best instruction set that the processor has and the operating system permits. The first call requests AMX's tile registers from the kernel.
 enum class Isa { none, avx512_bf16, amx };
 Isa isa();
 
-// Splits rows [begin, end) of padded_rows() into `high` and `low`.
+// Converts rows [begin, end) of padded_rows() from `x` to bfloat16 in `high` and, unless it is null, the remainders in `low`. Writes the padding too.
 template <typename T>
 void split(const Params<T>& p, std::int64_t begin, std::int64_t end);
 
-// Computes outputs [32 * block, 32 * block + 32) of pixels [begin, end); begin is a multiple of 32. Dot products do without `low`.
+// Computes output channels [32 * block, 32 * block + 32) of output pixels [begin, end); begin is a multiple of 32. multiply_avx512_bf16 ignores `low`.
 template <typename T>
 void multiply_amx(const Params<T>& p, std::int64_t block, std::int64_t begin, std::int64_t end);
 template <typename T>

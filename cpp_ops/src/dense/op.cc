@@ -16,14 +16,14 @@ using dense::Params;
 using dense::Sizes;
 using dense::Strides;
 
-constexpr std::int64_t kMinChunk = 128;  // of pixels: the smaller, the more often the weights are read
+constexpr std::int64_t kMinChunk = 128;  // pixels; smaller chunks read the weights more often
 
-// Weights in the units' order, in memory of their own.
+// Owns packed weights.
 class Packed {
  public:
   Packed() = default;
   Packed(const Input& weight, const Strides& strides, const Sizes& sizes, bool split_bf16) {
-    constexpr std::size_t kAlignment = 4096;  // tiles that are read one after the other do not share a page with strangers
+    constexpr std::size_t kAlignment = 4096;  // a page: consecutive tiles share no page with other data
     const std::size_t bytes = static_cast<std::size_t>(dense::packed_size(sizes, split_bf16)) * sizeof(std::uint16_t);
     if (bytes == 0) return;
     data_.reset(static_cast<std::uint16_t*>(std::aligned_alloc(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment)));
@@ -44,7 +44,7 @@ class Packed {
   std::unique_ptr<std::uint16_t, Free> data_;
 };
 
-// `p` lacks the memory for bfloat16, which is made here: also for what is left of it, if `split_bf16`.
+// Runs the operator. Allocates the bfloat16 buffers `p.high` and, with split_bf16, `p.low`.
 template <typename T>
 void run_dense(Context& run, Params<T> p, bool split_bf16) {
   const Sizes& s = p.sizes;
@@ -53,11 +53,12 @@ void run_dense(Context& run, Params<T> p, bool split_bf16) {
   const Scratch scratch = run.scratch(count * sizeof(std::uint16_t) * (split_bf16 ? 2 : 1));
   p.high = static_cast<std::uint16_t*>(scratch.data());
   p.low = split_bf16 ? p.high + count : nullptr;
-  run.parallel(s.padded_rows(), grain_in_rows(s.row_stride() * s.padded_in_channels()), [&](std::int64_t begin, std::int64_t end) { dense::split(p, begin, end); });
+  const std::int64_t grain = grain_in_rows(s.row_stride() * s.padded_in_channels());
+  run.parallel(s.padded_rows(), grain, [&](std::int64_t begin, std::int64_t end) { dense::split(p, begin, end); });
 
   const auto multiply = dense::isa() == dense::Isa::amx ? dense::multiply_amx<T> : dense::multiply_avx512_bf16<T>;
-  // A piece is 32 outputs of a chunk of pixels.
-  static const std::int64_t threads = std::thread::hardware_concurrency();  // those of the session are not known here
+  // A piece of work is 32 output channels of a chunk of pixels.
+  static const std::int64_t threads = std::thread::hardware_concurrency();  // the API does not tell the session's number of threads
   const std::int64_t pixels = s.output_pixels() - s.pad() * (s.row_stride() + 1), blocks = (s.out_channels + kBlock - 1) / kBlock;
   std::int64_t chunk = kChunk;
   while (chunk > kMinChunk && blocks * ((pixels + chunk - 1) / chunk) < threads) chunk /= 2;
@@ -70,11 +71,11 @@ void run_dense(Context& run, Params<T> p, bool split_bf16) {
   });
 }
 
-// What they have in common. A class `Op` derives from it with kName, infer() and
-//   kInChannelsAxis                                               the axis of w that the channels of x are multiplied along
+// Base class of the dense operators (CRTP). A class `Op` derives from it and defines kName, infer() and
+//   kInChannelsAxis                                       the axis of w that is contracted with the channels of x
 //   static Sizes sizes(const Shape& x, const Shape& w)
 //   static Strides strides(const Shape& w)
-// and, where maps are planes, with kInputs and kChannelsFirst.
+// and, if its images are channels first, kInputs and kChannelsFirst.
 template <class Op, bool kSplitBf16>
 class DenseOp {
  public:
@@ -86,7 +87,7 @@ class DenseOp {
   explicit DenseOp(const Attributes& attributes) {
     const Input w = attributes.constant(1);
     if (!w.data) return;
-    Shape x{std::vector<Dim>(4, Dim{0}), true};  // its size does not matter here
+    Shape x{std::vector<Dim>(4, Dim{0}), true};  // packing depends only on the number of channels
     x.dims[Op::kChannelsFirst ? 1 : 3] = w.shape[Op::kInChannelsAxis];
     packed_ = Packed(w, Op::strides(w.shape), Op::sizes(x, w.shape), kSplitBf16);
   }
@@ -103,7 +104,7 @@ class DenseOp {
     }
     const Shape y = static_cast<const Op*>(this)->infer(inputs)[0];
     const Sizes sizes = Op::sizes(x.shape, w.shape);
-    Packed packed_now;  // for weights that are computed in the graph
+    Packed packed_now;  // if the weights are not constant
     if (!packed_.get()) packed_now = Packed(w, Op::strides(w.shape), sizes, kSplitBf16);
     const std::uint16_t* const weight = packed_.get() ? packed_.get() : packed_now.get();
     run_dense(run, Params<T>{x.as<T>(), weight, bias, run.output<T>(0, y), sizes, Op::kChannelsFirst, nullptr, nullptr}, kSplitBf16);
@@ -126,8 +127,8 @@ struct Conv3x3 : DenseOp<Conv3x3<kSplitBf16>, kSplitBf16> {
     check_has_channels("x", x);
     if (!x.ranked || !w.ranked) return {Shape{{}, false}};
     check_dim("w", w, 1, x[3], "the channels of x");
-    check_dim("w", w, 2, Dim{3}, "the height of the window");
-    check_dim("w", w, 3, Dim{3}, "its width");
+    check_dim("w", w, 2, Dim{3}, "the kernel height");
+    check_dim("w", w, 3, Dim{3}, "the kernel width");
     return {Shape{{x[0], x[1], x[2], w[0]}, true}};
   }
 
@@ -165,7 +166,10 @@ struct Conv : DenseOp<Conv<kSplitBf16>, kSplitBf16> {
   static constexpr std::size_t kInChannelsAxis = 1;
 
   explicit Conv(const Attributes& attributes) : DenseOp<Conv, kSplitBf16>(attributes), pads(attributes.integers("pads")) {
-    if (pads != std::vector<std::int64_t>(4, 0) && pads != std::vector<std::int64_t>(4, 1)) throw Error{"pads must be four times 0 or 1"};
+    if (pads == std::vector<std::int64_t>(4, 0) || pads == std::vector<std::int64_t>(4, 1)) return;
+    Shape got;
+    for (const std::int64_t pad : pads) got.dims.push_back({pad});
+    throw Error{"pads must be [0, 0, 0, 0] or [1, 1, 1, 1], got " + to_string(got)};
   }
 
   Shapes infer(const Shapes& inputs) const {
@@ -177,8 +181,8 @@ struct Conv : DenseOp<Conv<kSplitBf16>, kSplitBf16> {
     if (x[1].value == 0) fail("x", x, "at least 1 channel");
     check_dim("w", w, 1, x[1], "the channels of x");
     const Dim kernel_size{2 * pads[0] + 1};
-    check_dim("w", w, 2, kernel_size, "the height of the window");
-    check_dim("w", w, 3, kernel_size, "its width");
+    check_dim("w", w, 2, kernel_size, "the kernel height");
+    check_dim("w", w, 3, kernel_size, "the kernel width");
     if (b.ranked) check_dim("b", b, 0, w[0], "the outputs");
     return {Shape{{x[0], w[0], x[2], x[3]}, true}};
   }

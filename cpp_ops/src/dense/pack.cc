@@ -1,4 +1,5 @@
-// Numbers into the units' order. Compiled for AVX-512 with bfloat16: nothing of the standard library may be called, and nothing here before isa() has said so.
+// Packs weights and converts inputs to bfloat16. This file is compiled with AVX-512 enabled: it must not call the standard library (see common/kernel.h), and
+// nothing here may be called if isa() is Isa::none.
 #include <immintrin.h>
 
 #include "dense/dense.h"
@@ -10,7 +11,7 @@ namespace {
 float to_scalar(float x) { return x; }
 float to_scalar(float16 x) { return _cvtsh_ss(x.bits); }
 
-// Up to 16 numbers that lie `stride` apart, and zeros for the rest.
+// Loads up to 16 values with a stride, and zeros for the rest.
 template <typename T>
 __m512 load_strided(const T* from, std::int64_t stride, std::int64_t count) {
   if (stride == 1) return load(from, first_lanes(count));
@@ -21,15 +22,15 @@ __m512 load_strided(const T* from, std::int64_t stride, std::int64_t count) {
 
 __m512 to_float32(__m256i bfloats) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bfloats), 16)); }
 
-// Two rows of weights to 32 pairs, as the units read them: high, and what is left.
+// Two rows of 16 weights, interleaved into 16 pairs of bfloat16: the rounded values and, if requested, the remainders.
 struct InterleavedRows {
   __m512i high, low;
 };
 
-InterleavedRows interleave(__m512 even, __m512 odd, bool rest) {
+InterleavedRows interleave(__m512 even, __m512 odd, bool split_bf16) {
   const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   const __m512i high = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd, even));
-  if (!rest) return {_mm512_permutexvar_epi16(order, high), high};
+  if (!split_bf16) return {_mm512_permutexvar_epi16(order, high), high};
   const __m512 even_rest = _mm512_sub_ps(even, to_float32(_mm512_castsi512_si256(high)));
   const __m512 odd_rest = _mm512_sub_ps(odd, to_float32(_mm512_extracti64x4_epi64(high, 1)));
   const __m512i low = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd_rest, even_rest));
@@ -40,7 +41,7 @@ void clear(std::uint16_t* to, std::int64_t count) {
   for (std::int64_t i = 0; i < count; i += 32) _mm512_storeu_si512(to + i, _mm512_setzero_si512());
 }
 
-// 16 inputs of a pixel.
+// Stores 16 channels of a pixel as bfloat16, and their remainders if p.low is not null.
 template <typename T>
 void store_split(const Params<T>& p, std::int64_t at, __m512 value) {
   const __m256i high = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value));
@@ -50,7 +51,7 @@ void store_split(const Params<T>& p, std::int64_t at, __m512 value) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p.low + at), reinterpret_cast<__m256i>(low));
 }
 
-// A row of pixels, to be written from `offset` on.
+// Converts row h of sample n, and writes it at `offset`, in elements.
 template <typename T>
 void split_channels_last(const Params<T>& p, std::int64_t n, std::int64_t h, std::int64_t offset) {
   const Sizes& s = p.sizes;
@@ -87,7 +88,7 @@ void split(const Params<T>& p, std::int64_t begin, std::int64_t end) {
     const std::int64_t zeros = is_zero ? s.row_stride() : s.pad();
     clear(p.high + start, zeros * channels);
     if (p.low) clear(p.low + start, zeros * channels);
-    if (row + 1 == s.padded_rows()) {  // what follows the last row
+    if (row + 1 == s.padded_rows()) {  // clear the pixels after the last row
       const std::int64_t rest = start + s.row_stride() * channels;
       clear(p.high + rest, (s.pad() + Sizes::kOverread) * channels);
       if (p.low) clear(p.low + rest, (s.pad() + Sizes::kOverread) * channels);

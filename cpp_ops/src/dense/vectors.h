@@ -1,4 +1,4 @@
-// What the kernels share, for each to compile with its own options: everything here has internal linkage.
+// Vector code for the kernels. Everything here has internal linkage, because each kernel file compiles it with its own instruction set options.
 #pragma once
 
 #include <immintrin.h>
@@ -8,6 +8,7 @@
 namespace scm::dense {
 namespace {
 
+// Returns the mask of the first `count` lanes.
 [[maybe_unused]] __mmask16 first_lanes(std::int64_t count) { return count >= 16 ? 0xffff : count <= 0 ? 0 : static_cast<__mmask16>((1u << count) - 1); }
 
 [[maybe_unused]] __m512 load(const float* from, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, from); }
@@ -18,14 +19,14 @@ namespace {
   _mm256_mask_storeu_epi16(to, mask, _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
-// Rows to columns.
+// Transposes a 16 x 16 matrix.
 [[maybe_unused]] void transpose(__m512 (&rows)[16]) {
   __m512 pairs[16], fours[16];
   for (int i = 0; i < 16; i += 2) {
     pairs[i] = _mm512_unpacklo_ps(rows[i], rows[i + 1]);
     pairs[i + 1] = _mm512_unpackhi_ps(rows[i], rows[i + 1]);
   }
-  for (int i = 0; i < 16; i += 4) {  // fours[i + j]: of each quarter column j, rows i to i + 3
+  for (int i = 0; i < 16; i += 4) {  // fours[i + j]: column j of each quarter, rows i to i + 3
     for (int j = 0; j < 2; ++j) {
       const __m512d first = _mm512_castps_pd(pairs[i + j]), second = _mm512_castps_pd(pairs[i + 2 + j]);
       fours[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(first, second));
@@ -42,13 +43,13 @@ namespace {
   }
 }
 
-// Where a step begins: 32 inputs at one tap of the window, in elements after those of a pixel.
+// Returns the offset of a step's inputs, 32 input channels at one tap, in elements from the start of the pixel.
 [[maybe_unused]] std::int64_t step_offset(const Sizes& s, std::int64_t step) {
   const std::int64_t blocks = s.padded_in_channels() / 32, tap = step / blocks, input = step % blocks * 32;
   return (tap / s.kernel_size * s.row_stride() + tap % s.kernel_size) * s.padded_in_channels() + input;
 }
 
-// Writes the sums of the pixels that are pixels, and leaves those between the rows. `sums(i, half)` are the 16 of pixel begin + i, aligned to 64 bytes.
+// Writes the sums of output pixels [begin, end) to y, and skips the padding. sums(i, half) points to the 16 sums of pixel begin + i, aligned to 64 bytes.
 template <typename T, typename SumsAt>
 void write_channels_last(const Params<T>& p, std::int64_t block, std::int64_t begin, std::int64_t end, SumsAt sums) {
   const Sizes& s = p.sizes;
@@ -71,7 +72,7 @@ void write_channels_last(const Params<T>& p, std::int64_t block, std::int64_t be
   }
 }
 
-// The same into planes, with the bias added: 16 pixels at once, of which the pixels of one sample lie side by side.
+// Same as write_channels_last for channels first, and adds the bias. Takes 16 pixels at a time; those of one sample are contiguous in y.
 template <typename T, typename SumsAt>
 void write_channels_first(const Params<T>& p, std::int64_t block, std::int64_t begin, std::int64_t end, SumsAt sums) {
   struct PixelRun {
@@ -86,7 +87,7 @@ void write_channels_first(const Params<T>& p, std::int64_t block, std::int64_t b
     PixelRun runs[16];
     int run_count = 0;
     for (std::int64_t lane = 0; lane < count;) {
-      T* const to = p.y + (n * s.out_channels + block * kBlock) * plane + h * s.width + w;  // of the next pixel, also from between the rows
+      T* const to = p.y + (n * s.out_channels + block * kBlock) * plane + h * s.width + w;  // address of the next pixel that is not padding
       __mmask16 lanes = 0;
       for (bool same = true; same && lane < count; ++lane) {
         if (w < s.width && h < s.height) lanes = static_cast<__mmask16>(lanes | 1u << lane);

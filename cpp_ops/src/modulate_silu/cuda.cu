@@ -1,5 +1,5 @@
-// z = mp_silu(y scale), one scale a sample and channel. The grid's y counts samples; a thread takes two vectors of 16 bytes of one sample, or two
-// elements. The scales, a row a sample, come from the cache.
+// z = mp_silu(y * scale), one scale per sample and channel. blockIdx.y is the sample. A thread processes two vectors of 16 bytes, or two elements. The scales,
+// one row per sample, are read from the cache.
 #include "common/cuda.h"
 #include "modulate_silu/op.h"
 

@@ -1,5 +1,5 @@
-// y = [a scale_a, b scale_b] along the channels, and mp_silu(y) if it is asked for. A thread takes two vectors of 16 bytes of y, each from a or from b
-// whole, or two elements.
+// y = [a * scale_a, b * scale_b] along the channels, and mp_silu(y) if `activated` is not null. A thread writes two vectors of 16 bytes, or two elements; a
+// vector comes either from a or from b.
 #include "common/cuda.h"
 #include "mp_cat/op.h"
 

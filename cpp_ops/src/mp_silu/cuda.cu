@@ -1,4 +1,4 @@
-// y = mp_silu(x). A thread takes two vectors of 16 bytes, or two elements.
+// y = mp_silu(x). A thread processes two vectors of 16 bytes, or two elements.
 #include "common/cuda.h"
 #include "mp_silu/op.h"
 

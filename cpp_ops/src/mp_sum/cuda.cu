@@ -1,4 +1,4 @@
-// y = clamp(a weight_a + b weight_b, -clip, clip), and mp_silu(y) if it is asked for. A thread takes two vectors of 16 bytes, or two elements.
+// y = clamp(a * weight_a + b * weight_b, -clip, clip), and mp_silu(y) if `activated` is not null. A thread processes two vectors of 16 bytes, or two elements.
 #include "common/cuda.h"
 #include "mp_sum/op.h"
 

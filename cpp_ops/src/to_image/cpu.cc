@@ -7,7 +7,7 @@ namespace {
 
 constexpr std::int64_t kTile = 256;  // pixels
 
-// One channel of a tile: contiguous levels first, which vectorises, then their places among the other channels.
+// Writes one channel of a tile: converts it contiguously, which vectorizes, then interleaves it with the other channels.
 template <typename T>
 void write_channel(const T* x, std::uint8_t* image, std::int64_t channels, std::int64_t count, float scale, float offset) {
   std::uint8_t levels[kTile];

@@ -1,5 +1,5 @@
-// Bytes round(clamp(x scale + offset, 0, 255)), channels first to channels last. The grid's y counts samples. For 1 and 3 channels a thread takes four
-// neighbouring pixels: one load a channel and whole words to write. Otherwise it takes one, and a warp's bytes meet in the cache.
+// image = round(clamp(x * scale + offset, 0, 255)), channels first to channels last. blockIdx.y is the sample. For 1 and 3 channels a thread converts four
+// neighboring pixels: one load per channel, and stores of whole words. Otherwise it converts one pixel, and the cache merges a warp's byte stores.
 #include "common/cuda.h"
 #include "to_image/op.h"
 
@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kThreads) four_pixels(const Params<T> p) {
             std::uint32_t bytes = 0;
 #pragma unroll
             for (int byte = 0; byte < 4; ++byte) {
-              const int index = word * 4 + byte;  // in the four pixels
+              const int index = word * 4 + byte;  // among the bytes of the four pixels
               bytes |= std::uint32_t{to_uint8(rounded_product(in.channels[index % kChannels][index / kChannels], p.scale) + p.offset)} << (8 * byte);
             }
             reinterpret_cast<std::uint32_t*>(image)[i * kChannels + word] = bytes;
