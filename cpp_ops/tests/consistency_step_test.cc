@@ -56,7 +56,7 @@ TYPED_TEST(ConsistencyStepTest, IsExactAtTheEndsOfTimeAndKeepsNaNInItsSample) {
   const Outcome outcome = fake_ort::run("ConsistencyStep", inputs.all(), kAttributes);
   ASSERT_EQ(outcome.error, "");
   expect_close(outcome.outputs.at(0), {5, 3}, reference(inputs), 1e-6);
-  expect_same_bits(slice(outcome.outputs.at(0), 0, 1), slice(inputs.x, 0, 1));  // from 0 to 0 nothing moves
+  expect_same_bits(slice(outcome.outputs.at(0), 0, 1), slice(inputs.x, 0, 1));  // a step from 0 to 0 does not change x
 }
 
 TYPED_TEST(ConsistencyStepTest, IsReproducibleInPlaceOnManyThreadsAndInAnyBatch) { expect_reproducible("ConsistencyStep", Inputs(kType<TypeParam>, {3, 4, 111, 65}).all(), kAttributes); }

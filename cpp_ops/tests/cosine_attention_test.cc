@@ -70,7 +70,7 @@ TYPED_TEST(CosineAttentionTest, FollowsItsFormula) {
 TYPED_TEST(CosineAttentionTest, AttendsSharplyAndEvenly) {
   const Case sizes{1, 77, 1, 64};
   Values points(77 * 3 * 64, 0);
-  // Every query is its own key, and orthogonal to or the opposite of all others: scores of 8, 0 and -8.
+  // Each query equals its own key, and is orthogonal or opposite to all others: scores of 8, 0 and -8.
   for (std::size_t at = 0; at < 77; ++at) {
     for (std::size_t which = 0; which < 3; ++which) points[(at * 3 + which) * 64 + at % 32] = at % 2 ? 1000 : -1e-2;
   }
@@ -78,7 +78,7 @@ TYPED_TEST(CosineAttentionTest, AttendsSharplyAndEvenly) {
   Outcome outcome = fake_ort::run("CosineAttention", {sharp}, attributes(1));
   ASSERT_EQ(outcome.error, "");
   expect_close(outcome.outputs.at(0), sizes.output(), reference(values(sharp), sizes), 5e-6);
-  // Zeros: no query prefers any key.
+  // All zeros: the weights are uniform.
   const Tensor zeros = tensor(kType<TypeParam>, sizes.input(), Values(77 * 3 * 64, 0));
   outcome = fake_ort::run("CosineAttention", {zeros}, attributes(1));
   ASSERT_EQ(outcome.error, "");
@@ -97,7 +97,7 @@ TYPED_TEST(CosineAttentionTest, DistinguishesKeysThatAreAllOppositeToTheQuery) {
     const Tensor qkv = tensor(kType<TypeParam>, sizes.input(), points);
     const Outcome outcome = fake_ort::run("CosineAttention", {qkv}, attributes(1));
     ASSERT_EQ(outcome.error, "");
-    expect_close(outcome.outputs.at(0), sizes.output(), reference(values(qkv), sizes), size > 1024 ? 1e-3 : 5e-5);  // scores of 32 are good to 1e-5, of 64, sums of 4096, to 1e-4
+    expect_close(outcome.outputs.at(0), sizes.output(), reference(values(qkv), sizes), size > 1024 ? 1e-3 : 5e-5);  // scores up to 32 are accurate to 1e-5; scores of 64, sums of 4096 terms, to 1e-4
   }
 }
 
@@ -136,7 +136,7 @@ TYPED_TEST(CosineAttentionTest, DoesNotDependOnTheBatchAtAnyLevel) {
     for (const Case& sizes : {Case{2, 130, 2, 3}, Case{2, 77, 1, 64}, Case{2, 64, 3, 20}, Case{2, 5, 2, 65}, Case{2, 1, 3, 1}}) {
       SCOPED_TRACE(::testing::Message() << sizes.length << " long, " << sizes.heads << " heads of " << sizes.size);
       const Tensor qkv = random(kType<T>, sizes.input());
-      const std::int64_t units = sizes.heads * cosine_attention::query_blocks(sizes.length);  // of one sample
+      const std::int64_t units = sizes.heads * cosine_attention::query_blocks(sizes.length);  // per sample
       const Tensor whole = apply(kernel, qkv, sizes, {0, 2 * units});
       expect_close(whole, sizes.output(), reference(values(qkv), sizes), 2e-6);
       Cuts every;
@@ -149,7 +149,7 @@ TYPED_TEST(CosineAttentionTest, DoesNotDependOnTheBatchAtAnyLevel) {
 }
 
 TYPED_TEST(CosineAttentionTest, ReportsOutOfMemory) {
-  const std::int64_t length = std::int64_t{1} << 44;  // of which a thread keeps the factors
+  const std::int64_t length = std::int64_t{1} << 44;  // a thread allocates one factor per key
   Options options;
   options.no_output_memory = true;
   options.threads = Threads::many;

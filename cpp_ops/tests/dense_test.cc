@@ -1,4 +1,4 @@
-// Conv3x3 and MatMul of the domain scm.channels_last and Conv of scm.channels_first, where the processor multiplies bfloat16.
+// Conv3x3 and MatMul of the domain scm.channels_last, and Conv of scm.channels_first. Requires a processor with bfloat16 instructions.
 #include <cmath>
 
 #include "support.h"
@@ -6,7 +6,7 @@
 namespace scm::testing {
 namespace {
 
-// Channels last; a weight is [outputs, inputs, kernel_size, kernel_size], but of a product, which has no kernel_size, [inputs, outputs].
+// Reference convolution of channels-last x. w is [outputs, inputs, kernel_size, kernel_size]. kernel_size 0 means a matrix product with w [inputs, outputs].
 Values convolution(const Values& x, const Sizes& map, const Values& w, std::int64_t outputs, std::int64_t kernel_size) {
   const bool is_matmul = kernel_size == 0;
   if (is_matmul) kernel_size = 1;
@@ -32,7 +32,7 @@ Values convolution(const Values& x, const Sizes& map, const Values& w, std::int6
   return y;
 }
 
-// [N, C, P] to [N, P, C].
+// Transposes [N, C, P] to [N, P, C].
 Values transposed(const Values& from, std::int64_t samples, std::int64_t channels, std::int64_t pixels) {
   Values to;
   for (std::int64_t n = 0; n < samples; ++n) {
@@ -90,17 +90,17 @@ const std::vector<Case> kCases{
     {"Conv", {40, 20, 1, 1}, {36, 20, 1, 1}},    {"Conv", {2, 65, 7, 19}, {33, 65, 1, 1}},    {"Conv", {1, 32, 33, 33}, {16, 32, 1, 1}},
 };
 
-// Skipped where the processor, or the system, has nothing for bfloat16; the skip says so.
+// Skipped if the processor has no bfloat16 instructions or the operating system does not permit them.
 template <typename T>
 class DenseTest : public ::testing::Test {
  protected:
   void SetUp() override {
-    if (fake_ort::library().dense_ops.empty()) GTEST_SKIP() << "this processor has neither AMX nor AVX512-BF16, or the system does not let the process use them";
+    if (fake_ort::library().dense_ops.empty()) GTEST_SKIP() << "the processor has neither AMX nor AVX512-BF16, or the operating system does not permit them";
   }
 };
 TYPED_TEST_SUITE(DenseTest, Elements, ElementNames);
 
-// Those there are kernels for here: "medium" alone where there are no matrix units.
+// Returns the precisions that this processor has kernels for: only "medium" without AMX.
 std::vector<std::string> precisions() {
   std::vector<std::string> found;
   for (const auto& product : fake_ort::library().dense_ops) found.push_back(product.first);
@@ -114,7 +114,7 @@ Options with(const std::string& precision, int constant = -1) {
   return options;
 }
 
-// Factors have 16 bits, or 8, and sums have an error in proportion to what is added, not to the sum.
+// Factors have 16 or 8 bits, so the error of a sum is proportional to the size of its terms, not to the sum.
 double tolerance(const Case& one, const Tensor& x, const Tensor& w, double relative) {
   const Values terms = values(w);
   double weight = 0, map = 0;

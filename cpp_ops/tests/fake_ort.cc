@@ -13,7 +13,7 @@
 
 extern "C" OrtStatus* ORT_API_CALL RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base);
 
-// What the C API declares and leaves open.
+// Definitions of the C API's opaque types.
 
 struct OrtStatus {
   OrtErrorCode code;
@@ -24,7 +24,7 @@ struct OrtTensorTypeAndShapeInfo {
   ONNXTensorElementDataType type = ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
   std::vector<std::int64_t> sizes;
   std::vector<std::string> symbols;
-  bool borrowed = false;  // belongs to a context: not to be released by the library
+  bool borrowed = false;  // owned by a context: the library must not release it
 };
 
 struct OrtValue {
@@ -39,14 +39,14 @@ struct OrtOpAttr {
 
 struct OrtKernelInfo {
   const fake_ort::Attributes& attributes;
-  std::vector<OrtValue> constants;  // one for each input; without data where it is none
+  std::vector<OrtValue> constants;  // one per input; no data if the input is not constant
 };
 
 struct OrtMemoryInfo {};
 
 struct OrtShapeInferContext {
   std::map<std::string, OrtOpAttr> attributes;
-  std::vector<std::unique_ptr<OrtTensorTypeAndShapeInfo>> inputs;  // null where nothing is known
+  std::vector<std::unique_ptr<OrtTensorTypeAndShapeInfo>> inputs;  // null if nothing is known
   std::vector<std::unique_ptr<OrtTensorTypeAndShapeInfo>> outputs;
 };
 
@@ -73,7 +73,7 @@ struct OrtSessionOptions {
 namespace fake_ort {
 namespace {
 
-// Of each thread its own, so that the fake orders nothing between threads: what ThreadSanitizer is to find in the library must not be covered by it.
+// Thread-local, so that the fake does not synchronize threads, which would hide data races of the library from ThreadSanitizer.
 thread_local int live = 0;
 thread_local int calls_before_failure = kNever;
 std::atomic<int> domains{0};
@@ -94,7 +94,7 @@ OrtStatus* failure(const std::string& text) { return create_status(ORT_FAIL, tex
 
 constexpr char kInjectedFailure[] = "injected failure";
 
-// At the beginning of every call that can fail.
+// Every API function that can fail starts with MAYBE_FAIL.
 OrtStatus* injected_failure() {
   if (calls_before_failure == kNever) return nullptr;
   return calls_before_failure-- == 0 ? failure(kInjectedFailure) : nullptr;
@@ -105,7 +105,7 @@ OrtStatus* injected_failure() {
     if (OrtStatus* status = injected_failure()) return status;   \
   } while (false)
 
-// Sets the call that fails for as long as it lives.
+// Makes one API call of this thread fail, as long as the object exists.
 class InjectFailure {
  public:
   explicit InjectFailure(int call) { calls_before_failure = call; }
@@ -115,7 +115,7 @@ class InjectFailure {
 std::string take(OrtStatus* status) {
   if (!status) return "";
   std::string text = status->text;
-  EXPECT_FALSE(text.empty()) << "an error without a text";
+  EXPECT_FALSE(text.empty()) << "an error without a message";
   release_status(status);
   return text;
 }
@@ -218,7 +218,7 @@ OrtStatus* ORT_API_CALL create_info(OrtTensorTypeAndShapeInfo** out) noexcept {
 
 void ORT_API_CALL release_info(OrtTensorTypeAndShapeInfo* info) noexcept {
   if (!info) return;
-  EXPECT_FALSE(info->borrowed) << "released what belongs to the context";
+  EXPECT_FALSE(info->borrowed) << "released an object that is owned by the context";
   if (info->borrowed) return;
   --live;
   delete info;
@@ -309,12 +309,12 @@ OrtStatus* ORT_API_CALL get_output(OrtKernelContext* context, std::size_t i, con
     return nullptr;
   }
   OrtValue& output = context->outputs[i];
-  EXPECT_EQ(output.data, nullptr) << "asked for an output twice";
+  EXPECT_EQ(output.data, nullptr) << "requested an output twice";
   output.type = context->op.GetOutputType(&context->op, i);
   output.shape.assign(sizes, sizes + rank);
   std::int64_t bytes = static_cast<std::int64_t>(width(output.type));
   for (const std::int64_t size : output.shape) {
-    EXPECT_GE(size, 0) << "output " << i << " has a size that is not known";
+    EXPECT_GE(size, 0) << "output " << i << " has an unknown size";
     if (size < 0 || __builtin_mul_overflow(bytes, size, &bytes)) return failure("the shape has a negative size or too many elements");
   }
   static std::byte nothing;
@@ -324,7 +324,7 @@ OrtStatus* ORT_API_CALL get_output(OrtKernelContext* context, std::size_t i, con
     return failure("cannot allocate " + std::to_string(bytes) + " bytes");
   } else if (i == 0 && context->options.inplace_input >= 0) {
     auto& taken = *context->input_bytes[static_cast<std::size_t>(context->options.inplace_input)];
-    EXPECT_EQ(taken.size(), static_cast<std::size_t>(bytes)) << "an output over an input of another size";
+    EXPECT_EQ(taken.size(), static_cast<std::size_t>(bytes)) << "an in-place output of another size than the input";
     output.data = taken.empty() ? &nothing : taken.data();
   } else {
     context->output_bytes[i].assign(static_cast<std::size_t>(bytes), std::byte{0xa5});  // neither zeros nor a plausible result
@@ -355,7 +355,7 @@ OrtStatus* ORT_API_CALL parallel_for(const OrtKernelContext* context, void (*run
   } else if (context->options.threads == Threads::one_reversed) {
     for (std::size_t i = total; i-- > 0;) run(data, i);
   } else {
-    // Dealt out, not taken from a common counter: every thread has some, however short they are, and nothing orders them.
+    // Pieces are assigned statically: every thread gets some, however short they are, and no shared counter synchronizes the threads.
     constexpr std::size_t kThreads = 4;
     std::vector<std::thread> threads;
     for (std::size_t thread = 0; thread < kThreads; ++thread) {
@@ -398,7 +398,7 @@ OrtStatus* ORT_API_CALL allocate(OrtAllocator*, std::size_t bytes, void** out) n
   MAYBE_FAIL;
   ++live;
   *out = std::malloc(bytes);
-  if (*out) std::memset(*out, 0xff, bytes);  // NaN, whatever it is taken for
+  if (*out) std::memset(*out, 0xff, bytes);  // NaN in every element type
   return nullptr;
 }
 
@@ -451,7 +451,7 @@ OrtStatus* ORT_API_CALL get_entry(const OrtSessionOptions* options, const char* 
 }
 
 OrtApi make_api() {
-  OrtApi api{};  // what is not set here, the library may not call
+  OrtApi api{};  // the library must not call functions that are not set here
   api.CreateStatus = create_status;
   api.GetErrorMessage = error_message;
   api.ReleaseStatus = release_status;
@@ -494,7 +494,7 @@ OrtApi make_api() {
   return api;
 }
 
-const OrtApi api = make_api();  // needs no destructor: the library calls it at the very end too
+const OrtApi api = make_api();  // trivially destructible: the library also uses it during static destruction
 
 std::uint32_t offered_api = 18;
 const char* offered_version = "1.18.0";
@@ -510,7 +510,7 @@ std::unique_ptr<OrtTensorTypeAndShapeInfo> parse(const Spec& spec) {
   auto info = std::make_unique<OrtTensorTypeAndShapeInfo>();
   info->type = spec.type;
   info->borrowed = true;
-  if (spec.shape == "?") return info;  // as ONNX Runtime has it: no axes, like a scalar
+  if (spec.shape == "?") return info;  // as in ONNX Runtime: no axes, like a scalar
   std::string text = spec.shape.substr(1, spec.shape.size() - 2);
   std::replace(text.begin(), text.end(), ',', ' ');
   std::istringstream words(text);
@@ -527,13 +527,13 @@ Spec to_spec(const OrtTensorTypeAndShapeInfo& info) {
   std::string text = "[";
   for (std::size_t i = 0; i < info.sizes.size(); ++i) {
     const std::string symbol = i < info.symbols.size() ? info.symbols[i] : "";
-    EXPECT_TRUE(info.sizes[i] < 0 || symbol.empty()) << "a size that is known and has a name";
+    EXPECT_TRUE(info.sizes[i] < 0 || symbol.empty()) << "a dimension with both a size and a name";
     text += (i ? ", " : "") + (info.sizes[i] >= 0 ? std::to_string(info.sizes[i]) : symbol.empty() ? "?" : symbol);
   }
   return {info.type, text + "]"};
 }
 
-// For one run on these inputs, which must outlive it; with `inplace_input` it writes to them.
+// Returns the context of one run. The inputs must outlive it; with `inplace_input` the run writes to that input.
 OrtKernelContext context_of(const OrtCustomOp& op, std::vector<Tensor>& inputs, const Options& options) {
   static std::byte nothing;
   OrtKernelContext context{op, options, {}, {}, {}, {}, 0};
@@ -552,7 +552,8 @@ std::vector<Tensor> outputs_of(const OrtKernelContext& context) {
     const OrtValue& output = context.outputs[i];
     EXPECT_EQ(output.data != nullptr, context.options.outputs[i]) << "output " << i;
     const bool over = i == 0 && context.options.inplace_input >= 0;
-    outputs.push_back({output.type, output.shape, over ? *context.input_bytes[static_cast<std::size_t>(context.options.inplace_input)] : context.output_bytes[i]});
+    const auto& bytes = over ? *context.input_bytes[static_cast<std::size_t>(context.options.inplace_input)] : context.output_bytes[i];
+    outputs.push_back({output.type, output.shape, bytes});
   }
   return outputs;
 }
@@ -570,7 +571,7 @@ int live_objects() { return live; }
 
 namespace {
 
-// One more call of the API allowed at each attempt, until one succeeds.
+// Registers with API call 0 failing, then call 1, and so on until registration succeeds.
 std::vector<const OrtCustomOpDomain*> register_despite_failures(const std::map<std::string, std::string>& entries, std::vector<std::string>& failures) {
   for (int call = 0;; ++call) {
     OrtSessionOptions options{entries, {}};
@@ -579,7 +580,7 @@ std::vector<const OrtCustomOpDomain*> register_despite_failures(const std::map<s
       const InjectFailure inject_failure(call);
       status = RegisterCustomOps(&options, &base);
     }
-    EXPECT_EQ(live, status ? 1 : 0) << "failed registrations must leave nothing behind";
+    EXPECT_EQ(live, status ? 1 : 0) << "a failed registration leaked objects";
     if (!status) return options.domains;
     failures.push_back(take(status));
   }
@@ -627,7 +628,7 @@ std::vector<std::pair<int, int>> may_inplace(const OrtCustomOp& op) {
   const std::size_t count = op.GetMayInplace(&inputs, &outputs);
   std::vector<std::pair<int, int>> pairs;
   for (std::size_t i = 0; i < count; ++i) pairs.emplace_back(inputs[i], outputs[i]);
-  if (count > 0) op.ReleaseMayInplace(inputs, outputs);  // as ONNX Runtime does: of nothing, nothing is released
+  if (count > 0) op.ReleaseMayInplace(inputs, outputs);  // as ONNX Runtime does: not called if there are no pairs
   return pairs;
 }
 
@@ -659,7 +660,7 @@ Outcome run(const std::string& name, std::vector<Tensor> inputs, const Attribute
   if (options.inplace_input >= 0) {
     const auto allowed = may_inplace(*op);
     const std::pair<int, int> asked{options.inplace_input, 0};
-    EXPECT_NE(std::find(allowed.begin(), allowed.end(), asked), allowed.end()) << "not among GetMayInplace";
+    EXPECT_NE(std::find(allowed.begin(), allowed.end(), asked), allowed.end()) << "GetMayInplace does not permit this";
   }
 
   const std::vector<Tensor> before = inputs;
@@ -680,9 +681,9 @@ Outcome run(const std::string& name, std::vector<Tensor> inputs, const Attribute
       op->KernelDestroy(kernel);
     }
   } catch (...) {
-    ADD_FAILURE() << name << " threw across the ABI";
+    ADD_FAILURE() << name << " threw an exception across the C ABI";
   }
-  EXPECT_EQ(live, live_before) << name << " kept or gave back too many objects";
+  EXPECT_EQ(live, live_before) << name << " leaked objects or released too many";
   outcome.pieces = context.pieces;
   for (std::size_t i = 0; i < inputs.size(); ++i) {
     const bool kept = inputs[i].bytes == before[i].bytes || static_cast<int>(i) == options.inplace_input;
@@ -693,7 +694,8 @@ Outcome run(const std::string& name, std::vector<Tensor> inputs, const Attribute
   return outcome;
 }
 
-std::vector<Outcome> run_concurrently(const OrtCustomOp& op, std::vector<Tensor> inputs, const Attributes& attributes, const Options& options, int callers, int runs) {
+std::vector<Outcome> run_concurrently(const OrtCustomOp& op, std::vector<Tensor> inputs, const Attributes& attributes, const Options& options, int callers,
+                                      int runs) {
   const std::vector<Tensor> before = inputs;
   const OrtKernelInfo info{attributes, std::vector<OrtValue>(inputs.size(), OrtValue{ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED, {}, nullptr})};
   void* kernel = nullptr;
@@ -709,7 +711,7 @@ std::vector<Outcome> run_concurrently(const OrtCustomOp& op, std::vector<Tensor>
       outcome.pieces = context.pieces;
       if (outcome.error.empty() && !options.no_output_memory) outcome.outputs = outputs_of(context);
     }
-    EXPECT_EQ(live, live_before) << "kept or gave back too many objects";
+    EXPECT_EQ(live, live_before) << "leaked objects or released too many";
   });
   op.KernelDestroy(kernel);
   for (std::size_t i = 0; i < inputs.size(); ++i) EXPECT_TRUE(inputs[i].bytes == before[i].bytes) << "wrote to input " << i;
@@ -753,9 +755,9 @@ Inference infer(const OrtCustomOp* op, const std::vector<Spec>& inputs, const At
     const InjectFailure inject_failure(failing_call);
     result.error = take(op->InferOutputShapeFn(op, &context));
   } catch (...) {
-    ADD_FAILURE() << op->GetName(op) << " threw across the ABI";
+    ADD_FAILURE() << op->GetName(op) << " threw an exception across the C ABI";
   }
-  EXPECT_EQ(live, live_before) << op->GetName(op) << " kept or gave back too many objects";
+  EXPECT_EQ(live, live_before) << op->GetName(op) << " leaked objects or released too many";
   if (!result.error.empty()) return result;
   for (const auto& output : context.outputs) result.outputs.push_back(to_spec(*output));
   return result;

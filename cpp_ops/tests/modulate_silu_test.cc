@@ -23,7 +23,7 @@ TYPED_TEST_SUITE(ModulateSiLUTest, Elements, ElementNames);
 
 TYPED_TEST(ModulateSiLUTest, FollowsItsFormula) {
   std::vector<std::int64_t> widths = kChannels;
-  widths.push_back(0);  // no norm here
+  widths.push_back(0);  // 0 channels are valid: there is no norm to compute
   for (const std::int64_t channels : widths) {
     for (const Sizes& shape : feature_maps(channels)) {
       const Tensor y = random(kType<TypeParam>, shape), scale = random(kType<TypeParam>, {shape[0], channels}, 1, 1);

@@ -33,7 +33,7 @@ TYPED_TEST(MPSiLUTest, IsAccurateFromTheSmallestToTheLargestNumbers) {
   const Tensor x = tensor(kType<TypeParam>, {static_cast<std::int64_t>(points.size())}, points);
   const Outcome outcome = fake_ort::run("MPSiLU", {x});
   ASSERT_EQ(outcome.error, "");
-  // Far below zero the result vanishes; what little is left of it is no more than 1e-26 of x.
+  // Far below zero the result is at most 1e-26 |x| instead of 0.
   expect_close(outcome.outputs.at(0), x.shape, mp_silu(values(x)), largest * 2e-26);
 }
 
@@ -47,7 +47,7 @@ TYPED_TEST(MPSiLUTest, KeepsDenormalNumbers) {
   const Tensor x = tensor(kType<TypeParam>, {static_cast<std::int64_t>(points.size())}, points);
   const Outcome outcome = fake_ort::run("MPSiLU", {x});
   ASSERT_EQ(outcome.error, "");
-  expect_close(outcome.outputs.at(0), x.shape, mp_silu(values(x)), 2 * spacing);  // rounded after the division and after the product
+  expect_close(outcome.outputs.at(0), x.shape, mp_silu(values(x)), 2 * spacing);  // rounded after the division and again after the multiplication
 }
 
 TYPED_TEST(MPSiLUTest, KeepsNaNAndInfinity) {

@@ -35,7 +35,7 @@ Outcome noise(const std::vector<std::int64_t>& seeds, std::int64_t draw, const S
   return fake_ort::run("PhiloxNormal", {integers({static_cast<std::int64_t>(seeds.size())}, seeds), integers({}, {draw}), scalar(scale)}, {{"shape", shape}});
 }
 
-// The float nearest to the reference, or one of its neighbours.
+// Expects the float nearest to the reference or one of its neighbors.
 void expect_noise(const Outcome& outcome, const std::vector<std::int64_t>& seeds, std::int64_t draw, const Sizes& shape, float scale = 1) {
   ASSERT_EQ(outcome.error, "");
   Values expected;

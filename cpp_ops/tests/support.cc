@@ -23,7 +23,7 @@ std::uint16_t double_to_half(double x) {
   int exponent = -13;  // of the lower end of the binade, plus 1
   if (magnitude > 0x1p-14) std::frexp(magnitude, &exponent);
   const double steps = std::nearbyint(std::ldexp(magnitude, 11 - exponent));
-  // A carry out of the fraction lands in the exponent, as it should.
+  // A carry out of the fraction correctly increments the exponent.
   return static_cast<std::uint16_t>(sign | (static_cast<int>(steps) + (exponent + 13) * 1024));
 }
 
@@ -198,7 +198,7 @@ void expect_reproducible(const std::string& op, const std::vector<Tensor>& input
   Options options = with_outputs(std::vector<bool>(outputs, true));
   const Outcome expected = fake_ort::run(op, inputs, attributes, options);
   ASSERT_EQ(expected.error, "");
-  EXPECT_GT(expected.pieces, 1u) << "too little work to be divided";
+  EXPECT_GT(expected.pieces, 1u) << "the work is too small to be divided";
   const auto compare = [&](const char* how) {
     SCOPED_TRACE(how);
     const Outcome outcome = fake_ort::run(op, inputs, attributes, options);
@@ -206,7 +206,7 @@ void expect_reproducible(const std::string& op, const std::vector<Tensor>& input
     for (std::size_t i = 0; i < outputs; ++i) expect_same_bits(outcome.outputs.at(i), expected.outputs.at(i));
   };
   options.threads = Threads::one_reversed;
-  compare("one thread, backwards");
+  compare("one thread, reversed");
   options.threads = Threads::many;
   compare("many threads");
   std::vector<ONNXTensorElementDataType> types;

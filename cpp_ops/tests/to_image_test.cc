@@ -9,7 +9,7 @@
 namespace scm::testing {
 namespace {
 
-// The level before it is rounded, in the order of the image.
+// Returns the pixel values before rounding, in the image's order.
 Values reference(const Values& x, const Sizes& shape, double scale, double offset) {
   const auto channels = static_cast<std::size_t>(shape[1]), pixels = static_cast<std::size_t>(shape[2] * shape[3]);
   Values levels(x.size());
@@ -21,7 +21,7 @@ Values reference(const Values& x, const Sizes& shape, double scale, double offse
   return levels;
 }
 
-// Rounded; either way where float arithmetic may see a tie that is none.
+// Expects rounding to nearest. Near a tie either neighbor is accepted, because float arithmetic may round the product to the tie.
 void expect_levels(const Tensor& image, const Sizes& shape, const Values& expected) {
   ASSERT_EQ(image.type, kUint8);
   ASSERT_EQ(text(image.shape), text({shape[0], shape[2], shape[3], shape[1]}));

@@ -1,4 +1,4 @@
-// Tiles wherever the kernels round them can run, which have AVX512-BF16 too.
+// Replaces isa(): reports AMX if the processor has AVX512-BF16, which the code around the tiles requires.
 #define isa processor_isa
 #include "dense/isa.cc"
 #undef isa

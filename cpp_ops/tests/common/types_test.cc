@@ -1,5 +1,5 @@
-// Conversions between float and the 16-bit types, against definitions of their own in support.cc and, where the compiler has it, _Float16; and
-// through kernels of each level, whose vectorised conversions are other code than this file's.
+// Conversions between float and the 16-bit types, compared with the independent implementations in support.cc and, if the compiler has it, with _Float16. Also
+// through kernels of each x86-64 level, whose vectorized conversions are different code.
 #include "common/types.h"
 
 #include <cmath>
@@ -25,7 +25,7 @@ float from_bits(std::uint32_t x) {
   return result;
 }
 
-// Floats of all kinds: every exponent with fractions around the ties of both 16-bit types, and random bits.
+// Returns floats of all kinds: every exponent with fractions around the ties of both 16-bit types, and random bits.
 std::vector<float> sampled_floats() {
   std::vector<float> floats;
   for (std::uint32_t high = 0; high < 0x10000; ++high) {  // sign, exponent, upper 7 bits of the fraction
@@ -75,7 +75,7 @@ TEST(TypesTest, AgreesWithTheCompilersHalf) {
     ASSERT_TRUE(std::isnan(expected) ? std::isnan(got) : bits(got) == bits(expected)) << half;
   }
   for (const float x : sampled_floats()) {
-    if (std::isnan(x)) continue;  // whose payload need not be the same
+    if (std::isnan(x)) continue;  // the payload may differ
     const auto other = static_cast<_Float16>(x);
     std::uint16_t expected;
     std::memcpy(&expected, &other, sizeof expected);
@@ -104,7 +104,7 @@ TEST(TypesTest, FloatsRoundToTheNearestBfloat16) {
       ASSERT_TRUE(std::isnan(got)) << std::hexfloat << x;
       continue;
     }
-    // The two neighbours of x; beyond the largest number lies infinity, which counts as 2^128.
+    // The two neighbors of x. Beyond the largest number is infinity, which counts as 2^128.
     const float below = from_bits(bits(x) & 0xffff0000);
     const float above = std::isinf(x) ? x : from_bits((bits(x) & 0xffff0000) + 0x10000);
     const double far = std::isinf(above) ? std::copysign(0x1p128, x) : above, down = std::fabs(double{x} - below), up = std::fabs(far - double{x});
@@ -114,7 +114,7 @@ TEST(TypesTest, FloatsRoundToTheNearestBfloat16) {
   }
 }
 
-// a + 2^-k b is rounded to float once, with or without a fused multiplication.
+// a + 2^-k b is rounded to float once, whether or not the multiplication is fused.
 TEST(TypesTest, KernelsRoundToTheNearestHalfAtEveryLevel) {
   const std::size_t count = 0x10000;
   Tensor a = empty_like(kHalf, {count}), b = a, y = a;

@@ -1,5 +1,5 @@
-// The CUDA kernels of all operators, run by simulator.h, against plain references in double. Sizes are those where something changes in a kernel: a vector's
-// and a warp's edge, the number of vectors that a lane holds, the end of a tile.
+// The CUDA kernels of all operators, run by simulator.h and compared with references in double. The sizes are at boundaries of the kernels: of a vector, a
+// warp, the number of vectors per lane, a tile.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -34,7 +34,7 @@ const double kNan = std::numeric_limits<double>::quiet_NaN(), kInfinity = std::n
 // -- Elements -----------------------------------------------------------------------------------------------------------------
 
 template <typename T>
-constexpr double kRounding = 0x1p-24;  // of a number of size 1
+constexpr double kRounding = 0x1p-24;  // of numbers near 1
 template <>
 constexpr double kRounding<float16> = 0x1p-11;
 template <>
@@ -69,7 +69,7 @@ std::vector<T> random(std::int64_t count, unsigned seed, double scale = 1) {
   return from_doubles<T>(values);
 }
 
-// NaN equals NaN, and infinity itself.
+// NaN equals NaN, and infinity equals infinity.
 ::testing::AssertionResult close(const Values& actual, const Values& expected, double relative, double absolute) {
   if (actual.size() != expected.size()) return ::testing::AssertionFailure() << actual.size() << " elements, expected " << expected.size();
   for (std::size_t i = 0; i < actual.size(); ++i) {
@@ -103,7 +103,7 @@ TYPED_TEST_SUITE(KernelsTest, Elements, Names);
 
 // -- Runs ---------------------------------------------------------------------------------------------------------------------
 
-// Where the arrays of a run lie: how many elements from an aligned address, each of the operator's inputs and outputs; whether the output is an input.
+// Memory layout of a run: the offset of each input and output from an aligned address, in elements, and whether the output reuses an input's memory.
 struct Layout {
   std::array<int, 4> offsets;
   bool in_place = false;
@@ -118,7 +118,7 @@ std::ostream& operator<<(std::ostream& out, const Layout& layout) {
   return out << (layout.in_place ? "in place" : "apart");
 }
 
-// Calls `run`, which launches a kernel once and returns its outputs, in the order of the threads and against it, and in a grid of few blocks.
+// Calls `run`, which launches one kernel and returns its outputs, with different thread orders and grid sizes, and expects the same bits.
 template <typename Run>
 std::vector<Values> run_in_all_orders(const Run& run) {
   simulator::options = {};
@@ -126,14 +126,14 @@ std::vector<Values> run_in_all_orders(const Run& run) {
   const std::vector<Values> expected = run();
   EXPECT_EQ(simulator::launches, before + 1);
 #ifdef __SANITIZE_ADDRESS__
-  return expected;  // slow, and here for the addresses, which are the same in any order
+  return expected;  // too slow to repeat; addresses do not depend on the order
 #endif
   for (const bool reversed : {false, true}) {
     simulator::options.reversed = reversed;
     simulator::options.max_blocks = reversed ? 0 : 2;
     const std::vector<Values> actual = run();
     for (std::size_t i = 0; i < expected.size(); ++i) {
-      EXPECT_TRUE(close(actual[i], expected[i], 0, 0)) << (reversed ? "backwards" : "in two blocks") << ", output " << i;
+      EXPECT_TRUE(close(actual[i], expected[i], 0, 0)) << (reversed ? "reversed" : "in at most two blocks") << ", output " << i;
     }
   }
   simulator::options = {};
@@ -315,7 +315,7 @@ TYPED_TEST(KernelsTest, ToImageFollowsItsFormula) {
   }
 }
 
-// Philox4x32-10 and the transform, from the text of docs/custom-ops.md.
+// Philox4x32-10 and the Box-Muller transform, implemented from docs/custom-ops.md.
 double philox_normal_of(std::uint64_t seed, std::uint64_t draw, std::uint64_t element) {
   std::uint64_t counter[4] = {draw, 0, element & 0xffffffff, element >> 32}, key[2] = {seed & 0xffffffff, seed >> 32};
   for (int round = 0; round < 10; ++round) {
@@ -443,7 +443,7 @@ Values attention_of(const Values& qkv, const Shape& shape) {
   return y;
 }
 
-// Queries and keys of which some agree, so that the softmax has something to choose.
+// Every third query equals its key, so that the softmax has large weights.
 template <typename T>
 std::vector<T> random_qkv(const Shape& shape, double scale = 1) {
   std::vector<T> qkv = random<T>(shape.samples * shape.length * 3 * shape.heads * shape.head_size, 1, scale);
@@ -461,7 +461,7 @@ Values run_attention(const std::vector<T>& qkv, const Shape& shape, int offset =
   return to_doubles(y.values());
 }
 
-// A weight's rounding to T is not that of the sum: it counts against the values' size, which is 1.
+// Weights are rounded to T before they are multiplied with the values, which are of size 1: the tolerance is absolute too.
 template <typename T>
 ::testing::AssertionResult attention_close(const Values& actual, const Values& expected) {
   return sizeof(T) == sizeof(float) ? close(actual, expected, 1e-5, 3e-6) : close(actual, expected, 2 * kRounding<T>, 2 * kRounding<T>);
@@ -499,7 +499,7 @@ TYPED_TEST(KernelsTest, AttentionAcceptsPointersThatAreNotAligned) {
   EXPECT_TRUE(attention_close<TypeParam>(run_attention(qkv, shape, 0, 1), attention_of(to_doubles(qkv), shape)));
 }
 
-// Behind the last key there are zeros, whose norm is 0 then.
+// Rows past the last key are zeros, whose norm plus eps is then 0.
 TYPED_TEST(KernelsTest, AttentionAcceptsAnEpsOfZero) {
   for (const std::int64_t size : {64, 16}) {
     const Shape shape{1, 21, 1, size};
@@ -508,7 +508,7 @@ TYPED_TEST(KernelsTest, AttentionAcceptsAnEpsOfZero) {
   }
 }
 
-// Many heads go to the kernel with two tiles of queries to a warp, and a sample must not depend on its batch.
+// Large batches use the kernel with two query tiles per warp, which must give the same bits as the one with one tile.
 TYPED_TEST(KernelsTest, AttentionIsTheSameToTheBitInALargeBatch) {
   using T = TypeParam;
   for (const std::int64_t length : {100, 128, 200}) {
@@ -517,7 +517,7 @@ TYPED_TEST(KernelsTest, AttentionIsTheSameToTheBitInALargeBatch) {
     const Values alone = run_attention(qkv, one);
     std::vector<T> batch(qkv.size() * 256);
     std::copy(qkv.begin(), qkv.end(), batch.begin());
-    const std::int64_t queries = sizeof(T) == 4 ? 64 : 128;  // of a block
+    const std::int64_t queries = sizeof(T) == 4 ? 64 : 128;  // per block
     simulator::options.only_blocks = static_cast<unsigned>((length + queries - 1) / queries);  // the first sample
     Values first = run_attention(batch, many);
     simulator::options = {};
@@ -535,7 +535,7 @@ TYPED_TEST(KernelsTest, AttentionAcceptsAnyScaleAndExtremeScores) {
       const std::vector<T> qkv = random_qkv<T>(shape, scale);
       EXPECT_TRUE(attention_close<T>(run_attention(qkv, shape), attention_of(to_doubles(qkv), shape))) << "scale " << scale << ", head size " << size;
     }
-    // Every query is a key's twin, or its opposite: scores of sqrt(64) and -sqrt(64).
+    // Every query equals a key or its opposite: scores of sqrt(size) and -sqrt(size).
     std::vector<T> same = random<T>(33 * 3 * size, 1);
     for (std::int64_t vector = 0; vector < 33 * 3; ++vector) {
       for (std::int64_t c = 0; c < size; ++c) {

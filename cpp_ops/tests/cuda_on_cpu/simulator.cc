@@ -1,4 +1,4 @@
-#undef _FORTIFY_SOURCE  // its longjmp takes other stacks for errors
+#undef _FORTIFY_SOURCE  // its checked longjmp rejects jumps to other stacks
 #include "simulator.h"
 
 #include <setjmp.h>
@@ -27,8 +27,8 @@ constexpr unsigned kWarp = 32;
 
 enum class State { ready, at_barrier, at_instruction, done };
 
-// A continuation to go on from. swapcontext saves the mask of signals too, by a call of the kernel; it is only for the first entry of a fiber, and for
-// AddressSanitizer, which has its own idea of longjmp.
+// A point of execution to switch back to. swapcontext makes a system call to save the signal mask, so it is used only for the first entry of a fiber; later
+// switches use longjmp. AddressSanitizer intercepts longjmp, so its builds always use swapcontext.
 struct Continuation {
   ucontext_t context = {};
   jmp_buf jump = {};
@@ -53,12 +53,12 @@ struct Fiber {
   void* argument = nullptr;
 };
 
-std::vector<std::unique_ptr<Fiber>> fibers;  // kept from launch to launch
+std::vector<std::unique_ptr<Fiber>> fibers;  // reused by later launches
 Continuation scheduler;
 unsigned current = 0, threads = 0;
 const std::function<void()>* body = nullptr;
 
-// AddressSanitizer must know whose stack is in use.
+// AddressSanitizer must be told which stack is in use.
 void enter(unsigned index) {
   current = index;
   threadIdx = {index % blockDim.x, index / blockDim.x, 0};
@@ -92,14 +92,14 @@ void fiber_main() {
 #ifdef __SANITIZE_ADDRESS__
   __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_size);
 #endif
-  for (;;) {  // a fiber that is done waits for its thread of the next block
+  for (;;) {  // a finished fiber is reused for a thread of the next block
     (*body)();
     fibers[current]->state = State::done;
     leave();
   }
 }
 
-// As far as it comes without the rest of its block; false if that is nowhere.
+// Runs a warp until all its lanes wait for the rest of the block or are done. Returns false if no lane could run.
 bool run_warp(unsigned first) {
   bool any = false;
   for (bool progress = true; progress; any |= progress) {
@@ -140,7 +140,7 @@ void fail(const char* what) {
 void run(Index grid, Index block, const std::function<void()>& thread) {
   ++launches;
   threads = block.x;
-  if (block.y != 1 || block.z != 1 || grid.z != 1 || threads == 0 || threads > 1024 || threads % kWarp != 0) fail("has a shape that this machine does not run");
+  if (block.y != 1 || block.z != 1 || grid.z != 1 || threads == 0 || threads > 1024 || threads % kWarp != 0) fail("has a block shape that the simulator does not support");
   while (fibers.size() < threads) {
     fibers.push_back(std::make_unique<Fiber>());
     Fiber& fiber = *fibers.back();

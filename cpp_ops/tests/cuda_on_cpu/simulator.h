@@ -1,12 +1,12 @@
-// A GPU for tests, without a GPU: runs a kernel's blocks one after the other, and a block's threads as fibers of one thread of the CPU.
+// GPU simulator for tests. Runs a kernel's blocks one after another, and a block's threads as fibers of one CPU thread.
 //
-// A fiber runs until it comes to a barrier or to an instruction of its whole warp, and a warp until it comes to a barrier of its whole block: the schedule
-// is fixed, and as far from lockstep as a GPU's may be. Running the threads, and the blocks, in the opposite order must not change a bit; where it does,
-// a barrier is missing or something is read that nothing wrote.
+// A fiber runs until it reaches a block barrier or a warp-wide instruction, and a warp runs until it reaches a block barrier. The schedule is deterministic and
+// as far from lockstep as a GPU permits. Running threads and blocks in reversed order must not change any bit; if it does, a barrier is missing or
+// uninitialized memory is read.
 //
-// What it finds: wrong indices, tails, strides and fragments, barriers that not all threads reach, missing barriers (most of them), wrong arithmetic.
-// What it cannot find: orders of memory accesses that only a GPU's weaker rules allow, errors in what this machine takes the GPU's instructions to be
-// (include/common/ptx.h), limits of registers and memory, speed.
+// Finds: wrong indices, tails, strides and fragments, barriers that not all threads reach, most missing barriers, wrong arithmetic.
+// Does not find: memory orderings that only a GPU's weaker memory model permits, errors in the emulated instructions themselves (include/common/ptx.h), limits
+// of registers and memory, slow code.
 #pragma once
 
 #include <functional>
@@ -17,25 +17,25 @@ struct Index {
   unsigned x = 1, y = 1, z = 1;
 };
 
-// How to run what is launched next.
+// Options for the next launches.
 struct Options {
-  bool reversed = false;        // last block and last thread first
-  unsigned max_blocks = 0;       // run a grid of at most so many blocks in x and in y, whatever the launch asks for: kernels must loop; 0 for no limit
-  unsigned only_blocks = 0;      // of a grid as large as was asked for, run so many; 0 for all
-  bool refuse_launches = false;  // every launch is an error
+  bool reversed = false;         // run the last block and the last thread first
+  unsigned max_blocks = 0;       // limit the grid to this many blocks in x and in y, so that kernels must loop; 0 for no limit
+  unsigned only_blocks = 0;      // run only the first blocks of the grid, without changing its size; 0 for all
+  bool refuse_launches = false;  // every launch fails
 };
 
 extern Options options;
-extern unsigned long launches;  // so far
+extern unsigned long launches;  // number of launches so far
 
 void run(Index grid, Index block, const std::function<void()>& thread);
 
-// For the thread that is running.
+// Called by the running thread.
 void block_barrier(int site);
-// All lanes of a warp: each brings `argument`; the last to come performs the instruction on those of lanes 0 to 31.
+// A warp-wide instruction. Every lane passes its `argument`; the last lane to arrive performs the instruction on the arguments of lanes 0 to 31.
 void warp_instruction(int site, void* argument, void (*perform)(void* const* lanes));
 
-[[noreturn]] void fail(const char* what);  // tells which thread of which block, and ends the program
+[[noreturn]] void fail(const char* what);  // reports the thread and block, and aborts
 
 }  // namespace simulator
 

@@ -1,4 +1,4 @@
-// Whether the machine notices what it is there to notice. The kernels here are wrong on purpose.
+// Tests that the simulator detects errors in kernels. Some kernels here are wrong on purpose.
 #include <gtest/gtest.h>
 
 #include <vector>

@@ -1,4 +1,5 @@
-// Stands in for the CUDA Toolkit's header: what the kernels in src use of it, for simulator.h. Their intrinsics are those of <cmath>: more exact than a GPU's.
+// Replaces the CUDA Toolkit's cuda_runtime.h: the functions that the kernels in src use, implemented with simulator.h. Arithmetic intrinsics call <cmath>, which
+// is more accurate than a GPU.
 #pragma once
 
 #include <cmath>
@@ -15,7 +16,7 @@
 #define __global__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
-#define __shared__ static  // one block at a time
+#define __shared__ static  // blocks run one after another
 
 // -- Launches ----------------------------------------------------------------------------------------------------------------
 
@@ -68,7 +69,7 @@ T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int site = __builtin_LI
     T value, result;
     int lane_mask;
   };
-  if (mask != 0xffffffffu) simulator::fail("shuffles with a part of its warp, which this machine does not know");
+  if (mask != 0xffffffffu) simulator::fail("shuffles with a part of its warp, which the simulator does not support");
   Lane self{value, {}, lane_mask};
   simulator::warp_instruction(site, &self, [](void* const* lanes) {
     for (int i = 0; i < 32; ++i) {

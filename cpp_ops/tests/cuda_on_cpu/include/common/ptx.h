@@ -1,4 +1,4 @@
-// Stands in for src/common/ptx.h, which says what the instructions do. Written from the same tables of the PTX ISA, element by element.
+// Replaces src/common/ptx.h, which documents the functions. Implements the tables of the PTX ISA element by element.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -47,7 +47,7 @@ struct MultiplyAdd {
   std::uint32_t b[2];
 };
 
-// C += A B with A [16, kDepth] and B [kDepth, 8]; fill(lane, A, B) puts a lane's part into place.
+// C += A B with A [16, kDepth] and B [kDepth, 8]; fill(g, t, lane, A, B) copies a lane's elements into A and B.
 template <int kDepth, typename Fill>
 void multiply_add_warp(void* const* lanes, const Fill& fill) {
   double A[16][kDepth], B[kDepth][8];
@@ -86,7 +86,7 @@ inline void multiply_add_tf32(float (&c)[4], const std::uint32_t (&a)[4], std::u
   simulator::warp_instruction(site, &self, [](void* const* lanes) {
     multiply_add_warp<8>(lanes, [](int g, int t, const MultiplyAdd& lane, double(&A)[16][8], double(&B)[8][8]) {
       const auto number = [](std::uint32_t bits) {
-        if (bits & 0x1fffu) simulator::fail("multiplies a number that is no TF32 number");
+        if (bits & 0x1fffu) simulator::fail("multiplies a number that is not a TF32 number");
         return double{float_of(bits)};
       };
       A[g][t] = number(lane.a[0]);
