@@ -174,7 +174,7 @@ struct CustomOp : OrtCustomOp {
   };
 };
 
-// Runs a CPU kernel over `count` units (rows, elements or samples, as the kernel defines) on the session's threads, at least `grain` units per call.
+// Runs a CPU kernel over `count` units (rows, elements or samples, as the kernel defines) on the session's threads, in pieces of `grain` units.
 template <typename Params>
 void run_on_cpu(const Context& run, const Params& params, CpuKernel<Params> kernel, std::int64_t count, std::int64_t grain) {
   run.parallel(count, grain, [&](std::int64_t begin, std::int64_t end) { kernel(params, begin, end); });
