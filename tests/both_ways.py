@@ -1,4 +1,4 @@
-"""Bundles as hosts other than scm-runtime open them: on a bare ONNX Runtime, and with the library of native kernels registered."""
+"""Opens bundles as hosts other than scm-runtime do: in plain ONNX Runtime, and with the native kernel library registered."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from scm_runtime.common.load_onnxruntime import load_onnxruntime
 from scm_runtime.ort.options import MATMUL_PRECISION
 from support import native_library
 
-OWN_ARGUMENTS = ("class_labels", "guidance_scale", "prompt_embeds", "prompt_attention_mask")  # of Generator's call
+OWN_ARGUMENTS = ("class_labels", "guidance_scale", "prompt_embeds", "prompt_attention_mask")  # named arguments of Generator.__call__
 SEEDS = [3, 4]
 
 
 def sessions(graph: Path) -> dict[str, Any]:
-    """The graph opened in every way that a host on the CPU can open it."""
+    """Open a graph in each way that a host on the CPU can open it; sessions by the name of the way."""
     ort = load_onnxruntime()
 
     def opened(*, library: bool, precision: str | None = None) -> Any:
         options = ort.SessionOptions()
         options.log_severity_level = 4
-        if precision is not None:  # registers the products too, where the processor has what they need
+        if precision is not None:  # also registers the dense operators, if the processor supports them
             options.add_session_config_entry(MATMUL_PRECISION, precision)
         if library:
             options.register_custom_ops_library(str(native_library()))
@@ -37,9 +37,9 @@ def sessions(graph: Path) -> dict[str, Any]:
 
 
 def check_both_ways(bundle: Path) -> None:
-    """Assert that every graph opens in every way, and that the composed samplers draw what Generator draws.
+    """Assert that every graph opens in each way, and that the composed samplers return the samples that Generator returns.
 
-    Graphs in bfloat16 are left out: ONNX Runtime has no kernels for them on the CPU.
+    bfloat16 graphs are skipped: ONNX Runtime has no CPU kernels for them.
     """
     manifest = read_manifest(bundle)
     graphs = {path.name: sessions(path) for path in sorted(bundle.glob("*.onnx")) if ".bf16." not in path.name}

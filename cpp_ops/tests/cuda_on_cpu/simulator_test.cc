@@ -1,4 +1,4 @@
-// Whether the machine notices what it is there to notice. The kernels here are wrong on purpose.
+// Tests that the simulator detects errors in kernels. Some kernels here are wrong on purpose.
 #include <gtest/gtest.h>
 
 #include <vector>
@@ -15,12 +15,12 @@ void launch(void (*kernel)(int*), int* data) {
   ASSERT_EQ(cudaLaunchKernelEx(&config, kernel, data), cudaSuccess);
 }
 
-std::vector<int> run(void (*kernel)(int*), bool backwards) {
+std::vector<int> run(void (*kernel)(int*), bool reversed) {
   std::vector<int> data(kBlock);
-  machine::options = {};
-  machine::options.backwards = backwards;
+  simulator::options = {};
+  simulator::options.reversed = reversed;
   launch(kernel, data.data());
-  machine::options = {};
+  simulator::options = {};
   return data;
 }
 
@@ -32,18 +32,18 @@ __global__ void reverse(int* data) {
   data[threadIdx.x] = shared[kBlock - 1 - threadIdx.x];
 }
 
-TEST(MachineTest, RunsThreadsUpToABarrier) {
-  for (const bool backwards : {false, true}) {
-    const std::vector<int> data = run(reverse<true>, backwards);
+TEST(SimulatorTest, RunsThreadsUpToABarrier) {
+  for (const bool reversed : {false, true}) {
+    const std::vector<int> data = run(reverse<true>, reversed);
     for (int i = 0; i < kBlock; ++i) EXPECT_EQ(data[i], kBlock - 1 - i);
   }
 }
 
-TEST(MachineTest, OtherOrderShowsAMissingBarrier) { EXPECT_NE(run(reverse<false>, false), run(reverse<false>, true)); }
+TEST(SimulatorTest, ReversedOrderRevealsAMissingBarrier) { EXPECT_NE(run(reverse<false>, false), run(reverse<false>, true)); }
 
 __global__ void shuffle(int* data) { data[threadIdx.x] = __shfl_xor_sync(0xffffffffu, static_cast<int>(threadIdx.x), 5); }
 
-TEST(MachineTest, ShufflesWithinAWarp) {
+TEST(SimulatorTest, ShufflesWithinAWarp) {
   const std::vector<int> data = run(shuffle, false);
   for (int i = 0; i < kBlock; ++i) EXPECT_EQ(data[i], i ^ 5);
 }
@@ -66,18 +66,18 @@ __global__ void shuffle_of_some(int* data) {
   if (threadIdx.x % 32 < 16) data[threadIdx.x] = __shfl_xor_sync(0xffffffffu, 1, 1);
 }
 
-TEST(MachineDeathTest, RefusesBarriersThatNotAllThreadsReach) {
+TEST(SimulatorDeathTest, RejectsBarriersThatNotAllThreadsReach) {
   EXPECT_DEATH(run(barrier_of_some, false), "barrier");
   EXPECT_DEATH(run(barrier_of_some, true), "barrier");
   EXPECT_DEATH(run(two_barriers, false), "another barrier");
 }
 
-TEST(MachineDeathTest, RefusesInstructionsOfAWarpThatNotAllLanesReach) {
+TEST(SimulatorDeathTest, RejectsInstructionsOfAWarpThatNotAllLanesReach) {
   EXPECT_DEATH(run(shuffle_of_some, false), "instruction of its warp");
   EXPECT_DEATH(run(shuffle_of_some, true), "instruction of its warp");
 }
 
-TEST(MachineTest, RefusesGridsThatAGpuRefuses) {
+TEST(SimulatorTest, RejectsGridsThatAGpuRefuses) {
   cudaLaunchConfig_t config = {};
   config.blockDim = dim3(kBlock);
   int* data = nullptr;

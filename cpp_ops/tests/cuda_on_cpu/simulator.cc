@@ -1,5 +1,5 @@
-#undef _FORTIFY_SOURCE  // its longjmp takes other stacks for errors
-#include "machine.h"
+#undef _FORTIFY_SOURCE  // its checked longjmp rejects jumps to other stacks
+#include "simulator.h"
 
 #include <setjmp.h>
 #include <ucontext.h>
@@ -13,9 +13,9 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
-machine::Index threadIdx, blockIdx, blockDim, gridDim;
+simulator::Index threadIdx, blockIdx, blockDim, gridDim;
 
-namespace machine {
+namespace simulator {
 
 Options options;
 unsigned long launches = 0;
@@ -27,15 +27,15 @@ constexpr unsigned kWarp = 32;
 
 enum class State { ready, at_barrier, at_instruction, done };
 
-// A place to go on from. swapcontext saves the mask of signals too, by a call of the kernel; it is only for the first entry of a fiber, and for
-// AddressSanitizer, which has its own idea of longjmp.
-struct Place {
+// A point of execution to switch back to. swapcontext makes a system call to save the signal mask, so it is used only for the first entry of a fiber; later
+// switches use longjmp. AddressSanitizer intercepts longjmp, so its builds always use swapcontext.
+struct Continuation {
   ucontext_t context = {};
   jmp_buf jump = {};
   bool entered = false;
 };
 
-void go(Place& from, Place& to) {
+void switch_to(Continuation& from, Continuation& to) {
 #ifndef __SANITIZE_ADDRESS__
   if (_setjmp(from.jump) != 0) return;
   from.entered = true;
@@ -46,19 +46,19 @@ void go(Place& from, Place& to) {
 }
 
 struct Fiber {
-  Place place;
+  Continuation continuation;
   std::unique_ptr<char[]> stack{new char[kStack]};
   State state = State::done;
   int site = 0;
   void* argument = nullptr;
 };
 
-std::vector<std::unique_ptr<Fiber>> fibers;  // kept from launch to launch
-Place scheduler;
+std::vector<std::unique_ptr<Fiber>> fibers;  // reused by later launches
+Continuation scheduler;
 unsigned current = 0, threads = 0;
 const std::function<void()>* body = nullptr;
 
-// AddressSanitizer must know whose stack is in use.
+// AddressSanitizer must be told which stack is in use.
 void enter(unsigned index) {
   current = index;
   threadIdx = {index % blockDim.x, index / blockDim.x, 0};
@@ -66,7 +66,7 @@ void enter(unsigned index) {
   void* own = nullptr;
   __sanitizer_start_switch_fiber(&own, fibers[index]->stack.get(), kStack);
 #endif
-  go(scheduler, fibers[index]->place);
+  switch_to(scheduler, fibers[index]->continuation);
 #ifdef __SANITIZE_ADDRESS__
   __sanitizer_finish_switch_fiber(own, nullptr, nullptr);
 #endif
@@ -82,7 +82,7 @@ void leave() {
   void* own = nullptr;
   __sanitizer_start_switch_fiber(&own, scheduler_stack, scheduler_size);
 #endif
-  go(fibers[current]->place, scheduler);
+  switch_to(fibers[current]->continuation, scheduler);
 #ifdef __SANITIZE_ADDRESS__
   __sanitizer_finish_switch_fiber(own, &scheduler_stack, &scheduler_size);
 #endif
@@ -92,20 +92,20 @@ void fiber_main() {
 #ifdef __SANITIZE_ADDRESS__
   __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_size);
 #endif
-  for (;;) {  // a fiber that is done waits for its thread of the next block
+  for (;;) {  // a finished fiber is reused for a thread of the next block
     (*body)();
     fibers[current]->state = State::done;
     leave();
   }
 }
 
-// As far as it comes without the rest of its block; false if that is nowhere.
+// Runs a warp until all its lanes wait for the rest of the block or are done. Returns false if no lane could run.
 bool run_warp(unsigned first) {
   bool any = false;
   for (bool progress = true; progress; any |= progress) {
     progress = false;
     for (unsigned lane = 0; lane < kWarp; ++lane) {
-      const unsigned index = first + (options.backwards ? kWarp - 1 - lane : lane);
+      const unsigned index = first + (options.reversed ? kWarp - 1 - lane : lane);
       if (fibers[index]->state != State::ready) continue;
       enter(index);
       progress = true;
@@ -119,7 +119,7 @@ void run_block() {
   for (bool progress = true; progress;) {
     progress = false;
     for (unsigned i = 0; i < threads; i += kWarp) {
-      if (run_warp(options.backwards ? threads - kWarp - i : i)) progress = true;
+      if (run_warp(options.reversed ? threads - kWarp - i : i)) progress = true;
     }
   }
   for (unsigned i = 0; i < threads; ++i) {
@@ -140,11 +140,11 @@ void fail(const char* what) {
 void run(Index grid, Index block, const std::function<void()>& thread) {
   ++launches;
   threads = block.x;
-  if (block.y != 1 || block.z != 1 || grid.z != 1 || threads == 0 || threads > 1024 || threads % kWarp != 0) fail("has a shape that this machine does not run");
+  if (block.y != 1 || block.z != 1 || grid.z != 1 || threads == 0 || threads > 1024 || threads % kWarp != 0) fail("has a block shape that the simulator does not support");
   while (fibers.size() < threads) {
     fibers.push_back(std::make_unique<Fiber>());
     Fiber& fiber = *fibers.back();
-    ucontext_t& context = fiber.place.context;
+    ucontext_t& context = fiber.continuation.context;
     getcontext(&context);
     context.uc_stack.ss_sp = fiber.stack.get();
     context.uc_stack.ss_size = kStack;
@@ -159,7 +159,7 @@ void run(Index grid, Index block, const std::function<void()>& thread) {
   gridDim = grid;
   const unsigned blocks = options.only_blocks > 0 ? options.only_blocks : grid.x * grid.y;
   for (unsigned i = 0; i < blocks; ++i) {
-    const unsigned index = options.backwards ? blocks - 1 - i : i;
+    const unsigned index = options.reversed ? blocks - 1 - i : i;
     blockIdx = {index % grid.x, index / grid.x, 0};
     run_block();
   }
@@ -203,4 +203,4 @@ void warp_instruction(int site, void* argument, void (*perform)(void* const* lan
   for (unsigned lane = 0; lane < kWarp; ++lane) fibers[first + lane]->state = State::ready;
 }
 
-}  // namespace machine
+}  // namespace simulator
