@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from scm_export.tolerances import PIXEL_ATOL, sample_atol
-from scm_export.trace import example
+from scm_export.example_inputs import example_conditioning
+from scm_export.verification.tolerances import PIXEL_ATOL, sample_atol
 from scm_runtime import Generator
 from scm_runtime.bundle.manifest import Manifest, read_manifest
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
@@ -43,7 +43,7 @@ def check_both_ways(bundle: Path) -> None:
     """
     manifest = read_manifest(bundle)
     graphs = {path.name: sessions(path) for path in sorted(bundle.glob("*.onnx")) if ".bf16." not in path.name}
-    conditioning = {item.name: example(item, len(SEEDS)).numpy() for item in manifest.conditioning}
+    conditioning = {item.name: example_conditioning(item, len(SEEDS)).numpy() for item in manifest.conditioning}
     composed = [(dtype, count) for dtype in manifest.dtypes if dtype != "bf16" for count in manifest.composed_steps]
     assert composed
     for dtype, count in composed:

@@ -15,12 +15,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from scm_export.choices import DEFAULT_OPSET, GRAPH_DTYPES, OPSETS, PARAMETRISATION_NAMES
+from scm_export.errors import VerificationError
 from scm_export.versions import check_versions
 from scm_runtime import __version__
 from scm_runtime.bundle.manifest import Verification
 from scm_runtime.cli import IntegerList, clean_errors
 from scm_runtime.cli.parameter_type import ParamType
-from scm_runtime.errors import MissingDependencyError, VerificationError
+from scm_runtime.errors import MissingDependencyError
 
 if TYPE_CHECKING:
     from scm_export.dry_run import Plan
@@ -162,8 +163,8 @@ def _show_plan(plan: Plan) -> None:
 
 
 def _table(verification: Verification) -> Table:
-    from scm_export.report import TEXT_COLUMNS, tabulate
-    from scm_export.tolerances import passes
+    from scm_export.verification.report import TEXT_COLUMNS, tabulate
+    from scm_export.verification.tolerances import passes
 
     rows = tabulate(verification.cases)
     table = Table(title=f"against {verification.reference}", box=SIMPLE, padding=(0, 1, 0, 0))

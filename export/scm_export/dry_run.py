@@ -12,7 +12,7 @@ from msgspec import Struct
 from torch import Tensor, nn
 
 from scm_export.choices import GRAPH_DTYPES
-from scm_export.functions import INLINE_BELOW
+from scm_export.graphs.functions import INLINE_BELOW
 from scm_export.model import DTYPES, ImageDecoder, ImageNetwork, Latents, Model
 from scm_runtime.bundle.manifest import COMBINE, STEP_INPUTS, Conditioning, Dtype, OutputSpec, Source
 

@@ -17,15 +17,16 @@ from scm_export.checkpoints.from_hub import fetch
 from scm_export.choices import DEFAULT_OPSET, GRAPH_DTYPES, LOWEST_OPSET, MOST_STEPS, OPSETS, ParametrisationName
 from scm_export.dry_run import Plan, make_plan
 from scm_export.families import FAMILIES, BuildOptions, build_model, find_family
-from scm_export.functions import inline_functions
-from scm_export.graphs import build_combine, build_decode, build_noise, compose_sample
+from scm_export.graphs.build import build_combine, build_decode, build_noise
+from scm_export.graphs.compose import compose_sample
+from scm_export.graphs.functions import inline_functions
+from scm_export.graphs.trace import TRACE_BATCH, trace_map, trace_step
 from scm_export.memory import give_back_freed_memory
 from scm_export.model import ImageDecoder, ImageNetwork, Latents, Model
-from scm_export.references import draw_references
-from scm_export.report import check_report_path, write_report
 from scm_export.samplers import to_json as samplers_to_json
-from scm_export.trace import TRACE_BATCH, trace_map, trace_step
-from scm_export.verify import verify_bundle
+from scm_export.verification.references import draw_references
+from scm_export.verification.report import check_report_path, write_report
+from scm_export.verification.verify import verify_bundle
 from scm_export.versions import check_versions, warn_about_untested_versions
 from scm_export.writer import BundleWriter, check_destination, new_bundle
 from scm_runtime import __version__
@@ -146,7 +147,7 @@ def export(
         custom_ops: keep the operators of docs/custom-ops.md as nodes, with function bodies for runtimes without the library. False puts
             the bodies in their place: standard ONNX, for other runtimes and tools.
         force: replace an existing bundle.
-        verify: compare the bundle with the original's own sampler: what ``scm_export.references`` lists.
+        verify: compare the bundle with the original's own sampler: what ``scm_export.verification.references`` lists.
         atol: largest absolute difference allowed, in the state's scale; None for the table in ``tolerances.py``.
         report: HTML file for the verification, with pictures; written too when the bundle fails it.
         progress: called with the name of each stage as it begins.

@@ -14,7 +14,7 @@ import onnx
 from onnx import ModelProto
 from onnxscript import ir
 
-from scm_export.functions import INLINE_BELOW
+from scm_export.graphs.functions import INLINE_BELOW
 from scm_runtime.bundle.manifest import MANIFEST, WEIGHTS, FileEntry, Manifest, sha256
 from scm_runtime.common.files import beside
 from scm_runtime.errors import OutputError, ScmError

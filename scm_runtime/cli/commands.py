@@ -12,14 +12,14 @@ import click
 
 from scm_runtime._version import __version__
 from scm_runtime.cli.parameter_type import ParamType
-from scm_runtime.errors import BundleNotFoundError, CheckpointNotFoundError, HubNotFoundError, InvalidArgumentError, ScmError
+from scm_runtime.errors import InvalidArgumentError, ScmError
 
 if TYPE_CHECKING:
     from scm_runtime.bundle.manifest import Dtype
     from scm_runtime.ort.native_ops import NativeOps
 
 USAGE, FAILURE, INTERRUPTED = 2, 1, 130
-USAGE_ERRORS = (InvalidArgumentError, BundleNotFoundError, CheckpointNotFoundError, HubNotFoundError)
+USAGE_ERRORS = (InvalidArgumentError, FileNotFoundError)  # the second: no bundle, checkpoint or repository by that name
 
 
 @contextmanager

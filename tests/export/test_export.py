@@ -17,7 +17,7 @@ from scm_export import cli, export, ops
 from scm_export.checkpoints import load_checkpoint, save_checkpoint
 from scm_export.families import build_model
 from scm_export.parametrisation import sample
-from scm_export.tolerances import sample_atol
+from scm_export.verification.tolerances import sample_atol
 from scm_runtime import Generator
 from scm_runtime.bundle.manifest import WEIGHTS, read_manifest
 

@@ -14,7 +14,7 @@ from onnx.reference import ReferenceEvaluator
 from onnxscript import ir
 
 from scm_export import ops
-from scm_export.graphs import build_decode, build_noise
+from scm_export.graphs.build import build_decode, build_noise
 from scm_export.model import ImageDecoder
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
 

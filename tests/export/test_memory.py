@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from scm_export.checkpoints import Checkpoint, SamplerSpec, load_checkpoint, save_checkpoint
 from scm_export.families import build_model
 from scm_export.families.weights import load_weights
+from scm_export.graphs.trace import trace_map
 from scm_export.networks.edm2 import UNet, UNetConfig
 from scm_export.precision import Precision
-from scm_export.references import LARGE_NETWORK
-from scm_export.trace import trace_map
+from scm_export.verification.references import LARGE_NETWORK
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
 from support import run_python
 

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from scm_export import cli, exporter
-from scm_export.comparisons import Compared
-from scm_export.references import FIRST_SEED
-from scm_export.report import to_html
-from scm_export.verify import Outcome, verify_bundle
+from scm_export.verification.compare import Compared
+from scm_export.verification.references import FIRST_SEED
+from scm_export.verification.report import to_html
+from scm_export.verification.verify import Outcome, verify_bundle
 from scm_runtime import Generator
 from scm_runtime.bundle.manifest import Manifest, VerifiedCase, read_manifest
 from support import tree

@@ -18,19 +18,19 @@ from onnx import helper, numpy_helper
 from torch import Tensor, nn
 
 from both_ways import check_both_ways
-from scm_export import bf16, comparisons, references, verify
+from scm_export.errors import ExportError, VerificationError
 from scm_export.exporter import Options, export_model
+from scm_export.graphs.trace import trace_map
 from scm_export.model import ImageNetwork, Model, Reference
 from scm_export.parametrisation import sample
 from scm_export.precision import Precision
-from scm_export.references import References, draw_references
-from scm_export.tolerances import passes
-from scm_export.trace import trace_map
-from scm_export.verify import verify_bundle
+from scm_export.verification import bf16_emulation, compare, references, verify
+from scm_export.verification.references import References, draw_references
+from scm_export.verification.tolerances import passes
+from scm_export.verification.verify import verify_bundle
 from scm_export.writer import BundleWriter
 from scm_runtime.bundle.manifest import WEIGHTS, Manifest, Source, VerifiedCase
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
-from scm_runtime.errors import ExportError, VerificationError
 from scm_runtime.ort.session import Session, Settings
 from support import native_library
 from text_model import STATE, text_model
@@ -154,8 +154,8 @@ def test_of_a_large_network_every_graph_is_opened_with_the_native_library(
             super().__init__(path, settings)
             opened.append((path.name, settings is not None and settings.library is not None))
 
-    monkeypatch.setattr(comparisons, "Session", Noted)
-    monkeypatch.setattr(comparisons, "LARGE_NETWORK", 0)
+    monkeypatch.setattr(compare, "Session", Noted)
+    monkeypatch.setattr(compare, "LARGE_NETWORK", 0)
     monkeypatch.setattr(verify, "LARGE_NETWORK", 0)
     verify_bundle(*bundle, expected, None, quiet).require_passed()
     for library in (False, True):
@@ -259,7 +259,7 @@ def test_a_graph_whose_bfloat16_cannot_be_emulated_is_a_failure(bundle: tuple[Pa
     def refuse(_model: onnx.ModelProto) -> onnx.ModelProto:
         raise ExportError("no type is known")
 
-    monkeypatch.setattr(bf16, "emulate", refuse)
+    monkeypatch.setattr(bf16_emulation, "emulate", refuse)
     folder, manifest = bundle
     shutil.copy(folder / "step.fp32.onnx", folder / "step.bf16.onnx")
     try:
@@ -354,7 +354,7 @@ def test_emulated_bfloat16_is_torchs_bfloat16(make: Callable[[], Precision], tmp
     half = network(x)
     network.compute_dtype = torch.float32
     full = network(x)
-    with bf16.emulated(path) as stand_in:
+    with bf16_emulation.emulated(path) as stand_in:
         session = Session(stand_in)
         assert stand_in.stat().st_size < 20_000 < (tmp_path / "half" / WEIGHTS).stat().st_size  # refers to the weights
     assert [file.name for file in (tmp_path / "half").iterdir() if "emulated" in file.name] == []
@@ -388,7 +388,7 @@ def test_emulation_keeps_float32_islands_and_every_other_type() -> None:
     third = torch.tensor(1 / 3)
     scaled = x.bfloat16() * third.bfloat16()
     expected = [torch.where(scaled > 2, torch.tensor(2.0), scaled.float()), scaled > 2, x.bfloat16().float() * third]
-    session = onnxruntime.InferenceSession(bf16.emulate(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(bf16_emulation.emulate(model).SerializeToString(), providers=["CPUExecutionProvider"])
     outputs = session.run(None, {"x": x.numpy()})
     for found, wanted in zip(outputs, expected, strict=True):
         np.testing.assert_array_equal(found, wanted.numpy())

@@ -16,9 +16,9 @@ from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
 from scm_export import ops
-from scm_export.graphs import ir_version
+from scm_export.graphs.build import ir_version
 from scm_export.ops import OPERATORS
-from scm_export.tolerances import OP_TOLERANCE, PRODUCT_TOLERANCE
+from scm_export.verification.tolerances import OP_TOLERANCE, PRODUCT_TOLERANCE
 from scm_runtime.bundle.manifest import OPS_VERSION
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
 from scm_runtime.ort.native_ops import MATMUL_PRECISION

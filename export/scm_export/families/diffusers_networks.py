@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from scm_export.checkpoints import DiffusersFolder
+from scm_export.errors import CheckpointError
 from scm_export.precision import norms
-from scm_runtime.errors import CheckpointError, InvalidArgumentError, MissingDependencyError
+from scm_runtime.errors import InvalidArgumentError, MissingDependencyError
 
 # What the layers of attention were called in folders saved before diffusers 0.17, sd-vae-ft-mse among them.
 OLD_ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}

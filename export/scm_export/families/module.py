@@ -15,17 +15,18 @@ from scm_export.checkpoints import Checkpoint, Loaded, Program, SamplerSpec
 from scm_export.checkpoints.header import PositiveInteger, convert
 from scm_export.checkpoints.operator_graph import OperatorGraph
 from scm_export.checkpoints.state_dict import uncompiled
+from scm_export.errors import CheckpointError
+from scm_export.example_inputs import example_conditioning
 from scm_export.families.autoencoders import ImageNetworks, LatentStatistics, image_networks, pixel_networks
 from scm_export.families.diffusers_networks import free_batch
 from scm_export.families.family import BuildOptions, Family
 from scm_export.families.sampling import sampling_fields
 from scm_export.families.weights import load_weights
+from scm_export.graphs.trace import TRACE_BATCH
 from scm_export.model import Model, Reference
 from scm_export.parametrisation import Step, sample
 from scm_export.precision import Precision, norms
-from scm_export.trace import TRACE_BATCH, example
 from scm_runtime.bundle.manifest import Conditioning
-from scm_runtime.errors import CheckpointError
 
 PIXEL_CHANNELS = (1, 3, 4)
 
@@ -203,7 +204,7 @@ def _try(network: nn.Module, model: Model, loaded: Program) -> None:
     """
     for n in (TRACE_BATCH, TRACE_BATCH + 1):
         x, level = torch.zeros(n, *model.sample_shape), torch.full((n,), 0.5)
-        conditioning = {item.name: example(item, n) for item in model.conditioning}
+        conditioning = {item.name: example_conditioning(item, n) for item in model.conditioning}
         try:
             with torch.no_grad():
                 output = network(x, level, **conditioning)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from scm_export.checkpoints import DiffusersFolder, Loaded
+from scm_export.errors import CheckpointError
 from scm_export.families.autoencoders import downsampling, image_networks
 from scm_export.families.diffusers_networks import injected_noise, make_network, make_scheduler, read_weights, sample_size, share_weights
 from scm_export.families.family import BuildOptions, Family
@@ -22,7 +23,7 @@ from scm_export.model import Model, Reference
 from scm_export.parametrisation import Step
 from scm_export.precision import Precision, norms
 from scm_runtime.bundle.manifest import Conditioning
-from scm_runtime.errors import CheckpointError, InvalidArgumentError
+from scm_runtime.errors import InvalidArgumentError
 
 PIPELINES = ("SanaSprintPipeline", "SanaSprintImg2ImgPipeline")
 TRANSFORMER, SCHEDULER = "SanaTransformer2DModel", "SCMScheduler"

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from scm_export.comparisons import Compared, Graphs, Progress, compare
-from scm_export.references import LARGE_NETWORK, References
-from scm_export.tolerances import passes, sample_atol
+from scm_export.errors import ExportError, VerificationError
+from scm_export.verification.compare import Compared, Graphs, Progress, compare
+from scm_export.verification.references import LARGE_NETWORK, References
+from scm_export.verification.tolerances import passes, sample_atol
 from scm_runtime.bundle.manifest import Dtype, Manifest, Verification, VerifiedCase
-from scm_runtime.errors import ExportError, InferenceError, NativeOpsError, VerificationError
+from scm_runtime.errors import InferenceError, NativeOpsError
 from scm_runtime.ort.native_ops import usable_on_cpu
 
 DEVICES = ("cpu",)  # every one that sessions can be opened on

@@ -14,8 +14,8 @@ import onnx
 import onnx.defs
 from onnx import ModelProto, NodeProto, TensorProto, helper, inliner, shape_inference
 
+from scm_export.errors import ExportError
 from scm_runtime.common.files import beside
-from scm_runtime.errors import ExportError
 
 # They move numbers or choose among them: what was bfloat16 still is.
 EXACT = {

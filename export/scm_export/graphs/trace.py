@@ -12,18 +12,17 @@ import torch
 from onnxscript import ir
 from torch import Tensor, nn
 
-from scm_export.functions import attach_functions, optimize
-from scm_export.graphs import BATCH, ir_version
+from scm_export.errors import ExportError
+from scm_export.example_inputs import EXAMPLE_SIZE, example_conditioning
+from scm_export.graphs.bf16_casts import widen
+from scm_export.graphs.build import BATCH, ir_version
+from scm_export.graphs.dense_layers import mark_products
+from scm_export.graphs.functions import attach_functions, optimize
+from scm_export.graphs.weight_layout import store_as_read
 from scm_export.model import Model
 from scm_export.ops import operators_as_nodes
-from scm_export.products import mark_products
-from scm_export.weight_layout import store_as_read
-from scm_export.widening import widen
-from scm_runtime.bundle.manifest import Conditioning
-from scm_runtime.errors import ExportError
 
 TRACE_BATCH = 2  # sizes 0 and 1 would specialise
-TRACE_SIZES = 6  # of the first free dimension of a conditioning input, 7 of the second, …: sizes that no other dimension has by chance
 LARGEST = 2**20  # of a free dimension
 
 Shape = dict[int, Any]  # free dimensions by axis, torch.export.Dim
@@ -47,10 +46,10 @@ def trace_step(model: Model, opset: int, *, operators: bool = True) -> ir.Model:
     t = torch.full((TRACE_BATCH,), 0.5)
     inputs = {"x": x, "t": t, "t_next": t.clone(), "noise": x.clone()}
     names = sorted({size for item in model.conditioning for size in item.shape if isinstance(size, str)})
-    sizes = {name: TRACE_SIZES + i for i, name in enumerate(names)}
+    sizes = {name: EXAMPLE_SIZE + i for i, name in enumerate(names)}
     free = {name: torch.export.Dim(name, min=1, max=LARGEST) for name in names}
     batch = torch.export.Dim(BATCH, min=1, max=LARGEST)
-    conditioning = {item.name: example(item, TRACE_BATCH, sizes) for item in model.conditioning}
+    conditioning = {item.name: example_conditioning(item, TRACE_BATCH, sizes) for item in model.conditioning}
     if model.family == "module":
         with torch.no_grad():  # a table that the network keeps for each dtype is then a real one, not one of the tracer
             model.step(*inputs.values(), conditioning)
@@ -140,21 +139,6 @@ def _trace(
     traced.ir_version = ir_version(opset)
     attach_functions(traced)
     return traced
-
-
-def example(item: Conditioning, n: int, sizes: Mapping[str, int] | None = None) -> Tensor:
-    """A valid value of a conditioning input for n samples, different for each; ``sizes`` are those of its free dimensions."""
-    shape = [(sizes or {}).get(size, TRACE_SIZES) if isinstance(size, str) else size for size in item.shape]
-    match item.kind:
-        case "class":
-            return torch.arange(n) * 7 % (item.num_classes or 1)
-        case "scalar":
-            return torch.linspace(1.0, 1.5, n) * (item.default or 1.0)  # a default of 0 is no measure
-        case "embedding":
-            return torch.randn(n, *shape, generator=torch.Generator().manual_seed(n))
-        case "mask":  # one token less for each further sample
-            kept = torch.arange(shape[-1]) < (shape[-1] - torch.arange(n)).clamp(min=1).reshape(-1, *(1,) * len(shape))
-            return kept.expand(n, *shape).to(torch.int64)
 
 
 def _strip(model: ir.Model, name: str) -> None:

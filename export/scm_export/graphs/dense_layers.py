@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from onnxscript import ir
 
-from scm_export.functions import INLINE_BELOW
+from scm_export.graphs.functions import INLINE_BELOW
 from scm_runtime.bundle.manifest import CHANNELS_FIRST_DOMAIN, CHANNELS_LAST_DOMAIN, OPS_VERSION
 
 # Of the operators: a session that has their kernels refuses nodes of other types.

@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from scm_export.comparisons import Compared
-from scm_export.tolerances import passes
-from scm_export.verify import Outcome
+from scm_export.verification.compare import Compared
+from scm_export.verification.tolerances import passes
+from scm_export.verification.verify import Outcome
 from scm_runtime.bundle.manifest import Manifest, VerifiedCase
 from scm_runtime.common.files import whole_file
 from scm_runtime.errors import OutputError

@@ -9,9 +9,9 @@ from unittest.mock import patch
 from onnx import FunctionProto
 from onnxscript import ir, optimizer, rewriter
 
+from scm_export.errors import ExportError
 from scm_export.ops import OPERATORS
 from scm_runtime.bundle.manifest import CHANNELS_FIRST_DOMAIN, CHANNELS_LAST_DOMAIN, OPS_DOMAIN, OPS_VERSION
-from scm_runtime.errors import ExportError
 
 INLINE_BELOW = 1024  # bytes; smaller tensors stay in their graphs, larger ones lie in the weights file
 

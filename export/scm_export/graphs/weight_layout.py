@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnxscript import ir
 
-from scm_export.functions import INLINE_BELOW
+from scm_export.graphs.functions import INLINE_BELOW
 
 
 def store_as_read(model: ir.Model) -> None:

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from scm_export import ops
 from scm_export.choices import MOST_STEPS
+from scm_export.example_inputs import example_conditioning
 from scm_export.model import ImageDecoder, ImageNetwork, Model, Reference
-from scm_export.ode import sample_ode
 from scm_export.parametrisation import sample
-from scm_export.trace import example
+from scm_export.verification.ode_reference import sample_ode
 
 BATCH_SIZES = (1, 3)  #            a batch of 1 is the last sample of the batch of 3: a sample depends on its own seed and conditioning alone
 TOKENS = (7, 300)  #               sizes of a free dimension
@@ -175,7 +175,7 @@ def _is_large(part: object) -> bool:
 def _conditioning(model: Model, way: Way, n: int) -> dict[str, Tensor]:
     """For the last n samples of the largest batch."""
     total = max(BATCH_SIZES)
-    values = {item.name: example(item, total, way.sizes) for item in model.conditioning}
+    values = {item.name: example_conditioning(item, total, way.sizes) for item in model.conditioning}
     if way.guidance_scale is not None:
         values["guidance_scale"] = torch.full((total,), way.guidance_scale)
     return {name: value[-n:].clone() for name, value in values.items()}

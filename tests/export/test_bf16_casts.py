@@ -9,10 +9,10 @@ from onnx import TensorProto, shape_inference
 from onnxscript import ir
 from torch import Tensor, nn
 
-from scm_export.bf16 import emulate
+from scm_export.graphs.bf16_casts import NO_BFLOAT16
+from scm_export.graphs.trace import trace_map
 from scm_export.precision import Precision
-from scm_export.trace import trace_map
-from scm_export.widening import NO_BFLOAT16
+from scm_export.verification.bf16_emulation import emulate
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
 
 onnxruntime = load_onnxruntime()

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from scm_export.bf16 import emulated
-from scm_export.references import BATCH_SIZES, LARGE_NETWORK, Drawn, Evaluated, Mapped, References, Way, describe, describe_steps
-from scm_export.tolerances import PIXEL_ATOL, min_psnr, sample_atol
+from scm_export.errors import ExportError
+from scm_export.verification.bf16_emulation import emulated
+from scm_export.verification.references import BATCH_SIZES, LARGE_NETWORK, Drawn, Evaluated, Mapped, References, Way, describe, describe_steps
+from scm_export.verification.tolerances import PIXEL_ATOL, min_psnr, sample_atol
 from scm_runtime.bundle.manifest import COMBINE, Dtype, Manifest, VerifiedCase
 from scm_runtime.bundle.solver_tables import Evaluations, Schedules
-from scm_runtime.errors import ExportError, InferenceError
+from scm_runtime.errors import InferenceError
 from scm_runtime.ort.session import Session, Settings
 
 Progress = Callable[[str], None]
