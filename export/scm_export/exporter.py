@@ -14,17 +14,17 @@ from onnxscript import ir
 
 from scm_export.checkpoints import DiffusersFolder, open_checkpoint
 from scm_export.checkpoints.from_hub import fetch
-from scm_export.choices import DEFAULT_OPSET, GRAPH_DTYPES, LOWEST_OPSET, MOST_STEPS, OPSETS, ParametrisationName
+from scm_export.choices import DEFAULT_OPSET, GRAPH_DTYPES, MAX_COMPOSED_STEPS, MIN_OPSET, OPSETS, ParametrisationName
 from scm_export.dry_run import Plan, make_plan
 from scm_export.families import FAMILIES, BuildOptions, build_model, find_family
 from scm_export.graphs.build import build_combine, build_decode, build_noise
 from scm_export.graphs.compose import compose_sample
 from scm_export.graphs.functions import inline_functions
 from scm_export.graphs.trace import TRACE_BATCH, trace_map, trace_step
-from scm_export.memory import give_back_freed_memory
+from scm_export.memory import return_freed_memory_to_os
 from scm_export.model import ImageDecoder, ImageNetwork, Latents, Model
 from scm_export.samplers import to_json as samplers_to_json
-from scm_export.verification.references import draw_references
+from scm_export.verification.references import compute_references
 from scm_export.verification.report import check_report_path, write_report
 from scm_export.verification.verify import verify_bundle
 from scm_export.versions import check_versions, warn_about_untested_versions
@@ -68,8 +68,8 @@ class Options:
         if self.dtype is not None and self.dtype not in GRAPH_DTYPES:
             raise InvalidArgumentError(f"dtype must be one of {', '.join(GRAPH_DTYPES)}, got {self.dtype!r}")
         dtype = self.dtype or "fp32"
-        if self.opset is not None and self.opset not in range(LOWEST_OPSET[dtype], OPSETS[-1] + 1):
-            raise InvalidArgumentError(f"opset must be from {LOWEST_OPSET[dtype]} to {OPSETS[-1]} for {dtype}, got {self.opset}")
+        if self.opset is not None and self.opset not in range(MIN_OPSET[dtype], OPSETS[-1] + 1):
+            raise InvalidArgumentError(f"opset must be from {MIN_OPSET[dtype]} to {OPSETS[-1]} for {dtype}, got {self.opset}")
         if self.atol is not None and not self.atol > 0:
             raise InvalidArgumentError(f"atol must be above 0, got {self.atol}")
         if self.size is not None and min(self.size) < 1:
@@ -254,7 +254,7 @@ def _check_use(model: Model, options: Options) -> None:
 
 def _steps(model: Model, options: Options) -> list[int]:
     """Of the composed samplers; raises InvalidArgumentError for a count that has no times."""
-    few = [count for count in model.times if count <= MOST_STEPS] or [min(model.times)]
+    few = [count for count in model.times if count <= MAX_COMPOSED_STEPS] or [min(model.times)]
     steps = sorted(set(few if options.steps is None else options.steps))
     if unknown := sorted(set(steps) - set(model.times)):
         raise InvalidArgumentError(f"steps must be among {sorted(model.times)}, the counts this checkpoint has times for; got {unknown}")
@@ -268,12 +268,12 @@ def _opset(options: Options) -> int:
 def export_model(model: Model, destination: Path, source: Source, options: Options) -> Exported:
     """Write and verify the bundle of a model; see :func:`export`. The model is used up: its weights are rounded, written and given back."""
     steps, opset, dtype, progress = _steps(model, options), _opset(options), options.dtype or "fp32", options.progress
-    references = draw_references(model, progress) if options.verify else None
+    references = compute_references(model, progress) if options.verify else None
     with new_bundle(destination, force=options.force) as writer:
         _write_graphs(writer, model, steps, opset, dtype, options)
         parameters = model.parameters
         model.release()  # the weights are on disk; verification needs the memory
-        give_back_freed_memory()
+        return_freed_memory_to_os()
         progress("writing")
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,

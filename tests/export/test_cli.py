@@ -88,7 +88,7 @@ def interrupt(*_: object, **__: object) -> None:
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("stage", ["open_checkpoint", "draw_references", "trace_step", "verify_bundle"])
+@pytest.mark.parametrize("stage", ["open_checkpoint", "compute_references", "trace_step", "verify_bundle"])
 def test_an_interrupt_leaves_nothing_and_exits_with_130(stage: str, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exporter, stage, interrupt)
     before = tree(tmp_path)

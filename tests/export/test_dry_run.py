@@ -62,7 +62,7 @@ def test_nothing_is_traced_and_nothing_is_written(options: Sequence[str], tiny_c
     def forbidden(*_: object, **__: object) -> None:
         raise AssertionError("a dry run got this far")
 
-    for name in ("new_bundle", "trace_step", "draw_references", "write_report"):
+    for name in ("new_bundle", "trace_step", "compute_references", "write_report"):
         monkeypatch.setattr(exporter, name, forbidden)
     monkeypatch.setattr(torch.onnx, "export", forbidden)
     monkeypatch.chdir(tmp_path)

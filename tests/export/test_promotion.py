@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from scm_export.precision import Precision
-from scm_export.promotion import MatchDtypes
+from scm_export.promotion import PromoteDtypes
 
 WIDE, HALF = torch.randn(2, 6, 4, 4, generator=torch.Generator().manual_seed(0)), torch.randn(2, 6, 4, 4, generator=torch.Generator().manual_seed(1)).half()
 WEIGHT = torch.randn(6, 6, generator=torch.Generator().manual_seed(2)).half()
@@ -32,13 +32,13 @@ CALLS: dict[str, tuple[Callable[[], Tensor], torch.dtype]] = {
 
 @pytest.mark.parametrize(("call", "dtype"), CALLS.values(), ids=CALLS)
 def test_operands_of_unlike_dtypes(call: Callable[[], Tensor], dtype: torch.dtype) -> None:
-    with MatchDtypes():
+    with PromoteDtypes():
         assert call().dtype == dtype
 
 
 def test_a_norm_does_not_overflow() -> None:
     large = HALF.clamp(-3, 3) * 20_000  # whose square half precision does not have
-    with MatchDtypes():
+    with PromoteDtypes():
         found = functional.normalize(large, dim=1)
     torch.testing.assert_close(found, functional.normalize(large.float(), dim=1).half())
 
@@ -46,7 +46,7 @@ def test_a_norm_does_not_overflow() -> None:
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_a_transformer_layer_of_torchs_own(batch_first: bool) -> None:
     layer = nn.TransformerEncoderLayer(12, 3, 24, batch_first=batch_first).eval()
-    network = Precision(layer, match_dtypes=True)
+    network = Precision(layer, promote_dtypes=True)
     x = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = layer(x)
@@ -63,6 +63,6 @@ def test_buffers_keep_their_digits() -> None:
         def forward(self, level: Tensor) -> Tensor:
             return torch.cos(input=level[:, None] * self.frequencies)
 
-    network, level = Precision(Angles(), match_dtypes=True), torch.tensor([0.1, 1.5])
+    network, level = Precision(Angles(), promote_dtypes=True), torch.tensor([0.1, 1.5])
     network.compute_dtype = torch.bfloat16
     torch.testing.assert_close(network(level), torch.cos((level[:, None] * torch.tensor([1234.5678])).double()).float(), rtol=0, atol=1e-6)

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from scm_export import cli, exporter
-from scm_export.verification.compare import Compared
+from scm_export.verification.compare import ImagePair
 from scm_export.verification.references import FIRST_SEED
 from scm_export.verification.report import to_html
-from scm_export.verification.verify import Outcome, verify_bundle
+from scm_export.verification.verify import VerificationResult, verify_bundle
 from scm_runtime import Generator
 from scm_runtime.bundle.manifest import Manifest, VerifiedCase, read_manifest
 from support import tree
@@ -92,7 +92,7 @@ def test_a_bundle_that_fails_leaves_its_report_and_nothing_else(tiny_checkpoint:
 
 
 def test_a_bundle_that_does_not_run_is_reported_too(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def damaged(folder: Path, *arguments: Any) -> Outcome:
+    def damaged(folder: Path, *arguments: Any) -> VerificationResult:
         (folder / "decode.fp32.onnx").write_bytes(b"<no> graph")
         return verify_bundle(folder, *arguments)
 
@@ -139,9 +139,9 @@ def test_a_report_inside_the_bundle_it_replaces_is_refused(tiny_checkpoint: Path
     assert tree(tmp_path) == before
 
 
-def page_of(manifest: Manifest, *compared: Compared) -> str:
+def page_of(manifest: Manifest, *compared: ImagePair) -> str:
     case = VerifiedCase(graph="step", dtype="fp32", batch_size=1, steps=1, max_abs=0.5, atol=1.0, psnr=30.0)
-    return to_html(manifest, Outcome("theirs <& ours>", [case], list(compared)))
+    return to_html(manifest, VerificationResult("theirs <& ours>", [case], list(compared)))
 
 
 def test_latents_are_shown_channel_by_channel_in_the_references_range(tiny_bundle: Path) -> None:
@@ -149,7 +149,7 @@ def test_latents_are_shown_channel_by_channel_in_the_references_range(tiny_bundl
     found = expected.copy()
     found[0, 1, 2, 3] = np.nan
     found[0, 0, 0, 0] = 9
-    page = page_of(read_manifest(tiny_bundle), Compared("latents", expected, found))
+    page = page_of(read_manifest(tiny_bundle), ImagePair("latents", expected, found))
     (_, reference), (_, bundle), (_, difference) = pictures(page)
     assert reference.shape == (3, 8)  # two channels, 3 x 4 each, side by side
     assert (reference[0, 0], reference[-1, -1]) == (0, 255)
@@ -170,7 +170,7 @@ def test_names_are_text_and_not_markup(tiny_bundle: Path) -> None:
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
 def test_pixels_of_any_number_of_channels_can_be_looked_at(channels: int, tiny_bundle: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (1, 5, 6, channels), np.uint8)
-    (_, reference), (_, _), (label, difference) = pictures(page_of(read_manifest(tiny_bundle), Compared("any", pixels, pixels)))
+    (_, reference), (_, _), (label, difference) = pictures(page_of(read_manifest(tiny_bundle), ImagePair("any", pixels, pixels)))
     assert reference.shape == {1: (5, 6), 2: (5, 12), 3: (5, 6, 3), 4: (5, 6, 4)}[channels]
     assert label == "difference × 1"
     assert not difference.any()

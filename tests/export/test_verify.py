@@ -25,7 +25,7 @@ from scm_export.model import ImageNetwork, Model, Reference
 from scm_export.parametrisation import sample
 from scm_export.precision import Precision
 from scm_export.verification import bf16_emulation, compare, references, verify
-from scm_export.verification.references import References, draw_references
+from scm_export.verification.references import References, compute_references
 from scm_export.verification.tolerances import passes
 from scm_export.verification.verify import verify_bundle
 from scm_export.writer import BundleWriter
@@ -53,7 +53,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
 
 @pytest.fixture(scope="module")
 def expected() -> References:
-    return draw_references(text_model(), quiet)
+    return compute_references(text_model(), quiet)
 
 
 def test_all_graphs_are_compared_in_every_batch_guidance_and_text_length(bundle: tuple[Path, Manifest], expected: References) -> None:
@@ -170,7 +170,7 @@ def ignore_mask(_module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ..
 def test_a_graph_that_ignores_the_mask_fails(bundle: tuple[Path, Manifest]) -> None:
     model = text_model()
     model.step.register_forward_pre_hook(ignore_mask)
-    outcome = verify_bundle(*bundle, draw_references(model, quiet), None, quiet)
+    outcome = verify_bundle(*bundle, compute_references(model, quiet), None, quiet)
     assert not outcome.passed
 
 
@@ -187,7 +187,7 @@ def test_a_model_that_gives_nan_is_a_failure(bundle: tuple[Path, Manifest]) -> N
     model = text_model()
     with torch.no_grad():
         next(model.step.parameters()).fill_(math.inf)
-    outcome = verify_bundle(*bundle, draw_references(model, quiet), None, quiet)
+    outcome = verify_bundle(*bundle, compute_references(model, quiet), None, quiet)
     with pytest.raises(VerificationError, match="not finite"):
         outcome.require_passed()
 
@@ -221,7 +221,7 @@ def test_the_originals_own_sampler_is_the_reference_where_there_is_one(bundle: t
         return sample(model.step, noises, times, model.initial_scale, conditioning)
 
     model.reference = Reference("their sampler", original)  # type: ignore[arg-type]  # noises are a list
-    outcome = verify_bundle(*bundle, draw_references(model, quiet), None, quiet)
+    outcome = verify_bundle(*bundle, compute_references(model, quiet), None, quiet)
     assert outcome.passed
     assert outcome.reference == "their sampler"
     assert drawn == [1, 2, 1, 2]
@@ -230,17 +230,17 @@ def test_the_originals_own_sampler_is_the_reference_where_there_is_one(bundle: t
 def test_another_original_is_noticed(bundle: tuple[Path, Manifest]) -> None:
     model = text_model()
     model.reference = Reference("their sampler", lambda noises, times, given: 1.01 * sample(model.step, noises, times, model.initial_scale, given))
-    outcome = verify_bundle(*bundle, draw_references(model, quiet), None, quiet)
+    outcome = verify_bundle(*bundle, compute_references(model, quiet), None, quiet)
     assert {case.steps for case in outcome.cases if not passes(case)} == {1, 2}
 
 
 def test_large_models_are_compared_at_every_point_but_not_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(references, "LARGE_NETWORK", 100)
-    monkeypatch.setattr(references, "LARGE_PICTURE", 100)
+    monkeypatch.setattr(references, "LARGE_IMAGE", 100)
     model = replace(text_model(), times={count: (*np.linspace(1.5, 0.1, count).tolist(), 0.0) for count in (1, 2, 4)})
     evaluated: list[int] = []
     model.step.register_forward_pre_hook(lambda _module, arguments: evaluated.append(len(arguments[0])))
-    drawn = draw_references(model, quiet).drawn
+    drawn = compute_references(model, quiet).drawn
     assert [(one.steps, one.batch_sizes, one.way.guidance_scale, one.way.sizes["tokens"]) for one in drawn] == [
         (1, (1,), 4.5, 7),
         (2, (1, 3), 4.5, 7),
@@ -252,7 +252,7 @@ def test_large_models_are_compared_at_every_point_but_not_everywhere(monkeypatch
 
 def test_long_samplers_are_left_out() -> None:
     model = replace(text_model(), times={count: (*np.linspace(1.5, 0.1, count).tolist(), 0.0) for count in (2, 4, 8)})
-    assert {one.steps for one in draw_references(model, quiet).drawn} == {2, 4}
+    assert {one.steps for one in compute_references(model, quiet).drawn} == {2, 4}
 
 
 def test_a_graph_whose_bfloat16_cannot_be_emulated_is_a_failure(bundle: tuple[Path, Manifest], expected: References, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,7 +280,7 @@ def test_a_graph_whose_bfloat16_cannot_be_emulated_is_a_failure(bundle: tuple[Pa
 )
 def test_single_evaluations_start_from_states_as_they_are_at_their_times(unit: str, times: tuple[float, ...], moments: list[float], sizes: list[float]) -> None:
     model = replace(text_model(), time_unit=unit, times={1: times})  # type: ignore[arg-type]  # one of the three above
-    (single,) = draw_references(model, quiet).evaluated
+    (single,) = compute_references(model, quiet).evaluated
     np.testing.assert_allclose(single.inputs["t"], moments, rtol=1e-3)
     np.testing.assert_array_equal(single.inputs["t_next"], np.float32(times[-1]))
     np.testing.assert_allclose(single.inputs["x"].reshape(3, -1).std(axis=1), sizes, rtol=0.15)
@@ -311,7 +311,7 @@ def test_tf32_is_off_while_references_are_drawn_and_back_afterwards() -> None:
     backends.cuda.matmul.fp32_precision = "tf32"
     try:
         before = settings()
-        draw_references(model, quiet)
+        compute_references(model, quiet)
         assert seen == {("ieee", "ieee", "ieee")}
         assert settings() == before
     finally:
@@ -395,10 +395,10 @@ def test_emulation_keeps_float32_islands_and_every_other_type() -> None:
 
 
 def test_models_whose_pictures_are_large_are_still_compared_by_pictures(bundle: tuple[Path, Manifest], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(references, "LARGE_PICTURE", 1)
+    monkeypatch.setattr(references, "LARGE_IMAGE", 1)
     model: Model = text_model()
     assert isinstance(model.decoder, ImageNetwork)
-    outcome = verify_bundle(*bundle, draw_references(model, quiet), None, quiet)
+    outcome = verify_bundle(*bundle, compute_references(model, quiet), None, quiet)
     outcome.require_passed()
     assert {(case.graph, case.batch_size) for case in outcome.cases if case.graph != "step"} == {(g, 1) for g in ("sample-2", "decode", "preview", "encode")}
     assert [len(picture.expected) for picture in outcome.pictures] == [1, 1]

@@ -25,7 +25,7 @@ from scm_export.families.weights import load_weights
 from scm_export.graphs.trace import TRACE_BATCH
 from scm_export.model import Model, Reference
 from scm_export.parametrisation import Step, sample
-from scm_export.precision import Precision, norms
+from scm_export.precision import Precision, is_norm
 from scm_runtime.bundle.manifest import Conditioning
 
 PIXEL_CHANNELS = (1, 3, 4)
@@ -79,7 +79,7 @@ def build_module(loaded: Loaded, options: BuildOptions) -> Model:
         _check_weights(network, loaded.describe())
     images = _images(config.sample_shape, sampler, options)
     kept = _kept(network, config.keep_fp32)
-    own = FirstOutput(Precision(network, _islands(kept), match_dtypes=True, wide=_weights_in(network, kept)))
+    own = FirstOutput(Precision(network, _islands(kept), promote_dtypes=True, fp32_parameters=_weights_in(network, kept)))
     model = Model(
         family="module",
         step=Step(own, sampler.sigma_data, sampler.parametrisation, sampler.solver),
@@ -109,7 +109,7 @@ class FirstOutput(nn.Module):
         self.network = network
 
     def forward(self, x: Tensor, level: Tensor, **conditioning: Tensor) -> Tensor:
-        # What torch.compile would make of the network is not what is traced, and it cannot compile MatchDtypes.
+        # What torch.compile would make of the network is not what is traced, and it cannot compile PromoteDtypes.
         with torch.compiler.set_stance("force_eager"):
             output: Any = self.network(x, level, **conditioning)
         while not isinstance(output, Tensor):
@@ -183,7 +183,7 @@ def _islands(kept: set[str]) -> Callable[[str, nn.Module], bool]:
     def inside(name: str) -> bool:
         return any(name.startswith(f"{outer}.") for outer in kept)
 
-    return lambda name, module: not inside(uncompiled(name)) and (uncompiled(name) in kept or norms(name, module))
+    return lambda name, module: not inside(uncompiled(name)) and (uncompiled(name) in kept or is_norm(name, module))
 
 
 def _images(sample_shape: tuple[int, ...], sampler: SamplerSpec, options: BuildOptions) -> ImageNetworks:

@@ -21,7 +21,7 @@ from scm_export.families.family import BuildOptions, Family
 from scm_export.families.weights import load_weights
 from scm_export.model import Model, Reference
 from scm_export.parametrisation import Step
-from scm_export.precision import Precision, norms
+from scm_export.precision import Precision, is_norm
 from scm_runtime.bundle.manifest import Conditioning
 from scm_runtime.errors import InvalidArgumentError
 
@@ -86,7 +86,7 @@ def _keep_sinusoids(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> An
 
 def _islands(name: str, module: nn.Module) -> bool:
     """Time and guidance, and norms. Linear attention sums over all pixels, and diffusers' own code does that in float32."""
-    return name == "time_embed" or norms(name, module)
+    return name == "time_embed" or is_norm(name, module)
 
 
 def recognises_sana_sprint(loaded: Loaded) -> bool:

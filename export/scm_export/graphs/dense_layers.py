@@ -13,7 +13,7 @@ DTYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 WORTHWHILE = 16  # channels; the units multiply 32 at once, and fewer are filled up
 
 
-def mark_products(model: ir.Model) -> None:
+def replace_dense_layers(model: ir.Model) -> None:
     """Make every product with a stored weight ``scm.channels_last::MatMul``, and every convolution that can be ``scm.channels_first::Conv``.
 
     Their function bodies are the nodes that they were: where there are no kernels nothing changes.

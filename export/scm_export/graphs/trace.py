@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from scm_export.errors import ExportError
 from scm_export.example_inputs import EXAMPLE_SIZE, example_conditioning
-from scm_export.graphs.bf16_casts import widen
+from scm_export.graphs.bf16_casts import insert_float32_casts
 from scm_export.graphs.build import BATCH, ir_version
-from scm_export.graphs.dense_layers import mark_products
+from scm_export.graphs.dense_layers import replace_dense_layers
 from scm_export.graphs.functions import attach_functions, optimize
-from scm_export.graphs.weight_layout import store_as_read
+from scm_export.graphs.weight_layout import fold_weight_transposes
 from scm_export.model import Model
 from scm_export.ops import operators_as_nodes
 
@@ -119,10 +119,10 @@ def _trace(
             assert program is not None
             traced: ir.Model = program.model
             optimize(traced)
-            store_as_read(traced)
+            fold_weight_transposes(traced)
             if operators:
-                mark_products(traced)
-            widen(traced)
+                replace_dense_layers(traced)
+            insert_float32_casts(traced)
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ExportError(f"torch.onnx cannot translate the network of {name}: {reason[-1]}") from error

@@ -9,7 +9,7 @@ from onnxscript import ir
 from scm_export.graphs.functions import INLINE_BELOW
 
 
-def store_as_read(model: ir.Model) -> None:
+def fold_weight_transposes(model: ir.Model) -> None:
     """Take every Reshape and Transpose of a weight out of a graph and do it to the weight, also where a Cast stands between the two.
 
     PyTorch's ``linear`` multiplies with the transpose of what it stores. The tensors in the result are views of those given.

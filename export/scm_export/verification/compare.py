@@ -14,7 +14,17 @@ from numpy.typing import NDArray
 
 from scm_export.errors import ExportError
 from scm_export.verification.bf16_emulation import emulated
-from scm_export.verification.references import BATCH_SIZES, LARGE_NETWORK, Drawn, Evaluated, Mapped, References, Way, describe, describe_steps
+from scm_export.verification.references import (
+    BATCH_SIZES,
+    LARGE_NETWORK,
+    ConditioningCase,
+    ReferenceMapping,
+    References,
+    ReferenceSamples,
+    ReferenceStep,
+    describe,
+    describe_steps,
+)
 from scm_export.verification.tolerances import PIXEL_ATOL, min_psnr, sample_atol
 from scm_runtime.bundle.manifest import COMBINE, Dtype, Manifest, VerifiedCase
 from scm_runtime.bundle.solver_tables import Evaluations, Schedules
@@ -28,7 +38,7 @@ REPEATS = 2  # of the samples of a single evaluation
 
 
 @dataclass(frozen=True)
-class Compared:
+class ImagePair:
     """Samples of the reference and the bundle's, as pixels uint8 ``[N, H, W, C]`` or latents float32 ``[N, C, ...]``."""
 
     title: str
@@ -94,7 +104,7 @@ class Graphs:
         found: NDArray[Any],
         atol: float,
         *,
-        way: Way | None = None,
+        way: ConditioningCase | None = None,
         sampler: str | None = None,
         steps: int = 0,
         times: Sequence[float] = (),
@@ -130,7 +140,7 @@ def _psnr(expected: NDArray[Any], found: NDArray[Any]) -> float | None:
     return 10 * math.log10(max(peak, 1e-30) ** 2 / mse) if math.isfinite(mse) else math.nan
 
 
-def compare(graphs: Graphs) -> Iterator[tuple[VerifiedCase, Compared | None]]:
+def compare(graphs: Graphs) -> Iterator[tuple[VerifiedCase, ImagePair | None]]:
     """All cases of the references, one session in memory at a time; pictures of those that make any.
 
     Raises:
@@ -174,7 +184,7 @@ def _composed(graphs: Graphs, count: int) -> list[VerifiedCase]:
 # ----------------------------------------------------------------------------
 # The step graph: single evaluations, and the runtime's loop.
 
-Sampled = tuple[Drawn, NDArray[np.float32]]
+Sampled = tuple[ReferenceSamples, NDArray[np.float32]]
 
 
 def _step(graphs: Graphs) -> tuple[list[VerifiedCase], list[Sampled]]:
@@ -197,14 +207,14 @@ def _step(graphs: Graphs) -> tuple[list[VerifiedCase], list[Sampled]]:
     return cases, sampled
 
 
-def _evaluation(graphs: Graphs, step: Session, evaluated: Evaluated) -> VerifiedCase:
+def _evaluation(graphs: Graphs, step: Session, evaluated: ReferenceStep) -> VerifiedCase:
     times = evaluated.inputs["t"].tolist()
     return graphs.case(
         "step", evaluated.x_next, step(**evaluated.inputs), graphs.state_atol(evaluated.x_next), way=evaluated.way, times=[float(f"{t:.7g}") for t in times]
     )
 
 
-def _larger_batch(graphs: Graphs, step: Session, evaluated: Evaluated) -> VerifiedCase:
+def _larger_batch(graphs: Graphs, step: Session, evaluated: ReferenceStep) -> VerifiedCase:
     """The same samples several times over: a batch larger than any that the network was called with in PyTorch, whose size it might have kept.
 
     Raises:
@@ -223,7 +233,7 @@ def _larger_batch(graphs: Graphs, step: Session, evaluated: Evaluated) -> Verifi
 
 
 def _sample(
-    initial_scale: float, evaluations: Evaluations, noise: Session, step: Session, combine: Session | None, drawn: Drawn, n: int
+    initial_scale: float, evaluations: Evaluations, noise: Session, step: Session, combine: Session | None, drawn: ReferenceSamples, n: int
 ) -> NDArray[np.float32]:
     """What Generator does, the last n samples of the reference in a batch of their own."""
     seeds, conditioning = drawn.seeds[-n:], {name: values[-n:] for name, values in drawn.conditioning.items()}
@@ -247,7 +257,7 @@ def _sample(
 # Pixels: of the samples, where the reference has any; and the networks between latents and images alone.
 
 
-def _decoded(graphs: Graphs, sampled: Sequence[Sampled]) -> Iterator[tuple[VerifiedCase, Compared | None]]:
+def _decoded(graphs: Graphs, sampled: Sequence[Sampled]) -> Iterator[tuple[VerifiedCase, ImagePair | None]]:
     with graphs.open("decode") as decode:
         for drawn, states in sampled:
             n, expected = len(states), drawn.latents[-len(states) :]
@@ -255,14 +265,14 @@ def _decoded(graphs: Graphs, sampled: Sequence[Sampled]) -> Iterator[tuple[Verif
             if drawn.pixels is not None and len(drawn.pixels) >= n:
                 pixels = (drawn.pixels[-n:], decode(x=states))
                 title = f"{graphs.dtype} on {graphs.device}, {describe_steps(drawn)}{describe(drawn.way)}"
-                picture = Compared(title, *pixels) if n == len(drawn.pixels) else None
+                picture = ImagePair(title, *pixels) if n == len(drawn.pixels) else None
             yield (
                 graphs.case("step", expected, states, graphs.state_atol(expected), way=drawn.way, sampler=drawn.sampler, steps=drawn.steps, pixels=pixels),
                 picture,
             )
 
 
-def _mapped(graphs: Graphs, mapped: Mapped) -> list[VerifiedCase]:
+def _mapped(graphs: Graphs, mapped: ReferenceMapping) -> list[VerifiedCase]:
     atol = graphs.pixel_atol if mapped.expected.dtype == np.uint8 else graphs.state_atol(mapped.expected)
     with graphs.open(mapped.graph) as session:
         cases = []

@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from scm_export.verification.compare import Compared
+from scm_export.verification.compare import ImagePair
 from scm_export.verification.tolerances import passes
-from scm_export.verification.verify import Outcome
+from scm_export.verification.verify import VerificationResult
 from scm_runtime.bundle.manifest import Manifest, VerifiedCase
 from scm_runtime.common.files import whole_file
 from scm_runtime.errors import OutputError
@@ -55,7 +55,7 @@ def check_report_path(path: Path, bundle: Path) -> None:
         )
 
 
-def write_report(path: Path, manifest: Manifest, outcome: Outcome) -> None:
+def write_report(path: Path, manifest: Manifest, outcome: VerificationResult) -> None:
     """Write the report, whether the bundle passed or not. An existing file is replaced; raises OutputError where that cannot be."""
     try:
         with whole_file(path) as part:
@@ -64,7 +64,7 @@ def write_report(path: Path, manifest: Manifest, outcome: Outcome) -> None:
         raise OutputError(f"cannot write the report '{path}': {error.strerror or error}. Choose another file for --report.") from error
 
 
-def to_html(manifest: Manifest, outcome: Outcome) -> str:
+def to_html(manifest: Manifest, outcome: VerificationResult) -> str:
     """The report as a page."""
     verification = outcome.verification
     cases = () if verification is None else verification.cases
@@ -179,7 +179,7 @@ def _cases(cases: tuple[VerifiedCase, ...]) -> str:
 # Pictures: reference | bundle | difference × gain.
 
 
-def _figure(compared: Compared) -> str:
+def _figure(compared: ImagePair) -> str:
     rows = []
     for expected, found in zip(*map(_pictures, (compared.expected, compared.found), (compared.expected, compared.expected)), strict=True):
         difference, gain = _difference(expected, found)

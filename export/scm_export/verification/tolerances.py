@@ -58,4 +58,4 @@ OP_TOLERANCE: dict[str, tuple[float, float]] = {
 }
 
 # The same of a product in float32 whose factors are sums of two bfloat16, 16 bits in all, each (docs/custom-ops.md).
-PRODUCT_TOLERANCE = (5e-5, 5e-5)
+SPLIT_BF16_TOLERANCE = (5e-5, 5e-5)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from scm_export.errors import ExportError, VerificationError
-from scm_export.verification.compare import Compared, Graphs, Progress, compare
+from scm_export.verification.compare import Graphs, ImagePair, Progress, compare
 from scm_export.verification.references import LARGE_NETWORK, References
 from scm_export.verification.tolerances import passes, sample_atol
 from scm_runtime.bundle.manifest import Dtype, Manifest, Verification, VerifiedCase
@@ -19,12 +19,12 @@ DEVICES = ("cpu",)  # every one that sessions can be opened on
 
 
 @dataclass
-class Outcome:
+class VerificationResult:
     """What a comparison showed, good or bad."""
 
     reference: str
     cases: list[VerifiedCase] = field(default_factory=list)
-    pictures: list[Compared] = field(default_factory=list)
+    pictures: list[ImagePair] = field(default_factory=list)
     failure: str | None = None
     """Why nothing more could be compared: a graph does not run, or PyTorch's own results are not finite."""
 
@@ -61,7 +61,7 @@ def _bad(cases: Sequence[VerifiedCase]) -> str | None:
     return f"{len(bad)} of {len(cases)} cases are over tolerance; the worst is {what}: max abs error {worst.max_abs:.3g}, tolerance {worst.atol:.3g}{quality}"
 
 
-def verify_bundle(folder: Path, manifest: Manifest, references: References, atol: float | None, progress: Progress) -> Outcome:
+def verify_bundle(folder: Path, manifest: Manifest, references: References, atol: float | None, progress: Progress) -> VerificationResult:
     """Draw the references' samples through the bundle's graphs, in every dtype and on every device, and compare.
 
     That is done on ONNX Runtime alone. Where the native library is installed and fits the bundle, every graph is opened once more with its kernels, and one
@@ -75,7 +75,7 @@ def verify_bundle(folder: Path, manifest: Manifest, references: References, atol
             and no PSNR is asked for.
         progress: called with the name of each stage.
     """
-    outcome = Outcome(references.name)
+    outcome = VerificationResult(references.name)
     if not references.finite:
         outcome.failure = "the PyTorch sampler itself gives values that are not finite: are these the trained weights?"
         return outcome
