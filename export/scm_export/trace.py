@@ -124,6 +124,7 @@ def _trace(
             if operators:
                 mark_products(traced)
             widen(traced)
+            ir.passes.common.RemoveUnusedNodesPass()(traced)  # the shapes of removed Reshape nodes: ONNX Runtime warns of every unused initializer
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ExportError(f"torch.onnx cannot translate the network of {name}: {reason[-1]}") from error
