@@ -17,19 +17,19 @@ BATCH = "batch"
 
 
 def ir_version(opset: int) -> int:
-    """The oldest IR version that allows an operator set, so that the oldest ONNX Runtime can read the graph."""
+    """Lowest IR version that supports an operator set, so that old versions of ONNX Runtime can read the graph."""
     return helper.find_min_ir_version_for([helper.make_opsetid("", opset)])
 
 
 def build_noise(sample_shape: Sequence[int], opset: int) -> ir.Model:
-    """noise: seeds int64 ``[N]``, draw int64 ``[]``, scale float32 ``[]`` to normal noise, float32 ``[N, *sample_shape]``."""
+    """Build the noise graph: seeds int64 ``[N]``, draw int64 ``[]``, scale float32 ``[]`` to normal noise, float32 ``[N, *sample_shape]``."""
     inputs = [_value("seeds", ir.DataType.INT64, [BATCH]), _value("draw", ir.DataType.INT64, []), _value("scale", ir.DataType.FLOAT, [])]
     attributes = [ir.AttrInt64s("shape", sample_shape)]
     return _single_node("noise", OPERATORS["PhiloxNormal"], inputs, attributes, _value("noise", ir.DataType.FLOAT, [BATCH, *sample_shape]), opset)
 
 
 def build_decode(sample_shape: Sequence[int], decoder: ImageDecoder | Latents, opset: int) -> ir.Model:
-    """decode: x float32 ``[N, C, H, W]`` to uint8 ``[N, H, W, C]``, or, where samples are latents, to itself."""
+    """Build the decode graph: x float32 ``[N, C, H, W]`` to uint8 ``[N, H, W, C]``. If samples are latents, it returns x."""
     x = _value("x", ir.DataType.FLOAT, [BATCH, *sample_shape])
     if isinstance(decoder, Latents):
         output = _value("latent", ir.DataType.FLOAT, [BATCH, *sample_shape])
@@ -40,7 +40,10 @@ def build_decode(sample_shape: Sequence[int], decoder: ImageDecoder | Latents, o
 
 
 def build_combine(sample_shape: Sequence[int], opset: int) -> ir.Model:
-    """combine: x, base, result float32 ``[N, *sample_shape]``, weights float32 ``[N, 3]`` to weights[:, 0] base + weights[:, 1] x + weights[:, 2] result."""
+    """Build the combine graph: weights[:, 0] base + weights[:, 1] x + weights[:, 2] result.
+
+    x, base and result are float32 ``[N, *sample_shape]``, weights float32 ``[N, 3]``.
+    """
     state: list[str | int | None] = [BATCH, *sample_shape]
     summands = ("base", "x", "result")
     axes = numpy_helper.from_array(np.arange(2, len(state), dtype=np.int64), "axes")

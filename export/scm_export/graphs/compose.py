@@ -17,10 +17,10 @@ from scm_export.model import Model
 
 
 def compose_sample(model: Model, steps: int, noise: ModelProto, step: ModelProto, decode: ModelProto) -> ModelProto:
-    """Compose the sampler of one step count out of the graphs of its parts, whose weights may lie in external data.
+    """Compose the sampler for one step count from the graphs of its parts, whose weights may be external data.
 
-    Types and shapes come along: with the native library registered ONNX Runtime does not look into function bodies, and what it infers by itself ends
-    where a dimension has no name.
+    Types and shapes of intermediate values are copied too: with the native library registered, ONNX Runtime does not look into function bodies, and its
+    own inference stops at dimensions without a name.
     """
     nodes: list[NodeProto] = []
     values: list[ValueInfoProto] = []
@@ -56,7 +56,14 @@ def compose_sample(model: Model, steps: int, noise: ModelProto, step: ModelProto
 
 
 def _instantiate(part: GraphProto, prefix: str, inputs: Mapping[str, str], nodes: list[NodeProto], values: list[ValueInfoProto]) -> str:
-    """Append a copy of a graph's nodes and of what is known of their results, its inputs bound to outer values and its own values prefixed.
+    """Append a copy of a graph's nodes and value types to ``nodes`` and ``values``.
+
+    Args:
+        part: the graph to copy.
+        prefix: prepended to the names of the copy's nodes and values.
+        inputs: name of the outer value for each input of the graph.
+        nodes: receives the nodes.
+        values: receives the types and shapes.
 
     Returns:
         The name of the output.
@@ -71,7 +78,7 @@ def _instantiate(part: GraphProto, prefix: str, inputs: Mapping[str, str], nodes
 
 
 def _constant(part: GraphProto, tensor: TensorProto) -> TensorProto:
-    """A constant of a part under a name that all copies of the part share."""
+    """Copy of an initializer, under a name that all copies of its graph share."""
     copy = TensorProto()
     copy.CopyFrom(tensor)
     copy.name = f"{part.name}/{tensor.name}"

@@ -1,4 +1,4 @@
-"""The function bodies of ``scm`` operators in a finished graph: attached, so that it runs without the library, or put in place of the nodes."""
+"""Function bodies of the ``scm`` operators: attached to a graph, so that it runs without the native library, or inlined."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from scm_export.errors import ExportError
 from scm_export.ops import OPERATORS
 from scm_runtime.bundle.manifest import CHANNELS_FIRST_DOMAIN, CHANNELS_LAST_DOMAIN, OPS_DOMAIN, OPS_VERSION
 
-INLINE_BELOW = 1024  # bytes; smaller tensors stay in their graphs, larger ones lie in the weights file
+INLINE_BELOW = 1024  # bytes; smaller tensors are stored in their graphs, larger ones in the weights file
 
 
 def attach_functions(model: ir.Model) -> None:
-    """Give a model the bodies of the operators it uses. Optimising it afterwards would inline them.
+    """Add the function bodies of the ``scm`` operators that a model uses. Do this last: :func:`optimize` inlines them.
 
     Raises:
-        ExportError: the nodes of one operator would need different bodies.
+        ExportError: nodes of one operator need different bodies.
     """
     nodes: dict[str, list[ir.Node]] = defaultdict(list)
     for node in model.graph.all_nodes():
@@ -33,20 +33,20 @@ def attach_functions(model: ir.Model) -> None:
 
 
 def inline_functions(model: ir.Model) -> None:
-    """Put the bodies in place of the nodes, in a model that :func:`attach_functions` has gone over: standard ONNX is left."""
+    """Replace ``scm`` nodes by their function bodies, added by :func:`attach_functions`. The result is standard ONNX."""
     optimize(model)
 
 
 def optimize(model: ir.Model) -> None:
-    """Fold constants and remove what nobody reads; the weights stay as they are stored. Inlines functions."""
-    # Without the rules x + 0 = x and the like: they take any constant below 1e-8 for 0, and with it an epsilon out of a denominator.
+    """Inline functions, fold small constants and remove unused nodes. Weights stay as they are stored."""
+    # Rules such as x + 0 = x are left out: they take any constant below 1e-8 for 0, and so would remove an epsilon from a denominator.
     rules = tuple(rule for rule in rewriter._DEFAULT_REWRITE_RULES if rule not in rewriter._no_op.rules)
-    with patch.object(rewriter, "_DEFAULT_REWRITE_RULES", rules):  # optimize_ir has no argument for them
+    with patch.object(rewriter, "_DEFAULT_REWRITE_RULES", rules):  # optimize_ir has no parameter for the rules
         optimizer.optimize_ir(model, should_fold=_only_small)
 
 
 def _body(name: str, nodes: Sequence[ir.Node], opset: int) -> FunctionProto:
-    # All nodes have the optional output if it is read at one: ONNX Runtime inlines no body with more outputs than its node has.
+    # If any node uses the optional output, all nodes get it: ONNX Runtime does not inline a body with more outputs than its node.
     outputs = 2 if any(value.uses() or value.is_graph_output() for node in nodes for value in node.outputs[1:]) else 1
     for node in nodes:
         node.resize_outputs(outputs)
@@ -60,6 +60,6 @@ def _body(name: str, nodes: Sequence[ir.Node], opset: int) -> FunctionProto:
 
 
 def _only_small(node: ir.Node) -> bool | None:
-    """Keep the weights as they are stored: a constant folded out of one would be a second copy, perhaps in another dtype."""
+    """Return False for nodes that read a large constant: folding would store a second copy of a weight, perhaps in another dtype."""
     constants = (value.const_value for value in node.inputs if value is not None and value.const_value is not None)
     return False if any(constant.nbytes >= INLINE_BELOW for constant in constants) else None

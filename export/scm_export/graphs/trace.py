@@ -1,4 +1,4 @@
-"""From PyTorch modules to ONNX graphs with a dynamic batch."""
+"""Tracing of PyTorch modules into ONNX graphs with a dynamic batch size."""
 
 from __future__ import annotations
 
@@ -22,19 +22,17 @@ from scm_export.graphs.weight_layout import fold_weight_transposes
 from scm_export.model import Model
 from scm_export.ops import operators_as_nodes
 
-TRACE_BATCH = 2  # sizes 0 and 1 would specialise
-LARGEST = 2**20  # of a free dimension
-
-Shape = dict[int, Any]  # free dimensions by axis, torch.export.Dim
+TRACE_BATCH = 2  # torch.export would specialize the graph for sizes 0 and 1
+MAX_SIZE = 2**20  # of a dynamic dimension
 
 
 def trace_step(model: Model, opset: int, *, operators: bool = True) -> ir.Model:
-    """Trace one step of a model's sampler, in the dtype the model computes in now.
+    """Trace one step of a model's sampler, in the model's current compute dtype.
 
     Args:
-        model: its weights become the result's: they are not copied.
+        model: the graph refers to its weights without copying them.
         opset: ONNX operator set.
-        operators: False traces through the functions of ``scm_export.ops`` to torch's own operators, as any exporter would; for comparison.
+        operators: False traces the functions of ``scm_export.ops`` as the torch operators that they consist of, for comparison.
 
     Returns:
         The graph, with ``scm`` nodes and their function bodies.
@@ -47,13 +45,13 @@ def trace_step(model: Model, opset: int, *, operators: bool = True) -> ir.Model:
     inputs = {"x": x, "t": t, "t_next": t.clone(), "noise": x.clone()}
     names = sorted({size for item in model.conditioning for size in item.shape if isinstance(size, str)})
     sizes = {name: EXAMPLE_SIZE + i for i, name in enumerate(names)}
-    free = {name: torch.export.Dim(name, min=1, max=LARGEST) for name in names}
-    batch = torch.export.Dim(BATCH, min=1, max=LARGEST)
+    dynamic = {name: torch.export.Dim(name, min=1, max=MAX_SIZE) for name in names}
+    batch = torch.export.Dim(BATCH, min=1, max=MAX_SIZE)
     conditioning = {item.name: example_conditioning(item, TRACE_BATCH, sizes) for item in model.conditioning}
     if model.family == "module":
-        with torch.no_grad():  # a table that the network keeps for each dtype is then a real one, not one of the tracer
+        with torch.no_grad():  # a table that the network caches for each dtype then holds real tensors instead of the tracer's
             model.step(*inputs.values(), conditioning)
-    shapes = {item.name: {0: batch, **{axis: free[size] for axis, size in enumerate(item.shape, 1) if isinstance(size, str)}} for item in model.conditioning}
+    shapes = {item.name: {0: batch, **{axis: dynamic[size] for axis, size in enumerate(item.shape, 1) if isinstance(size, str)}} for item in model.conditioning}
     return _trace(
         "step",
         model.step,
@@ -67,17 +65,25 @@ def trace_step(model: Model, opset: int, *, operators: bool = True) -> ir.Model:
 
 
 def trace_map(name: str, network: nn.Module, example: Tensor, input: str, output: str, opset: int) -> ir.Model:
-    """Trace a network of one input, decoder or encoder, in the dtype it computes in now; ``example`` is a valid input for at least two samples.
+    """Trace a network with one input, such as a decoder or an encoder, in its current compute dtype.
+
+    Args:
+        name: of the graph.
+        network: called with one tensor.
+        example: a valid input for at least two samples.
+        input: name of the graph's input.
+        output: name of the graph's output.
+        opset: ONNX operator set.
 
     Raises:
         ExportError: torch cannot translate the network.
     """
-    batch = torch.export.Dim(BATCH, min=1, max=LARGEST)
+    batch = torch.export.Dim(BATCH, min=1, max=MAX_SIZE)
     return _trace(name, _OneInput(network), {"input": example}, {"input": {0: batch}}, [input], output, opset)
 
 
 class _OneInput(nn.Module):
-    """Gives a network's input a name of ours, whatever its own argument is called."""
+    """A network whose argument is called ``input``, whatever the name in its own ``forward``."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -101,7 +107,7 @@ def _trace(
 ) -> ir.Model:
     exporter_log = logging.getLogger("torch.onnx")
     level = exporter_log.level
-    exporter_log.setLevel(logging.ERROR)  # it warns of optional packages that no graph here needs
+    exporter_log.setLevel(logging.ERROR)  # it warns about optional packages that no graph here needs
     try:
         with torch.no_grad(), warnings.catch_warnings(), operators_as_nodes() if operators else nullcontext():
             warnings.simplefilter("ignore")  # deprecations inside torch and onnxscript
@@ -123,6 +129,8 @@ def _trace(
             if operators:
                 replace_dense_layers(traced)
             insert_float32_casts(traced)
+            # ONNX Runtime warns of every unused initializer, such as the shape of a Reshape that was removed.
+            ir.passes.common.RemoveUnusedNodesPass()(traced)
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ExportError(f"torch.onnx cannot translate the network of {name}: {reason[-1]}") from error
@@ -142,7 +150,7 @@ def _trace(
 
 
 def _strip(model: ir.Model, name: str) -> None:
-    """Leave out what the exporter notes for debugging: stack traces with this machine's paths, and docs."""
+    """Remove the debugging metadata that torch adds: doc strings, and stack traces with paths of this machine."""
     model.metadata_props.clear()
     model.doc_string = None
     model.graph.metadata_props.clear()
