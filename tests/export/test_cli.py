@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from hub_cache import Hub, add_snapshot, commit_of, serving
-from scm_export import cli, exporter
+from scm_export import Options, cli, export, exporter, preparation
 from scm_export.choices import PARAMETRISATION_NAMES
 from scm_export.parametrisation import PARAMETRISATIONS
 from scm_runtime.bundle.manifest import read_manifest
@@ -78,9 +79,10 @@ runpy.run_module(module, run_name="__main__")
     assert "Usage: command" in run_python(program, module).stdout
 
 
-def test_every_option_is_one_of_the_exporters_and_the_other_way_round() -> None:
+def test_the_command_and_export_have_the_fields_of_options() -> None:
     names = {option.name for option in cli.main.params}
-    assert names - {"checkpoint", "out", "dry_run", "as_json", "version"} == set(exporter.Options.__dataclass_fields__) - {"progress"}
+    assert names - {"checkpoint", "out", "dry_run", "as_json", "version"} == set(Options.__dataclass_fields__) - {"progress"}
+    assert list(inspect.signature(export).parameters) == ["checkpoint", "out", *Options.__dataclass_fields__]
     assert set(PARAMETRISATION_NAMES) == set(PARAMETRISATIONS)
 
 
@@ -90,7 +92,7 @@ def interrupt(*_: object, **__: object) -> None:
 
 @pytest.mark.parametrize("stage", ["open_checkpoint", "compute_references", "trace_step", "verify_bundle"])
 def test_an_interrupt_leaves_nothing_and_exits_with_130(stage: str, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exporter, stage, interrupt)
+    monkeypatch.setattr(preparation if stage == "open_checkpoint" else exporter, stage, interrupt)
     before = tree(tmp_path)
     _, error = scm_export(tiny_checkpoint, "-o", tmp_path / "out.scm", "--steps", "", "--report", tmp_path / "report.html", code=130)
     assert "Interrupted" in error

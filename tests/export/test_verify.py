@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from both_ways import check_both_ways
 from scm_export.errors import ExportError, VerificationError
-from scm_export.exporter import Options, export_model
+from scm_export.exporter import export_model
 from scm_export.graphs.trace import trace_map
 from scm_export.model import ImageNetwork, Model, Reference
+from scm_export.options import Options
 from scm_export.parametrisation import sample
 from scm_export.precision import Precision
 from scm_export.verification import bf16_emulation, compare, references, verify
