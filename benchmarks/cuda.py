@@ -30,7 +30,7 @@ from scm_runtime.engines.engine import Trajectory
 from scm_runtime.errors import ScmError
 from scm_runtime.inputs.call import Call
 from scm_runtime.ort.native_ops import find_library
-from scm_runtime.ort.session import Settings
+from scm_runtime.ort.options import SessionSettings
 
 REPLAYS = 200
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -73,7 +73,7 @@ def overhead(bundle: str, dtypes: Sequence[Dtype], batch_sizes: Sequence[int], r
     figures: dict[str, Any] = {}
     folder = find(bundle, None).folder
     manifest, library = read_manifest(folder), find_library()
-    settings = Settings(place("cuda"), library=library.path if library else None)
+    settings = SessionSettings(place("cuda"), library=library.path if library else None)
     for dtype in dtypes:
         context = CudaContext(0)
         engine = open_cuda_engine(context, folder, manifest, dtype, settings)
@@ -97,17 +97,17 @@ def overhead(bundle: str, dtypes: Sequence[Dtype], batch_sizes: Sequence[int], r
 def own_time_ms(engine: CudaEngine, n: int, conditioning: Mapping[str, Any]) -> dict[str, float]:
     """Of each graph, replayed over and over."""
     trajectory = Trajectory(Call(np.arange(n, dtype=np.int64), dict(conditioning), along(engine._manifest.times["2"]), None))
-    engine.begin(trajectory)
-    engine.advance([trajectory])
+    engine.start(trajectory)
+    engine.step([trajectory])
     engine.decode([trajectory])
     slot = engine._slot([trajectory])
     runs: dict[str, Callable[[], object]] = {"noise": slot.noise, "step": slot.step, "finite": slot.check, "decode": slot.decode}
     times = {}
     for name, run in runs.items():
-        start = engine.mark()
+        start = engine.timestamp()
         for _ in range(REPLAYS):
             run()
-        times[name] = engine.seconds(start, engine.mark()) * 1e3 / REPLAYS
+        times[name] = engine.elapsed(start, engine.timestamp()) * 1e3 / REPLAYS
     return times
 
 

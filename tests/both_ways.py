@@ -14,7 +14,7 @@ from scm_export.verification.tolerances import PIXEL_ATOL, sample_atol
 from scm_runtime import Generator
 from scm_runtime.bundle.manifest import Manifest, read_manifest
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
-from scm_runtime.ort.native_ops import MATMUL_PRECISION
+from scm_runtime.ort.options import MATMUL_PRECISION
 from support import native_library, run_python
 
 OWN_ARGUMENTS = ("class_labels", "guidance_scale", "prompt_embeds", "prompt_attention_mask")  # of Generator's call

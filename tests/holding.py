@@ -14,7 +14,7 @@ import pytest
 from scm_runtime import Generator, Samples
 from scm_runtime.engines.engine import Trajectory
 from scm_runtime.ort.session import Session
-from scm_runtime.sampling.batching import THREAD_NAME
+from scm_runtime.sampling.scheduler import THREAD_NAME
 
 PATIENCE_S = 60.0
 
@@ -38,8 +38,8 @@ def held(generator: Generator, **arguments: Any) -> Iterator[Future[Samples]]:
 
 def engine_of(generator: Generator) -> Any:
     """What computes for it."""
-    assert generator._usage.resource is not None
-    return generator._usage.resource.engine
+    assert generator._loop.resource is not None
+    return generator._loop.resource.engine
 
 
 def stepping(engine: Any) -> threading.Event:
@@ -65,13 +65,13 @@ def recorded(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> list[list
     """From now on: for each evaluation of the step, of each request its first seed and the step it is at."""
     rounds: list[list[tuple[int, int]]] = []
     engine = engine_of(generator)
-    advance: Callable[[Sequence[Trajectory]], None] = engine.advance
+    advance: Callable[[Sequence[Trajectory]], None] = engine.step
 
     def note(trajectories: Sequence[Trajectory]) -> None:
-        rounds.append([(int(one.call.seeds[0]), one.k) for one in trajectories])
+        rounds.append([(int(one.call.seeds[0]), one.evaluations_done) for one in trajectories])
         advance(trajectories)
 
-    monkeypatch.setattr(engine, "advance", note)
+    monkeypatch.setattr(engine, "step", note)
     return rounds
 
 

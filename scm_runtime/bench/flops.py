@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
 from scm_runtime.devices.placement import Placement
-from scm_runtime.ort.session import Session, Settings
+from scm_runtime.ort.open_session import open_session
+from scm_runtime.ort.options import SessionSettings
 
 Shape = Sequence[int]
 
@@ -62,8 +63,8 @@ def count_graph(path: Path, placement: Placement, threads: int | None, inputs: M
     """Run a graph once on these inputs and count. Raises what Session raises."""
     plain = load_onnxruntime().GraphOptimizationLevel.ORT_DISABLE_ALL
     with tempfile.TemporaryDirectory() as folder:
-        session = Session(
-            path, Settings(placement, threads=threads, frugal=True, profile_dir=Path(folder), session_options={"graph_optimization_level": plain})
+        session = open_session(
+            path, SessionSettings(placement, threads=threads, low_memory=True, profile_dir=Path(folder), session_options={"graph_optimization_level": plain})
         )
         session(**inputs)
         session.end_profiling()

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from scm_runtime.bundle.manifest import Dtype
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
 from scm_runtime.devices.placement import CUDA_PROVIDER, Placement
-from scm_runtime.ort.session import Session, Settings
+from scm_runtime.ort.open_session import open_session
+from scm_runtime.ort.options import SessionSettings
 
 GRAPHS = Path(str(files("scm_runtime") / "peaks"))
 BLOCK = 64
@@ -47,7 +48,7 @@ def _fastest(placement: Placement, graph: str, block: NDArray[np.float32], repea
     # As bundles are run: without TF32, see cuda_options.py.
     providers = tuple((name, {**options, "use_tf32": "0"} if name == CUDA_PROVIDER else options) for name, options in placement.providers)
     plain = load_onnxruntime().GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = Session(GRAPHS / graph, Settings(replace(placement, providers=providers), session_options={"graph_optimization_level": plain}))
+    session = open_session(GRAPHS / graph, SessionSettings(replace(placement, providers=providers), session_options={"graph_optimization_level": plain}))
     return min(_seconds(lambda: session(block=block, repeats=repeats)) for _ in range(TRIES))
 
 

@@ -30,7 +30,6 @@ from scm_runtime.generator import CAPTURE_RUNS, Generator
 from scm_runtime.inputs.arguments import CallArguments
 from scm_runtime.inputs.conditioning import stand_ins
 from scm_runtime.ort.native_ops import NativeOps
-from scm_runtime.sampling.request import read_request
 
 USUAL_STEPS = (1, 2)  # of a consistency model, where none are named
 ITEM_BYTES: dict[Dtype, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
@@ -146,7 +145,7 @@ def _plan(generator: Generator, order: Order) -> list[Row]:
             "conditioning": stand_ins(manifest.conditioning, range(1)),
             "output_type": "np",
         }
-        steps = read_request(generator, None, cast(CallArguments, arguments)).trajectory.call.steps
+        steps = generator._read_request(None, cast(CallArguments, arguments)).trajectory.call.steps
         rows += [Row(generator, steps, size, {**arguments, "batch_size": size}) for size in dict.fromkeys(order.batch_sizes)]
     return rows
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from scm_runtime.errors import InvalidArgumentError
-from scm_runtime.samples import EXPORT_A_DECODER, Samples, picture_format
+from scm_runtime.samples import EXPORT_A_DECODER, Samples, image_format_of
 
 if TYPE_CHECKING:
     from scm_runtime.generator import Generator
@@ -69,7 +69,7 @@ class Output:
             raise InvalidArgumentError(f"'{out}' is a folder. Name a picture in it, or write '{out}/' for a file an image.")
         if not output.path(0, 0).suffix:
             raise InvalidArgumentError(f"'{out}' names no picture: end it in .png or .jpg, say, or write '{out}/' for a folder with a file an image.")
-        picture_format(output.path(0, 0))
+        image_format_of(output.path(0, 0))
         return output
 
     def path(self, index: int, seed: int) -> Path:

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and the opening of files that are nothing else."""
+"""Files that are written completely or not at all, and reading of regular files only."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from pathlib import Path
 
 
 def beside(target: Path, what: str) -> Path:
-    """A hidden path in the target's folder that nothing else uses."""
+    """Return an unused hidden path in the target's folder; ``what`` is part of its name."""
     return target.with_name(f".{target.name}.{what}-{os.urandom(6).hex()}")
 
 
 @contextmanager
 def whole_file(target: Path) -> Iterator[Path]:
-    """A path to write to that takes the target's place when the block ends well, and vanishes when it does not. Raises what the system raises."""
+    """Yield a path to write to. The file replaces the target if the block ends without an exception, and is removed otherwise. Raises OSError."""
     part = beside(target, "part")
     try:
         part.touch(exist_ok=False)
         mode = part.stat().st_mode
         yield part
-        part.chmod(mode)  # the user's umask; some writers make private files
+        part.chmod(mode)  # as the user's umask has it; some writers make private files
         part.replace(target)
     finally:
         part.unlink(missing_ok=True)
 
 
 def open_regular(path: Path, *, follow_links: bool = True) -> BufferedReader:
-    """Open a file to read its bytes, if it is a regular one: a pipe or a device might have no end. Raises OSError."""
-    flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)  # without the last, opening a pipe waits for a writer
+    """Open a regular file for reading its bytes. Raises OSError for anything else: reading a pipe or a device might never end."""
+    flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)  # without O_NONBLOCK, opening a pipe waits for a writer
     if not follow_links:
         flags |= getattr(os, "O_NOFOLLOW", 0)
     file = os.fdopen(os.open(path, flags), "rb")

@@ -167,7 +167,7 @@ def _ops(providers: tuple[Provider, ...]) -> Ops:
     reason = next((why for why in tried.values() if why), None)
     if library is None:
         return Ops(None, reason=reason or "this installation has no library")
-    facts, runs = library.facts, {device: why is None for device, why in tried.items()}
+    facts, runs = library.info, {device: why is None for device, why in tried.items()}
     return Ops(str(library.path), facts.version, facts.ops, facts.cuda.version if facts.cuda else None, runs, reason)
 
 
@@ -184,11 +184,11 @@ def _why_no_kernels(device: str) -> str | None:
 def _cache() -> Cache:
     """The folder, made if need be as a Generator would."""
     from scm_runtime.cache.folder import look_for_folder, max_bytes
-    from scm_runtime.cache.graph_cache import PARTS
+    from scm_runtime.cache.graph_cache import SUBFOLDERS
 
     try:
         max_bytes()
-        folder, reason = look_for_folder(None, PARTS)
+        folder, reason = look_for_folder(None, SUBFOLDERS)
         if folder is None:
             return Cache(os.environ.get("SCM_CACHE_DIR") or None, writable=False, size_bytes=0, reason=reason)
         size = sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())

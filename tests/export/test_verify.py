@@ -32,7 +32,9 @@ from scm_export.verification.verify import verify_bundle
 from scm_export.writer import BundleWriter
 from scm_runtime.bundle.manifest import WEIGHTS, Manifest, Source, VerifiedCase
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
-from scm_runtime.ort.session import Session, Settings
+from scm_runtime.ort.open_session import open_session
+from scm_runtime.ort.options import SessionSettings
+from scm_runtime.ort.session import Session
 from support import native_library
 from text_model import STATE, text_model
 
@@ -150,12 +152,11 @@ def test_of_a_large_network_every_graph_is_opened_with_the_native_library(
     native_library()
     opened: list[tuple[str, bool]] = []
 
-    class Noted(Session):
-        def __init__(self, path: Path, settings: Settings | None = None) -> None:
-            super().__init__(path, settings)
-            opened.append((path.name, settings is not None and settings.library is not None))
+    def noted(path: Path, settings: SessionSettings | None = None) -> Session:
+        opened.append((path.name, settings is not None and settings.library is not None))
+        return open_session(path, settings)
 
-    monkeypatch.setattr(compare, "Session", Noted)
+    monkeypatch.setattr(compare, "open_session", noted)
     monkeypatch.setattr(compare, "LARGE_NETWORK", 0)
     monkeypatch.setattr(verify, "LARGE_NETWORK", 0)
     verify_bundle(*bundle, expected, None, quiet).require_passed()
@@ -356,7 +357,7 @@ def test_emulated_bfloat16_is_torchs_bfloat16(make: Callable[[], Precision], tmp
     network.compute_dtype = torch.float32
     full = network(x)
     with bf16_emulation.emulated(path) as stand_in:
-        session = Session(stand_in)
+        session = open_session(stand_in)
         assert stand_in.stat().st_size < 20_000 < (tmp_path / "half" / WEIGHTS).stat().st_size  # refers to the weights
     assert [file.name for file in (tmp_path / "half").iterdir() if "emulated" in file.name] == []
     found = torch.from_numpy(session(x=x.numpy()))

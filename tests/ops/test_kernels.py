@@ -19,7 +19,7 @@ from scm_runtime import Generator
 from scm_runtime.bundle.manifest import MANIFEST, OPS_DOMAIN, OPS_VERSION, sha256
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
 from scm_runtime.errors import InvalidArgumentError
-from scm_runtime.ort.native_ops import MATMUL_PRECISION
+from scm_runtime.ort.options import MATMUL_PRECISION
 from support import BFLOAT16, MATRIX_UNITS, native_library
 
 onnxruntime = load_onnxruntime()

@@ -21,7 +21,7 @@ from scm_export.ops import OPERATORS
 from scm_export.verification.tolerances import OP_TOLERANCE, SPLIT_BF16_TOLERANCE
 from scm_runtime.bundle.manifest import OPS_VERSION
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
-from scm_runtime.ort.native_ops import MATMUL_PRECISION
+from scm_runtime.ort.options import MATMUL_PRECISION
 from support import native_library
 
 onnxruntime = load_onnxruntime()

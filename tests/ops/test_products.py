@@ -17,7 +17,7 @@ from scm_export.graphs.trace import trace_step
 from scm_export.model import ImageDecoder, Model
 from scm_export.parametrisation import Step
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
-from scm_runtime.ort.native_ops import MATMUL_PRECISION
+from scm_runtime.ort.options import MATMUL_PRECISION
 from support import BFLOAT16, native_library
 
 onnxruntime = load_onnxruntime()

@@ -23,7 +23,9 @@ from scm_runtime.common.runs import RunRegistry
 from scm_runtime.devices.placement import CPU, Placement
 from scm_runtime.engines.cuda.thread import CAPTURES
 from scm_runtime.errors import InferenceError, OutOfMemoryError
-from scm_runtime.ort.session import Region, Session, Settings
+from scm_runtime.ort.open_session import open_session
+from scm_runtime.ort.options import SessionSettings
+from scm_runtime.ort.session import DeviceTensor, Session
 
 DEVICE_MEMORY = 0x7F00_0000_0000_0000  # above all addresses of a process
 LEGACY = 1
@@ -385,7 +387,7 @@ class Machine:
 
     pushed: list[Any] = []  # noqa: RUF012 - per thread in CUDA; tests use one at a time
 
-    def open_session(self, path: Path, settings: Settings) -> Session:
+    def open_session(self, path: Path, settings: SessionSettings) -> Session:
         """A session as ONNX Runtime's CUDA provider would open it, that computes on the CPU."""
         options = settings.placement.providers[0][1]
         capture = options["enable_cuda_graph"] == "1"
@@ -397,19 +399,20 @@ class Machine:
 
 
 class FakeSession(Session):
-    def __init__(self, machine: Machine, path: Path, settings: Settings, stream: Stream, capture: bool) -> None:
-        super().__init__(path, replace(settings, placement=CPU, threads=1))
+    def __init__(self, machine: Machine, path: Path, settings: SessionSettings, stream: Stream, capture: bool) -> None:
+        on_cpu = replace(settings, placement=CPU, threads=1)
+        super().__init__(path, open_session(path, on_cpu)._session, on_cpu)
         self.settings = settings
         self.machine, self.stream, self.capture = machine, stream, capture
         self.resident = path.name not in machine.refuses_graphs
         self.captured: dict[int, tuple[Any, ...]] = {}
 
-    def bind(self, inputs: Mapping[str, Region], output: Region, *, run_options: Mapping[str, str] | None = None) -> Any:
+    def bind(self, inputs: Mapping[str, DeviceTensor], output: DeviceTensor, *, run_options: Mapping[str, str] | None = None) -> Any:
         return FakeBound(self, dict(inputs), output, dict(run_options or {}))
 
 
 class FakeBound:
-    def __init__(self, session: FakeSession, inputs: dict[str, Region], output: Region, options: dict[str, str]) -> None:
+    def __init__(self, session: FakeSession, inputs: dict[str, DeviceTensor], output: DeviceTensor, options: dict[str, str]) -> None:
         self.session, self.inputs, self.output, self.options = session, inputs, output, options
         # What a node on the CPU reads is copied here, and not in the order of the stream.
         self.arrays = None if session.resident else self._read()
@@ -478,5 +481,5 @@ class FakeBound:
         machine.bytes_at(self.output.address, _nbytes(self.output), queueing=False)[:] = np.ascontiguousarray(result).reshape(-1).view(np.uint8)
 
 
-def _nbytes(region: Region) -> int:
+def _nbytes(region: DeviceTensor) -> int:
     return np.dtype(region.dtype).itemsize * prod(region.shape)

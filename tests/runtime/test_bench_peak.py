@@ -20,7 +20,7 @@ from scm_runtime.bench.gpu_peak import BLOCK, CHAIN, GRAPHS, copy_rate, product_
 from scm_runtime.bench.result import Peak
 from scm_runtime.devices import cuda_driver as driver
 from scm_runtime.devices.placement import CPU
-from scm_runtime.ort.session import Session
+from scm_runtime.ort.open_session import open_session
 
 HEADER = '<ir_version: 10, opset_import: ["" : 20]>\n'
 TYPES = {"fp32": 1, "fp16": 10, "bf16": 16}
@@ -70,7 +70,7 @@ def test_the_graphs_are_those_described() -> None:
 def test_the_products_neither_grow_nor_vanish(dtype: str) -> None:
     turned = np.array(np.linalg.qr(np.random.default_rng(0).standard_normal((BLOCK, BLOCK)))[0])
     repeats = 3
-    corner = Session(GRAPHS / f"product.{dtype}.onnx")(block=(turned / repeats).astype(np.float32), repeats=np.array([repeats, repeats]))
+    corner = open_session(GRAPHS / f"product.{dtype}.onnx")(block=(turned / repeats).astype(np.float32), repeats=np.array([repeats, repeats]))
     expected = np.linalg.matrix_power(turned, CHAIN["product"] + 1)[0, 0] / repeats
     np.testing.assert_allclose(corner, expected, atol=1e-6 if dtype == "fp32" else 1e-3)
 

@@ -21,8 +21,9 @@ import handmade
 from scm_runtime import Generator, InferenceError
 from scm_runtime.bundle.checksums import Seen, Verified, identity
 from scm_runtime.bundle.manifest import WEIGHTS, sha256
-from scm_runtime.cache.graph_cache import PART, GraphCache
+from scm_runtime.cache.graph_cache import TEMP_PREFIX, GraphCache
 from scm_runtime.cache.private_copy import ChangedError, copy_graph
+from scm_runtime.ort import open_session as opening
 
 STEP = "step.fp32.onnx"
 SEEDS = (7, 8)
@@ -77,21 +78,21 @@ by_file_and_folder = pytest.mark.parametrize("swap", [exchange_files, exchange],
 def swapped(swap: Callable[[], None], *, back: bool) -> Iterator[None]:
     """Within the block: swap when the step's graph is looked for in the cache, so under a name that was made before. Swap back as soon as a graph was
     opened, or, without ``back``, not at all."""
-    original, waiting = GraphCache.open, [swap, swap] if back else [swap]
+    original, waiting = opening.open_cached, [swap, swap] if back else [swap]
 
-    def watched(cache: GraphCache, source: Path, key: str, build: Callable[..., Any], **options: Any) -> Any:
-        def watched_build(path: Path, change: Callable[[Any], None]) -> Any:
-            opened = build(path, change)
+    def watched(cache: GraphCache, source: Path, key: str, create: Callable[..., Any], **options: Any) -> Any:
+        def watched_create(path: Path, change: Callable[[Any], None]) -> Any:
+            opened = create(path, change)
             if waiting and source.name == STEP:
                 waiting.pop()()
             return opened
 
         if source.name == STEP:
             waiting.pop()()
-        return original(cache, source, key, watched_build, **options)
+        return original(cache, source, key, watched_create, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(GraphCache, "open", watched)
+        patch.setattr(opening, "open_cached", watched)
         yield
     assert not waiting
 
@@ -178,4 +179,4 @@ def test_weights_behind_a_link_are_not_followed_into_the_cache(honest: Path, tmp
     for _ in range(2):
         with pytest.raises(InferenceError, match="cannot open"):
             draw(honest, tmp_path / "cache", verify_integrity=False)
-    assert not list((tmp_path / "cache").glob(f"graphs/{PART}*"))
+    assert not list((tmp_path / "cache").glob(f"graphs/{TEMP_PREFIX}*"))

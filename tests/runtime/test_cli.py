@@ -22,7 +22,8 @@ from PIL import Image
 import scm_runtime
 from scm_runtime import Generator, Manifest, Samples
 from scm_runtime.cli import main
-from scm_runtime.engines.engine import HostEngine, Trajectory
+from scm_runtime.engines.engine import Trajectory
+from scm_runtime.engines.host import HostEngine
 from scm_runtime.samples import grid
 from support import run, tree
 
@@ -142,13 +143,13 @@ def test_images_are_written_as_they_are_drawn(tiny_bundle: Path, tmp_path: Path,
 
 
 def test_no_more_images_than_a_batch_are_computed_at_a_time(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original, sizes = HostEngine.advance, []
+    original, sizes = HostEngine.step, []
 
     def watched(self: HostEngine, trajectories: Sequence[Trajectory]) -> None:
         sizes.append(sum(map(len, trajectories)))
         original(self, trajectories)
 
-    monkeypatch.setattr(HostEngine, "advance", watched)
+    monkeypatch.setattr(HostEngine, "step", watched)
     assert call("generate", tiny_bundle, "-o", f"{tmp_path}/", "--num-images", "5", "--batch-size", "2").exit_code == 0
     assert sizes == [2, 2, 2, 2, 1, 1]
 

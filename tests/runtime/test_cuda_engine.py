@@ -30,11 +30,14 @@ from scm_runtime.engines.cuda.engine import CudaEngine
 from scm_runtime.engines.cuda.open_engine import FINITE, open_cuda_engine
 from scm_runtime.engines.cuda.options import cuda_options
 from scm_runtime.engines.cuda.thread import Captures, CudaContext
-from scm_runtime.engines.engine import Engine, HostEngine, Trajectory
-from scm_runtime.engines.sessions import Graphs
+from scm_runtime.engines.engine import Engine, Trajectory
+from scm_runtime.engines.host import HostEngine
+from scm_runtime.engines.sessions import BundleSessions
 from scm_runtime.errors import DeviceError, GeneratorClosedError, InferenceError, InvalidArgumentError, MissingDependencyError, OutOfMemoryError
 from scm_runtime.inputs.call import Call
-from scm_runtime.ort.session import Session, Settings
+from scm_runtime.ort.open_session import open_session
+from scm_runtime.ort.options import SessionSettings
+from scm_runtime.ort.session import Session
 
 DIGITS = Path(scm_runtime.__file__).parent / "bundles" / "digits.scm"
 MANIFEST = read_manifest(DIGITS)
@@ -49,12 +52,12 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
 
 @pytest.fixture(scope="module")
 def host() -> HostEngine:
-    return HostEngine(Graphs(DIGITS, MANIFEST, "fp32", lambda path: Session(path, Settings(threads=1))), "fp32", MANIFEST.initial_scale)
+    return HostEngine(BundleSessions(DIGITS, MANIFEST, "fp32", lambda path: open_session(path, SessionSettings(threads=1))), "fp32", MANIFEST.initial_scale)
 
 
 def opened(machine: Machine, stream: object | None = None, *, context: CudaContext | None = None, cuda_graph: bool = True) -> CudaEngine:
     context = context or CudaContext(0, stream)
-    return open_cuda_engine(context, DIGITS, MANIFEST, "fp32", Settings(PLACEMENT), cuda_graph=cuda_graph, open_session=machine.open_session)
+    return open_cuda_engine(context, DIGITS, MANIFEST, "fp32", SessionSettings(PLACEMENT), cuda_graph=cuda_graph, open_session=machine.open_session)
 
 
 @pytest.fixture
@@ -70,19 +73,19 @@ def call(*seeds: int, steps: int = 2, latents: NDArray[np.float32] | None = None
 
 
 def step(engine: Engine, *trajectories: Trajectory) -> None:
-    engine.advance(trajectories)
+    engine.step(trajectories)
     for one in trajectories:
-        one.k += 1
+        one.evaluations_done += 1
 
 
 def sampled(engine: Engine, trajectory: Trajectory) -> NDArray[Any]:
     """A whole call."""
 
     def job() -> NDArray[Any]:
-        engine.begin(trajectory)
+        engine.start(trajectory)
         while not trajectory.done:
             step(engine, trajectory)
-        assert engine.finite(trajectory).all()
+        assert engine.finite_flags(trajectory).all()
         return engine.decode([trajectory])[0]
 
     return engine.run(job)
@@ -115,13 +118,13 @@ def test_merged_trajectories_at_different_steps_get_what_they_get_alone(engine: 
     ahead, behind = call(1, 2), call(3)
 
     def job() -> list[NDArray[Any]]:
-        engine.begin(ahead)
+        engine.start(ahead)
         step(engine, ahead)
-        engine.begin(behind)
+        engine.start(behind)
         step(engine, ahead, behind)  # the second step of one, the first of the other
         step(engine, behind)
-        assert engine.finite(ahead).shape == (2, 2)
-        assert engine.finite(behind).all()
+        assert engine.finite_flags(ahead).shape == (2, 2)
+        assert engine.finite_flags(behind).all()
         return engine.decode([ahead, behind])
 
     for merged, expected in zip(engine.run(job), alone, strict=True):
@@ -132,8 +135,8 @@ def test_samplers_of_several_evaluations_a_step(machine: Machine, tiny_guided: t
     folder = tiny_guided[0]
     manifest = read_manifest(folder)
     schedules, times = Schedules(folder, manifest), ("heun", None, "dpm-solver-2s")
-    host = HostEngine(Graphs(folder, manifest, "fp32", lambda path: Session(path, Settings(threads=1))), "fp32", manifest.initial_scale)
-    engine = open_cuda_engine(CudaContext(0, None), folder, manifest, "fp32", Settings(PLACEMENT), open_session=machine.open_session)
+    host = HostEngine(BundleSessions(folder, manifest, "fp32", lambda path: open_session(path, SessionSettings(threads=1))), "fp32", manifest.initial_scale)
+    engine = open_cuda_engine(CudaContext(0, None), folder, manifest, "fp32", SessionSettings(PLACEMENT), open_session=machine.open_session)
 
     def calls() -> list[Trajectory]:
         given: dict[str, NDArray[Any]] = {"class_labels": np.array([1, 2], np.int64), "guidance_scale": np.array([2, 3], np.float32)}
@@ -142,11 +145,11 @@ def test_samplers_of_several_evaluations_a_step(machine: Machine, tiny_guided: t
     def together(engine: Engine, trajectories: list[Trajectory]) -> list[NDArray[Any]]:
         def job() -> list[NDArray[Any]]:
             for one in trajectories:
-                engine.begin(one)
+                engine.start(one)
             while waiting := [one for one in trajectories if not one.done]:
                 step(engine, *waiting)
-            assert all(engine.finite(one).all() for one in trajectories)
-            return [np.array(engine.fetch(one)) for one in trajectories]
+            assert all(engine.finite_flags(one).all() for one in trajectories)
+            return [np.array(engine.read_state(one)) for one in trajectories]
 
         return engine.run(job)
 
@@ -161,8 +164,8 @@ def test_merged_trajectories_at_one_step_draw_noise_at_once(engine: CudaEngine, 
     one, other = call(1, 2), call(3)
 
     def job() -> list[NDArray[Any]]:
-        engine.begin(one)
-        engine.begin(other)
+        engine.start(one)
+        engine.start(other)
         machine.runs.clear()
         step(engine, one, other)
         assert [(run.graph, run.n) for run in machine.runs if run.number != -1] == [("noise.onnx", 3), ("step.fp32.onnx", 3), ("finite.onnx", 3)]
@@ -183,14 +186,14 @@ def test_states_go_to_the_host_only_when_they_are_fetched(engine: CudaEngine, ma
 def test_fetched_and_replaced_states(engine: CudaEngine, host: HostEngine) -> None:
     def job(engine: Engine) -> tuple[NDArray[Any], ...]:
         trajectory = call(1, 2)
-        engine.begin(trajectory)
+        engine.start(trajectory)
         step(engine, trajectory)
-        first = np.array(engine.fetch(trajectory))
-        engine.replace(trajectory, first[::-1] * 2)
-        assert engine.finite(trajectory).shape == (0, 2)
+        first = np.array(engine.read_state(trajectory))
+        engine.set_state(trajectory, first[::-1] * 2)
+        assert engine.finite_flags(trajectory).shape == (0, 2)
         step(engine, trajectory)
-        assert engine.finite(trajectory).shape == (1, 2)
-        return first, np.array(engine.fetch(trajectory)), engine.decode([trajectory])[0]
+        assert engine.finite_flags(trajectory).shape == (1, 2)
+        return first, np.array(engine.read_state(trajectory)), engine.decode([trajectory])[0]
 
     for ours, theirs in zip(engine.run(lambda: job(engine)), job(host), strict=True):
         np.testing.assert_array_equal(ours, theirs)
@@ -201,13 +204,13 @@ def test_finite_says_which_sample_after_which_step(engine: CudaEngine, bad: floa
     trajectory = call(1, 2, 3)
 
     def job() -> NDArray[np.bool_]:
-        engine.begin(trajectory)
+        engine.start(trajectory)
         step(engine, trajectory)
-        x = np.array(engine.fetch(trajectory))
+        x = np.array(engine.read_state(trajectory))
         x[1, 0, 0, 0] = bad
-        engine.replace(trajectory, x)
+        engine.set_state(trajectory, x)
         step(engine, trajectory)
-        return engine.finite(trajectory)
+        return engine.finite_flags(trajectory)
 
     assert engine.run(job).tolist() == [[True, False, True]]
 
@@ -218,7 +221,7 @@ def test_finite_graph_is_the_one_described() -> None:
     graph = helper.make_graph(nodes, "finite", [x], [finite], [helper.make_tensor("axes", TensorProto.INT64, [1], [1])])
     made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9, producer_name="scm-runtime")
     assert onnx.load(FINITE) == made
-    flags = Session(FINITE)(x=np.array([[1, -3e38], [np.inf, 0], [0, -np.inf], [np.nan, 1]], np.float32))
+    flags = open_session(FINITE)(x=np.array([[1, -3e38], [np.inf, 0], [0, -np.inf], [np.nan, 1]], np.float32))
     assert (flags == 0).tolist() == [True, False, False, False]
 
 
@@ -318,12 +321,12 @@ def test_works_on_the_hosts_stream_and_waits_for_nothing_of_the_hosts(machine: M
     theirs = machine.make_stream()
     engine, trajectory, later = opened(machine, kind(theirs.handle)), call(2), []
     np.testing.assert_array_equal(sampled(engine, call(1)), sampled(host, call(1)))
-    engine.run(lambda: engine.begin(trajectory))
-    engine.run(lambda: engine.fetch(trajectory))
+    engine.run(lambda: engine.start(trajectory))
+    engine.run(lambda: engine.read_state(trajectory))
     theirs.queue.append(lambda: later.append("the host's own work"))
-    engine.run(lambda: engine.advance([trajectory]))
+    engine.run(lambda: engine.step([trajectory]))
     assert later == []
-    engine.run(lambda: engine.fetch(trajectory))
+    engine.run(lambda: engine.read_state(trajectory))
     assert later  # it came before
     engine.close()
     assert not theirs.closed
@@ -372,10 +375,10 @@ def test_a_consumer_of_dlpack_sees_the_result_without_the_host_waiting(machine: 
     stream = machine.make_stream() if asked == "own" else machine.legacy
 
     def job() -> DeviceArray:
-        engine.begin(trajectory)
+        engine.start(trajectory)
         step(engine, trajectory)
         step(engine, trajectory)
-        return engine.on_device(trajectory)
+        return engine.decode_on_device(trajectory)
 
     array = engine.run(job)
     assert machine.to_host == []
@@ -392,8 +395,8 @@ def test_a_consumer_of_dlpack_sees_the_result_without_the_host_waiting(machine: 
 
 def test_a_consumer_that_waits_itself_is_not_made_to(machine: Machine) -> None:
     engine, trajectory = opened(machine), call(1)
-    engine.run(lambda: engine.begin(trajectory))
-    array = engine.run(lambda: engine.on_device(trajectory))
+    engine.run(lambda: engine.start(trajectory))
+    array = engine.run(lambda: engine.decode_on_device(trajectory))
     consumed(array, stream=-1)
     assert machine.waits == []
     for arguments, said in (({"stream": 0}, "stream"), ({"stream": -2}, "stream"), ({"copy": True}, "copy"), ({"dl_device": (1, 0)}, "device")):
@@ -407,10 +410,10 @@ def test_a_result_on_the_device_outlives_the_generator_and_later_calls(machine: 
     engine, trajectory = opened(machine), call(1)
 
     def job() -> DeviceArray:
-        engine.begin(trajectory)
+        engine.start(trajectory)
         step(engine, trajectory)
         step(engine, trajectory)
-        return engine.on_device(trajectory)
+        return engine.decode_on_device(trajectory)
 
     array = engine.run(job)
     capsule = consumed(array)
@@ -527,11 +530,11 @@ def test_two_engines_share_a_context(machine: Machine, host: HostEngine) -> None
 def test_a_bundle_that_cannot_be_opened_leaves_the_context_for_another_try(machine: Machine) -> None:
     context = CudaContext(0)
 
-    def refuse(path: Path, settings: Settings) -> Session:
+    def refuse(path: Path, settings: SessionSettings) -> Session:
         raise InferenceError("no")
 
     with pytest.raises(InferenceError, match="no"):
-        open_cuda_engine(context, DIGITS, MANIFEST, "fp32", Settings(PLACEMENT), open_session=refuse)
+        open_cuda_engine(context, DIGITS, MANIFEST, "fp32", SessionSettings(PLACEMENT), open_session=refuse)
     engine = opened(machine, context=context)
     sampled(engine, call(1))
     engine.close()
@@ -605,7 +608,7 @@ def test_marks_measure_on_the_stream_from_any_thread(engine: CudaEngine) -> None
     trajectory = call(1)
     sampled(engine, trajectory)
     assert [part.name for part in trajectory.parts] == ["noise", "noise", "step", "noise", "step", "decode", "copy"]
-    assert all(engine.seconds(part.start, part.end) > 0 for part in trajectory.parts)
+    assert all(engine.elapsed(part.start, part.end) > 0 for part in trajectory.parts)
 
 
 def test_a_capture_waits_for_other_jobs_and_holds_new_ones_up() -> None:

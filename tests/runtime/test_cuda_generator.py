@@ -20,7 +20,8 @@ from scm_runtime.devices.placement import CPU
 from scm_runtime.engines.cuda import gpu as cuda
 from scm_runtime.engines.cuda.dlpack import DeviceArray
 from scm_runtime.engines.cuda.open_engine import open_cuda_engine
-from scm_runtime.ort.session import Session, Settings
+from scm_runtime.ort.options import SessionSettings
+from scm_runtime.ort.session import Session
 
 SEEDS = [1, 2, 3]
 
@@ -126,10 +127,10 @@ def test_latents_of_a_bundle_without_a_decoder_stay_on_the_device(machine: Machi
         assert (array.dtype, array.shape) == (np.dtype(np.float32), (2, *generate.manifest.sample.shape))
 
 
-def broken(machine: Machine, graph: str, spoil: Callable[[Any], Any]) -> Callable[[Path, Settings], Session]:
+def broken(machine: Machine, graph: str, spoil: Callable[[Any], Any]) -> Callable[[Path, SessionSettings], Session]:
     """Sessions as the machine opens them, of which one graph's results are spoilt."""
 
-    def open_session(path: Path, settings: Settings) -> Session:
+    def open_session(path: Path, settings: SessionSettings) -> Session:
         session = machine.open_session(path, settings)
         if path.name == graph:
 

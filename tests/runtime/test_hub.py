@@ -30,7 +30,7 @@ from scm_runtime.bundle import hub as scm_hub
 from scm_runtime.cli import main
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
 from scm_runtime.ort.native_ops import find_library
-from scm_runtime.ort.session import Session
+from scm_runtime.ort.open_session import open_session
 from support import BLOCK_IMPORTS, run_python, tree
 
 constants = pytest.importorskip("huggingface_hub.constants")
@@ -216,7 +216,7 @@ def test_links_to_other_places_are_not_followed(bundles: dict[str, Path], tmp_pa
         (folder / "weights.onnx.data").unlink()
         (folder / "weights.onnx.data").symlink_to(secret)
         with pytest.raises(InferenceError, match=r"weights\.onnx\.data"):
-            Session(folder / "step.fp32.onnx")
+            open_session(folder / "step.fp32.onnx")
 
 
 def test_weights_behind_a_link_that_onnxruntime_refuses(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,7 +238,7 @@ def test_weights_behind_a_link_that_onnxruntime_refuses(filled: Path, monkeypatc
         np.testing.assert_allclose(latents(generator), expected(1.0), atol=1e-5)
     attempts.clear()
     with pytest.raises(InferenceError, match="escapes model directory"):
-        Session(step)
+        open_session(step)
     assert attempts == ["step.fp32.onnx"], "there is nothing to follow"
 
 

@@ -22,6 +22,7 @@ from scm_runtime import Generator, InferenceError, InvalidArgumentError
 from scm_runtime.bundle.manifest import MANIFEST, FileEntry, read_manifest, sha256
 from scm_runtime.cli import main
 from scm_runtime.ort import session
+from scm_runtime.ort.open_session import open_session
 from scm_runtime.samples import grid
 from support import tree
 
@@ -272,7 +273,7 @@ def test_a_graph_with_two_outputs(tmp_path: Path) -> None:
     text = f"{handmade.HEADER} g (float[n] x) => (float[n] a, float[n] b) {{ a = Identity(x)\n b = Neg(x) }}"
     path.write_bytes(onnx.parser.parse_model(text).SerializeToString())
     with pytest.raises(InferenceError, match=r"step\.fp32\.onnx' must have one output, got a, b"):
-        session.Session(path)
+        open_session(path)
 
 
 PIXELS = np.zeros((1, *handmade.PICTURE), np.uint8)

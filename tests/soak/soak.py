@@ -274,8 +274,8 @@ class Soak:
     def _reopen(self, rng: random.Random) -> None:
         """One of its own, whose evaluations may fail; closed or dropped while requests run."""
         generator = self._open()
-        assert generator._usage.resource is not None
-        graphs: Any = generator._usage.resource.engine.graphs()
+        assert generator._loop.resource is not None
+        graphs: Any = generator._loop.resource.engine.graphs()
         graphs.step = Flaky(graphs.step, rng)
         del graphs
         pending = []

@@ -29,7 +29,9 @@ from scm_export.verification.tolerances import PIXEL_ATOL, min_psnr, sample_atol
 from scm_runtime.bundle.manifest import COMBINE, Dtype, Manifest, VerifiedCase
 from scm_runtime.bundle.solver_tables import Evaluations, Schedules
 from scm_runtime.errors import InferenceError
-from scm_runtime.ort.session import Session, Settings
+from scm_runtime.ort.open_session import open_session
+from scm_runtime.ort.options import SessionSettings
+from scm_runtime.ort.session import Session
 
 Progress = Callable[[str], None]
 
@@ -65,17 +67,17 @@ class Graphs:
         path = self.folder / f"{graph}.{self.dtype}.onnx"
         # The step of a float32 bundle is run as hosts run it, whatever its size.
         as_hosts = not graph.startswith("sample-") and self.manifest.weights_dtype == "fp32" and self.library is None
-        settings = Settings(frugal=self.manifest.parameters > LARGE_NETWORK and not as_hosts, library=self.library)
+        settings = SessionSettings(low_memory=self.manifest.parameters > LARGE_NETWORK and not as_hosts, library=self.library)
         if self.dtype == "bf16" and self.device == "cpu":
             with emulated(path) as stand_in:
-                session = Session(stand_in, settings)
+                session = open_session(stand_in, settings)
         else:
-            session = Session(path, settings)
+            session = open_session(path, settings)
         yield session
 
     def open_shared(self, name: str) -> Session:
         """A graph that all dtypes share, by its file's name."""
-        return Session(self.folder / name, Settings(library=self.library))
+        return open_session(self.folder / name, SessionSettings(library=self.library))
 
     @property
     def dtypes(self) -> tuple[Dtype, str]:

@@ -22,7 +22,7 @@ from scm_export.verification.verify import VerificationResult
 from scm_runtime.bundle.manifest import Manifest, VerifiedCase
 from scm_runtime.common.files import whole_file
 from scm_runtime.errors import OutputError
-from scm_runtime.samples import PICTURE_CHANNELS
+from scm_runtime.samples import IMAGE_CHANNELS
 
 EXPLANATION = (
     "Differences are in the scale of the state, or in levels where a network makes the pixels. PSNR is over pixels, or over the state with the "
@@ -191,7 +191,7 @@ def _figure(compared: ImagePair) -> str:
 def _pictures(samples: NDArray[Any], reference: NDArray[Any]) -> NDArray[np.uint8]:
     """Something to look at, uint8 ``[N, H, W, 1, 3 or 4]``: pixels as they are; else channels side by side, in the reference's range."""
     if samples.dtype == np.uint8:
-        if samples.shape[-1] in PICTURE_CHANNELS:
+        if samples.shape[-1] in IMAGE_CHANNELS:
             return samples
         n, height, _, _ = samples.shape
         return samples.swapaxes(2, 3).reshape(n, height, -1, 1)

@@ -19,10 +19,10 @@ from scm_runtime.bundle.manifest import Dtype, Manifest
 from scm_runtime.engines.cuda.dlpack import DeviceArray
 from scm_runtime.engines.cuda.slots import Block, Graphed, Key, Slot, Slots
 from scm_runtime.engines.cuda.thread import CudaContext
-from scm_runtime.engines.engine import Part, Trajectory, combines, weights_of
-from scm_runtime.engines.sessions import Graphs
+from scm_runtime.engines.engine import TimedPart, Trajectory, combines, weights_of
+from scm_runtime.engines.sessions import BundleSessions
 from scm_runtime.errors import GeneratorClosedError, OutOfMemoryError
-from scm_runtime.ort.session import Region
+from scm_runtime.ort.session import DeviceTensor
 
 Result = TypeVar("Result")
 
@@ -58,15 +58,15 @@ class _State:
 class CudaEngine:
     """See ``engine.Engine``. Jobs of ``run`` are done one after the other, in the context's thread."""
 
-    lazy = True
+    asynchronous = True
 
-    def __init__(self, context: CudaContext, graphs: Graphs, graphed: Graphed, dtype: Dtype, manifest: Manifest) -> None:
+    def __init__(self, context: CudaContext, graphs: BundleSessions, graphed: Graphed, dtype: Dtype, manifest: Manifest) -> None:
         """Work with open graphs, on the context's device: see ``open_engine.open_cuda_engine``."""
         context.retain()
         self.dtype: Dtype = dtype
         self.provider = graphs.step.provider
         self._context, self._manifest = context, manifest
-        self._graphs: Graphs | None = graphs
+        self._graphs: BundleSessions | None = graphs
         self._slots: Slots | None = Slots(context, graphed, manifest)
 
     @property
@@ -83,33 +83,33 @@ class CudaEngine:
         """See Engine and ``CudaContext.run``."""
         return self._context.run(job)
 
-    def begin(self, trajectory: Trajectory) -> None:
+    def start(self, trajectory: Trajectory) -> None:
         """See Engine."""
         with self._memory_for([trajectory]):
-            start, call, scale = self.mark(), trajectory.call, self._manifest.initial_scale
+            start, call, scale = self.timestamp(), trajectory.call, self._manifest.initial_scale
             trajectory.state = state = _State(self._context, trajectory, self._manifest.sample.shape)
             if call.latents is None:
                 self._draw([trajectory], 0, scale, state.block.address("x"))
             else:
                 state.block.upload({"x": call.latents * np.float32(scale)})
-            trajectory.parts.append(Part("noise", start, self.mark()))
+            trajectory.parts.append(TimedPart("noise", start, self.timestamp()))
 
-    def advance(self, trajectories: Sequence[Trajectory]) -> None:
+    def step(self, trajectories: Sequence[Trajectory]) -> None:
         """See Engine."""
         copy = self._context.gpu.copy
         with self._memory_for(trajectories):
-            start, slot = self.mark(), self._slot(trajectories)
-            block, draws = slot.block, {one.k + 1 for one in trajectories}
+            start, slot = self.timestamp(), self._slot(trajectories)
+            block, draws = slot.block, {one.evaluations_done + 1 for one in trajectories}
             if len(draws) > 1:  # the draw is one number an evaluation
                 to = block.address("noise")
                 for one in trajectories:
-                    self._draw([one], one.k + 1, 1.0, to)
+                    self._draw([one], one.evaluations_done + 1, 1.0, to)
                     to += one.state.block.sizes["x"]
             self._load(slot, trajectories)
             block.upload({"t": _times(trajectories, 0), "t_next": _times(trajectories, 1), "draw": min(draws), "scale": 1.0})
             if len(draws) == 1:
                 slot.noise()
-            drawn = self.mark()
+            drawn = self.timestamp()
             self._gather(slot, "x", trajectories)
             slot.step()
             if combines(trajectories):
@@ -124,23 +124,23 @@ class CudaEngine:
                 copy(state.block.address("finite") + state.checked * row, flags, row)
                 x, flags = x + state.block.sizes["x"], flags + row
                 state.checked += 1
-            end = self.mark()
+            end = self.timestamp()
             for one in trajectories:
-                one.parts += (Part("noise", start, drawn), Part("step", drawn, end))
+                one.parts += (TimedPart("noise", start, drawn), TimedPart("step", drawn, end))
 
-    def fetch(self, trajectory: Trajectory) -> NDArray[np.float32]:
+    def read_state(self, trajectory: Trajectory) -> NDArray[np.float32]:
         """See Engine."""
-        start, x = self.mark(), trajectory.state.block.region("x")
+        start, x = self.timestamp(), trajectory.state.block.region("x")
         array = self._context.gpu.download(x.address, x.shape, x.dtype)
-        trajectory.parts.append(Part("copy", start, self.mark()))
+        trajectory.parts.append(TimedPart("copy", start, self.timestamp()))
         return cast(NDArray[np.float32], array)
 
-    def replace(self, trajectory: Trajectory, x: NDArray[np.float32]) -> None:
+    def set_state(self, trajectory: Trajectory, x: NDArray[np.float32]) -> None:
         """See Engine."""
         trajectory.state.block.upload({"x": x})
         trajectory.state.checked = 0
 
-    def finite(self, trajectory: Trajectory) -> NDArray[np.bool_]:
+    def finite_flags(self, trajectory: Trajectory) -> NDArray[np.bool_]:
         """See Engine."""
         state = trajectory.state
         if not state.checked:
@@ -151,17 +151,17 @@ class CudaEngine:
     def decode(self, trajectories: Sequence[Trajectory]) -> list[NDArray[Any]]:
         """See Engine."""
         with self._memory_for(trajectories):
-            start = self.mark()
+            start = self.timestamp()
             decoded = self._decoded(trajectories)
-            end = self.mark()
+            end = self.timestamp()
             array = self._context.gpu.download(decoded.address, decoded.shape, decoded.dtype)
-            copied, at, results = self.mark(), 0, []
+            copied, at, results = self.timestamp(), 0, []
             for one in trajectories:
-                one.parts += (Part("decode", start, end), Part("copy", end, copied))
+                one.parts += (TimedPart("decode", start, end), TimedPart("copy", end, copied))
                 results.append(array[at : (at := at + len(one))])
             return results if len(results) == 1 else [result.copy() for result in results]
 
-    def on_device(self, trajectory: Trajectory) -> DeviceArray:
+    def decode_on_device(self, trajectory: Trajectory) -> DeviceArray:
         """See Engine. Nothing waits for the device, so that how long the decoder takes is not measured."""
         gpu = self._context.gpu
         with self._memory_for([trajectory]):
@@ -172,15 +172,15 @@ class CudaEngine:
             gpu.hand_out(memory)
             return DeviceArray(gpu, memory, result.shape, np.dtype(result.dtype))
 
-    def mark(self) -> Any:
+    def timestamp(self) -> Any:
         """See Engine: an event on the stream."""
         return self._context.gpu.record()
 
-    def seconds(self, start: Any, end: Any) -> float:
+    def elapsed(self, start: Any, end: Any) -> float:
         """See Engine. From any thread."""
         return self._context.run(lambda: self._context.gpu.seconds(start, end))
 
-    def graphs(self) -> Graphs:
+    def graphs(self) -> BundleSessions:
         """See Engine."""
         if self._graphs is None:
             raise GeneratorClosedError("this Generator is closed: make a new one")
@@ -246,7 +246,7 @@ class CudaEngine:
         slot.noise()
         self._context.gpu.copy(to, slot.block.address("noise"), slot.block.sizes["noise"])
 
-    def _decoded(self, trajectories: Sequence[Trajectory]) -> Region:
+    def _decoded(self, trajectories: Sequence[Trajectory]) -> DeviceTensor:
         slot = self._slot(trajectories)
         self._gather(slot, "x", trajectories)
         return slot.decode()

@@ -13,11 +13,13 @@ from scm_runtime.engines.cuda.engine import CudaEngine
 from scm_runtime.engines.cuda.options import cuda_options
 from scm_runtime.engines.cuda.slots import Graph, Graphed
 from scm_runtime.engines.cuda.thread import CudaContext
-from scm_runtime.engines.sessions import Graphs
+from scm_runtime.engines.sessions import BundleSessions
 from scm_runtime.errors import DeviceError, InferenceError, NativeOpsError, OutOfMemoryError
-from scm_runtime.ort.session import Session, Settings
+from scm_runtime.ort.open_session import open_session
+from scm_runtime.ort.options import SessionSettings
+from scm_runtime.ort.session import Session
 
-OpenSession = Callable[[Path, Settings], Session]
+OpenSession = Callable[[Path, SessionSettings], Session]
 
 # x [N, D] to [N]: 0 where all is finite, NaN where not. tests/runtime/test_cuda_engine.py holds what it was made of.
 FINITE = Path(str(files("scm_runtime") / "finite.onnx"))
@@ -30,11 +32,11 @@ def open_cuda_engine(
     folder: Path,
     manifest: Manifest,
     dtype: Dtype,
-    settings: Settings,
+    settings: SessionSettings,
     *,
     cuda_graph: bool = True,
     gpu_mem_limit: int | None = None,
-    open_session: OpenSession = Session,
+    open_session: OpenSession = open_session,
 ) -> CudaEngine:
     """Open noise, step and decode, and work with them.
 
@@ -57,7 +59,7 @@ def open_cuda_engine(
     capture = cuda_graph and context.gpu.can_capture
 
     def open_all() -> CudaEngine:
-        graphs = Graphs(folder, manifest, dtype, opener.open)
+        graphs = BundleSessions(folder, manifest, dtype, opener.open)
         finite = opener.open_finite()
         sessions = (graphs.noise, graphs.step, finite, graphs.decode, *([graphs.combine] if manifest.samplers else []))
         graphed = Graphed(*(Graph(context, session, resident=_is_resident(session), capture=capture) for session in sessions))
@@ -67,10 +69,10 @@ def open_cuda_engine(
 
 
 class _Opener:
-    def __init__(self, context: CudaContext, settings: Settings, gpu_mem_limit: int | None, open_session: OpenSession) -> None:
+    def __init__(self, context: CudaContext, settings: SessionSettings, gpu_mem_limit: int | None, open_session: OpenSession) -> None:
         (provider, extra), *rest = settings.placement.providers
 
-        def settings_for(cuda_graph: bool) -> Settings:
+        def settings_for(cuda_graph: bool) -> SessionSettings:
             options = cuda_options(context.index, gpu_mem_limit=gpu_mem_limit, cuda_graph=cuda_graph, stream_handle=context.stream_handle, extra=extra)
             return replace(settings, placement=replace(settings.placement, providers=((provider, options), *rest)))
 
@@ -86,10 +88,10 @@ class _Opener:
 
     def open_finite(self) -> Session:
         """Open the graph that looks for NaN and infinity. It is no part of the bundle: the cache does not know it."""
-        whole, anyhow = (replace(settings, cached=None, library=None) for settings in (self._whole, self._anyhow))
+        whole, anyhow = (replace(settings, cache=None, library=None) for settings in (self._whole, self._anyhow))
         return self._open(FINITE, whole, anyhow)
 
-    def _open(self, path: Path, whole: Settings, anyhow: Settings) -> Session:
+    def _open(self, path: Path, whole: SessionSettings, anyhow: SessionSettings) -> Session:
         """With all nodes on the device, or else with some on the CPU.
 
         ONNX Runtime refuses what cannot be on the device as a whole when it is to be ready for CUDA graphs, so it is asked to be, whether any is captured

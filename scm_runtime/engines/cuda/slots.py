@@ -17,7 +17,7 @@ from scm_runtime.bundle.manifest import Manifest
 from scm_runtime.engines.cuda.gpu import Memory, is_fatal
 from scm_runtime.engines.cuda.thread import CAPTURES, CudaContext
 from scm_runtime.errors import GeneratorClosedError, InferenceError, OutOfMemoryError
-from scm_runtime.ort.session import Bound, Region, Session
+from scm_runtime.ort.session import BoundSession, DeviceTensor, Session
 
 # ONNX Runtime never gives captured graphs back, nor the memory they work in: so many shapes of batches, and the rest runs without.
 MAX_GRAPHS = 8
@@ -74,9 +74,9 @@ class Block:
         """Where a tensor lies."""
         return self._memory.address + self._layout.offsets[name]
 
-    def region(self, name: str) -> Region:
+    def region(self, name: str) -> DeviceTensor:
         """A tensor, for a session to be bound to."""
-        return Region(self.address(name), *self._layout.fields[name])
+        return DeviceTensor(self.address(name), *self._layout.fields[name])
 
     def upload(self, arrays: Mapping[str, Any]) -> None:
         """Write tensors that stand together, in one copy."""
@@ -96,7 +96,7 @@ class Graph:
         self.shrink = False
         """Whether the next run is to give back what the arena has spare."""
 
-    def bind(self, inputs: Mapping[str, Region], output: Region, number: int | None) -> Run:
+    def bind(self, inputs: Mapping[str, DeviceTensor], output: DeviceTensor, number: int | None) -> Run:
         """A run at these addresses, captured under this number unless it is None."""
         return Run(self, inputs, output, number)
 
@@ -104,11 +104,11 @@ class Graph:
 class Run:
     """A session bound to fixed addresses."""
 
-    def __init__(self, graph: Graph, inputs: Mapping[str, Region], output: Region, number: int | None) -> None:
+    def __init__(self, graph: Graph, inputs: Mapping[str, DeviceTensor], output: DeviceTensor, number: int | None) -> None:
         self._graph, self._inputs, self._output = graph, dict(inputs), output
         self._number = number
-        self._bound: Bound | None = None
-        self._captured: Bound | None = None
+        self._bound: BoundSession | None = None
+        self._captured: BoundSession | None = None
 
     @property
     def captured(self) -> bool:
@@ -179,7 +179,7 @@ class Run:
             _log.debug("'%s' keeps its arena: %s", self._graph.session.path.name, error)
             self._plain()
 
-    def _bind(self, number: int | None, options: Mapping[str, str] | None = None) -> Bound:
+    def _bind(self, number: int | None, options: Mapping[str, str] | None = None) -> BoundSession:
         # Everything is on one stream: nobody needs the end of a run but who fetches, and that waits for itself.
         entries = {"disable_synchronize_execution_providers": "1", "gpu_graph_id": "-1" if number is None else str(number), **(options or {})}
         return self._graph.session.bind(self._inputs, self._output, run_options=entries)
@@ -248,7 +248,7 @@ class Slot:
         assert self._combine is not None
         self._combine()
 
-    def decode(self) -> Region:
+    def decode(self) -> DeviceTensor:
         """Decode x, and say where the result lies."""
         if self._decoder is None:
             block = Block(self._context, {"decoded": self._decoded})
