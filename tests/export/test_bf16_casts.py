@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from scm_export.graphs.bf16_casts import NO_BFLOAT16
 from scm_export.graphs.trace import trace_map
 from scm_export.precision import Precision
-from scm_export.verification.bf16_emulation import emulate
+from scm_export.verification.bf16_emulation import emulate_bf16
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
 
 onnxruntime = load_onnxruntime()
@@ -49,7 +49,7 @@ def test_what_has_no_bfloat16_kernel_computes_in_float32() -> None:
         assert node.op_type not in NO_BFLOAT16 or not half, node
         assert node.op_type != "Conv" or len(half) == 4  # still in bfloat16, with its weights
 
-    session = onnxruntime.InferenceSession(emulate(proto).SerializeToString(), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(emulate_bf16(proto).SerializeToString(), providers=["CPUExecutionProvider"])
     with torch.no_grad():
         expected = network(x).numpy()
     np.testing.assert_allclose(session.run(None, {"x": x.numpy()})[0], expected, atol=2e-2)

@@ -24,7 +24,7 @@ from scm_runtime.bundle.manifest import Manifest, VerifiedCase, read_manifest
 from support import tree
 
 
-def pictures(page: str) -> list[tuple[str, NDArray[np.uint8]]]:
+def images_of(page: str) -> list[tuple[str, NDArray[np.uint8]]]:
     """Label and pixels of every picture of a page, in order."""
     found = re.findall(r'alt="([^"]+)"[^>]*src="data:image/png;base64,([^"]+)"', page)
     return [(label, np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))) for label, data in found]
@@ -64,7 +64,7 @@ def test_the_page_needs_no_other_file(reported: tuple[Path, str]) -> None:
 
 def test_the_pictures_are_the_references_beside_the_bundles_and_their_difference(reported: tuple[Path, str]) -> None:
     bundle, page = reported
-    shown = pictures(page)
+    shown = images_of(page)
     assert len(shown) == 2 * 2 * 3 * 3  # dtypes, step counts, samples, columns
     titles = re.findall("<figcaption>([^<]+)", page)
     assert titles == ["fp16 on cpu, 1 step", "fp16 on cpu, 2 steps", "fp32 on cpu, 1 step", "fp32 on cpu, 2 steps"]
@@ -88,7 +88,7 @@ def test_a_bundle_that_fails_leaves_its_report_and_nothing_else(tiny_checkpoint:
     page = report.read_text("utf-8")
     assert "verification failed" in page
     assert page.count('<tr class="over">') == 5  # single evaluations, and 1 and 2 steps in batches of 1 and 3
-    assert len(pictures(page)) == 2 * 3 * 3
+    assert len(images_of(page)) == 2 * 3 * 3
 
 
 def test_a_bundle_that_does_not_run_is_reported_too(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,9 +139,9 @@ def test_a_report_inside_the_bundle_it_replaces_is_refused(tiny_checkpoint: Path
     assert tree(tmp_path) == before
 
 
-def page_of(manifest: Manifest, *compared: ImagePair) -> str:
+def page_of(manifest: Manifest, *pairs: ImagePair) -> str:
     case = VerifiedCase(graph="step", dtype="fp32", batch_size=1, steps=1, max_abs=0.5, atol=1.0, psnr=30.0)
-    return to_html(manifest, VerificationResult("theirs <& ours>", [case], list(compared)))
+    return to_html(manifest, VerificationResult("theirs <& ours>", [case], list(pairs)))
 
 
 def test_latents_are_shown_channel_by_channel_in_the_references_range(tiny_bundle: Path) -> None:
@@ -150,7 +150,7 @@ def test_latents_are_shown_channel_by_channel_in_the_references_range(tiny_bundl
     found[0, 1, 2, 3] = np.nan
     found[0, 0, 0, 0] = 9
     page = page_of(read_manifest(tiny_bundle), ImagePair("latents", expected, found))
-    (_, reference), (_, bundle), (_, difference) = pictures(page)
+    (_, reference), (_, bundle), (_, difference) = images_of(page)
     assert reference.shape == (3, 8)  # two channels, 3 x 4 each, side by side
     assert (reference[0, 0], reference[-1, -1]) == (0, 255)
     np.testing.assert_array_equal(reference[:, :4], np.round((expected[0, 0] + 2) / 4 * 255))
@@ -170,7 +170,7 @@ def test_names_are_text_and_not_markup(tiny_bundle: Path) -> None:
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
 def test_pixels_of_any_number_of_channels_can_be_looked_at(channels: int, tiny_bundle: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (1, 5, 6, channels), np.uint8)
-    (_, reference), (_, _), (label, difference) = pictures(page_of(read_manifest(tiny_bundle), ImagePair("any", pixels, pixels)))
+    (_, reference), (_, _), (label, difference) = images_of(page_of(read_manifest(tiny_bundle), ImagePair("any", pixels, pixels)))
     assert reference.shape == {1: (5, 6), 2: (5, 12), 3: (5, 6, 3), 4: (5, 6, 4)}[channels]
     assert label == "difference × 1"
     assert not difference.any()

@@ -60,19 +60,19 @@ def expected() -> References:
 
 
 def test_all_graphs_are_compared_in_every_batch_guidance_and_text_length(bundle: tuple[Path, Manifest], expected: References) -> None:
-    outcome = verify_bundle(*bundle, expected, None, quiet)
-    outcome.require_passed()
-    assert {(case.graph, case.batch_size, case.steps, case.guidance_scale, case.sizes.get("tokens")) for case in outcome.cases} == {
+    result = verify_bundle(*bundle, expected, None, quiet)
+    result.require_passed()
+    assert {(case.graph, case.batch_size, case.steps, case.guidance_scale, case.sizes.get("tokens")) for case in result.cases} == {
         *(("step", n, steps, guidance, tokens) for n in (1, 3) for steps in (1, 2) for guidance, tokens in ((4.5, 7), (6.75, 300))),
         *(("sample-2", n, 2, guidance, tokens) for n in (1, 3) for guidance, tokens in ((4.5, 7), (6.75, 300))),
         *(("step", n, 0, 4.5, 7) for n in (3, 6)),  # single evaluations, and again in a batch that the network was not called with
         *((graph, n, 0, None, None) for graph in ("decode", "preview", "encode") for n in (1, 3)),
     }
-    single = next(case for case in outcome.cases if case.times)
+    single = next(case for case in result.cases if case.times)
     assert len(set(single.times)) == 3
     assert all(0 < t < 1.57 for t in single.times)
-    assert all(case.max_abs < 1e-4 for case in outcome.cases if case.graph in ("step", "encode"))
-    assert all(case.mean_abs is not None and case.mean_abs <= case.max_abs for case in outcome.cases)
+    assert all(case.max_abs < 1e-4 for case in result.cases if case.graph in ("step", "encode"))
+    assert all(case.mean_abs is not None and case.mean_abs <= case.max_abs for case in result.cases)
     assert not [path for path in bundle[0].iterdir() if path.name not in {*bundle[1].files, "scm.json"}]
 
 
@@ -96,17 +96,17 @@ def flip(path: Path) -> None:
 def test_a_damaged_graph_fails_in_its_cases_alone(graph: str, bundle: tuple[Path, Manifest], expected: References, tmp_path: Path) -> None:
     damaged = Path(shutil.copytree(bundle[0], tmp_path / "damaged.scm"))
     flip(damaged / ("noise.onnx" if graph == "noise" else f"{graph}.fp32.onnx"))
-    outcome = verify_bundle(damaged, bundle[1], expected, None, quiet)
-    failed = [case for case in outcome.cases if not passes(case)]
+    result = verify_bundle(damaged, bundle[1], expected, None, quiet)
+    failed = [case for case in result.cases if not passes(case)]
     assert {case.graph for case in failed} == {"step" if graph == "noise" else graph}
     if graph in ("step", "noise"):
         sampling = {(case.batch_size, case.steps, case.guidance_scale) for case in failed if case.steps}
         assert sampling == {(n, steps, guidance) for n in (1, 3) for steps in (1, 2) for guidance in (4.5, 6.75)}
         assert any(case.times for case in failed) == (graph == "step")
     with pytest.raises(VerificationError, match="over tolerance") as caught:
-        outcome.require_passed()
+        result.require_passed()
     assert caught.value.report is not None
-    assert len(caught.value.report.cases) == len(outcome.cases)
+    assert len(caught.value.report.cases) == len(result.cases)
 
 
 def tell_kernels_apart(path: Path, attribute: str, value: float | None) -> None:
@@ -136,10 +136,10 @@ def test_a_graph_that_is_wrong_with_the_native_library_alone_fails(
     native_library()
     damaged = Path(shutil.copytree(bundle[0], tmp_path / "damaged.scm"))
     tell_kernels_apart(damaged / f"{graph}.fp32.onnx", "sigma_data", value)
-    outcome = verify_bundle(damaged, bundle[1], expected, None, quiet)
-    assert all(passes(case) for case in outcome.cases)
+    result = verify_bundle(damaged, bundle[1], expected, None, quiet)
+    assert all(passes(case) for case in result.cases)
     with pytest.raises(VerificationError, match=f"(?s)with the native library registered, .*{says.format(graph=graph)}.*--no-custom-ops") as caught:
-        outcome.require_passed()
+        result.require_passed()
     assert caught.value.report is not None
     # A bundle whose manifest names no operators is compared without the library: no host would register it.
     plain = msgspec.structs.replace(bundle[1], ops={})
@@ -172,26 +172,26 @@ def ignore_mask(_module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ..
 def test_a_graph_that_ignores_the_mask_fails(bundle: tuple[Path, Manifest]) -> None:
     model = text_model()
     model.step.register_forward_pre_hook(ignore_mask)
-    outcome = verify_bundle(*bundle, compute_references(model, quiet), None, quiet)
-    assert not outcome.passed
+    result = verify_bundle(*bundle, compute_references(model, quiet), None, quiet)
+    assert not result.passed
 
 
 def test_a_graph_that_does_not_run_is_a_failure_with_the_cases_so_far(bundle: tuple[Path, Manifest], expected: References, tmp_path: Path) -> None:
     damaged = Path(shutil.copytree(bundle[0], tmp_path / "damaged.scm"))
     (damaged / "decode.fp32.onnx").write_bytes(b"no graph")
-    outcome = verify_bundle(damaged, bundle[1], expected, None, quiet)
-    assert {case.graph for case in outcome.cases} == {"sample-2", "step"}
+    result = verify_bundle(damaged, bundle[1], expected, None, quiet)
+    assert {case.graph for case in result.cases} == {"sample-2"}
     with pytest.raises(VerificationError, match=r"does not run: .*decode\.fp32\.onnx"):
-        outcome.require_passed()
+        result.require_passed()
 
 
 def test_a_model_that_gives_nan_is_a_failure(bundle: tuple[Path, Manifest]) -> None:
     model = text_model()
     with torch.no_grad():
         next(model.step.parameters()).fill_(math.inf)
-    outcome = verify_bundle(*bundle, compute_references(model, quiet), None, quiet)
+    result = verify_bundle(*bundle, compute_references(model, quiet), None, quiet)
     with pytest.raises(VerificationError, match="not finite"):
-        outcome.require_passed()
+        result.require_passed()
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
@@ -203,7 +203,7 @@ def test_half_precision_is_compared_in_both_dtypes_and_by_psnr(dtype: str, tmp_p
     assert all(case.min_psnr == 40 and (case.psnr is None or case.psnr >= 40) for case in cases)
     rounded = {d: max(case.max_abs for case in cases if (case.graph, case.dtype) == ("step", d)) for d in (dtype, "fp32")}
     assert rounded[dtype] > rounded["fp32"] > 1e-5  # weights rounded; then everything
-    assert {path.name for path in done.path.iterdir()} == {*done.manifest.files, "scm.json"}  # no stand-in is left
+    assert {path.name for path in done.path.iterdir()} == {*done.manifest.files, "scm.json"}  # no emulated graph is left
 
 
 def test_samples_that_are_latents_are_compared_as_such(tmp_path: Path) -> None:
@@ -223,17 +223,17 @@ def test_the_originals_own_sampler_is_the_reference_where_there_is_one(bundle: t
         return sample(model.step, noises, times, model.initial_scale, conditioning)
 
     model.reference = Reference("their sampler", original)  # type: ignore[arg-type]  # noises are a list
-    outcome = verify_bundle(*bundle, compute_references(model, quiet), None, quiet)
-    assert outcome.passed
-    assert outcome.reference == "their sampler"
+    result = verify_bundle(*bundle, compute_references(model, quiet), None, quiet)
+    assert result.passed
+    assert result.reference == "their sampler"
     assert drawn == [1, 2, 1, 2]
 
 
 def test_another_original_is_noticed(bundle: tuple[Path, Manifest]) -> None:
     model = text_model()
     model.reference = Reference("their sampler", lambda noises, times, given: 1.01 * sample(model.step, noises, times, model.initial_scale, given))
-    outcome = verify_bundle(*bundle, compute_references(model, quiet), None, quiet)
-    assert {case.steps for case in outcome.cases if not passes(case)} == {1, 2}
+    result = verify_bundle(*bundle, compute_references(model, quiet), None, quiet)
+    assert {case.steps for case in result.cases if not passes(case)} == {1, 2}
 
 
 def test_large_models_are_compared_at_every_point_but_not_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,50 +242,52 @@ def test_large_models_are_compared_at_every_point_but_not_everywhere(monkeypatch
     model = replace(text_model(), times={count: (*np.linspace(1.5, 0.1, count).tolist(), 0.0) for count in (1, 2, 4)})
     evaluated: list[int] = []
     model.step.register_forward_pre_hook(lambda _module, arguments: evaluated.append(len(arguments[0])))
-    drawn = compute_references(model, quiet).drawn
-    assert [(one.steps, one.batch_sizes, one.way.guidance_scale, one.way.sizes["tokens"]) for one in drawn] == [
+    samples = compute_references(model, quiet).samples
+    assert [(one.steps, one.batch_sizes, one.case.guidance_scale, one.case.sizes["tokens"]) for one in samples] == [
         (1, (1,), 4.5, 7),
         (2, (1, 3), 4.5, 7),
         (1, (1,), 6.75, 300),
     ]
     assert evaluated == [1, 3, 3, 1, 3]  # 11 samples: nothing is computed twice
-    assert [None if one.pixels is None else len(one.pixels) for one in drawn] == [1, 1, None]
+    assert [None if one.pixels is None else len(one.pixels) for one in samples] == [1, 1, None]
 
 
 def test_long_samplers_are_left_out() -> None:
     model = replace(text_model(), times={count: (*np.linspace(1.5, 0.1, count).tolist(), 0.0) for count in (2, 4, 8)})
-    assert {one.steps for one in compute_references(model, quiet).drawn} == {2, 4}
+    assert {one.steps for one in compute_references(model, quiet).samples} == {2, 4}
 
 
 def test_a_graph_whose_bfloat16_cannot_be_emulated_is_a_failure(bundle: tuple[Path, Manifest], expected: References, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(_model: onnx.ModelProto) -> onnx.ModelProto:
         raise ExportError("no type is known")
 
-    monkeypatch.setattr(bf16_emulation, "emulate", refuse)
+    monkeypatch.setattr(bf16_emulation, "emulate_bf16", refuse)
     folder, manifest = bundle
     shutil.copy(folder / "step.fp32.onnx", folder / "step.bf16.onnx")
     try:
-        outcome = verify_bundle(folder, msgspec.structs.replace(manifest, dtypes=("bf16",), composed_steps=()), expected, None, quiet)
+        result = verify_bundle(folder, msgspec.structs.replace(manifest, dtypes=("bf16",), composed_steps=()), expected, None, quiet)
     finally:
         (folder / "step.bf16.onnx").unlink()
     with pytest.raises(VerificationError, match="no type is known"):
-        outcome.require_passed()
+        result.require_passed()
 
 
 @pytest.mark.parametrize(
-    ("unit", "times", "moments", "sizes"),
+    ("unit", "times", "single_times", "scales"),
     [
         ("radians", (1.5, 0.0), [1.125, 0.75, 0.375], [0.5] * 3),
         ("sigma", (80.0, 0.002), [80**0.75 * 0.002**0.25, 0.4, 80**0.25 * 0.002**0.75], [5.68, 0.64, 0.5]),
         ("timestep", (999.0, 0.0), [749, 500, 250], [0.5] * 3),
     ],
 )
-def test_single_evaluations_start_from_states_as_they_are_at_their_times(unit: str, times: tuple[float, ...], moments: list[float], sizes: list[float]) -> None:
+def test_single_evaluations_start_from_states_as_they_are_at_their_times(
+    unit: str, times: tuple[float, ...], single_times: list[float], scales: list[float]
+) -> None:
     model = replace(text_model(), time_unit=unit, times={1: times})  # type: ignore[arg-type]  # one of the three above
-    (single,) = compute_references(model, quiet).evaluated
-    np.testing.assert_allclose(single.inputs["t"], moments, rtol=1e-3)
+    (single,) = compute_references(model, quiet).single_steps
+    np.testing.assert_allclose(single.inputs["t"], single_times, rtol=1e-3)
     np.testing.assert_array_equal(single.inputs["t_next"], np.float32(times[-1]))
-    np.testing.assert_allclose(single.inputs["x"].reshape(3, -1).std(axis=1), sizes, rtol=0.15)
+    np.testing.assert_allclose(single.inputs["x"].reshape(3, -1).std(axis=1), scales, rtol=0.15)
 
 
 def test_an_absolute_tolerance_takes_the_place_of_all_others(bundle: tuple[Path, Manifest], expected: References) -> None:
@@ -356,9 +358,9 @@ def test_emulated_bfloat16_is_torchs_bfloat16(make: Callable[[], Precision], tmp
     half = network(x)
     network.compute_dtype = torch.float32
     full = network(x)
-    with bf16_emulation.emulated(path) as stand_in:
-        session = open_session(stand_in)
-        assert stand_in.stat().st_size < 20_000 < (tmp_path / "half" / WEIGHTS).stat().st_size  # refers to the weights
+    with bf16_emulation.emulated_graph(path) as emulated:
+        session = open_session(emulated)
+        assert emulated.stat().st_size < 20_000 < (tmp_path / "half" / WEIGHTS).stat().st_size  # refers to the weights
     assert [file.name for file in (tmp_path / "half").iterdir() if "emulated" in file.name] == []
     found = torch.from_numpy(session(x=x.numpy()))
     rounding = (half - full).abs().mean()
@@ -390,7 +392,7 @@ def test_emulation_keeps_float32_islands_and_every_other_type() -> None:
     third = torch.tensor(1 / 3)
     scaled = x.bfloat16() * third.bfloat16()
     expected = [torch.where(scaled > 2, torch.tensor(2.0), scaled.float()), scaled > 2, x.bfloat16().float() * third]
-    session = onnxruntime.InferenceSession(bf16_emulation.emulate(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(bf16_emulation.emulate_bf16(model).SerializeToString(), providers=["CPUExecutionProvider"])
     outputs = session.run(None, {"x": x.numpy()})
     for found, wanted in zip(outputs, expected, strict=True):
         np.testing.assert_array_equal(found, wanted.numpy())
@@ -400,7 +402,7 @@ def test_models_whose_pictures_are_large_are_still_compared_by_pictures(bundle: 
     monkeypatch.setattr(references, "LARGE_IMAGE", 1)
     model: Model = text_model()
     assert isinstance(model.decoder, ImageNetwork)
-    outcome = verify_bundle(*bundle, compute_references(model, quiet), None, quiet)
-    outcome.require_passed()
-    assert {(case.graph, case.batch_size) for case in outcome.cases if case.graph != "step"} == {(g, 1) for g in ("sample-2", "decode", "preview", "encode")}
-    assert [len(picture.expected) for picture in outcome.pictures] == [1, 1]
+    result = verify_bundle(*bundle, compute_references(model, quiet), None, quiet)
+    result.require_passed()
+    assert {(case.graph, case.batch_size) for case in result.cases if case.graph != "step"} == {(g, 1) for g in ("sample-2", "decode", "preview", "encode")}
+    assert [len(pair.expected) for pair in result.images] == [1, 1]
