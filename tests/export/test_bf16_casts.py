@@ -1,4 +1,4 @@
-"""bfloat16 graphs leave out the operators that ONNX Runtime has no bfloat16 kernels for, and compute the same."""
+"""bfloat16 graphs run operators without a bfloat16 kernel in float32, with the same result."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ onnxruntime = load_onnxruntime()
 
 
 class Resampling(nn.Module):
-    """What U-Nets and autoencoders do between convolutions."""
+    """Operators of U-Nets and autoencoders between convolutions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Resampling(nn.Module):
         return nn.functional.pad(y, (1, 0)) - mean
 
 
-def test_what_has_no_bfloat16_kernel_computes_in_float32() -> None:
+def test_operators_without_a_bfloat16_kernel_compute_in_float32() -> None:
     torch.manual_seed(0)
     network = Precision(Resampling())
     network.compute_dtype = torch.bfloat16

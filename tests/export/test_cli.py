@@ -1,4 +1,4 @@
-"""``scm-export``'s command line: options that exclude each other, repositories of the hub, and interruption."""
+"""The command ``scm-export``: invalid options, repositories of the hub, and interruption."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ REPOSITORY = "someone/model"
 
 
 def scm_export(*arguments: str | Path, code: int = 0) -> tuple[str, str]:
-    """Standard output and error."""
+    """Run the command; returns standard output and standard error."""
     result = CliRunner(catch_exceptions=False).invoke(cli.main, [str(argument) for argument in arguments])
     assert result.exit_code == code, result.output
     assert "Traceback" not in result.output
@@ -46,7 +46,7 @@ def scm_export(*arguments: str | Path, code: int = 0) -> tuple[str, str]:
         (["--report", "report.html", "--no-verify"], "give one of them"),
     ],
 )
-def test_options_that_cannot_be_meant_are_refused_and_nothing_is_made(
+def test_invalid_options_are_refused_and_nothing_is_written(
     options: list[str], wrong: str, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -67,7 +67,7 @@ def test_help_needs_no_torch_and_knows_every_option() -> None:
 
 @pytest.mark.parametrize("module", ["scm_runtime.cli", "scm_export.cli"])
 def test_help_works_with_a_click_whose_parameter_types_cannot_be_subscripted(module: str) -> None:
-    """As those before 8.4, which pip leaves where they are."""
+    """As in versions before 8.4, which pip does not upgrade."""
     program = """
 import runpy, sys
 import click
@@ -100,12 +100,12 @@ def test_an_interrupt_leaves_nothing_and_exits_with_130(stage: str, tiny_checkpo
 
 
 # ----------------------------------------------------------------------------
-# Repositories of the hub, out of a cache folder.
+# Repositories of the hub, from a cache folder.
 
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The cache of a machine without a network."""
+    """Cache folder of the hub; the network is off."""
     constants = pytest.importorskip("huggingface_hub.constants")
     folder = tmp_path / "cache"
     folder.mkdir()

@@ -57,17 +57,17 @@ def _heun(denoise: Denoise, X: Tensor, sigma: float, sigma_next: float) -> Tenso
 
 def _dpm_solver_2s(denoise: Denoise, X: Tensor, sigma: float, sigma_next: float) -> Tensor:
     log_snr, h = -math.log(sigma), math.log(sigma / sigma_next)
-    middle = math.exp(-(log_snr + h / 2))
+    sigma_middle = math.exp(-(log_snr + h / 2))
     noise = (X - denoise(X, sigma)) / sigma
-    X_middle = X - middle * math.expm1(h / 2) * noise
-    return X - sigma_next * math.expm1(h) * (X_middle - denoise(X_middle, middle)) / middle
+    X_middle = X - sigma_middle * math.expm1(h / 2) * noise
+    return X - sigma_next * math.expm1(h) * (X_middle - denoise(X_middle, sigma_middle)) / sigma_middle
 
 
 def _dpm_solver_pp_2s(denoise: Denoise, X: Tensor, sigma: float, sigma_next: float) -> Tensor:
     log_snr, h = -math.log(sigma), math.log(sigma / sigma_next)
-    middle = math.exp(-(log_snr + h / 2))
-    X_middle = middle / sigma * X - math.expm1(-h / 2) * denoise(X, sigma)
-    return sigma_next / sigma * X - math.expm1(-h) * denoise(X_middle, middle)
+    sigma_middle = math.exp(-(log_snr + h / 2))
+    X_middle = sigma_middle / sigma * X - math.expm1(-h / 2) * denoise(X, sigma)
+    return sigma_next / sigma * X - math.expm1(-h) * denoise(X_middle, sigma_middle)
 
 
 STEPS: dict[str, Callable[[Denoise, Tensor, float, float], Tensor]] = {
