@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 from unittest.mock import patch
 
 from onnx import FunctionProto
 from onnxscript import ir, optimizer, rewriter
+from onnxscript.rewriter import MatchResult
+from onnxscript.rewriter._matcher import SimplePatternMatcher
 
 from scm_export.errors import ExportError
 from scm_export.ops import OPERATORS
@@ -40,9 +44,28 @@ def inline_functions(model: ir.Model) -> None:
 def optimize(model: ir.Model) -> None:
     """Inline functions, fold small constants and remove unused nodes. Weights stay as they are stored."""
     # Rules such as x + 0 = x are left out: they take any constant below 1e-8 for 0, and so would remove an epsilon from a denominator.
-    rules = tuple(rule for rule in rewriter._DEFAULT_REWRITE_RULES if rule not in rewriter._no_op.rules)
+    rules = tuple(_with_fast_matcher(rule) for rule in rewriter._DEFAULT_REWRITE_RULES if rule not in rewriter._no_op.rules)
     with patch.object(rewriter, "_DEFAULT_REWRITE_RULES", rules):  # optimize_ir has no parameter for the rules
         optimizer.optimize_ir(model, should_fold=_only_small)
+
+
+class _OperatorFirstMatcher(SimplePatternMatcher):
+    """onnxscript's matcher for patterns with several output nodes, except that it compares the operator before it lists all nodes of the graph."""
+
+    def match(self, model: ir.Model, graph_or_function: Any, node: ir.Node, **options: Any) -> MatchResult:
+        if node.op_identifier() != self.pattern.output_nodes[0].op_identifier():
+            return MatchResult().fail("another operator")
+        return super().match(model, graph_or_function, node, **options)
+
+
+def _with_fast_matcher(rule: rewriter.RewriteRule) -> rewriter.RewriteRule:
+    """Return a rule that matches in linear time. onnxscript takes quadratic time for several output nodes: a tenth of the time of an export."""
+    pattern = rule._target_pattern
+    if pattern.has_single_output_node or pattern.output_nodes[0].op_identifier() is None:
+        return rule
+    fast = copy.copy(rule)
+    fast._matcher = _OperatorFirstMatcher(pattern)
+    return fast
 
 
 def _body(name: str, nodes: Sequence[ir.Node], opset: int) -> FunctionProto:
