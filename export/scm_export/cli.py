@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from scm_export.dry_run import Plan
     from scm_export.exporter import Exported
 
-INTERRUPTED = 130  # as in shells: 128 + SIGINT
-
 
 class ImageSize(ParamType[tuple[int, int]]):
     """A height and a width in pixels, ``HEIGHTxWIDTH``."""
@@ -115,8 +113,7 @@ def main(checkpoint: str, out: Path | None, dry_run: bool, as_json: bool, **opti
                 terminal.print(_verification_table(error.report))
             raise
         except KeyboardInterrupt:
-            click.echo("Interrupted: no bundle was written.", err=True)
-            sys.exit(INTERRUPTED)
+            raise KeyboardInterrupt("no bundle was written") from None
     from scm_export.exporter import Exported
 
     if as_json:
