@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, Unpack, cast
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from scm_runtime.bundle.location import find
+from scm_runtime.bundle.location import resolve_bundle
 from scm_runtime.bundle.manifest import Dtype, Manifest
-from scm_runtime.bundle.solver_tables import Schedules
+from scm_runtime.bundle.solver_tables import SolverTables
 from scm_runtime.common.checks import is_int
 from scm_runtime.common.runs import end_thread_at_exit
 from scm_runtime.common.shared_resource import SharedResource
-from scm_runtime.devices.placement import place
+from scm_runtime.devices.placement import resolve_device
 from scm_runtime.engines.open_bundle import GeneratorInfo, open_bundle
 from scm_runtime.errors import GeneratorClosedError, InvalidArgumentError
 from scm_runtime.inputs.arguments import CallArguments, Callback, OutputType
 from scm_runtime.inputs.call import Labels, Seeds, read_latents
-from scm_runtime.inputs.conditioning import stand_ins
+from scm_runtime.inputs.conditioning import placeholder_conditioning
 from scm_runtime.inputs.images import to_pixels
 from scm_runtime.samples import EXPORT_A_DECODER, OnSpan, Samples
 from scm_runtime.sampling.loop import SamplingLoop
@@ -117,8 +117,8 @@ class Generator(QueuedSampling):
             raise InvalidArgumentError(f"on_span must be a function of a Span, or None, got {on_span!r}")
         try:
             opened = open_bundle(
-                find(bundle, revision),
-                place(device, providers, provider_options),
+                resolve_bundle(bundle, revision),
+                resolve_device(device, providers, provider_options),
                 dtype=dtype,
                 session_options=session_options,
                 threads=threads,
@@ -135,7 +135,7 @@ class Generator(QueuedSampling):
             raise
         self.folder: Path = opened.folder
         self.manifest: Manifest = opened.manifest
-        self._solver_tables = Schedules(self.folder, self.manifest)
+        self._solver_tables = SolverTables(self.folder, self.manifest)
         self.info: GeneratorInfo = opened.info
         self.dtype: Dtype = opened.engine.dtype
         attributes = {"bundle": self.info.bundle, "device": self.info.device, "dtype": self.dtype}
@@ -322,7 +322,7 @@ class Generator(QueuedSampling):
         if not sizes or not all(is_int(size) and size >= 1 for size in sizes):
             raise InvalidArgumentError(f"batch_sizes must be a list of integers of at least 1, got {batch_sizes!r}")
         for size in sorted(set(sizes), reverse=True):  # the largest first: it allocates the memory for all
-            values = stand_ins(self.manifest.conditioning, range(size)) | dict(conditioning or {})
+            values = placeholder_conditioning(self.manifest.conditioning, range(size)) | dict(conditioning or {})
             for _ in range(CAPTURE_RUNS if self.info.device.startswith("cuda") else 1):
                 self(seed=0, batch_size=size, num_inference_steps=num_inference_steps, sampler=sampler, conditioning=values, output_type="np")
 

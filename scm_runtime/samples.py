@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from scm_runtime.common.files import whole_file
-from scm_runtime.errors import InvalidArgumentError, OutputError
+from scm_runtime.common.files import output_errors, whole_file
+from scm_runtime.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -118,13 +118,10 @@ class Samples:
         target = Path(path)
         image_format = image_format_of(target)
         encoded = _encode(grid(self.array, columns), image_format, target)
-        try:
+        with output_errors(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             with whole_file(target) as part:
                 part.write_bytes(encoded.getbuffer())
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise OutputError(f"cannot write '{target}': {reason}. Choose a folder that you may write to, on a disk with room.") from error
         return target
 
     def _require_pixels(self) -> None:

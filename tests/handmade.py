@@ -14,7 +14,8 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from scm_runtime.bundle.manifest import MANIFEST, WEIGHTS, Conditioning, FileEntry, Manifest, OutputSpec, SampleSpec, Source, sha256
+from scm_runtime.bundle.checksums import sha256
+from scm_runtime.bundle.manifest import MANIFEST, WEIGHTS, Conditioning, FileEntry, Manifest, OutputSpec, SampleSpec, Source
 
 SAMPLE, PICTURE, SMALL = (2, 4, 6), (8, 12, 3), (4, 6, 3)
 WIDTH = 5  # of the embeddings

@@ -35,7 +35,8 @@ from scm_runtime import (
     ScmError,
 )
 from scm_runtime import cli as runtime_cli
-from scm_runtime.bundle.manifest import MANIFEST, sha256
+from scm_runtime.bundle.checksums import sha256
+from scm_runtime.bundle.manifest import MANIFEST
 from scm_runtime.cli.embeddings import read_embeddings
 from support import full_disk, tree
 

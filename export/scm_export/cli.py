@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.box import SIMPLE
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from scm_export.choices import DEFAULT_OPSET, GRAPH_DTYPES, OPSETS, PARAMETRISATION_NAMES
@@ -19,8 +18,8 @@ from scm_export.errors import VerificationError
 from scm_export.versions import check_versions
 from scm_runtime import __version__
 from scm_runtime.bundle.manifest import Verification
-from scm_runtime.cli import IntegerList, clean_errors
-from scm_runtime.cli.parameter_type import ParamType
+from scm_runtime.cli.options import IntegerList, ParamType, exit_on_error
+from scm_runtime.cli.tables import facts_table
 from scm_runtime.errors import MissingDependencyError
 
 if TYPE_CHECKING:
@@ -105,7 +104,7 @@ def main(checkpoint: str, out: Path | None, dry_run: bool, as_json: bool, **opti
     original sampler. If they differ by more than the tolerance, nothing is written and the exit code is 1.
     """
     terminal = Console(stderr=True)
-    with clean_errors():
+    with exit_on_error():
         try:
             result = _run(terminal, checkpoint, out, dry_run, options)
         except VerificationError as error:
@@ -158,13 +157,8 @@ def _print_exported(exported: Exported, report: Path | None) -> None:
 
 
 def _print_plan(plan: Plan) -> None:
-    facts = Table(show_header=False, box=None, pad_edge=False)
-    facts.add_column(no_wrap=True)
-    facts.add_column(overflow="fold")
-    for name, value in plan.facts().items():
-        facts.add_row(f"[bold]{name}[/]", escape(value))
     console = Console()
-    console.print(facts)
+    console.print(facts_table(plan.facts()))
     console.print("nothing was written (--dry-run)")
 
 

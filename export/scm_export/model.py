@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from scm_export.ops import to_image
 from scm_runtime.bundle.manifest import Conditioning, OutputSpec
-from scm_runtime.bundle.solver_tables import Evaluations
+from scm_runtime.bundle.solver_tables import SolverStages
 
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -77,7 +77,7 @@ class Model:
     time_unit: Literal["radians", "sigma", "timestep"] = "radians"
     solver: Literal["consistency", "ddim"] = "consistency"
     """"consistency": the step jumps to the data and adds noise again; "ddim": it follows the ODE."""
-    samplers: dict[str, dict[int, Evaluations]] = field(default_factory=dict)
+    samplers: dict[str, dict[int, SolverStages]] = field(default_factory=dict)
     """Additional samplers of a diffusion model, by name and number of steps."""
     encoder: ImageNetwork | None = None
     """Maps an image to the mean of x, for image editing."""

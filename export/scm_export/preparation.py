@@ -15,7 +15,8 @@ from scm_export.options import Options, StrPath
 from scm_export.verification.report import check_report_path
 from scm_export.versions import check_versions, warn_about_untested_versions
 from scm_export.writer import check_destination
-from scm_runtime.bundle.manifest import Source, sha256
+from scm_runtime.bundle.checksums import sha256
+from scm_runtime.bundle.manifest import Source
 from scm_runtime.errors import InvalidArgumentError
 
 

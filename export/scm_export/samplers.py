@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import msgspec
 
-from scm_runtime.bundle.solver_tables import Evaluation, Evaluations
+from scm_runtime.bundle.solver_tables import SolverStage, SolverStages
 
 TEACHER_STEPS = (8, 16, 32)
 SOLVER_STEPS = (8, 16, 32, 64)
@@ -72,8 +72,8 @@ SOLVERS: dict[str, Callable[[float, float], tuple[float, Weights]]] = {
 }
 
 
-def solve(solver: Callable[[float, float], tuple[float, Weights]], sigmas: Sequence[float], sigma_data: float) -> Evaluations:
-    """Evaluations of a solver for noise levels that end with 0: two per step, and one for the last step."""
+def solve(solver: Callable[[float, float], tuple[float, Weights]], sigmas: Sequence[float], sigma_data: float) -> SolverStages:
+    """Stages of a solver for noise levels that end with 0: two per step, and one for the last step."""
 
     def cos(sigma: float) -> float:
         return sigma_data / math.hypot(sigma, sigma_data)
@@ -81,21 +81,21 @@ def solve(solver: Callable[[float, float], tuple[float, Weights]], sigmas: Seque
     rows = []
     for sigma, sigma_next in pairwise(sigmas):
         if sigma_next == 0:
-            rows.append(Evaluation(math.atan(sigma / sigma_data), 0.0))
+            rows.append(SolverStage(math.atan(sigma / sigma_data), 0.0))
             continue
         sigma_second, (base, x, denoised) = solver(sigma, sigma_next)
         t, t_second = angles((sigma, sigma_second), sigma_data)
         end = cos(sigma_next)
-        rows += [Evaluation(t, t_second), Evaluation(t_second, 0.0, (base * end / cos(sigma), x * end / cos(sigma_second), denoised * end))]
+        rows += [SolverStage(t, t_second), SolverStage(t_second, 0.0, (base * end / cos(sigma), x * end / cos(sigma_second), denoised * end))]
     return tuple(rows)
 
 
-def make_tables(sigma_data: float, t_start: float) -> dict[str, dict[int, Evaluations]]:
+def make_tables(sigma_data: float, t_start: float) -> dict[str, dict[int, SolverStages]]:
     """Tables of all solvers by name and number of steps, for EDM's noise levels, starting no higher than the noise level at ``t_start``."""
     largest = min(SIGMA_MAX, sigma_data * math.tan(t_start)) if t_start < math.pi / 2 else SIGMA_MAX
     return {name: {steps: solve(solver, karras_sigmas(steps, sigma_max=largest), sigma_data) for steps in SOLVER_STEPS} for name, solver in SOLVERS.items()}
 
 
-def to_json(tables: dict[str, dict[int, Evaluations]]) -> bytes:
+def to_json(tables: dict[str, dict[int, SolverStages]]) -> bytes:
     """Encode tables as ``samplers.json``."""
     return msgspec.json.encode({name: {str(steps): rows for steps, rows in table.items()} for name, table in tables.items()})

@@ -15,7 +15,8 @@ from onnx import ModelProto
 from onnxscript import ir
 
 from scm_export.graphs.functions import INLINE_BELOW
-from scm_runtime.bundle.manifest import MANIFEST, WEIGHTS, FileEntry, Manifest, sha256
+from scm_runtime.bundle.checksums import sha256
+from scm_runtime.bundle.manifest import MANIFEST, WEIGHTS, FileEntry, Manifest
 from scm_runtime.common.files import beside
 from scm_runtime.errors import OutputError, ScmError
 

@@ -35,17 +35,17 @@ def repository(given: str | os.PathLike[str], revision: str | None = None) -> st
         wrong = f"{given!r} exists here, and what exists here comes first"
     if revision is not None and (wrong or not revision):
         raise InvalidArgumentError(f"revision {revision!r} is for a repository of the hub, 'org/name': {wrong or 'it is empty'}. Leave the revision out.")
-    return None if wrong or (revision is None and _like_a_path(str(given))) else str(given)
+    return None if wrong or (revision is None and _local_path_reason(str(given))) else str(given)
 
 
-def why_a_path(given: str | os.PathLike[str]) -> str:
+def local_path_hint(given: str | os.PathLike[str]) -> str:
     """A sentence for the error about a path that is not there, where it could have been a repository; else nothing."""
-    if isinstance(given, str) and REPOSITORY.fullmatch(given) and not os.path.lexists(given) and (reason := _like_a_path(given)):
+    if isinstance(given, str) and REPOSITORY.fullmatch(given) and not os.path.lexists(given) and (reason := _local_path_reason(given)):
         return f" The hub was not asked, as {reason}; with a revision it is, for instance 'main'."
     return ""
 
 
-def _like_a_path(given: str) -> str | None:
+def _local_path_reason(given: str) -> str | None:
     path = Path(given)
     if path.parent.is_dir():
         return f"there is a folder '{path.parent}' here"
@@ -70,7 +70,7 @@ def fetch(repo: str, name: str, revision: str | None = None, *, hint: str = "") 
         MissingDependencyError: huggingface_hub is not installed.
     """
     hub = _load(repo)
-    with _clean_errors(hub, repo, revision, name, hint):
+    with _translated_errors(hub, repo, revision, name, hint):
         return Path(hub.hf_hub_download(repo, name, revision=revision))
 
 
@@ -91,7 +91,7 @@ def snapshot(repo: str, revision: str | None = None, patterns: Sequence[str] | N
         MissingDependencyError: huggingface_hub is not installed.
     """
     hub = _load(repo)
-    with _clean_errors(hub, repo, revision):
+    with _translated_errors(hub, repo, revision):
         return Path(hub.snapshot_download(repo, revision=revision, allow_patterns=None if patterns is None else list(patterns)))
 
 
@@ -124,7 +124,7 @@ def _load(repo: str) -> Any:
 
 
 @contextmanager
-def _clean_errors(hub: Any, repo: str, revision: str | None, name: str | None = None, hint: str = "") -> Iterator[None]:
+def _translated_errors(hub: Any, repo: str, revision: str | None, name: str | None = None, hint: str = "") -> Iterator[None]:
     """Turn what huggingface_hub raises into this project's errors."""
     what = f"the repository '{repo}'" + (f" at revision {revision!r}" if revision else "")
     wanted = f"{name} of {what}" if name else what

@@ -15,7 +15,7 @@ from scm_runtime.errors import BundleNotFoundError
 EMBEDDED = Path(__file__).parents[1] / "bundles"
 
 
-class Found(NamedTuple):
+class ResolvedBundle(NamedTuple):
     """Where a bundle is."""
 
     folder: Path
@@ -30,7 +30,7 @@ class Found(NamedTuple):
                 hub.fetch(self.repository, name, self.folder.name)
 
 
-def find(bundle: str | os.PathLike[str], revision: str | None = None) -> Found:
+def resolve_bundle(bundle: str | os.PathLike[str], revision: str | None = None) -> ResolvedBundle:
     """A bundle given by path, by name for one inside the package, or as ``org/name`` for one on the hub, whose manifest is then fetched.
 
     Raises:
@@ -41,12 +41,12 @@ def find(bundle: str | os.PathLike[str], revision: str | None = None) -> Found:
     """
     repository = hub.repository(bundle, revision)
     if repository is None:
-        return Found(locate(bundle), None)
+        return ResolvedBundle(find_local(bundle), None)
     manifest = hub.fetch(repository, MANIFEST, revision, hint=f"It is no bundle. To make one of a model that scm-export reads: scm-export {repository}")
-    return Found(manifest.parent, repository)
+    return ResolvedBundle(manifest.parent, repository)
 
 
-def locate(bundle: str | os.PathLike[str]) -> Path:
+def find_local(bundle: str | os.PathLike[str]) -> Path:
     """Folder of a bundle given by path, or by name for one inside the package.
 
     Raises:
@@ -65,5 +65,5 @@ def locate(bundle: str | os.PathLike[str]) -> Path:
     wrong = f"has no {MANIFEST}" if path.is_dir() else "is a file" if path.exists() else "does not exist"
     raise BundleNotFoundError(
         f"no bundle at '{path}': it {wrong}. Expected a folder written by scm-export, the name of an embedded bundle ({names}), "
-        f"or a repository of the Hugging Face hub ('org/name').{hub.why_a_path(bundle)}"
+        f"or a repository of the Hugging Face hub ('org/name').{hub.local_path_hint(bundle)}"
     )

@@ -5,8 +5,6 @@ The manifest is the only file a host must read first. It holds no model mathemat
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
@@ -14,7 +12,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from scm_runtime.errors import BundleIntegrityError, BundleNotFoundError, BundleSchemaError
+from scm_runtime.errors import BundleNotFoundError, BundleSchemaError
 
 SCHEMA_VERSION = 1
 MANIFEST = "scm.json"
@@ -223,12 +221,6 @@ class Manifest(Struct, kw_only=True):
             raise ValueError(f"conditioning must have different names, got {', '.join(names)}")
 
 
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def read_manifest(folder: Path) -> Manifest:
     """Read and check ``scm.json`` in a bundle's folder.
 
@@ -256,30 +248,3 @@ def read_manifest(folder: Path) -> Manifest:
             raise
         raise BundleSchemaError(f"'{path}' is not a valid manifest: {error}. Export the checkpoint again.") from error
     return manifest
-
-
-def check_files(
-    folder: Path, manifest: Manifest, names: Iterable[str] | None = None, *, hashes: bool = True, digest_of: Callable[[Path], str] | None = None
-) -> None:
-    """Compare files of a bundle, all or those named, with its manifest: presence and size always, SHA-256 unless ``hashes`` is False.
-
-    ``digest_of`` takes the sum of a file, or remembers it; by default it is taken.
-
-    Raises:
-        BundleIntegrityError: a file is missing, cannot be read, or differs.
-    """
-    for name in manifest.files if names is None else names:
-        entry, path = manifest.files[name], folder / name
-        if not path.is_file():
-            raise BundleIntegrityError(f"'{folder}' lacks the file {name}, which its manifest lists. Copy the whole folder or export again.")
-        size = path.stat().st_size
-        if size != entry.size:
-            raise BundleIntegrityError(f"'{path}' must have {entry.size} bytes, got {size}. Copy the whole folder again or export again.")
-        try:
-            digest = (digest_of or sha256)(path) if hashes else entry.sha256
-        except OSError as error:
-            raise BundleIntegrityError(f"cannot read '{path}': {error.strerror}. Expected a file that you may read.") from error
-        if digest != entry.sha256:
-            raise BundleIntegrityError(
-                f"'{path}' must have SHA-256 {entry.sha256[:12]}…, got {digest[:12]}…. The file was changed or damaged: copy or export it again."
-            )

@@ -30,7 +30,7 @@ DEFAULT_STEPS = 2
 DIFFUSION_STEPS = 32
 
 
-class Evaluation(NamedTuple):
+class SolverStage(NamedTuple):
     """One evaluation of the step graph."""
 
     t: float
@@ -39,17 +39,17 @@ class Evaluation(NamedTuple):
     """Of base, state and result; None for the result alone, where a step begins."""
 
 
-Evaluations = tuple[Evaluation, ...]
+SolverStages = tuple[SolverStage, ...]
 
 
-class Schedules:
+class SolverTables:
     """The samplers of one bundle."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         """``samplers.json`` is read when it is first needed."""
         self._path, self._manifest = folder / SAMPLERS, manifest
 
-    def evaluations(self, sampler: str | None, steps: int | None, timesteps: Sequence[float] | None) -> Evaluations:
+    def evaluations(self, sampler: str | None, steps: int | None, timesteps: Sequence[float] | None) -> SolverStages:
         """For a call's arguments; raises InvalidArgumentError, and BundleSchemaError for a file that does not fit the manifest."""
         manifest = self._manifest
         if sampler is not None and (not isinstance(sampler, str) or sampler not in (manifest.solver, *manifest.samplers)):
@@ -60,16 +60,16 @@ class Schedules:
                 )
             raise InvalidArgumentError(f"sampler must be one of {', '.join((manifest.solver, *manifest.samplers))}, got {sampler!r}")
         if sampler is None or sampler == manifest.solver:
-            return along(_times(manifest, steps, timesteps))
+            return from_times(_times(manifest, steps, timesteps))
         if timesteps is not None:
             raise InvalidArgumentError(f"timesteps are for the sampler {manifest.solver!r}; for {sampler!r} give num_inference_steps")
         counts = manifest.samplers[sampler]
         return self._tables[sampler][_count(steps, counts, DIFFUSION_STEPS if DIFFUSION_STEPS in counts else max(counts))]
 
     @cached_property
-    def _tables(self) -> dict[str, dict[int, Evaluations]]:
+    def _tables(self) -> dict[str, dict[int, SolverStages]]:
         try:
-            raw = msgspec.json.decode(self._path.read_bytes(), type=dict[str, dict[str, list[Evaluation]]])
+            raw = msgspec.json.decode(self._path.read_bytes(), type=dict[str, dict[str, list[SolverStage]]])
             tables = {name: {int(count): tuple(rows) for count, rows in table.items()} for name, table in raw.items()}
             if {name: sorted(table) for name, table in tables.items()} != {name: sorted(counts) for name, counts in self._manifest.samplers.items()}:
                 raise ValueError("it has other samplers or step counts than the manifest lists")
@@ -83,9 +83,9 @@ class Schedules:
         return tables
 
 
-def along(times: Sequence[float]) -> Evaluations:
+def from_times(times: Sequence[float]) -> SolverStages:
     """One evaluation a step, from each time to the next."""
-    return tuple(Evaluation(t, t_next) for t, t_next in pairwise(times))
+    return tuple(SolverStage(t, t_next) for t, t_next in pairwise(times))
 
 
 def _times(manifest: Manifest, steps: int | None, timesteps: Sequence[float] | None) -> tuple[float, ...]:

@@ -26,8 +26,7 @@ from typing import Literal
 import msgspec
 from msgspec import Struct
 
-from scm_runtime.bundle.checksums import Verified
-from scm_runtime.bundle.manifest import sha256
+from scm_runtime.bundle.checksums import ChecksumCache, sha256
 from scm_runtime.cache.folder import MAX_BYTES, usable_folder
 from scm_runtime.cache.folder import max_bytes as default_bytes
 from scm_runtime.cache.private_copy import copy_graph
@@ -65,7 +64,7 @@ class GraphCache:
     def __init__(self, folder: Path, max_bytes: int = MAX_BYTES) -> None:
         """Use a folder that exists and belongs to the user; ``GraphCache.locate`` checks that."""
         self.folder, self.max_bytes = folder / GRAPHS, max_bytes
-        self.verified = Verified(folder / CHECKSUMS)
+        self.verified = ChecksumCache(folder / CHECKSUMS)
 
     @classmethod
     def locate(cls, folder: str | os.PathLike[str] | Literal[False] | None = None, max_bytes: int | None = None) -> GraphCache | None:

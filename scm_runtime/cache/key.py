@@ -47,8 +47,8 @@ def graph_key(
     It also covers the version of ONNX Runtime, the format of the cache and the CPU: ONNX Runtime arranges weights for the vector units that it finds.
 
     Args:
-        graph: SHA-256 of the ``.onnx`` file. If the file was not verified, its ``checksums.identity`` instead: otherwise the graph of a damaged file would
-            be cached under the key of the intact one.
+        graph: SHA-256 of the ``.onnx`` file. If the file was not verified, its ``checksums.stat_fingerprint`` instead: otherwise the graph of a damaged
+            file would be cached under the key of the intact one.
         weights: the same of the weights beside it.
         providers: execution providers with their options, in order.
         device: name of the accelerator, such as "NVIDIA L4 8.9"; empty if there is none.

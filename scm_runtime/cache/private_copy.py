@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from scm_runtime.bundle import hub
-from scm_runtime.bundle.checksums import identity, is_identity
+from scm_runtime.bundle.checksums import is_stat_fingerprint, stat_fingerprint
 from scm_runtime.bundle.manifest import WEIGHTS
 from scm_runtime.common.files import open_regular
 
@@ -34,7 +34,7 @@ def copy_graph(source: Path, folder: Path, checksums: Mapping[str, str], has_roo
     Args:
         source: the ``.onnx`` file.
         folder: an empty folder that others cannot write to.
-        checksums: of the graph and the weights by name: SHA-256, or ``checksums.identity`` if the files were not read.
+        checksums: of the graph and the weights by name: SHA-256, or ``checksums.stat_fingerprint`` if the files were not read.
         has_room: returns True if the disk has room for so many bytes.
 
     Returns:
@@ -59,13 +59,13 @@ def _copy(source: Path, target: Path, expected: str, has_room: Callable[[int], b
         size = os.fstat(file.fileno()).st_size
         if not has_room(size):
             raise NoRoomError(f"there is no room for a copy of '{source}'")
-        digest, left, before = hashlib.sha256(), size, identity(source, file)
+        digest, left, before = hashlib.sha256(), size, stat_fingerprint(source, file)
         with target.open("xb") as copy:
             while left and (chunk := file.read(min(left, CHUNK_BYTES))):
                 digest.update(chunk)
                 copy.write(chunk)
                 left -= len(chunk)
-        found = {digest.hexdigest()} if not is_identity(expected) else {before, identity(source, file)}
+        found = {digest.hexdigest()} if not is_stat_fingerprint(expected) else {before, stat_fingerprint(source, file)}
     if found != {expected}:
         raise ChangedError(f"'{source}' was changed while the bundle was opened")
 

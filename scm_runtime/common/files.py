@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 
+from scm_runtime.errors import OutputError
+
 
 def beside(target: Path, what: str) -> Path:
     """Return an unused hidden path in the target's folder; ``what`` is part of its name."""
@@ -39,3 +41,13 @@ def open_regular(path: Path, *, follow_links: bool = True) -> BufferedReader:
         file.close()
         raise OSError(f"'{path}' must be a regular file")
     return file
+
+
+@contextmanager
+def output_errors(path: Path) -> Iterator[None]:
+    """Turn errors of writing a file into OutputError."""
+    try:
+        yield
+    except (OSError, ValueError) as error:  # ValueError: a null character in the path
+        reason = getattr(error, "strerror", None) or error
+        raise OutputError(f"cannot write '{path}': {reason}. Choose a folder that you may write to, on a disk with room.") from error

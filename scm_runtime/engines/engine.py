@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scm_runtime.bundle.manifest import Dtype
-from scm_runtime.bundle.solver_tables import Evaluation
+from scm_runtime.bundle.solver_tables import SolverStage
 from scm_runtime.engines.sessions import BundleSessions
 from scm_runtime.inputs.call import Call
 
@@ -52,7 +52,7 @@ class Trajectory:
         return self.evaluations_done == len(self.call.evaluations)
 
     @property
-    def evaluation(self) -> Evaluation:
+    def evaluation(self) -> SolverStage:
         """The next evaluation."""
         return self.call.evaluations[self.evaluations_done]
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, cast
 
-from scm_runtime.bundle.checksums import identity
-from scm_runtime.bundle.location import Found
-from scm_runtime.bundle.manifest import Dtype, Manifest, check_files, read_manifest
+from scm_runtime.bundle.checksums import check_files, stat_fingerprint
+from scm_runtime.bundle.location import ResolvedBundle
+from scm_runtime.bundle.manifest import Dtype, Manifest, read_manifest
 from scm_runtime.cache.graph_cache import GraphCache
 from scm_runtime.common.checks import is_int
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
@@ -68,7 +68,7 @@ class OpenBundle:
 
 
 def open_bundle(
-    found: Found,
+    found: ResolvedBundle,
     placement: Placement,
     *,
     dtype: Dtype | Literal["auto"],
@@ -103,7 +103,7 @@ def open_bundle(
         if cache is not None:
             # A checksum that was not verified must not identify a graph: the file may be another one.
             here = {name: entry.sha256 for name, entry in manifest.files.items() if (folder / name).is_file()}
-            checksums = here if verify_integrity else {name: identity(folder / name) for name in here}
+            checksums = here if verify_integrity else {name: stat_fingerprint(folder / name) for name in here}
             context = CacheContext(cache, checksums, cache.verified.sha256(library.path) if library else None)
         return replace(base, library=library.path if library else None, cache=context)
 

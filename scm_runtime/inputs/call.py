@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from scm_runtime.bundle.manifest import Manifest
-from scm_runtime.bundle.solver_tables import Evaluations
+from scm_runtime.bundle.solver_tables import SolverStages
 from scm_runtime.common.checks import is_int
 from scm_runtime.errors import InvalidArgumentError, OutOfMemoryError
-from scm_runtime.inputs.conditioning import fill, free_sizes, read_column, to_array
+from scm_runtime.inputs.conditioning import broadcast_to_batch, dynamic_sizes, read_input, to_array
 
 Labels = int | str | Sequence[int | str] | NDArray[np.integer[Any]]
 Seeds = int | Sequence[int] | NDArray[np.integer[Any]]
@@ -26,7 +26,7 @@ class Call:
 
     seeds: NDArray[np.int64]  #                      [N]
     conditioning: dict[str, NDArray[Any]]  #         each [N, ...]
-    evaluations: Evaluations  #                      of the step graph, in order
+    evaluations: SolverStages  #                      of the step graph, in order
     latents: NDArray[np.float32] | None  #           [N, *sample], standard normal
 
     def ends_a_step(self, k: int) -> bool:
@@ -51,11 +51,11 @@ def resolve_call(
     seed: Seeds | None,
     batch_size: int | None,
     latents: ArrayLike | None,
-    evaluations: Evaluations,
+    evaluations: SolverStages,
 ) -> Call:
     """Check a call's arguments against the manifest and bring them to one batch size; raises InvalidArgumentError.
 
-    ``conditioning`` is by the names of the step graph's inputs; None stands for not given. ``evaluations`` come from the bundle's Schedules.
+    ``conditioning`` is by the names of the step graph's inputs; None stands for not given. ``evaluations`` come from the bundle's SolverTables.
     """
     if batch_size is not None and (not is_int(batch_size) or batch_size < 1):
         raise InvalidArgumentError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
@@ -66,8 +66,8 @@ def resolve_call(
             raise InvalidArgumentError(f"{name} was given, but the bundle {manifest.name!r} takes {takes}")
     start = None if latents is None else read_latents(latents, manifest.sample.shape)
     given = {name: conditioning.get(name) for name in inputs}
-    columns = {name: None if value is None else read_column(inputs[name], value) for name, value in given.items()}
-    sizes = free_sizes(inputs, columns)
+    columns = {name: None if value is None else read_input(inputs[name], value) for name, value in given.items()}
+    sizes = dynamic_sizes(inputs, columns)
     listed: Sequence[int] | None = None if seed is None or is_int(seed) else read_seeds(seed)
 
     lengths = {name: column.length for name, column in columns.items() if column is not None and column.length is not None}
@@ -89,7 +89,7 @@ def resolve_call(
         seeds = np.arange(n, dtype=np.int64) + listed[0] if isinstance(listed, range) else np.array(listed, np.int64)
     except (MemoryError, ValueError) as error:
         raise OutOfMemoryError(f"{n} seeds do not fit into memory. Try a smaller batch.") from error
-    filled = {name: fill(inputs[name], column, seeds, sizes) for name, column in columns.items()}
+    filled = {name: broadcast_to_batch(inputs[name], column, seeds, sizes) for name, column in columns.items()}
     return Call(seeds, filled, evaluations, start)
 
 

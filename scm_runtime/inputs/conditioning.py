@@ -13,23 +13,23 @@ from scm_runtime.bundle.manifest import Conditioning
 from scm_runtime.common.checks import is_int
 from scm_runtime.errors import InvalidArgumentError
 
-FREE_SIZE = 7  # that a stand-in has in a dimension that a call may choose
+PLACEHOLDER_SIZE = 7  # that a stand-in has in a dimension that a call may choose
 
 
 @dataclass(frozen=True)
-class Column:
+class BatchedInput:
     """A checked argument."""
 
     values: NDArray[Any]  #  [N, *shape], or [*shape] for all samples
-    shared: bool  #          whether it is for all samples
+    broadcast: bool  #          whether it is for all samples
 
     @property
     def length(self) -> int | None:
         """N, where the argument tells."""
-        return None if self.shared else len(self.values)
+        return None if self.broadcast else len(self.values)
 
 
-def read_column(item: Conditioning, value: object) -> Column:
+def read_input(item: Conditioning, value: object) -> BatchedInput:
     """Check an argument against its input; raises InvalidArgumentError."""
     if item.kind == "class":
         return _classes(item, value)
@@ -38,13 +38,13 @@ def read_column(item: Conditioning, value: object) -> Column:
     return _arrays(item, value)
 
 
-def _classes(item: Conditioning, value: Any) -> Column:
-    shared = isinstance(value, str) or is_int(value)
-    labels = [value] if shared else np.asarray(value, object).tolist()
+def _classes(item: Conditioning, value: Any) -> BatchedInput:
+    broadcast = isinstance(value, str) or is_int(value)
+    labels = [value] if broadcast else np.asarray(value, object).tolist()
     if not isinstance(labels, list):
         raise InvalidArgumentError(f"{item.name} must be class indices or label names, got {value!r}")
     indices = np.array([class_index(item, label) for label in labels], np.int64)
-    return Column(indices[0] if shared else indices, shared)
+    return BatchedInput(indices[0] if broadcast else indices, broadcast)
 
 
 def class_index(item: Conditioning, label: object) -> int:
@@ -62,35 +62,35 @@ def class_index(item: Conditioning, label: object) -> int:
     return int(cast(int, label))
 
 
-def _scalars(item: Conditioning, value: Any) -> Column:
+def _scalars(item: Conditioning, value: Any) -> BatchedInput:
     try:
         numbers = np.asarray(value, np.float32)
     except (TypeError, ValueError) as error:
         raise InvalidArgumentError(f"{item.name} must be a number or one a sample, got {value!r}") from error
     if numbers.ndim > 1 or not np.isfinite(numbers).all():
         raise InvalidArgumentError(f"{item.name} must be a finite number or one a sample, got {value!r}")
-    return Column(numbers, shared=not numbers.ndim)
+    return BatchedInput(numbers, broadcast=not numbers.ndim)
 
 
-def _arrays(item: Conditioning, value: Any) -> Column:
+def _arrays(item: Conditioning, value: Any) -> BatchedInput:
     array = to_array(item.name, value)
-    shared = array.ndim == len(item.shape)
-    sizes = array.shape if shared else array.shape[1:]
+    broadcast = array.ndim == len(item.shape)
+    sizes = array.shape if broadcast else array.shape[1:]
     if len(sizes) != len(item.shape) or any(
         size != expected if isinstance(expected, int) else size < 1 for size, expected in zip(sizes, item.shape, strict=True)
     ):
         raise InvalidArgumentError(f"{item.name} must have the shape {_shape(item.shape)} or {_shape(('N', *item.shape))}, got {list(array.shape)}")
-    if not shared and not len(array):
-        return Column(array, shared)  # no samples: arguments.py says so
+    if not broadcast and not len(array):
+        return BatchedInput(array, broadcast)  # no samples: arguments.py says so
     if item.kind == "embedding":
         if not np.isfinite(array).all():
             raise InvalidArgumentError(f"{item.name} must be finite, got NaN or infinity")
-        return Column(array, shared)
+        return BatchedInput(array, broadcast)
     if not np.isin(array, (0, 1)).all():
         raise InvalidArgumentError(f"{item.name} must hold 1 where there is something and 0 where not, got {array[~np.isin(array, (0, 1))][0]:g}")
-    if not array.reshape(1 if shared else len(array), -1).any(axis=1).all():
+    if not array.reshape(1 if broadcast else len(array), -1).any(axis=1).all():
         raise InvalidArgumentError(f"{item.name} must have at least one 1 a sample, got a sample of zeros")
-    return Column(array.astype(np.int64), shared)
+    return BatchedInput(array.astype(np.int64), broadcast)
 
 
 def to_array(name: str, value: Any) -> NDArray[np.float32]:
@@ -106,29 +106,29 @@ def to_array(name: str, value: Any) -> NDArray[np.float32]:
         raise InvalidArgumentError(f"{name} must be an array of numbers, got {type(value).__name__} ({error}){hint}") from error
 
 
-def free_sizes(inputs: Mapping[str, Conditioning], columns: Mapping[str, Column | None]) -> dict[str, int]:
+def dynamic_sizes(inputs: Mapping[str, Conditioning], columns: Mapping[str, BatchedInput | None]) -> dict[str, int]:
     """Sizes of the free dimensions within one call; raises InvalidArgumentError where two arguments disagree."""
     sizes: dict[str, int] = {}
     owners: dict[str, str] = {}
     for name, column in columns.items():
         if column is None:
             continue
-        shape = column.values.shape if column.shared else column.values.shape[1:]
+        shape = column.values.shape if column.broadcast else column.values.shape[1:]
         for dimension, size in zip(inputs[name].shape, shape, strict=True):
             if not isinstance(dimension, str):
                 continue
             if sizes.setdefault(dimension, size) != size:
                 first = owners[dimension]
-                shapes = " and ".join(f"{other} {list(cast(Column, columns[other]).values.shape)}" for other in (first, name))
+                shapes = " and ".join(f"{other} {list(cast(BatchedInput, columns[other]).values.shape)}" for other in (first, name))
                 raise InvalidArgumentError(f"{first} and {name} must have as many {dimension}: got {sizes[dimension]} and {size}, in {shapes}")
             owners.setdefault(dimension, name)
     return sizes
 
 
-def fill(item: Conditioning, column: Column | None, seeds: NDArray[np.int64], sizes: Mapping[str, int]) -> NDArray[Any]:
+def broadcast_to_batch(item: Conditioning, column: BatchedInput | None, seeds: NDArray[np.int64], sizes: Mapping[str, int]) -> NDArray[Any]:
     """The array of one input for a batch: as given, or its default; raises InvalidArgumentError where there is none."""
     if column is not None:
-        if not column.shared:
+        if not column.broadcast:
             return np.ascontiguousarray(column.values)
         return np.repeat(column.values[None], len(seeds), 0)
     if item.is_array:
@@ -143,12 +143,12 @@ def fill(item: Conditioning, column: Column | None, seeds: NDArray[np.int64], si
     raise InvalidArgumentError(f"this bundle needs {item.name}: a number, or one a sample")
 
 
-def stand_ins(inputs: Sequence[Conditioning], seeds: Sequence[int]) -> dict[str, Any]:
+def placeholder_conditioning(inputs: Sequence[Conditioning], seeds: Sequence[int]) -> dict[str, Any]:
     """Something for each input that has to be given: 1 for a number, and for an embedding standard normal numbers that follow from the sample's seed."""
     given: dict[str, Any] = {}
     for item in inputs:
         if item.kind == "embedding":
-            shape = [FREE_SIZE if isinstance(size, str) else size for size in item.shape]
+            shape = [PLACEHOLDER_SIZE if isinstance(size, str) else size for size in item.shape]
             given[item.name] = np.stack([np.random.default_rng(seed).standard_normal(shape, np.float32) for seed in seeds])
         elif item.kind == "scalar" and item.default is None:
             given[item.name] = 1.0

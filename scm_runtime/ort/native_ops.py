@@ -161,9 +161,9 @@ def _unsupported_device_reason(library: Library, placement: Placement) -> str | 
     from scm_runtime.devices.cuda_driver import read_driver  # imports ctypes, which only a GPU needs
 
     driver = read_driver()
-    if driver.version is not None and driver.version // 1000 < int(cuda.version.partition(".")[0]):
-        runs = f"{driver.version // 1000}.{driver.version % 1000 // 10}"
-        return f"'{library.path}' was built with CUDA {cuda.version}, and the NVIDIA driver runs {runs} and older. Update it, or build with that CUDA: {build}"
+    if driver.cuda_major is not None and driver.cuda_major < int(cuda.version.partition(".")[0]):
+        older = f"the NVIDIA driver runs {driver.cuda_version} and older"
+        return f"'{library.path}' was built with CUDA {cuda.version}, and {older}. Update it, or build with that CUDA: {build}"
     oldest = min(map(int, cuda.architectures))
     if placement.index < len(driver.devices):
         device = driver.devices[placement.index]

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scm_runtime.bundle.manifest import Manifest
-from scm_runtime.bundle.solver_tables import Schedules
+from scm_runtime.bundle.solver_tables import SolverTables
 from scm_runtime.engines.engine import Trajectory
 from scm_runtime.errors import InvalidArgumentError
 from scm_runtime.inputs.arguments import OUTPUT_TYPES, CallArguments, OnStep, OutputType, check_names, conditioning_of
@@ -38,7 +38,7 @@ class Request:
 
 
 def read_request(
-    manifest: Manifest, solver_tables: Schedules, class_labels: Labels | None, arguments: CallArguments, *, callback_owner: object = None
+    manifest: Manifest, solver_tables: SolverTables, class_labels: Labels | None, arguments: CallArguments, *, callback_owner: object = None
 ) -> Request:
     """Check the arguments of a call against a bundle.
 

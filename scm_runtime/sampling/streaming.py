@@ -12,7 +12,7 @@ from scm_runtime.common.checks import is_int
 from scm_runtime.errors import InvalidArgumentError
 from scm_runtime.inputs.arguments import CONDITIONING, BatchArguments, CallArguments, check_names, conditioning_of
 from scm_runtime.inputs.call import Labels, Seeds, check_range, random_seed, read_latents, read_seeds
-from scm_runtime.inputs.conditioning import Column, read_column
+from scm_runtime.inputs.conditioning import BatchedInput, read_input
 from scm_runtime.samples import Samples
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def _slices(
     """Check the arguments that are given per sample, and return a function that makes the call arguments of samples ``start`` to ``stop``."""
     inputs = {item.name: item for item in manifest.conditioning}
     given: dict[str, Any] = {name: value for name, value in conditioning_of(class_labels, arguments).items() if value is not None}
-    columns = {name: read_column(inputs[name], value) if name in inputs else Column(value, shared=True) for name, value in given.items()}
+    columns = {name: read_input(inputs[name], value) if name in inputs else BatchedInput(value, broadcast=True) for name, value in given.items()}
     latents = arguments.get("latents")
     start_from = None if latents is None else read_latents(latents, manifest.sample.shape)
     lengths = {name: column.length for name, column in columns.items() if column.length is not None}
@@ -132,7 +132,7 @@ def _slices(
     others = {name: value for name, value in arguments.items() if name not in (*CONDITIONING, "conditioning", "latents")}
 
     def between(start: int, stop: int) -> CallArguments:
-        conditioning = {name: column.values if column.shared else column.values[start:stop] for name, column in columns.items()}
+        conditioning = {name: column.values if column.broadcast else column.values[start:stop] for name, column in columns.items()}
         batch = {**others, "conditioning": conditioning, "seed": list(seeds[start:stop])}
         if start_from is not None:
             batch["latents"] = start_from[start:stop]

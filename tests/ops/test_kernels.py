@@ -16,7 +16,8 @@ from onnx import TensorProto, helper
 
 from scm_export.verification.tolerances import SAMPLE_ATOL
 from scm_runtime import Generator
-from scm_runtime.bundle.manifest import MANIFEST, OPS_DOMAIN, OPS_VERSION, sha256
+from scm_runtime.bundle.checksums import sha256
+from scm_runtime.bundle.manifest import MANIFEST, OPS_DOMAIN, OPS_VERSION
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
 from scm_runtime.errors import InvalidArgumentError
 from scm_runtime.ort.options import MATMUL_PRECISION

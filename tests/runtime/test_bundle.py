@@ -11,8 +11,9 @@ import msgspec
 import pytest
 
 from scm_runtime import BundleIntegrityError, BundleNotFoundError, BundleSchemaError, Generator, Manifest
-from scm_runtime.bundle.location import locate
-from scm_runtime.bundle.manifest import MANIFEST, check_files, read_manifest, sha256
+from scm_runtime.bundle.checksums import check_files, sha256
+from scm_runtime.bundle.location import find_local
+from scm_runtime.bundle.manifest import MANIFEST, read_manifest
 
 EMBEDDING = {"name": "prompt_embeds", "kind": "embedding", "dtype": "float32", "shape": ["tokens", 8]}
 
@@ -66,7 +67,7 @@ def test_unknown_keys_are_ignored(bundle: Path) -> None:
 
 def test_a_bundle_of_an_earlier_writer(tmp_path: Path) -> None:
     """Keys that came later have defaults."""
-    written = msgspec.json.decode((locate("digits") / MANIFEST).read_bytes())
+    written = msgspec.json.decode((find_local("digits") / MANIFEST).read_bytes())
     for key in ("time_unit", "solver", "samplers"):
         del written[key]
     for case in written["verification"]["cases"]:
@@ -176,7 +177,7 @@ def test_a_file_that_may_not_be_read(tiny_bundle: Path, monkeypatch: pytest.Monk
     def refuse(path: Path) -> str:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("scm_runtime.bundle.manifest.sha256", refuse)
+    monkeypatch.setattr("scm_runtime.bundle.checksums.sha256", refuse)
     with pytest.raises(BundleIntegrityError, match=r"cannot read '.*': Permission denied\. Expected a file that you may read"):
         Generator(tiny_bundle)
 
@@ -187,18 +188,18 @@ def test_an_extra_file_does_no_harm(bundle: Path) -> None:
 
 
 def test_locate(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert locate(tiny_bundle) == locate(str(tiny_bundle)) == tiny_bundle
+    assert find_local(tiny_bundle) == find_local(str(tiny_bundle)) == tiny_bundle
     monkeypatch.setattr("scm_runtime.bundle.location.EMBEDDED", tiny_bundle.parent)
-    assert locate("tiny") == tiny_bundle
+    assert find_local("tiny") == tiny_bundle
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
     for name, wrong in {"file": "is a file", "folder": "has no scm.json", "nothing": "does not exist"}.items():
         with pytest.raises(BundleNotFoundError, match=rf"no bundle at '.*{name}': it {wrong}\. Expected a folder .* the name of an embedded bundle \('tiny'\)"):
-            locate(tmp_path / name)
+            find_local(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["../bundles/digits", "", "a b", "nothing"])
 def test_a_name_that_is_no_embedded_bundle(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(BundleNotFoundError, match="no bundle at"):
-        locate(name)
+        find_local(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -19,8 +20,8 @@ import pytest
 from numpy.typing import NDArray
 
 import scm_runtime
-from scm_runtime.bundle.checksums import Verified, file_sha256, identity
-from scm_runtime.bundle.manifest import WEIGHTS, read_manifest, sha256
+from scm_runtime.bundle.checksums import ChecksumCache, file_sha256, sha256, stat_fingerprint
+from scm_runtime.bundle.manifest import WEIGHTS, read_manifest
 from scm_runtime.cache import folder as cache_folder
 from scm_runtime.cache import key as cache_key
 from scm_runtime.cache.graph_cache import TEMP_PREFIX, GraphCache
@@ -537,10 +538,10 @@ def file(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Verified:
+def verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ChecksumCache:
     (tmp_path / "sums").mkdir()
     monkeypatch.setattr("scm_runtime.bundle.checksums.SETTLED_NS", 0)
-    return Verified(tmp_path / "sums")
+    return ChecksumCache(tmp_path / "sums")
 
 
 @pytest.fixture
@@ -556,13 +557,14 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return digests
 
 
-def test_an_unchanged_file_is_hashed_once(verified: Verified, file: Path, read: list[str]) -> None:
-    assert [verified.sha256(file) for _ in range(3)] == [sha256(file)] * 3
-    assert read == [sha256(file)]
+def test_an_unchanged_file_is_hashed_once(verified: ChecksumCache, file: Path, read: list[str]) -> None:
+    expected = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert [verified.sha256(file) for _ in range(3)] == [expected] * 3
+    assert read == [expected]
 
 
 @pytest.mark.parametrize("change", ["written in place, times put back", "replaced", "another path"])
-def test_a_changed_file_is_hashed_again(verified: Verified, file: Path, change: str) -> None:
+def test_a_changed_file_is_hashed_again(verified: ChecksumCache, file: Path, change: str) -> None:
     verified.sha256(file)
     if change == "another path":
         file = file.rename(file.with_name("moved"))
@@ -576,26 +578,26 @@ def test_a_changed_file_is_hashed_again(verified: Verified, file: Path, change: 
     assert verified.sha256(file) == sha256(file)
 
 
-def test_a_file_written_just_now_is_not_remembered(verified: Verified, file: Path, read: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_written_just_now_is_not_remembered(verified: ChecksumCache, file: Path, read: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("scm_runtime.bundle.checksums.SETTLED_NS", 60_000_000_000)
     for _ in range(2):
         verified.sha256(file)
-    assert read == [sha256(file)] * 2
+    assert read == [hashlib.sha256(file.read_bytes()).hexdigest()] * 2
 
 
-def test_sums_have_their_month(verified: Verified, file: Path, read: list[str], tmp_path: Path) -> None:
+def test_sums_have_their_month(verified: ChecksumCache, file: Path, read: list[str], tmp_path: Path) -> None:
     verified.sha256(file)
     (remembered,) = (tmp_path / "sums").iterdir()
     os.utime(remembered, (0, 0))
     verified.sha256(file)
-    assert read == [sha256(file)] * 2
+    assert read == [hashlib.sha256(file.read_bytes()).hexdigest()] * 2
     os.utime(remembered, (0, 0))
     verified.prune()
     assert not list((tmp_path / "sums").iterdir())
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"seen": 3, "sha256": "x"}'])
-def test_a_damaged_memory_forgets(verified: Verified, file: Path, tmp_path: Path, text: str) -> None:
+def test_a_damaged_memory_forgets(verified: ChecksumCache, file: Path, tmp_path: Path, text: str) -> None:
     verified.sha256(file)
     (remembered,) = (tmp_path / "sums").iterdir()
     remembered.write_text(text)
@@ -604,18 +606,18 @@ def test_a_damaged_memory_forgets(verified: Verified, file: Path, tmp_path: Path
 
 
 def test_a_memory_that_cannot_be_written(file: Path) -> None:
-    assert Verified(file / "sums").sha256(file) == sha256(file)
+    assert ChecksumCache(file / "sums").sha256(file) == sha256(file)
 
 
 def test_the_identity_of_a_file_changes_with_it(file: Path, read: list[str]) -> None:
-    before = identity(file)
-    assert identity(file) == before
+    before = stat_fingerprint(file)
+    assert stat_fingerprint(file) == before
     file.write_bytes(b"changes")
     os.utime(file, (1, 1))
-    assert identity(file) != before
+    assert stat_fingerprint(file) != before
     assert not read
 
 
-def test_a_missing_file_has_no_sum(verified: Verified, tmp_path: Path) -> None:
+def test_a_missing_file_has_no_sum(verified: ChecksumCache, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         verified.sha256(tmp_path / "missing")

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 import handmade
 from scm_runtime import Generator, InvalidArgumentError, NonFiniteError
-from scm_runtime.bundle.manifest import MANIFEST, FileEntry, read_manifest, sha256
+from scm_runtime.bundle.checksums import sha256
+from scm_runtime.bundle.manifest import MANIFEST, FileEntry, read_manifest
 
 SEEDS = [3, 4, 5, 6]
 EMBEDS = np.random.default_rng(0).standard_normal((4, 3, handmade.WIDTH), np.float32)

@@ -19,7 +19,8 @@ from PIL import Image
 
 import handmade
 from scm_runtime import Generator, InferenceError, InvalidArgumentError
-from scm_runtime.bundle.manifest import MANIFEST, FileEntry, read_manifest, sha256
+from scm_runtime.bundle.checksums import sha256
+from scm_runtime.bundle.manifest import MANIFEST, FileEntry, read_manifest
 from scm_runtime.cli import main
 from scm_runtime.ort import session
 from scm_runtime.ort.open_session import open_session
@@ -437,7 +438,7 @@ def test_generate_without_embeddings(bundle: Path, plain: Path, tmp_path: Path) 
     for arguments, message in (
         ([bundle], "this bundle needs prompt_embeds: float32 [N, tokens, 5]"),
         (["digits", "--prompt-embeds", tmp_path / "one.npy"], "prompt_embeds was given, but the bundle 'digits' takes class_labels"),
-        ([plain, "--prompt-embeds", tmp_path / "one.npy"], "the bundle 'plain' makes latents, no pictures: it has no decoder"),
+        ([plain, "--prompt-embeds", tmp_path / "one.npy"], "the bundle 'plain' makes latents, not images: it has no decoder"),
     ):
         result = call("generate", *arguments, "-o", tmp_path / "out.png")
         assert result.exit_code == 2
@@ -450,7 +451,7 @@ def test_inspect(bundle: Path, plain: Path) -> None:
     for fragment in (
         "also an encoder, a preview decoder",
         "image, uint8 [N, 8, 12, 3]",
-        "prompt_embeds embedding, float32 [N, tokens, 5], to be given",
+        "prompt_embeds embedding, float32 [N, tokens, 5], required",
         "prompt_attention_mask mask, int64 [N, tokens], default all ones",
         "guidance_scale scalar, float32 [N], default 4.5",
     ):
@@ -465,4 +466,4 @@ def test_smoke_says_what_stands_in_for_the_text(bundle: Path, plain: Path) -> No
         result = call("smoke", path)
         assert result.exit_code == 0, result.output
         assert result.stdout.count("yes") == 6
-        assert "random numbers stand in for prompt_embeds float32 [N, tokens, 5], 7 tokens" in result.stdout
+        assert "random values for prompt_embeds float32 [N, tokens, 5], 7 tokens" in result.stdout

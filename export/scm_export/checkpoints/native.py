@@ -96,7 +96,7 @@ def read_start(source: Path) -> bytes:
         missing = isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError)
         raise (CheckpointNotFoundError if missing else CheckpointError)(
             f"no checkpoint at '{source}': {wrong}. Expected a checkpoint's file, a diffusers folder, "
-            f"or a repository of the Hugging Face hub ('org/name').{hub.why_a_path(str(source))}"
+            f"or a repository of the Hugging Face hub ('org/name').{hub.local_path_hint(str(source))}"
         ) from error
     if not start:
         raise CheckpointError(f"'{source}' is empty. Copy or save the checkpoint again.")

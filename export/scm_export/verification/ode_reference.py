@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from scm_export.samplers import karras_sigmas
-from scm_runtime.bundle.solver_tables import Evaluations
+from scm_runtime.bundle.solver_tables import SolverStages
 
 Denoise = Callable[[Tensor, float], Tensor]
 """(EDM's state ``X = x / cos t``, sigma) to the denoised sample D."""
@@ -18,7 +18,7 @@ Denoise = Callable[[Tensor, float], Tensor]
 
 @torch.no_grad()
 def sample_ode(
-    solver: str, rows: Evaluations, step: torch.nn.Module, noise: Tensor, initial_scale: float, sigma_data: float, conditioning: dict[str, Tensor]
+    solver: str, rows: SolverStages, step: torch.nn.Module, noise: Tensor, initial_scale: float, sigma_data: float, conditioning: dict[str, Tensor]
 ) -> Tensor:
     """Solve the ODE from the first row's time to 0 in eager PyTorch, with states in float64.
 

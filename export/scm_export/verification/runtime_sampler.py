@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from scm_export.verification.references import ReferenceSamples
 from scm_runtime.bundle.manifest import Dtype, Manifest
-from scm_runtime.bundle.solver_tables import Schedules
+from scm_runtime.bundle.solver_tables import SolverTables
 from scm_runtime.common.runs import RunRegistry
 from scm_runtime.engines.host import HostEngine
 from scm_runtime.engines.sessions import BundleSessions
@@ -31,7 +31,7 @@ class RuntimeSampler:
         def open_engine(dtype: Dtype) -> HostEngine:
             return HostEngine(BundleSessions(folder, manifest, dtype, open_session), dtype, manifest.initial_scale)
 
-        self._manifest, self._solver_tables = manifest, Schedules(folder, manifest)
+        self._manifest, self._solver_tables = manifest, SolverTables(folder, manifest)
         engine = open_engine(dtype)
         self.step: Session = engine.graphs().step
         # NaN and infinity are logged, and fail the comparison that follows.
