@@ -1,4 +1,4 @@
-"""The errors of this package.
+"""The errors of this package. The exporter adds its own, in ``scm_export.errors``.
 
     ScmError
     ├── BundleError                 a bundle cannot be used
@@ -17,21 +17,12 @@
     ├── InferenceError              (RuntimeError) ONNX Runtime refused a graph or failed in it
     │   ├── OutOfMemoryError        (MemoryError) the device or the host ran out of memory; a smaller batch may fit
     │   └── NonFiniteError          (ArithmeticError) samples became NaN or infinite
-    ├── NativeOpsError              (RuntimeError) the native kernels were required and cannot be used
-    └── ExportError                 raised by scm_export
-        ├── CheckpointError         (ValueError) a checkpoint cannot be read or does not fit its family
-        │   └── CheckpointNotFoundError  (FileNotFoundError) no file at that path
-        └── VerificationError       (RuntimeError) the bundle does not compute what the checkpoint computes
+    └── NativeOpsError              (RuntimeError) the native kernels were required and cannot be used
 
 In parentheses: the built-in error that each also derives from.
 """
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from scm_runtime.bundle.manifest import Verification
 
 
 class ScmError(Exception):
@@ -114,23 +105,3 @@ class GenerationCancelledError(ScmError):
 
 class NativeOpsError(ScmError, RuntimeError):
     """The native kernels were required, and the library is missing, cannot be loaded, or has another version than the bundle."""
-
-
-class ExportError(ScmError):
-    """Base of the errors of scm_export."""
-
-
-class CheckpointError(ExportError, ValueError):
-    """A checkpoint cannot be read, or does not fit its family."""
-
-
-class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
-    """There is no checkpoint at that path."""
-
-
-class VerificationError(ExportError, RuntimeError):
-    """The bundle does not compute what the checkpoint computes. ``report`` holds all cases, where there are any."""
-
-    def __init__(self, message: str, report: Verification | None = None) -> None:
-        super().__init__(message)
-        self.report = report

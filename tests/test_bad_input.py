@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 
 from scm_export import cli as export_cli
 from scm_export import export
+from scm_export.errors import CheckpointError, CheckpointNotFoundError
 from scm_export.writer import new_bundle
 from scm_runtime import (
     BundleIntegrityError,
@@ -37,7 +38,6 @@ from scm_runtime import cli as runtime_cli
 from scm_runtime.bundle.checksums import sha256
 from scm_runtime.bundle.manifest import MANIFEST
 from scm_runtime.cli.embeddings import read_embeddings
-from scm_runtime.errors import CheckpointError, CheckpointNotFoundError
 from support import full_disk, tree
 
 

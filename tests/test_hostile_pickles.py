@@ -20,7 +20,7 @@ import torch
 from edm2_networks import TrigFlowPrecond
 from edm2_pickles import EasyDict, Recorded, snapshot, write_pickle
 from scm_export.checkpoints import inert_pickle, load
-from scm_runtime.errors import CheckpointError
+from scm_export.errors import CheckpointError
 
 # ----------------------------------------------------------------------------
 # Handwritten opcodes, for pickles that no pickler writes. Each piece leaves one object on the stack.

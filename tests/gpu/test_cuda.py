@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.dlpack import from_dlpack
 
-from scm_export.tolerances import MIN_PSNR, SAMPLE_ATOL
+from scm_export.verification.tolerances import MIN_PSNR, SAMPLE_ATOL
 from scm_runtime import Generator, InvalidArgumentError, OutOfMemoryError
 
 pytestmark = pytest.mark.gpu

@@ -11,7 +11,7 @@ from onnx import TensorProto, helper
 from torch import Tensor
 
 from scm_export import ops
-from scm_export.tolerances import OP_TOLERANCE
+from scm_export.verification.tolerances import OP_TOLERANCE
 from scm_runtime.bundle.manifest import OPS_DOMAIN, OPS_VERSION
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
 from support import native_library

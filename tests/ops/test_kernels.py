@@ -14,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from scm_export.tolerances import SAMPLE_ATOL
+from scm_export.verification.tolerances import SAMPLE_ATOL
 from scm_runtime import Generator
 from scm_runtime.bundle.checksums import sha256
 from scm_runtime.bundle.manifest import MANIFEST, OPS_DOMAIN, OPS_VERSION

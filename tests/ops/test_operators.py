@@ -16,9 +16,9 @@ from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
 from scm_export import ops
-from scm_export.graphs import ir_version
+from scm_export.graphs.build import ir_version
 from scm_export.ops import OPERATORS
-from scm_export.tolerances import OP_TOLERANCE, PRODUCT_TOLERANCE
+from scm_export.verification.tolerances import OP_TOLERANCE, SPLIT_BF16_TOLERANCE
 from scm_runtime.bundle.manifest import OPS_VERSION
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
 from scm_runtime.ort.options import MATMUL_PRECISION
@@ -212,7 +212,7 @@ def test_an_operator_matches_its_reference(op: str, dtype: str, implementation: 
             expected = in_torch(op, wide, case.attributes, outputs)
             found = implementation(op, inputs, case.attributes, outputs)
             kind = _name(OPERATORS[op].output_type, dtype)
-            atol, rtol = PRODUCT_TOLERANCE if op in PRODUCTS and kind == "float32" else OP_TOLERANCE[kind]
+            atol, rtol = SPLIT_BF16_TOLERANCE if op in PRODUCTS and kind == "float32" else OP_TOLERANCE[kind]
             for one, other in zip(found, expected, strict=True):
                 message = f"inputs {[array.shape for array in inputs]}, attributes {dict(case.attributes)}, {outputs} outputs"
                 assert (one.dtype, one.shape) == (np.dtype(kind), other.shape), message

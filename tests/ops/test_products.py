@@ -13,9 +13,9 @@ from onnx import ModelProto, inliner
 from onnxscript import ir
 from torch import Tensor, nn
 
+from scm_export.graphs.trace import trace_step
 from scm_export.model import ImageDecoder, Model
 from scm_export.parametrisation import Step
-from scm_export.trace import trace_step
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
 from scm_runtime.ort.options import MATMUL_PRECISION
 from support import BFLOAT16, native_library

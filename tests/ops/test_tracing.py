@@ -18,15 +18,15 @@ from torch import Tensor, nn
 
 from scm_export import cli, ops
 from scm_export.checkpoints import load_checkpoint
+from scm_export.errors import ExportError
 from scm_export.families import build_model
+from scm_export.graphs.trace import trace_step
 from scm_export.model import ImageDecoder, Model
 from scm_export.ops import OPERATORS, operators_as_nodes
 from scm_export.parametrisation import Step
-from scm_export.trace import trace_step
 from scm_runtime import Generator
 from scm_runtime.bundle.manifest import CHANNELS_LAST_DOMAIN, OPS_DOMAIN, OPS_VERSION, read_manifest
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
-from scm_runtime.errors import ExportError
 
 onnxruntime = load_onnxruntime()
 

@@ -1,41 +1,41 @@
-"""From PyTorch modules to ONNX graphs with a dynamic batch."""
+"""Tracing of PyTorch modules into ONNX graphs with a dynamic batch size."""
 
 from __future__ import annotations
 
+import functools
 import logging
 import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from onnxscript import ir
 from torch import Tensor, nn
+from torch.onnx._internal._lazy_import import onnxscript_apis  # type: ignore[attr-defined]  # that module imports the name without exporting it
 
-from scm_export.functions import attach_functions, optimize
-from scm_export.graphs import BATCH, ir_version
+from scm_export.errors import ExportError
+from scm_export.example_inputs import EXAMPLE_SIZE, example_conditioning
+from scm_export.graphs.bf16_casts import insert_float32_casts
+from scm_export.graphs.build import BATCH, ir_version
+from scm_export.graphs.dense_layers import replace_dense_layers
+from scm_export.graphs.functions import attach_functions, optimize
+from scm_export.graphs.weight_layout import fold_weight_transposes
 from scm_export.model import Model
 from scm_export.ops import operators_as_nodes
-from scm_export.products import mark_products
-from scm_export.weight_layout import store_as_read
-from scm_export.widening import widen
-from scm_runtime.bundle.manifest import Conditioning
-from scm_runtime.errors import ExportError
 
-TRACE_BATCH = 2  # sizes 0 and 1 would specialise
-TRACE_SIZES = 6  # of the first free dimension of a conditioning input, 7 of the second, …: sizes that no other dimension has by chance
-LARGEST = 2**20  # of a free dimension
-
-Shape = dict[int, Any]  # free dimensions by axis, torch.export.Dim
+TRACE_BATCH = 2  # torch.export would specialize the graph for sizes 0 and 1
+MAX_SIZE = 2**20  # of a dynamic dimension
 
 
 def trace_step(model: Model, opset: int, *, operators: bool = True) -> ir.Model:
-    """Trace one step of a model's sampler, in the dtype the model computes in now.
+    """Trace one step of a model's sampler, in the model's current compute dtype.
 
     Args:
-        model: its weights become the result's: they are not copied.
+        model: the graph refers to its weights without copying them.
         opset: ONNX operator set.
-        operators: False traces through the functions of ``scm_export.ops`` to torch's own operators, as any exporter would; for comparison.
+        operators: False traces the functions of ``scm_export.ops`` as the torch operators that they consist of, for comparison.
 
     Returns:
         The graph, with ``scm`` nodes and their function bodies.
@@ -47,14 +47,14 @@ def trace_step(model: Model, opset: int, *, operators: bool = True) -> ir.Model:
     t = torch.full((TRACE_BATCH,), 0.5)
     inputs = {"x": x, "t": t, "t_next": t.clone(), "noise": x.clone()}
     names = sorted({size for item in model.conditioning for size in item.shape if isinstance(size, str)})
-    sizes = {name: TRACE_SIZES + i for i, name in enumerate(names)}
-    free = {name: torch.export.Dim(name, min=1, max=LARGEST) for name in names}
-    batch = torch.export.Dim(BATCH, min=1, max=LARGEST)
-    conditioning = {item.name: example(item, TRACE_BATCH, sizes) for item in model.conditioning}
+    sizes = {name: EXAMPLE_SIZE + i for i, name in enumerate(names)}
+    dynamic = {name: torch.export.Dim(name, min=1, max=MAX_SIZE) for name in names}
+    batch = torch.export.Dim(BATCH, min=1, max=MAX_SIZE)
+    conditioning = {item.name: example_conditioning(item, TRACE_BATCH, sizes) for item in model.conditioning}
     if model.family == "module":
-        with torch.no_grad():  # a table that the network keeps for each dtype is then a real one, not one of the tracer
+        with torch.no_grad():  # a table that the network caches for each dtype then holds real tensors instead of the tracer's
             model.step(*inputs.values(), conditioning)
-    shapes = {item.name: {0: batch, **{axis: free[size] for axis, size in enumerate(item.shape, 1) if isinstance(size, str)}} for item in model.conditioning}
+    shapes = {item.name: {0: batch, **{axis: dynamic[size] for axis, size in enumerate(item.shape, 1) if isinstance(size, str)}} for item in model.conditioning}
     return _trace(
         "step",
         model.step,
@@ -68,17 +68,25 @@ def trace_step(model: Model, opset: int, *, operators: bool = True) -> ir.Model:
 
 
 def trace_map(name: str, network: nn.Module, example: Tensor, input: str, output: str, opset: int) -> ir.Model:
-    """Trace a network of one input, decoder or encoder, in the dtype it computes in now; ``example`` is a valid input for at least two samples.
+    """Trace a network with one input, such as a decoder or an encoder, in its current compute dtype.
+
+    Args:
+        name: of the graph.
+        network: called with one tensor.
+        example: a valid input for at least two samples.
+        input: name of the graph's input.
+        output: name of the graph's output.
+        opset: ONNX operator set.
 
     Raises:
         ExportError: torch cannot translate the network.
     """
-    batch = torch.export.Dim(BATCH, min=1, max=LARGEST)
+    batch = torch.export.Dim(BATCH, min=1, max=MAX_SIZE)
     return _trace(name, _OneInput(network), {"input": example}, {"input": {0: batch}}, [input], output, opset)
 
 
 class _OneInput(nn.Module):
-    """Gives a network's input a name of ours, whatever its own argument is called."""
+    """A network whose argument is called ``input``, whatever the name in its own ``forward``."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -102,9 +110,15 @@ def _trace(
 ) -> ir.Model:
     exporter_log = logging.getLogger("torch.onnx")
     level = exporter_log.level
-    exporter_log.setLevel(logging.ERROR)  # it warns of optional packages that no graph here needs
+    exporter_log.setLevel(logging.ERROR)  # it warns about optional packages that no graph here needs
+    torchlib_ops = _torchlib_ops()
     try:
-        with torch.no_grad(), warnings.catch_warnings(), operators_as_nodes() if operators else nullcontext():
+        with (
+            torch.no_grad(),
+            warnings.catch_warnings(),
+            operators_as_nodes() if operators else nullcontext(),
+            patch.object(onnxscript_apis, "get_torchlib_ops", lambda: torchlib_ops),
+        ):
             warnings.simplefilter("ignore")  # deprecations inside torch and onnxscript
             program = torch.onnx.export(
                 module.eval(),
@@ -120,10 +134,12 @@ def _trace(
             assert program is not None
             traced: ir.Model = program.model
             optimize(traced)
-            store_as_read(traced)
+            fold_weight_transposes(traced)
             if operators:
-                mark_products(traced)
-            widen(traced)
+                replace_dense_layers(traced)
+            insert_float32_casts(traced)
+            # ONNX Runtime warns of every unused initializer, such as the shape of a Reshape that was removed.
+            ir.passes.common.RemoveUnusedNodesPass()(traced)
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ExportError(f"torch.onnx cannot translate the network of {name}: {reason[-1]}") from error
@@ -142,23 +158,14 @@ def _trace(
     return traced
 
 
-def example(item: Conditioning, n: int, sizes: Mapping[str, int] | None = None) -> Tensor:
-    """A valid value of a conditioning input for n samples, different for each; ``sizes`` are those of its free dimensions."""
-    shape = [(sizes or {}).get(size, TRACE_SIZES) if isinstance(size, str) else size for size in item.shape]
-    match item.kind:
-        case "class":
-            return torch.arange(n) * 7 % (item.num_classes or 1)
-        case "scalar":
-            return torch.linspace(1.0, 1.5, n) * (item.default or 1.0)  # a default of 0 is no measure
-        case "embedding":
-            return torch.randn(n, *shape, generator=torch.Generator().manual_seed(n))
-        case "mask":  # one token less for each further sample
-            kept = torch.arange(shape[-1]) < (shape[-1] - torch.arange(n)).clamp(min=1).reshape(-1, *(1,) * len(shape))
-            return kept.expand(n, *shape).to(torch.int64)
+@functools.cache
+def _torchlib_ops() -> Any:
+    """onnxscript's translations of torch's operators, cached because onnxscript parses their sources at each call, which takes a third of a second."""
+    return onnxscript_apis.get_torchlib_ops()
 
 
 def _strip(model: ir.Model, name: str) -> None:
-    """Leave out what the exporter notes for debugging: stack traces with this machine's paths, and docs."""
+    """Remove the debugging metadata that torch adds: doc strings, and stack traces with paths of this machine."""
     model.metadata_props.clear()
     model.doc_string = None
     model.graph.metadata_props.clear()

@@ -1,4 +1,4 @@
-"""bfloat16 graphs leave out the operators that ONNX Runtime has no bfloat16 kernels for, and compute the same."""
+"""bfloat16 graphs run operators without a bfloat16 kernel in float32, with the same result."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from onnx import TensorProto, shape_inference
 from onnxscript import ir
 from torch import Tensor, nn
 
-from scm_export.bf16 import emulate
+from scm_export.graphs.bf16_casts import NO_BFLOAT16
+from scm_export.graphs.trace import trace_map
 from scm_export.precision import Precision
-from scm_export.trace import trace_map
-from scm_export.widening import NO_BFLOAT16
+from scm_export.verification.bf16_emulation import emulate_bf16
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
 
 onnxruntime = load_onnxruntime()
 
 
 class Resampling(nn.Module):
-    """What U-Nets and autoencoders do between convolutions."""
+    """Operators of U-Nets and autoencoders between convolutions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Resampling(nn.Module):
         return nn.functional.pad(y, (1, 0)) - mean
 
 
-def test_what_has_no_bfloat16_kernel_computes_in_float32() -> None:
+def test_operators_without_a_bfloat16_kernel_compute_in_float32() -> None:
     torch.manual_seed(0)
     network = Precision(Resampling())
     network.compute_dtype = torch.bfloat16
@@ -49,7 +49,7 @@ def test_what_has_no_bfloat16_kernel_computes_in_float32() -> None:
         assert node.op_type not in NO_BFLOAT16 or not half, node
         assert node.op_type != "Conv" or len(half) == 4  # still in bfloat16, with its weights
 
-    session = onnxruntime.InferenceSession(emulate(proto).SerializeToString(), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(emulate_bf16(proto).SerializeToString(), providers=["CPUExecutionProvider"])
     with torch.no_grad():
         expected = network(x).numpy()
     np.testing.assert_allclose(session.run(None, {"x": x.numpy()})[0], expected, atol=2e-2)

@@ -1,4 +1,4 @@
-"""``--report``: a verification as one HTML file that needs no other, with the bundle's pictures beside the reference's."""
+"""``--report``: a verification as one self-contained HTML file, with images of the reference and of the bundle side by side."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from scm_export.comparisons import Compared
-from scm_export.tolerances import passes
-from scm_export.verify import Outcome
+from scm_export.verification.compare import ImagePair
+from scm_export.verification.tolerances import passes
+from scm_export.verification.verify import VerificationResult
 from scm_runtime.bundle.manifest import Manifest, VerifiedCase
 from scm_runtime.common.files import whole_file
 from scm_runtime.errors import OutputError
 from scm_runtime.samples import IMAGE_CHANNELS
 
 EXPLANATION = (
-    "Differences are in the scale of the state, or in levels where a network makes the pixels. PSNR is over pixels, or over the state with the "
-    "reference's range as the peak where no pixels were made. Steps t … are a single evaluation of samples at different times."
+    "Differences are in the scale of the state, or in levels if a network makes the pixels. PSNR is computed from pixels, or, if there are none, from "
+    "the state with the reference's range as the peak. Steps t … are a single evaluation of samples at different times."
 )
 PACKAGES = ("torch", "diffusers", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy")
-SMALLEST_SIDE = 128  #  pixels on the screen: smaller pictures are enlarged, without smoothing
-MOST_GAIN = 64  #       of differences: single levels are then plain to see, and more would only show rounding
+MIN_SHOWN_SIDE = 128  #  CSS pixels; smaller images are enlarged without smoothing
+MAX_GAIN = 64  #         of differences: single levels are visible, and a higher gain would only show rounding
 
 STYLE = """
 :root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif }
@@ -44,55 +44,53 @@ img { image-rendering: pixelated } figure span { font-size: 12px; display: block
 
 
 def check_report_path(path: Path, bundle: Path) -> None:
-    """Refuse a path that the report cannot be written to, before the work begins; raises OutputError."""
+    """Raise OutputError if the report cannot be written to a path, before the export begins."""
     folder = path.absolute().parent
     if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        wrong = "that is a folder" if path.is_dir() else "you may not write there" if folder.is_dir() else f"there is no folder '{folder}'"
+        wrong = "it is a folder" if path.is_dir() else "the folder is not writable" if folder.is_dir() else f"there is no folder '{folder}'"
         raise OutputError(f"cannot write the report '{path}': {wrong}. Choose another file for --report.")
     if bundle.absolute() in path.absolute().parents:
-        raise OutputError(
-            f"the report '{path}' would lie inside the bundle '{bundle}', which holds nothing but its own files. Choose another file for --report."
-        )
+        raise OutputError(f"the report '{path}' would be inside the bundle '{bundle}', which contains only its own files. Choose another file for --report.")
 
 
-def write_report(path: Path, manifest: Manifest, outcome: Outcome) -> None:
-    """Write the report, whether the bundle passed or not. An existing file is replaced; raises OutputError where that cannot be."""
+def write_report(path: Path, manifest: Manifest, result: VerificationResult) -> None:
+    """Write the report, whether the bundle passed or not, replacing an existing file. Raises OutputError if the file cannot be written."""
     try:
         with whole_file(path) as part:
-            part.write_text(to_html(manifest, outcome), "utf-8")
+            part.write_text(to_html(manifest, result), "utf-8")
     except OSError as error:
         raise OutputError(f"cannot write the report '{path}': {error.strerror or error}. Choose another file for --report.") from error
 
 
-def to_html(manifest: Manifest, outcome: Outcome) -> str:
-    """The report as a page."""
-    verification = outcome.verification
+def to_html(manifest: Manifest, result: VerificationResult) -> str:
+    """The report as an HTML page."""
+    verification = result.verification
     cases = () if verification is None else verification.cases
     over = sum(not passes(case) for case in cases)
-    verdict = "passed" if outcome.passed else "failed"
-    tally = f"{len(cases) - over} of {len(cases)} cases are within tolerance of {outcome.reference}"
+    verdict = "passed" if result.passed else "failed"
+    tally = f"{len(cases) - over} of {len(cases)} cases are within tolerance of {result.reference}"
     title = f"{manifest.name}: verification {verdict}"
     return "\n".join(
         [
             f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>',
             f"<style>{STYLE}</style>",
             f"<h1>{escape(title)}</h1>",
-            f'<p class="verdict {"within" if outcome.passed else "over"}">{escape(tally)}.</p>',
-            "" if outcome.failure is None else f'<p class="verdict over">{escape(outcome.failure)}</p>',
+            f'<p class="verdict {"within" if result.passed else "over"}">{escape(tally)}.</p>',
+            "" if result.failure is None else f'<p class="verdict over">{escape(result.failure)}</p>',
             "<h2>Facts</h2>",
             _facts(facts(manifest)),
             "<h2>Cases</h2>",
             f"<p>{EXPLANATION}</p>",
             _cases(cases),
-            "<h2>Pictures</h2>" if outcome.pictures else "",
-            *map(_figure, outcome.pictures),
+            "<h2>Images</h2>" if result.images else "",
+            *map(_figure, result.images),
             "</html>\n",
         ]
     )
 
 
 def facts(manifest: Manifest) -> dict[str, str]:
-    """What was compared, with what, and where."""
+    """Facts about the bundle, the packages and the machine, by name."""
     versions = ", ".join(f"{name} {version}" for name in PACKAGES if (version := _version(name)) is not None)
     graphs = ", ".join(manifest.dtypes) + "".join(f", {domain} {version}" for domain, version in {"opset": manifest.opset, **manifest.ops}.items())
     times = (f"{count}: {' → '.join(f'{t:.6g}' for t in values)}" for count, values in manifest.times.items())
@@ -135,13 +133,13 @@ def _facts(values: Mapping[str, str]) -> str:
 
 
 # ----------------------------------------------------------------------------
-# Cases. The terminal shows the same columns.
+# Cases. The command line prints the same columns.
 
-TEXT_COLUMNS = ("graph", "device", "steps", "conditioning")  # the others are numbers
+TEXT_COLUMNS = ("graph", "device", "steps", "conditioning")  # the other columns are numbers
 
 
 def tabulate(cases: Iterable[VerifiedCase]) -> list[dict[str, str]]:
-    """Cases as text by column, without the columns that are empty for all of them."""
+    """Rows of text by column name, without the columns that are empty in all rows."""
     rows = [_row(case) for case in cases]
     empty = {name for name in (rows[0] if rows else ()) if not any(row[name] for row in rows)}
     return [{name: value for name, value in row.items() if name not in empty} for row in rows]
@@ -176,47 +174,47 @@ def _cases(cases: tuple[VerifiedCase, ...]) -> str:
 
 
 # ----------------------------------------------------------------------------
-# Pictures: reference | bundle | difference × gain.
+# Images: reference | bundle | difference × gain.
 
 
-def _figure(compared: Compared) -> str:
+def _figure(pair: ImagePair) -> str:
     rows = []
-    for expected, found in zip(*map(_pictures, (compared.expected, compared.found), (compared.expected, compared.expected)), strict=True):
-        difference, gain = _difference(expected, found)
-        labels = ("reference", "bundle", f"difference × {gain}")
-        rows.append("<div>" + "".join(_image(label, picture) for label, picture in zip(labels, (expected, found, difference), strict=True)) + "</div>")
-    return f"<figure><figcaption>{escape(compared.title)}</figcaption>{''.join(rows)}</figure>"
+    for expected, actual in zip(_to_images(pair.expected, pair.expected), _to_images(pair.actual, pair.expected), strict=True):
+        difference, gain = _difference(expected, actual)
+        images = {"reference": expected, "bundle": actual, f"difference × {gain}": difference}
+        rows.append(f"<div>{''.join(_img_element(label, image) for label, image in images.items())}</div>")
+    return f"<figure><figcaption>{escape(pair.title)}</figcaption>{''.join(rows)}</figure>"
 
 
-def _pictures(samples: NDArray[Any], reference: NDArray[Any]) -> NDArray[np.uint8]:
-    """Something to look at, uint8 ``[N, H, W, 1, 3 or 4]``: pixels as they are; else channels side by side, in the reference's range."""
+def _to_images(samples: NDArray[Any], reference: NDArray[Any]) -> NDArray[np.uint8]:
+    """Images of samples, uint8 ``[N, H, W, 1, 3 or 4]``: pixels unchanged; other arrays as channels side by side, scaled to the reference's range."""
     if samples.dtype == np.uint8:
         if samples.shape[-1] in IMAGE_CHANNELS:
             return samples
         n, height, _, _ = samples.shape
         return samples.swapaxes(2, 3).reshape(n, height, -1, 1)
-    planes = samples.reshape(len(samples), -1, *samples.shape[-2:]) if samples.ndim > 2 else samples.reshape(len(samples), 1, 1, -1)
+    channels_first = samples.reshape(len(samples), -1, *samples.shape[-2:]) if samples.ndim > 2 else samples.reshape(len(samples), 1, 1, -1)
     low, high = float(reference.min()), float(reference.max())
-    levels = np.nan_to_num((planes.astype(np.float64) - low) / max(high - low, 1e-30) * 255).clip(0, 255).round().astype(np.uint8)
+    levels = np.nan_to_num((channels_first.astype(np.float64) - low) / max(high - low, 1e-30) * 255).clip(0, 255).round().astype(np.uint8)
     n, _, height, _ = levels.shape
     return levels.swapaxes(1, 2).reshape(n, height, -1, 1)
 
 
-def _difference(expected: NDArray[np.uint8], found: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], int]:
-    """The difference, times the power of two that makes its largest value plain to see."""
-    difference = np.abs(expected.astype(np.int32) - found.astype(np.int32))
+def _difference(expected: NDArray[np.uint8], actual: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], int]:
+    """The absolute difference multiplied by a gain, and the gain: a power of two that makes the largest value clearly visible."""
+    difference = np.abs(expected.astype(np.int32) - actual.astype(np.int32))
     if difference.shape[-1] == 4:
-        difference = difference[..., :3]  # a difference in opacity alone would be invisible anyway
+        difference = difference[..., :3]  # a difference in opacity would make the image of the difference transparent
     gain = 1
-    while gain < MOST_GAIN and 0 < 2 * gain * difference.max() <= 255:
+    while gain < MAX_GAIN and 0 < 2 * gain * difference.max() <= 255:
         gain *= 2
     return (difference * gain).clip(0, 255).astype(np.uint8), gain
 
 
-def _image(label: str, picture: NDArray[np.uint8]) -> str:
-    height, width, channels = picture.shape
+def _img_element(label: str, image: NDArray[np.uint8]) -> str:
+    height, width, channels = image.shape
     encoded = io.BytesIO()
-    Image.fromarray(picture[..., 0] if channels == 1 else picture).save(encoded, "PNG")
+    Image.fromarray(image[..., 0] if channels == 1 else image).save(encoded, "PNG")
     data = base64.b64encode(encoded.getvalue()).decode()
-    scale = max(1, -(-SMALLEST_SIDE // min(height, width)))
+    scale = max(1, -(-MIN_SHOWN_SIDE // min(height, width)))
     return f'<span>{label}<br><img alt="{label}" width="{width * scale}" height="{height * scale}" src="data:image/png;base64,{data}"></span>'

@@ -1,4 +1,4 @@
-"""A diffusion model's ODE solved as the solvers' papers write it, in EDM's variables: what the tables of ``samplers.py`` are held against."""
+"""Solvers for the ODE of a diffusion model as their papers write them, in EDM's variables: the reference for the tables of ``samplers.py``."""
 
 from __future__ import annotations
 
@@ -13,23 +13,26 @@ from scm_export.samplers import karras_sigmas
 from scm_runtime.bundle.solver_tables import SolverStages
 
 Denoise = Callable[[Tensor, float], Tensor]
-"""(EDM's state ``X = x / cos t``, sigma) to the denoised D."""
+"""(EDM's state ``X = x / cos t``, sigma) to the denoised sample D."""
 
 
 @torch.no_grad()
 def sample_ode(
     solver: str, rows: SolverStages, step: torch.nn.Module, noise: Tensor, initial_scale: float, sigma_data: float, conditioning: dict[str, Tensor]
 ) -> Tensor:
-    """Solve from the first row's time to 0, in eager PyTorch, the states in float64; returns the final state, float32.
+    """Solve the ODE from the first row's time to 0 in eager PyTorch, with states in float64.
 
     Args:
-        solver: a name of ``samplers.SOLVERS``.
-        rows: its table: how many steps there are, and where the first begins, is all that is read of it.
-        step: of the model.
+        solver: name in ``samplers.SOLVERS``.
+        rows: the solver's table; only the number of steps and the time of the first row are read.
+        step: the model's step.
         noise: standard normal, ``[N, *sample]``.
-        initial_scale: the state starts as this times the noise.
+        initial_scale: factor of the noise in the first state.
         sigma_data: of the model.
-        conditioning: of the step.
+        conditioning: of the step, each ``[N, ...]``.
+
+    Returns:
+        The final state, float32 ``[N, *sample]``.
     """
     steps = sum(row.weights is None for row in rows)
     sigmas = karras_sigmas(steps, sigma_max=sigma_data * math.tan(rows[0].t))
@@ -48,23 +51,23 @@ def sample_ode(
 
 def _heun(denoise: Denoise, X: Tensor, sigma: float, sigma_next: float) -> Tensor:
     slope = (X - denoise(X, sigma)) / sigma
-    ahead = X + (sigma_next - sigma) * slope
-    return X + (sigma_next - sigma) * (slope + (ahead - denoise(ahead, sigma_next)) / sigma_next) / 2
+    X_next = X + (sigma_next - sigma) * slope
+    return X + (sigma_next - sigma) * (slope + (X_next - denoise(X_next, sigma_next)) / sigma_next) / 2
 
 
 def _dpm_solver_2s(denoise: Denoise, X: Tensor, sigma: float, sigma_next: float) -> Tensor:
     log_snr, h = -math.log(sigma), math.log(sigma / sigma_next)
-    middle = math.exp(-(log_snr + h / 2))
+    sigma_middle = math.exp(-(log_snr + h / 2))
     noise = (X - denoise(X, sigma)) / sigma
-    there = X - middle * math.expm1(h / 2) * noise
-    return X - sigma_next * math.expm1(h) * (there - denoise(there, middle)) / middle
+    X_middle = X - sigma_middle * math.expm1(h / 2) * noise
+    return X - sigma_next * math.expm1(h) * (X_middle - denoise(X_middle, sigma_middle)) / sigma_middle
 
 
 def _dpm_solver_pp_2s(denoise: Denoise, X: Tensor, sigma: float, sigma_next: float) -> Tensor:
     log_snr, h = -math.log(sigma), math.log(sigma / sigma_next)
-    middle = math.exp(-(log_snr + h / 2))
-    there = middle / sigma * X - math.expm1(-h / 2) * denoise(X, sigma)
-    return sigma_next / sigma * X - math.expm1(-h) * denoise(there, middle)
+    sigma_middle = math.exp(-(log_snr + h / 2))
+    X_middle = sigma_middle / sigma * X - math.expm1(-h / 2) * denoise(X, sigma)
+    return sigma_next / sigma * X - math.expm1(-h) * denoise(X_middle, sigma_middle)
 
 
 STEPS: dict[str, Callable[[Denoise, Tensor, float, float], Tensor]] = {

@@ -1,7 +1,7 @@
-"""bfloat16 graphs where no bfloat16 kernels are: ONNX Runtime's CPU provider multiplies and convolves no bfloat16.
+"""Emulation of bfloat16 graphs on the CPU, where ONNX Runtime has no bfloat16 kernels for MatMul and Conv.
 
-The same graph is run in float32 with every result rounded to bfloat16, which is what such kernels compute: they too accumulate in float32. A float32
-that holds a bfloat16 stands for it everywhere, so that nothing else about the graph changes.
+The graph is run in float32, and every result is rounded to bfloat16. That is what bfloat16 kernels compute: they accumulate in float32. Values keep the type
+float32 with bfloat16 contents, so that nothing else in the graph changes.
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ import onnx
 import onnx.defs
 from onnx import ModelProto, NodeProto, TensorProto, helper, inliner, shape_inference
 
+from scm_export.errors import ExportError
 from scm_runtime.common.files import beside
-from scm_runtime.errors import ExportError
 
-# They move numbers or choose among them: what was bfloat16 still is.
-EXACT = {
+# Operators that move values or choose among them: their results need no rounding.
+LOSSLESS_OPS = {
     *("Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Expand", "Tile", "Transpose", "Concat", "Split", "Slice"),
     *("Gather", "GatherElements", "GatherND", "Where", "Max", "Min", "MaxPool", "Relu", "Neg", "Abs"),
 }
 
 
-def emulate(model: ModelProto) -> ModelProto:
-    """A graph in float32 that computes what a graph with bfloat16 inside computes, to the rounding of sums.
+def emulate_bf16(model: ModelProto) -> ModelProto:
+    """Return a float32 graph that computes what a graph with bfloat16 values computes, up to the order of summation.
 
     Args:
-        model: inputs and outputs of other types than bfloat16. Its weights may be external data, which the result refers to as well.
+        model: its inputs and outputs must not be bfloat16. Weights may be external data; the result refers to the same file.
 
     Raises:
-        ExportError: the type of a value cannot be inferred, or a node has graphs of its own.
+        ExportError: the type of a value cannot be inferred, or a node has subgraphs.
     """
     model = shape_inference.infer_shapes(inliner.inline_local_functions(model))
-    halves = _bfloat16_values(model)
+    bfloat16_values = _bfloat16_values(model)
     nodes: list[NodeProto] = []
     for tensor in model.graph.initializer:
         if tensor.data_type == TensorProto.BFLOAT16:
@@ -42,7 +42,7 @@ def emulate(model: ModelProto) -> ModelProto:
             nodes.append(helper.make_node("Cast", [stored], [tensor.name], to=TensorProto.FLOAT))
             tensor.name = stored
     for node in model.graph.node:
-        outputs = [] if node.op_type in EXACT else [name for name in node.output if name in halves]
+        outputs = [] if node.op_type in LOSSLESS_OPS else [name for name in node.output if name in bfloat16_values]
         exact = {name: f"{name}/exact" for name in outputs}
         copy = NodeProto()
         copy.CopyFrom(node)
@@ -57,24 +57,25 @@ def emulate(model: ModelProto) -> ModelProto:
 
 
 @contextmanager
-def emulated(path: Path) -> Iterator[Path]:
-    """Path of a graph like the one at ``path``, emulated where there is bfloat16 in it; gone after the block. Its weights are the same file's."""
-    stand_in = beside(path, "emulated")
+def emulated_graph(path: Path) -> Iterator[Path]:
+    """Context with the path of the emulation of the graph at ``path``, a temporary file beside it that refers to the same weights file."""
+    emulated = beside(path, "emulated")
     try:
         model = onnx.load(path, load_external_data=False)
-        stand_in.write_bytes(emulate(model).SerializeToString())
-        yield stand_in
+        emulated.write_bytes(emulate_bf16(model).SerializeToString())
+        yield emulated
     finally:
-        stand_in.unlink(missing_ok=True)
+        emulated.unlink(missing_ok=True)
 
 
 def _bfloat16_values(model: ModelProto) -> set[str]:
+    """Names of all bfloat16 values of a graph."""
     graph, opsets = model.graph, {entry.domain: entry.version for entry in model.opset_import}
     types = {value.name: value.type.tensor_type.elem_type for value in (*graph.value_info, *graph.input, *graph.output)}
     types |= {tensor.name: tensor.data_type for tensor in graph.initializer}
     for node in graph.node:
         if any(attribute.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS) for attribute in node.attribute):
-            raise ExportError(f"the bfloat16 graph {graph.name!r} cannot be verified here: its node {node.name!r} ({node.op_type}) has graphs of its own")
+            raise ExportError(f"the bfloat16 graph {graph.name!r} cannot be verified here: its node {node.name!r} ({node.op_type}) has subgraphs")
         for index, name in enumerate(node.output):
             if name and not types.get(name):
                 types[name] = _type(node, index, types, opsets.get(node.domain, 1))
@@ -84,7 +85,7 @@ def _bfloat16_values(model: ModelProto) -> set[str]:
 
 
 def _type(node: NodeProto, index: int, types: Mapping[str, int], version: int) -> int:
-    """Type of an output by the operator's schema, for operators that onnx has no inference for (GroupNormalization); 0 where that says nothing."""
+    """Output type from the operator's schema, for operators without type inference in onnx (GroupNormalization); 0 if the schema does not determine it."""
     try:
         schema = onnx.defs.get_schema(node.op_type, version, node.domain)
     except onnx.defs.SchemaError:

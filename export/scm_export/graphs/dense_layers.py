@@ -1,22 +1,22 @@
-"""Linear layers and convolutions of a traced network as operators that a processor's matrix units take, for networks that are not of our own operators."""
+"""Linear layers and convolutions of a traced network as ``scm`` operators, whose native kernels use a processor's matrix units."""
 
 from __future__ import annotations
 
 import numpy as np
 from onnxscript import ir
 
-from scm_export.functions import INLINE_BELOW
+from scm_export.graphs.functions import INLINE_BELOW
 from scm_runtime.bundle.manifest import CHANNELS_FIRST_DOMAIN, CHANNELS_LAST_DOMAIN, OPS_VERSION
 
-# Of the operators: a session that has their kernels refuses nodes of other types.
+# Supported by the operators: a session with their kernels rejects nodes of other types.
 DTYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
-WORTHWHILE = 16  # channels; the units multiply 32 at once, and fewer are filled up
+MIN_CHANNELS = 16  # matrix units multiply 32 channels at once; fewer are padded
 
 
-def mark_products(model: ir.Model) -> None:
-    """Make every product with a stored weight ``scm.channels_last::MatMul``, and every convolution that can be ``scm.channels_first::Conv``.
+def replace_dense_layers(model: ir.Model) -> None:
+    """Turn every MatMul by a stored weight into ``scm.channels_last::MatMul``, and supported convolutions into ``scm.channels_first::Conv``.
 
-    Their function bodies are the nodes that they were: where there are no kernels nothing changes.
+    Their function bodies contain the original node: without the kernels nothing changes.
     """
     for node in list(model.graph):
         dtype = node.outputs[0].dtype
@@ -25,7 +25,7 @@ def mark_products(model: ir.Model) -> None:
         weight = _weight_shape(node.inputs[1])
         if node.op_type == "MatMul" and weight is not None and len(weight) == 2:
             node.domain, node.version = CHANNELS_LAST_DOMAIN, OPS_VERSION
-        elif node.op_type == "Conv" and weight is not None and _is_plain(node, weight):
+        elif node.op_type == "Conv" and weight is not None and _is_supported(node, weight):
             node.domain, node.version = CHANNELS_FIRST_DOMAIN, OPS_VERSION
             node.attributes.clear()
             node.attributes["pads"] = ir.AttrInt64s("pads", [weight[2] // 2] * 4)
@@ -35,7 +35,7 @@ def mark_products(model: ir.Model) -> None:
 
 
 def _weight_shape(value: ir.Value | None) -> tuple[int, ...] | None:
-    """The shape of a large initializer, also behind a Cast."""
+    """Shape of the large initializer that a value is, or is the Cast of; None if there is none."""
     producer = value.producer() if value is not None else None
     if producer is not None:
         return _weight_shape(producer.inputs[0]) if producer.op_type == "Cast" and not producer.domain else None
@@ -44,9 +44,9 @@ def _weight_shape(value: ir.Value | None) -> tuple[int, ...] | None:
     return tuple(value.const_value.shape.numpy())
 
 
-def _is_plain(node: ir.Node, weight: tuple[int, ...]) -> bool:
-    """Whether a convolution has a window of 3x3 or 1x1, moves by one, has one group, and keeps the map's size with zeros round it."""
-    if len(weight) != 4 or weight[2:] not in ((1, 1), (3, 3)) or min(weight[:2]) < WORTHWHILE:
+def _is_supported(node: ir.Node, weight: tuple[int, ...]) -> bool:
+    """True for a 2D convolution with kernel size 1 or 3, stride, dilation and groups of 1, and zero padding that keeps the size of the feature map."""
+    if len(weight) != 4 or weight[2:] not in ((1, 1), (3, 3)) or min(weight[:2]) < MIN_CHANNELS:
         return False
     attributes = node.attributes
     pad = weight[2] // 2
@@ -62,7 +62,7 @@ def _is_plain(node: ir.Node, weight: tuple[int, ...]) -> bool:
 
 
 def _zeros(graph: ir.Graph, name: str, count: int, dtype: ir.DataType) -> ir.Value:
-    """A bias for a convolution without one."""
+    """A new initializer of ``count`` zeros: the bias of a convolution that has none."""
     value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape([count]), const_value=ir.tensor(np.zeros(count, dtype.numpy()), dtype, name))
     graph.register_initializer(value)
     return value

@@ -1,11 +1,12 @@
-"""bfloat16 where ONNX Runtime has no kernels for it: such nodes compute in float32, between two casts."""
+"""Float32 casts around nodes for which ONNX Runtime has no bfloat16 kernel."""
 
 from __future__ import annotations
 
 from onnxscript import ir
 
-# Operators of standard ONNX that its CUDA provider has in float32 and not in bfloat16 (docs/OperatorKernels.md of ONNX Runtime). A session would not open:
-# nor has the CPU provider, to which it falls back. That one lacks nearly all others as well, and runs the float32 graph.
+# Standard operators that ONNX Runtime's CUDA provider implements for float32 but not for bfloat16 (docs/OperatorKernels.md of ONNX Runtime). A session with
+# such a node does not open, since the CPU provider, its fallback, has no kernel either. The CPU provider lacks nearly all other bfloat16 kernels as well:
+# on the CPU the float32 graph is run.
 NO_BFLOAT16 = {
     *("Resize", "DepthToSpace", "SpaceToDepth", "Pad", "Clip", "ConvTranspose", "MaxPool", "GlobalAveragePool", "GlobalMaxPool"),
     *("ReduceMean", "ReduceL1", "ReduceL2", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceSumSquare", "ReduceLogSumExp"),
@@ -15,8 +16,8 @@ NO_BFLOAT16 = {
 }
 
 
-def widen(model: ir.Model) -> None:
-    """Put casts to float32 and back round the nodes of a graph that compute in bfloat16 and must not. Rounds once, as a kernel in bfloat16 would."""
+def insert_float32_casts(model: ir.Model) -> None:
+    """Cast the bfloat16 inputs of nodes without a bfloat16 kernel to float32, and their results back. Results are rounded once, as by a bfloat16 kernel."""
     for node in list(model.graph):
         if node.domain or node.op_type not in NO_BFLOAT16:
             continue

@@ -1,4 +1,7 @@
-"""Weights stored in the shape and order in which they are multiplied, so that no session reorders them while it opens, each in memory of its own."""
+"""Weights stored in the shape and order in which they are multiplied.
+
+Otherwise each session that opens the graph would fold the Transpose of a weight into a copy of it in memory.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 from onnxscript import ir
 
-from scm_export.functions import INLINE_BELOW
+from scm_export.graphs.functions import INLINE_BELOW
 
 
-def store_as_read(model: ir.Model) -> None:
-    """Take every Reshape and Transpose of a weight out of a graph and do it to the weight, also where a Cast stands between the two.
+def fold_weight_transposes(model: ir.Model) -> None:
+    """Apply each Reshape and Transpose of a weight to the stored tensor, and remove the node. A Cast between the two stays.
 
-    PyTorch's ``linear`` multiplies with the transpose of what it stores. The tensors in the result are views of those given.
+    PyTorch's ``linear``, for example, multiplies by the transpose of its stored weight. The new tensors are views of the old ones.
     """
     for node in list(model.graph):
         if node.op_type not in ("Reshape", "Transpose") or node.domain:
@@ -31,7 +34,7 @@ def store_as_read(model: ir.Model) -> None:
 
 
 def _weight(value: ir.Value | None) -> ir.Value | None:
-    """The initializer that a value is, or is the Cast of, if it is large and read here alone."""
+    """The large initializer that a value is, or is the Cast of; None if there is none, or if it is used elsewhere too."""
     if value is None or len(value.uses()) != 1:
         return None
     producer = value.producer()
