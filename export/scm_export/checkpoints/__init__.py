@@ -13,9 +13,9 @@ from torch import nn
 from scm_export.checkpoints.archive import archive_kind
 from scm_export.checkpoints.diffusers_folder import DiffusersFolder, is_diffusers_folder
 from scm_export.checkpoints.edm2_pickles import is_plain_pickle, load_edm2_pickle, read_edm2_pickle
-from scm_export.checkpoints.exported import read_exported
 from scm_export.checkpoints.header import DOCUMENT, ConditioningSpec, Header, SamplerSpec, example_config, read_header
-from scm_export.checkpoints.native import (
+from scm_export.checkpoints.program import Program, call_factory
+from scm_export.checkpoints.scm_checkpoint import (
     FORMAT,
     Checkpoint,
     checkpoint_from,
@@ -25,7 +25,7 @@ from scm_export.checkpoints.native import (
     read_start,
     save_checkpoint,
 )
-from scm_export.checkpoints.program import Program, make_network
+from scm_export.checkpoints.torch_export import read_torch_export
 from scm_export.checkpoints.torch_file import is_zip, read_torch_file
 from scm_export.checkpoints.torchscript import read_torchscript
 from scm_export.checkpoints.weight_sets import choose_weights
@@ -38,7 +38,7 @@ __all__ = [
     "DiffusersFolder",
     "Header",
     "Loaded",
-    "Opened",
+    "OpenedCheckpoint",
     "Program",
     "SamplerSpec",
     "load",
@@ -52,7 +52,7 @@ Loaded = Checkpoint | DiffusersFolder | Program
 """What a reader returns; each has ``describe()``, a few words for messages."""
 
 
-class Opened(NamedTuple):
+class OpenedCheckpoint(NamedTuple):
     """A checkpoint that has been read, and the key of the set of weights that was taken, where it lay under one."""
 
     checkpoint: Loaded
@@ -98,7 +98,7 @@ def open_checkpoint(
     weights: str | None = None,
     parametrisation: ParametrisationName | None = None,
     progress: Callable[[str], None] = lambda stage: None,
-) -> Opened:
+) -> OpenedCheckpoint:
     """:func:`load`, and which set of weights was taken."""
     source, header = Path(path), None if config is None else read_header(Path(config))
     if parametrisation is not None and parametrisation not in PARAMETRISATION_NAMES:
@@ -107,27 +107,27 @@ def open_checkpoint(
         given = {"config": config, "factory": factory, "weights": weights, "parametrisation": parametrisation}
         if names := ", ".join(name for name, value in given.items() if value is not None):
             raise InvalidArgumentError(f"'{source}' is a diffusers folder, which says itself what it is: leave out {names}")
-        return Opened(DiffusersFolder(source))
+        return OpenedCheckpoint(DiffusersFolder(source))
     opened = _open_file(source, header, factory, weights, trust, progress)
     if parametrisation is not None:
         _sample_as(opened.checkpoint, parametrisation)
     return opened
 
 
-def _open_file(source: Path, header: Header | None, factory: str | None, weights: str | None, trust: bool, progress: Callable[[str], None]) -> Opened:
+def _open_file(source: Path, header: Header | None, factory: str | None, weights: str | None, trust: bool, progress: Callable[[str], None]) -> OpenedCheckpoint:
     start = read_start(source)
     kind = archive_kind(source) if is_zip(source) else None
     if kind in ("torch.export", "TorchScript"):
         if factory is not None:
             raise InvalidArgumentError(f"'{source}' is a program and holds its network: leave out the factory")
         _check_no_choice(weights, source, "is a program and holds its own weights")
-        program, original = (read_exported(source, trust=trust), None) if kind == "torch.export" else read_torchscript(source, trust=trust)
+        program, original = (read_torch_export(source, trust=trust), None) if kind == "torch.export" else read_torchscript(source, trust=trust)
         inputs = tuple(program.inputs)
-        return Opened(Program(_needed(header, source, inputs[2:]), program, f"the {kind} program '{source}'", inputs=inputs, original=original))
+        return OpenedCheckpoint(Program(_needed(header, source, inputs[2:]), program, f"the {kind} program '{source}'", inputs=inputs, original=original))
     if is_plain_pickle(start):
         if header is not None or factory is not None:
             raise InvalidArgumentError(f"'{source}' is a pickle, read as EDM2's, which say themselves what they are: leave out config and factory")
-        return Opened(*read_edm2_pickle(source, weights))
+        return OpenedCheckpoint(*read_edm2_pickle(source, weights))
     raw: object
     if is_safetensors(source, start):
         raw = read_safetensors(source)
@@ -138,16 +138,16 @@ def _open_file(source: Path, header: Header | None, factory: str | None, weights
         raw = read_torch_file(source, trust=trust)
     if isinstance(raw, nn.Module):
         _check_no_choice(weights, source, "is a network with its own weights")
-        return Opened(Program(_needed(header, source), raw, f"the pickled {type(raw).__name__} in '{source}'"))
+        return OpenedCheckpoint(Program(_needed(header, source), raw, f"the pickled {type(raw).__name__} in '{source}'"))
     checkpoint, key = _checkpoint(raw, source, header, factory, weights, progress)
     if factory is None:
-        return Opened(checkpoint, key)
+        return OpenedCheckpoint(checkpoint, key)
     header = Header(**{name: getattr(checkpoint, name) for name in Header.__struct_fields__})
     if header.family != "module":
         raise InvalidArgumentError(f"a factory is for networks of your own, of the family 'module'; '{source}' is of the family {header.family!r}")
     arguments = header.config.get("arguments", {})
-    network = make_network(factory, arguments if isinstance(arguments, dict) else {})
-    return Opened(Program(header, network, f"'{source}' with the factory {factory}", weights=checkpoint.weights), key)
+    network = call_factory(factory, arguments if isinstance(arguments, dict) else {})
+    return OpenedCheckpoint(Program(header, network, f"'{source}' with the factory {factory}", weights=checkpoint.weights), key)
 
 
 def _checkpoint(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from scm_export.checkpoints.inert_pickle import ForbiddenPickleError, Global, MalformedPickleError, OversizedPickleError, StandIn, read_small_pickle
-from scm_export.checkpoints.printable import printable
+from scm_export.checkpoints.message_text import printable
 from scm_export.checkpoints.stored_tensors import STORAGE_DTYPES
 from scm_runtime.errors import CheckpointError
 
@@ -119,10 +119,10 @@ def check_storages(source: Path) -> None:
                 wanted, held = count * STORAGE_DTYPES[kind].itemsize, sizes.get(f"data/{key}", 0)
                 if wanted > held:
                     short.append((wanted, held))
-        return _Nothing()
+        return _Placeholder()
 
     try:
-        read_small_pickle(io.BytesIO(pickle), _Anything(), check)
+        read_small_pickle(io.BytesIO(pickle), _AnyGlobal(), check)
     except OversizedPickleError as error:
         raise CheckpointError(f"'{source}' does not hold tensors and plain values alone: {error}. Save it again.") from error
     except (ForbiddenPickleError, MalformedPickleError):
@@ -135,18 +135,18 @@ def check_storages(source: Path) -> None:
         )
 
 
-class _Nothing(dict[Any, Any]):
+class _Placeholder(dict[Any, Any]):
     """Stands for every object of a pickle that is only walked through."""
 
     def build(self, state: object) -> None:
         """Take no state."""
 
 
-class _Anything(Mapping[str, StandIn]):
+class _AnyGlobal(Mapping[str, StandIn]):
     """Knows every global, and makes nothing of it."""
 
     def __getitem__(self, name: str) -> StandIn:
-        return StandIn(call=lambda *_: _Nothing(), new=_Nothing)
+        return StandIn(call=lambda *_: _Placeholder(), new=_Placeholder)
 
     def __contains__(self, name: object) -> bool:
         return True

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from scm_export.checkpoints.header import SamplerSpec
-from scm_export.checkpoints.native import Checkpoint
-from scm_export.checkpoints.persistence import Saved, pickle_errors, read_persistent
-from scm_export.checkpoints.printable import printable
+from scm_export.checkpoints.message_text import printable
+from scm_export.checkpoints.persistence import PersistentObject, pickle_errors, read_persistent
+from scm_export.checkpoints.scm_checkpoint import Checkpoint
 from scm_export.checkpoints.stored_tensors import as_floats
 from scm_export.parametrisation import default_times
 from scm_export.samplers import RHO, SIGMA_MAX, SIGMA_MIN, angles, karras_sigmas, teacher_times
@@ -36,7 +36,7 @@ BLOCK_ARGUMENTS = ("channels_per_head", "res_balance", "attn_balance", "clip_act
 WITHOUT_EFFECT = ("use_fp16", "logvar_channels", "dropout", "dout_resolutions", "segment_conditioning")  #  on samples, or seen from the weights
 
 # The network's estimate of its own loss, for training.
-UNCERTAINTY = ("logvar_fourier.", "logvar_pos.", "logvar_linear.")
+UNCERTAINTY_PREFIXES = ("logvar_fourier.", "logvar_pos.", "logvar_linear.")
 
 # EDM2's latents of sd-vae-ft-mse, by its encoder's defaults: of an autoencoder that is fed images in [0, 1], not in [-1, 1] as it was trained.
 LATENT_MEAN: tuple[float, ...] = (5.81, 3.25, 0.12, -2.15)
@@ -79,7 +79,7 @@ def _checkpoint(content: object, network: str | None, where: str) -> tuple[Check
     name, found = _choose(dict(_networks(snapshot.get("ema", content), "ema")), network, where)
     _check_classes(found, where)
     config, sigma_data = _config(found, where)
-    stored = {name.removeprefix("unet."): tensor for name, tensor in found.named_tensors().items() if not name.startswith(UNCERTAINTY)}
+    stored = {name.removeprefix("unet."): tensor for name, tensor in found.named_tensors().items() if not name.startswith(UNCERTAINTY_PREFIXES)}
     config |= {
         "time_embedding": "fourier" if "emb_fourier.freqs" in stored else "positional",
         "modulation": "scale" if any(name.endswith(".emb_gain") for name in stored) else "scale-shift",
@@ -94,7 +94,7 @@ def _checkpoint(content: object, network: str | None, where: str) -> tuple[Check
     except ValueError as error:
         raise CheckpointError(f"{where}: the loss does not describe how to sample: {error}") from error
     checkpoint = Checkpoint(family="edm2", config=config, sampler=sampler, weights={key: tensor.load() for key, tensor in stored.items()})
-    return checkpoint, None if isinstance(content, Saved) else name
+    return checkpoint, None if isinstance(content, PersistentObject) else name
 
 
 # ----------------------------------------------------------------------------
@@ -106,9 +106,9 @@ def _snapshot(content: object) -> dict[Any, Any]:
     return next((value for _, value in _walk(content, "") if isinstance(value, dict) and "ema" in value), {})
 
 
-def _networks(content: object, name: str) -> Iterator[tuple[str, Saved]]:
+def _networks(content: object, name: str) -> Iterator[tuple[str, PersistentObject]]:
     for path, value in _walk(content, name):
-        if isinstance(value, Saved):
+        if isinstance(value, PersistentObject):
             yield path, value
 
 
@@ -122,10 +122,12 @@ def _walk(content: object, name: str) -> Iterator[tuple[str, object]]:
         seen.add(id(value))
         yield path, value
         items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
-        waiting.extend((f"{path[:200]}.{printable(key)[:100]}".lstrip("."), item) for key, item in items if isinstance(item, dict | list | tuple | Saved))
+        waiting.extend(
+            (f"{path[:200]}.{printable(key)[:100]}".lstrip("."), item) for key, item in items if isinstance(item, dict | list | tuple | PersistentObject)
+        )
 
 
-def _choose(networks: dict[str, Saved], name: str | None, where: str) -> tuple[str, Saved]:
+def _choose(networks: dict[str, PersistentObject], name: str | None, where: str) -> tuple[str, PersistentObject]:
     if not networks:
         raise CheckpointError(f"{where} holds no network: a snapshot of EDM2 is a dict with one under 'ema'")
     if name is None and len(networks) == 1:
@@ -142,7 +144,7 @@ def _choose(networks: dict[str, Saved], name: str | None, where: str) -> tuple[s
 # What the network is.
 
 
-def _check_classes(network: Saved, where: str) -> None:
+def _check_classes(network: PersistentObject, where: str) -> None:
     """Every part must be of a class that the family's network has in that place."""
     for name, module in network.named_modules():
         known = NETWORKS if not name else UNETS if name == "unet" else LAYERS
@@ -151,13 +153,13 @@ def _check_classes(network: Saved, where: str) -> None:
         raise CheckpointError(f"{where}: a {network.class_name} must have a part 'unet', got {', '.join(network.modules) or 'none'}")
 
 
-def _check_class(saved: Saved, known: Sequence[str], what: str) -> None:
+def _check_class(saved: PersistentObject, known: Sequence[str], what: str) -> None:
     if saved.class_name not in known:
         closest = difflib.get_close_matches(saved.class_name, known, n=1, cutoff=0)[0]
         raise CheckpointError(f"{what} is of the unknown class {saved.class_name[:100]!r}. The closest known one is {closest!r}; known are {', '.join(known)}.")
 
 
-def _config(network: Saved, where: str) -> tuple[dict[str, Any], float]:
+def _config(network: PersistentObject, where: str) -> tuple[dict[str, Any], float]:
     """Fields of UNetConfig that the file gives, and sigma_data. What was changed after construction counts as it is now."""
     unet = network.modules["unet"]
     arguments = {
@@ -183,14 +185,14 @@ def _config(network: Saved, where: str) -> tuple[dict[str, Any], float]:
     return {name: value for name, value in arguments.items() if name not in WITHOUT_EFFECT}, float(sigma_data)
 
 
-def _bound(saved: Saved, names: Sequence[str], where: str) -> dict[str, Any]:
+def _bound(saved: PersistentObject, names: Sequence[str], where: str) -> dict[str, Any]:
     """The constructor's arguments by name."""
     if len(saved.args) > len(names):
         raise CheckpointError(f"{where}: a {saved.class_name} takes at most {len(names)} arguments by position, got {len(saved.args)}")
     return {**dict(zip(names, saved.args, strict=False)), **{str(name): value for name, value in saved.kwargs.items()}}
 
 
-def _check_heads(unet: Saved, channels_per_head: object, where: str) -> None:
+def _check_heads(unet: PersistentObject, channels_per_head: object, where: str) -> None:
     """The one part of the architecture that shows in no tensor's shape."""
     for name, module in unet.named_modules():
         heads, channels = (module.attributes.get(key) for key in ("num_heads", "out_channels"))
@@ -209,7 +211,7 @@ def _plain(value: object, what: str) -> object:
     raise CheckpointError(f"{what} must be a number, text or a short list of numbers, got {type(value).__name__}")
 
 
-def _block_attributes(unet: Saved, where: str) -> dict[str, Any]:
+def _block_attributes(unet: PersistentObject, where: str) -> dict[str, Any]:
     """What all blocks have in common."""
     blocks = {name: module.attributes for name, module in unet.named_modules() if module.class_name == "Block"}
     common: dict[str, Any] = {}
@@ -227,8 +229,8 @@ def _block_attributes(unet: Saved, where: str) -> dict[str, Any]:
 def _sampling(class_name: str, loss: object, sigma_data: float, *, segments: bool) -> dict[str, Any]:
     """Fields of SamplerSpec. The loss, where the file has it, says what a network was trained to do; without it an EDM network is a diffusion model,
     a TrigFlow network a consistency model."""
-    trained_with = loss.class_name if isinstance(loss, Saved) else ""
-    said = loss.attributes if isinstance(loss, Saved) else {}
+    trained_with = loss.class_name if isinstance(loss, PersistentObject) else ""
+    said = loss.attributes if isinstance(loss, PersistentObject) else {}
     sigma_max = _number(said, "sigma_max", SIGMA_MAX, *SIGMAS)
     start = math.atan(sigma_max / sigma_data)
     solver, diffusion = "ddim", False
@@ -275,12 +277,12 @@ def _number(attributes: dict[str, Any], name: str, default: float, least: float,
 
 def _pixels(encoder: object, channels: object, sigma_data: float, where: str) -> dict[str, Any]:
     """Fields of SamplerSpec that lead from the state to pixels."""
-    if isinstance(encoder, Saved):
+    if isinstance(encoder, PersistentObject):
         _check_class(encoder, ENCODERS, f"{where}: the encoder")
-    if (channels != 4) if not isinstance(encoder, Saved) else encoder.class_name == "StandardRGBEncoder":
+    if (channels != 4) if not isinstance(encoder, PersistentObject) else encoder.class_name == "StandardRGBEncoder":
         return {}
     mean, std = LATENT_MEAN, LATENT_STD
-    if isinstance(encoder, Saved):  # x = z * scale + bias
+    if isinstance(encoder, PersistentObject):  # x = z * scale + bias
         scale, bias = as_floats(encoder.attributes.get("scale")), as_floats(encoder.attributes.get("bias"))
         if not scale or not bias or not len(scale) == len(bias) == channels or not all(scale):
             raise CheckpointError(f"{where}: the encoder must have a scale other than 0 and a bias for each of the {channels} channels of its latents")

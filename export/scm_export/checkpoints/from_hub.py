@@ -14,11 +14,11 @@ from scm_runtime.errors import CheckpointError
 
 NETWORKS = ("unet", "transformer", "vae")  # of a pipeline; its text encoder, which is larger than all of them, is not read
 WEIGHTS = "diffusion_pytorch_model"
-KINDS = (("{}.safetensors", "{}-*.safetensors"), ("{}.fp16.safetensors", "{}.fp16-*.safetensors"), ("{}.bin", "{}-*.bin"))  # the first that there is
+WEIGHT_PATTERNS = (("{}.safetensors", "{}-*.safetensors"), ("{}.fp16.safetensors", "{}.fp16-*.safetensors"), ("{}.bin", "{}-*.bin"))  # the first that there is
 SINGLE_FILES = (".pt", ".pth", ".pt2", ".pkl", ".safetensors")
 
 
-class Found(NamedTuple):
+class ResolvedCheckpoint(NamedTuple):
     """A checkpoint on disk."""
 
     path: Path
@@ -28,7 +28,7 @@ class Found(NamedTuple):
     """Where its bundle goes unless the user says otherwise."""
 
 
-def fetch(checkpoint: str | os.PathLike[str], revision: str | None, progress: Callable[[str], None]) -> Found:
+def fetch(checkpoint: str | os.PathLike[str], revision: str | None, progress: Callable[[str], None]) -> ResolvedCheckpoint:
     """Find a checkpoint; what exists as a path is a path, whether there is anything at a path is the reader's to say.
 
     Raises:
@@ -41,11 +41,11 @@ def fetch(checkpoint: str | os.PathLike[str], revision: str | None, progress: Ca
     if repository is None:
         path = Path(checkpoint)
         named = path if path.name else path.absolute()  # "." has no name
-        return Found(path, named.name, named.with_name(f"{named.name}.scm") if _is_folder(path) else named.with_suffix(".scm"))
+        return ResolvedCheckpoint(path, named.name, named.with_name(f"{named.name}.scm") if _is_folder(path) else named.with_suffix(".scm"))
     progress(f"fetching {repository}")
     folder = hub.snapshot(repository, revision, ["*.json"])
     path = _diffusers(repository, folder) if any((folder / name).is_file() for name in (PIPELINE, MODEL)) else _single_file(repository, folder)
-    return Found(path, f"{repository}@{folder.name}", Path(f"{repository.rpartition('/')[2]}.scm"))
+    return ResolvedCheckpoint(path, f"{repository}@{folder.name}", Path(f"{repository.rpartition('/')[2]}.scm"))
 
 
 def _is_folder(path: Path) -> bool:
@@ -58,7 +58,7 @@ def _is_folder(path: Path) -> bool:
 def _diffusers(repository: str, folder: Path) -> Path:
     parts = [name for name in NETWORKS if name in _index(folder)] or [""]
     for part in parts:
-        for kind in KINDS:
+        for kind in WEIGHT_PATTERNS:
             patterns = [f"{part}/{name.format(WEIGHTS)}" if part else name.format(WEIGHTS) for name in kind]
             hub.snapshot(repository, folder.name, patterns)
             if any(next((folder / part).glob(name.format(WEIGHTS)), None) for name in kind):

@@ -181,12 +181,12 @@ def convert(raw: object, struct: type[AnyStruct]) -> AnyStruct:
     try:
         return msgspec.convert(raw, struct)
     except msgspec.ValidationError as error:
-        raise ValueError(explain(error, struct)) from error
+        raise ValueError(explain_error(error, struct)) from error
     except OverflowError as error:  # an integer where a float is wanted
         raise ValueError(f"a number is too large: {error}") from error
 
 
-def explain(error: msgspec.ValidationError, struct: type[Struct]) -> str:
+def explain_error(error: msgspec.ValidationError, struct: type[Struct]) -> str:
     """The error's text, and for an unknown key the closest known one."""
     text = str(error)
     found = re.match(r"Object contains unknown field `(.*?)`(?: - at `\$(.*)`)?$", text, re.DOTALL)

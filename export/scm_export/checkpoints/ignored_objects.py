@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scm_export.checkpoints.printable import printable
+from scm_export.checkpoints.message_text import printable
 
 
 class IgnoredObject:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, runtime_checkable
 
-from scm_export.checkpoints.printable import printable
+from scm_export.checkpoints.message_text import printable
 
 # A snapshot of the largest published network has some 50 000 opcodes. Each can make an object many times its own size in the file.
 MAX_OPCODES = 2_000_000

@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import Node
 
-from scm_export.checkpoints.printable import printable
+from scm_export.checkpoints.message_text import printable
 
 MAX_BITS = 64  # of an integer, a size or what is computed from one; more would be an attack on memory
 MAX_SIZE = 2**31  # of an integer in a list: a size, a stride, a kernel. Some operators of torch crash on larger ones
@@ -56,7 +56,7 @@ class Weight(NamedTuple):
 
 
 @dataclass
-class Operations:
+class ParsedProgram:
     """What a file holds of a network, before it is one."""
 
     numbers: dict[str, int] = field(default_factory=dict)
@@ -104,14 +104,14 @@ def checked_name(name: object) -> str:
 class OperatorGraph(nn.Module):
     """Runs a program: ``(x, level, **conditioning)``, the conditioning by the names of the program's further inputs."""
 
-    def __init__(self, operations: Operations) -> None:
+    def __init__(self, operations: ParsedProgram) -> None:
         super().__init__()
         self.inputs, self.shapes, self.output = list(operations.inputs), operations.shapes, operations.output
         self.original_names: dict[str, str] = {}
         """Of parameters and buffers, in the file, by their names here."""
         self._constants, self._calls = operations.constants, operations.calls
-        self._given = operations.inputs
-        self._held: dict[int, str] = {}
+        self._input_ids = operations.inputs
+        self._tensor_names: dict[int, str] = {}
         tied: dict[tuple[Any, ...], str] = {}
         for number, weight in operations.weights.items():
             tensor = weight.tensor
@@ -123,24 +123,24 @@ class OperatorGraph(nn.Module):
                     self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
                 else:
                     self.register_buffer(name, tensor)
-            self._held[number] = tied[same]
+            self._tensor_names[number] = tied[same]
 
     def forward(self, x: Tensor, level: Tensor, **conditioning: Tensor) -> Tensor:
         given = {**dict(zip(self.inputs, (x, level), strict=False)), **conditioning}
-        values: dict[int, Any] = {number: given[name] for name, number in self._given.items()}
-        values |= {number: getattr(self, name) for number, name in self._held.items()} | self._constants
+        values: dict[int, Any] = {number: given[name] for name, number in self._input_ids.items()}
+        values |= {number: getattr(self, name) for number, name in self._tensor_names.items()} | self._constants
         for call in self._calls:
-            result = call.operator(*_filled(call.args, values), **_filled(call.kwargs, values))
+            result = call.operator(*_resolve_refs(call.args, values), **_resolve_refs(call.kwargs, values))
             if isinstance(result, int) and result.bit_length() > MAX_BITS:
                 raise ValueError(f"a size must have at most {MAX_BITS} bits, got {result.bit_length()}")
-            _bind(call.outputs, result, values)
+            _store_results(call.outputs, result, values)
         y: Tensor = values[self.output]
         return y
 
 
-def from_exported_program(exported: ExportedProgram) -> Operations:
+def from_exported_program(exported: ExportedProgram) -> ParsedProgram:
     """The program of a graph that torch has loaded."""
-    operations, module = Operations(), exported.graph_module
+    operations, module = ParsedProgram(), exported.graph_module
     signature = {spec.arg.name: spec for spec in exported.graph_signature.input_specs}
     tensors = exported.state_dict | exported.constants
     for node in exported.graph.nodes:
@@ -156,21 +156,21 @@ def from_exported_program(exported: ExportedProgram) -> Operations:
         elif node.op == "get_attr":
             operations.constants[operations.define(node.name)] = getattr(module, node.target)
         elif node.op == "call_function" and not is_assertion(node.target.__name__):
-            args, kwargs = _refs(node.args, operations.numbers), _refs(node.kwargs, operations.numbers)
+            args, kwargs = _to_refs(node.args, operations.numbers), _to_refs(node.kwargs, operations.numbers)
             operations.calls.append(Call(node.target, args, kwargs, operations.define(node.name)))
     spec = next(spec for spec in exported.graph_signature.output_specs if spec.kind == OutputKind.USER_OUTPUT)
     operations.output = operations.numbers[spec.arg.name]
     return operations
 
 
-def _refs(argument: Any, numbers: Mapping[str, int]) -> Any:
+def _to_refs(argument: Any, numbers: Mapping[str, int]) -> Any:
     match argument:
         case Node():
             return Ref(numbers[argument.name])
         case tuple() | list():
-            return type(argument)([_refs(item, numbers) for item in argument])
+            return type(argument)([_to_refs(item, numbers) for item in argument])
         case dict():
-            return {key: _refs(item, numbers) for key, item in argument.items()}
+            return {key: _to_refs(item, numbers) for key, item in argument.items()}
     return argument
 
 
@@ -179,23 +179,23 @@ def is_assertion(operator: str) -> bool:
     return operator.partition(".")[0] in ASSERTIONS
 
 
-def _filled(argument: Any, values: Mapping[int, Any]) -> Any:
+def _resolve_refs(argument: Any, values: Mapping[int, Any]) -> Any:
     match argument:
         case Ref(number=number):
             return values[number]
         case tuple() | list():
-            items = [_filled(item, values) for item in argument]
+            items = [_resolve_refs(item, values) for item in argument]
             if isinstance(argument, list) and any(isinstance(item, int) and abs(item) > MAX_SIZE for item in items):
                 raise ValueError(f"a size must be at most {MAX_SIZE}, got {max(item for item in items if isinstance(item, int))}")
             return type(argument)(items)
         case dict():
-            return {key: _filled(item, values) for key, item in argument.items()}
+            return {key: _resolve_refs(item, values) for key, item in argument.items()}
     return argument
 
 
-def _bind(outputs: Outputs, result: Any, values: dict[int, Any]) -> None:
+def _store_results(outputs: Outputs, result: Any, values: dict[int, Any]) -> None:
     if isinstance(outputs, int):
         values[outputs] = result
     elif outputs is not None:
         for number, value in zip(outputs, result, strict=True):
-            _bind(number, value, values)
+            _store_results(number, value, values)

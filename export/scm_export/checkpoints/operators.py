@@ -21,7 +21,7 @@ WITHOUT_IN_PLACE = "Without operators that work in place: torch.export.export(â€
 TEXT = re.compile(r"[a-z_]{0,32}")  # modes, such as "tanh" and "floor"
 
 # Operators on sizes. "**" is left out: its results can be astronomically long.
-FUNCTIONS: dict[str, Callable[..., Any]] = {
+SIZE_FUNCTIONS: dict[str, Callable[..., Any]] = {
     **{f"_operator.{name}": getattr(operator, name) for name in ("add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "getitem")},
     **{f"_operator.{name}": getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge", "and_", "or_", "not_")},
     **{f"math.{name}": getattr(math, name) for name in ("ceil", "floor", "trunc")},
@@ -92,8 +92,8 @@ def find_operator(target: str) -> Callable[..., Any]:
     Raises:
         ForbiddenOperatorError: it is not in the list, or this torch does not have it.
     """
-    if target in FUNCTIONS:
-        return FUNCTIONS[target]
+    if target in SIZE_FUNCTIONS:
+        return SIZE_FUNCTIONS[target]
     name, _, overload = target.removeprefix(ATEN).partition(".")
     entry = name if overload in ("", "default") else f"{name}.{overload}"
     found = None

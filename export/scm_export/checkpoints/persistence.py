@@ -21,7 +21,7 @@ MAX_NAME = 300
 
 
 @dataclass
-class Saved:
+class PersistentObject:
     """A network, a layer or another object as the file describes it."""
 
     class_name: str
@@ -32,7 +32,7 @@ class Saved:
     """Its other attributes, which may have changed since."""
     tensors: dict[str, StoredTensor] = field(default_factory=dict)
     """Its own parameters and buffers."""
-    modules: dict[str, Saved] = field(default_factory=dict)
+    modules: dict[str, PersistentObject] = field(default_factory=dict)
 
     def build(self, state: object) -> None:
         """Take an object's ``__dict__``, laid out as torch's modules do. Raises MalformedPickleError."""
@@ -44,9 +44,9 @@ class Saved:
         tensors = {**_part(state, "_parameters", (dict,)), **_part(state, "_buffers", (dict,))}
         modules = _part(state, "_modules", (dict,))
         self.tensors = {_name(name): value for name, value in tensors.items() if _holds(value, StoredTensor)}
-        self.modules = {_name(name): value for name, value in modules.items() if _holds(value, Saved)}
+        self.modules = {_name(name): value for name, value in modules.items() if _holds(value, PersistentObject)}
 
-    def named_modules(self) -> Iterator[tuple[str, Saved]]:
+    def named_modules(self) -> Iterator[tuple[str, PersistentObject]]:
         """This object, with the name "", and every module in it by its dotted name. Raises MalformedPickleError where one is held twice."""
         waiting, seen = [("", self)], set[int]()
         while waiting:
@@ -71,7 +71,7 @@ class Saved:
 
 
 def read_persistent(path: str | os.PathLike[str]) -> object:
-    """What an EDM2-style pickle holds: containers and plain values, with :class:`Saved` for networks. Its tensors stay in the file until loaded.
+    """What an EDM2-style pickle holds: containers and plain values, with :class:`PersistentObject` for networks. Its tensors stay in the file until loaded.
 
     Raises:
         CheckpointError: the file wants more than data, which is named; or it is damaged.
@@ -98,11 +98,11 @@ def pickle_errors(source: Path) -> Iterator[None]:
 # What the globals of such files are replaced by.
 
 
-def _record(meta: object) -> Saved:
+def _record(meta: object) -> PersistentObject:
     """``_reconstruct_persistent_obj``: the record of an object. Its ``module_src`` is not looked at."""
     if not isinstance(meta, dict) or meta.get("type") != "class" or not isinstance(meta.get("class_name"), str):
         raise MalformedPickleError("a persistent object must be recorded as a dict with type = 'class', a class_name and a state")
-    saved = Saved(meta["class_name"])
+    saved = PersistentObject(meta["class_name"])
     saved.build(meta.get("state"))
     return saved
 
@@ -147,7 +147,7 @@ STAND_INS: dict[str, StandIn] = {
     "torch_utils.persistence._reconstruct_persistent_obj": StandIn(call=_record),
     "dnnlib.util.EasyDict": StandIn(new=dict),
     "collections.OrderedDict": StandIn(call=_empty),
-    "torch.nn.modules.container.ModuleDict": StandIn(new=lambda: Saved("ModuleDict")),
-    "torch.nn.modules.linear.Linear": StandIn(new=lambda: Saved("Linear")),
+    "torch.nn.modules.container.ModuleDict": StandIn(new=lambda: PersistentObject("ModuleDict")),
+    "torch.nn.modules.linear.Linear": StandIn(new=lambda: PersistentObject("Linear")),
     **{f"{builtins}.set": StandIn(call=_names) for builtins in ("builtins", "__builtin__")},
 }

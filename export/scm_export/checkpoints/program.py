@@ -36,7 +36,7 @@ class Program:
         return self.description
 
 
-def make_network(factory: str, arguments: dict[str, Any]) -> nn.Module:
+def call_factory(factory: str, arguments: dict[str, Any]) -> nn.Module:
     """Call ``package.module:function``, looked for in the current folder too, as ``python -m`` does.
 
     Returns:

@@ -17,7 +17,7 @@ from scm_export.checkpoints.archive import check_contents, check_storages
 from scm_export.checkpoints.ignored_objects import ignoring_objects, without_attributes
 from scm_runtime.errors import CheckpointError
 
-TRUST = "Only if you trust whoever made it: --trust loads it all the same, running its code."
+TRUST_HINT = "Only if you trust whoever made it: --trust loads it all the same, running its code."
 
 
 def read_torch_file(source: Path, *, trust: bool = False) -> object:
@@ -41,7 +41,7 @@ def read_torch_file(source: Path, *, trust: bool = False) -> object:
         if trust:
             return _read_trusted(source, name)
         raise CheckpointError(
-            f"'{source}' is a pickle that wants to run code ({name}), and was not loaded: it must hold tensors and plain values only. {TRUST}"
+            f"'{source}' is a pickle that wants to run code ({name}), and was not loaded: it must hold tensors and plain values only. {TRUST_HINT}"
         ) from error
     except Exception as error:
         raise CheckpointError(f"'{source}' is not a readable .pt file: truncated or of another format ({first_line(error)}). Copy or save it again.") from error

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from scm_export.checkpoints.archive import check_contents
-from scm_export.checkpoints.torch_file import TRUST, first_line
+from scm_export.checkpoints.torch_file import TRUST_HINT, first_line
 from scm_runtime.errors import CheckpointError
 
 DTYPES = {
@@ -30,7 +30,7 @@ DTYPES = {
     11: torch.bool,
     15: torch.bfloat16,
 }
-NUMBERS: dict[torch.dtype, int] = {dtype: number for number, dtype in DTYPES.items()}
+SCALAR_TYPES: dict[torch.dtype, int] = {dtype: number for number, dtype in DTYPES.items()}
 MEMORY_FORMATS = {0: torch.contiguous_format, 1: torch.preserve_format, 2: torch.channels_last, 3: torch.channels_last_3d}
 
 
@@ -42,7 +42,7 @@ def read_torchscript(source: Path, *, trust: bool = False) -> tuple[ScriptedNetw
     """
     if not trust:
         raise CheckpointError(
-            f"'{source}' is a TorchScript program, which torch can only load by running code from it, and was not loaded. {TRUST} "
+            f"'{source}' is a TorchScript program, which torch can only load by running code from it, and was not loaded. {TRUST_HINT} "
             "A .pt2 of torch.export.save, or weights with --factory, need no trust."
         )
     check_contents(source)
@@ -61,7 +61,7 @@ class ScriptedNetwork(nn.Module):
     def __init__(self, script: torch.jit.ScriptModule) -> None:
         super().__init__()
         parameters = {name: tensor.detach() for name, tensor in script.named_parameters()}
-        hold_tensors(self, parameters, {name: tensor.detach() for name, tensor in script.named_buffers()})
+        register_tensors(self, parameters, {name: tensor.detach() for name, tensor in script.named_buffers()})
         forward: Any = script.forward
         self.inputs = [argument.name for argument in forward.schema.arguments[1:]]
         self.graph = script.inlined_graph
@@ -76,7 +76,7 @@ class ScriptedNetwork(nn.Module):
                 value: Any = reduce(getattr, [*filter(None, base.split(".")), node.s("name")], script)
                 self._paths[output] = f"{base}.{node.s('name')}".lstrip(".")
                 if isinstance(value, Tensor) and self._paths[output] not in self.state_dict():
-                    hold_tensors(self, {}, {self._paths[output]: value.detach()})
+                    register_tensors(self, {}, {self._paths[output]: value.detach()})
                 elif not isinstance(value, Tensor | torch.jit.ScriptModule):
                     self._attributes[output] = value
             for inner in node.blocks():
@@ -101,7 +101,7 @@ class ScriptedNetwork(nn.Module):
         if kind == "prim::GetAttr":
             name = node.output().debugName()
             path = self._paths[name]
-            return [self._attributes[name] if name in self._attributes else tensor_named(self, path) if self._is_tensor(path) else None]
+            return [self._attributes[name] if name in self._attributes else get_tensor(self, path) if self._is_tensor(path) else None]
         arguments = [values[value.debugName()] for value in node.inputs()]
         if kind == "prim::If":
             return self._run(next(iter(node.blocks())) if arguments[0] else list(node.blocks())[1], values)
@@ -130,7 +130,7 @@ class ScriptedNetwork(nn.Module):
         return carried
 
 
-def hold_tensors(module: nn.Module, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
+def register_tensors(module: nn.Module, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
     """Give a module tensors under dotted names, in modules of these names, so that its ``state_dict`` is that of the network it stands for.
 
     Raises:
@@ -154,7 +154,7 @@ def hold_tensors(module: nn.Module, parameters: Mapping[str, Tensor], buffers: M
             raise ValueError(f"no tensor can be named {name!r}: {error}") from error
 
 
-def tensor_named(module: nn.Module, name: str) -> Tensor:
+def get_tensor(module: nn.Module, name: str) -> Tensor:
     """The tensor of a dotted name."""
     path, _, last = name.rpartition(".")
     tensor: Tensor = getattr(module.get_submodule(path), last)
@@ -176,7 +176,7 @@ PRIMITIVES: dict[str, Callable[[list[Any]], list[Any]]] = {
     "prim::unchecked_cast": lambda items: [items[0]],
     "prim::unchecked_unwrap_optional": lambda items: [items[0]],
     "prim::RaiseException": _raise,
-    "prim::dtype": lambda items: [NUMBERS[items[0].dtype]],
+    "prim::dtype": lambda items: [SCALAR_TYPES[items[0].dtype]],
     "prim::device": lambda items: [items[0].device],
     "prim::layout": lambda items: [0],
     "prim::is_cuda": lambda items: [False],
@@ -192,12 +192,12 @@ def _append(items: list[Any], item: object) -> list[Any]:
     return items
 
 
-def _whole(rounding: Callable[[Any], Any], value: Any) -> Any:
+def _round_value(rounding: Callable[[Any], Any], value: Any) -> Any:
     return rounding(value) if isinstance(value, float | torch.SymFloat) else value
 
 
 # Operators of TorchScript on numbers, lists and sizes. In Python, since sizes are symbols while the graph is traced.
-ON_VALUES: dict[str, Callable[..., Any]] = {
+VALUE_OPERATORS: dict[str, Callable[..., Any]] = {
     **{name: getattr(operator, name) for name in ("add", "sub", "mul", "floordiv", "truediv", "neg", "eq", "ne", "lt", "le", "gt", "ge")},
     **{f"__{name}__": getattr(operator, f"{name}_") for name in ("and", "or", "not", "is")},
     "__isnot__": operator.is_not,
@@ -209,19 +209,19 @@ ON_VALUES: dict[str, Callable[..., Any]] = {
     "div": operator.truediv,
     "pow": operator.pow,
     "len": len,
-    "Int": lambda value: _whole(math.trunc, value),
+    "Int": lambda value: _round_value(math.trunc, value),
     "Float": lambda value: value if isinstance(value, torch.SymFloat) else float(value),
     "Bool": bool,
     "ScalarImplicit": lambda value: value,
     "IntImplicit": lambda value: value,
     "FloatImplicit": lambda value: value,
-    "ceil": lambda value: _whole(math.ceil, value),
-    "floor": lambda value: _whole(math.floor, value),
+    "ceil": lambda value: _round_value(math.ceil, value),
+    "floor": lambda value: _round_value(math.floor, value),
     "sqrt": lambda value: value**0.5,
     "format": lambda text, *items: text.format(*items),
     "warn": lambda *_: None,
 }
-ON_LISTS: dict[str, Callable[..., Any]] = {
+LIST_OPERATORS: dict[str, Callable[..., Any]] = {
     "__getitem__": operator.getitem,
     "slice": lambda items, start=None, end=None, step=1: items[start:end:step],
     "add": operator.add,
@@ -229,7 +229,7 @@ ON_LISTS: dict[str, Callable[..., Any]] = {
     "len": len,
     "list": list,
 }
-ON_TENSORS: dict[str, Callable[..., Any]] = {
+TENSOR_OPERATORS: dict[str, Callable[..., Any]] = {
     "size": lambda tensor, *axis: tensor.shape[axis[0]] if axis else list(tensor.shape),
     "len": lambda tensor: tensor.shape[0],
     "dim": lambda tensor: tensor.dim(),
@@ -247,7 +247,7 @@ ON_TENSORS: dict[str, Callable[..., Any]] = {
 
 def _aten(node: Any, arguments: list[Any]) -> Any:
     name, _, overload = node.schema().partition("(")[0].removeprefix("aten::").partition(".")
-    kinds = ([ON_LISTS] if arguments and isinstance(arguments[0], list) else []) + [ON_TENSORS if _holds_tensors(arguments) else ON_VALUES]
+    kinds = ([LIST_OPERATORS] if arguments and isinstance(arguments[0], list) else []) + [TENSOR_OPERATORS if _holds_tensors(arguments) else VALUE_OPERATORS]
     for table in kinds:
         if name in table:
             return table[name](*arguments)

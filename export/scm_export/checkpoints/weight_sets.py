@@ -12,15 +12,15 @@ from pathlib import Path
 
 from torch import Tensor
 
-from scm_export.checkpoints.printable import printable
+from scm_export.checkpoints.message_text import printable
 from scm_runtime.errors import CheckpointError, InvalidArgumentError
 
 MAX_DEPTH = 4  # of dicts in dicts: Lightning's callbacks keep an average at callbacks.NAME.ema_state_dict
 MAX_LISTED = 20
 
 # Words in the key of a moving average: "model_ema", "netEMA", "ema_0.9999"; and those that say that it is none: "non_ema".
-AVERAGE = {"ema", "average", "averaged", "avg", "shadow", "swa"}
-NO_AVERAGE = {"non", "no", "not", "grad", "grads", "gradient", "loss", "disc", "discriminator", "critic"}
+AVERAGE_WORDS = {"ema", "average", "averaged", "avg", "shadow", "swa"}
+NON_AVERAGE_WORDS = {"non", "no", "not", "grad", "grads", "gradient", "loss", "disc", "discriminator", "critic"}
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def _only_average(sets: Sequence[WeightSet], source: Path) -> WeightSet:
 def _names_average(part: str) -> bool:
     """Whether a part of a key, read word by word, names a moving average."""
     words = {word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", part)}
-    return bool(words & AVERAGE) and not words & NO_AVERAGE
+    return bool(words & AVERAGE_WORDS) and not words & NON_AVERAGE_WORDS
 
 
 def _listing(sets: Sequence[WeightSet]) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from scm_export.checkpoints import DiffusersFolder
 from scm_export.checkpoints.diffusers_folder import is_diffusers_folder
-from scm_export.families.diffusers_networks import free_batch, make_network, read_weights
+from scm_export.families.diffusers_networks import make_batch_dynamic, make_network, read_weights
 from scm_export.families.family import BuildOptions
 from scm_export.families.weights import load_weights
 from scm_export.model import Decoder, ImageDecoder, ImageNetwork, Latents
@@ -87,7 +87,7 @@ def image_networks(
         CheckpointError: there is no decoder, or one does not fit the state.
     """
     own = folder if folder is not None and folder.find(*AUTOENCODERS) is not None else None
-    source = own if options.decoder is None else _open(options.decoder, "--decoder")
+    source = own if options.decoder is None else _open_autoencoder(options.decoder, "--decoder")
     if source is None and (options.with_encoder or not options.latents):
         what, instead = ("encoder", "") if options.latents else ("decoder", ", or export a sampler of latents with --latents")
         raise CheckpointError(
@@ -100,14 +100,14 @@ def image_networks(
     decoder: Decoder = Latents()
     encoder = preview = None
     if trained_on is not None:
-        latents, image_shape = _latents(trained_on, trained_on, sigma_data, statistics, sample_shape[0]), trained_on.image_shape(sample_shape)
+        latents, image_shape = _latent_affine(trained_on, trained_on, sigma_data, statistics, sample_shape[0]), trained_on.image_shape(sample_shape)
         if not options.latents:
             decoder = ImageNetwork(LatentsToImage(trained_on.part("decode"), latents, pixels), image_shape)
         if options.with_encoder:
             encoder = ImageNetwork(ImageToLatents(trained_on.part("encode"), latents, pixels), image_shape)
     if options.preview_decoder is not None:
-        small = _Autoencoder(_open(options.preview_decoder, "--preview-decoder"))
-        latents, image_shape = _latents(small, trained_on, sigma_data, statistics, sample_shape[0]), small.image_shape(sample_shape)
+        small = _Autoencoder(_open_autoencoder(options.preview_decoder, "--preview-decoder"))
+        latents, image_shape = _latent_affine(small, trained_on, sigma_data, statistics, sample_shape[0]), small.image_shape(sample_shape)
         preview = ImageNetwork(LatentsToImage(small.part("decode"), latents, pixels), image_shape)
     return ImageNetworks(decoder, encoder, preview)
 
@@ -132,7 +132,7 @@ def downsampling(options: BuildOptions, folder: DiffusersFolder, default: int) -
     Raises:
         CheckpointError: ``--decoder`` is no autoencoder.
     """
-    source = folder if options.decoder is None else _open(options.decoder, "--decoder")
+    source = folder if options.decoder is None else _open_autoencoder(options.decoder, "--decoder")
     return default if source.find(*AUTOENCODERS) is None else _Autoencoder(source).downsampling
 
 
@@ -189,7 +189,7 @@ class ImageToPixels(nn.Module):
         return (image.permute(0, 3, 1, 2).float() - offset) / scale
 
 
-def _open(path: Path, option: str) -> DiffusersFolder:
+def _open_autoencoder(path: Path, option: str) -> DiffusersFolder:
     if not is_diffusers_folder(path):
         raise CheckpointError(f"{option} must be the folder of an autoencoder as diffusers saves it, with config.json and weights; got '{path}'")
     folder = DiffusersFolder(path)
@@ -206,7 +206,7 @@ class _Autoencoder:
         assert component is not None
         self.folder, self.component, self.kind = folder, component, folder.classes[component]
         self.network = make_network(folder, component)
-        free_batch(self.network)
+        make_batch_dynamic(self.network)
         config: Any = self.network.config
         self.latent_channels = int(config.latent_channels)
         self.factors = Factors(float(config.scaling_factor), float(config.get("shift_factor") or 0.0))
@@ -255,7 +255,7 @@ class _Half(nn.Module):
         return x
 
 
-def _latents(autoencoder: _Autoencoder, trained_on: _Autoencoder | None, sigma_data: float, statistics: LatentStatistics | None, channels: int) -> Affine:
+def _latent_affine(autoencoder: _Autoencoder, trained_on: _Autoencoder | None, sigma_data: float, statistics: LatentStatistics | None, channels: int) -> Affine:
     """The latents of an autoencoder for a model that was trained on those of this or another one."""
     own = autoencoder.factors
     if statistics is None:

@@ -16,15 +16,15 @@ from scm_export.checkpoints import DiffusersFolder, Loaded
 from scm_export.families.autoencoders import pixel_networks
 from scm_export.families.diffusers_networks import (
     check_size,
-    free_batch,
     injected_noise,
-    keep_times,
+    keep_time_features_fp32,
+    make_batch_dynamic,
     make_network,
     make_scheduler,
     read_weights,
     sample_size,
     share_weights,
-    unet_islands,
+    unet_keeps_fp32,
 )
 from scm_export.families.family import BuildOptions, Family
 from scm_export.families.weights import load_weights
@@ -49,7 +49,7 @@ class ConsistencyStep(nn.Module):
     def __init__(self, unet: nn.Module, config: Any) -> None:
         """From a U-Net and the configuration of its scheduler."""
         super().__init__()
-        self.network = Precision(unet, unet_islands)
+        self.network = Precision(unet, unet_keeps_fp32)
         self.sigma_data, self.s_noise, self.clip = float(config.sigma_data), float(config.s_noise), bool(config.clip_denoised)
         self.sigma_min, self.sigma_max = _single(config.sigma_min), _single(config.sigma_max)
 
@@ -90,9 +90,9 @@ def build_consistency(loaded: Loaded, options: BuildOptions) -> Model:
     _check(config, scheduler.config, loaded)
     sample_shape = (config.in_channels, *sample_size(config, options.size))
     labelled = {} if config.num_class_embeds is None else {"class_labels": torch.zeros(1, dtype=torch.int64, device="meta")}
-    free_batch(unet)
+    make_batch_dynamic(unet)
     check_size(unet, sample_shape, **labelled)
-    keep_times(unet)
+    keep_time_features_fp32(unet)
     load_weights(unet, read_weights(loaded, component))
     share_weights(original, unet)
     step = ConsistencyStep(unet, scheduler.config)

@@ -109,7 +109,7 @@ def check_size(unet: nn.Module, sample_shape: tuple[int, ...], **conditioning: T
         raise InvalidArgumentError(f"the {type(unet).__name__} makes {list(found[1:])} of a state of {list(sample_shape)}. Try another --size.")
 
 
-def free_batch(network: nn.Module) -> None:
+def make_batch_dynamic(network: nn.Module) -> None:
     """Let the batch be dynamic: diffusers' upsampling asks for its size, to go round a limit of a CUDA kernel that no traced graph has."""
     from diffusers.models.resnet import ResnetBlock2D, ResnetBlockCondNorm2D
     from diffusers.models.upsampling import Upsample2D
@@ -130,7 +130,7 @@ def _upsample(module: Any, hidden_states: Tensor, output_size: tuple[int, int] |
     return y
 
 
-def keep_times(unet: nn.Module) -> None:
+def keep_time_features_fp32(unet: nn.Module) -> None:
     """Give a U-Net's time embedding the sinusoids as they are computed, in float32: diffusers rounds them to the dtype of the weights in between."""
     sinusoids: list[Tensor] = []
 
@@ -141,7 +141,7 @@ def keep_times(unet: nn.Module) -> None:
     unet.get_submodule("time_embedding").register_forward_pre_hook(lambda _module, args: (sinusoids.pop(), *args[1:]))
 
 
-def unet_islands(name: str, module: nn.Module) -> bool:
+def unet_keeps_fp32(name: str, module: nn.Module) -> bool:
     """What computes in float32 in a U-Net of diffusers: times and norms."""
     return name.endswith("time_embedding") or norms(name, module)
 

@@ -16,15 +16,15 @@ from scm_export.checkpoints import DiffusersFolder, Loaded
 from scm_export.families.autoencoders import downsampling, image_networks
 from scm_export.families.diffusers_networks import (
     check_size,
-    free_batch,
     injected_noise,
-    keep_times,
+    keep_time_features_fp32,
+    make_batch_dynamic,
     make_network,
     make_scheduler,
     read_weights,
     sample_size,
     share_weights,
-    unet_islands,
+    unet_keeps_fp32,
 )
 from scm_export.families.family import BuildOptions, Family
 from scm_export.families.weights import load_weights
@@ -70,7 +70,7 @@ class LatentConsistencyStep(nn.Module):
     def __init__(self, unet: nn.Module, scheduler: Any) -> None:
         """From a U-Net and its scheduler, whose table of alphas becomes part of the step."""
         super().__init__()
-        self.network = Precision(GuidedUNet(unet), unet_islands)
+        self.network = Precision(GuidedUNet(unet), unet_keeps_fp32)
         config = scheduler.config
         self.prediction, self.clip = config.prediction_type, float(config.clip_sample_range) if config.clip_sample else None
         alphas = scheduler.alphas_cumprod
@@ -118,9 +118,9 @@ def build_latent_consistency(loaded: Loaded, options: BuildOptions) -> Model:
     config: Any = unet.config
     _check(config, scheduler.config, loaded)
     sample_shape = (config.in_channels, *sample_size(config, options.size, downsampling(options, loaded, DOWNSAMPLING)))
-    free_batch(unet)
+    make_batch_dynamic(unet)
     check_size(unet, sample_shape, encoder_hidden_states=torch.empty(1, 1, config.cross_attention_dim, device="meta"))
-    keep_times(unet)
+    keep_time_features_fp32(unet)
     images = image_networks(options, sample_shape, SIGMA_DATA, folder=loaded)  # before the weights are read: it may be missing
     load_weights(unet, read_weights(loaded, component))
     share_weights(original, unet)

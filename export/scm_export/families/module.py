@@ -16,7 +16,7 @@ from scm_export.checkpoints.header import PositiveInteger, convert
 from scm_export.checkpoints.operator_graph import OperatorGraph
 from scm_export.checkpoints.state_dict import uncompiled
 from scm_export.families.autoencoders import ImageNetworks, LatentStatistics, image_networks, pixel_networks
-from scm_export.families.diffusers_networks import free_batch
+from scm_export.families.diffusers_networks import make_batch_dynamic
 from scm_export.families.family import BuildOptions, Family
 from scm_export.families.sampling import sampling_fields
 from scm_export.families.weights import load_weights
@@ -68,7 +68,7 @@ def build_module(loaded: Loaded, options: BuildOptions) -> Model:
     _check_inputs(loaded, conditioning)
     network = loaded.network.eval().requires_grad_(False)
     if any(type(module).__module__.startswith("diffusers.") for module in network.modules()):
-        free_batch(network)
+        make_batch_dynamic(network)
     if loaded.weights is not None:
         try:
             load_weights(network, loaded.weights)
@@ -77,8 +77,8 @@ def build_module(loaded: Loaded, options: BuildOptions) -> Model:
     else:
         _check_weights(network, loaded.describe())
     images = _images(config.sample_shape, sampler, options)
-    kept = _kept(network, config.keep_fp32)
-    own = FirstOutput(Precision(network, _islands(kept), match_dtypes=True, wide=_weights_in(network, kept)))
+    kept = _modules_in_fp32(network, config.keep_fp32)
+    own = FirstOutput(Precision(network, _keeps_fp32(kept), match_dtypes=True, wide=_weights_in(network, kept)))
     model = Model(
         family="module",
         step=Step(own, sampler.sigma_data, sampler.parametrisation, sampler.solver),
@@ -90,7 +90,7 @@ def build_module(loaded: Loaded, options: BuildOptions) -> Model:
         preview=images.preview,
         licence=header.licence,
     )
-    _try(own, model, loaded)
+    _check_call(own, model, loaded)
     if loaded.original is not None:
         step = Step(FirstOutput(loaded.original), sampler.sigma_data, sampler.parametrisation, sampler.solver)
         model.reference = Reference(
@@ -150,7 +150,7 @@ def _check_weights(network: nn.Module, what: str) -> None:
     network.float()
 
 
-def _kept(network: nn.Module, keep_fp32: tuple[str, ...]) -> set[str]:
+def _modules_in_fp32(network: nn.Module, keep_fp32: tuple[str, ...]) -> set[str]:
     """Names of the modules that the patterns name. Raises CheckpointError for a pattern that names none."""
     names = _module_names(network)
     kept = {name for name in names if any(fnmatchcase(name, pattern) for pattern in keep_fp32)}
@@ -176,7 +176,7 @@ def _weights_in(network: nn.Module, kept: set[str]) -> set[str]:
     return {own for own, original in network.original_names.items() if any(original.startswith(f"{name}.") for name in kept)}
 
 
-def _islands(kept: set[str]) -> Callable[[str, nn.Module], bool]:
+def _keeps_fp32(kept: set[str]) -> Callable[[str, nn.Module], bool]:
     """Norms, and the modules named; what lies inside a named one is left to it."""
 
     def inside(name: str) -> bool:
@@ -196,7 +196,7 @@ def _images(sample_shape: tuple[int, ...], sampler: SamplerSpec, options: BuildO
     return image_networks(options, sample_shape, sampler.sigma_data, statistics=statistics, pixels=pixels)
 
 
-def _try(network: nn.Module, model: Model, loaded: Program) -> None:
+def _check_call(network: nn.Module, model: Model, loaded: Program) -> None:
     """Call the network at two batch sizes: what does not fit together shows in its own words.
 
     Really, and in float32, before any tracing: a table that the network makes at its first call and keeps is then a real one.

@@ -42,7 +42,7 @@ class SanaSprint(nn.Module):
     def __init__(self, transformer: nn.Module, guidance_unit: float) -> None:
         """Wrap a transformer; ``guidance_unit`` is what its embedding takes for a guidance scale of one."""
         super().__init__()
-        self.transformer, self.guidance_unit = Precision(transformer, _islands), guidance_unit
+        self.transformer, self.guidance_unit = Precision(transformer, _keeps_fp32), guidance_unit
         own: Any = transformer
         for block in own.transformer_blocks:
             block.attn2.set_processor(_CrossAttention())
@@ -83,7 +83,7 @@ def _keep_sinusoids(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> An
     return args, {**kwargs, "hidden_dtype": torch.float32}
 
 
-def _islands(name: str, module: nn.Module) -> bool:
+def _keeps_fp32(name: str, module: nn.Module) -> bool:
     """Time and guidance, and norms. Linear attention sums over all pixels, and diffusers' own code does that in float32."""
     return name == "time_embed" or norms(name, module)
 
@@ -117,7 +117,7 @@ def build_sana_sprint(loaded: Loaded, options: BuildOptions) -> Model:
     if height % config.patch_size or width % config.patch_size:
         raise InvalidArgumentError(f"the latents must be whole patches of {config.patch_size}x{config.patch_size}, got {height}x{width}. Try another --size.")
     for network in (transformer, original):
-        _place(network, height, width)
+        _set_positional_embedding(network, height, width)
     sample_shape = (config.in_channels, height, width)
     images = image_networks(options, sample_shape, sigma_data, folder=loaded)  # before the large weights: the decoder may be missing
     load_weights(transformer, read_weights(loaded, component))
@@ -151,7 +151,7 @@ def _check(config: Any, scheduler: Any) -> None:
         raise CheckpointError(f"sigma_data of the {SCHEDULER} must be a number above 0, got {scheduler.sigma_data!r}")
 
 
-def _place(transformer: nn.Module, height: int, width: int) -> None:
+def _set_positional_embedding(transformer: nn.Module, height: int, width: int) -> None:
     """Compute the positional embedding of the networks that have one (SANA-Sprint's do without): no file holds it, and it depends on the size."""
     config: Any = transformer.config
     if config.interpolation_scale is None:

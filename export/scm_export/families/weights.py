@@ -26,20 +26,20 @@ def load_weights(network: nn.Module, weights: dict[str, Tensor]) -> None:
     strip_prefixes(weights, expected)
     problems = []
     if missing := [name for name in expected if name not in weights]:
-        problems.append(_three("missing", missing))
+        problems.append(_first_three("missing", missing))
     if unexpected := [name for name in weights if name not in expected]:
-        problems.append(_three("not in the network", unexpected))
+        problems.append(_first_three("not in the network", unexpected))
     shapes = [
         f"{name} must have {list(shape)}, got {list(weights[name].shape)}"
         for name, shape in expected.items()
         if name in weights and tuple(weights[name].shape) != shape
     ]
     if shapes:
-        problems.append(_three("wrong shape", shapes))
+        problems.append(_first_three("wrong shape", shapes))
     if problems:
         raise CheckpointError("the weights do not match the config: " + "; ".join(problems))
     if strange := [f"{name} ({weights[name].dtype})" for name in expected if own[name].is_floating_point() and not weights[name].is_floating_point()]:
-        raise CheckpointError(_three("weights must be of a floating dtype, got", strange))
+        raise CheckpointError(_first_three("weights must be of a floating dtype, got", strange))
     owned, storages = {}, set[int]()
     for name in expected:
         tensor = weights.pop(name)
@@ -47,7 +47,7 @@ def load_weights(network: nn.Module, weights: dict[str, Tensor]) -> None:
         owned[name] = tensor if _is_plain(tensor, storages) else tensor.to("cpu", dtype, copy=True, memory_format=torch.contiguous_format)
         storages.add(tensor.untyped_storage().data_ptr())
     if broken := [name for name, tensor in owned.items() if not _is_finite(tensor)]:
-        raise CheckpointError(_three("weights must be finite, got NaN or infinity in", broken))
+        raise CheckpointError(_first_three("weights must be finite, got NaN or infinity in", broken))
     network.load_state_dict(owned, assign=True)
 
 
@@ -63,6 +63,6 @@ def _is_finite(tensor: Tensor) -> bool:
     return not tensor.numel() or not tensor.is_floating_point() or all(math.isfinite(extreme) for extreme in tensor.aminmax())
 
 
-def _three(what: str, names: list[str]) -> str:
+def _first_three(what: str, names: list[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"{what}: {', '.join(names[:3])}{more}"

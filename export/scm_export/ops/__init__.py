@@ -7,6 +7,7 @@ input's dtype; functions that state no other dtype return their input's.
 
 from scm_export.ops.consistency_step import CONSISTENCY_STEP, consistency_step
 from scm_export.ops.cosine_attention import COSINE_ATTENTION, cosine_attention
+from scm_export.ops.dense import CONV, CONV3X3, MATMUL, conv, conv3x3, matmul
 from scm_export.ops.modulate_silu import MODULATE_SILU, modulate_silu
 from scm_export.ops.mp_cat import MP_CAT, mp_cat, mp_cat_silu
 from scm_export.ops.mp_silu import MP_SILU, mp_silu
@@ -15,7 +16,6 @@ from scm_export.ops.norm_modulate_silu import NORM_MODULATE_SILU, norm_modulate_
 from scm_export.ops.operator import Operator, operators_as_nodes
 from scm_export.ops.philox_normal import PHILOX_NORMAL, philox_normal
 from scm_export.ops.pixel_norm import PIXEL_NORM, pixel_norm, pixel_norm_silu
-from scm_export.ops.products import CONV, CONV3X3, MATMUL, conv, conv3x3, matmul
 from scm_export.ops.to_image import TO_IMAGE, to_image
 
 OPERATORS: dict[str, Operator] = {

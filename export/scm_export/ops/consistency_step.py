@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from scm_export.ops.operator import Operator, as_nodes
+from scm_export.ops.operator import Operator, emits_nodes
 
 
 def consistency_step(x: Tensor, F: Tensor, noise: Tensor, t: Tensor, t_next: Tensor, sigma_data: float) -> Tensor:
@@ -18,7 +18,7 @@ def consistency_step(x: Tensor, F: Tensor, noise: Tensor, t: Tensor, t_next: Ten
         t_next: ``[N]``, float32, radians; 0 gives the denoised sample.
         sigma_data: standard deviation of the data.
     """
-    if as_nodes():
+    if emits_nodes():
         return CONSISTENCY_STEP.node(x, F, noise, t, t_next, sigma_data=sigma_data)[0]
     per_sample = (-1,) + (1,) * (x.ndim - 1)
     # In float64: vectorised float32 sines differ in the last bit with a sample's place in the batch.
@@ -28,7 +28,7 @@ def consistency_step(x: Tensor, F: Tensor, noise: Tensor, t: Tensor, t_next: Ten
     return cos_next * denoised + sin_next * sigma_data * noise
 
 
-def _wave_statements(t: str) -> str:
+def _sinusoid_statements(t: str) -> str:
     return f"""
         {t}_double = Cast <to = 11> ({t})
         {t}_per_sample = Unsqueeze ({t}_double, axes)
@@ -49,8 +49,8 @@ CONSISTENCY_STEP = Operator(
     body=f"""
         axes = Constant <value_ints = {{sample_axes}}> ()
         sigma = Constant <value_float: float = @sigma_data> ()
-        {_wave_statements("t")}
-        {_wave_statements("t_next")}
+        {_sinusoid_statements("t")}
+        {_sinusoid_statements("t_next")}
         F_wide = Cast <to = 1> (F)
         kept = Mul (t_cos, x)
         predicted = Mul (t_sin_sigma, F_wide)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from scm_export.ops.operator import Operator, as_nodes
+from scm_export.ops.operator import Operator, emits_nodes
 from scm_export.ops.pixel_norm import pixel_norm, pixel_norm_statements
 
 
@@ -23,7 +23,7 @@ def cosine_attention(qkv: Tensor, heads: int, eps: float = 1e-4) -> Tensor:
         ``[N, L, C]``.
     """
     n, length, channels = qkv.shape
-    if as_nodes():
+    if emits_nodes():
         return COSINE_ATTENTION.node(qkv, shape=(n, length, channels // 3), heads=heads, eps=eps)[0]
     head_size = channels // (3 * heads)
     qkv = pixel_norm(qkv.reshape(n, length, 3, heads, head_size), eps)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from scm_export.ops.mp_silu import mp_silu
-from scm_export.ops.operator import Operator, as_nodes, silu_statements
+from scm_export.ops.operator import Operator, emits_nodes, silu_statements
 
 
 def modulate_silu(y: Tensor, scale: Tensor) -> Tensor:
@@ -15,7 +15,7 @@ def modulate_silu(y: Tensor, scale: Tensor) -> Tensor:
         y: ``[N, ..., C]``.
         scale: ``[N, C]``, of the same dtype.
     """
-    if as_nodes():
+    if emits_nodes():
         return MODULATE_SILU.node(y, scale)[0]
     return mp_silu(y * per_pixel(scale, y))
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from scm_export.ops.mp_silu import mp_silu
-from scm_export.ops.operator import Operator, as_nodes, balance_statements
+from scm_export.ops.operator import Operator, balance_statements, emits_nodes
 
 
 def mp_cat(a: Tensor, b: Tensor, t: float = 0.5) -> Tensor:
@@ -22,8 +22,8 @@ def mp_cat(a: Tensor, b: Tensor, t: float = 0.5) -> Tensor:
     Returns:
         ``[..., A + B]``: with ``s = sqrt((A + B) / ((1-t)^2 + t^2))``, ``[a s (1-t) / sqrt(A), b s t / sqrt(B)]``.
     """
-    if as_nodes():
-        return MP_CAT.node(a, b, shape=_joined(a, b), t=t)[0]
+    if emits_nodes():
+        return MP_CAT.node(a, b, shape=_joined_shape(a, b), t=t)[0]
     channels_a, channels_b = a.shape[-1], b.shape[-1]
     scale = math.sqrt((channels_a + channels_b) / ((1 - t) ** 2 + t**2))
     return torch.cat([a * (scale * (1 - t) / math.sqrt(channels_a)), b * (scale * t / math.sqrt(channels_b))], dim=-1)
@@ -31,14 +31,14 @@ def mp_cat(a: Tensor, b: Tensor, t: float = 0.5) -> Tensor:
 
 def mp_cat_silu(a: Tensor, b: Tensor, t: float = 0.5) -> tuple[Tensor, Tensor]:
     """``y = mp_cat(a, b, t)`` and ``mp_silu(y)``."""
-    if as_nodes():
-        y, activated = MP_CAT.node(a, b, outputs=2, shape=_joined(a, b), t=t)
+    if emits_nodes():
+        y, activated = MP_CAT.node(a, b, outputs=2, shape=_joined_shape(a, b), t=t)
         return y, activated
     y = mp_cat(a, b, t)
     return y, mp_silu(y)
 
 
-def _joined(a: Tensor, b: Tensor) -> tuple[int, ...]:
+def _joined_shape(a: Tensor, b: Tensor) -> tuple[int, ...]:
     return (*a.shape[:-1], a.shape[-1] + b.shape[-1])
 
 

@@ -16,23 +16,23 @@ from torch import Tensor
 
 from scm_runtime.bundle.manifest import OPS_DOMAIN, OPS_VERSION
 
-_as_nodes = ContextVar("as_nodes", default=False)
+_emits_nodes = ContextVar("emits_nodes", default=False)
 
 
 @contextmanager
 def operators_as_nodes() -> Iterator[None]:
     """Within the block the functions of ``scm_export.ops`` become nodes of their operators; for torch.onnx.export, not for results."""
-    token = _as_nodes.set(True)
+    token = _emits_nodes.set(True)
     try:
         yield
     finally:
-        _as_nodes.reset(token)
+        _emits_nodes.reset(token)
 
 
-def as_nodes() -> bool:
+def emits_nodes() -> bool:
     """Whether a function of ``scm_export.ops`` is to become a node."""
     # torch.compile cannot read a ContextVar, and would break the graph at every operator.
-    return not torch.compiler.is_dynamo_compiling() and _as_nodes.get()
+    return not torch.compiler.is_dynamo_compiling() and _emits_nodes.get()
 
 
 def silu_statements(x: str, y: str) -> str:

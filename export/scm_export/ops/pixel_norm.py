@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from scm_export.ops.mp_silu import mp_silu
-from scm_export.ops.operator import Operator, as_nodes
+from scm_export.ops.operator import Operator, emits_nodes
 
 
 def pixel_norm(x: Tensor, eps: float = 1e-4) -> Tensor:
@@ -18,7 +18,7 @@ def pixel_norm(x: Tensor, eps: float = 1e-4) -> Tensor:
         x: ``[..., C]``, any floating dtype.
         eps: added to the norm, which is taken in float32.
     """
-    if as_nodes():
+    if emits_nodes():
         return PIXEL_NORM.node(x, eps=eps)[0]
     norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     return x / (eps + norm * (1 / math.sqrt(x.shape[-1]))).to(x.dtype)
@@ -26,7 +26,7 @@ def pixel_norm(x: Tensor, eps: float = 1e-4) -> Tensor:
 
 def pixel_norm_silu(x: Tensor, eps: float = 1e-4) -> tuple[Tensor, Tensor]:
     """``y = pixel_norm(x)`` and ``mp_silu(y)``."""
-    if as_nodes():
+    if emits_nodes():
         y, activated = PIXEL_NORM.node(x, outputs=2, eps=eps)
         return y, activated
     y = pixel_norm(x, eps)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from scm_export.ops.operator import Operator, as_nodes
+from scm_export.ops.operator import Operator, emits_nodes
 
 
 def to_image(x: Tensor, scale: float, offset: float) -> Tensor:
@@ -19,7 +19,7 @@ def to_image(x: Tensor, scale: float, offset: float) -> Tensor:
     Returns:
         uint8 ``[N, H, W, C]``.
     """
-    if as_nodes():
+    if emits_nodes():
         n, channels, height, width = x.shape
         return TO_IMAGE.node(x, shape=(n, height, width, channels), dtype=torch.uint8, scale=scale, offset=offset)[0]
     level = (x.float() * scale + offset).nan_to_num(nan=0.0).clamp(0, 255)

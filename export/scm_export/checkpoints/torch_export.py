@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from scm_export.checkpoints.archive import check_contents
-from scm_export.checkpoints.operator_graph import Call, Operations, OperatorGraph, Outputs, Ref, Weight, checked_name, from_exported_program, is_assertion
+from scm_export.checkpoints.operator_graph import Call, OperatorGraph, Outputs, ParsedProgram, Ref, Weight, checked_name, from_exported_program, is_assertion
 from scm_export.checkpoints.operators import ATEN, SUBSTITUTES, WITHOUT_IN_PLACE, ForbiddenOperatorError, Kind, check_arguments, find_operator, kind_of
-from scm_export.checkpoints.torch_file import TRUST, current_folder_importable, first_line
+from scm_export.checkpoints.torch_file import TRUST_HINT, current_folder_importable, first_line
 from scm_runtime.errors import CheckpointError
 
 SCHEMA_MAJOR = 8  # of torch 2.9 to 2.13
@@ -40,7 +40,7 @@ LAYOUTS = {7: torch.strided}
 MEMORY_FORMATS = {1: torch.contiguous_format, 2: torch.channels_last, 3: torch.channels_last_3d, 4: torch.preserve_format}
 
 
-def read_exported(source: Path, *, trust: bool = False) -> OperatorGraph:
+def read_torch_export(source: Path, *, trust: bool = False) -> OperatorGraph:
     """The network in a ``.pt2`` file. Without ``trust`` nothing of it is run.
 
     Raises:
@@ -66,7 +66,7 @@ def read_exported(source: Path, *, trust: bool = False) -> OperatorGraph:
     return network
 
 
-def _load(source: Path) -> Operations:
+def _load(source: Path) -> ParsedProgram:
     """As torch does, running what the file says."""
     try:
         with current_folder_importable(), source.open("rb") as file:
@@ -75,7 +75,7 @@ def _load(source: Path) -> Operations:
         raise CheckpointError(f"'{source}' cannot be loaded by torch.export.load: {type(error).__name__}: {first_line(error)}") from error
 
 
-def _read(source: Path) -> Operations:
+def _read(source: Path) -> ParsedProgram:
     with zipfile.ZipFile(source) as archive:
         names = {name.partition("/")[2]: name for name in archive.namelist()}
         models = [name for name in names if name.startswith("models/") and name.endswith(".json")]
@@ -86,7 +86,9 @@ def _read(source: Path) -> Operations:
             raise CheckpointError(f"'{source}' was saved on a big-endian machine. Save it again on another.")
         raw = msgspec.json.decode(archive.read(names[models[0]]))
         if (version := raw["schema_version"]["major"]) != SCHEMA_MAJOR:
-            raise CheckpointError(f"'{source}' has version {version!r} of the format of torch.export, this scm-export reads version {SCHEMA_MAJOR}. {TRUST}")
+            raise CheckpointError(
+                f"'{source}' has version {version!r} of the format of torch.export, this scm-export reads version {SCHEMA_MAJOR}. {TRUST_HINT}"
+            )
         stem = models[0].removeprefix("models/").removesuffix(".json")
         tensors: dict[str, Tensor] = {}
         for kind in ("constants", "weights"):
@@ -122,10 +124,10 @@ class _Reader:
     """From the JSON of a graph to a program."""
 
     def __init__(self, source: Path, raw: Mapping[str, Any], stored: Mapping[str, Tensor]) -> None:
-        self.source, self.raw, self.stored, self.operations = source, raw, stored, Operations()
+        self.source, self.raw, self.stored, self.operations = source, raw, stored, ParsedProgram()
         self.kinds: dict[int, Kind] = {}
 
-    def read(self) -> Operations:
+    def read(self) -> ParsedProgram:
         graph, operations = self.raw["graph"], self.operations
         for spec in self.raw["signature"]["input_specs"]:
             self.input(*_only(spec))
@@ -235,4 +237,4 @@ def _only(raw: Mapping[str, Any]) -> tuple[str, Any]:
 
 
 def _refused(source: Path, what: str, why: str = "which could run code") -> CheckpointError:
-    return CheckpointError(f"'{source}' holds {what}, {why}, and was not loaded. {TRUST}")
+    return CheckpointError(f"'{source}' holds {what}, {why}, and was not loaded. {TRUST_HINT}")

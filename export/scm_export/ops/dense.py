@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.nn import functional
 
-from scm_export.ops.operator import Operator, as_nodes
+from scm_export.ops.operator import Operator, emits_nodes
 from scm_runtime.bundle.manifest import CHANNELS_FIRST_DOMAIN, CHANNELS_LAST_DOMAIN
 
 
@@ -21,14 +21,14 @@ def conv3x3(x: Tensor, w: Tensor) -> Tensor:
     Returns:
         ``[N, H, W, O]``.
     """
-    if as_nodes():
+    if emits_nodes():
         return CONV3X3.node(x, w, shape=[*x.shape[:-1], w.shape[0]])[0]
     return functional.conv2d(x.permute(0, 3, 1, 2), w, padding=1).permute(0, 2, 3, 1)
 
 
 def matmul(x: Tensor, w: Tensor) -> Tensor:
     """``x wᵀ`` for ``x`` of ``[..., I]`` and ``w`` of ``[O, I]``, as ``torch.nn.functional.linear`` has it, in any floating dtype."""
-    if as_nodes():
+    if emits_nodes():
         return MATMUL.node(x, w.t(), shape=[*x.shape[:-1], w.shape[0]])[0]
     return functional.linear(x, w)
 
