@@ -285,7 +285,7 @@ DAMAGED: dict[str, tuple[Make, str]] = {
     "a negative size": (tensor(FOUR, 0, (-1,), (1,)), "integers of at least 0 as sizes and strides"),
     "a terabyte of one element": (tensor(FOUR, 0, (1 << 40,), (0,)), "shape and storage disagree: shape [1099511627776], strides [0]"),
     "a size that is text": (tensor(FOUR, 0, ("4",), (1,)), "integers of at least 0 as sizes and strides"),
-    "sizes without strides": (tensor(FOUR, 0, (2, 2), (1,)), "one stride a size"),
+    "sizes without strides": (tensor(FOUR, 0, (2, 2), (1,)), "one stride per dimension"),
     "a tensor of nothing": (tensor(None, 0, (2, 2), (2, 1)), "a tensor must be made of a storage"),
     "the same storage again and again": (same_storage_often, "its tensors overlap in their storages"),
     "a storage of a terabyte": (storage(bytes(16), numel=1 << 28, declared=1 << 40), "declares 268435456 elements"),

@@ -337,7 +337,7 @@ class Dropping(Plain):
 
 
 DOCUMENT = "docs/checkpoint-format.md"
-TRUST = "--trust loads it all the same"
+TRUST = "--trust loads it anyway"
 AGAIN = "Copy or save it again"
 
 ROWS: list[tuple[str, Make, type[ScmError], str, str]] = [
@@ -443,9 +443,9 @@ ROWS: list[tuple[str, Make, type[ScmError], str, str]] = [
     ("returns no module", factory("own_networks:a_state_dict"), CheckpointError, "got OrderedDict", "must return a torch.nn.Module"),
     ("other weights", factory("own_networks:sensitive"), CheckpointError, "missing: time_embed.angles.weight", "wrong shape"),
     ("other shapes", factory("own_networks:plain", {"channels": 4}), CheckpointError, "conv.weight must have [4, 3, 3, 3], got [3, 3, 3, 3]", "wrong shape"),
-    ("no factory", lambda folder: bare(folder, factory=None), CheckpointError, "has weights alone", "give --factory package.module:function"),
+    ("no factory", lambda folder: bare(folder, factory=None), CheckpointError, "has only weights", "give --factory package.module:function"),
     ("factory for a program", program(options=FACTORY), InvalidArgumentError, "holds its network", "leave out the factory"),
-    ("factory for edm2", header({"family": "edm2"}), InvalidArgumentError, "is of the family 'edm2'", "networks of your own"),
+    ("factory for edm2", header({"family": "edm2"}), InvalidArgumentError, "is of the family 'edm2'", "user-defined networks"),
     (
         "returns nothing",
         factory("own_networks:plain", {"how": "nothing"}),
@@ -477,7 +477,7 @@ ROWS: list[tuple[str, Make, type[ScmError], str, str]] = [
         "cannot be called as network(x, level, c=)",
     ),
     ("another number of channels", header({"config": {"sample_shape": [1, 8, 8]}}), CheckpointError, "[2, 1, 8, 8]", "cannot be called as network(x, level)"),
-    ("another output", program(lambda: Plain(channels=6)), CheckpointError, "got [2, 6, 10, 14]", "must return a tensor shaped as x, [2, 3, 10, 14]"),
+    ("another output", program(lambda: Plain(channels=6)), CheckpointError, "got [2, 6, 10, 14]", "must return a tensor with the shape of x, [2, 3, 10, 14]"),
     ("latents without a decoder", header({"config": {"sample_shape": [5, 8, 8]}}), CheckpointError, "missing decoder", "--latents"),
     ("a size", lambda folder: bare(folder, size=(8, 8)), CheckpointError, "leave out the size", "sample_shape of its config"),
 ]

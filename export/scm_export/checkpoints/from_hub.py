@@ -1,4 +1,4 @@
-"""Where a checkpoint is: a path, or a repository of the Hugging Face hub, of which the files that a reader needs are fetched."""
+"""Resolves a checkpoint to a local path. From a repository of the Hugging Face hub, only the files that a reader needs are downloaded."""
 
 from __future__ import annotations
 
@@ -12,9 +12,13 @@ from scm_export.checkpoints.diffusers_folder import MODEL, PIPELINE
 from scm_runtime.bundle import hub
 from scm_runtime.errors import CheckpointError
 
-NETWORKS = ("unet", "transformer", "vae")  # of a pipeline; its text encoder, which is larger than all of them, is not read
+NETWORKS = ("unet", "transformer", "vae")  # components of a pipeline; its text encoder is larger than all of them and is not read
 WEIGHTS = "diffusion_pytorch_model"
-WEIGHT_PATTERNS = (("{}.safetensors", "{}-*.safetensors"), ("{}.fp16.safetensors", "{}.fp16-*.safetensors"), ("{}.bin", "{}-*.bin"))  # the first that there is
+WEIGHT_PATTERNS = (
+    ("{}.safetensors", "{}-*.safetensors"),
+    ("{}.fp16.safetensors", "{}.fp16-*.safetensors"),
+    ("{}.bin", "{}-*.bin"),
+)  # the first that exists is used
 SINGLE_FILES = (".pt", ".pth", ".pt2", ".pkl", ".safetensors")
 
 
@@ -23,19 +27,21 @@ class ResolvedCheckpoint(NamedTuple):
 
     path: Path
     name: str
-    """For the manifest: the file's or folder's, or ``org/name@commit``."""
+    """Name for the manifest: that of the file or folder, or ``org/name@commit``."""
     bundle: Path
-    """Where its bundle goes unless the user says otherwise."""
+    """Default path of the exported bundle."""
 
 
 def fetch(checkpoint: str | os.PathLike[str], revision: str | None, progress: Callable[[str], None]) -> ResolvedCheckpoint:
-    """Find a checkpoint; what exists as a path is a path, whether there is anything at a path is the reader's to say.
+    """Resolve a checkpoint to a local path and download it if it is on the hub.
+
+    An existing path always counts as a path. The readers report a path that does not exist.
 
     Raises:
-        HubError: the hub has no such repository, or cannot be asked.
-        CheckpointError: the repository holds nothing that a reader knows.
-        InvalidArgumentError: a revision is given for a path.
-        MissingDependencyError: it is a repository, and huggingface_hub is not installed.
+        HubError: the hub has no such repository, or cannot be reached.
+        CheckpointError: the repository has no checkpoint of a known format.
+        InvalidArgumentError: a revision was given for a path.
+        MissingDependencyError: the checkpoint is on the hub and huggingface_hub is not installed.
     """
     repository = hub.repository(checkpoint, revision)
     if repository is None:
@@ -51,7 +57,7 @@ def fetch(checkpoint: str | os.PathLike[str], revision: str | None, progress: Ca
 def _is_folder(path: Path) -> bool:
     try:
         return path.is_dir()
-    except OSError:  # a name too long: the reader says so
+    except OSError:  # the name is too long: the reader reports it
         return False
 
 
@@ -67,7 +73,7 @@ def _diffusers(repository: str, folder: Path) -> Path:
 
 
 def _index(folder: Path) -> dict[str, object]:
-    """``model_index.json``; what is wrong with it is the reader's to say."""
+    """Read ``model_index.json``; empty if it is invalid, which the reader reports."""
     try:
         index = json.loads((folder / PIPELINE).read_bytes())
     except (OSError, ValueError):

@@ -1,5 +1,7 @@
-"""A TorchScript program run from Python, operator by operator, so that torch.export can trace it with a free batch. Only for files that are trusted:
-TorchScript's own operators write files, and its loader runs methods of the program."""
+"""Runs a TorchScript program from Python, operator by operator, so that torch.export can trace it with a dynamic batch size.
+
+Only for trusted files: some TorchScript operators write files, and torch's loader runs methods of the program.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from scm_export.checkpoints.archive import check_contents
-from scm_export.checkpoints.torch_file import TRUST_HINT, first_line
+from scm_export.checkpoints.message_text import first_line
+from scm_export.checkpoints.torch_file import TRUST_HINT
 from scm_runtime.errors import CheckpointError
 
 DTYPES = {
@@ -35,10 +38,13 @@ MEMORY_FORMATS = {0: torch.contiguous_format, 1: torch.preserve_format, 2: torch
 
 
 def read_torchscript(source: Path, *, trust: bool = False) -> tuple[ScriptedNetwork, torch.jit.ScriptModule]:
-    """The network in a TorchScript archive, as it can be traced with a free batch, and as torch itself runs it, over the same tensors.
+    """Read the network in a TorchScript archive.
+
+    Returns:
+        The network in a form that can be traced with a dynamic batch size, and torch's own module for it, both over the same tensors.
 
     Raises:
-        CheckpointError: not trusted, damaged, or it uses what cannot be exported.
+        CheckpointError: the file is not trusted, is damaged, or uses something that cannot be exported.
     """
     if not trust:
         raise CheckpointError(
@@ -48,7 +54,7 @@ def read_torchscript(source: Path, *, trust: bool = False) -> tuple[ScriptedNetw
     check_contents(source)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # TorchScript is deprecated; its files are still about
+            warnings.simplefilter("ignore")  # TorchScript is deprecated, but such files are still in use
             script = torch.jit.load(source, map_location="cpu").eval()
             return ScriptedNetwork(script), script
     except Exception as error:
@@ -56,7 +62,7 @@ def read_torchscript(source: Path, *, trust: bool = False) -> tuple[ScriptedNetw
 
 
 class ScriptedNetwork(nn.Module):
-    """Runs a program: ``(x, level, **conditioning)``, the conditioning by the names of the further arguments of the program's ``forward``."""
+    """Runs a program as ``network(x, level, **conditioning)``. Conditioning is passed by the names of the remaining arguments of the program's ``forward``."""
 
     def __init__(self, script: torch.jit.ScriptModule) -> None:
         super().__init__()
@@ -65,7 +71,7 @@ class ScriptedNetwork(nn.Module):
         forward: Any = script.forward
         self.inputs = [argument.name for argument in forward.schema.arguments[1:]]
         self.graph = script.inlined_graph
-        self._paths: dict[str, str] = {next(self.graph.inputs()).debugName(): ""}  # values that are modules, by their dotted names
+        self._paths: dict[str, str] = {next(self.graph.inputs()).debugName(): ""}  # dotted attribute names, by value
         self._attributes: dict[str, Any] = {}
         self._read_attributes(script, self.graph)
 
@@ -120,10 +126,10 @@ class ScriptedNetwork(nn.Module):
         return last in holder._parameters or last in holder._buffers
 
     def _loop(self, body: Any, arguments: list[Any], values: dict[str, Any]) -> list[Any]:
-        most, condition, *carried = arguments
+        max_count, condition, *carried = arguments
         inputs = [value.debugName() for value in body.inputs()]
         index = 0
-        while condition and index < most:
+        while condition and index < max_count:
             values.update(zip(inputs, [index, *carried], strict=True))
             condition, *carried = self._run(body, values)
             index += 1
@@ -131,10 +137,10 @@ class ScriptedNetwork(nn.Module):
 
 
 def register_tensors(module: nn.Module, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
-    """Give a module tensors under dotted names, in modules of these names, so that its ``state_dict`` is that of the network it stands for.
+    """Register tensors under dotted names, creating submodules as needed, so that the ``state_dict`` has the names of the original network.
 
     Raises:
-        ValueError: a name cannot be one, or is another's beginning.
+        ValueError: a name is not valid for a tensor, or is the prefix of another one.
     """
     tied: dict[tuple[Any, ...], nn.Parameter] = {}
     for name, tensor in {**parameters, **buffers}.items():
@@ -155,7 +161,7 @@ def register_tensors(module: nn.Module, parameters: Mapping[str, Tensor], buffer
 
 
 def get_tensor(module: nn.Module, name: str) -> Tensor:
-    """The tensor of a dotted name."""
+    """Return the tensor with a dotted name."""
     path, _, last = name.rpartition(".")
     tensor: Tensor = getattr(module.get_submodule(path), last)
     return tensor
@@ -196,7 +202,7 @@ def _round_value(rounding: Callable[[Any], Any], value: Any) -> Any:
     return rounding(value) if isinstance(value, float | torch.SymFloat) else value
 
 
-# Operators of TorchScript on numbers, lists and sizes. In Python, since sizes are symbols while the graph is traced.
+# TorchScript operators on numbers, lists and sizes, written in Python because sizes are symbolic during tracing.
 VALUE_OPERATORS: dict[str, Callable[..., Any]] = {
     **{name: getattr(operator, name) for name in ("add", "sub", "mul", "floordiv", "truediv", "neg", "eq", "ne", "lt", "le", "gt", "ge")},
     **{f"__{name}__": getattr(operator, f"{name}_") for name in ("and", "or", "not", "is")},
@@ -241,7 +247,7 @@ TENSOR_OPERATORS: dict[str, Callable[..., Any]] = {
     "Float": float,
     "Bool": bool,
     "detach": lambda tensor: tensor.detach(),
-    "_convolution": lambda *arguments: torch.ops.aten.convolution(*arguments[:9]),  # as traces have it, with four settings of cuDNN
+    "_convolution": lambda *arguments: torch.ops.aten.convolution(*arguments[:9]),  # recorded by torch.jit.trace with four extra cuDNN settings
 }
 
 
@@ -267,7 +273,7 @@ def _holds_tensors(value: Any) -> bool:
 
 
 def _typed(type: str, value: Any) -> Any:
-    """TorchScript has numbers where torch has types of its own; and a program for a GPU is exported on the CPU."""
+    """Convert an argument: TorchScript has integers for dtypes, memory formats and layouts, and a program saved for a GPU is exported on the CPU."""
     if isinstance(value, torch.device):
         return torch.device("cpu")
     if not isinstance(value, int) or isinstance(value, bool):

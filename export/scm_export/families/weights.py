@@ -1,4 +1,4 @@
-"""Put a checkpoint's tensors into a network made on the meta device."""
+"""Loads a checkpoint's tensors into a network on the meta device."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from scm_runtime.errors import CheckpointError
 
 
 def load_weights(network: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Give the network exactly these tensors, as float32, and leave the dictionary empty.
+    """Load exactly these tensors into the network as float32, and empty the dict.
 
-    A tensor that is float32 already becomes the network's own, which may change it in place; where it lies in a mapped file, the pages that change are
-    copied and the file stays as it is. Others are converted and given back one at a time.
+    A float32 tensor is used without a copy, and the network may then change it in place. If it is in a memory-mapped file, changed pages are
+    copied on write and the file stays unchanged. Other tensors are converted and freed one at a time.
 
     Raises:
-        CheckpointError: names or shapes differ; the message gives the first three keys of each kind.
+        CheckpointError: names or shapes differ, or a weight is not finite; the message lists the first three names of each kind.
     """
     own = network.state_dict()
     expected = {name: tuple(tensor.shape) for name, tensor in own.items()}
@@ -52,14 +52,14 @@ def load_weights(network: nn.Module, weights: dict[str, Tensor]) -> None:
 
 
 def _is_plain(tensor: Tensor, storages: set[int]) -> bool:
-    """Whether a tensor can become a parameter as it is. Two that share memory cannot: each will be scaled in place."""
+    """Return True if a tensor can become a parameter without a copy. Tensors that share memory cannot, since each is scaled in place later."""
     storage = tensor.untyped_storage()
     whole = tensor.is_contiguous() and storage.nbytes() == tensor.nbytes
     return whole and tensor.dtype == torch.float32 and tensor.device.type == "cpu" and storage.data_ptr() not in storages
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Its extremes are NaN where any element is; they take no memory, as torch.isfinite of all elements does."""
+    """Return True if all elements are finite. The extremes are NaN if any element is, and unlike torch.isfinite they take no memory."""
     return not tensor.numel() or not tensor.is_floating_point() or all(math.isfinite(extreme) for extreme in tensor.aminmax())
 
 
