@@ -277,7 +277,7 @@ DAMAGED: dict[str, tuple[Make, str]] = {
     "a tuple as a key": (lambda _: pickled(b"}", b")" + b"\x85" * 20_000, b"Ns"), "a key must be text or a number, got tuple"),
     "an unhashable member": (lambda _: pickled(b"\x8f(]\x90"), "a key must be text or a number, got list"),
     "half an item": (lambda _: pickled(b"}(", text("a"), b"u"), "zip()"),
-    "a module in itself": (module_in_itself, "is held twice"),
+    "a module in itself": (module_in_itself, "occurs twice"),
     "a shape beyond its storage": (tensor(FOUR, 0, (5,), (1,)), "shape and storage disagree: shape [5], strides [1] from element 0 on, in a storage of 4"),
     "an offset beyond its storage": (tensor(FOUR, 3, (2,), (1,)), "shape and storage disagree: shape [2], strides [1] from element 3 on"),
     "strides beyond its storage": (tensor(FOUR, 0, (2, 2), (4, 1)), "shape and storage disagree: shape [2, 2], strides [4, 1]"),

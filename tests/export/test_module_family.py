@@ -273,7 +273,7 @@ def test_the_first_of_what_a_network_returns_counts(plain: Callable[..., Any], h
 def test_what_wrappers_put_before_names_is_taken_off(plain: Callable[..., Any], prefix: str, caplog: pytest.LogCaptureFixture) -> None:
     weights = {f"{prefix}{name}": tensor.half() for name, tensor in randomised(Plain()).state_dict().items()}
     torch.testing.assert_close(stepped(plain(weights)), expected_step(), rtol=0, atol=2e-2)
-    assert f"took {prefix!r} off" in caplog.text
+    assert f"removed the prefix {prefix!r}" in caplog.text
 
 
 @pytest.mark.parametrize("key", ["state_dict", "ema", "model"])
@@ -282,7 +282,7 @@ def test_the_only_tensors_of_a_training_state_are_taken(plain: Callable[..., Any
     optimizer = {"exp_avg": torch.zeros(3), "exp_avg_sq": torch.zeros(3)}
     model = plain({"epoch": 3, key: randomised(Plain()).state_dict(), "optimizer": optimizer}, progress=said.append)
     torch.testing.assert_close(stepped(model), expected_step(), rtol=0, atol=1e-6)
-    assert said == [f"taking the tensors under {key!r}"]
+    assert said == [f"using the tensors under {key!r}"]
 
 
 def test_a_parametrisation_given_goes_before_the_configs(plain: Callable[..., Any]) -> None:

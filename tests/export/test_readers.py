@@ -359,7 +359,7 @@ ROWS: list[tuple[str, Make, type[ScmError], str, str]] = [
     ("overlapping entries", overlapping, CheckpointError, "refused as a zip bomb", "save it again"),
     ("compressed tensors", compressed, CheckpointError, "holds compressed tensors", "Save it again"),
     ("another zip", foreign_zip, CheckpointError, "it holds chapter1.tex", "torch.export.save"),
-    ("a short storage", short_storage, CheckpointError, "shape and storage of a tensor disagree, 324 bytes wanted, 8 stored", AGAIN),
+    ("a short storage", short_storage, CheckpointError, "shape and storage of a tensor disagree, 324 bytes required, 8 stored", AGAIN),
     ("a truncated program", truncated(program()), CheckpointError, "net.pt2' is not a readable .pt2 file: truncated", AGAIN),
     (
         "a shape beyond its storage",

@@ -67,7 +67,7 @@ def test_a_training_checkpoint_is_exported_from_its_moving_average(tmp_path: Pat
     path = save(tmp_path, training_state(model=weights(RAW), ema=weights(AVERAGE), args=args))
     config = ("--config", tmp_path / "config.json", "--factory", "own_networks:plain")
     shown, said = scm_export(path, "-o", tmp_path / "out.scm", *config)
-    assert "taking the moving average under 'ema', one of 2 sets of weights" in said
+    assert "using the moving average under 'ema', one of 2 sets of weights" in said
     assert "--weights" in said
     assert "weights: 'ema'" in shown
     manifest = read_manifest(tmp_path / "out.scm")
@@ -99,7 +99,7 @@ def test_the_only_moving_average_is_taken(key: str, tmp_path: Path) -> None:
     content.pop("decay")
     found, said = taken(save(tmp_path, training_state(model=weights(RAW), **content)))
     assert same(found, AVERAGE)
-    assert f"taking the moving average under {key!r}, one of 2 sets of weights (--weights KEY takes another)" in said
+    assert f"using the moving average under {key!r}, one of 2 sets of weights (choose another with --weights KEY)" in said
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_of_several_moving_averages_none_is_guessed(tmp_path: Path) -> None:
     assert re.search(r"^  --weights ema_0\.999 +2 tensors, 84 parameters$", str(refused.value), re.MULTILINE)
     found, said = taken(path, weights="ema_0.9999")
     assert same(found, 3)
-    assert said == ["taking the tensors under 'ema_0.9999'"]
+    assert said == ["using the tensors under 'ema_0.9999'"]
 
 
 def test_several_sets_under_one_moving_average_are_several_averages(tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_states_of_optimizers_and_of_random_numbers_are_no_weights(tmp_path: Pat
     scores = {"callbacks": {"ModelCheckpoint{'monitor': 'loss'}": {"best_k_models": {"a.ckpt": torch.tensor(0.1)}}}}
     found, said = taken(save(tmp_path, {**training_state(net=weights(RAW)), **scores}))
     assert same(found, RAW)
-    assert said == ["taking the tensors under 'net'"]
+    assert said == ["using the tensors under 'net'"]
 
 
 @pytest.mark.parametrize("key", ["state_dict", "weights", None])

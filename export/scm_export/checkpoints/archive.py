@@ -116,9 +116,9 @@ def check_storages(source: Path) -> None:
     def check(persistent_id: Any) -> object:
         match persistent_id:
             case ("storage", Global(name=kind), str(key), _, int(count)) if kind in STORAGE_DTYPES:
-                wanted, held = count * STORAGE_DTYPES[kind].itemsize, sizes.get(f"data/{key}", 0)
-                if wanted > held:
-                    short.append((wanted, held))
+                required, stored = count * STORAGE_DTYPES[kind].itemsize, sizes.get(f"data/{key}", 0)
+                if required > stored:
+                    short.append((required, stored))
         return _Placeholder()
 
     try:
@@ -128,10 +128,10 @@ def check_storages(source: Path) -> None:
     except (ForbiddenPickleError, MalformedPickleError):
         return  # more than tensors and plain values: torch.load names it
     if short:
-        wanted, held = short[0]
+        required, stored = short[0]
         raise CheckpointError(
             f"'{source}' is not a readable {source.suffix or '.pt'} file: shape and storage of a tensor disagree, "
-            f"{wanted} bytes wanted, {held} stored. Copy or save it again."
+            f"{required} bytes required, {stored} stored. Copy or save it again."
         )
 
 

@@ -170,7 +170,9 @@ def _config(network: PersistentObject, where: str) -> tuple[dict[str, Any], floa
         **_block_attributes(unet, where),
     }
     if unknown := sorted(set(arguments) - {*NETWORK_ARGUMENTS, *UNET_ARGUMENTS, *BLOCK_ARGUMENTS, *WITHOUT_EFFECT}):
-        raise CheckpointError(f"{where}: the {network.class_name} was built with {', '.join(unknown)}, which the known {network.class_name} does not have")
+        raise CheckpointError(
+            f"{where}: the {network.class_name} was built with {', '.join(unknown)}, which the known class {network.class_name} does not have"
+        )
     if missing := [name for name in ("img_resolution", "img_channels", "label_dim") if name not in arguments]:
         raise CheckpointError(f"{where}: the {network.class_name} must have {', '.join(missing)} among its arguments or attributes, got none")
     arguments = {name: _plain(value, f"{where}: {name}") for name, value in arguments.items()}
@@ -198,7 +200,7 @@ def _check_heads(unet: PersistentObject, channels_per_head: object, where: str) 
         heads, channels = (module.attributes.get(key) for key in ("num_heads", "out_channels"))
         if heads and isinstance(channels, int) and isinstance(channels_per_head, int) and heads != channels // max(channels_per_head, 1):
             raise CheckpointError(
-                f"{where}: unet.{name} has {heads!r:.20} heads for {channels} channels, which channels_per_head = {channels_per_head} does not give"
+                f"{where}: unet.{name} has {heads!r:.20} heads for {channels} channels, which does not match channels_per_head = {channels_per_head}"
             )
 
 
@@ -233,16 +235,16 @@ def _sampling(class_name: str, loss: object, sigma_data: float, *, segments: boo
     consistency model.
     """
     trained_with = loss.class_name if isinstance(loss, PersistentObject) else ""
-    said = loss.attributes if isinstance(loss, PersistentObject) else {}
-    sigma_max = _number(said, "sigma_max", SIGMA_MAX, *SIGMAS)
+    loss_attributes = loss.attributes if isinstance(loss, PersistentObject) else {}
+    sigma_max = _number(loss_attributes, "sigma_max", SIGMA_MAX, *SIGMAS)
     start = math.atan(sigma_max / sigma_data)
     solver, diffusion = "ddim", False
     if segments:
-        count, schedule = _number(said, "num_segments", 0, 0, 64), said.get("boundary_schedule", "uniform_t")
+        count, schedule = _number(loss_attributes, "num_segments", 0, 0, 64), loss_attributes.get("boundary_schedule", "uniform_t")
         times = {n: segment_times(start, n, schedule) for n in ([int(count)] if count >= 1 else SEGMENTS)}
     elif trained_with == "EDMConsistencyDistillLoss":
-        between, steps = as_floats(said.get("student_sigma_mids")), int(min(max(_number(said, "S", 8, 1, 1e6), 2), 64))
-        sigma_min, rho = _number(said, "sigma_min", SIGMA_MIN, *SIGMAS), _number(said, "rho", RHO, 0.1, 100)
+        between, steps = as_floats(loss_attributes.get("student_sigma_mids")), int(min(max(_number(loss_attributes, "S", 8, 1, 1e6), 2), 64))
+        sigma_min, rho = _number(loss_attributes, "sigma_min", SIGMA_MIN, *SIGMAS), _number(loss_attributes, "rho", RHO, 0.1, 100)
         sigmas = (sigma_max, *between, 0.0) if between else karras_sigmas(steps, sigma_min, sigma_max, rho)
         times = {len(sigmas) - 1: angles(sigmas, sigma_data)}
     elif class_name == "Precond" or trained_with == "TrigFlowLoss":

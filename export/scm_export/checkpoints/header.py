@@ -61,13 +61,13 @@ class SamplerSpec(Struct, kw_only=True, forbid_unknown_fields=True):
         for count, times in (self.times or {}).items():
             steps = int(count) if count.isdecimal() else 0
             if steps < 1 or len(times) != steps + 1:
-                raise ValueError(f"sampler.times must give a step count of at least 1 one time more than steps, got {count!r} with {len(times)}")
+                raise ValueError(f"sampler.times must have step counts of at least 1, each with one time more than steps, got {count!r} with {len(times)}")
             if not all(0 <= t <= T_LIMIT for t in times) or any(a <= b for a, b in pairwise(times)):
                 raise ValueError(f"sampler.times must be TrigFlow's, decreasing and in [0, {T_LIMIT:.4f}], got {list(times)} for {count} steps")
             if self.parametrisation == "edm" and times[0] >= math.pi / 2 - 1e-6:
                 raise ValueError(f"sampler.times of the parametrisation edm must be below pi/2, where sigma is infinite, got {list(times)} for {count} steps")
         if len({times[-1] for times in (self.times or {}).values()}) > 1:
-            raise ValueError("sampler.times must have the same end for every step count")
+            raise ValueError("sampler.times must have the same end time for every step count")
         if self.diffusion and self.solver != "ddim":
             raise ValueError(f"sampler.solver of a diffusion model must be 'ddim', got {self.solver!r}")
         if self.times == {}:

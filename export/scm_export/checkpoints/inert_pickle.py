@@ -44,7 +44,7 @@ class Blob:
     def read(self, start: int, size: int) -> bytearray:
         """Return a copy of ``size`` bytes starting at ``start``."""
         if start < 0 or size < 0 or start + size > self.size:
-            raise MalformedPickleError(f"{size} bytes wanted at {start} of {self.size}")
+            raise MalformedPickleError(f"{size} bytes required at {start} of {self.size}")
         first = self.start + start
         if isinstance(self.source, str):
             return bytearray(self.source[first : first + size].encode("latin-1"))

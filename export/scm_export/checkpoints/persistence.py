@@ -52,7 +52,7 @@ class PersistentObject:
         while waiting:
             name, module = waiting.pop()
             if id(module) in seen or len(name) > MAX_NAME:
-                raise MalformedPickleError(f"the module {name[:MAX_NAME]!r} is held twice, or too deep in others")
+                raise MalformedPickleError(f"the module {name[:MAX_NAME]!r} occurs twice, or is nested too deeply")
             seen.add(id(module))
             yield name, module
             waiting += reversed([(f"{name}.{child}" if name else child, part) for child, part in module.modules.items()])

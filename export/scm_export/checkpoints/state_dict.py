@@ -33,19 +33,19 @@ def strip_prefixes(weights: dict[str, Any], expected: Collection[str]) -> str:
     Returns:
         The removed prefix; "" if no prefix was removed or the names do not match.
     """
-    taken = _prefix(weights, expected)
-    if taken is None:
+    removed = _prefix(weights, expected)
+    if removed is None:
         own, names = {uncompiled(name): name for name in expected}, {uncompiled(name) for name in weights}
-        taken = _prefix(names, own)
-        if taken is None or len(names) < len(weights):
+        removed = _prefix(names, own)
+        if removed is None or len(names) < len(weights):
             return ""
         for name in list(weights):
-            weights[taken + own[uncompiled(name).removeprefix(taken)]] = weights.pop(name)
-    if taken:
+            weights[removed + own[uncompiled(name).removeprefix(removed)]] = weights.pop(name)
+    if removed:
         for name in list(weights):
-            weights[name.removeprefix(taken)] = weights.pop(name)
-        logger.info("took %r off the names of all tensors", taken)
-    return taken
+            weights[name.removeprefix(removed)] = weights.pop(name)
+        logger.info("removed the prefix %r from the names of all tensors", removed)
+    return removed
 
 
 def uncompiled(name: str) -> str:
@@ -55,10 +55,10 @@ def uncompiled(name: str) -> str:
 
 def _prefix(given: Collection[str], expected: Collection[str]) -> str | None:
     """Return the prefix of wrappers before all names; None if removing known prefixes does not give the expected names."""
-    names, taken = list(given), ""
+    names, removed = list(given), ""
     while names and not set(names) <= set(expected):
         prefix = next((prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in names)), None)
         if prefix is None:
             return None
-        names, taken = [name.removeprefix(prefix) for name in names], taken + prefix
-    return taken
+        names, removed = [name.removeprefix(prefix) for name in names], removed + prefix
+    return removed

@@ -69,10 +69,10 @@ def choose_weights(raw: object, source: Path, key: str | None, progress: Callabl
         chosen = sets[0]
     else:
         chosen = _only_average(sets, source)
-        progress(f"taking the moving average under {chosen.key!r}, one of {len(sets)} sets of weights (--weights KEY takes another)")
+        progress(f"using the moving average under {chosen.key!r}, one of {len(sets)} sets of weights (choose another with --weights KEY)")
         return chosen
     if chosen.key:
-        progress(f"taking the tensors under {chosen.key!r}")
+        progress(f"using the tensors under {chosen.key!r}")
     return chosen
 
 

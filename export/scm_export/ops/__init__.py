@@ -1,8 +1,8 @@
-"""The operators of docs/custom-ops.md, one file each: the PyTorch reference, the operator's schema and its ONNX function body.
+"""The operators of docs/custom-ops.md, one per file: PyTorch reference, operator schema and ONNX function body.
 
-Networks and samplers call the functions, in training as in export; while a step is traced they become nodes of the domain ``scm``.
-Feature maps are channels last, ``[N, ..., C]``. EDM2 is arXiv 2312.02696, sCM is arXiv 2410.11081. Norms are taken in float32 whatever the
-input's dtype; functions that state no other dtype return their input's.
+Networks and samplers call the functions in training and in export. While a step is traced, each call becomes a node of the domain ``scm``.
+Feature maps are channels last, ``[N, ..., C]``. EDM2 is arXiv 2312.02696, sCM is arXiv 2410.11081. Norms are always computed in float32.
+Unless stated otherwise, a function returns the dtype of its input.
 """
 
 from scm_export.ops.consistency_step import CONSISTENCY_STEP, consistency_step

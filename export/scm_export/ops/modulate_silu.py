@@ -13,7 +13,7 @@ def modulate_silu(y: Tensor, scale: Tensor) -> Tensor:
 
     Args:
         y: ``[N, ..., C]``.
-        scale: ``[N, C]``, of the same dtype.
+        scale: ``[N, C]``, with the dtype of ``y``.
     """
     if emits_nodes():
         return MODULATE_SILU.node(y, scale)[0]
@@ -21,7 +21,7 @@ def modulate_silu(y: Tensor, scale: Tensor) -> Tensor:
 
 
 def per_pixel(scale: Tensor, y: Tensor) -> Tensor:
-    """``[N, C]`` as ``[N, 1, ..., 1, C]``, to be broadcast over y, ``[N, ..., C]``."""
+    """Reshape ``[N, C]`` to ``[N, 1, ..., 1, C]``, which broadcasts over y, ``[N, ..., C]``."""
     return scale[(slice(None), *[None] * (y.ndim - 2))]
 
 

@@ -12,12 +12,12 @@ from scm_export.ops.operator import Operator, balance_statements, emits_nodes
 
 
 def mp_cat(a: Tensor, b: Tensor, t: float = 0.5) -> Tensor:
-    """Concatenate so that ``a`` and ``b`` contribute in the ratio ``1-t : t`` whatever their widths.
+    """Concatenate along channels so that ``a`` and ``b`` contribute in the ratio ``1-t : t``, regardless of their numbers of channels.
 
     Args:
         a: ``[..., A]``.
-        b: ``[..., B]``, of the same dtype.
-        t: share of ``b`` in the magnitude of the result, in [0, 1].
+        b: ``[..., B]``, with the dtype of ``a``.
+        t: weight of ``b`` in the magnitude of the result, in [0, 1].
 
     Returns:
         ``[..., A + B]``: with ``s = sqrt((A + B) / ((1-t)^2 + t^2))``, ``[a s (1-t) / sqrt(A), b s t / sqrt(B)]``.
@@ -30,7 +30,7 @@ def mp_cat(a: Tensor, b: Tensor, t: float = 0.5) -> Tensor:
 
 
 def mp_cat_silu(a: Tensor, b: Tensor, t: float = 0.5) -> tuple[Tensor, Tensor]:
-    """``y = mp_cat(a, b, t)`` and ``mp_silu(y)``."""
+    """Return ``y = mp_cat(a, b, t)`` and ``mp_silu(y)``."""
     if emits_nodes():
         y, activated = MP_CAT.node(a, b, outputs=2, shape=_joined_shape(a, b), t=t)
         return y, activated
@@ -49,7 +49,7 @@ MP_CAT = Operator(
     output="y",
     output_type="T",
     activated=True,
-    # sqrt(A + B) / sqrt(A) = sqrt(1 + B / A) takes the fewest nodes: they run at every call, for the batch keeps shapes from being constants.
+    # sqrt(A + B) / sqrt(A) = sqrt(1 + B / A) needs the fewest nodes. They run at every call, since a dynamic batch keeps shapes from being constants.
     body=f"""
         {balance_statements("share_a", "share_b")}
         shape_a = Shape <start = -1> (a)

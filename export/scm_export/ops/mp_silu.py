@@ -9,7 +9,7 @@ from scm_export.ops.operator import Operator, emits_nodes, silu_statements
 
 
 def mp_silu(x: Tensor) -> Tensor:
-    """SiLU divided by 0.596, its root mean square on N(0, 1). Any shape."""
+    """SiLU divided by 0.596, its root mean square for inputs from N(0, 1). ``x`` has any shape."""
     if emits_nodes():
         return MP_SILU.node(x)[0]
     return functional.silu(x) / 0.596

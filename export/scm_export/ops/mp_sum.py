@@ -15,9 +15,9 @@ def mp_sum(a: Tensor, b: Tensor, t: float, clip: float = math.inf) -> Tensor:
 
     Args:
         a: any shape.
-        b: the same shape and dtype.
+        b: with the shape and dtype of ``a``.
         t: weight of ``b``, in [0, 1].
-        clip: bound on the magnitude of the result; infinity bounds nothing.
+        clip: bound on the magnitude of the result; infinity = no bound.
     """
     if emits_nodes():
         return MP_SUM.node(a, b, t=t, clip=clip)[0]
@@ -27,7 +27,7 @@ def mp_sum(a: Tensor, b: Tensor, t: float, clip: float = math.inf) -> Tensor:
 
 
 def mp_sum_silu(a: Tensor, b: Tensor, t: float, clip: float = math.inf) -> tuple[Tensor, Tensor]:
-    """``y = mp_sum(a, b, t, clip)`` and ``mp_silu(y)``."""
+    """Return ``y = mp_sum(a, b, t, clip)`` and ``mp_silu(y)``."""
     if emits_nodes():
         y, activated = MP_SUM.node(a, b, outputs=2, t=t, clip=clip)
         return y, activated

@@ -15,8 +15,8 @@ def norm_modulate_silu(y: Tensor, modulation: Tensor, eps: float = 1e-4) -> Tens
 
     Args:
         y: ``[N, ..., C]``.
-        modulation: ``[N, 2 C]``, of the same dtype.
-        eps: of the normalisations.
+        modulation: ``[N, 2 C]``, with the dtype of ``y``.
+        eps: epsilon of the normalisations.
     """
     if emits_nodes():
         return NORM_MODULATE_SILU.node(y, modulation, eps=eps)[0]

@@ -16,7 +16,7 @@ def pixel_norm(x: Tensor, eps: float = 1e-4) -> Tensor:
 
     Args:
         x: ``[..., C]``, any floating dtype.
-        eps: added to the norm, which is taken in float32.
+        eps: added to the norm, which is computed in float32.
     """
     if emits_nodes():
         return PIXEL_NORM.node(x, eps=eps)[0]
@@ -25,7 +25,7 @@ def pixel_norm(x: Tensor, eps: float = 1e-4) -> Tensor:
 
 
 def pixel_norm_silu(x: Tensor, eps: float = 1e-4) -> tuple[Tensor, Tensor]:
-    """``y = pixel_norm(x)`` and ``mp_silu(y)``."""
+    """Return ``y = pixel_norm(x)`` and ``mp_silu(y)``."""
     if emits_nodes():
         y, activated = PIXEL_NORM.node(x, outputs=2, eps=eps)
         return y, activated
@@ -34,8 +34,8 @@ def pixel_norm_silu(x: Tensor, eps: float = 1e-4) -> tuple[Tensor, Tensor]:
 
 
 def pixel_norm_statements(x: str, y: str) -> str:
-    """``y = pixel_norm(x)`` in ONNX's textual syntax, with the attribute eps."""
-    # No ReduceL2: the number of channels would have to be computed in the graph. No Mul (x, x): ONNX Runtime lays the two x out differently.
+    """Statements for ``y = pixel_norm(x)`` in ONNX's textual syntax, with the attribute eps."""
+    # Not ReduceL2: the graph would have to compute the number of channels. Not Mul (x, x): ONNX Runtime uses different layouts for the two x.
     return f"""
         {y}_axis = Constant <value_ints = [-1]> ()
         {y}_wide = Cast <to = 1> ({x})

@@ -1,4 +1,4 @@
-"""``ToImage``: from a decoded float image to pixels."""
+"""``ToImage``: converts decoded float images to uint8."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from scm_export.ops.operator import Operator, emits_nodes
 
 
 def to_image(x: Tensor, scale: float, offset: float) -> Tensor:
-    """``round(clamp(x * scale + offset, 0, 255))`` as uint8, channels last; rounds to nearest even, NaN gives 0.
+    """``round(clamp(x * scale + offset, 0, 255))`` as uint8, channels last. Rounds half to even; NaN gives 0.
 
     Args:
         x: ``[N, C, H, W]``, any floating dtype.
