@@ -1,4 +1,4 @@
-"""Formats are told apart by what is in them, nothing in them is run unless it is trusted, and what is wrong with one is said."""
+"""Checkpoint readers detect formats by contents, run no code from untrusted files, and report what is wrong with a file."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_torchscript_rounds_as_torch_does(tmp_path: Path) -> None:
 
 
 # ----------------------------------------------------------------------------
-# What is told apart.
+# Detecting formats.
 
 
 def test_a_file_is_known_by_what_is_in_it_not_by_its_name(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -89,9 +89,9 @@ def test_a_program_is_read_with_its_buffers_its_constants_and_its_tied_weights(t
 
         def forward(self, x: Tensor, level: Tensor) -> Tensor:
             high, low = torch.chunk(x, 2, dim=2)
-            value, index = torch.cat([low, high], dim=2).max(dim=1, keepdim=True)  # an operator of two outputs
+            value, index = torch.cat([low, high], dim=2).max(dim=1, keepdim=True)  # an operator with two outputs
             x = torch.relu_(self.norm(self.second(self.first(x)))) + self.hidden + value * torch.tensor([1.0, -1.0, float("inf")])[:2].sum() + index
-            x[:, 0] = 0.5  # torch.export keeps what is done in place
+            x[:, 0] = 0.5  # torch.export keeps in-place operators
             return x * x.shape[0] + level.reshape(-1, 1, 1, 1)
 
     network = Tied().eval()
@@ -118,11 +118,11 @@ def test_the_documents_example_is_valid(tmp_path: Path) -> None:
 
 
 # ----------------------------------------------------------------------------
-# What would run code.
+# Files that would run code.
 
 
 class Evil:
-    """Makes a folder when it is unpickled."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -132,7 +132,7 @@ class Evil:
 
 
 def rezipped(path: Path, change: Callable[[str, bytes], bytes], compression: int = zipfile.ZIP_STORED) -> None:
-    """The archive with changed contents."""
+    """Rewrite an archive with changed contents."""
     with zipfile.ZipFile(path) as archive:
         entries = {name: archive.read(name) for name in archive.namelist()}
     with zipfile.ZipFile(path, "w", compression) as archive:
@@ -143,7 +143,7 @@ def rezipped(path: Path, change: Callable[[str, bytes], bytes], compression: int
 def exported_with(
     change: Callable[[dict[str, Any]], object], file: str = "models/model.json", network: Callable[[], nn.Module] = Plain, **options: Any
 ) -> Make:
-    """A .pt2 with one of its JSON files changed."""
+    """Copy a .pt2 file with one of its JSON files changed."""
 
     def make(folder: Path) -> Made:
         path = folder / "net.pt2"
@@ -163,7 +163,7 @@ def exported_with(
 
 
 def node(raw: dict[str, Any]) -> Any:
-    """The program's last operator."""
+    """Return the program's last operator."""
     return raw["graph_module"]["graph"]["nodes"][-1]
 
 
@@ -176,7 +176,7 @@ def described(folder: Path, header: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_what_torch_would_run_of_a_program_is_not_even_read(tmp_path: Path) -> None:
-    """torch.export.load evaluates sizes and guards, imports what a tree names, and unpickles the sample inputs."""
+    """torch.export.load evaluates sizes and guards, imports classes named by a pytree, and unpickles the sample inputs."""
     code = f"__import__('pathlib').Path({str(tmp_path / 'ran')!r}).mkdir()"
 
     def poison(raw: dict[str, Any]) -> None:
@@ -230,7 +230,7 @@ def conditional() -> nn.Module:
 
 
 # ----------------------------------------------------------------------------
-# What is damaged, or would fill the memory.
+# Files that are damaged or would exhaust the memory.
 
 
 def bomb(folder: Path) -> Made:
@@ -243,7 +243,7 @@ def bomb(folder: Path) -> Made:
 
 
 def overlapping(folder: Path) -> Made:
-    """Many entries of one stretch of the file: each of its size is stored, all of them are not."""
+    """Create an archive of many entries that share the same bytes: each size is valid, but their sum exceeds the file."""
     path, options = bare(folder)
     with zipfile.ZipFile(path, "a") as archive:
         largest = max(archive.infolist(), key=lambda entry: entry.file_size)
@@ -341,7 +341,7 @@ TRUST = "--trust loads it anyway"
 AGAIN = "Copy or save it again"
 
 ROWS: list[tuple[str, Make, type[ScmError], str, str]] = [
-    # What only trusted loading can open.
+    # Files that only trusted loading can open.
     ("TorchScript", scripted, CheckpointError, "is a TorchScript program", TRUST),
     ("a pickled module", pickled(Plain()), CheckpointError, "wants to run code (own_networks.Plain)", TRUST),
     ("code beside a state dict", evil_state, CheckpointError, "wants to run code (getattr", TRUST),
@@ -453,7 +453,7 @@ ROWS: list[tuple[str, Make, type[ScmError], str, str]] = [
         "it must return a tensor, got NoneType",
         "cannot be called as network(x",
     ),
-    # Networks that are not what the config says.
+    # Networks that do not match the config.
     (
         "a static batch",
         program(dynamic=False),

@@ -1,4 +1,4 @@
-"""Training checkpoints with several sets of weights: which one is exported, and what is said of it."""
+"""Training checkpoints with several sets of weights: which one is exported, and which messages appear."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from training_checkpoints import AVERAGE, HEADER, RAW, SIGMA_DATA, T, network, s
 
 
 def training_state(**sets: object) -> dict[str, object]:
-    """What training scripts save: the sets of weights, and everything else."""
+    """Return what training scripts save: the sets of weights, and everything else."""
     trained = Plain()
     optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-3)
     trained.conv.weight.sum().backward()
@@ -55,7 +55,7 @@ def scm_export(*arguments: object, code: int = 0) -> tuple[str, str]:
 
 
 def eager_pixels(seed: int, seeds: list[int]) -> np.ndarray[Any, Any]:
-    """One step of a consistency model, as its paper writes it."""
+    """Generate pixels with one step of a consistency model, as in the paper."""
     x = SIGMA_DATA * philox_normal(torch.tensor(seeds), 0, SHAPE)
     F: Any = network(seed)(x / SIGMA_DATA, torch.full((len(seeds),), T))
     data = math.cos(T) * x - math.sin(T) * SIGMA_DATA * F
@@ -167,6 +167,7 @@ def test_the_state_of_a_class_of_averages_is_its_weights(tmp_path: Path) -> None
             **{f"online_model.{name}": tensor for name, tensor in weights(RAW).items()},
             **{f"ema_model.{name}": tensor for name, tensor in weights(AVERAGE).items()},
         },
+        "one dict": {f"{prefix}.{name}": tensor for prefix, seed in (("model", RAW), ("ema_model", AVERAGE)) for name, tensor in weights(seed).items()},
         "LitEma": {**weights(AVERAGE), "decay": torch.tensor(0.999), "num_updates": torch.tensor(5)},
     }
     (tmp_path / "config.json").write_text(json.dumps({"config": {"sample_shape": SHAPE}}))
@@ -210,7 +211,7 @@ def test_a_manifest_without_a_key_stays_as_it_was() -> None:
 
 
 # ----------------------------------------------------------------------------
-# Keys that are not there, files without a choice, and files without a config.
+# Unknown keys, files with a single set, and files without a config.
 
 
 def written(name: str, make: Callable[[Path], object], **options: object) -> Any:
@@ -310,7 +311,7 @@ def test_the_config_that_an_error_prints_exports(name: str, make: Callable[[Path
 
     (tmp_path / "model.toml").write_text(block)
     factory = () if name == "run.pt2" else ("--factory", "own_networks:plain")
-    if name not in ("run.pt", "run.pt2"):  # the others differ in how their weights are found
+    if name not in ("run.pt", "run.pt2"):  # the others differ only in how their weights are found
         scm_export(name, "--config", "model.toml", *factory, "--dry-run")
         return
     scm_export(name, "-o", "out.scm", "--config", "model.toml", *factory, "--no-verify", "--steps", "")

@@ -8,20 +8,20 @@ from typing import Any
 
 logger = logging.getLogger("scm_export")
 
-PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.", "unet.", "ema_model.")  # DistributedDataParallel, torch.compile, common wrappers
+AVERAGED_MODEL = "ema_model."
+TRAINED_MODELS = ("online_model.", "model.")  # prefixes of the network in training beside AVERAGED_MODEL: ema-pytorch's, and Lightning modules with both
+PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.", "unet.", AVERAGED_MODEL)  # DistributedDataParallel, torch.compile, common wrappers
 COMPILED = "_orig_mod"  # name of the original module inside a compiled one
-
 
 # Bookkeeping that moving averages store beside the weights: torch's AveragedModel, LDM's LitEma, ema-pytorch.
 COUNTERS = ("n_averaged", "decay", "num_updates", "initted", "step")
-OTHER_MODEL = "online_model."  # ema-pytorch's prefix for the network in training, beside "ema_model."
 
 
 def drop_bookkeeping(weights: dict[str, Any], expected: Collection[str]) -> None:
     """Remove, in place, what a moving average stores beside its weights: counters, and the network that it averages."""
-    averaged = any(name.startswith("ema_model.") for name in weights)
+    averaged = any(name.startswith(AVERAGED_MODEL) for name in weights)
     for name in [name for name in weights if name not in expected]:
-        if name in COUNTERS or (averaged and name.startswith(OTHER_MODEL)):
+        if name in COUNTERS or (averaged and name.startswith(TRAINED_MODELS)):
             del weights[name]
 
 

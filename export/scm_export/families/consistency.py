@@ -16,6 +16,7 @@ from scm_export.checkpoints import DiffusersFolder, Loaded
 from scm_export.families.autoencoders import pixel_networks
 from scm_export.families.diffusers_networks import (
     check_size,
+    find_component,
     injected_noise,
     keep_time_features_fp32,
     make_batch_dynamic,
@@ -81,19 +82,17 @@ def build_consistency(loaded: Loaded, options: BuildOptions) -> Model:
         CheckpointError: the folder holds another model, lacks a component, or its weights do not fit its configuration.
         InvalidArgumentError: the network cannot generate images of the requested size.
     """
-    component = loaded.find(UNET) if isinstance(loaded, DiffusersFolder) else None
-    if not isinstance(loaded, DiffusersFolder) or component is None:
-        raise CheckpointError(f"the family consistency is read from a diffusers folder with a {UNET}, got {loaded.describe()}")
-    scheduler = make_scheduler(loaded, SCHEDULER)
-    unet, original = make_network(loaded, component), make_network(loaded, component)
+    folder, component = find_component(loaded, "consistency", UNET)
+    scheduler = make_scheduler(folder, SCHEDULER)
+    unet, original = make_network(folder, component), make_network(folder, component)
     config: Any = unet.config
-    _check(config, scheduler.config, loaded)
+    _check(config, scheduler.config, folder)
     sample_shape = (config.in_channels, *sample_size(config, options.size))
     labelled = {} if config.num_class_embeds is None else {"class_labels": torch.zeros(1, dtype=torch.int64, device="meta")}
     make_batch_dynamic(unet)
     check_size(unet, sample_shape, **labelled)
     keep_time_features_fp32(unet)
-    load_weights(unet, read_weights(loaded, component))
+    load_weights(unet, read_weights(folder, component))
     share_weights(original, unet)
     step = ConsistencyStep(unet, scheduler.config)
     images = pixel_networks(options, sample_shape)

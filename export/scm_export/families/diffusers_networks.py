@@ -14,7 +14,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from scm_export.checkpoints import DiffusersFolder
+from scm_export.checkpoints import DiffusersFolder, Loaded
 from scm_export.checkpoints.message_text import first_line
 from scm_export.precision import norms
 from scm_runtime.errors import CheckpointError, InvalidArgumentError, MissingDependencyError
@@ -22,6 +22,18 @@ from scm_runtime.errors import CheckpointError, InvalidArgumentError, MissingDep
 # Names of attention layers in folders saved before diffusers 0.17, such as sd-vae-ft-mse.
 OLD_ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _OLD_ATTENTION = re.compile(rf"(attentions\.\d+)\.({'|'.join(OLD_ATTENTION_NAMES)})\.(weight|bias)$")
+
+
+def find_component(loaded: Loaded, family: str, class_name: str) -> tuple[DiffusersFolder, str]:
+    """Return a diffusers folder and the name of its component of one class.
+
+    Raises:
+        CheckpointError: the checkpoint is not a diffusers folder, or has no such component.
+    """
+    component = loaded.find(class_name) if isinstance(loaded, DiffusersFolder) else None
+    if not isinstance(loaded, DiffusersFolder) or component is None:
+        raise CheckpointError(f"the family {family} is read from a diffusers folder with a {class_name}, got {loaded.describe()}")
+    return loaded, component
 
 
 def make_network(folder: DiffusersFolder, component: str) -> nn.Module:

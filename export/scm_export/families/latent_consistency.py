@@ -16,6 +16,7 @@ from scm_export.checkpoints import DiffusersFolder, Loaded
 from scm_export.families.autoencoders import downsampling, image_networks
 from scm_export.families.diffusers_networks import (
     check_size,
+    find_component,
     injected_noise,
     keep_time_features_fp32,
     make_batch_dynamic,
@@ -110,19 +111,17 @@ def build_latent_consistency(loaded: Loaded, options: BuildOptions) -> Model:
         CheckpointError: the folder holds another model, lacks a component, or its weights do not fit its configuration.
         InvalidArgumentError: the network cannot generate images of the requested size.
     """
-    component = loaded.find(UNET) if isinstance(loaded, DiffusersFolder) else None
-    if not isinstance(loaded, DiffusersFolder) or component is None:
-        raise CheckpointError(f"the family latent-consistency is read from a diffusers folder with a {UNET}, got {loaded.describe()}")
-    scheduler = make_scheduler(loaded, SCHEDULER)
-    unet, original = make_network(loaded, component), make_network(loaded, component)
+    folder, component = find_component(loaded, "latent-consistency", UNET)
+    scheduler = make_scheduler(folder, SCHEDULER)
+    unet, original = make_network(folder, component), make_network(folder, component)
     config: Any = unet.config
-    _check(config, scheduler.config, loaded)
-    sample_shape = (config.in_channels, *sample_size(config, options.size, downsampling(options, loaded, DOWNSAMPLING)))
+    _check(config, scheduler.config, folder)
+    sample_shape = (config.in_channels, *sample_size(config, options.size, downsampling(options, folder, DOWNSAMPLING)))
     make_batch_dynamic(unet)
     check_size(unet, sample_shape, encoder_hidden_states=torch.empty(1, 1, config.cross_attention_dim, device="meta"))
     keep_time_features_fp32(unet)
-    images = image_networks(options, sample_shape, SIGMA_DATA, folder=loaded)  # before the weights are read: the autoencoder may be missing
-    load_weights(unet, read_weights(loaded, component))
+    images = image_networks(options, sample_shape, SIGMA_DATA, folder=folder)  # before the weights are read: the autoencoder may be missing
+    load_weights(unet, read_weights(folder, component))
     share_weights(original, unet)
     return Model(
         family="latent-consistency",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from scm_export.checkpoints import DiffusersFolder, Loaded
 from scm_export.families.autoencoders import downsampling, image_networks
-from scm_export.families.diffusers_networks import injected_noise, make_network, make_scheduler, read_weights, sample_size, share_weights
+from scm_export.families.diffusers_networks import find_component, injected_noise, make_network, make_scheduler, read_weights, sample_size, share_weights
 from scm_export.families.family import BuildOptions, Family
 from scm_export.families.weights import load_weights
 from scm_export.model import Model, Reference
@@ -102,25 +102,23 @@ def build_sana_sprint(loaded: Loaded, options: BuildOptions) -> Model:
         CheckpointError: the folder holds another model, lacks a component, or its weights do not fit its configuration.
         InvalidArgumentError: the requested size is not a whole number of latents.
     """
-    component = loaded.find(TRANSFORMER) if isinstance(loaded, DiffusersFolder) else None
-    if not isinstance(loaded, DiffusersFolder) or component is None:
-        raise CheckpointError(f"the family sana-sprint is read from a diffusers folder with a {TRANSFORMER}, got {loaded.describe()}")
-    if not loaded.config(component).get("guidance_embeds"):
-        raise CheckpointError(f"the {TRANSFORMER} of {loaded.describe()} must have guidance_embeds, as SANA-Sprint's do: without them it is SANA, for 20 steps")
-    scheduler = make_scheduler(loaded, SCHEDULER)
+    folder, component = find_component(loaded, "sana-sprint", TRANSFORMER)
+    if not folder.config(component).get("guidance_embeds"):
+        raise CheckpointError(f"the {TRANSFORMER} of {folder.describe()} must have guidance_embeds, as SANA-Sprint's do: without them it is SANA, for 20 steps")
+    scheduler = make_scheduler(folder, SCHEDULER)
     # Two modules that share one set of weights: the second stays unmodified, for the reference sampler.
-    transformer, original = make_network(loaded, component), make_network(loaded, component)
+    transformer, original = make_network(folder, component), make_network(folder, component)
     config: Any = transformer.config
     _check(config, scheduler.config)
     sigma_data = float(scheduler.config.sigma_data)
-    height, width = sample_size(config, options.size, downsampling(options, loaded, DOWNSAMPLING))
+    height, width = sample_size(config, options.size, downsampling(options, folder, DOWNSAMPLING))
     if height % config.patch_size or width % config.patch_size:
         raise InvalidArgumentError(f"the latents must be whole patches of {config.patch_size}x{config.patch_size}, got {height}x{width}. Try another --size.")
     for network in (transformer, original):
         _set_positional_embedding(network, height, width)
     sample_shape = (config.in_channels, height, width)
-    images = image_networks(options, sample_shape, sigma_data, folder=loaded)  # before the large weights: the decoder may be missing
-    load_weights(transformer, read_weights(loaded, component))
+    images = image_networks(options, sample_shape, sigma_data, folder=folder)  # before the large weights: the decoder may be missing
+    load_weights(transformer, read_weights(folder, component))
     share_weights(original, transformer)
     return Model(
         family="sana-sprint",
