@@ -182,7 +182,7 @@ def test_what_the_pipeline_cannot_run_is_refused(plain: Path, tmp_path: Path) ->
         ("unet", {"out_channels": 6}, "out_channels of the UNet2DModel .* must be 3 .* got 6"),
         ("unet", {"time_embedding_type": "fourier"}, "must be 'positional'"),
         ("unet", {"block_out_channels": [8, 12]}, "wrong shape"),
-        ("unet", {"down_block_types": ["NoBlock", "DownBlock2D"]}, "diffusers .* cannot make a UNet2DModel .*NoBlock"),
+        ("unet", {"down_block_types": ["NoBlock", "DownBlock2D"]}, "diffusers .* cannot create a UNet2DModel .*NoBlock"),
         ("unet", {"sample_size": None}, "--size"),
         ("scheduler", {"sigma_min": -0.002}, "0 < sigma_min < sigma_max, got -0.002"),
     ]

@@ -435,7 +435,7 @@ def spoiled(network: Any) -> None:
         (renamed("TrigFlowDDPMPPPrecond"), "The closest known one is 'TrigFlowPrecond'; known are Precond, TrigFlowPrecond"),
         (renamed("DhariwalUNet", "unet"), "unet is of the unknown class 'DhariwalUNet'. The closest known one is 'TrigFlowUNet'"),
         (renamed("MPConv3D", "unet.dec.4x4_in0.conv_res1"), "unet.dec.4x4_in0.conv_res1 is of the unknown class 'MPConv3D'. The closest known one is 'MPConv'"),
-        (without_a_unet, "a Precond must have a part 'unet'"),
+        (without_a_unet, "a Precond must have a submodule 'unet'"),
         (argument(window_size=8), "the Precond was built with window_size, which the known class Precond does not have"),
         (argument(num_blocks="two"), "num_blocks"),
         (argument(num_blocks=10**9), "num_blocks must be at least 1 and at most 100, got 1000000000"),
@@ -498,5 +498,5 @@ def test_what_goes_with_the_network_must_be_known_too(others: dict[str, Any], sa
 
 def test_a_network_of_more_elements_than_torch_can_count_is_refused() -> None:
     config = {"img_resolution": 100_000, "patch_size": 100_000, "img_channels": 100_000, "model_channels": 100_000, "channel_mult": [1000], "label_dim": 0}
-    with pytest.raises(CheckpointError, match="makes a network that torch cannot hold"):
+    with pytest.raises(CheckpointError, match="describes a network too large for torch"):
         build_model(Checkpoint(family="edm2", config=config | {"channels_per_head": 100_000}, sampler=SamplerSpec(), weights={}))

@@ -415,7 +415,7 @@ ROWS: list[tuple[str, Make, type[ScmError], str, str]] = [
     ("conditioning of another", header({"family": "edm2", "conditioning": [{"name": "c", "kind": "scalar"}]}), CheckpointError, "'edm2'", "leave it out"),
     ("unknown module", header({"config": {"sample_shape": SHAPE, "keep_fp32": ["con"]}}), CheckpointError, "got 'con'", "did you mean 'conv'?"),
     ("unknown module of a program", program(config={"sample_shape": SHAPE, "keep_fp32": ["con"]}), CheckpointError, "got 'con'", "did you mean 'conv'?"),
-    ("one statistic", header({"sampler": {"latent_mean": [0, 0, 0]}}), CheckpointError, "got one of them", "go together"),
+    ("one statistic", header({"sampler": {"latent_mean": [0, 0, 0]}}), CheckpointError, "got one of them", "given together"),
     (
         "config for a scm-checkpoint",
         lambda folder: native(folder, **described(folder, HEADER)),

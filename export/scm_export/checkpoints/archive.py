@@ -124,7 +124,7 @@ def check_storages(source: Path) -> None:
     try:
         read_small_pickle(io.BytesIO(pickle), _AnyGlobal(), check)
     except OversizedPickleError as error:
-        raise CheckpointError(f"'{source}' does not hold tensors and plain values alone: {error}. Save it again.") from error
+        raise CheckpointError(f"'{source}' does not hold only tensors and plain values: {error}. Save it again.") from error
     except (ForbiddenPickleError, MalformedPickleError):
         return  # more than tensors and plain values: torch.load names it
     if short:

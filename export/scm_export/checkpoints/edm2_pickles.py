@@ -136,7 +136,7 @@ def _choose(networks: dict[str, PersistentObject], name: str | None, where: str)
         return name, networks[name]
     raise CheckpointError(
         f"{where} holds {len(networks)} networks: {', '.join(networks)}; got {name!r}. "
-        "Choose one with --weights NAME; of a guide, with load_edm2_pickle(path, network=NAME) and save_checkpoint, both in scm_export.checkpoints."
+        "Choose one with --weights NAME; for a guide, use load_edm2_pickle(path, network=NAME) and save_checkpoint, both in scm_export.checkpoints."
     )
 
 
@@ -150,7 +150,7 @@ def _check_classes(network: PersistentObject, where: str) -> None:
         known = NETWORKS if not name else UNETS if name == "unet" else LAYERS
         _check_class(module, known, f"{where}: {name or 'the network'}")
     if "unet" not in network.modules:
-        raise CheckpointError(f"{where}: a {network.class_name} must have a part 'unet', got {', '.join(network.modules) or 'none'}")
+        raise CheckpointError(f"{where}: a {network.class_name} must have a submodule 'unet', got {', '.join(network.modules) or 'none'}")
 
 
 def _check_class(saved: PersistentObject, known: Sequence[str], what: str) -> None:
@@ -220,7 +220,7 @@ def _block_attributes(unet: PersistentObject, where: str) -> dict[str, Any]:
     for name, attributes in blocks.items():
         for key in BLOCK_ARGUMENTS:
             if key in attributes and common.setdefault(key, _plain(attributes[key], name)) != _plain(attributes[key], name):
-                raise CheckpointError(f"{where}: all blocks must have the same {key}, got another in {name}")
+                raise CheckpointError(f"{where}: all blocks must have the same {key}, got a different one in {name}")
     return common
 
 
@@ -243,9 +243,9 @@ def _sampling(class_name: str, loss: object, sigma_data: float, *, segments: boo
         count, schedule = _number(loss_attributes, "num_segments", 0, 0, 64), loss_attributes.get("boundary_schedule", "uniform_t")
         times = {n: segment_times(start, n, schedule) for n in ([int(count)] if count >= 1 else SEGMENTS)}
     elif trained_with == "EDMConsistencyDistillLoss":
-        between, steps = as_floats(loss_attributes.get("student_sigma_mids")), int(min(max(_number(loss_attributes, "S", 8, 1, 1e6), 2), 64))
+        middle_sigmas, steps = as_floats(loss_attributes.get("student_sigma_mids")), int(min(max(_number(loss_attributes, "S", 8, 1, 1e6), 2), 64))
         sigma_min, rho = _number(loss_attributes, "sigma_min", SIGMA_MIN, *SIGMAS), _number(loss_attributes, "rho", RHO, 0.1, 100)
-        sigmas = (sigma_max, *between, 0.0) if between else karras_sigmas(steps, sigma_min, sigma_max, rho)
+        sigmas = (sigma_max, *middle_sigmas, 0.0) if middle_sigmas else karras_sigmas(steps, sigma_min, sigma_max, rho)
         times = {len(sigmas) - 1: angles(sigmas, sigma_data)}
     elif class_name == "Precond" or trained_with == "TrigFlowLoss":
         times, diffusion = teacher_times(sigma_data), True

@@ -89,7 +89,7 @@ def _single_file(repository: str, folder: Path) -> Path:
     what = f"{len(files)} files of weights: {', '.join(str(file.relative_to(folder)) for file in files[:6])}" if files else "none"
     raise CheckpointError(
         f"the repository '{repository}' must hold a diffusers folder ({PIPELINE} or {MODEL}) or one file ({', '.join(SINGLE_FILES)}), got {what}. "
-        "Download the file you mean, and give its path."
+        "Download the file that you want to export and give its path."
     )
 
 

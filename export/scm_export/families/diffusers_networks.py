@@ -52,7 +52,7 @@ def make_network(folder: DiffusersFolder, component: str) -> nn.Module:
         with torch.device("meta"), _quiet():
             network = getattr(diffusers, name).from_config(config)
     except Exception as error:
-        raise CheckpointError(f"diffusers {diffusers.__version__} cannot make a {name} from '{folder.path / component}': {first_line(error)}") from error
+        raise CheckpointError(f"diffusers {diffusers.__version__} cannot create a {name} from '{folder.path / component}': {first_line(error)}") from error
     assert isinstance(network, nn.Module)
     return network.eval().requires_grad_(False)
 
@@ -89,7 +89,7 @@ def make_scheduler(folder: DiffusersFolder, name: str) -> Any:
         with _quiet():
             return getattr(diffusers, name).from_config(config)
     except Exception as error:
-        raise CheckpointError(f"diffusers {diffusers.__version__} cannot make a {name} from '{folder.path / 'scheduler'}': {first_line(error)}") from error
+        raise CheckpointError(f"diffusers {diffusers.__version__} cannot create a {name} from '{folder.path / 'scheduler'}': {first_line(error)}") from error
 
 
 def sample_size(config: Any, size: tuple[int, int] | None, unit: int = 1) -> tuple[int, int]:

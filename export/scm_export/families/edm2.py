@@ -86,7 +86,7 @@ def _network(config: UNetConfig, checkpoint: Checkpoint) -> UNet:
         with torch.device("meta"):
             network = UNet(config)
     except RuntimeError as error:  # values that are each in range can still give a tensor of more than 2^63 elements
-        raise CheckpointError(f"config of the family edm2 makes a network that torch cannot hold: {error}") from error
+        raise CheckpointError(f"config of the family edm2 describes a network too large for torch: {error}") from error
     load_weights(network, checkpoint.weights)
     network.eval().fold()
     return network
@@ -117,7 +117,7 @@ def _images(sample_shape: tuple[int, ...], sampler: SamplerSpec, options: BuildO
     if mean is None and std is None and options.decoder is None:
         return pixel_networks(options, sample_shape, pixels)
     if (mean is None) != (std is None):
-        raise CheckpointError("sampler.latent_mean and sampler.latent_std go together, got one of them")
+        raise CheckpointError("sampler.latent_mean and sampler.latent_std must be given together, got one of them")
     statistics = SCM_STATISTICS if mean is None or std is None else LatentStatistics(mean, std)
     return image_networks(options, sample_shape, sampler.sigma_data, statistics=statistics, pixels=pixels)
 

@@ -156,7 +156,7 @@ def _check(unet: Any, scheduler: Any, folder: DiffusersFolder) -> None:
                 f"{name} of the {UNET} in {folder.describe()} must be {value!r}, got {unet[name]!r}: models with more inputs are not supported"
             )
     if not isinstance(unet.cross_attention_dim, int):
-        raise CheckpointError(f"cross_attention_dim of the {UNET} in {folder.describe()} must be a whole number, got {unet.cross_attention_dim!r}")
+        raise CheckpointError(f"cross_attention_dim of the {UNET} in {folder.describe()} must be an integer, got {unet.cross_attention_dim!r}")
     if scheduler.thresholding:
         raise CheckpointError(f"the {SCHEDULER} of {folder.describe()} must have thresholding = false: dynamic thresholding is not for latents")
     predictions = ("epsilon", "sample", "v_prediction")

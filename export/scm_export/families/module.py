@@ -192,7 +192,7 @@ def _images(sample_shape: tuple[int, ...], sampler: SamplerSpec, options: BuildO
     """Create the image networks. The state is latents if the config has latent statistics, a decoder is given, or it does not have 1, 3 or 4 channels."""
     pixels, mean, std = (sampler.pixel_scale, sampler.pixel_offset), sampler.latent_mean, sampler.latent_std
     if (mean is None) != (std is None):
-        raise CheckpointError("sampler.latent_mean and sampler.latent_std go together, got one of them")
+        raise CheckpointError("sampler.latent_mean and sampler.latent_std must be given together, got one of them")
     statistics = None if mean is None or std is None else LatentStatistics(mean, std)
     if len(sample_shape) == 3 and statistics is None and options.decoder is None and (sample_shape[0] in PIXEL_CHANNELS or options.latents):
         return pixel_networks(options, sample_shape, pixels)

@@ -212,5 +212,5 @@ FAMILY = Family(
     build=build_sana_sprint,
     dtype="bf16",
     # Reported for SANA's published weights (diffusers issue 10336): 5e5 to 1.3e6 after attention, which diffusers clips in float16 only.
-    refuses={"fp16": "SANA's attention overflows it, with outputs of a million where float16 ends at 65504; use bf16 or fp32"},
+    refuses={"fp16": "SANA's attention overflows it: outputs reach a million, and the largest float16 number is 65504; use bf16 or fp32"},
 )
