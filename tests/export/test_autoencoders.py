@@ -224,7 +224,7 @@ def test_an_autoencoder_that_does_not_fit_is_refused(folders: Callable[[str], Pa
         (tmp_path / "nowhere", 4, None, "--decoder must be the folder of an autoencoder"),
         (tmp_path / "text", 4, None, "--decoder must hold one of AutoencoderKL, AutoencoderDC, AutoencoderTiny, got .*UNet2DModel"),
         (folders("dc"), 4, None, r"AutoencoderDC in .* does not fit the model's latents, \[4, 6, 10\]"),
-        (folders("dc"), 8, SCM_STATISTICS, "one value a channel, 8"),
+        (folders("dc"), 8, SCM_STATISTICS, "one value per channel, 8"),
     ]
     for folder, channels, statistics, message in refused:
         with pytest.raises(CheckpointError, match=message):
