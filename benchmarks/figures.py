@@ -73,7 +73,7 @@ def main(check: bool, page: Path, images: Path, folder: Path, png: bool) -> None
     try:
         if check:
             if names := stale_files(page, images, results):
-                raise click.ClickException(f"these files do not match the results in {folder}: {', '.join(names)}. Write them again: python benchmarks/figures.py")
+                raise click.ClickException(f"not what the results in {folder} give: {', '.join(names)}. Write them again: python benchmarks/figures.py")
             return
         page.write_text(with_tables(page.read_text("utf-8"), results), "utf-8")
     except ValueError as error:

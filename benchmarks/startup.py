@@ -1,4 +1,4 @@
-"""How long does a host wait? The import on top of numpy and ONNX Runtime, and from process start to the first digit on disk."""
+"""How long does a host wait? The import in addition to NumPy and ONNX Runtime, and the time from process start to the first digit on disk."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def main() -> None:
         programs = {name: [sys.executable, "-c", code.format(out=out)] for name, code in PROGRAMS.items()}
         programs["scm-runtime generate"] = [sys.executable, "-m", "scm_runtime.cli", "generate", "digits", "-o", str(out), "--labels", "3"]
         times: dict[str, list[float]] = {name: [] for name in programs}
-        # As pip leaves it: compiled. The first round fills the disk cache.
+        # With compiled bytecode, as pip installs it. The first round fills the disk cache.
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
         for _ in range(ROUNDS + 1):
             for name, command in programs.items():

@@ -259,7 +259,9 @@ def results(tmp_path: Path) -> Path:
 
 def run_figures(results: Path, *arguments: str) -> Any:
     folder = results.parent
-    return CliRunner().invoke(figures.main, ["--page", str(folder / "benchmarks.md"), "--images", str(folder / "images"), "--results", str(results), *arguments])
+    return CliRunner().invoke(
+        figures.main, ["--page", str(folder / "benchmarks.md"), "--images", str(folder / "images"), "--results", str(results), *arguments]
+    )
 
 
 def test_tables_and_plots_are_written_and_a_change_is_noticed(results: Path) -> None:

@@ -48,9 +48,7 @@ def _panel(axes: Any, row: Mapping[str, Any], names: list[str], colours: Mapping
             continue
         value = found[name]["median_ms"]
         axes.barh(y, value, height=0.72, color=colours[_kind(name, found[name]["dtype"])])
-        axes.text(
-            value + 0.02 * top, y, milliseconds(value), va="center", color=colours["text"], fontsize=8, fontweight="bold" if name == OURS else "normal"
-        )
+        axes.text(value + 0.02 * top, y, milliseconds(value), va="center", color=colours["text"], fontsize=8, fontweight="bold" if name == OURS else "normal")
     axes.set_title(row["title"], fontsize=9, color=colours["text"], loc="left")
     axes.set_yticks(range(len(names)), names if labelled else [""] * len(names), fontsize=8)
     axes.set_ylim(len(names) - 0.4, -0.6)

@@ -100,7 +100,16 @@ def costs(result: Mapping[str, Any]) -> str:
         for peer, found in ran(rows[name]).items()
     ]
     row = rows[name]
-    header = [f"{row['title']}, batch {row['batch_size']}", "median", "95th percentile", "peak memory", "time to first result", "install size", "error", "settings"]
+    header = [
+        f"{row['title']}, batch {row['batch_size']}",
+        "median",
+        "95th percentile",
+        "peak memory",
+        "time to first result",
+        "install size",
+        "error",
+        "settings",
+    ]
     return markdown(header, lines)
 
 

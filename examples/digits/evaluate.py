@@ -129,7 +129,7 @@ def show(record: dict[str, Any]) -> None:
 @click.command(help=__doc__)
 @click.option("--student", type=click.Path(dir_okay=False, path_type=Path), default=DIGITS_PT, help="Checkpoint of sCD; by default the shipped one.")
 @click.option("--folder", type=click.Path(path_type=Path), default=Path("runs/digits"), show_default=True, help="Training folder, with teacher and sCT.")
-@click.option("--out", type=click.Path(path_type=Path), help="JSON file; by default results.json in the folder. Sets it already contains are not sampled again.")
+@click.option("--out", type=click.Path(path_type=Path), help="JSON file; by default results.json in the folder. Sets it already has are not sampled again.")
 @click.option("--samples", type=click.IntRange(100), default=10_000, show_default=True, help="Samples per set, equally many of each class.")
 @click.option("--seeds", type=click.IntRange(1, MOST_SETS), default=3, show_default=True, help="Number of sets.")
 @click.option("--only", default="", help="Sample only rows whose name contains this text, as in 'sCD, 2 steps/fp16'.")

@@ -162,7 +162,9 @@ def as_checkpoint(net: UNet) -> Checkpoint:
 @click.option("--folder", type=click.Path(file_okay=False, path_type=Path), default=Path("runs/digits"), show_default=True)
 @click.option("--method", type=click.Choice(["scd", "sct"]), default="scd", show_default=True)
 @click.option("--teacher-steps", type=click.IntRange(1), default=3700, show_default=True)
-@click.option("--trajectories", type=click.IntRange(1), default=20_000, show_default=True, help="Number of trajectories of the teacher, for sCD: half a gigabyte.")
+@click.option(
+    "--trajectories", type=click.IntRange(1), default=20_000, show_default=True, help="Number of the teacher's trajectories, for sCD: half a gigabyte."
+)
 @click.option("--following-steps", type=click.IntRange(1), default=16_000, show_default=True, help="Steps on the trajectories.")
 @click.option("--student-steps", type=click.IntRange(1), default=500, show_default=True, help="Steps of sCD or sCT.")
 @click.option("--batch-size", type=click.IntRange(1, 4000), default=128, show_default=True)
