@@ -69,7 +69,7 @@ def options(bundle: str, dtypes: Sequence[Dtype], batch_sizes: Sequence[int], re
 
 
 def overhead(bundle: str, dtypes: Sequence[Dtype], batch_sizes: Sequence[int], repeats: int) -> dict[str, Any]:
-    """A call's time less its graphs' own."""
+    """Return the time of a call, of its graphs alone, and the difference."""
     figures: dict[str, Any] = {}
     folder = find(bundle, None).folder
     manifest, library = read_manifest(folder), find_library()
@@ -95,7 +95,7 @@ def overhead(bundle: str, dtypes: Sequence[Dtype], batch_sizes: Sequence[int], r
 
 
 def own_time_ms(engine: CudaEngine, n: int, conditioning: Mapping[str, Any]) -> dict[str, float]:
-    """Of each graph, replayed over and over."""
+    """Return the milliseconds of each graph, replayed back to back."""
     trajectory = Trajectory(Call(np.arange(n, dtype=np.int64), dict(conditioning), along(engine._manifest.times["2"]), None))
     engine.begin(trajectory)
     engine.advance([trajectory])

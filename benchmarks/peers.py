@@ -1,13 +1,13 @@
-"""What would a user pick instead? Two steps from the same noise to the same final state, on the same weights, ours beside its peers.
+"""How fast are the alternatives? Two steps from the same noise to the same final state, with the same weights, by scm_runtime and its peers.
 
     python benchmarks/peers.py                             digits and XXS at batch 1, on the CPU
     python benchmarks/peers.py --all                       all models and peers: hours, of which XXL takes one; 16 GB of memory, 20 GB of disk (TMPDIR)
     python benchmarks/peers.py --device cuda --sizes S,XXL --batch-sizes 1,8,64 --steps 1
 
-Every peer lives in a process of its own, which holds its model and draws when told to; they take turns. Beside latency: memory of the process, the time
-from its start to its first result with empty caches, and the size of an install. Each runs at its best documented settings, which the results name
-(``_peers/catalogue.py``). Results are compared with PyTorch's in float32: who computes something else gets no figures. A peer that is not installed or
-fails is reported so, and stops nobody. Rows that are not measured stay in the results, if they are of this machine.
+Each peer runs in its own process, which loads the model and samples on command; the processes take turns. In addition to latency: memory of the process,
+time from its start to the first result with empty caches, and install size. Each peer uses the best settings in its documentation, which the results name
+(``_peers/catalogue.py``). Results are compared with PyTorch's in float32; a peer that computes something else is not timed. A peer that is not installed or
+fails is reported, and does not affect the others. Rows that are not measured stay in the results if they are from this machine.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ CUDA_BATCH_SIZES = (1, 8, 64)
 
 
 class NotPreparedError(RuntimeError):
-    """The models of a size cannot be made here."""
+    """The models of a size cannot be prepared on this machine."""
 
 
 def tell(line: str) -> None:
@@ -49,10 +49,10 @@ def tell(line: str) -> None:
 
 @contextmanager
 def prepared(size: str, samples: int, steps: int, device: str, work: Path | None) -> Iterator[Case]:
-    """A size's models, in a temporary folder or in one that is kept.
+    """Prepare the models of a size, in a temporary folder or in ``work``, which is kept.
 
     Raises:
-        NotPreparedError: there is too little memory or disk, or making them fails.
+        NotPreparedError: there is too little memory or disk space, or the preparation fails.
     """
     with tempfile.TemporaryDirectory(prefix="peers-") as temporary:
         folder = Path(temporary) / size if work is None else work / f"{size}-{device}-{samples}-{steps}"
@@ -67,7 +67,7 @@ def prepared(size: str, samples: int, steps: int, device: str, work: Path | None
 
 
 def _check_room(size: str, parent: Path) -> None:
-    """Before it starts, not after minutes."""
+    """Raise NotPreparedError if memory or disk space do not suffice, before minutes are spent."""
     parent.mkdir(parents=True, exist_ok=True)
     if reason := lacking(preparing_bytes(SIZES[size]), f"making {SIZES[size].title}", available_bytes()):
         raise NotPreparedError(reason)
@@ -92,7 +92,7 @@ def _python(command: Sequence[str], scratch: Path) -> subprocess.CompletedProces
 
 
 def measured_roof(device: str, threads: int) -> dict[str, float] | None:
-    """What the machine can do at most, or None without PyTorch."""
+    """Return the peak rates of the machine, or None without PyTorch."""
     program = f"import json; from _peers.machine import roof; print(json.dumps(roof({device!r}, {threads})))"
     with tempfile.TemporaryDirectory() as scratch:
         done = _python([sys.executable, "-c", program], Path(scratch))
@@ -100,7 +100,7 @@ def measured_roof(device: str, threads: int) -> dict[str, float] | None:
 
 
 def chosen_peers(device: str, names: Sequence[str], *, everything: bool) -> list[Peer]:
-    """Those asked for, or those that always run."""
+    """Return the named peers, or those that run by default."""
     return [peer for peer in PEERS[device].values() if (peer.name in names if names else everything or peer.always)]
 
 
@@ -111,7 +111,7 @@ def row_name(size: str, n: int, steps: int) -> str:
 def measure_size(
     size: str, batch_sizes: Sequence[int], steps: int, peers: Sequence[Peer], plan: Plan, work: Path | None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows of one size, as they are done."""
+    """Yield the rows of one size as they are measured."""
     with prepared(size, max(batch_sizes), steps, plan.device, work) as case, tempfile.TemporaryDirectory(prefix="peers-") as scratch:
         for n in batch_sizes:
             tell(f"{SIZES[size].title}, batch {n}, {steps} steps")
@@ -130,7 +130,7 @@ def measure_size(
 
 
 def show(rows: dict[str, Any]) -> None:
-    """A table for the terminal."""
+    """Print the rows to the terminal."""
     for name, row in rows.items():
         tell(f"\n{name}")
         for peer, found in row.get("peers", {}).items():
@@ -145,7 +145,7 @@ def show(rows: dict[str, Any]) -> None:
 
 
 def _in_order(rows: dict[str, Any]) -> dict[str, Any]:
-    """As tables show them, whenever each was measured."""
+    """Return the rows in the order of the tables."""
     sizes = list(SIZES)
     return dict(sorted(rows.items(), key=lambda item: (sizes.index(item[1]["size"]), item[1]["batch_size"], item[1]["steps"])))
 
@@ -160,18 +160,18 @@ def _known(names: Sequence[str], known: Sequence[str], what: str) -> None:
 
 
 @click.command(help=__doc__.split("\n")[0])
-@click.option("--sizes", callback=_listed, help=f"Of {', '.join(SIZES)}; by default {', '.join(FEW)}.")
+@click.option("--sizes", callback=_listed, help=f"Any of {', '.join(SIZES)}; by default {', '.join(FEW)}.")
 @click.option("--batch-sizes", callback=_listed, help="By default 1; with --all 1,8, of XXL 1; on a GPU 1,8,64.")
 @click.option("--steps", type=click.IntRange(1), default=2, show_default=True)
 @click.option("--peers", "names", callback=_listed, help="By name, separated by commas; an unknown name lists them.")
-@click.option("--all", "everything", is_flag=True, help="All sizes and peers that are not narrowed down otherwise.")
+@click.option("--all", "everything", is_flag=True, help="All sizes and peers, unless other options select some.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
-@click.option("--seconds", type=float, default=15.0, show_default=True, help="For the rounds of one size and batch size.")
-@click.option("--rounds", type=click.IntRange(1), help="Exactly so many instead.")
-@click.option("--least-rounds", type=click.IntRange(1), default=3, show_default=True, help="However long they take.")
-@click.option("--threads", type=click.IntRange(1), help="By default the physical cores that this process may use.")
-@click.option("--patience", type=float, default=1800.0, show_default=True, help="Seconds after which a silent peer is given up.")
-@click.option("--work", type=click.Path(path_type=Path), help="A folder that keeps the models for the next time.")
+@click.option("--seconds", type=float, default=15.0, show_default=True, help="Duration of the rounds of one size and batch size.")
+@click.option("--rounds", type=click.IntRange(1), help="Exact number of rounds, in place of --seconds.")
+@click.option("--least-rounds", type=click.IntRange(1), default=3, show_default=True, help="Minimum number of rounds, however long they take.")
+@click.option("--threads", type=click.IntRange(1), help="By default the number of physical cores that this process may use.")
+@click.option("--patience", type=float, default=1800.0, show_default=True, help="Seconds to wait for a peer's answer before it is reported as failed.")
+@click.option("--work", type=click.Path(path_type=Path), help="Folder in which the models are kept for the next run.")
 def main(
     sizes: list[str],
     batch_sizes: list[str],
@@ -221,7 +221,7 @@ def main(
 
 
 def _with_commas(parts: list[str], known: list[str]) -> list[str]:
-    """Put names together again that have commas of their own."""
+    """Join the parts of names that contain commas."""
     found: list[str] = []
     for part in parts:
         if found and f"{found[-1]}, {part}" in known:

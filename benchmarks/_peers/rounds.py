@@ -1,4 +1,4 @@
-"""The measurement: peers that are loaded side by side draw in turn, round after round, so that a noisy machine disturbs all alike."""
+"""The measurement: peers are loaded at the same time and run in turn, round after round, so that noise affects all alike."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from _peers.installed import install_bytes, versions
 from _peers.machine import gpu_bytes_used
 from _peers.sizes import BASE_BYTES, Size, available_bytes, lacking
 
-PAUSE_S = 0.02  #       between turns: threads of the last one fall asleep
-TURN_MS = 250.0  #      that a turn lasts at least, where a draw is shorter
-MOST_DRAWS = 20  #      in a turn
-SHORT_MS = 1000.0  #    a draw this short is preceded by one that is not counted
+PAUSE_S = 0.02  #       between turns, so that the threads of the last peer go to sleep
+TURN_MS = 250.0  #      target duration of a turn, if a call is shorter
+MOST_DRAWS = 20  #      maximum number of calls per turn
+SHORT_MS = 1000.0  #    a turn of shorter calls begins with an untimed one
 TRIAL_ROUNDS = 3
 
 Tell = Callable[[str], None]
@@ -32,36 +32,36 @@ class Plan:
     device: str
     threads: int
     seconds: float
-    """For the rounds of one size and batch size, once all are loaded."""
+    """Duration of the rounds of one size and batch size, once all peers are loaded."""
     rounds: int | None
-    """Exactly so many instead."""
+    """Exact number of rounds, in place of ``seconds``."""
     least_rounds: int
-    """However long they take."""
+    """Minimum number of rounds, however long they take."""
     patience: float
-    """Seconds to wait for an answer."""
+    """Seconds to wait for a peer's answer."""
 
 
 @dataclass(eq=False)
 class Candidate:
-    """One peer with one of its variants, running."""
+    """A running peer with one of its variants."""
 
     peer: Peer
     options: dict[str, Any]
     worker: Worker
     gpu_bytes: int | None
     turns: list[list[float]] = field(default_factory=list)
-    """Milliseconds, by round."""
+    """Milliseconds of each call, by round."""
     ratios: list[float] = field(default_factory=list)
-    """Of its turns to the anchor's in the same round."""
+    """Median of its turn divided by that of the anchor in the same round, by round."""
     last_ms: float | None = None
-    """Of a draw, about."""
+    """Approximate milliseconds of a call."""
 
     @property
     def times(self) -> list[float]:
         return [value for turn in self.turns for value in turn]
 
     def turn(self) -> None:
-        """Draw for a moment."""
+        """Run for one turn."""
         if self.last_ms is None:
             self.last_ms = self.worker.draw(0, 1)[0]
         short = self.last_ms < SHORT_MS
@@ -73,7 +73,7 @@ class Candidate:
 
 
 class Row:
-    """The figures of one size and batch size."""
+    """Measures one size and batch size."""
 
     def __init__(self, case: Case, size: Size, n: int, plan: Plan, scratch: Path, tell: Tell) -> None:
         self.case, self.size, self.n, self.plan, self.scratch, self.tell = case, size, n, plan, scratch, tell
@@ -82,7 +82,7 @@ class Row:
         self._starts = 0
 
     def measure(self, peers: Sequence[Peer]) -> dict[str, dict[str, Any]]:
-        """Figures by the peer's name; of one that cannot run, its status and the reason."""
+        """Return the figures by name of the peer; for a peer that cannot run, its status and the reason."""
         waiting = [peer for peer in peers if self._is_here(peer)]
         try:
             while waiting:
@@ -105,10 +105,10 @@ class Row:
         self.tell(f"  {peer.name}: {status}: {reason}")
         self.peers[peer.name] = {"status": status, "reason": reason, "dtype": peer.dtype}
 
-    # -- A group: the anchor and as many others as there is memory for --------------------------------------------------
+    # -- A group: the anchor and as many others as fit into memory ----------------------------------------------------------
 
     def _group(self, waiting: list[Peer]) -> list[Peer]:
-        """Measure the first of them, and return the rest."""
+        """Measure the first peers that fit into memory together, and return the rest."""
         running: list[Candidate] = [self._anchor] if self._anchor is not None else []
         group: list[Candidate] = []
         try:
@@ -116,7 +116,7 @@ class Row:
                 need = waiting[0].memory * self.size.weights_bytes + BASE_BYTES
                 if reason := lacking(need, waiting[0].name, available_bytes()):
                     if group:
-                        break  # when those of this group have ended
+                        break  # it is measured after this group has ended
                     self._report(waiting.pop(0), "skipped", reason)
                     continue
                 peer = waiting.pop(0)
@@ -133,7 +133,7 @@ class Row:
         return waiting
 
     def _start(self, peer: Peer) -> Candidate | None:
-        """The peer with the variant that is fastest here."""
+        """Start the peer with the variant that is fastest on this machine."""
         found: list[Candidate] = []
         reason = "nothing to run"
         for options in peer.variants if self.size.trial else peer.variants[:1]:
@@ -148,7 +148,7 @@ class Row:
             if peer.name not in self.peers:
                 self._report(peer, "failed", reason)
             return None
-        self.peers.pop(peer.name, None)  # another variant failed
+        self.peers.pop(peer.name, None)  # remove the report of a variant that failed
         best = min(found, key=lambda candidate: min(map(statistics.median, candidate.turns), default=0.0))
         for candidate in found:
             if candidate is not best:
@@ -187,7 +187,7 @@ class Row:
                     candidate.ratios.append(statistics.median(candidate.turns[-1]) / statistics.median(anchor.turns[-1]))
 
     def _turns(self, running: list[Candidate]) -> None:
-        """One turn of each; those that fail are taken out of the list."""
+        """Run one turn of each candidate, and remove those that fail from the list."""
         for candidate in list(running):
             try:
                 candidate.turn()
@@ -200,10 +200,10 @@ class Row:
                 self._report(candidate.peer, "failed", f"while drawing: {error}")
 
     def _finish(self, candidate: Candidate) -> None:
-        """Its figures, and the end of its process."""
+        """Record the figures of a candidate, and end its process."""
         peer = candidate.peer
         try:
-            if peer.name in self.peers:  # it failed
+            if peer.name in self.peers:  # it has failed
                 return
             memory = candidate.worker.memory()
             self.peers[peer.name] = {
@@ -227,7 +227,7 @@ class Row:
 
 
 def summary(times: Sequence[float], n: int) -> dict[str, float]:
-    """Of draws of n samples each, in milliseconds."""
+    """Summarize the milliseconds of calls that generate n samples each."""
     ordered = sorted(times)
     median = statistics.median(ordered)
     return {
