@@ -44,7 +44,7 @@ def interleaved(candidates: Mapping[str, Callable[[], object]], repeats: int, wa
     return {name: {"median_ms": statistics.median(values), "min_ms": min(values)} for name, values in times.items()}
 
 
-def earlier(name: str) -> dict[str, Any]:
+def stored_figures(name: str) -> dict[str, Any]:
     """Return the figures of ``NAME.json`` in the results folder if they are from this machine, else an empty dict."""
     try:
         kept = json.loads((RESULTS / f"{name}.json").read_text())
@@ -61,6 +61,6 @@ def save(name: str, figures: object) -> str:
     return text
 
 
-def keep(name: str, figures: object) -> None:
+def save_and_print(name: str, figures: object) -> None:
     """Save the figures, and print them."""
     print(save(name, figures))

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import keep
+from _common import save_and_print
 from _peers.models import edm2_config, random_checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -91,7 +91,7 @@ def main() -> None:
     sizes = sys.argv[1:] or KNOWN[:1]
     if unknown := sorted(set(sizes) - set(KNOWN)):
         sys.exit(f"no size {', '.join(unknown)}; there are {', '.join(KNOWN)}")
-    keep("breakdown", {size: measure(size) for size in sizes})
+    save_and_print("breakdown", {size: measure(size) for size in sizes})
 
 
 if __name__ == "__main__":

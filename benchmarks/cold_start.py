@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from _common import earlier, keep
+from _common import save_and_print, stored_figures
 
 from export import in_a_process, write_checkpoint
 
@@ -87,7 +87,7 @@ def main() -> None:
     names = sys.argv[1:] or USUAL
     if unknown := sorted(set(names) - set(ROUNDS)):
         sys.exit(f"no model {', '.join(unknown)}; there are {', '.join(ROUNDS)}")
-    figures = earlier("cold_start")
+    figures = stored_figures("cold_start")
     for name in names:
         preset = name.split()[0]
         with tempfile.TemporaryDirectory() as temporary:
@@ -97,7 +97,7 @@ def main() -> None:
                 checkpoint = in_a_process(write_checkpoint, preset, folder)
                 bundle = in_a_process(export_bundle, checkpoint)
             figures[name] = measure(bundle, ROUNDS[name], folder)
-    keep("cold_start", figures)
+    save_and_print("cold_start", figures)
 
 
 if __name__ == "__main__":

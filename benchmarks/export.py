@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 # Nothing large is imported here: on Linux, the peak of a process includes the size of its parent when it was started.
-from _common import earlier, keep
+from _common import save_and_print, stored_figures
 
 DTYPES = {"XXS": ("fp32",), "S": ("fp32",), "XXL": ("fp32", "fp16"), "SANA-Sprint": ("bf16",)}
 USUAL = ("XXS",)
@@ -138,10 +138,10 @@ def main() -> None:
     names = sys.argv[1:] or USUAL
     if unknown := sorted(set(names) - set(DTYPES)):
         sys.exit(f"no model {', '.join(unknown)}; there are {', '.join(DTYPES)}")
-    rows = earlier("export")
+    rows = stored_figures("export")
     for name in names:
         rows |= measure(name)
-        keep("export", rows)
+        save_and_print("export", rows)
 
 
 if __name__ == "__main__":

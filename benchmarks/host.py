@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _common import interleaved, keep
+from _common import interleaved, save_and_print
 from _peers.models import DIGITS, edm2_config, random_checkpoint
 
 from scm_export import export
@@ -38,7 +38,7 @@ CALLERS, CLIENTS = 8, 16
 ROUNDS = 3  # in which the kinds of clients take turns
 # Kinds of clients: direct calls (None), or submit with (max_wait_ms, max_batch_size).
 MODES = {"calls": None} | {f"submit, max_wait_ms {wait}, max_batch_size {size}": (wait, size) for wait in (0, 2) for size in (8, 16)}
-Ask = Callable[[int], Samples]  # requests one sample with this seed
+Request = Callable[[int], Samples]  # requests one sample with this seed
 MEMORY = """
 import json, sys, time
 import numpy, onnxruntime
@@ -84,7 +84,7 @@ def graphs_of(call: Callable[[], object]) -> Callable[[], Any]:
     return loop
 
 
-def above_the_graphs(bundle: Path | str, repeats: int) -> dict[str, Any]:
+def call_overhead(bundle: Path | str, repeats: int) -> dict[str, Any]:
     with Generator(bundle, threads=1) as generate:  # one thread, to measure the Python code
 
         def call() -> Samples:
@@ -100,15 +100,15 @@ def above_the_graphs(bundle: Path | str, repeats: int) -> dict[str, Any]:
 # Threads and clients
 
 
-def shared_by_threads(bundle: Path, repeats: int) -> dict[str, Any]:
-    def ask(seed: int) -> Samples:
+def measure_threads(bundle: Path, repeats: int) -> dict[str, Any]:
+    def request(seed: int) -> Samples:
         return generate(0, seed=seed, output_type="np")
 
     with Generator(bundle) as generate, ThreadPoolExecutor(CALLERS) as pool:
         found = interleaved(
             {
-                f"{CALLERS} calls in turn": lambda: [ask(seed) for seed in range(CALLERS)],
-                f"{CALLERS} threads": lambda: list(pool.map(ask, range(CALLERS))),
+                f"{CALLERS} calls in turn": lambda: [request(seed) for seed in range(CALLERS)],
+                f"{CALLERS} threads": lambda: list(pool.map(request, range(CALLERS))),
                 f"one call of {CALLERS}": lambda: generate(0, seed=0, batch_size=CALLERS, output_type="np"),
             },
             repeats,
@@ -116,18 +116,18 @@ def shared_by_threads(bundle: Path, repeats: int) -> dict[str, Any]:
     return {**found, "in turn / threads": found[f"{CALLERS} calls in turn"]["median_ms"] / found[f"{CALLERS} threads"]["median_ms"]}
 
 
-def asked_by_clients(ask: Ask, seconds: float) -> tuple[list[float], float]:
+def run_clients(request: Request, seconds: float) -> tuple[list[float], float]:
     """Return the latencies of all requests in ms, and the time from the first request to the last result in seconds."""
     latencies: list[float] = []
     begin = threading.Barrier(CLIENTS + 1)
 
     def client(number: int) -> None:
         begin.wait()
-        asked = 0
+        count = 0
         while (now := time.perf_counter()) < end:
-            ask(number * 1_000_000 + asked)
+            request(number * 1_000_000 + count)
             latencies.append((time.perf_counter() - now) * 1e3)
-            asked += 1
+            count += 1
 
     clients = [threading.Thread(target=client, args=(number,)) for number in range(CLIENTS)]
     for thread in clients:
@@ -140,8 +140,8 @@ def asked_by_clients(ask: Ask, seconds: float) -> tuple[list[float], float]:
     return latencies, time.perf_counter() - start
 
 
-def served_to_clients(bundle: Path, seconds: float) -> dict[str, Any]:
-    def open_for(stack: ExitStack, batching: tuple[int, int] | None) -> Ask:
+def measure_clients(bundle: Path, seconds: float) -> dict[str, Any]:
+    def open_for(stack: ExitStack, batching: tuple[int, int] | None) -> Request:
         if batching is None:
             generate = stack.enter_context(Generator(bundle))
             return lambda seed: generate(0, seed=seed, output_type="np")
@@ -150,12 +150,12 @@ def served_to_clients(bundle: Path, seconds: float) -> dict[str, Any]:
         return lambda seed: merging.submit(0, seed=seed, output_type="np").result()
 
     with ExitStack() as stack:
-        asks = {name: open_for(stack, batching) for name, batching in MODES.items()}
-        latencies: Mapping[str, list[float]] = {name: [] for name in asks}
-        spent = dict.fromkeys(asks, 0.0)
+        requests = {name: open_for(stack, batching) for name, batching in MODES.items()}
+        latencies: Mapping[str, list[float]] = {name: [] for name in requests}
+        spent = dict.fromkeys(requests, 0.0)
         for turn in range(ROUNDS + 1):  # the first turn is short, a warm-up
-            for name, ask in asks.items():
-                found, took = asked_by_clients(ask, seconds / ROUNDS if turn else 0.5)
+            for name, request in requests.items():
+                found, took = run_clients(request, seconds / ROUNDS if turn else 0.5)
                 if turn:
                     latencies[name].extend(found)
                     spent[name] += took
@@ -185,12 +185,12 @@ def main() -> None:
         bundles = {name: export(path, Path(folder) / f"{path.stem}.scm", verify=False, steps=()).path for name, path in checkpoints.items()}
         digits, xxs = bundles
         figures = {
-            "call": {digits: above_the_graphs(bundles[digits], 500)},  # for larger graphs the noise is larger than the overhead
-            "threads": {digits: shared_by_threads(bundles[digits], 40), xxs: shared_by_threads(bundles[xxs], 8)},
-            "clients": {name: served_to_clients(bundle, seconds) for name, bundle in bundles.items()},
+            "call": {digits: call_overhead(bundles[digits], 500)},  # for larger graphs the noise is larger than the overhead
+            "threads": {digits: measure_threads(bundles[digits], 40), xxs: measure_threads(bundles[xxs], 8)},
+            "clients": {name: measure_clients(bundle, seconds) for name, bundle in bundles.items()},
             "memory, MiB": {digits: peak_memory(bundles[digits], 1000), xxs: peak_memory(bundles[xxs], 64)},
         }
-    keep("host", figures)
+    save_and_print("host", figures)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from _common import earlier, interleaved, keep
+from _common import interleaved, save_and_print, stored_figures
 from _peers.models import random_checkpoint
 from onnx import helper
 
@@ -219,7 +219,7 @@ SIZES: dict[str, tuple[UNetConfig, int]] = {
 
 def steps(device: str, sizes: list[str]) -> dict[str, Any]:
     """Time whole steps. "plain" is the result of torch.onnx.export if it traces through the operators."""
-    figures = earlier(f"ops-steps-{device}")
+    figures = stored_figures(f"ops-steps-{device}")
     for name, (config, repeats) in SIZES.items():
         if name.split()[0] not in sizes:
             continue
@@ -259,9 +259,9 @@ def main() -> None:
     parser.add_argument("--size", choices=[name.split()[0] for name in SIZES], action="append")
     chosen = parser.parse_args()
     if chosen.only != "steps":
-        keep(f"ops-{chosen.device}", operators(chosen.device))
+        save_and_print(f"ops-{chosen.device}", operators(chosen.device))
     if chosen.only != "operators":
-        keep(f"ops-steps-{chosen.device}", steps(chosen.device, chosen.size or ["XXS"]))
+        save_and_print(f"ops-steps-{chosen.device}", steps(chosen.device, chosen.size or ["XXS"]))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from _common import earlier, interleaved, keep
+from _common import interleaved, save_and_print, stored_figures
 from _peers.case import Case
 from _peers.ours import open_generator
 from _peers.sizes import SIZES
@@ -67,13 +67,13 @@ def main(option: str, sizes: str, batch_sizes: str, seconds: float) -> None:
     batches = [int(n) for n in batch_sizes.split(",")]
     if unknown := set(sizes.split(",")) - set(SIZES):
         raise click.BadParameter(f"there is no size {', '.join(sorted(unknown))}; there are: {', '.join(SIZES)}")
-    figures = earlier("session_options")
+    figures = stored_figures("session_options")
     rows = figures.setdefault(option, {})
     for size in sizes.split(","):
         with prepared(size, max(batches), 2, "cpu", None) as case:
             for n in batches:
                 rows[f"{size}, batch {n}"] = measure(case, n, changed, seconds)
-    keep("session_options", figures)
+    save_and_print("session_options", figures)
 
 
 if __name__ == "__main__":

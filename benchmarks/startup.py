@@ -10,7 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from _common import keep
+from _common import save_and_print
 
 ROUNDS = 15
 BASE = "import numpy, onnxruntime"
@@ -37,7 +37,7 @@ def main() -> None:
                 times[name].append((time.perf_counter() - start) * 1e3)
         medians = {name: statistics.median(values[1:]) for name, values in times.items()}
     with_ours, base = medians["numpy + onnxruntime + scm_runtime"], medians["numpy + onnxruntime"]
-    keep("startup", {"median_ms": medians, "import scm_runtime adds, ms": with_ours - base})
+    save_and_print("startup", {"median_ms": medians, "import scm_runtime adds, ms": with_ours - base})
 
 
 if __name__ == "__main__":

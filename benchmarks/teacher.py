@@ -24,9 +24,9 @@ from typing import Any
 
 import msgspec
 import torch
-from _common import earlier, keep
+from _common import save_and_print, stored_figures
 from _peers.models import DIGITS, edm2_config, random_checkpoint
-from _peers.sizes import BASE_BYTES, SIZES, available_bytes, lacking, preparing_bytes
+from _peers.sizes import BASE_BYTES, SIZES, available_bytes, memory_shortage, preparing_bytes
 
 from export import in_a_process
 from scm_export import export
@@ -71,19 +71,19 @@ def make_bundle(write: Callable[[str, Path], Path], size: str, folder: Path, nam
 
 def measure(student: Generator, teacher: Generator, seconds: float) -> dict[str, Any]:
     """Return the milliseconds of one sample by number of evaluations, and the speed-ups."""
-    ways: dict[str, Callable[[], Any]] = {
+    samplers: dict[str, Callable[[], Any]] = {
         "1 step": partial(student, 3, seed=0, num_inference_steps=1, output_type="np"),
         "2 steps": partial(student, 3, seed=0, num_inference_steps=2, output_type="np"),
         f"{EVALUATIONS} evaluations": partial(teacher, 3, seed=0, num_inference_steps=STEPS, sampler=SAMPLER, output_type="np"),
     }
     one_evaluation = partial(teacher, 3, seed=0, timesteps=teacher.manifest.times["8"][:1], output_type="np")
-    warm_up = ways | {f"{EVALUATIONS} evaluations": one_evaluation}
+    warm_up = samplers | {f"{EVALUATIONS} evaluations": one_evaluation}
     for draw in warm_up.values():
         draw()
-    times: dict[str, list[float]] = {name: [] for name in ways}
+    times: dict[str, list[float]] = {name: [] for name in samplers}
     end = time.perf_counter() + seconds
     while not times["1 step"] or time.perf_counter() < end:
-        for name, draw in ways.items():
+        for name, draw in samplers.items():
             warm_up[name]()
             start = time.perf_counter()
             drawn = draw()
@@ -105,7 +105,7 @@ def row(size: str) -> dict[str, Any]:
     """Return the figures of one size, or the reason why there are none."""
     title, weights = SIZES[size].title, SIZES[size].weights_bytes
     need = max(preparing_bytes(SIZES[size]), 2.4 * weights + BASE_BYTES)
-    if reason := lacking(need, f"the teacher and the student of {title}", available_bytes()):
+    if reason := memory_shortage(need, f"the teacher and the student of {title}", available_bytes()):
         return {"title": title, "status": "skipped", "reason": reason}
     with tempfile.TemporaryDirectory(prefix="teacher-") as temporary:
         bundles = [in_a_process(make_bundle, write, size, Path(temporary), name) for name, write in (("student", write_student), ("teacher", write_teacher))]
@@ -119,10 +119,10 @@ def main() -> None:
     sizes = sys.argv[1:] or USUAL
     if unknown := sorted(set(sizes) - set(KNOWN)):
         sys.exit(f"no size {', '.join(unknown)}; there are {', '.join(KNOWN)}")
-    figures = earlier("teacher")
+    figures = stored_figures("teacher")
     for size in sizes:
         figures[size] = row(size)
-        keep("teacher", figures)
+        save_and_print("teacher", figures)
 
 
 if __name__ == "__main__":

@@ -78,8 +78,8 @@ def case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Case:
     return Case.load(folder)
 
 
-def measure(case: Case, peers: list[Peer], size: Size = TINY, patience: float = 60.0) -> dict[str, dict[str, Any]]:
-    plan = Plan("cpu", 1, seconds=0.0, rounds=2, least_rounds=1, patience=patience)
+def measure(case: Case, peers: list[Peer], size: Size = TINY, timeout: float = 60.0) -> dict[str, dict[str, Any]]:
+    plan = Plan("cpu", 1, seconds=0.0, rounds=2, min_rounds=1, timeout=timeout)
     return Row(case, size, 2, plan, case.folder / "scratch", lambda line: None).measure(peers)
 
 
@@ -120,7 +120,7 @@ def test_peers_that_cannot_run_are_reported_and_stop_nobody(case: Case) -> None:
 
 
 def test_a_peer_that_never_answers_is_given_up(case: Case) -> None:
-    found = measure(case, [fake("hanging", "hanging"), fake("scm_runtime", "steady")], patience=5.0)
+    found = measure(case, [fake("hanging", "hanging"), fake("scm_runtime", "steady")], timeout=5.0)
     assert found["hanging"] == {"status": "failed", "reason": "no answer within 5 s", "dtype": "fp32"}
     assert found["scm_runtime"]["status"] == "ok"
 
@@ -181,7 +181,7 @@ def test_without_a_gpu_the_script_says_so(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_names_with_commas_are_understood() -> None:
     names = list(PEERS["cpu"])
-    assert peers._with_commas(["scm_runtime", "function bodies", "PyTorch eager"], names) == ["scm_runtime, function bodies", "PyTorch eager"]
+    assert peers._join_names(["scm_runtime", "function bodies", "PyTorch eager"], names) == ["scm_runtime, function bodies", "PyTorch eager"]
     assert set(SIZES) >= {"digits", "XXS", "S", "XXL"}
 
 

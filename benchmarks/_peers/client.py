@@ -31,20 +31,20 @@ class WorkerFailedError(RuntimeError):
 class Worker:
     """A process that runs one peer."""
 
-    def __init__(self, spec: dict[str, Any], scratch: Path, patience: float, environment: dict[str, str] | None = None) -> None:
+    def __init__(self, spec: dict[str, Any], scratch: Path, timeout: float, environment: dict[str, str] | None = None) -> None:
         """Start the process and wait for its first result.
 
         Args:
             spec: the argument of ``worker.py``.
             scratch: an empty folder for its log and its caches, so that every start is a cold start.
-            patience: seconds to wait for an answer.
+            timeout: seconds to wait for an answer.
             environment: additional environment variables of the process.
 
         Raises:
             WorkerFailedError: there is no first result.
         """
         scratch.mkdir(parents=True)
-        self._log, self._patience = scratch / "log.txt", patience
+        self._log, self._timeout = scratch / "log.txt", timeout
         start = time.perf_counter()
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
@@ -59,7 +59,7 @@ class Worker:
         try:
             ready = self._answer()
         except BaseException:
-            self.close(patience=0)
+            self.close(timeout=0)
             raise
         self.cold_start_s = time.perf_counter() - start
         self.error_share = float(ready["error_share"])
@@ -84,8 +84,8 @@ class Worker:
         assert self._process.stdout is not None
         with selectors.DefaultSelector() as selector:
             selector.register(self._process.stdout, selectors.EVENT_READ)
-            if not selector.select(self._patience):
-                raise WorkerFailedError(f"no answer within {self._patience:.0f} s")
+            if not selector.select(self._timeout):
+                raise WorkerFailedError(f"no answer within {self._timeout:.0f} s")
         line = self._process.stdout.readline()
         if not line:
             raise WorkerFailedError(self._how_it_ended())
@@ -101,13 +101,13 @@ class Worker:
         why = " (the system may have run out of memory)" if code == -signal.SIGKILL else ""
         return f"the process ended with {what}{why}{': ' + said[-1].strip()[:300] if said else ''}"
 
-    def close(self, patience: float = 20) -> None:
-        """End the process and its children; kill them if they have not ended within ``patience`` seconds."""
+    def close(self, timeout: float = 20) -> None:
+        """End the process and its children; kill them if they have not ended within ``timeout`` seconds."""
         for stream in (self._process.stdin, self._process.stdout):
             if stream is not None:
                 stream.close()
         try:
-            self._process.wait(patience)  # it ends when its input is closed
+            self._process.wait(timeout)  # it ends when its input is closed
         except subprocess.TimeoutExpired:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()

@@ -43,7 +43,7 @@ def _nvidia_smi(fields: str) -> list[str]:
     return done.stdout.splitlines() if done.returncode == 0 else []
 
 
-def roof(device: str, threads: int) -> dict[str, float]:
+def peak_rates(device: str, threads: int) -> dict[str, float]:
     """Measure PyTorch's peak rates: operations per second in matrix products by dtype, bytes read and written per second in a copy.
 
     Run it in a separate process.

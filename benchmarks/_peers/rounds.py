@@ -14,15 +14,15 @@ from _peers.catalogue import ANCHOR, LARGEST_ERROR, Peer
 from _peers.client import Worker, WorkerFailedError
 from _peers.installed import install_bytes, versions
 from _peers.machine import gpu_bytes_used
-from _peers.sizes import BASE_BYTES, Size, available_bytes, lacking
+from _peers.sizes import BASE_BYTES, Size, available_bytes, memory_shortage
 
 PAUSE_S = 0.02  #       between turns, so that the threads of the last peer go to sleep
 TURN_MS = 250.0  #      target duration of a turn, if a call is shorter
-MOST_DRAWS = 20  #      maximum number of calls per turn
+MAX_CALLS_PER_TURN = 20  #      maximum number of calls per turn
 SHORT_MS = 1000.0  #    a turn of shorter calls begins with an untimed one
 TRIAL_ROUNDS = 3
 
-Tell = Callable[[str], None]
+Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class Plan:
     """Duration of the rounds of one size and batch size, once all peers are loaded."""
     rounds: int | None
     """Exact number of rounds, in place of ``seconds``."""
-    least_rounds: int
+    min_rounds: int
     """Minimum number of rounds, however long they take."""
-    patience: float
+    timeout: float
     """Seconds to wait for a peer's answer."""
 
 
@@ -65,7 +65,7 @@ class Candidate:
         if self.last_ms is None:
             self.last_ms = self.worker.draw(0, 1)[0]
         short = self.last_ms < SHORT_MS
-        count = max(1, min(MOST_DRAWS, round(TURN_MS / self.last_ms)))
+        count = max(1, min(MAX_CALLS_PER_TURN, round(TURN_MS / self.last_ms)))
         turn = self.worker.draw(int(short), count)
         self.last_ms = statistics.median(turn)
         self.turns.append(turn)
@@ -75,8 +75,8 @@ class Candidate:
 class Row:
     """Measures one size and batch size."""
 
-    def __init__(self, case: Case, size: Size, n: int, plan: Plan, scratch: Path, tell: Tell) -> None:
-        self.case, self.size, self.n, self.plan, self.scratch, self.tell = case, size, n, plan, scratch, tell
+    def __init__(self, case: Case, size: Size, n: int, plan: Plan, scratch: Path, show_progress: Progress) -> None:
+        self.case, self.size, self.n, self.plan, self.scratch, self.show_progress = case, size, n, plan, scratch, show_progress
         self.peers: dict[str, dict[str, Any]] = {}
         self._anchor: Candidate | None = None
         self._starts = 0
@@ -102,7 +102,7 @@ class Row:
         return False
 
     def _report(self, peer: Peer, status: str, reason: str) -> None:
-        self.tell(f"  {peer.name}: {status}: {reason}")
+        self.show_progress(f"  {peer.name}: {status}: {reason}")
         self.peers[peer.name] = {"status": status, "reason": reason, "dtype": peer.dtype}
 
     # -- A group: the anchor and as many others as fit into memory ----------------------------------------------------------
@@ -114,7 +114,7 @@ class Row:
         try:
             while waiting:
                 need = waiting[0].memory * self.size.weights_bytes + BASE_BYTES
-                if reason := lacking(need, waiting[0].name, available_bytes()):
+                if reason := memory_shortage(need, waiting[0].name, available_bytes()):
                     if group:
                         break  # it is measured after this group has ended
                     self._report(waiting.pop(0), "skipped", reason)
@@ -158,7 +158,7 @@ class Row:
             best.worker.close()
             self._report(peer, "wrong", f"its result is off by {best.worker.error_share:.2g} of the reference, more than {LARGEST_ERROR[peer.dtype]:.2g}")
             return None
-        self.tell(f"  {peer.name}: ready, first result after {best.worker.cold_start_s:.1f} s, {_settings(best.options)}")
+        self.show_progress(f"  {peer.name}: ready, first result after {best.worker.cold_start_s:.1f} s, {_settings(best.options)}")
         return best
 
     def _open(self, peer: Peer, options: Mapping[str, Any]) -> Candidate:
@@ -172,13 +172,13 @@ class Row:
         }
         self._starts += 1
         before = gpu_bytes_used() if self.plan.device == "cuda" else None
-        worker = Worker(spec, self.scratch / str(self._starts), self.plan.patience, peer.environment)
+        worker = Worker(spec, self.scratch / str(self._starts), self.plan.timeout, peer.environment)
         after = gpu_bytes_used() if before is not None else None
         return Candidate(peer, dict(options), worker, after - before if before is not None and after is not None else None)
 
     def _rounds(self, running: list[Candidate]) -> None:
         end, done = time.perf_counter() + self.plan.seconds, 0
-        while running and (done < self.plan.rounds if self.plan.rounds is not None else done < self.plan.least_rounds or time.perf_counter() < end):
+        while running and (done < self.plan.rounds if self.plan.rounds is not None else done < self.plan.min_rounds or time.perf_counter() < end):
             self._turns(running)
             done += 1
             anchor = next((candidate for candidate in running if candidate.peer.name == ANCHOR), None)

@@ -56,7 +56,7 @@ def available_bytes() -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
 
 
-def lacking(need: float, what: str, available: int | None) -> str | None:
+def memory_shortage(need: float, what: str, available: int | None) -> str | None:
     """Return why something does not fit into the available memory, or None."""
     if available is None or need <= available:
         return None
