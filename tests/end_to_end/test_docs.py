@@ -48,7 +48,8 @@ def test_the_python_block_of_the_export_page(tiny_checkpoint: Path, tmp_path: Pa
 
 def test_the_runtime_commands_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    commands = re.findall(r"^scm-runtime (.*?)(?: +#.*)?$", README.read_text(), re.MULTILINE)
+    blocks = "".join(re.findall(r"^```sh\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL))
+    commands = re.findall(r"^scm-runtime (.*?)(?: +#.*)?$", blocks, re.MULTILINE)
     assert [command.split()[0] for command in commands] == ["generate", "inspect", "smoke", "bench"]
     for command in commands:
         words = command.split() + ["--seconds", "0"] * command.startswith("bench")
