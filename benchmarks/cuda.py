@@ -18,11 +18,11 @@ import numpy as np
 from _common import RESULTS, interleaved
 
 from scm_runtime import Generator
-from scm_runtime.bundle.location import find
+from scm_runtime.bundle.location import resolve_bundle
 from scm_runtime.bundle.manifest import Dtype, read_manifest
-from scm_runtime.bundle.solver_tables import along
+from scm_runtime.bundle.solver_tables import from_times
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
-from scm_runtime.devices.placement import place
+from scm_runtime.devices.placement import resolve_device
 from scm_runtime.engines.cuda.engine import CudaEngine
 from scm_runtime.engines.cuda.open_engine import open_cuda_engine
 from scm_runtime.engines.cuda.thread import CudaContext
@@ -30,7 +30,7 @@ from scm_runtime.engines.engine import Trajectory
 from scm_runtime.errors import ScmError
 from scm_runtime.inputs.call import Call
 from scm_runtime.ort.native_ops import find_library
-from scm_runtime.ort.session import Settings
+from scm_runtime.ort.options import SessionSettings
 
 REPLAYS = 200
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -71,9 +71,9 @@ def options(bundle: str, dtypes: Sequence[Dtype], batch_sizes: Sequence[int], re
 def overhead(bundle: str, dtypes: Sequence[Dtype], batch_sizes: Sequence[int], repeats: int) -> dict[str, Any]:
     """Return the time of a call, of its graphs alone, and the difference."""
     figures: dict[str, Any] = {}
-    folder = find(bundle, None).folder
+    folder = resolve_bundle(bundle, None).folder
     manifest, library = read_manifest(folder), find_library()
-    settings = Settings(place("cuda"), library=library.path if library else None)
+    settings = SessionSettings(resolve_device("cuda"), library=library.path if library else None)
     for dtype in dtypes:
         context = CudaContext(0)
         engine = open_cuda_engine(context, folder, manifest, dtype, settings)
@@ -96,18 +96,18 @@ def overhead(bundle: str, dtypes: Sequence[Dtype], batch_sizes: Sequence[int], r
 
 def own_time_ms(engine: CudaEngine, n: int, conditioning: Mapping[str, Any]) -> dict[str, float]:
     """Return the milliseconds of each graph, replayed back to back."""
-    trajectory = Trajectory(Call(np.arange(n, dtype=np.int64), dict(conditioning), along(engine._manifest.times["2"]), None))
-    engine.begin(trajectory)
-    engine.advance([trajectory])
+    trajectory = Trajectory(Call(np.arange(n, dtype=np.int64), dict(conditioning), from_times(engine._manifest.times["2"]), None))
+    engine.start(trajectory)
+    engine.step([trajectory])
     engine.decode([trajectory])
-    slot = engine._slot([trajectory])
-    runs: dict[str, Callable[[], object]] = {"noise": slot.noise, "step": slot.step, "finite": slot.check, "decode": slot.decode}
+    buffers = engine._buffers_for([trajectory])
+    runs: dict[str, Callable[[], object]] = {"noise": buffers.noise, "step": buffers.step, "finite": buffers.check, "decode": buffers.decode}
     times = {}
     for name, run in runs.items():
-        start = engine.mark()
+        start = engine.timestamp()
         for _ in range(REPLAYS):
             run()
-        times[name] = engine.seconds(start, engine.mark()) * 1e3 / REPLAYS
+        times[name] = engine.elapsed(start, engine.timestamp()) * 1e3 / REPLAYS
     return times
 
 
@@ -118,11 +118,11 @@ def own_time_ms(engine: CudaEngine, n: int, conditioning: Mapping[str, Any]) -> 
 def main(bundle: str, batch_sizes: tuple[int, ...], repeats: int) -> None:
     """Measure on the first GPU."""
     try:
-        placement = place("cuda")
+        placement = resolve_device("cuda")
     except ScmError as error:
         print(f"no GPU, nothing measured: {error}")
         return
-    dtypes = read_manifest(find(bundle, None).folder).dtypes
+    dtypes = read_manifest(resolve_bundle(bundle, None).folder).dtypes
     figures = {"overhead": overhead(bundle, dtypes, batch_sizes, repeats), "options": options(bundle, dtypes, batch_sizes, repeats)}
     machine = {"gpu": placement.hardware, "bundle": bundle, "python": platform.python_version(), "onnxruntime": load_onnxruntime().__version__}
     text = json.dumps({"machine": machine, "figures": figures}, indent=2)

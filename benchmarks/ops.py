@@ -30,8 +30,8 @@ from onnx import helper
 from scm_export import ops
 from scm_export.checkpoints import load_checkpoint
 from scm_export.families import build_model
+from scm_export.graphs.trace import trace_step
 from scm_export.networks.edm2 import PRESETS, UNetConfig
-from scm_export.trace import trace_step
 from scm_export.writer import BundleWriter
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
 from scm_runtime.ort.native_ops import find_library

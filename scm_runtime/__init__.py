@@ -5,13 +5,13 @@
     with Generator("digits") as generate:
         generate(class_labels=[3, 1, 4], seed=7).save("digits.png")
 
-Everything public stands in ``__all__``.
+``__all__`` lists everything public.
 """
 
 from scm_runtime._version import __version__
 from scm_runtime.bundle.manifest import Manifest
 from scm_runtime.device_pool import DevicePool
-from scm_runtime.engines.info import GeneratorInfo
+from scm_runtime.engines.open_bundle import GeneratorInfo
 from scm_runtime.errors import (
     BundleError,
     BundleIntegrityError,
@@ -33,8 +33,7 @@ from scm_runtime.errors import (
     ScmError,
 )
 from scm_runtime.generator import Generator
-from scm_runtime.samples import Samples, Timings
-from scm_runtime.tracing import Span
+from scm_runtime.samples import Samples, Span, Timings
 
 __all__ = [
     "BundleError",

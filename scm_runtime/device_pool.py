@@ -1,4 +1,4 @@
-"""One bundle on several devices: a Generator each, and every call goes to the one with the least to do."""
+"""``DevicePool``: one bundle on several devices, with a Generator on each. Every call goes to the least busy one."""
 
 from __future__ import annotations
 
@@ -11,44 +11,44 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self, Unpack
 
 from scm_runtime.errors import InvalidArgumentError
 from scm_runtime.generator import Generator
-from scm_runtime.inputs.arguments import CallArguments
-from scm_runtime.inputs.call import Labels
+from scm_runtime.inputs.arguments import CallArguments, Labels
 from scm_runtime.samples import Samples
-from scm_runtime.sampling.streaming import Queued
+from scm_runtime.sampling.streaming import QueuedSampling, StreamSource
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
 
-class DevicePool(Queued):
-    """Draws samples on several devices: ``DevicePool(bundle, devices=("cuda:0", "cuda:1"))``. Any number of threads may use it."""
+class DevicePool(QueuedSampling):
+    """Generates samples on several devices: ``DevicePool(bundle, devices=("cuda:0", "cuda:1"))``. Any number of threads may use it."""
 
     def __init__(self, bundle: str | os.PathLike[str], devices: Sequence[str] = ("cuda:0", "cuda:1"), **options: Any) -> None:
         """Open the bundle on each device.
 
         Args:
-            bundle: as of a Generator.
-            devices: one or more; a device that stands there twice gets two Generators.
-            **options: the other arguments of a Generator, for all of them.
+            bundle: as for a Generator.
+            devices: one or more devices; a device that is listed twice gets two Generators.
+            **options: the other arguments of the Generators.
 
         Raises:
-            InvalidArgumentError: no devices, or what a Generator raises. If one device cannot be had, none is kept.
+            InvalidArgumentError: there are no devices.
+            ScmError: what a Generator raises. If one device is not available, all Generators are closed.
         """
         if isinstance(devices, str) or not devices:
             raise InvalidArgumentError(f"devices must be one device or more, such as ('cuda:0', 'cuda:1'), got {devices!r}")
         opened: list[Generator] = []
         try:
             for device in devices:
-                opened.append(Generator(bundle, device=device, **options))  # noqa: PERF401 - those before one that fails are to be closed
+                opened.append(Generator(bundle, device=device, **options))  # noqa: PERF401 - if one fails, those before it are closed
         except BaseException:
             for generator in opened:
                 generator.close()
             raise
         self.generators: tuple[Generator, ...] = tuple(opened)
-        """For what is a matter of one device: ``info``, ``encode``, ``decode``."""
-        self._lock = threading.RLock()  # re-entered where the garbage collector ends a stream
-        self._busy = [0] * len(opened)
-        self._turns = [0] * len(opened)
+        """The Generators, one per device, with ``info``, ``encode`` and ``decode``."""
+        self._lock = threading.RLock()  # the garbage collector may enter it again when it closes a stream
+        self._running = [0] * len(opened)
+        self._calls = [0] * len(opened)
 
     def __enter__(self) -> Self:
         return self
@@ -63,55 +63,55 @@ class DevicePool(Queued):
         raise TypeError("a DevicePool holds open sessions and cannot be pickled: make one in each process")
 
     def __call__(self, class_labels: Labels | None = None, **arguments: Unpack[CallArguments]) -> Samples:
-        """A call of the Generator with the least to do."""
+        """Call the least busy Generator."""
         with self._least_busy() as generator:
             return generator(class_labels, **arguments)
 
     def submit(self, class_labels: Labels | None = None, **arguments: Unpack[CallArguments]) -> Future[Samples]:
-        """``submit`` of the Generator with the least to do."""
-        i = self._take()
+        """Submit to the least busy Generator."""
+        i = self._acquire()
         try:
             future = self.generators[i].submit(class_labels, **arguments)
         except BaseException:
-            self._give(i)
+            self._release(i)
             raise
-        future.add_done_callback(lambda _: self._give(i))
+        future.add_done_callback(lambda _: self._release(i))
         return future
 
     def warmup(self, batch_sizes: Sequence[int] = (1,), **arguments: Any) -> None:
-        """``warmup`` of each Generator."""
+        """Warm up each Generator; the arguments are those of ``Generator.warmup``."""
         for generator in self.generators:
             generator.warmup(batch_sizes, **arguments)
 
     def close(self, *, wait: bool = False) -> None:
-        """Close each Generator."""
+        """Close each Generator; ``wait`` is that of ``Generator.close``."""
         if not wait:
-            for generator in self.generators:  # all of them, before any is waited for
+            for generator in self.generators:  # terminate all before waiting for one
                 generator._terminate()
         for generator in self.generators:
             generator.close(wait=wait)
 
-    def _streaming(self) -> tuple[Generator, int, int]:
-        generator, largest, ahead = self.generators[0]._streaming()
-        return generator, largest, ahead * len(self.generators)
+    def _stream_source(self) -> StreamSource:
+        source = self.generators[0]._stream_source()
+        return source._replace(prefetch=source.prefetch * len(self.generators))
 
     @contextmanager
     def _least_busy(self) -> Iterator[Generator]:
-        i = self._take()
+        i = self._acquire()
         try:
             yield self.generators[i]
         finally:
-            self._give(i)
+            self._release(i)
 
-    def _take(self) -> int:
-        """Index of the Generator that has the fewest calls; of several such, the one that had the fewest turns."""
-        self.generators[0]._check_process()  # before the lock: a thread that a forked child has not may hold it
+    def _acquire(self) -> int:
+        """Count a call for the open Generator with the fewest running calls, and of those the one with the fewest calls so far. Return its index."""
+        self.generators[0]._check_process()  # before taking the lock, which a thread that a forked child lacks may hold
         with self._lock:
-            i = min(range(len(self._busy)), key=lambda i: (self.generators[i].closed, self._busy[i], self._turns[i]))
-            self._busy[i] += 1
-            self._turns[i] += 1
+            i = min(range(len(self._running)), key=lambda i: (self.generators[i].closed, self._running[i], self._calls[i]))
+            self._running[i] += 1
+            self._calls[i] += 1
             return i
 
-    def _give(self, i: int) -> None:
+    def _release(self, i: int) -> None:
         with self._lock:
-            self._busy[i] -= 1
+            self._running[i] -= 1

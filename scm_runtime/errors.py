@@ -1,41 +1,32 @@
-"""Every error this package raises on purpose.
+"""The errors of this package. The exporter adds its own, in ``scm_export.errors``.
 
     ScmError
     ├── BundleError                 a bundle cannot be used
     │   ├── BundleNotFoundError     (FileNotFoundError) no bundle at that path
     │   ├── BundleSchemaError       (ValueError) the manifest is malformed, or of a newer schema
-    │   └── BundleIntegrityError    (ValueError) a file is missing, or not the one the manifest describes
+    │   └── BundleIntegrityError    (ValueError) a file is missing or differs from the manifest
     ├── HubError                    (OSError) the Hugging Face hub refuses, or cannot be reached
-    │   └── HubNotFoundError        (FileNotFoundError) no such repository, revision or file there, or offline and not in the cache
+    │   └── HubNotFoundError        (FileNotFoundError) no such repository, revision or file, or offline and not in the cache
     ├── InvalidArgumentError        (ValueError) an argument of a call is out of range or of the wrong shape
-    │   └── GeneratorClosedError    (RuntimeError) a call of a Generator that is closed, or was while the call ran
+    │   └── GeneratorClosedError    (RuntimeError) a call of a Generator that is closed, or was closed during the call
     ├── MissingDependencyError      (ImportError) an optional package is not installed, or is too old, or two exclude each other
     ├── OutputError                 (OSError) a result cannot be written
-    ├── DeviceError                 (RuntimeError) the device asked for cannot be had, or ONNX Runtime went elsewhere
+    ├── DeviceError                 (RuntimeError) the requested device is not available, or ONNX Runtime used another
     ├── ForkedError                 (RuntimeError) a Generator was used in a forked child of the process that made it
     ├── GenerationCancelledError    a callback returned False
     ├── InferenceError              (RuntimeError) ONNX Runtime refused a graph or failed in it
-    │   ├── OutOfMemoryError        (MemoryError) of the device or the host; a smaller batch may fit
-    │   └── NonFiniteError          (ArithmeticError) samples turned into NaN or infinity
-    ├── NativeOpsError              (RuntimeError) the native kernels were asked for and cannot be used
-    └── ExportError                 raised by scm_export
-        ├── CheckpointError         (ValueError) a checkpoint cannot be read or does not fit its family
-        │   └── CheckpointNotFoundError  (FileNotFoundError) no file at that path
-        └── VerificationError       (RuntimeError) the bundle does not compute what the checkpoint computes
+    │   ├── OutOfMemoryError        (MemoryError) the device or the host ran out of memory; a smaller batch may fit
+    │   └── NonFiniteError          (ArithmeticError) samples became NaN or infinite
+    └── NativeOpsError              (RuntimeError) the native kernels were required and cannot be used
 
-Those in parentheses are the built-in errors they are as well.
+In parentheses: the built-in error that each also derives from.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from scm_runtime.bundle.manifest import Verification
-
 
 class ScmError(Exception):
-    """Base of all errors of scm_runtime and scm_export."""
+    """Base class of all errors of scm_runtime and scm_export."""
 
 
 class BundleError(ScmError):
@@ -51,7 +42,7 @@ class BundleSchemaError(BundleError, ValueError):
 
 
 class BundleIntegrityError(BundleError, ValueError):
-    """A file of the bundle is missing, or not the one its manifest describes."""
+    """A file of the bundle is missing or differs from the manifest."""
 
 
 class HubError(ScmError, OSError):
@@ -59,7 +50,7 @@ class HubError(ScmError, OSError):
 
 
 class HubNotFoundError(HubError, FileNotFoundError):
-    """The hub has no such repository, revision or file; or it is not to be asked, and the cache has none."""
+    """The hub has no such repository, revision or file; or it is in offline mode, and the cache does not have it."""
 
 
 class InvalidArgumentError(ScmError, ValueError):
@@ -67,7 +58,7 @@ class InvalidArgumentError(ScmError, ValueError):
 
 
 class GeneratorClosedError(InvalidArgumentError, RuntimeError):
-    """The Generator is closed, or was while the call waited or ran."""
+    """The Generator is closed, or was closed while the call waited or ran."""
 
 
 class MissingDependencyError(ScmError, ImportError):
@@ -83,13 +74,16 @@ class InferenceError(ScmError, RuntimeError):
 
 
 class OutOfMemoryError(InferenceError, MemoryError):
-    """Memory of the device or of the host did not suffice. The Generator goes on working: a smaller batch may fit."""
+    """The device or the host ran out of memory. The Generator stays usable: a smaller batch may fit."""
 
 
 class NonFiniteError(InferenceError, ArithmeticError):
-    """Samples turned into NaN or infinity.
+    """Samples became NaN or infinite.
 
-    ``seeds`` are those samples', ``step`` (from 0) is the one after which it was seen, ``dtype`` the graphs'.
+    Attributes:
+        seeds: seeds of these samples.
+        step: index from 0 of the evaluation after which they were found.
+        dtype: precision of the graphs.
     """
 
     def __init__(self, message: str, *, seeds: tuple[int, ...], step: int, dtype: str) -> None:
@@ -98,36 +92,16 @@ class NonFiniteError(InferenceError, ArithmeticError):
 
 
 class DeviceError(ScmError, RuntimeError):
-    """The device asked for cannot be had, or ONNX Runtime opened a session elsewhere."""
+    """The requested device is not available, or ONNX Runtime opened a session on another."""
 
 
 class ForkedError(ScmError, RuntimeError):
-    """A Generator was used in a forked child: its threads and its device context stayed in the parent. Make one in the child, or spawn."""
+    """A Generator was used in a forked child, which has neither its threads nor its device context. Make one in the child, or spawn."""
 
 
 class GenerationCancelledError(ScmError):
-    """A callback returned False: the call ended before its next step."""
+    """A callback returned False, which ended the call before its next step."""
 
 
 class NativeOpsError(ScmError, RuntimeError):
-    """The native kernels were asked for, and the library is missing, refused, or of another version than the bundle."""
-
-
-class ExportError(ScmError):
-    """Base of the errors of scm_export."""
-
-
-class CheckpointError(ExportError, ValueError):
-    """A checkpoint cannot be read, or does not fit its family."""
-
-
-class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
-    """There is no checkpoint at that path."""
-
-
-class VerificationError(ExportError, RuntimeError):
-    """The bundle does not compute what the checkpoint computes. ``report`` holds all cases, where there are any."""
-
-    def __init__(self, message: str, report: Verification | None = None) -> None:
-        super().__init__(message)
-        self.report = report
+    """The native kernels were required, and the library is missing, cannot be loaded, or has another version than the bundle."""

@@ -1,10 +1,11 @@
-"""What a call of a Generator returns: pixels or latents, the seeds that made them, and where the time went."""
+"""The results of a call: samples, with their seeds, their timings, and spans for tracing."""
 
 from __future__ import annotations
 
 import io
 import math
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,16 +14,33 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from scm_runtime.common.files import whole_file
-from scm_runtime.errors import InvalidArgumentError, OutputError
+from scm_runtime.common.files import output_errors, whole_file
+from scm_runtime.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     from PIL import Image
 
 
-PICTURE_CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
+IMAGE_CHANNELS = (1, 3, 4)  # grayscale, RGB, RGBA
 EXPORT_A_DECODER = "Decode them yourself, or export the checkpoint again with its decoder: scm-export … --decoder FOLDER"
-ONE_ROW = 3  # so many pictures stand side by side; more make a grid
+MAX_ONE_ROW = 3  # up to this number images stand in one row; more make a grid
+
+
+@dataclass(frozen=True)
+class Span:
+    """A finished piece of work, in the form of a tracing span: OpenTelemetry's ``start_span(name, start_time=…)`` and ``end(end_time=…)`` take its times."""
+
+    name: str
+    """"generate" for a whole call; "noise", "step", "decode" or "copy" for its parts."""
+    start_ns: int
+    """Start in nanoseconds since the epoch."""
+    end_ns: int
+    """End in nanoseconds since the epoch."""
+    attributes: Mapping[str, str | int | float]
+    """For "generate": bundle, device, dtype, batch_size and num_inference_steps. For "step": ``step``, its index from 0."""
+
+
+OnSpan = Callable[[Span], None]
 
 
 @dataclass(frozen=True)
@@ -30,35 +48,37 @@ class Timings:
     """Wall time of one call, in seconds."""
 
     noise: float
-    """All draws of noise."""
+    """Drawing the noise of all steps."""
     steps: tuple[float, ...]
-    """Each evaluation of the step graph."""
+    """Each evaluation of the step graph, in order."""
     decode: float
-    """From latents to pixels; 0 for latents."""
+    """Decoding latents to pixels; 0 if the samples are latents."""
     total: float
-    """The whole call, callbacks and checks included; the making of PIL images is not."""
+    """The whole call with its callbacks and checks, but without making PIL images."""
     copy: float = 0.0
-    """From a GPU to the host; 0 where the work was done on the host."""
+    """Copying from a GPU to the host; 0 if the host computed the samples."""
     waited: float = 0.0
-    """Until work on it began: for its turn, if it was submitted. A part of the total."""
+    """Waiting in the queue of ``submit``, which is part of the total."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Samples:
-    """A batch of N samples."""
+    """A batch of N samples: what a call of a Generator returns."""
 
     array: NDArray[Any]
-    """uint8 ``[N, H, W, C]``; for ``output_type="latent"`` float32 ``[N, *sample]`` in the model's own scale. For "dlpack" it may lie on a GPU:
-    an object with ``shape``, ``dtype`` and ``__dlpack__``, for ``torch.from_dlpack`` and its like."""
+    """Pixels, uint8 ``[N, H, W, C]``; for ``output_type="latent"`` float32 ``[N, *sample]`` in the model's scale. For "dlpack" the array may be in GPU
+    memory: an object with ``shape``, ``dtype`` and ``__dlpack__`` for ``torch.from_dlpack`` and similar functions."""
     seeds: tuple[int, ...]
-    """Seed of each sample: give one back as ``seed=`` to draw that sample again, alone or in any batch."""
+    """Seed of each sample. The same ``seed=`` generates the same sample again, alone or in any batch."""
     conditioning: dict[str, NDArray[Any]]
-    """The conditioning inputs as the model got them, ``[N, ...]`` each, for instance ``class_labels``."""
+    """The model's conditioning inputs, ``[N, ...]`` each, for instance ``class_labels``."""
     timings: Timings
+    """Wall time of the call and its parts."""
     has_decoder: bool = True
-    """False: the bundle was made without one, and ``array`` holds latents whatever the ``output_type``."""
+    """False if the bundle has no decoder: ``array`` then holds latents, whatever the ``output_type``."""
 
     def __len__(self) -> int:
+        """Return the number of samples."""
         return len(self.seeds)
 
     def __repr__(self) -> str:
@@ -70,7 +90,7 @@ class Samples:
         """The samples as PIL images.
 
         Raises:
-            InvalidArgumentError: these are latents.
+            InvalidArgumentError: the samples are latents.
         """
         self._require_pixels()
         from PIL import Image
@@ -79,66 +99,63 @@ class Samples:
         return [Image.fromarray(image) for image in pixels]
 
     def save(self, path: str | os.PathLike[str], *, columns: int | None = None) -> Path:
-        """Write one picture: the sample itself, or a grid of all of them. The format follows the file's ending; an existing file is replaced.
+        """Save one image file: the only sample, or a grid of all samples.
 
         Args:
-            path: where to, for instance ``"digits.png"``. Folders are made as needed.
-            columns: pictures a row; by default the grid is about square.
+            path: the file, for instance ``"digits.png"``. Its extension selects the format; missing folders are created, an existing file is replaced.
+            columns: images per row; by default the grid is about square.
 
         Returns:
             The path.
 
         Raises:
-            InvalidArgumentError: these are latents, columns is below 1, or the path's ending names no picture format.
-            OutputError: the file cannot be written. An earlier file is left as it was.
+            InvalidArgumentError: the samples are latents, columns is below 1, or the extension is not that of an image format.
+            OutputError: the file cannot be written. An existing file stays unchanged.
         """
         self._require_pixels()
         if columns is not None and columns < 1:
             raise InvalidArgumentError(f"columns must be at least 1, got {columns}")
         target = Path(path)
-        image_format = picture_format(target)
+        image_format = image_format_of(target)
         encoded = _encode(grid(self.array, columns), image_format, target)
-        try:
+        with output_errors(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             with whole_file(target) as part:
                 part.write_bytes(encoded.getbuffer())
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise OutputError(f"cannot write '{target}': {reason}. Choose a folder that you may write to, on a disk with room.") from error
         return target
 
     def _require_pixels(self) -> None:
         if not self.has_decoder:
             raise InvalidArgumentError(f"these samples are latents, in .array: their bundle has no decoder. {EXPORT_A_DECODER}")
         if not isinstance(self.array, np.ndarray):
-            raise InvalidArgumentError("these samples lie on the GPU: ask for output_type='pil' or 'np' to get pictures")
+            raise InvalidArgumentError("these samples are on the GPU: use output_type='pil' or 'np' to get images")
         if self.array.dtype != np.uint8:
-            raise InvalidArgumentError("these samples are latents: ask for output_type='pil' or 'np' to get pictures")
-        if self.array.shape[-1] not in PICTURE_CHANNELS:
+            raise InvalidArgumentError("these samples are latents: use output_type='pil' or 'np' to get images")
+        if self.array.shape[-1] not in IMAGE_CHANNELS:
             raise InvalidArgumentError(
-                f"these samples have {self.array.shape[-1]} channels, pictures have 1, 3 or 4: use .array, or the state by output_type='latent'"
+                f"these samples have {self.array.shape[-1]} channels, images have 1, 3 or 4: use .array, or output_type='latent' for the state"
             )
 
 
-def _encode(picture: Image.Image, image_format: str, target: Path) -> io.BytesIO:
-    """A picture's file; not on disk yet, as some of Pillow's encoders do not notice a full one. Raises InvalidArgumentError where the format cannot hold it."""
+def _encode(image: Image.Image, image_format: str, target: Path) -> io.BytesIO:
+    """Encode an image in memory: some of Pillow's encoders do not notice a full disk. Raises InvalidArgumentError if the format cannot represent it."""
     from PIL import Image
 
     encoded = io.BytesIO()
-    size = f"{picture.width} x {picture.height} pixels"
+    size = f"{image.width} x {image.height} pixels"
     try:
-        picture.save(encoded, format=image_format)
-        with Image.open(encoded) as kept:
-            held = kept.size
+        image.save(encoded, format=image_format)
+        with Image.open(encoded) as decoded:
+            decoded_size = decoded.size
     except (OSError, ValueError) as error:
-        raise InvalidArgumentError(f"cannot write '{target}': {image_format} does not hold {size} of mode {picture.mode} ({error}). Take .png.") from error
-    if held != picture.size:  # icons are made smaller without a word
-        raise InvalidArgumentError(f"cannot write '{target}': {image_format} makes {held[0]} x {held[1]} of {size}. Take .png.")
+        raise InvalidArgumentError(f"cannot write '{target}': {image_format} cannot represent {size} of mode {image.mode} ({error}). Use .png.") from error
+    if decoded_size != image.size:  # icon formats shrink an image silently
+        raise InvalidArgumentError(f"cannot write '{target}': {image_format} shrinks {size} to {decoded_size[0]} x {decoded_size[1]}. Use .png.")
     return encoded
 
 
-def picture_format(path: Path) -> str:
-    """Pillow's name of the format that a path's ending asks for; raises InvalidArgumentError where it can write none such."""
+def image_format_of(path: Path) -> str:
+    """Return Pillow's name of the format of a path's extension. Raises InvalidArgumentError if Pillow cannot write such a format."""
     from PIL import Image
 
     Image.init()
@@ -149,11 +166,11 @@ def picture_format(path: Path) -> str:
 
 
 def grid(pixels: NDArray[np.uint8], columns: int | None = None) -> Image.Image:
-    """Pictures ``[N, H, W, C]`` side by side, row by row; one alone as it is."""
+    """Return images ``[N, H, W, C]`` as a grid, row by row; a single image unchanged."""
     from PIL import Image
 
     n, height, width, channels = pixels.shape
-    columns = min(n, columns or (n if n <= ONE_ROW else math.ceil(math.sqrt(n))))
+    columns = min(n, columns or (n if n <= MAX_ONE_ROW else math.ceil(math.sqrt(n))))
     rows = math.ceil(n / columns)
     sheet = np.zeros((rows * columns, height, width, channels), np.uint8)
     sheet[:n] = pixels

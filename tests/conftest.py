@@ -1,4 +1,4 @@
-"""Fixtures that several folders of tests share: a tiny checkpoint with random weights, and the bundle exported from it."""
+"""Fixtures for several test folders: a tiny checkpoint with random weights, and the bundle exported from it."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from old_click import complete_click
 from scm_runtime import Generator, MissingDependencyError
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
 
-complete_click()  # before the modules of tests take the names they import
+complete_click()  # before test modules import CliRunner
 TINY_LABELS = ("ant", "bee", "cat", "dog")
 
 
 def pytest_configure() -> None:
-    os.environ["SCM_CACHE_DIR"] = ""  # no test depends on what an earlier run left; those of the cache name a folder
+    os.environ["SCM_CACHE_DIR"] = ""  # no test depends on a cache of an earlier run; the tests of the cache set their own folder
     for name in ("onnx_ir", "onnxscript"):
-        logging.getLogger(name).setLevel(logging.WARNING)  # hundreds of lines an export
+        logging.getLogger(name).setLevel(logging.WARNING)  # hundreds of lines per export
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -35,7 +35,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _no_gpu() -> str | None:
-    """Why the tests marked gpu cannot run here."""
+    """Return the reason why tests marked gpu cannot run here, or None if they can."""
     try:
         import torch
     except ImportError as error:
@@ -69,12 +69,12 @@ def _onnxruntime() -> str:
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A scm-checkpoint of a small edm2 network with random but fixed weights: four classes, 8x8 pixels in colour."""
+    """A scm-checkpoint of a small edm2 network with random but fixed weights: four classes, 8x8 RGB pixels."""
     return write_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny.pt")
 
 
 def write_tiny_checkpoint(path: Path, *, seed: int = 0, diffusion: bool = False, **config: Any) -> Path:
-    """One such checkpoint, of a consistency model or a diffusion model."""
+    """Write such a checkpoint of a consistency model or, with ``diffusion``, a diffusion model. Returns ``path``."""
     import torch
 
     from scm_export.checkpoints import Checkpoint, SamplerSpec, save_checkpoint
@@ -85,7 +85,7 @@ def write_tiny_checkpoint(path: Path, *, seed: int = 0, diffusion: bool = False,
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         weights = UNet(made).state_dict()
-    weights["out_gain"] = torch.ones(())  # 0 before training: F would be 0
+    weights["out_gain"] = torch.ones(())  # it is initialized to 0, which makes F 0
     checkpoint = Checkpoint(
         family="edm2",
         config=dataclasses.asdict(made),
@@ -100,7 +100,7 @@ def write_tiny_checkpoint(path: Path, *, seed: int = 0, diffusion: bool = False,
 
 @pytest.fixture(scope="session")
 def tiny_guided(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
-    """A diffusion model led by a smaller one without classes, as a verified bundle; and the two checkpoints."""
+    """The verified bundle of a diffusion model guided by a smaller one without classes, and the two checkpoints."""
     from scm_export import export
 
     folder = tmp_path_factory.mktemp("guided")
@@ -111,7 +111,7 @@ def tiny_guided(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, P
 
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundle of the tiny checkpoint, verified. Read it only: copy it before you change it."""
+    """The verified bundle of the tiny checkpoint. Shared by all tests: copy it before you modify it."""
     from scm_export import export
 
     return export(tiny_checkpoint, tmp_path_factory.mktemp("bundle") / "tiny.scm").path

@@ -1,6 +1,6 @@
-"""The networks of EDM2 (arXiv 2312.02696) and of edm2_sCM, written down plainly from the papers: channels first, nothing folded, nothing fused.
+"""The networks of EDM2 (arXiv 2312.02696) and of edm2_sCM, implemented directly from the papers: channels first, nothing folded or fused.
 
-For comparison with scm_export's. Module, attribute and argument names are those that the published checkpoints are recorded with.
+References for scm_export's networks. Module, attribute and argument names are those of the published checkpoints.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from edm2_pickles import Persistent
 
 
 def unit(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
-    """Magnitude 1 on average along ``dim`` (equations 30 and 47)."""
+    """Normalize to an average magnitude of 1 along ``dim`` (equations 30 and 47)."""
     return x / (1e-4 + x.square().mean(dim, keepdim=True).sqrt())
 
 
@@ -65,7 +65,7 @@ class MPConv(Persistent, nn.Module):
 
 
 class Block(Persistent, nn.Module):
-    """Figure 21. ``scale_shift`` is edm2_sCM's double normalisation in place of EDM2's gain."""
+    """Figure 21. ``scale_shift`` is edm2_sCM's double normalization instead of EDM2's gain."""
 
     scale_shift = False
 
@@ -237,7 +237,7 @@ class Precond(Persistent, nn.Module):
 
 
 class TrigFlowPrecond(Persistent, nn.Module):
-    """edm2_sCM: ``f(x, t)``, or the end of the segment that begins at t_k."""
+    """edm2_sCM: ``f(x, t)``, or the end of the segment that starts at t_k."""
 
     def __init__(self, img_resolution: int, img_channels: int, label_dim: int, use_fp16: bool = True, sigma_data: float = 0.5, **unet_kwargs: Any) -> None:
         super().__init__()
@@ -254,7 +254,7 @@ class TrigFlowPrecond(Persistent, nn.Module):
 
 
 def filled(network: nn.Module, seed: int = 0) -> nn.Module:
-    """Random weights for what begins at zero: gains, and the segment's embedding."""
+    """Set weights that are initialized to zero, the gains and the segment embedding, to random values. Returns the network."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in network.named_parameters():

@@ -1,6 +1,6 @@
-"""Writes pickles in the record layout of NVIDIA's EDM2: an object's class name, its module's source and its ``__dict__``, to be executed by a trusting loader.
+"""Writes pickles in the layout of NVIDIA's EDM2: an object's class name, its module's source code and its ``__dict__``. EDM2's loader executes the source.
 
-The modules that such a pickle names do not exist here; they are put in place while it is written.
+The modules that such a pickle refers to do not exist here; they are created temporarily while it is written.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SOURCE = "raise AssertionError('the source in the pickle was executed')\n"
 
 
 class EasyDict(dict[str, Any]):
-    """``dnnlib.util.EasyDict``: a dictionary whose items are attributes too."""
+    """``dnnlib.util.EasyDict``, a dictionary whose items are also attributes."""
 
     def __getattr__(self, name: str) -> Any:
         if name not in self:
@@ -38,10 +38,10 @@ _reconstruct_persistent_obj.__module__ = "torch_utils.persistence"
 
 
 class Persistent:
-    """An object that is recorded with the arguments of its constructor, as ``persistent_class`` has it. Mixed into modules, and into plain objects."""
+    """Mixin for objects that record their constructor arguments, like ``persistent_class``."""
 
     recorded_as: str | None = None
-    """Name of the class in the record; None for its own."""
+    """Class name to write into the record; None for the actual name."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Persistent:
         self = super().__new__(cls)
@@ -50,7 +50,7 @@ class Persistent:
 
 
 class Recorded(Persistent):
-    """Any object: a class name and attributes."""
+    """A recorded object with any class name and attributes."""
 
     def __init__(self, class_name: str, **attributes: object) -> None:
         self.__dict__.update(attributes, _init_args=(), _init_kwargs=EasyDict())
@@ -58,7 +58,7 @@ class Recorded(Persistent):
 
 
 def snapshot(network: nn.Module, **others: object) -> EasyDict:
-    """What EDM2 writes: the moving average in half precision, with what it was trained on and with."""
+    """Return the content of an EDM2 snapshot: the averaged network in half precision, and the data set, loss and encoder."""
     content: dict[str, object] = {
         "encoder": Recorded("StandardRGBEncoder"),
         "dataset_kwargs": EasyDict(class_name="training.dataset.ImageFolderDataset", path="data.zip", use_labels=True),
@@ -70,7 +70,7 @@ def snapshot(network: nn.Module, **others: object) -> EasyDict:
 
 
 def write_pickle(content: object, path: Path, *, protocol: int = 4, source: str = SOURCE) -> Path:
-    """Pickle ``content``, with every Persistent object in it as a record."""
+    """Pickle ``content``, with every Persistent object as a record. Returns ``path``."""
     with path.open("wb") as file, _named_modules():
         _Pickler(file, protocol, source).dump(content)
     return path
@@ -83,7 +83,7 @@ class _Pickler(pickle.Pickler):
 
     def reducer_override(self, obj: object) -> tuple[Callable[..., object], tuple[object]]:
         if not isinstance(obj, Persistent):
-            return NotImplemented  # type: ignore[no-any-return]  # says: as usual
+            return NotImplemented  # type: ignore[no-any-return]  # means: use the default
         state = dict(obj.__dict__)
         meta = {
             "type": "class",

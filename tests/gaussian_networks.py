@@ -1,5 +1,7 @@
-"""Data N(mean, std^2) as networks of five parametrisations: factories for the family ``module``. Each is written from its own papers' formulae, none from
-another's or from what it is tested against."""
+"""Exact networks for Gaussian data N(mean, std^2) in five parametrizations: factories for the family ``module``.
+
+Each is derived independently from the formulas of its paper, not from another network or from the code under test.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,10 @@ MEAN, STD, SIGMA_DATA = 0.3, 0.2, 0.5
 
 
 class Gaussian(nn.Module):
-    """Its weights are the data's mean and standard deviation. ``diffusion`` gives the posterior mean; else the end of the probability-flow ODE, what a
-    perfect consistency model gives."""
+    """A network whose weights are the data's mean and standard deviation.
+
+    With ``diffusion`` it returns the posterior mean, otherwise the end point of the probability-flow ODE, as a perfect consistency model does.
+    """
 
     def __init__(self, diffusion: bool = False) -> None:
         super().__init__()
@@ -19,14 +23,14 @@ class Gaussian(nn.Module):
         self.mean, self.std = nn.Parameter(torch.zeros(())), nn.Parameter(torch.ones(()))
 
     def denoised(self, x: Tensor, signal: Tensor, noise: Tensor) -> Tensor:
-        """Of ``x = signal * data + noise * normal``."""
+        """Denoise ``x = signal * data + noise * normal``."""
         scale = torch.sqrt(signal**2 * self.std**2 + noise**2)
         score = (x - signal * self.mean) / scale
         return self.mean + self.std * score * (signal * self.std / scale if self.diffusion else 1.0)
 
 
 class TrigFlow(Gaussian):
-    """F(x / sigma_d, t): the velocity in the direction of t, over sigma_d."""
+    """F(x / sigma_d, t), the velocity dx/dt divided by sigma_d."""
 
     sign = 1
 
@@ -52,7 +56,7 @@ class Edm(Gaussian):
 
 
 class Flow(Gaussian):
-    """The velocity ``noise - data`` of ``(1 - u) data + u noise``, both over sigma_d."""
+    """The velocity ``noise - data`` of ``(1 - u) data + u noise``, with data and noise divided by sigma_d."""
 
     def forward(self, x: Tensor, u: Tensor) -> Tensor:
         u = u.reshape(-1, 1, 1, 1)
@@ -60,7 +64,7 @@ class Flow(Gaussian):
 
 
 class X0(Gaussian):
-    """The data itself."""
+    """Predicts the data."""
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         return self.denoised(x, *(wave.reshape(-1, 1, 1, 1) for wave in (t.cos(), t.sin() * SIGMA_DATA)))
@@ -70,5 +74,5 @@ NETWORKS: dict[str, type[Gaussian]] = {"trigflow": TrigFlow, "trigflow-negated":
 
 
 def make(parametrisation: str, diffusion: bool = False) -> nn.Module:
-    """The factory: ``gaussian_networks:make``."""
+    """Return a network; the factory ``gaussian_networks:make``."""
     return NETWORKS[parametrisation](diffusion)

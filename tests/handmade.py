@@ -1,6 +1,6 @@
-"""A bundle written by hand, without the exporter: a sampler of text with an encoder and a preview decoder, small enough to be computed again in NumPy.
+"""A bundle written by hand, without the exporter: a text-to-image sampler with an encoder and a preview decoder, small enough to recompute in NumPy.
 
-Every input changes what comes out; heights differ from widths.
+Every input changes the output, and height and width differ.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from scm_runtime.bundle.manifest import MANIFEST, WEIGHTS, Conditioning, FileEntry, Manifest, OutputSpec, SampleSpec, Source, sha256
+from scm_runtime.bundle.checksums import sha256
+from scm_runtime.bundle.manifest import MANIFEST, WEIGHTS, Conditioning, FileEntry, Manifest, OutputSpec, SampleSpec, Source
 
 SAMPLE, PICTURE, SMALL = (2, 4, 6), (8, 12, 3), (4, 6, 3)
-WIDTH = 5  # of the embeddings
+WIDTH = 5  # size of an embedding
 TIMES: dict[str, tuple[float, ...]] = {"1": (1.5, 0.0), "2": (1.5, 1.0, 0.0)}
 INITIAL_SCALE = 0.5
 GUIDANCE, SCORE = 4.5, 6.0  # defaults
@@ -43,7 +44,7 @@ NOISE = """noise (int64[batch] seeds, int64 draw, float scale) => (float[batch,2
     noise = Mul(z, scale)
 }"""
 
-# x / 2 + 0.1 t + t_next noise + guidance_scale text + 0.01 score, where text is the mean embedding of the tokens that count, times the weights
+# x / 2 + 0.1 t + t_next noise + guidance_scale text + 0.01 score, where text is the mean embedding of the unmasked tokens, times the weights
 STEP = """step (float[batch,2,4,6] x, float[batch] t, float[batch] t_next, float[batch,2,4,6] noise, float[batch,tokens,5] prompt_embeds,
         int64[batch,tokens] prompt_attention_mask, float[batch] guidance_scale, float[batch] score) => (float[batch,2,4,6] x_next) {
     m = Cast<to=1>(prompt_attention_mask)
@@ -126,13 +127,13 @@ ENCODE = """encode (uint8[batch,8,12,3] image) => (float[batch,2,4,6] x) {
 
 
 # ----------------------------------------------------------------------------
-# The same graphs, but slow for some inputs.
+# Variants of the graphs that are slow for some inputs.
 
-SPIN, BLOCK = 1100.0, 3100.0  # the guidance scale, and the score, that make SLOW_STEP slow
+SPIN, BLOCK = 1100.0, 3100.0  # a guidance scale and a score that make SLOW_STEP slow
 
 
 def spin(amount: str) -> str:
-    """Lines of a graph: a loop of as many million laps as the scalar says, which makes ``nothing``, 0. A hundred million take minutes."""
+    """Return graph statements that loop ``amount`` million times and define ``nothing``, which is 0. A hundred million iterations take minutes."""
     return f"""
     million = Constant<value_float=1000000.0>()
     laps = Mul({amount}, million)
@@ -149,7 +150,7 @@ def spin(amount: str) -> str:
 """
 
 
-# With SPIN minutes in a loop, whose operators are short; with BLOCK about a second in one operator.
+# With SPIN it takes minutes in a loop of short operators; with BLOCK, about a second in a single operator.
 SLOW_STEP = STEP.replace(
     "    x_next = Add(abcd, gt4)\n",
     f"""
@@ -173,7 +174,7 @@ SLOW_STEP = STEP.replace(
 """,
 )
 
-# A million laps for each unit of the largest value.
+# A million iterations per unit of the largest value.
 SLOW_ENCODE = ENCODE.replace(
     "f = Cast<to=1>(image)", f"value_of = Cast<to=1>(image)\n    most = ReduceMax<keepdims=0>(value_of){spin('most')}    f = Add(value_of, nothing)"
 )
@@ -186,7 +187,7 @@ SLOW_PREVIEW, SLOW_DECODE = (
 
 
 def projection() -> NDArray[np.float32]:
-    """The only weights, ``[D, 2]``."""
+    """Return the bundle's only weights, ``[WIDTH, 2]``."""
     return np.linspace(-0.2, 0.3, WIDTH * 2, dtype=np.float32).reshape(WIDTH, 2)
 
 
@@ -199,9 +200,13 @@ def write_text_bundle(
     gain: float = 1.0,
     graphs: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write the bundle; ``graphs`` take the place of some: ``{"step": SLOW_STEP}``.
+    """Write the bundle and return its folder.
 
-    ``gain`` scales its weights, so that two revisions of it differ; without ``decoder`` it makes latents.
+    Args:
+        decoder: Include a decoder; otherwise the output is latents.
+        extras: Optional graphs to include.
+        gain: Scales the weights, so that two revisions of the bundle differ.
+        graphs: Replacements of graphs by name, such as ``{"step": SLOW_STEP}``.
     """
     folder.mkdir(parents=True)
     (folder / WEIGHTS).write_bytes((projection() * np.float32(gain)).tobytes() + bytes(64))
@@ -244,7 +249,7 @@ def write_text_bundle(
 
 
 def external(name: str, dims: list[int]) -> onnx.TensorProto:
-    """A tensor in the file of weights, at its beginning."""
+    """Return a tensor whose data are external, at offset 0 of the weights file."""
     tensor = onnx.TensorProto(name=name, data_type=onnx.TensorProto.FLOAT, dims=dims, data_location=onnx.TensorProto.EXTERNAL)
     for key, value in {"location": WEIGHTS, "offset": "0", "length": str(4 * int(np.prod(dims)))}.items():
         tensor.external_data.add(key=key, value=value)
@@ -252,18 +257,18 @@ def external(name: str, dims: list[int]) -> onnx.TensorProto:
 
 
 # ----------------------------------------------------------------------------
-# The same in NumPy.
+# The graphs in NumPy.
 
 
 def noise(seeds: NDArray[np.int64], draw: int) -> NDArray[np.float32]:
-    """The noise graph at scale 1."""
+    """Compute the noise graph at scale 1."""
     index = np.arange(np.prod(SAMPLE), dtype=np.float32).reshape(1, *SAMPLE)
     drawn: NDArray[np.float32] = np.sin(seeds.astype(np.float32).reshape(-1, 1, 1, 1) * np.float32(1.7) + index + np.float32(draw))
     return drawn
 
 
 def sample(seeds: Any, embeds: Any, mask: Any = None, guidance: Any = GUIDANCE, score: Any = SCORE, steps: int = 2, gain: float = 1.0) -> NDArray[np.float32]:
-    """The whole sampler up to the latents ``[N, *sample]``: every argument is a single one, or one a sample."""
+    """Compute the sampler up to the latents ``[N, *SAMPLE]``. Each argument is either one for all samples or one per sample."""
     seeds = np.asarray(seeds, np.int64)
     embeds = np.broadcast_to(np.asarray(embeds, np.float32), (len(seeds), *np.shape(embeds)[-2:]))
     counts = np.broadcast_to(np.float32(1) if mask is None else np.asarray(mask, np.float32), embeds.shape[:2])[..., None]
@@ -276,11 +281,11 @@ def sample(seeds: Any, embeds: Any, mask: Any = None, guidance: Any = GUIDANCE, 
 
 
 def small_pictures(x: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """The preview graph."""
+    """Compute the preview graph."""
     rgb = np.stack([x[:, 0], x[:, 1], x[:, 0] + x[:, 1]], axis=-1)
     return np.clip(np.round(rgb * np.float32(32) + 128), 0, 255).astype(np.uint8)
 
 
 def pictures(x: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """The decode graph."""
+    """Compute the decode graph."""
     return small_pictures(x).repeat(2, axis=1).repeat(2, axis=2)

@@ -1,4 +1,4 @@
-"""To say what a Generator's scheduler finds in its line, without sleeping: hold it, look at what it computes."""
+"""Controls a Generator's scheduler in tests without sleeping: holds it, and records what it computes."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ import pytest
 from scm_runtime import Generator, Samples
 from scm_runtime.engines.engine import Trajectory
 from scm_runtime.ort.session import Session
-from scm_runtime.sampling.batching import THREAD_NAME
+from scm_runtime.sampling.scheduler import THREAD_NAME
 
 PATIENCE_S = 60.0
 
 
 @contextmanager
 def held(generator: Generator, **arguments: Any) -> Iterator[Future[Samples]]:
-    """Within the block the scheduler sits in a callback of a request of one step, seed 0: what is submitted meanwhile waits, and then starts together."""
+    """Block the scheduler in a callback of a one-step request with seed 0, until the block ends.
+
+    Requests submitted within the block wait in the queue and then start together. Yields the future of the blocking request.
+    """
     entered, release = threading.Event(), threading.Event()
 
     def callback(*_: object) -> None:
@@ -37,13 +40,13 @@ def held(generator: Generator, **arguments: Any) -> Iterator[Future[Samples]]:
 
 
 def engine_of(generator: Generator) -> Any:
-    """What computes for it."""
-    assert generator._usage.resource is not None
-    return generator._usage.resource.engine
+    """Return the engine of an open Generator."""
+    assert generator._loop.resource is not None
+    return generator._loop.resource.engine
 
 
 def stepping(engine: Any) -> threading.Event:
-    """Set when the engine begins to run its step graph; for the host's engine."""
+    """Return an event that is set when the engine next runs its step graph. For the host engine only."""
     graphs, begins = engine.graphs(), threading.Event()
     graphs.step = _Stepping(graphs.step, begins)
     return begins
@@ -62,27 +65,27 @@ class _Stepping:
 
 
 def recorded(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[int, int]]]:
-    """From now on: for each evaluation of the step, of each request its first seed and the step it is at."""
+    """Return a list that records the evaluations from now on: for each one, the first seed and the current step of each request in it."""
     rounds: list[list[tuple[int, int]]] = []
     engine = engine_of(generator)
-    advance: Callable[[Sequence[Trajectory]], None] = engine.advance
+    advance: Callable[[Sequence[Trajectory]], None] = engine.step
 
     def note(trajectories: Sequence[Trajectory]) -> None:
-        rounds.append([(int(one.call.seeds[0]), one.k) for one in trajectories])
+        rounds.append([(int(one.call.seeds[0]), one.evaluations_done) for one in trajectories])
         advance(trajectories)
 
-    monkeypatch.setattr(engine, "advance", note)
+    monkeypatch.setattr(engine, "step", note)
     return rounds
 
 
 def schedulers() -> list[threading.Thread]:
-    """The threads that work off requests now."""
+    """Return the scheduler threads that are alive."""
     return [thread for thread in threading.enumerate() if thread.name == THREAD_NAME]
 
 
 def eventually(what: Callable[[], object]) -> None:
-    """Wait until it holds: what another thread does last, nobody can wait for."""
+    """Wait until ``what()`` is true. For state that another thread changes after everything that can be waited for."""
     deadline = time.monotonic() + PATIENCE_S
     while not what():
-        assert time.monotonic() < deadline, "it never came about"
+        assert time.monotonic() < deadline, f"not true within {PATIENCE_S:.0f} s"
         time.sleep(0.001)

@@ -1,4 +1,4 @@
-"""A cache folder laid out as huggingface_hub does it, and a server on this machine that answers as the hub does."""
+"""Creates cache folders in huggingface_hub's layout, and a local server that imitates the hub."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ Files = Mapping[str, bytes]
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    """Contents of a folder's files by their path in it."""
+    """Return the contents of a folder's files by relative path."""
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def commit_of(name: str) -> str:
-    """A commit to call by a name in a test: 40 hexadecimal digits."""
+    """Return a commit hash for a name: 40 hexadecimal digits."""
     return hashlib.sha1(name.encode(), usedforsecurity=False).hexdigest()
 
 
 def add_snapshot(cache: Path, repo: str, commit: str, files: Files, *, refs: Sequence[str] = (), shared: bool = False) -> Path:
-    """Put a commit of a repository into the cache; returns its folder.
+    """Add a commit of a repository to the cache. Returns its snapshot folder.
 
-    ``snapshots/<commit>/<file>`` are links to ``blobs/<hash>``. With ``shared``, those are links again, to one folder a file in the store of the
-    whole cache, as huggingface_hub 2 keeps what the hub sends in chunks (large files). A ref, branch or tag, is a file with the commit in it.
+    ``snapshots/<commit>/<file>`` are links to ``blobs/<hash>``. With ``shared``, the blobs are links to a store shared by the whole cache, with one folder per
+    file, as huggingface_hub 2 stores files that the hub sends in chunks (large files). A ref (branch or tag) is a file that contains the commit.
     """
     repository = cache / f"models--{repo.replace('/', '--')}"
     for name, data in files.items():
@@ -54,26 +54,26 @@ def add_snapshot(cache: Path, repo: str, commit: str, files: Files, *, refs: Seq
 
 
 class Hub:
-    """What the server knows, and what it was asked."""
+    """The published repositories of the server, and a log of its requests."""
 
     def __init__(self) -> None:
         self.commits: dict[str, dict[str, Files]] = {}  #  by repository and commit
         self.refs: dict[str, dict[str, str]] = {}  #       commits by repository and ref
-        self.refusals: dict[str, tuple[int, str]] = {}  #  status and error code by repository
+        self.refusals: dict[str, tuple[int, str]] = {}  #  status and error code of failures, by repository
         self.asked: list[str] = []  #                      methods and paths
         self.url = ""
 
     def add(self, repo: str, commit: str, files: Files, *, refs: Sequence[str] = ("main",)) -> None:
-        """Publish a commit."""
+        """Publish a commit of a repository, and point ``refs`` to it."""
         self.commits.setdefault(repo, {})[commit] = dict(files)
         self.refs.setdefault(repo, {}).update(dict.fromkeys(refs, commit))
 
     def downloaded(self) -> set[str]:
-        """Names of the files that were sent."""
+        """Return the names of the downloaded files."""
         return {path.rsplit("/", 1)[1] for path in self.asked if path.startswith("GET ") and "/resolve/" in path}
 
     def answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
-        """Status, headers and body."""
+        """Return status, headers and body of the response to a path."""
         parts = unquote(path).strip("/").split("/")
         if parts[:2] == ["api", "models"]:
             repo, verb, rest = "/".join(parts[2:4]), parts[4] if len(parts) > 4 else "revision", parts[5:]
@@ -102,7 +102,7 @@ class Hub:
 
 @contextmanager
 def serving(hub: Hub) -> Iterator[Hub]:
-    """Answer as the hub does, on a port of this machine, within the block."""
+    """Run the server on a local port within the block. Sets ``hub.url``."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:

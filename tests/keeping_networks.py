@@ -1,4 +1,4 @@
-"""Small networks as people write them: compiled in whole or in part, or with tables that are made at the first call and kept. Factories by name."""
+"""Small networks with state that complicates tracing: compiled as a whole or in part, or with tables that the first call creates. Factories by name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CLASSES = 4
 
 
 class Network(nn.Module):
-    """Adds what ``positions`` gives to a sample, in front of a convolution."""
+    """Adds ``positions(x)`` to the input of the first convolution. Subclasses differ in where they keep the positions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ def compiled() -> nn.Module:
 
 def compiled_layer() -> nn.Module:
     network = Network()
-    network.enter = torch.compile(network.enter)  # type: ignore[assignment]  # as people do
+    network.enter = torch.compile(network.enter)  # type: ignore[assignment]  # a common way to compile a layer
     return network
 
 
@@ -114,7 +114,7 @@ class CachesFunction(Network):
 
 
 class BuffersCachedFunction(Network):
-    """The same tensor is in the cache and in the network."""
+    """Registers a tensor as a buffer that is also in a function's cache."""
 
     def positions(self, x: Tensor) -> Tensor:
         if not hasattr(self, "table"):
@@ -133,7 +133,7 @@ class KeepsGlobally(Network):
 
 
 class KeepsByBatch(Network):
-    """Whose table is as long as the batch, and made again for another one."""
+    """Keeps a table for one batch size, and rebuilds it if the batch size changes."""
 
     table: Tensor | None = None
 
@@ -144,25 +144,25 @@ class KeepsByBatch(Network):
 
 
 class GrowsTable(Network):
-    """Whose table is as long as the largest batch so far."""
+    """Keeps a table for the largest batch so far."""
 
     table: Tensor | None = None
 
     def positions(self, x: Tensor) -> Tensor:
-        n = x.shape[0]  # len(x) would fix the batch as it is traced
+        n = x.shape[0]  # len(x) would make the batch size static in the trace
         if self.table is None or self.table.shape[0] < n:
             self.table = torch.linspace(-1, 1, x.shape[-1])[None, None, None].repeat(n, 1, 1, 1)
         return self.table[:n]
 
 
 class Scripted(Network):
-    """Whose layer is TorchScript, which does not copy as other modules do."""
+    """Has a TorchScript layer, which cannot be copied like other modules."""
 
     def __init__(self) -> None:
         super().__init__()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
-            self.leave = torch.jit.script(self.leave)  # type: ignore[assignment]  # it is called as a Conv2d is
+            self.leave = torch.jit.script(self.leave)  # type: ignore[assignment]  # callable like a Conv2d
 
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
@@ -184,7 +184,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 }
 
 held: dict[str, nn.Module] = {}
-"""What the factory returns where there is one: a network that somebody else holds as well."""
+"""Networks that ``make`` returns instead of new ones, by name: the test holds a reference to them too."""
 
 
 def make(kind: str) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Networks as a user of the family ``module`` has them: two levels, two heads, odd widths, conditioning of every kind. Factories, and things that are none."""
+"""Networks of a user of the family ``module``: two levels, two heads, odd widths, every kind of conditioning. Also objects that are not valid factories."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.nn import functional
 
 SHAPE = (3, 10, 14)
 CLASSES = 5
-TOKENS = 8  # dimension of a token
+TOKENS = 8  # size of a token embedding
 NOT_A_FUNCTION = 7
 
 
@@ -27,7 +27,7 @@ class Block(nn.Module):
 
 
 class OwnNetwork(nn.Module):
-    """Time embedding, classes, a guidance scale, text with a mask; convolutions on two levels, attention to the text on the lower one."""
+    """A network with a time embedding, classes, a guidance scale and masked text: convolutions on two levels, attention to the text on the lower one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class OwnNetwork(nn.Module):
 
 
 class Plain(nn.Module):
-    """Without conditioning; ``how`` it returns its result."""
+    """A network without conditioning. ``how`` selects the structure of its return value."""
 
     def __init__(self, how: str = "tensor", channels: int = 3) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class Waves(nn.Module):
 
 
 class Sensitive(nn.Module):
-    """Whose time embedding needs more digits than bfloat16 has."""
+    """A network whose time embedding needs more precision than bfloat16 has."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class Sensitive(nn.Module):
 
 
 class DataDependent(nn.Module):
-    """Cannot be traced."""
+    """A network that cannot be traced: its control flow depends on data."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class DataDependent(nn.Module):
 
 
 class Counts(nn.Module):
-    """Numbers from sizes, rounded in every way that TorchScript has."""
+    """Computes numbers from sizes, with every way of rounding that TorchScript has."""
 
     def forward(self, x: Tensor, level: Tensor) -> Tensor:
         cut, low, high = int(x.shape[2] * 0.7), math.floor(x.shape[3] * 0.35), math.ceil(x.shape[3] * 0.35)
@@ -124,7 +124,7 @@ def sensitive() -> nn.Module:
 
 
 class FromDiffusers(nn.Module):
-    """A U-Net of diffusers, whose upsampling looks at the batch, with inputs in the order of this project."""
+    """A U-Net of diffusers, whose upsampling depends on the batch size, with this project's argument order."""
 
     def __init__(self) -> None:
         super().__init__()

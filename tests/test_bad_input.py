@@ -1,4 +1,4 @@
-"""Everything a user can get wrong: a typed error that says what was got and what to do, no traceback on the command line, nothing half-written."""
+"""User errors: each raises a typed error with the value and the remedy, prints no traceback on the command line, and leaves no partial files."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 
 from scm_export import cli as export_cli
 from scm_export import export
+from scm_export.errors import CheckpointError, CheckpointNotFoundError
 from scm_export.writer import new_bundle
 from scm_runtime import (
     BundleIntegrityError,
@@ -34,43 +35,43 @@ from scm_runtime import (
     ScmError,
 )
 from scm_runtime import cli as runtime_cli
-from scm_runtime.bundle.manifest import MANIFEST, sha256
+from scm_runtime.bundle.checksums import sha256
+from scm_runtime.bundle.manifest import MANIFEST
 from scm_runtime.cli.embeddings import read_embeddings
-from scm_runtime.errors import CheckpointError, CheckpointNotFoundError
 from support import full_disk, tree
 
 
 @dataclass(frozen=True)
 class World:
-    """What every case starts from."""
+    """The files that every case starts from."""
 
-    here: Path  #         an empty folder, which must look the same after the attempt
-    checkpoint: Path  #   good; not to be changed
-    bundle: Path  #       good; not to be changed
+    here: Path  #         an empty folder, which must be unchanged after the attempt
+    checkpoint: Path  #   valid; must not be modified
+    bundle: Path  #       valid; must not be modified
     generator: Generator
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """The same mistake through Python and, where there is a way, through a command line."""
+    """The same mistake through the Python API and, if possible, through a command line."""
 
     api: Callable[[], object]
     command: click.Command | None = None
     arguments: Sequence[str | Path] = ()
-    room: int | None = None  #  bytes that a file may have, on a full disk
+    room: int | None = None  #  maximum file size in bytes, to simulate a full disk
 
 
 Prepare = Callable[[World], Attempt]
 
 
 # ----------------------------------------------------------------------------
-# Ways of going wrong.
+# Builders of attempts.
 
 
 def exporting(
     make: Callable[[World], Path], out: str = "out.scm", force: bool = False, steps: Sequence[int] = (1, 2), room: int | None = None, command: bool = True
 ) -> Prepare:
-    """Export what ``make`` returns. Without verification: these mistakes must show before."""
+    """Export what ``make`` returns, without verification: these mistakes must be found before it."""
 
     def prepare(world: World) -> Attempt:
         checkpoint, target = make(world), world.here / out
@@ -95,7 +96,7 @@ def file(name: str, data: bytes) -> Callable[[World], Path]:
 
 
 def part(share: float) -> Callable[[World], Path]:
-    """The beginning of the checkpoint."""
+    """Write the first bytes of the checkpoint."""
     return lambda world: file("part.pt", (data := world.checkpoint.read_bytes())[: int(share * len(data))])(world)
 
 
@@ -109,7 +110,7 @@ def torch_file(content: object) -> Callable[[World], Path]:
 
 
 def edited(change: Callable[[dict[str, Any]], object]) -> Callable[[World], Path]:
-    """The checkpoint with changed contents."""
+    """Write the checkpoint with modified contents."""
 
     def make(world: World) -> Path:
         raw = torch.load(world.checkpoint, weights_only=True)
@@ -128,7 +129,7 @@ def sampled(**sampler: object) -> Callable[[World], Path]:
 
 
 class Code:
-    """Makes a folder when it is unpickled."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -159,7 +160,7 @@ def good(world: World) -> Path:
 
 
 def beside(name: str, content: str | None) -> Callable[[World], Path]:
-    """The good checkpoint, and something that lies in the way of the output: a file, or a folder with a file in it."""
+    """Return the valid checkpoint, with something in the way of the output: a file, or a folder that contains a file."""
 
     def make(world: World) -> Path:
         path = world.here / name
@@ -189,7 +190,7 @@ def opening(spoil: Callable[[Path], Path | None]) -> Prepare:
 
 
 def replaced(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
-    """A file with other contents, which the manifest does not know of."""
+    """Modify a file without updating the manifest."""
 
     def spoil(bundle: Path) -> None:
         (bundle / name).write_bytes(change((bundle / name).read_bytes()))
@@ -207,7 +208,7 @@ def manifest(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], Non
 
 
 def forged(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
-    """A file with other contents, and a manifest that fits them."""
+    """Modify a file and update the manifest."""
 
     def spoil(bundle: Path) -> None:
         replaced(name, change)(bundle)
@@ -218,7 +219,7 @@ def forged(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None
 
 
 def weights_elsewhere(data: bytes) -> bytes:
-    """A graph whose weights lie outside of the bundle's folder."""
+    """Let a graph refer to weights outside of the bundle's folder."""
     model = onnx.ModelProto.FromString(data)
     for tensor in model.graph.initializer:
         for entry in tensor.external_data:
@@ -286,7 +287,7 @@ def dtype(name: Any) -> Prepare:
 
 
 # ----------------------------------------------------------------------------
-# What must be said: the type of error, words that name what was got, words that say what was expected or what to do.
+# The expected errors: the type, words that name the actual value, words that state the expectation or the remedy.
 
 NAN = float("nan")
 LATENTS = np.zeros((1, 3, 8, 8), np.float32)

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from support import ROOT
 
-sys.path.insert(0, str(ROOT / "benchmarks"))  # scripts, which import one another from there
+sys.path.insert(0, str(ROOT / "benchmarks"))  # the scripts import one another from there
 
 import _common
 import figures
@@ -65,7 +65,7 @@ def fake(name: str, opener: str, **fields: Any) -> Peer:
 
 @pytest.fixture
 def case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Case:
-    """A case without a model, and peers beside it that need none."""
+    """A case without a model, and fake peers that need none."""
     (tmp_path / "fake_peers.py").write_text(FAKES)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     folder = tmp_path / "case"
@@ -134,7 +134,7 @@ def test_of_several_variants_one_that_works_is_measured(case: Case) -> None:
 def test_peers_that_do_not_fit_at_once_take_turns_and_one_that_never_fits_is_skipped(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
 
-    def available() -> int:  # room for the first and the second, then, when that has ended, for the third; never for the last
+    def available() -> int:  # enough memory for the first two peers, then for the third one after the second has ended; never for the last
         asked.append(1)
         return {3: 0}.get(len(asked), 4_000_000_000)
 
@@ -143,7 +143,7 @@ def test_peers_that_do_not_fit_at_once_take_turns_and_one_that_never_fits_is_ski
     found = measure(case, [fake("scm_runtime", "steady"), fake("a", "steady"), fake("b", "steady"), fake("c", "steady", memory=9.0)], huge)
     assert [row["status"] for row in found.values()] == ["ok", "ok", "ok", "skipped"]
     assert "needs about 8.4 GB of memory, and 4.0 GB are available" in found["c"]["reason"]
-    assert found["scm_runtime"]["draws"] > found["a"]["draws"]  # it draws beside each of them
+    assert found["scm_runtime"]["draws"] > found["a"]["draws"]  # it is measured alongside each of them
     assert "times_as_long" in found["b"]
 
 
@@ -283,7 +283,7 @@ def test_tables_and_plots_are_written_and_a_change_is_noticed(results: Path) -> 
     assert set(drawn) == {f"{name}-{theme}.svg" for name in ("peers", "teacher") for theme in ("light", "dark")}
     assert run_figures(results, "--check").exit_code == 0
     assert run_figures(results).exit_code == 0
-    assert {path.name: path.read_bytes() for path in (results.parent / "images").iterdir()} == drawn  # the same bytes again
+    assert {path.name: path.read_bytes() for path in (results.parent / "images").iterdir()} == drawn  # the output is reproducible
 
     page.write_text(text.replace("1.50 s", "1.40 s"))
     done = run_figures(results, "--check")

@@ -1,4 +1,4 @@
-"""Pickles that attack whoever opens them: each is refused, what it wanted is named, and nothing in it has run."""
+"""Malicious pickles: each is rejected with an error that names what it tried to use, and none of its code runs."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ import torch
 from edm2_networks import TrigFlowPrecond
 from edm2_pickles import EasyDict, Recorded, snapshot, write_pickle
 from scm_export.checkpoints import inert_pickle, load
-from scm_runtime.errors import CheckpointError
+from scm_export.errors import CheckpointError
 
 # ----------------------------------------------------------------------------
-# Opcodes by hand, for what no pickler writes. Each piece leaves one object on the stack.
+# Handwritten opcodes, for pickles that no pickler writes. Each piece leaves one object on the stack.
 
 
 def text(value: str) -> bytes:
@@ -56,7 +56,7 @@ def pickled(*pieces: bytes, protocol: int = 4) -> bytes:
 
 
 def storage_blob(content: bytes, *, numel: int = 4, declared: int | None = None, described: bytes | None = None) -> bytes:
-    """A storage as torch writes it, by hand."""
+    """Return the opcodes of a torch storage."""
     key = tupled(text("storage"), named("torch", "FloatStorage"), text("0"), text("cpu"), b"J" + struct.pack("<i", numel), b"N")
     pickles = [
         pickle.dumps(0x1950A86A20F9469CFC6C, 2),
@@ -79,7 +79,7 @@ def makes_a_folder(path: Path) -> bytes:
 
 
 def zip_archive(path: Path) -> bytes:
-    """What torch.save writes today, of a compressed megabyte that unpacks to a gigabyte's beginning."""
+    """Return a zip archive like torch.save's with a compressed entry: 16 MiB of zeros."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", makes_a_folder(path))
@@ -88,7 +88,7 @@ def zip_archive(path: Path) -> bytes:
 
 
 class Evil:
-    """Makes a folder when it is unpickled."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -98,7 +98,7 @@ class Evil:
 
 
 class Made:
-    """Unpickles as a call of one of torch's functions, with any arguments."""
+    """Unpickles as a call of one of torch's functions with any arguments."""
 
     def __init__(self, function: Callable[..., object], *arguments: object) -> None:
         self.function, self.arguments = function, arguments
@@ -108,7 +108,7 @@ class Made:
 
 
 def stored(numel: int) -> Made:
-    """A storage of float32 zeros."""
+    """Return a storage of float32 zeros."""
     return Made(torch.storage._load_from_bytes, storage_blob(bytes(4 * numel), numel=numel))
 
 
@@ -117,7 +117,7 @@ def tiny() -> TrigFlowPrecond:
 
 
 def hidden(place: Callable[[Evil], dict[str, object]]) -> Make:
-    """A good snapshot with an attack inside."""
+    """Return a maker of a valid snapshot that contains an attack."""
 
     def make(path: Path) -> bytes:
         file = path.with_suffix(".made")
@@ -129,9 +129,9 @@ def hidden(place: Callable[[Evil], dict[str, object]]) -> Make:
 
 
 # ----------------------------------------------------------------------------
-# The attacks: how the file is made, given a folder for it to make, and what the message must name.
+# The attacks: a function that writes the file, given the folder that the attack creates, and what the message must name.
 
-# These do make the folder where pickle.load opens them, as a test below shows.
+# pickle.load does create the folder for these, as a test below shows.
 RUNNING: dict[str, tuple[Make, str]] = {
     "a function": (makes_a_folder, "os.mkdir"),
     "a shell": (lambda path: pickled(call(named("os", "system"), text(f"mkdir '{path}'"))), "os.system"),
@@ -203,7 +203,7 @@ OTHER: dict[str, tuple[Make, str]] = {
 @pytest.mark.parametrize("name", RUNNING)
 def test_the_attacks_are_real(name: str, tmp_path: Path) -> None:
     folder = tmp_path / "code-has-run"
-    with contextlib.suppress(Exception):  # the code has run by then
+    with contextlib.suppress(Exception):  # the code has run by the time of the error
         pickle.loads(RUNNING[name][0](folder))
     assert folder.is_dir()
 
@@ -221,16 +221,16 @@ def test_an_attack_is_refused_by_name_and_nothing_runs(name: str, tmp_path: Path
 
 
 # ----------------------------------------------------------------------------
-# Files that are damaged, or that ask for more memory than they are large.
+# Files that are damaged, or that require more memory than their size.
 
 
 def tensor(*arguments: object) -> Make:
-    """A snapshot with a tensor made of these arguments in its network's place."""
+    """Write a snapshot with a tensor of these arguments instead of the network."""
     return hidden(lambda _: {"ema": Recorded("Precond", _parameters={"weight": Made(torch._utils._rebuild_tensor_v2, *arguments, False, OrderedDict())})})
 
 
 def array(*state: bytes, dtype: str = "f4") -> Make:
-    """A NumPy array in the given state."""
+    """Return a NumPy array with the given pickled state."""
     kind = call(named("numpy", "dtype"), text(dtype), b"\x89", b"\x88")
     empty = call(named("numpy._core.multiarray", "_reconstruct"), named("numpy", "ndarray"), tupled(b"K\x00"), bytestring(b"b"))
     return lambda _: pickled(empty, tupled(b"K\x01", state[0], kind, *state[1:]), b"b")
@@ -249,7 +249,7 @@ def cut(share: float) -> Make:
 
 
 def module_in_itself(_: Path) -> bytes:
-    """A ModuleDict that holds itself."""
+    """Return a ModuleDict that contains itself."""
     module = named("torch.nn.modules.container", "ModuleDict") + b")\x81\x94"
     network = b"}" + text("_modules") + b"}" + text("enc") + module + b"}" + text("_modules") + b"}" + text("a") + b"h\x00ssb" + b"ss"
     meta = b"}" + text("type") + text("class") + b"s" + text("class_name") + text("Precond") + b"s" + text("state") + network + b"s"
@@ -257,7 +257,7 @@ def module_in_itself(_: Path) -> bytes:
 
 
 def same_storage_often(path: Path) -> bytes:
-    """Tensors that are each as large as the file's storage, which is there once."""
+    """Tensors that share the file's single storage, each as large as the storage."""
     shared = stored(1 << 12)
     tensors = {f"w{i}": Made(torch._utils._rebuild_tensor_v2, shared, 0, (1 << 12,), (1,), False, OrderedDict()) for i in range(50)}
     network = Recorded("Precond", img_resolution=8, img_channels=3, label_dim=0, _modules={"unet": Recorded("UNet", _parameters=tensors)})
@@ -333,7 +333,7 @@ def test_a_file_of_nothing_but_opcodes_is_refused(tmp_path: Path, monkeypatch: p
 
 
 def test_a_high_place_in_the_memo_takes_no_memory(tmp_path: Path) -> None:
-    """For which pickle.load takes 4 GB, from nine bytes."""
+    """pickle.load allocates 4 GB for these nine bytes."""
     file = tmp_path / "memo.pkl"
     file.write_bytes(pickled(b"Nr\xff\xff\xff\x0f", protocol=2))
     tracemalloc.start()

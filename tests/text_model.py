@@ -1,6 +1,6 @@
-"""A sampler of text with everything a model can have, tiny: attention over tokens with a mask, a guidance scale, a decoder, an encoder and a preview decoder.
+"""A tiny text-to-image sampler with every optional part: attention over masked tokens, a guidance scale, a decoder, an encoder and a preview decoder.
 
-Heights differ from widths, and every input changes what comes out.
+Height and width differ, and every input changes the output.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Network(nn.Module):
 
 
 class ToImage(nn.Module):
-    """Latents to pixels, ``factor`` times as large."""
+    """Converts latents to pixels, upsampled by ``factor``."""
 
     def __init__(self, factor: int) -> None:
         super().__init__()
@@ -67,7 +67,12 @@ class ToLatents(nn.Module):
 
 
 def text_model(*, latents: bool = False, extras: bool = True) -> Model:
-    """The model, always with the same weights; on demand without its decoder, or without the encoder and preview decoder, which take time to trace."""
+    """Return the model, always with the same weights.
+
+    Args:
+        latents: Leave out the decoder.
+        extras: Include the encoder and the preview decoder, which take time to trace.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network, decoder, preview, encoder = Network(), ToImage(2), ToImage(1), ToLatents()

@@ -1,4 +1,4 @@
-"""Training checkpoints of a small network of one's own: written, changed byte by byte, and read."""
+"""Writes, modifies and reads training checkpoints of a small custom network."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ RAW, AVERAGE = 1, 2  # seeds
 
 
 def save(folder: Path, content: object, **options: Any) -> Path:
-    """Writes a checkpoint, and the config that describes its network."""
+    """Write a checkpoint and the config that describes its network. Returns the checkpoint's path."""
     torch.save(content, folder / "run.pt", **options)
     (folder / "config.json").write_text(json.dumps(HEADER))
     return folder / "run.pt"
 
 
 def taken(path: Path, **options: Any) -> tuple[dict[str, Tensor], list[str]]:
-    """The weights that are read, and what is said."""
+    """Load a checkpoint. Returns its weights and the progress messages."""
     said: list[str] = []
     program = load(path, config=path.parent / "config.json", factory="own_networks:plain", progress=said.append, **options)
     assert isinstance(program, Program)
@@ -53,13 +53,13 @@ def same(found: dict[str, Tensor], seed: int) -> bool:
 
 
 def raw_pickle(path: Path, state: object, *opcodes: bytes) -> None:
-    """A checkpoint {"ema": weights, "beside": what the opcodes leave on the stack}."""
+    """Write a checkpoint {"ema": state, "beside": the object that the opcodes leave on the stack}."""
     torch.save({"ema": state, "beside": "HERE"}, path)
     rezip(path, lambda data: data.replace(text("HERE"), b"".join(opcodes)))
 
 
 def rezip(path: Path, change: Callable[[bytes], bytes]) -> None:
-    """The archive with another pickle."""
+    """Replace an archive's pickle by ``change`` of it."""
     with zipfile.ZipFile(path) as archive:
         entries = {name: archive.read(name) for name in archive.namelist()}
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:

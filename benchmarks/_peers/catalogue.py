@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from typing import Any
 
-from scm_runtime.ort.native_ops import MATMUL_PRECISION
+from scm_runtime.ort.options import MATMUL_PRECISION
 
 
 @dataclass(frozen=True, kw_only=True)

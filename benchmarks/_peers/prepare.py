@@ -18,10 +18,11 @@ from _peers.models import write_checkpoint
 from _peers.sizes import SIZES
 from scm_export import export, ops
 from scm_export.checkpoints import load
+from scm_export.example_inputs import example_conditioning
 from scm_export.families import BuildOptions, build_model
+from scm_export.graphs.trace import trace_step
 from scm_export.model import Model
 from scm_export.parametrisation import sample
-from scm_export.trace import example, trace_step
 from scm_export.writer import BundleWriter
 from scm_runtime.bundle.manifest import Dtype
 
@@ -79,7 +80,7 @@ def draw_reference(model: Model, folder: Path, samples: int, steps: int) -> tupl
     noises = [ops.philox_normal(seeds(samples), draw, model.sample_shape) for draw in range(steps + 1)]
     conditioning = {}
     for item in model.conditioning:
-        value = example(item, samples, {size: TOKENS for size in item.shape if isinstance(size, str)})
+        value = example_conditioning(item, samples, {size: TOKENS for size in item.shape if isinstance(size, str)})
         # The pipelines take one guidance scale for the whole batch, and no mask.
         conditioning[item.name] = torch.full((samples,), float(item.default or 1)) if item.kind == "scalar" else value
         if item.kind == "mask":

@@ -1,10 +1,10 @@
-# SCM_OPS_CUDA_FOUND: whether to build CUDA kernels, for SCM_OPS_CUDA_ARCHITECTURES.
+# Sets SCM_OPS_CUDA_FOUND: ON if CUDA kernels are to be built, for SCM_OPS_CUDA_ARCHITECTURES.
 set(SCM_OPS_CUDA_FOUND OFF)
-# Real code for Ampere (A100; 30 series), Ada and Hopper, and PTX of the last for what comes after.
+# Machine code for Ampere (A100, RTX 30), Ada and Hopper, and Hopper's PTX for later architectures.
 set(SCM_OPS_CUDA_ARCHITECTURES 80-real 86-real 89-real 90-real 90-virtual CACHE STRING "CUDA architectures to compile for")
 
 string(TOUPPER "${SCM_OPS_CUDA}" wanted)
-if(wanted STREQUAL "")  # an environment variable that is set to nothing
+if(wanted STREQUAL "")  # an environment variable with an empty value
   set(wanted AUTO)
 endif()
 if(NOT wanted MATCHES "^(AUTO|ON|OFF)$")
@@ -19,13 +19,13 @@ if(NOT wanted STREQUAL "OFF")
     if(CMAKE_CUDA_COMPILER_ID STREQUAL "NVIDIA" AND CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 12.0 AND TARGET CUDA::cudart_static)
       set(SCM_OPS_CUDA_FOUND ON)
     elseif(wanted STREQUAL "ON")
-      message(FATAL_ERROR "The CUDA kernels need nvcc 12.0 or newer and cudart_static, got ${CMAKE_CUDA_COMPILER_ID} ${CMAKE_CUDA_COMPILER_VERSION}")
+      message(FATAL_ERROR "The CUDA kernels require nvcc 12.0 or newer and cudart_static, got ${CMAKE_CUDA_COMPILER_ID} ${CMAKE_CUDA_COMPILER_VERSION}")
     else()
       message(STATUS "nvcc ${CMAKE_CUDA_COMPILER_VERSION} is older than 12.0 or lacks cudart_static: CPU kernels only")
     endif()
   elseif(wanted STREQUAL "ON")
-    message(FATAL_ERROR "SCM_OPS_CUDA=ON, and no nvcc was found. Install the CUDA toolkit, name it with CUDACXX, or set SCM_OPS_CUDA=AUTO or OFF.")
+    message(FATAL_ERROR "SCM_OPS_CUDA=ON requires nvcc, which was not found. Install the CUDA toolkit, set CUDACXX to its path, or set SCM_OPS_CUDA=AUTO or OFF.")
   else()
-    message(STATUS "No nvcc: CPU kernels only")
+    message(STATUS "nvcc was not found: CPU kernels only")
   endif()
 endif()

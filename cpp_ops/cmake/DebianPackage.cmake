@@ -1,9 +1,9 @@
 # scm_debian_package(<result> <problem> <package> [SUITE <suite>])
 #
-# Unpacks one Debian package below the build folder, without installing it and without touching the machine's own apt: lists, cache and
-# configuration are private, the mirror is the machine's. <result> is the folder that takes the place of / for the package's files; where it
-# cannot be had, <result> is empty and <problem> says why. Without SUITE the package is that of the machine's own release, whose
-# C++ libraries fit the machine's compiler. What was unpacked once is kept.
+# Downloads a Debian package and unpacks it into the build folder. Does not install it and does not modify the system's apt state: package lists, cache and
+# configuration are private; only the mirror is taken from the system. Sets <result> to the folder that contains the package's files as if it were /, or, on
+# failure, sets <result> to the empty string and <problem> to the reason. Without SUITE the package is taken from the system's own release, so that C++
+# libraries match the system's compiler. An unpacked package is reused.
 
 include_guard(GLOBAL)
 
@@ -28,7 +28,7 @@ function(scm_debian_package result problem package)
       set(codename "${CMAKE_MATCH_1}")
     endif()
   endforeach()
-  # Derivatives carry their own suites: Debian's are not on their mirrors.
+  # Mirrors of derivatives do not have Debian's suites.
   if(NOT id STREQUAL "debian" AND NOT (id STREQUAL "ubuntu" AND NOT arg_SUITE))
     set(${problem} "this is not Debian (ID in /etc/os-release: '${id}')" PARENT_SCOPE)
     return()
@@ -38,7 +38,7 @@ function(scm_debian_package result problem package)
     set(suite "${codename}")
   endif()
   if(NOT suite)
-    set(${problem} "/etc/os-release names no VERSION_CODENAME" PARENT_SCOPE)
+    set(${problem} "/etc/os-release has no VERSION_CODENAME" PARENT_SCOPE)
     return()
   endif()
 
@@ -59,7 +59,7 @@ function(scm_debian_package result problem package)
   endif()
   _scm_debian_mirror(mirror options "${codename}")
   if(NOT mirror)
-    set(${problem} "the machine's apt sources name no mirror with ${codename}" PARENT_SCOPE)
+    set(${problem} "the system's apt sources contain no mirror for ${codename}" PARENT_SCOPE)
     return()
   endif()
 
@@ -71,7 +71,7 @@ function(scm_debian_package result problem package)
   file(MAKE_DIRECTORY "${apt}/state/lists/partial" "${apt}/cache/archives/partial" "${root}.deb")
   file(WRITE "${apt}/state/status" "")
   file(WRITE "${apt}/sources.list" "deb ${options}${mirror} ${suite} ${components}\n")
-  # Proxies and certificates are the machine's; its hooks, pins and default release are not ours to run or obey.
+  # Keep the system's proxies and certificates, but not its hooks, pins and default release.
   execute_process(COMMAND "${SCM_APT_CONFIG}" dump --format "%f \"%v\";%n" Acquire OUTPUT_VARIABLE acquire ERROR_QUIET TIMEOUT 20)
   file(WRITE "${apt}/apt.conf" "${acquire}
 Dir::Etc::Main \"/dev/null\";
@@ -90,7 +90,7 @@ Acquire::https::Timeout \"20\";
 APT::Sandbox::User \"\";
 APT::Update::Error-Mode \"any\";
 ")
-  message(STATUS "Fetching Debian's package ${package} of ${suite}")
+  message(STATUS "Fetching the Debian package ${package} of ${suite}")
   foreach(command "${SCM_APT_GET};--quiet;update" "${SCM_APT_GET};--quiet;download;${package}")
     execute_process(
       COMMAND "${CMAKE_COMMAND}" -E env "APT_CONFIG=${apt}/apt.conf" LC_ALL=C ${command}
@@ -103,7 +103,7 @@ APT::Update::Error-Mode \"any\";
     if(NOT status EQUAL 0)
       string(REGEX MATCH "E: [^\n]*" reason "${output}")
       list(JOIN command " " command)
-      set(${problem} "'${command}' ended with ${status} (${reason})" PARENT_SCOPE)
+      set(${problem} "'${command}' failed with ${status} (${reason})" PARENT_SCOPE)
       return()
     endif()
   endforeach()
@@ -113,7 +113,7 @@ APT::Update::Error-Mode \"any\";
     RESULT_VARIABLE status ERROR_VARIABLE output OUTPUT_QUIET TIMEOUT "${SCM_APT_TIMEOUT}"
   )
   if(NOT status EQUAL 0)
-    set(${problem} "'dpkg -x' ended with ${status} (${output})" PARENT_SCOPE)
+    set(${problem} "'dpkg -x' failed with ${status} (${output})" PARENT_SCOPE)
     return()
   endif()
   file(REMOVE_RECURSE "${root}.deb" "${apt}/state" "${apt}/cache")
@@ -121,7 +121,7 @@ APT::Update::Error-Mode \"any\";
   set(${result} "${root}" PARENT_SCOPE)
 endfunction()
 
-# The machine's mirror: the first source of packages that has the machine's own release, in either format of apt; and its options.
+# Finds the system's mirror: the first package source for the system's own release, in either of apt's formats, and its options.
 function(_scm_debian_mirror mirror options codename)
   set(${mirror} "" PARENT_SCOPE)
   set(${options} "" PARENT_SCOPE)
@@ -152,7 +152,7 @@ function(_scm_debian_mirror mirror options codename)
 
   file(GLOB lists "/etc/apt/sources.list" "/etc/apt/sources.list.d/*.list")
   foreach(path IN LISTS lists)
-    # Square brackets would join the elements of a CMake list.
+    # CMake does not split lists inside of square brackets.
     file(READ "${path}" text)
     string(REPLACE "[" "<" text "${text}")
     string(REPLACE "]" ">" text "${text}")

@@ -1,23 +1,23 @@
-# find_package(OnnxRuntimeHeaders): ONNX Runtime's C and C++ headers, which no wheel ships. Looks, in this order, at
+# find_package(OnnxRuntimeHeaders): ONNX Runtime's C and C++ headers, which wheels do not contain. Searches, in this order:
 #
-#   1. -DONNXRUNTIME_INCLUDE_DIR=…, the folder with onnxruntime_c_api.h; nowhere else if it is given
+#   1. -DONNXRUNTIME_INCLUDE_DIR=…, the folder with onnxruntime_c_api.h; if it is given, nothing else is searched
 #   2. the system and CMAKE_PREFIX_PATH
-#   3. Debian's package libonnxruntime-dev, unpacked into the build folder   } unless
+#   3. the Debian package libonnxruntime-dev, unpacked into the build folder   } unless
 #   4. the project's release archive                                         } SCM_OPS_FETCH_HEADERS=OFF
 #
-# Gives the target OnnxRuntime::Headers and OnnxRuntimeHeaders_INCLUDE_DIR, OnnxRuntimeHeaders_API_VERSION (18) and
-# OnnxRuntimeHeaders_VERSION (1.18: the headers do not tell the patch). Without headers of API 18 or newer, REQUIRED or not, it ends
-# CMake with all that was tried.
+# Defines the target OnnxRuntime::Headers and sets OnnxRuntimeHeaders_INCLUDE_DIR, OnnxRuntimeHeaders_API_VERSION (e.g. 18) and OnnxRuntimeHeaders_VERSION
+# (e.g. 1.18: the headers do not contain the patch version). If there are no headers of API 18 or newer, it is a fatal error, REQUIRED or not, which lists
+# everything that was tried.
 
 include("${CMAKE_CURRENT_LIST_DIR}/DebianPackage.cmake")
 
-option(SCM_OPS_FETCH_HEADERS "Fetch ONNX Runtime's headers where the system has none" ON)
+option(SCM_OPS_FETCH_HEADERS "Download ONNX Runtime's headers if the system has none" ON)
 set(ONNXRUNTIME_INCLUDE_DIR "" CACHE PATH "Folder with ONNX Runtime's onnxruntime_c_api.h")
 
 set(_ort_oldest 18)
 set(_ort_package_suite trixie)  # the first release with the package
 
-# SHA-256 of the archives of 1.21.0, the version that Debian has.
+# SHA-256 of the release archives of 1.21.0, the version in Debian.
 set(_ort_release 1.21.0)
 set(_ort_linux-x64.tgz 7485c7e7aac6501b27e353dcbe068e45c61ab51fbaf598d13970dfae669d20bf)
 set(_ort_linux-aarch64.tgz 4508084bde1232ee1ab4b6fad2155be0ea2ccab1c1aae9910ddb3fb68a60805e)
@@ -25,7 +25,7 @@ set(_ort_osx-x86_64.tgz 8305afd2d75ee5702844a23b099d41885af30ad3d1b4cf3d8d795e3d
 set(_ort_osx-arm64.tgz 5c3f2064ee97eb7774e87f396735c8eada7287734f1bb7847467ad30d4036115)
 set(_ort_win-x64.zip 5c07bb2805cd666dda75fa9bfa60e75f2f90d478b952298dd9d55c00740d81bf)
 
-# The API version of the headers in a folder, or the reason why they cannot be used.
+# Sets <api> to the API version of the headers in a folder, or <problem> to the reason why they are not usable.
 function(_ort_inspect folder api problem)
   set(${api} "" PARENT_SCOPE)
   set(${problem} "" PARENT_SCOPE)
@@ -42,7 +42,7 @@ function(_ort_inspect folder api problem)
   set(${api} "${version}" PARENT_SCOPE)
 endfunction()
 
-# Unpacks the release archive for this platform below the build folder.
+# Downloads the release archive for this platform and unpacks it into the build folder. Sets <folder>, or <problem> on failure.
 function(_ort_fetch_release folder problem)
   set(${folder} "" PARENT_SCOPE)
   set(${problem} "" PARENT_SCOPE)
@@ -95,14 +95,14 @@ set(_ort_api "")
 if(ONNXRUNTIME_INCLUDE_DIR)
   _ort_inspect("${ONNXRUNTIME_INCLUDE_DIR}" _ort_api _ort_problem)
   if(_ort_problem)
-    message(FATAL_ERROR "ONNXRUNTIME_INCLUDE_DIR cannot be used: ${_ort_problem}. Name the folder that holds the header, or leave it out.")
+    message(FATAL_ERROR "ONNXRUNTIME_INCLUDE_DIR is not usable: ${_ort_problem}. Set it to the folder that contains the header, or unset it.")
   endif()
   set(_ort_folder "${ONNXRUNTIME_INCLUDE_DIR}")
 endif()
 
 if(NOT _ort_folder)
   find_path(_ort_system onnxruntime_c_api.h PATH_SUFFIXES onnxruntime onnxruntime/core/session core/session NO_CACHE)
-  set(_ort_problem "onnxruntime_c_api.h is in none of its folders")
+  set(_ort_problem "onnxruntime_c_api.h was not found")
   if(_ort_system)
     _ort_inspect("${_ort_system}" _ort_api _ort_problem)
   endif()
@@ -121,7 +121,7 @@ if(NOT _ort_folder AND SCM_OPS_FETCH_HEADERS)
   if(_ort_api)
     set(_ort_folder "${_ort_root}/usr/include/onnxruntime")
   else()
-    string(APPEND _ort_tried "\n  - Debian's package libonnxruntime-dev: ${_ort_problem}")
+    string(APPEND _ort_tried "\n  - the Debian package libonnxruntime-dev: ${_ort_problem}")
   endif()
 endif()
 
@@ -139,11 +139,11 @@ endif()
 
 if(NOT _ort_folder)
   if(NOT SCM_OPS_FETCH_HEADERS)
-    string(APPEND _ort_tried "\n  - fetching them: forbidden by SCM_OPS_FETCH_HEADERS=OFF")
+    string(APPEND _ort_tried "\n  - downloading them: disabled by SCM_OPS_FETCH_HEADERS=OFF")
   endif()
-  # Indented lines are not filled.
+  # CMake does not rewrap indented lines.
   message(FATAL_ERROR "ONNX Runtime's headers were not found. Tried${_ort_tried}\n"
-    "Install them (Debian 13 and later: apt-get install libonnxruntime-dev), or name the folder of onnxruntime_c_api.h:\n"
+    "Install them (Debian 13 and later: apt-get install libonnxruntime-dev), or set the folder of onnxruntime_c_api.h:\n"
     "  cmake -DONNXRUNTIME_INCLUDE_DIR=/path/to/include …, or ONNXRUNTIME_INCLUDE_DIR=/path/to/include pip install …")
 endif()
 

@@ -1,7 +1,7 @@
 # scm_install_ops(<target> OPSET <version> ORT_API <version>)
 #
-# Installs the library, and beside it scm_ops.json, which tells scm_runtime/native.py what the library is before it is loaded. Call it
-# where CMAKE_CUDA_COMPILER and CMAKE_CUDA_ARCHITECTURES are known: they are written down if the language CUDA is enabled.
+# Installs the library and scm_ops.json, which describes the library to scm_runtime/ort/native_ops.py before it is loaded. Call it after the CUDA language has
+# been enabled, if at all: scm_ops.json then contains the CUDA version and the architectures.
 
 include_guard(GLOBAL)
 
@@ -20,7 +20,7 @@ function(scm_install_ops target)
     set(_ops_cuda "{\"version\": \"${version}\", \"architectures\": [\"${architectures}\"]}")
   endif()
   configure_file("${CMAKE_CURRENT_FUNCTION_LIST_DIR}/scm_ops.json.in" "${CMAKE_CURRENT_BINARY_DIR}/scm_ops.json" @ONLY)
-  # A DLL is a RUNTIME artefact, a shared object or dylib a LIBRARY.
+  # A DLL is a RUNTIME artifact; a shared object or dylib is a LIBRARY.
   install(TARGETS ${target} LIBRARY DESTINATION scm_runtime/_native RUNTIME DESTINATION scm_runtime/_native)
   install(FILES "${CMAKE_CURRENT_BINARY_DIR}/scm_ops.json" DESTINATION scm_runtime/_native)
 endfunction()

@@ -1,4 +1,4 @@
-# include(ScmGTest): GoogleTest as GTest::gtest and GTest::gtest_main, from the system or from Debian's package unpacked into the build folder.
+# include(ScmGTest): defines GTest::gtest and GTest::gtest_main, from the system or from the Debian package, unpacked into the build folder.
 
 include_guard(GLOBAL)
 include("${CMAKE_CURRENT_LIST_DIR}/DebianPackage.cmake")
@@ -8,10 +8,10 @@ find_package(GTest QUIET)
 if(NOT GTest_FOUND)
   scm_debian_package(_gtest_root _gtest_problem libgtest-dev)
   if(NOT _gtest_root)
-    message(FATAL_ERROR "GoogleTest was not found on the system, and Debian's package libgtest-dev cannot be had: ${_gtest_problem}.\n"
-      "Install it (apt-get install libgtest-dev), or name its prefix: cmake -DCMAKE_PREFIX_PATH=/path …")
+    message(FATAL_ERROR "GoogleTest was not found on the system, and the Debian package libgtest-dev is not available: ${_gtest_problem}.\n"
+      "Install it (apt-get install libgtest-dev), or set its prefix: cmake -DCMAKE_PREFIX_PATH=/path …")
   endif()
-  # Its CMake package finds its files from where it lies itself.
+  # The CMake package is relocatable: it finds its files relative to its own folder.
   file(GLOB _gtest_config "${_gtest_root}/usr/lib/*/cmake/GTest" "${_gtest_root}/usr/lib/cmake/GTest")
   find_package(GTest REQUIRED CONFIG PATHS ${_gtest_config} NO_DEFAULT_PATH)
 endif()

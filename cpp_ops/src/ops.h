@@ -1,4 +1,4 @@
-// The operators of the domain `scm`, version 1 (docs/custom-ops.md). Each function adds one of them, for all its devices and element types.
+// The operators of the library (docs/custom-ops.md). Each function adds one operator of the domain `scm`, version 1, for all its devices and element types.
 #pragma once
 
 #include "common/custom_op.h"
@@ -16,11 +16,13 @@ void add_consistency_step(CustomOps& ops, const OrtApi& api);
 void add_philox_normal(CustomOps& ops, const OrtApi& api);
 void add_to_image(CustomOps& ops, const OrtApi& api);
 
-// Of the domains `scm.channels_last` and `scm.channels_first`, version 1, to float32's accuracy (`exact`) or to bfloat16's; and whether this processor can.
-template <bool kExact>
+// These add the operators of the domains `scm.channels_last` and `scm.channels_first`, version 1: convolutions and matrix products that multiply bfloat16. With
+// split_bf16 every float32 is split into two bfloat16, which keeps about 16 bits of precision; without it, bfloat16's 8.
+template <bool kSplitBf16>
 void add_channels_last(CustomOps& ops, const OrtApi& api);
-template <bool kExact>
+template <bool kSplitBf16>
 void add_channels_first(CustomOps& ops, const OrtApi& api);
-bool has_products(bool exact);
+// True if this processor, and the operating system, support those kernels.
+bool has_dense_kernels(bool split_bf16);
 
 }  // namespace scm

@@ -1,4 +1,4 @@
-// The library's only export: registers its operators with a session's options.
+// RegisterCustomOps, the library's only exported function: adds the operators to a session's options.
 #include <array>
 #include <cstdio>
 #include <string>
@@ -27,11 +27,11 @@ constexpr void (*kOps[])(CustomOps&, const OrtApi&) = {
     add_to_image,
 };
 
-// ONNX Runtime keeps pointers to the domain and its operators for as long as a session lives, and this library loaded for as long.
+// A custom operator domain and its operators. ONNX Runtime keeps pointers to them, and keeps this library loaded, as long as a session exists.
 class Domain {
  public:
   template <typename Add>
-  Domain(const OrtApi& api, const char* name, const Add& add) : Domain(api) {  // from here on the destructor runs, whatever is thrown
+  Domain(const OrtApi& api, const char* name, const Add& add) : Domain(api) {  // delegation: the destructor runs even if this body throws
     add(ops_, api);
     check(api, api.CreateCustomOpDomain(name, &domain_));
     for (const auto& op : ops_) check(api, api.CustomOpDomain_Add(domain_, op.get()));
@@ -55,37 +55,41 @@ void add_scm(CustomOps& ops, const OrtApi& api) {
 }
 
 #ifdef SCM_OPS_BFLOAT16
-constexpr const char* kPrecision = "scm.float32_matmul_precision";
+constexpr const char* kPrecisionKey = "scm.float32_matmul_precision";
 
-// What the session's configuration says, in torch's words; without it, as for sessions on other devices, function bodies run.
-std::string wanted_precision(const OrtApi& api, const OrtSessionOptions* options) {
+// Returns the precision that the session's configuration requests, in the terms of torch.set_float32_matmul_precision. Without the entry it is "highest": the
+// ONNX function bodies run, as they do for sessions on other devices.
+std::string matmul_precision(const OrtApi& api, const OrtSessionOptions* options) {
   int is_set = 0;
-  check(api, api.HasSessionConfigEntry(options, kPrecision, &is_set));
+  check(api, api.HasSessionConfigEntry(options, kPrecisionKey, &is_set));
   if (!is_set) return "highest";
   std::array<char, 16> value{};
   std::size_t size = value.size();
-  check(api, api.GetSessionConfigEntry(options, kPrecision, value.data(), &size));
+  check(api, api.GetSessionConfigEntry(options, kPrecisionKey, value.data(), &size));
   return value.data();
 }
 
-template <bool kExact>
-struct Products {
-  explicit Products(const OrtApi& api) : last(api, "scm.channels_last", add_channels_last<kExact>), first(api, "scm.channels_first", add_channels_first<kExact>) {}
+template <bool kSplitBf16>
+struct DenseDomains {
+  explicit DenseDomains(const OrtApi& api)
+      : channels_last(api, "scm.channels_last", add_channels_last<kSplitBf16>), channels_first(api, "scm.channels_first", add_channels_first<kSplitBf16>) {}
 
-  Domain last, first;
+  Domain channels_last, channels_first;
 };
 
-template <bool kExact>
-void add_products_to(const OrtApi& api, OrtSessionOptions* options) {
-  static const Products<kExact> products(api);
-  for (const Domain* domain : {&products.last, &products.first}) check(api, api.AddCustomOpDomain(options, domain->get()));
+template <bool kSplitBf16>
+void add_dense_domains(const OrtApi& api, OrtSessionOptions* options) {
+  static const DenseDomains<kSplitBf16> domains(api);
+  for (const Domain* domain : {&domains.channels_last, &domains.channels_first}) check(api, api.AddCustomOpDomain(options, domain->get()));
 }
 
-void register_products(const OrtApi& api, OrtSessionOptions* options) {
-  const std::string wanted = wanted_precision(api, options);
-  if (wanted != "highest" && wanted != "high" && wanted != "medium") throw Error{std::string(kPrecision) + " must be highest, high or medium, got " + wanted};
-  if (wanted == "highest" || !has_products(wanted == "high")) return;
-  (wanted == "high" ? add_products_to<true> : add_products_to<false>)(api, options);
+void register_dense_ops(const OrtApi& api, OrtSessionOptions* options) {
+  const std::string precision = matmul_precision(api, options);
+  if (precision != "highest" && precision != "high" && precision != "medium") {
+    throw Error{std::string(kPrecisionKey) + " must be highest, high or medium, got " + precision};
+  }
+  if (precision == "highest" || !has_dense_kernels(precision == "high")) return;
+  (precision == "high" ? add_dense_domains<true> : add_dense_domains<false>)(api, options);
 }
 #endif
 
@@ -95,7 +99,7 @@ void register_products(const OrtApi& api, OrtSessionOptions* options) {
 extern "C" SCM_OPS_EXPORT OrtStatus* ORT_API_CALL RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
   const OrtApi* api = base->GetApi(SCM_OPS_ORT_API);
   if (!api) {
-    const OrtApi* oldest = base->GetApi(1);  // enough to say what is wrong
+    const OrtApi* oldest = base->GetApi(1);  // every release supports API 1, which has CreateStatus
     char reason[128];
     std::snprintf(reason, sizeof reason, "scm_ops needs ONNX Runtime 1.%d or newer, got %s", SCM_OPS_ORT_API, base->GetVersionString());
     return oldest->CreateStatus(ORT_FAIL, reason);
@@ -104,7 +108,7 @@ extern "C" SCM_OPS_EXPORT OrtStatus* ORT_API_CALL RegisterCustomOps(OrtSessionOp
     static const scm::Domain domain(*api, "scm", scm::add_scm);
     scm::check(*api, api->AddCustomOpDomain(options, domain.get()));
 #ifdef SCM_OPS_BFLOAT16
-    scm::register_products(*api, options);
+    scm::register_dense_ops(*api, options);
 #endif
   });
 }

@@ -1,13 +1,13 @@
-// What ONNX Runtime may do at once: open sessions, run one session from several threads, and divide a kernel's work among threads of its own. The results
-// must be those of one thread; under ThreadSanitizer (make ops-tsan), no memory may be shared unless for reading.
+// What ONNX Runtime may do concurrently: create sessions, run one session from several threads, and divide a kernel's work among its own threads. The results
+// must equal those of one thread. ThreadSanitizer (make ops-tsan) checks that threads share memory only for reading.
 //
-// An executable of its own: what is made at the first call is to be made by several threads at once, so nothing may have called the library before.
+// This is a separate executable, because several threads must make the first call of the library at the same time.
 #include <algorithm>
 #include <set>
 
 #include "support.h"
 
-// A test asks for more memory than there is, and wants null.
+// A test allocates more memory than is available, and expects malloc to return null.
 #if defined(__SANITIZE_ADDRESS__)
 extern "C" __attribute__((visibility("default"))) const char* __asan_default_options() { return "allocator_may_return_null=1"; }
 #elif defined(__SANITIZE_THREAD__)
@@ -32,7 +32,7 @@ struct Example {
   }
 };
 
-// A node of every operator, with work for several threads.
+// Returns a node of each operator, with enough work for several threads.
 std::vector<Example> examples(ONNXTensorElementDataType type) {
   const Tensor x = random(type, {2, 500, 64}), state = random(kFloat, {2, 4, 90, 91}), t = random(kFloat, {2});
   std::vector<Example> all{
@@ -56,21 +56,21 @@ void expect_outputs(const Outcome& outcome, const Outcome& expected) {
   for (std::size_t i = 0; i < expected.outputs.size(); ++i) expect_same_bits(outcome.outputs[i], expected.outputs[i]);
 }
 
-// The first of the process: see CMakeLists.txt.
-TEST(ConcurrencyTest, SessionsThatOpenAtOnceGetTheSameDomain) {
-  const auto domains = fake_ort::register_at_once(kCallers);
+// Must be the first test in the process, so that the threads make the first call of the library.
+TEST(ConcurrencyTest, SessionsCreatedConcurrentlyGetTheSameDomain) {
+  const auto domains = fake_ort::register_concurrently(kCallers);
   EXPECT_EQ(std::set(domains.begin(), domains.end()).size(), 1u);
   EXPECT_NE(domains.at(0), nullptr);
 }
 
-// Nothing has run yet: the first kernels choose among the levels of the processor at once.
-TEST(ConcurrencyTest, SessionsInferAndRunAtOnce) {
+// No kernel has run yet: the threads select the processor's x86-64 level concurrently.
+TEST(ConcurrencyTest, SessionsInferAndRunConcurrently) {
   fake_ort::library();
   const std::vector<Example> nodes = examples(kFloat);
   std::vector<std::vector<Outcome>> outcomes(kCallers);
   Options options;
   options.threads = Threads::many;
-  fake_ort::at_once(kCallers, [&](int caller) {
+  fake_ort::in_parallel(kCallers, [&](int caller) {
     for (const Example& node : nodes) {
       Options own = options;
       own.outputs.assign(node.outputs, true);
@@ -95,9 +95,9 @@ TEST(ConcurrencyTest, OneKernelServesManyCallers) {
       Options options = with_outputs(std::vector<bool>(node.outputs, true));
       const Outcome expected = fake_ort::run(node.op, node.inputs, node.attributes, options);
       ASSERT_EQ(expected.error, "");
-      EXPECT_GT(expected.pieces, 1u) << "too little work to be divided";
+      EXPECT_GT(expected.pieces, 1u) << "the work is too small to be divided";
       options.threads = Threads::many;
-      for (const Outcome& outcome : fake_ort::run_at_once(*fake_ort::find(node.op, node.types()), node.inputs, node.attributes, options, kCallers, 3)) {
+      for (const Outcome& outcome : fake_ort::run_concurrently(*fake_ort::find(node.op, node.types()), node.inputs, node.attributes, options, kCallers, 3)) {
         EXPECT_EQ(outcome.pieces, expected.pieces);
         expect_outputs(outcome, expected);
       }
@@ -106,18 +106,19 @@ TEST(ConcurrencyTest, OneKernelServesManyCallers) {
 }
 
 TEST(ConcurrencyTest, CallersGetTheirOwnErrors) {
-  const std::int64_t length = std::int64_t{1} << 44;  // more than there is memory for
+  const std::int64_t length = std::int64_t{1} << 44;  // more than the available memory
   Options options;
-  options.pretend_memory = true;
+  options.no_output_memory = true;
   options.threads = Threads::many;
   const OrtCustomOp* op = fake_ort::find("CosineAttention", {kFloat});
-  for (const Outcome& outcome : fake_ort::run_at_once(*op, {{kFloat, {4, length, 3}, {}}}, {{"heads", std::int64_t{1}}, {"eps", 1e-4f}}, options, kCallers, 3)) {
-    EXPECT_EQ(outcome.error, "scm::CosineAttention: std::bad_alloc with inputs of the shapes [4, 17592186044416, 3]");
+  const Attributes attributes{{"heads", std::int64_t{1}}, {"eps", 1e-4f}};
+  for (const Outcome& outcome : fake_ort::run_concurrently(*op, {{kFloat, {4, length, 3}, {}}}, attributes, options, kCallers, 3)) {
+    EXPECT_EQ(outcome.error, "scm::CosineAttention: std::bad_alloc with input shapes [4, 17592186044416, 3]");
   }
 }
 
-// Not a test of the library: the sanitizer must find this, or it would find nothing (see CMakeLists.txt).
-TEST(DISABLED_PlantedRaceTest, AKernelThatCountsItsRuns) {
+// Not a test of the library: shows that ThreadSanitizer reports a race (see CMakeLists.txt).
+TEST(DISABLED_DeliberateRaceTest, KernelThatCountsItsRuns) {
   struct Counting : OrtCustomOp {
     int runs = 0;
   } op{};
@@ -130,7 +131,7 @@ TEST(DISABLED_PlantedRaceTest, AKernelThatCountsItsRuns) {
     return nullptr;
   };
   op.KernelDestroy = [](void*) {};
-  fake_ort::run_at_once(op, {}, {}, with_outputs({}), kCallers, 3);
+  fake_ort::run_concurrently(op, {}, {}, with_outputs({}), kCallers, 3);
   EXPECT_GT(op.runs, 0);
 }
 

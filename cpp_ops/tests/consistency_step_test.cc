@@ -48,7 +48,7 @@ TYPED_TEST(ConsistencyStepTest, FollowsItsFormula) {
   }
 }
 
-TYPED_TEST(ConsistencyStepTest, HoldsAtTheEndsOfTimeAndKeepsNaNInItsSample) {
+TYPED_TEST(ConsistencyStepTest, IsExactAtTheEndsOfTimeAndKeepsNaNInItsSample) {
   const double nan = std::numeric_limits<double>::quiet_NaN();
   Inputs inputs(kType<TypeParam>, {5, 3});
   inputs.t = tensor(kFloat, {5}, {0, 1.5707964, 1.566, nan, 1});
@@ -56,10 +56,10 @@ TYPED_TEST(ConsistencyStepTest, HoldsAtTheEndsOfTimeAndKeepsNaNInItsSample) {
   const Outcome outcome = fake_ort::run("ConsistencyStep", inputs.all(), kAttributes);
   ASSERT_EQ(outcome.error, "");
   expect_close(outcome.outputs.at(0), {5, 3}, reference(inputs), 1e-6);
-  expect_same_bits(slice(outcome.outputs.at(0), 0, 1), slice(inputs.x, 0, 1));  // from 0 to 0 nothing moves
+  expect_same_bits(slice(outcome.outputs.at(0), 0, 1), slice(inputs.x, 0, 1));  // a step from 0 to 0 does not change x
 }
 
-TYPED_TEST(ConsistencyStepTest, GivesTheSameInPlaceOnManyThreadsAndInAnyBatch) { expect_same_anyhow("ConsistencyStep", Inputs(kType<TypeParam>, {3, 4, 111, 65}).all(), kAttributes); }
+TYPED_TEST(ConsistencyStepTest, IsReproducibleInPlaceOnManyThreadsAndInAnyBatch) { expect_reproducible("ConsistencyStep", Inputs(kType<TypeParam>, {3, 4, 111, 65}).all(), kAttributes); }
 
 TYPED_TEST(ConsistencyStepTest, DoesNotDependOnTheBatchAtAnyLevel) {
   using T = TypeParam;
@@ -92,20 +92,20 @@ TYPED_TEST(ConsistencyStepTest, InfersTheShapeOfItsFirstInput) {
   EXPECT_EQ(fake_ort::infer("ConsistencyStep", {{kFloat, "[2]"}, {kType<TypeParam>, "[2]"}, {kFloat, "[2]"}, {kFloat, "[2]"}, {kFloat, "[2]"}}, kAttributes).outputs.at(0).type, kFloat);
 }
 
-TYPED_TEST(ConsistencyStepTest, RefusesWhatItCannotTake) {
+TYPED_TEST(ConsistencyStepTest, RejectsInvalidInputs) {
   const auto with = [](std::size_t which, const Sizes& shape) {
     std::vector<Tensor> all = Inputs(kType<TypeParam>, {2, 5}).all();
     all[which] = random(all[which].type, shape);
     return all;
   };
-  expect_scalar_refused("ConsistencyStep", with(0, {}), kAttributes, {"x must have at least 1 axis", "[]"});
-  expect_refused("ConsistencyStep", with(1, {2, 4}), kAttributes, {"F must have the shape of x, [2, 5]", "[2, 4]"});
-  expect_refused("ConsistencyStep", with(2, {2, 5, 1}), kAttributes, {"noise must have the shape of x, [2, 5]", "[2, 5, 1]"});
-  expect_scalar_refused("ConsistencyStep", with(3, {}), kAttributes, {"t must have 1 axis", "[]"});
-  expect_refused("ConsistencyStep", with(3, {3}), kAttributes, {"t must have 2", "the samples of x", "[3]"});
-  expect_refused("ConsistencyStep", with(4, {2, 1}), kAttributes, {"t_next must have 1 axis", "[2, 1]"});
-  expect_refused("ConsistencyStep", with(4, {1}), kAttributes, {"t_next must have 2", "the samples of x", "[1]"});
-  expect_refused("ConsistencyStep", with(4, {2}), {}, {"sigma_data"});
+  expect_scalar_rejected("ConsistencyStep", with(0, {}), kAttributes, {"x must have at least 1 axis", "[]"});
+  expect_rejected("ConsistencyStep", with(1, {2, 4}), kAttributes, {"F must have the shape of x, [2, 5]", "[2, 4]"});
+  expect_rejected("ConsistencyStep", with(2, {2, 5, 1}), kAttributes, {"noise must have the shape of x, [2, 5]", "[2, 5, 1]"});
+  expect_scalar_rejected("ConsistencyStep", with(3, {}), kAttributes, {"t must have 1 axis", "[]"});
+  expect_rejected("ConsistencyStep", with(3, {3}), kAttributes, {"t must have 2", "the samples of x", "[3]"});
+  expect_rejected("ConsistencyStep", with(4, {2, 1}), kAttributes, {"t_next must have 1 axis", "[2, 1]"});
+  expect_rejected("ConsistencyStep", with(4, {1}), kAttributes, {"t_next must have 2", "the samples of x", "[1]"});
+  expect_rejected("ConsistencyStep", with(4, {2}), {}, {"sigma_data"});
 }
 
 }  // namespace

@@ -70,7 +70,7 @@ TYPED_TEST(CosineAttentionTest, FollowsItsFormula) {
 TYPED_TEST(CosineAttentionTest, AttendsSharplyAndEvenly) {
   const Case sizes{1, 77, 1, 64};
   Values points(77 * 3 * 64, 0);
-  // Every query is its own key, and orthogonal to or the opposite of all others: scores of 8, 0 and -8.
+  // Each query equals its own key, and is orthogonal or opposite to all others: scores of 8, 0 and -8.
   for (std::size_t at = 0; at < 77; ++at) {
     for (std::size_t which = 0; which < 3; ++which) points[(at * 3 + which) * 64 + at % 32] = at % 2 ? 1000 : -1e-2;
   }
@@ -78,14 +78,14 @@ TYPED_TEST(CosineAttentionTest, AttendsSharplyAndEvenly) {
   Outcome outcome = fake_ort::run("CosineAttention", {sharp}, attributes(1));
   ASSERT_EQ(outcome.error, "");
   expect_close(outcome.outputs.at(0), sizes.output(), reference(values(sharp), sizes), 5e-6);
-  // Zeros: no query prefers any key.
+  // All zeros: the weights are uniform.
   const Tensor zeros = tensor(kType<TypeParam>, sizes.input(), Values(77 * 3 * 64, 0));
   outcome = fake_ort::run("CosineAttention", {zeros}, attributes(1));
   ASSERT_EQ(outcome.error, "");
   expect_close(outcome.outputs.at(0), sizes.output(), Values(77 * 64, 0));
 }
 
-TYPED_TEST(CosineAttentionTest, TellsKeysApartThatAreAllOppositeToTheQuery) {
+TYPED_TEST(CosineAttentionTest, DistinguishesKeysThatAreAllOppositeToTheQuery) {
   for (const std::int64_t size : {64, 448, 1024, 4096}) {
     const Case sizes{1, 8, 1, size};
     Values points;
@@ -97,7 +97,7 @@ TYPED_TEST(CosineAttentionTest, TellsKeysApartThatAreAllOppositeToTheQuery) {
     const Tensor qkv = tensor(kType<TypeParam>, sizes.input(), points);
     const Outcome outcome = fake_ort::run("CosineAttention", {qkv}, attributes(1));
     ASSERT_EQ(outcome.error, "");
-    expect_close(outcome.outputs.at(0), sizes.output(), reference(values(qkv), sizes), size > 1024 ? 1e-3 : 5e-5);  // scores of 32 are good to 1e-5, of 64, sums of 4096, to 1e-4
+    expect_close(outcome.outputs.at(0), sizes.output(), reference(values(qkv), sizes), size > 1024 ? 1e-3 : 5e-5);  // scores up to 32 are accurate to 1e-5; scores of 64, sums of 4096 terms, to 1e-4
   }
 }
 
@@ -118,8 +118,8 @@ TYPED_TEST(CosineAttentionTest, KeepsNaNAndInfinityWhereTheyCanReach) {
   }
 }
 
-TYPED_TEST(CosineAttentionTest, GivesTheSameOnManyThreadsAndInAnyBatch) {
-  expect_same_anyhow("CosineAttention", {random(kType<TypeParam>, {3, 200, 3 * 3 * 20})}, attributes(3));
+TYPED_TEST(CosineAttentionTest, IsReproducibleOnManyThreadsAndInAnyBatch) {
+  expect_reproducible("CosineAttention", {random(kType<TypeParam>, {3, 200, 3 * 3 * 20})}, attributes(3));
 }
 
 TYPED_TEST(CosineAttentionTest, DoesNotDependOnTheBatchAtAnyLevel) {
@@ -136,7 +136,7 @@ TYPED_TEST(CosineAttentionTest, DoesNotDependOnTheBatchAtAnyLevel) {
     for (const Case& sizes : {Case{2, 130, 2, 3}, Case{2, 77, 1, 64}, Case{2, 64, 3, 20}, Case{2, 5, 2, 65}, Case{2, 1, 3, 1}}) {
       SCOPED_TRACE(::testing::Message() << sizes.length << " long, " << sizes.heads << " heads of " << sizes.size);
       const Tensor qkv = random(kType<T>, sizes.input());
-      const std::int64_t units = sizes.heads * cosine_attention::query_blocks(sizes.length);  // of one sample
+      const std::int64_t units = sizes.heads * cosine_attention::query_blocks(sizes.length);  // per sample
       const Tensor whole = apply(kernel, qkv, sizes, {0, 2 * units});
       expect_close(whole, sizes.output(), reference(values(qkv), sizes), 2e-6);
       Cuts every;
@@ -148,15 +148,15 @@ TYPED_TEST(CosineAttentionTest, DoesNotDependOnTheBatchAtAnyLevel) {
   }
 }
 
-TYPED_TEST(CosineAttentionTest, ReportsWantOfMemory) {
-  const std::int64_t length = std::int64_t{1} << 44;  // of which a thread keeps the factors
+TYPED_TEST(CosineAttentionTest, ReportsOutOfMemory) {
+  const std::int64_t length = std::int64_t{1} << 44;  // a thread allocates one factor per key
   Options options;
-  options.pretend_memory = true;
+  options.no_output_memory = true;
   options.threads = Threads::many;
   for (const std::int64_t samples : {1, 4}) {
     const Tensor qkv{kType<TypeParam>, {samples, length, 3}, {}};
     EXPECT_EQ(fake_ort::run("CosineAttention", {qkv}, attributes(1), options).error,
-              "scm::CosineAttention: std::bad_alloc with inputs of the shapes [" + std::to_string(samples) + ", 17592186044416, 3]");
+              "scm::CosineAttention: std::bad_alloc with input shapes [" + std::to_string(samples) + ", 17592186044416, 3]");
   }
 }
 
@@ -168,20 +168,20 @@ TYPED_TEST(CosineAttentionTest, InfersAThirdOfTheChannels) {
   EXPECT_EQ(inferred("CosineAttention", {{type, "?"}}, attributes(3)), std::vector<std::string>{"?"});
 }
 
-TYPED_TEST(CosineAttentionTest, RefusesWhatItCannotTake) {
+TYPED_TEST(CosineAttentionTest, RejectsInvalidInputs) {
   const auto zeros = [](const Sizes& shape) { return random(kType<TypeParam>, shape); };
-  expect_refused("CosineAttention", {zeros({5, 9})}, attributes(1), {"qkv must have 3 axes", "[5, 9]"});
-  expect_refused("CosineAttention", {zeros({1, 1, 3 * 4097})}, attributes(1), {"at most 4096 channels a head", "[1, 1, 12291]"});
-  expect_refused("CosineAttention", {zeros({1, 2, 5, 9})}, attributes(1), {"qkv must have 3 axes", "[1, 2, 5, 9]"});
-  expect_refused("CosineAttention", {zeros({1, 5, 0})}, attributes(1), {"qkv must have at least 1 channel", "[1, 5, 0]"});
-  expect_refused("CosineAttention", {zeros({1, 5, 9})}, attributes(2), {"multiple of 3 * heads = 6", "[1, 5, 9]"});
-  expect_refused("CosineAttention", {zeros({1, 5, 8})}, attributes(1), {"multiple of 3 * heads = 3", "[1, 5, 8]"});
-  expect_refused("CosineAttention", {zeros({1, 5, 9})}, attributes(0), {"heads must be in [1, 2^31), got 0"});
-  expect_refused("CosineAttention", {zeros({1, 5, 9})}, attributes(-3), {"heads must be in [1, 2^31), got -3"});
-  expect_refused("CosineAttention", {zeros({1, 5, 9})}, attributes(0x5555555555555555), {"heads must be in [1, 2^31)"});  // 3 * heads would be -1
-  expect_refused("CosineAttention", {zeros({1, 5, 9})}, {{"eps", kEps}}, {"heads"});
-  expect_refused("CosineAttention", {zeros({1, 5, 9})}, {{"heads", std::int64_t{1}}}, {"eps"});
-  expect_refused("CosineAttention", {zeros({1, 5, 9})}, {{"heads", 1.0f}, {"eps", kEps}}, {""});
+  expect_rejected("CosineAttention", {zeros({5, 9})}, attributes(1), {"qkv must have 3 axes", "[5, 9]"});
+  expect_rejected("CosineAttention", {zeros({1, 1, 3 * 4097})}, attributes(1), {"at most 4096 channels per head", "[1, 1, 12291]"});
+  expect_rejected("CosineAttention", {zeros({1, 2, 5, 9})}, attributes(1), {"qkv must have 3 axes", "[1, 2, 5, 9]"});
+  expect_rejected("CosineAttention", {zeros({1, 5, 0})}, attributes(1), {"qkv must have at least 1 channel", "[1, 5, 0]"});
+  expect_rejected("CosineAttention", {zeros({1, 5, 9})}, attributes(2), {"multiple of 3 * heads = 6", "[1, 5, 9]"});
+  expect_rejected("CosineAttention", {zeros({1, 5, 8})}, attributes(1), {"multiple of 3 * heads = 3", "[1, 5, 8]"});
+  expect_rejected("CosineAttention", {zeros({1, 5, 9})}, attributes(0), {"heads must be in [1, 2^31), got 0"});
+  expect_rejected("CosineAttention", {zeros({1, 5, 9})}, attributes(-3), {"heads must be in [1, 2^31), got -3"});
+  expect_rejected("CosineAttention", {zeros({1, 5, 9})}, attributes(0x5555555555555555), {"heads must be in [1, 2^31)"});  // 3 * heads would be -1
+  expect_rejected("CosineAttention", {zeros({1, 5, 9})}, {{"eps", kEps}}, {"heads"});
+  expect_rejected("CosineAttention", {zeros({1, 5, 9})}, {{"heads", std::int64_t{1}}}, {"eps"});
+  expect_rejected("CosineAttention", {zeros({1, 5, 9})}, {{"heads", 1.0f}, {"eps", kEps}}, {""});
 }
 
 }  // namespace

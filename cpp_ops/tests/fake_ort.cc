@@ -13,7 +13,7 @@
 
 extern "C" OrtStatus* ORT_API_CALL RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base);
 
-// What the C API declares and leaves open.
+// Definitions of the C API's opaque types.
 
 struct OrtStatus {
   OrtErrorCode code;
@@ -24,7 +24,7 @@ struct OrtTensorTypeAndShapeInfo {
   ONNXTensorElementDataType type = ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
   std::vector<std::int64_t> sizes;
   std::vector<std::string> symbols;
-  bool lent = false;  // belongs to a context: not to be released by the library
+  bool borrowed = false;  // owned by a context: the library must not release it
 };
 
 struct OrtValue {
@@ -39,14 +39,14 @@ struct OrtOpAttr {
 
 struct OrtKernelInfo {
   const fake_ort::Attributes& attributes;
-  std::vector<OrtValue> constants;  // one for each input; without data where it is none
+  std::vector<OrtValue> constants;  // one per input; no data if the input is not constant
 };
 
 struct OrtMemoryInfo {};
 
 struct OrtShapeInferContext {
   std::map<std::string, OrtOpAttr> attributes;
-  std::vector<std::unique_ptr<OrtTensorTypeAndShapeInfo>> inputs;  // null where nothing is known
+  std::vector<std::unique_ptr<OrtTensorTypeAndShapeInfo>> inputs;  // null if nothing is known
   std::vector<std::unique_ptr<OrtTensorTypeAndShapeInfo>> outputs;
 };
 
@@ -73,7 +73,7 @@ struct OrtSessionOptions {
 namespace fake_ort {
 namespace {
 
-// Of each thread its own, so that the fake orders nothing between threads: what ThreadSanitizer is to find in the library must not be covered by it.
+// Thread-local, so that the fake does not synchronize threads, which would hide data races of the library from ThreadSanitizer.
 thread_local int live = 0;
 thread_local int calls_before_failure = kNever;
 std::atomic<int> domains{0};
@@ -92,30 +92,30 @@ void ORT_API_CALL release_status(OrtStatus* status) noexcept {
 
 OrtStatus* failure(const std::string& text) { return create_status(ORT_FAIL, text.c_str()); }
 
-constexpr char kPlanted[] = "this call was to fail";
+constexpr char kInjectedFailure[] = "injected failure";
 
-// At the beginning of every call that can fail.
-OrtStatus* planted() {
+// Every API function that can fail starts with MAYBE_FAIL.
+OrtStatus* injected_failure() {
   if (calls_before_failure == kNever) return nullptr;
-  return calls_before_failure-- == 0 ? failure(kPlanted) : nullptr;
+  return calls_before_failure-- == 0 ? failure(kInjectedFailure) : nullptr;
 }
 
-#define PLANTED_FAILURE                                 \
+#define MAYBE_FAIL                                 \
   do {                                                  \
-    if (OrtStatus* status = planted()) return status;   \
+    if (OrtStatus* status = injected_failure()) return status;   \
   } while (false)
 
-// Sets the call that fails for as long as it lives.
-class Planted {
+// Makes one API call of this thread fail, as long as the object exists.
+class InjectFailure {
  public:
-  explicit Planted(int call) { calls_before_failure = call; }
-  ~Planted() { calls_before_failure = kNever; }
+  explicit InjectFailure(int call) { calls_before_failure = call; }
+  ~InjectFailure() { calls_before_failure = kNever; }
 };
 
 std::string take(OrtStatus* status) {
   if (!status) return "";
   std::string text = status->text;
-  EXPECT_FALSE(text.empty()) << "an error without a text";
+  EXPECT_FALSE(text.empty()) << "an error without a message";
   release_status(status);
   return text;
 }
@@ -148,7 +148,7 @@ OrtStatus* attribute(const OrtKernelInfo* info, const char* name, const Value** 
 }
 
 OrtStatus* ORT_API_CALL attribute_float(const OrtKernelInfo* info, const char* name, float* out) noexcept {
-  PLANTED_FAILURE;
+  MAYBE_FAIL;
   const float* value = nullptr;
   OrtStatus* status = attribute(info, name, &value);
   if (!status) *out = *value;
@@ -156,7 +156,7 @@ OrtStatus* ORT_API_CALL attribute_float(const OrtKernelInfo* info, const char* n
 }
 
 OrtStatus* ORT_API_CALL attribute_int64(const OrtKernelInfo* info, const char* name, std::int64_t* out) noexcept {
-  PLANTED_FAILURE;
+  MAYBE_FAIL;
   const std::int64_t* value = nullptr;
   OrtStatus* status = attribute(info, name, &value);
   if (!status) *out = *value;
@@ -164,7 +164,7 @@ OrtStatus* ORT_API_CALL attribute_int64(const OrtKernelInfo* info, const char* n
 }
 
 OrtStatus* ORT_API_CALL attribute_int64s(const OrtKernelInfo* info, const char* name, std::int64_t* out, std::size_t* size) noexcept {
-  PLANTED_FAILURE;
+  MAYBE_FAIL;
   const std::vector<std::int64_t>* value = nullptr;
   if (OrtStatus* status = attribute(info, name, &value)) return status;
   const std::size_t room = *size;
@@ -176,7 +176,7 @@ OrtStatus* ORT_API_CALL attribute_int64s(const OrtKernelInfo* info, const char* 
 }
 
 OrtStatus* ORT_API_CALL constant_input(const OrtKernelInfo* info, std::size_t i, int* is_constant, const OrtValue** out) noexcept {
-  PLANTED_FAILURE;
+  MAYBE_FAIL;
   if (i >= info->constants.size()) return failure("input index out of range");
   *is_constant = info->constants[i].data != nullptr;
   *out = *is_constant ? &info->constants[i] : nullptr;
@@ -184,7 +184,7 @@ OrtStatus* ORT_API_CALL constant_input(const OrtKernelInfo* info, std::size_t i,
 }
 
 OrtStatus* ORT_API_CALL inference_attribute(const OrtShapeInferContext* context, const char* name, const OrtOpAttr** out) noexcept {
-  PLANTED_FAILURE;
+  MAYBE_FAIL;
   const auto found = context->attributes.find(name);
   if (found == context->attributes.end()) return failure(std::string("Attribute ") + name + " does not exist.");
   *out = &found->second;
@@ -192,7 +192,7 @@ OrtStatus* ORT_API_CALL inference_attribute(const OrtShapeInferContext* context,
 }
 
 OrtStatus* ORT_API_CALL read_attribute(const OrtOpAttr* attribute, OrtOpAttrType type, void* data, std::size_t room, std::size_t* out) noexcept {
-  PLANTED_FAILURE;
+  MAYBE_FAIL;
   const auto copy = [&](const void* from, std::size_t bytes) -> OrtStatus* {
     *out = bytes;
     if (room < bytes) return failure("Size of data not large enough to hold the attribute.");
@@ -210,7 +210,7 @@ OrtStatus* ORT_API_CALL read_attribute(const OrtOpAttr* attribute, OrtOpAttrType
 // -- Types and shapes -------------------------------------------------------------------------------------------------
 
 OrtStatus* ORT_API_CALL create_info(OrtTensorTypeAndShapeInfo** out) noexcept {
-  PLANTED_FAILURE;
+  MAYBE_FAIL;
   ++live;
   *out = new OrtTensorTypeAndShapeInfo;
   return nullptr;
@@ -218,69 +218,69 @@ OrtStatus* ORT_API_CALL create_info(OrtTensorTypeAndShapeInfo** out) noexcept {
 
 void ORT_API_CALL release_info(OrtTensorTypeAndShapeInfo* info) noexcept {
   if (!info) return;
-  EXPECT_FALSE(info->lent) << "released what belongs to the context";
-  if (info->lent) return;
+  EXPECT_FALSE(info->borrowed) << "released an object that is owned by the context";
+  if (info->borrowed) return;
   --live;
   delete info;
 }
 
 OrtStatus* ORT_API_CALL dimension_count(const OrtTensorTypeAndShapeInfo* info, std::size_t* out) noexcept {
-  PLANTED_FAILURE;
+  MAYBE_FAIL;
   *out = info->sizes.size();
   return nullptr;
 }
 
 OrtStatus* ORT_API_CALL dimensions(const OrtTensorTypeAndShapeInfo* info, std::int64_t* out, std::size_t count) noexcept {
-  PLANTED_FAILURE;
+  MAYBE_FAIL;
   std::copy_n(info->sizes.begin(), std::min(count, info->sizes.size()), out);
   return nullptr;
 }
 
 OrtStatus* ORT_API_CALL symbolic_dimensions(const OrtTensorTypeAndShapeInfo* info, const char** out, std::size_t count) noexcept {
-  PLANTED_FAILURE;
+  MAYBE_FAIL;
   for (std::size_t i = 0; i < std::min(count, info->symbols.size()); ++i) out[i] = info->symbols[i].c_str();
   return nullptr;
 }
 
 OrtStatus* ORT_API_CALL element_type(const OrtTensorTypeAndShapeInfo* info, ONNXTensorElementDataType* out) noexcept {
-  PLANTED_FAILURE;
+  MAYBE_FAIL;
   *out = info->type;
   return nullptr;
 }
 
 OrtStatus* ORT_API_CALL set_element_type(OrtTensorTypeAndShapeInfo* info, ONNXTensorElementDataType type) noexcept {
-  PLANTED_FAILURE;
+  MAYBE_FAIL;
   info->type = type;
   return nullptr;
 }
 
 OrtStatus* ORT_API_CALL set_dimensions(OrtTensorTypeAndShapeInfo* info, const std::int64_t* sizes, std::size_t count) noexcept {
-  PLANTED_FAILURE;
+  MAYBE_FAIL;
   info->sizes.assign(sizes, sizes + count);
   return nullptr;
 }
 
 OrtStatus* ORT_API_CALL set_symbolic_dimensions(OrtTensorTypeAndShapeInfo* info, const char** symbols, std::size_t count) noexcept {
-  PLANTED_FAILURE;
+  MAYBE_FAIL;
   info->symbols.assign(symbols, symbols + count);
   return nullptr;
 }
 
 OrtStatus* ORT_API_CALL inference_input_count(const OrtShapeInferContext* context, std::size_t* out) noexcept {
-  PLANTED_FAILURE;
+  MAYBE_FAIL;
   *out = context->inputs.size();
   return nullptr;
 }
 
 OrtStatus* ORT_API_CALL inference_input(const OrtShapeInferContext* context, std::size_t i, OrtTensorTypeAndShapeInfo** out) noexcept {
-  PLANTED_FAILURE;
+  MAYBE_FAIL;
   if (i >= context->inputs.size() || !context->inputs[i]) return failure("Failed to fetch type shape info for the index.");
   *out = context->inputs[i].get();
   return nullptr;
 }
 
 OrtStatus* ORT_API_CALL set_inference_output(const OrtShapeInferContext* context, std::size_t i, const OrtTensorTypeAndShapeInfo* info) noexcept {
-  PLANTED_FAILURE;
+  MAYBE_FAIL;
   if (i >= context->outputs.size()) return failure("the node has no such output");
   *const_cast<OrtShapeInferContext*>(context)->outputs[i] = *info;
   return nullptr;
@@ -289,42 +289,42 @@ OrtStatus* ORT_API_CALL set_inference_output(const OrtShapeInferContext* context
 // -- Tensors and threads ----------------------------------------------------------------------------------------------
 
 OrtStatus* ORT_API_CALL get_input(const OrtKernelContext* context, std::size_t i, const OrtValue** out) noexcept {
-  PLANTED_FAILURE;
+  MAYBE_FAIL;
   if (i >= context->inputs.size()) return failure("input index out of range");
   *out = &context->inputs[i];
   return nullptr;
 }
 
 OrtStatus* ORT_API_CALL output_count(const OrtKernelContext* context, std::size_t* out) noexcept {
-  PLANTED_FAILURE;
+  MAYBE_FAIL;
   *out = context->options.outputs.size();
   return nullptr;
 }
 
 OrtStatus* ORT_API_CALL get_output(OrtKernelContext* context, std::size_t i, const std::int64_t* sizes, std::size_t rank, OrtValue** out) noexcept {
-  PLANTED_FAILURE;
+  MAYBE_FAIL;
   if (i >= context->outputs.size()) return failure("output index out of range");
   if (!context->options.outputs[i]) {
     *out = nullptr;
     return nullptr;
   }
   OrtValue& output = context->outputs[i];
-  EXPECT_EQ(output.data, nullptr) << "asked for an output twice";
+  EXPECT_EQ(output.data, nullptr) << "requested an output twice";
   output.type = context->op.GetOutputType(&context->op, i);
   output.shape.assign(sizes, sizes + rank);
   std::int64_t bytes = static_cast<std::int64_t>(width(output.type));
   for (const std::int64_t size : output.shape) {
-    EXPECT_GE(size, 0) << "output " << i << " has a size that is not known";
+    EXPECT_GE(size, 0) << "output " << i << " has an unknown size";
     if (size < 0 || __builtin_mul_overflow(bytes, size, &bytes)) return failure("the shape has a negative size or too many elements");
   }
   static std::byte nothing;
-  if (context->options.pretend_memory) {
+  if (context->options.no_output_memory) {
     output.data = &nothing;
   } else if (bytes > std::int64_t{1} << 30) {
     return failure("cannot allocate " + std::to_string(bytes) + " bytes");
-  } else if (i == 0 && context->options.written_over >= 0) {
-    auto& taken = *context->input_bytes[static_cast<std::size_t>(context->options.written_over)];
-    EXPECT_EQ(taken.size(), static_cast<std::size_t>(bytes)) << "an output over an input of another size";
+  } else if (i == 0 && context->options.inplace_input >= 0) {
+    auto& taken = *context->input_bytes[static_cast<std::size_t>(context->options.inplace_input)];
+    EXPECT_EQ(taken.size(), static_cast<std::size_t>(bytes)) << "an in-place output of another size than the input";
     output.data = taken.empty() ? &nothing : taken.data();
   } else {
     context->output_bytes[i].assign(static_cast<std::size_t>(bytes), std::byte{0xa5});  // neither zeros nor a plausible result
@@ -335,27 +335,27 @@ OrtStatus* ORT_API_CALL get_output(OrtKernelContext* context, std::size_t i, con
 }
 
 OrtStatus* ORT_API_CALL type_and_shape(const OrtValue* value, OrtTensorTypeAndShapeInfo** out) noexcept {
-  PLANTED_FAILURE;
+  MAYBE_FAIL;
   ++live;
   *out = new OrtTensorTypeAndShapeInfo{value->type, value->shape, std::vector<std::string>(value->shape.size()), false};
   return nullptr;
 }
 
 OrtStatus* ORT_API_CALL tensor_data(OrtValue* value, void** out) noexcept {
-  PLANTED_FAILURE;
+  MAYBE_FAIL;
   *out = value->data;
   return nullptr;
 }
 
 OrtStatus* ORT_API_CALL parallel_for(const OrtKernelContext* context, void (*run)(void*, std::size_t), std::size_t total, std::size_t, void* data) noexcept {
-  PLANTED_FAILURE;
+  MAYBE_FAIL;
   context->pieces += total;
   if (context->options.threads == Threads::one) {
     for (std::size_t i = 0; i < total; ++i) run(data, i);
-  } else if (context->options.threads == Threads::one_backwards) {
+  } else if (context->options.threads == Threads::one_reversed) {
     for (std::size_t i = total; i-- > 0;) run(data, i);
   } else {
-    // Dealt out, not taken from a common counter: every thread has some, however short they are, and nothing orders them.
+    // Pieces are assigned statically: every thread gets some, however short they are, and no shared counter synchronizes the threads.
     constexpr std::size_t kThreads = 4;
     std::vector<std::thread> threads;
     for (std::size_t thread = 0; thread < kThreads; ++thread) {
@@ -371,7 +371,7 @@ OrtStatus* ORT_API_CALL parallel_for(const OrtKernelContext* context, void (*run
 // -- Memory -----------------------------------------------------------------------------------------------------------
 
 OrtStatus* ORT_API_CALL create_memory_info(OrtAllocatorType, OrtMemType, OrtMemoryInfo** out) noexcept {
-  PLANTED_FAILURE;
+  MAYBE_FAIL;
   ++live;
   *out = new OrtMemoryInfo;
   return nullptr;
@@ -383,7 +383,7 @@ void ORT_API_CALL release_memory_info(OrtMemoryInfo* info) noexcept {
 }
 
 OrtStatus* ORT_API_CALL get_allocator(const OrtKernelContext*, const OrtMemoryInfo*, OrtAllocator** out) noexcept {
-  PLANTED_FAILURE;
+  MAYBE_FAIL;
   ++live;
   *out = new OrtAllocator{};
   return nullptr;
@@ -395,10 +395,10 @@ void ORT_API_CALL release_allocator(OrtAllocator* allocator) noexcept {
 }
 
 OrtStatus* ORT_API_CALL allocate(OrtAllocator*, std::size_t bytes, void** out) noexcept {
-  PLANTED_FAILURE;
+  MAYBE_FAIL;
   ++live;
   *out = std::malloc(bytes);
-  if (*out) std::memset(*out, 0xff, bytes);  // NaN, whatever it is taken for
+  if (*out) std::memset(*out, 0xff, bytes);  // NaN in every element type
   return nullptr;
 }
 
@@ -411,7 +411,7 @@ OrtStatus* ORT_API_CALL deallocate(OrtAllocator*, void* data) noexcept {
 // -- Registration -----------------------------------------------------------------------------------------------------
 
 OrtStatus* ORT_API_CALL create_domain(const char* name, OrtCustomOpDomain** out) noexcept {
-  PLANTED_FAILURE;
+  MAYBE_FAIL;
   ++domains;
   *out = new OrtCustomOpDomain{name, {}};
   return nullptr;
@@ -423,25 +423,25 @@ void ORT_API_CALL release_domain(OrtCustomOpDomain* domain) noexcept {
 }
 
 OrtStatus* ORT_API_CALL add_op(OrtCustomOpDomain* domain, const OrtCustomOp* op) noexcept {
-  PLANTED_FAILURE;
+  MAYBE_FAIL;
   domain->ops.push_back(op);
   return nullptr;
 }
 
 OrtStatus* ORT_API_CALL add_domain(OrtSessionOptions* options, OrtCustomOpDomain* domain) noexcept {
-  PLANTED_FAILURE;
+  MAYBE_FAIL;
   options->domains.push_back(domain);
   return nullptr;
 }
 
 OrtStatus* ORT_API_CALL has_entry(const OrtSessionOptions* options, const char* key, int* out) noexcept {
-  PLANTED_FAILURE;
+  MAYBE_FAIL;
   *out = options->entries.count(key) > 0;
   return nullptr;
 }
 
 OrtStatus* ORT_API_CALL get_entry(const OrtSessionOptions* options, const char* key, char* out, std::size_t* size) noexcept {
-  PLANTED_FAILURE;
+  MAYBE_FAIL;
   const std::string& value = options->entries.at(key);
   const std::size_t room = *size;
   *size = value.size() + 1;
@@ -451,7 +451,7 @@ OrtStatus* ORT_API_CALL get_entry(const OrtSessionOptions* options, const char* 
 }
 
 OrtApi make_api() {
-  OrtApi api{};  // what is not set here, the library may not call
+  OrtApi api{};  // the library must not call functions that are not set here
   api.CreateStatus = create_status;
   api.GetErrorMessage = error_message;
   api.ReleaseStatus = release_status;
@@ -494,7 +494,7 @@ OrtApi make_api() {
   return api;
 }
 
-const OrtApi api = make_api();  // needs no destructor: the library calls it at the very end too
+const OrtApi api = make_api();  // trivially destructible: the library also uses it during static destruction
 
 std::uint32_t offered_api = 18;
 const char* offered_version = "1.18.0";
@@ -509,8 +509,8 @@ const OrtApiBase base{get_api, get_version};
 std::unique_ptr<OrtTensorTypeAndShapeInfo> parse(const Spec& spec) {
   auto info = std::make_unique<OrtTensorTypeAndShapeInfo>();
   info->type = spec.type;
-  info->lent = true;
-  if (spec.shape == "?") return info;  // as ONNX Runtime has it: no axes, like a scalar
+  info->borrowed = true;
+  if (spec.shape == "?") return info;  // as in ONNX Runtime: no axes, like a scalar
   std::string text = spec.shape.substr(1, spec.shape.size() - 2);
   std::replace(text.begin(), text.end(), ',', ' ');
   std::istringstream words(text);
@@ -527,13 +527,13 @@ Spec to_spec(const OrtTensorTypeAndShapeInfo& info) {
   std::string text = "[";
   for (std::size_t i = 0; i < info.sizes.size(); ++i) {
     const std::string symbol = i < info.symbols.size() ? info.symbols[i] : "";
-    EXPECT_TRUE(info.sizes[i] < 0 || symbol.empty()) << "a size that is known and has a name";
+    EXPECT_TRUE(info.sizes[i] < 0 || symbol.empty()) << "a dimension with both a size and a name";
     text += (i ? ", " : "") + (info.sizes[i] >= 0 ? std::to_string(info.sizes[i]) : symbol.empty() ? "?" : symbol);
   }
   return {info.type, text + "]"};
 }
 
-// For one run on these inputs, which must outlive it; with `written_over` it writes to them.
+// Returns the context of one run. The inputs must outlive it; with `inplace_input` the run writes to that input.
 OrtKernelContext context_of(const OrtCustomOp& op, std::vector<Tensor>& inputs, const Options& options) {
   static std::byte nothing;
   OrtKernelContext context{op, options, {}, {}, {}, {}, 0};
@@ -551,8 +551,9 @@ std::vector<Tensor> outputs_of(const OrtKernelContext& context) {
   for (std::size_t i = 0; i < context.outputs.size(); ++i) {
     const OrtValue& output = context.outputs[i];
     EXPECT_EQ(output.data != nullptr, context.options.outputs[i]) << "output " << i;
-    const bool over = i == 0 && context.options.written_over >= 0;
-    outputs.push_back({output.type, output.shape, over ? *context.input_bytes[static_cast<std::size_t>(context.options.written_over)] : context.output_bytes[i]});
+    const bool over = i == 0 && context.options.inplace_input >= 0;
+    const auto& bytes = over ? *context.input_bytes[static_cast<std::size_t>(context.options.inplace_input)] : context.output_bytes[i];
+    outputs.push_back({output.type, output.shape, bytes});
   }
   return outputs;
 }
@@ -570,16 +571,16 @@ int live_objects() { return live; }
 
 namespace {
 
-// One more call of the API allowed at each attempt, until one succeeds.
-std::vector<const OrtCustomOpDomain*> register_in_the_end(const std::map<std::string, std::string>& entries, std::vector<std::string>& failures) {
+// Registers with API call 0 failing, then call 1, and so on until registration succeeds.
+std::vector<const OrtCustomOpDomain*> register_despite_failures(const std::map<std::string, std::string>& entries, std::vector<std::string>& failures) {
   for (int call = 0;; ++call) {
     OrtSessionOptions options{entries, {}};
     OrtStatus* status = nullptr;
     {
-      const Planted planted_failure(call);
+      const InjectFailure inject_failure(call);
       status = RegisterCustomOps(&options, &base);
     }
-    EXPECT_EQ(live, status ? 1 : 0) << "failed registrations must leave nothing behind";
+    EXPECT_EQ(live, status ? 1 : 0) << "a failed registration leaked objects";
     if (!status) return options.domains;
     failures.push_back(take(status));
   }
@@ -590,19 +591,19 @@ std::vector<const OrtCustomOpDomain*> register_in_the_end(const std::map<std::st
 const Library& library() {
   static const Library registered = [] {
     Library result;
-    const auto plain = register_in_the_end({}, result.failures);
+    const auto plain = register_despite_failures({}, result.failures);
     EXPECT_EQ(plain.size(), 1u);
     EXPECT_EQ(domains, 1);
     result.domain = plain.at(0)->name;
     result.ops = plain.at(0)->ops;
     for (const char* precision : {"high", "medium"}) {
-      const auto found = register_in_the_end({{kPrecision, precision}}, result.failures);
+      const auto found = register_despite_failures({{kPrecision, precision}}, result.failures);
       for (std::size_t i = 1; i < found.size(); ++i) {
-        auto& ops = result.products[precision];
+        auto& ops = result.dense_ops[precision];
         ops.insert(ops.end(), found[i]->ops.begin(), found[i]->ops.end());
       }
     }
-    EXPECT_EQ(domains, 1 + 2 * static_cast<int>(result.products.size()));
+    EXPECT_EQ(domains, 1 + 2 * static_cast<int>(result.dense_ops.size()));
     return result;
   }();
   return registered;
@@ -610,8 +611,8 @@ const Library& library() {
 
 const OrtCustomOp* find(const std::string& name, const std::vector<ONNXTensorElementDataType>& inputs, const std::string& precision) {
   const OrtCustomOp* found = nullptr;
-  const auto products = library().products.find(precision);
-  for (const OrtCustomOp* op : products == library().products.end() ? library().ops : products->second) {
+  const auto dense_ops = library().dense_ops.find(precision);
+  for (const OrtCustomOp* op : dense_ops == library().dense_ops.end() ? library().ops : dense_ops->second) {
     bool fits = op->GetName(op) == name && op->GetExecutionProviderType(op) == std::string("CPUExecutionProvider");
     fits = fits && op->GetInputTypeCount(op) == inputs.size();
     for (std::size_t i = 0; fits && i < inputs.size(); ++i) fits = op->GetInputType(op, i) == inputs[i];
@@ -627,7 +628,7 @@ std::vector<std::pair<int, int>> may_inplace(const OrtCustomOp& op) {
   const std::size_t count = op.GetMayInplace(&inputs, &outputs);
   std::vector<std::pair<int, int>> pairs;
   for (std::size_t i = 0; i < count; ++i) pairs.emplace_back(inputs[i], outputs[i]);
-  if (count > 0) op.ReleaseMayInplace(inputs, outputs);  // as ONNX Runtime does: of nothing, nothing is released
+  if (count > 0) op.ReleaseMayInplace(inputs, outputs);  // as ONNX Runtime does: not called if there are no pairs
   return pairs;
 }
 
@@ -656,10 +657,10 @@ Outcome run(const std::string& name, std::vector<Tensor> inputs, const Attribute
     const bool present = i < options.outputs.size() && options.outputs[i];
     EXPECT_TRUE(present || op->GetOutputCharacteristic(op, i) == INPUT_OUTPUT_OPTIONAL) << "output " << i << " is not optional";
   }
-  if (options.written_over >= 0) {
+  if (options.inplace_input >= 0) {
     const auto allowed = may_inplace(*op);
-    const std::pair<int, int> asked{options.written_over, 0};
-    EXPECT_NE(std::find(allowed.begin(), allowed.end(), asked), allowed.end()) << "not among GetMayInplace";
+    const std::pair<int, int> asked{options.inplace_input, 0};
+    EXPECT_NE(std::find(allowed.begin(), allowed.end(), asked), allowed.end()) << "GetMayInplace does not permit this";
   }
 
   const std::vector<Tensor> before = inputs;
@@ -667,7 +668,7 @@ Outcome run(const std::string& name, std::vector<Tensor> inputs, const Attribute
   const int live_before = live;
   Outcome outcome;
   try {
-    const Planted planted_failure(options.failing_call);
+    const InjectFailure inject_failure(options.failing_call);
     OrtKernelInfo info{attributes, context.inputs};
     for (std::size_t i = 0; i < inputs.size(); ++i) {
       if (static_cast<int>(i) != options.constant) info.constants[i].data = nullptr;
@@ -680,45 +681,46 @@ Outcome run(const std::string& name, std::vector<Tensor> inputs, const Attribute
       op->KernelDestroy(kernel);
     }
   } catch (...) {
-    ADD_FAILURE() << name << " threw across the ABI";
+    ADD_FAILURE() << name << " threw an exception across the C ABI";
   }
-  EXPECT_EQ(live, live_before) << name << " kept or gave back too many objects";
+  EXPECT_EQ(live, live_before) << name << " leaked objects or released too many";
   outcome.pieces = context.pieces;
   for (std::size_t i = 0; i < inputs.size(); ++i) {
-    const bool kept = inputs[i].bytes == before[i].bytes || static_cast<int>(i) == options.written_over;
+    const bool kept = inputs[i].bytes == before[i].bytes || static_cast<int>(i) == options.inplace_input;
     EXPECT_TRUE(kept) << name << " wrote to input " << i;
   }
-  if (!outcome.error.empty() || options.pretend_memory) return outcome;
+  if (!outcome.error.empty() || options.no_output_memory) return outcome;
   outcome.outputs = outputs_of(context);
   return outcome;
 }
 
-std::vector<Outcome> run_at_once(const OrtCustomOp& op, std::vector<Tensor> inputs, const Attributes& attributes, const Options& options, int callers, int runs) {
+std::vector<Outcome> run_concurrently(const OrtCustomOp& op, std::vector<Tensor> inputs, const Attributes& attributes, const Options& options, int callers,
+                                      int runs) {
   const std::vector<Tensor> before = inputs;
   const OrtKernelInfo info{attributes, std::vector<OrtValue>(inputs.size(), OrtValue{ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED, {}, nullptr})};
   void* kernel = nullptr;
   const std::string error = take(op.CreateKernelV2(&op, &api, &info, &kernel));
   if (!kernel) return {{error, {}, 0}};
   std::vector<Outcome> outcomes(static_cast<std::size_t>(callers * runs));
-  at_once(callers, [&](int caller) {
+  in_parallel(callers, [&](int caller) {
     const int live_before = live;
     for (int run = 0; run < runs; ++run) {
       OrtKernelContext context = context_of(op, inputs, options);
       Outcome& outcome = outcomes[static_cast<std::size_t>(caller * runs + run)];
       outcome.error = take(op.KernelComputeV2(kernel, &context));
       outcome.pieces = context.pieces;
-      if (outcome.error.empty() && !options.pretend_memory) outcome.outputs = outputs_of(context);
+      if (outcome.error.empty() && !options.no_output_memory) outcome.outputs = outputs_of(context);
     }
-    EXPECT_EQ(live, live_before) << "kept or gave back too many objects";
+    EXPECT_EQ(live, live_before) << "leaked objects or released too many";
   });
   op.KernelDestroy(kernel);
   for (std::size_t i = 0; i < inputs.size(); ++i) EXPECT_TRUE(inputs[i].bytes == before[i].bytes) << "wrote to input " << i;
   return outcomes;
 }
 
-std::vector<const OrtCustomOpDomain*> register_at_once(int sessions) {
+std::vector<const OrtCustomOpDomain*> register_concurrently(int sessions) {
   std::vector<const OrtCustomOpDomain*> registered(static_cast<std::size_t>(sessions));
-  at_once(sessions, [&](int session) {
+  in_parallel(sessions, [&](int session) {
     OrtSessionOptions options;
     EXPECT_EQ(take(RegisterCustomOps(&options, &base)), "");
     EXPECT_EQ(options.domains.size(), 1u);
@@ -728,7 +730,7 @@ std::vector<const OrtCustomOpDomain*> register_at_once(int sessions) {
   return registered;
 }
 
-void at_once(int threads, const std::function<void(int)>& body) {
+void in_parallel(int threads, const std::function<void(int)>& body) {
   std::atomic<int> missing{threads};
   std::vector<std::thread> running;
   for (int thread = 0; thread < threads; ++thread) {
@@ -750,12 +752,12 @@ Inference infer(const OrtCustomOp* op, const std::vector<Spec>& inputs, const At
   const int live_before = live;
   Inference result;
   try {
-    const Planted planted_failure(failing_call);
+    const InjectFailure inject_failure(failing_call);
     result.error = take(op->InferOutputShapeFn(op, &context));
   } catch (...) {
-    ADD_FAILURE() << op->GetName(op) << " threw across the ABI";
+    ADD_FAILURE() << op->GetName(op) << " threw an exception across the C ABI";
   }
-  EXPECT_EQ(live, live_before) << op->GetName(op) << " kept or gave back too many objects";
+  EXPECT_EQ(live, live_before) << op->GetName(op) << " leaked objects or released too many";
   if (!result.error.empty()) return result;
   for (const auto& output : context.outputs) result.outputs.push_back(to_spec(*output));
   return result;

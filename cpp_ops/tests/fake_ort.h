@@ -1,5 +1,5 @@
-// As much of ONNX Runtime as the library calls, and no more: the operators run through the library's real entry point and callbacks, with strict checks on
-// what they ask for. It counts the objects that the library must give back, and can let any one call of the API fail.
+// A fake ONNX Runtime with exactly the API functions that the library calls. Operators run through the library's real entry point and callbacks, whose requests
+// are strictly checked. The fake counts the objects that the library must release, and can make any single API call fail.
 #pragma once
 
 #include <onnxruntime_c_api.h>
@@ -23,37 +23,38 @@ struct Tensor {
 using Attribute = std::variant<float, std::int64_t, std::vector<std::int64_t>, std::string>;
 using Attributes = std::map<std::string, Attribute>;
 
-enum class Threads { one, one_backwards, many };
+enum class Threads { one, one_reversed, many };
 
 constexpr int kNever = -1;
 constexpr const char* kPrecision = "scm.float32_matmul_precision";  // entry of a session's configuration
 
 struct Options {
-  std::vector<bool> outputs{true};      // of the node; false: an optional output without a name
-  int written_over = -1;                // the input whose memory output 0 takes
-  Threads threads = Threads::one;       // of KernelContext_ParallelFor
-  int failing_call = kNever;            // the call of the API, counted from 0, that fails
-  int constant = -1;                    // the input that the kernel is told of when it is made
-  std::string precision;                // "high" or "medium": of the operators that multiply bfloat16
-  bool pretend_memory = false;          // outputs have no memory: for tests in which the kernel stops before it writes
+  std::vector<bool> outputs{true};  // the node's outputs; false: an optional output that is not used
+  int inplace_input = -1;           // the input whose memory output 0 reuses; -1 for none
+  Threads threads = Threads::one;   // for KernelContext_ParallelFor
+  int failing_call = kNever;        // the API call that fails, counted from 0
+  int constant = -1;                // the input that is constant; -1 for none
+  std::string precision;            // "high" or "medium" selects the dense operators of that precision
+  bool no_output_memory = false;    // do not allocate outputs: for kernels that fail before they write
 };
 
 struct Outcome {
-  std::string error;  // empty if all went well
+  std::string error;  // empty on success
   std::vector<Tensor> outputs;
-  std::size_t pieces = 0;  // into which ParallelFor was asked to divide the work; 0 if it was not called
+  std::size_t pieces = 0;  // number of pieces passed to ParallelFor; 0 if it was not called
 };
 
 // Creates a kernel of the CPU operator that takes these inputs, runs it and destroys it.
 Outcome run(const std::string& op, std::vector<Tensor> inputs, const Attributes& attributes = {}, const Options& options = {});
 
-// One kernel that several callers run at once, each `runs` times, as the runs of one session do: all read the same inputs, each has outputs of its own.
-std::vector<Outcome> run_at_once(const OrtCustomOp& op, std::vector<Tensor> inputs, const Attributes& attributes, const Options& options, int callers, int runs);
+// Runs one kernel from several threads concurrently, `runs` times each, as concurrent runs of one session do: all share the inputs, each has its own outputs.
+std::vector<Outcome> run_concurrently(const OrtCustomOp& op, std::vector<Tensor> inputs, const Attributes& attributes, const Options& options, int callers,
+                                      int runs);
 
-// Threads that wait for one another, then run the body; it gets their numbers.
-void at_once(int threads, const std::function<void(int)>& body);
+// Starts threads that wait for one another and then call body(thread index).
+void in_parallel(int threads, const std::function<void(int)>& body);
 
-// A type and a shape as text: "[2, H, ?]" has a known, a symbolic and an unknown size, "?" not even a known rank.
+// A type and a shape as text: "[2, H, ?]" has a known, a symbolic and an unknown dimension; "?" is a shape of unknown rank.
 struct Spec {
   ONNXTensorElementDataType type;
   std::string shape;
@@ -65,19 +66,20 @@ Spec spec(const Tensor& tensor);
 
 struct Inference {
   std::string error;
-  std::vector<Spec> outputs;  // the shape is "?" where the operator gave none
+  std::vector<Spec> outputs;  // the shape is "?" if the operator set none
 };
 
-// Shape inference of the CPU operator that takes these inputs. All operators of its name must infer the same: ONNX Runtime asks any one of them, whatever
-// the node's types.
+// Runs shape inference of the CPU operator that takes these inputs. Expects all variants of the operator to infer the same, because ONNX Runtime calls any one
+// of them, whatever the node's types.
 Inference infer(const std::string& op, const std::vector<Spec>& inputs, const Attributes& attributes = {}, std::size_t outputs = 1, int failing_call = kNever,
                 const std::string& precision = "");
 
-// What the library registers. `failures` are the errors of the attempts before the one that succeeded, with one more call of the API allowed each time.
+// What the library registers. `failures` are the errors of the registrations that failed: the first API call fails, then the second, and so on until
+// registration succeeds.
 struct Library {
   std::string domain;
   std::vector<const OrtCustomOp*> ops;
-  std::map<std::string, std::vector<const OrtCustomOp*>> products;  // those that multiply bfloat16, by precision; none where the processor cannot have them
+  std::map<std::string, std::vector<const OrtCustomOp*>> dense_ops;  // by precision; empty if the processor does not support them
   std::vector<std::string> failures;
 };
 
@@ -87,12 +89,12 @@ const OrtCustomOp* find(const std::string& op, const std::vector<ONNXTensorEleme
 
 std::vector<std::pair<int, int>> may_inplace(const OrtCustomOp& op);
 
-// RegisterCustomOps on an ONNX Runtime of this version: the error, or the domains that the session got.
+// Calls RegisterCustomOps on an ONNX Runtime of this version. Returns the error and the domains added to the session.
 std::pair<std::string, std::vector<std::string>> register_with(std::uint32_t newest_api, const char* version, const std::string& precision = "");
 
-// The domains that sessions got whose options met the library at once; no other call is needed before.
-std::vector<const OrtCustomOpDomain*> register_at_once(int sessions);
+// Calls RegisterCustomOps from several threads concurrently. Returns the domain that each session got. May be the first call of the library.
+std::vector<const OrtCustomOpDomain*> register_concurrently(int sessions);
 
-int live_objects();  // made by the API in this thread and not given back, apart from domains
+int live_objects();  // objects that the API created in this thread and that were not released, except domains
 
 }  // namespace fake_ort

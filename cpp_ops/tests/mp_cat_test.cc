@@ -42,7 +42,7 @@ TYPED_TEST(MPCatTest, FollowsItsFormula) {
   }
 }
 
-TYPED_TEST(MPCatTest, TakesAnyWeightAndActivatesTheRoundedOutputIfAsked) {
+TYPED_TEST(MPCatTest, AcceptsAnyWeightAndActivatesTheRoundedOutputIfAsked) {
   const Tensor a = random(kType<TypeParam>, {3, 5, 65}), b = random(kType<TypeParam>, {3, 5, 7}, 1, 1);
   for (const float t : {0.0f, 0.3f, 0.5f, 1.0f, -0.25f}) {
     const Outcome alone = fake_ort::run("MPCat", {a, b}, {{"t", t}}), unnamed = fake_ort::run("MPCat", {a, b}, {{"t", t}}, with_outputs({true, false}));
@@ -63,11 +63,11 @@ TYPED_TEST(MPCatTest, KeepsNaNAndInfinity) {
   expect_close(outcome.outputs.at(0), {2, 3}, reference(values(a), values(b), 2, 1, 0.5));
 }
 
-TYPED_TEST(MPCatTest, GivesTheSameOnManyThreadsAndInAnyBatch) {
-  expect_same_anyhow("MPCat", {random(kType<TypeParam>, {3, 999, 65}), random(kType<TypeParam>, {3, 999, 7}, 1, 1)}, {{"t", 0.3f}}, 2);
+TYPED_TEST(MPCatTest, IsReproducibleOnManyThreadsAndInAnyBatch) {
+  expect_reproducible("MPCat", {random(kType<TypeParam>, {3, 999, 65}), random(kType<TypeParam>, {3, 999, 7}, 1, 1)}, {{"t", 0.3f}}, 2);
 }
 
-TYPED_TEST(MPCatTest, DoesNotDependOnTheRowsAroundAtAnyLevel) {
+TYPED_TEST(MPCatTest, DoesNotDependOnNeighboringRowsAtAnyLevel) {
   using T = TypeParam;
   const auto apply = [](CpuKernel<mp_cat::Params<T>> kernel, const Tensor& a, const Tensor& b, const Cuts& cuts) {
     Tensor y = empty_like(a.type, {a.shape[0], a.shape[1] + b.shape[1]}), activated = y;
@@ -107,15 +107,15 @@ TYPED_TEST(MPCatTest, InfersTheSumOfTheChannels) {
   EXPECT_EQ(shapes("?", "[2, 64]"), (std::vector<std::string>{"?", "?"}));
 }
 
-TYPED_TEST(MPCatTest, RefusesWhatItCannotTake) {
+TYPED_TEST(MPCatTest, RejectsInvalidInputs) {
   const auto zeros = [](const Sizes& shape) { return random(kType<TypeParam>, shape); };
   const Attributes attributes{{"t", 0.5f}};
-  expect_scalar_refused("MPCat", {zeros({}), zeros({})}, attributes, {"a must have at least 1 axis", "[]"});
-  expect_refused("MPCat", {zeros({2, 3}), zeros({3})}, attributes, {"b must have 2 axes", "[3]"});
-  expect_refused("MPCat", {zeros({2, 5, 3}), zeros({2, 4, 3})}, attributes, {"b must have 5", "axis 1", "[2, 4, 3]"});
-  expect_refused("MPCat", {zeros({2, 0}), zeros({2, 3})}, attributes, {"a must have at least 1 channel", "[2, 0]"});
-  expect_refused("MPCat", {zeros({2, 3}), zeros({2, 0})}, attributes, {"b must have at least 1 channel", "[2, 0]"});
-  expect_refused("MPCat", {zeros({2, 3}), zeros({2, 3})}, {}, {"t"});
+  expect_scalar_rejected("MPCat", {zeros({}), zeros({})}, attributes, {"a must have at least 1 axis", "[]"});
+  expect_rejected("MPCat", {zeros({2, 3}), zeros({3})}, attributes, {"b must have 2 axes", "[3]"});
+  expect_rejected("MPCat", {zeros({2, 5, 3}), zeros({2, 4, 3})}, attributes, {"b must have 5", "axis 1", "[2, 4, 3]"});
+  expect_rejected("MPCat", {zeros({2, 0}), zeros({2, 3})}, attributes, {"a must have at least 1 channel", "[2, 0]"});
+  expect_rejected("MPCat", {zeros({2, 3}), zeros({2, 0})}, attributes, {"b must have at least 1 channel", "[2, 0]"});
+  expect_rejected("MPCat", {zeros({2, 3}), zeros({2, 3})}, {}, {"t"});
 }
 
 }  // namespace

@@ -26,14 +26,14 @@ TYPED_TEST(MPSiLUTest, FollowsItsFormula) {
   }
 }
 
-TYPED_TEST(MPSiLUTest, HoldsFromTheSmallestToTheLargestNumbers) {
+TYPED_TEST(MPSiLUTest, IsAccurateFromTheSmallestToTheLargestNumbers) {
   const double largest = sizeof(TypeParam) == 2 ? 65504 : 1e18;
   Values points{0, 1e4, -1e4, largest, -largest, 60, -60, 59.9, -59.9, 60.1, -60.1, 88, -88, 89, -89, 0.5, -0.5, 1e-7, -1e-7, 1e-4, -1e-4};
   for (double x = -30; x < 30; x += 0.037) points.push_back(x);
   const Tensor x = tensor(kType<TypeParam>, {static_cast<std::int64_t>(points.size())}, points);
   const Outcome outcome = fake_ort::run("MPSiLU", {x});
   ASSERT_EQ(outcome.error, "");
-  // Far below zero the result vanishes; what little is left of it is no more than 1e-26 of x.
+  // Far below zero the result is at most 1e-26 |x| instead of 0.
   expect_close(outcome.outputs.at(0), x.shape, mp_silu(values(x)), largest * 2e-26);
 }
 
@@ -47,7 +47,7 @@ TYPED_TEST(MPSiLUTest, KeepsDenormalNumbers) {
   const Tensor x = tensor(kType<TypeParam>, {static_cast<std::int64_t>(points.size())}, points);
   const Outcome outcome = fake_ort::run("MPSiLU", {x});
   ASSERT_EQ(outcome.error, "");
-  expect_close(outcome.outputs.at(0), x.shape, mp_silu(values(x)), 2 * spacing);  // rounded after the division and after the product
+  expect_close(outcome.outputs.at(0), x.shape, mp_silu(values(x)), 2 * spacing);  // rounded after the division and again after the multiplication
 }
 
 TYPED_TEST(MPSiLUTest, KeepsNaNAndInfinity) {
@@ -63,9 +63,9 @@ TYPED_TEST(MPSiLUTest, KeepsNaNAndInfinity) {
   expect_close(outcome.outputs.at(0), x.shape, mp_silu(values(x)));
 }
 
-TYPED_TEST(MPSiLUTest, GivesTheSameInPlaceOnManyThreadsAndInAnyBatch) { expect_same_anyhow("MPSiLU", {random(kType<TypeParam>, {3, 77777})}, {}); }
+TYPED_TEST(MPSiLUTest, IsReproducibleInPlaceOnManyThreadsAndInAnyBatch) { expect_reproducible("MPSiLU", {random(kType<TypeParam>, {3, 77777})}, {}); }
 
-TYPED_TEST(MPSiLUTest, DoesNotDependOnTheElementsAroundAtAnyLevel) {
+TYPED_TEST(MPSiLUTest, DoesNotDependOnNeighboringElementsAtAnyLevel) {
   using T = TypeParam;
   const std::int64_t count = 1003;
   const Tensor x = random(kType<T>, {count}, 3);

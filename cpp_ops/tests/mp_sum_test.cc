@@ -37,7 +37,7 @@ TYPED_TEST(MPSumTest, FollowsItsFormula) {
   }
 }
 
-TYPED_TEST(MPSumTest, TakesAnyWeightAndBound) {
+TYPED_TEST(MPSumTest, AcceptsAnyWeightAndBound) {
   const Sizes shape{3, 77};
   const Tensor a = random(kType<TypeParam>, shape), b = random(kType<TypeParam>, shape, 1, 1);
   for (const float t : {0.0f, 0.3f, 0.5f, 1.0f, 1.5f, -0.25f}) {
@@ -74,12 +74,12 @@ TYPED_TEST(MPSumTest, KeepsNaNAndBoundsInfinity) {
   }
 }
 
-TYPED_TEST(MPSumTest, GivesTheSameInPlaceOnManyThreadsAndInAnyBatch) {
+TYPED_TEST(MPSumTest, IsReproducibleInPlaceOnManyThreadsAndInAnyBatch) {
   const Sizes shape{3, 44444};
-  expect_same_anyhow("MPSum", {random(kType<TypeParam>, shape), random(kType<TypeParam>, shape, 1, 1)}, {{"t", 0.3f}, {"clip", 1.0f}}, 2);
+  expect_reproducible("MPSum", {random(kType<TypeParam>, shape), random(kType<TypeParam>, shape, 1, 1)}, {{"t", 0.3f}, {"clip", 1.0f}}, 2);
 }
 
-TYPED_TEST(MPSumTest, DoesNotDependOnTheElementsAroundAtAnyLevel) {
+TYPED_TEST(MPSumTest, DoesNotDependOnNeighboringElementsAtAnyLevel) {
   using T = TypeParam;
   const std::int64_t count = 1003;
   const Tensor a = random(kType<T>, {count}), b = random(kType<T>, {count}, 1, 1);
@@ -110,16 +110,16 @@ TYPED_TEST(MPSumTest, InfersTheShapeOfItsInputs) {
   EXPECT_EQ(inferred("MPSum", {{type, "[2, 64]"}, {type, "[M, 64]"}}, attributes), std::vector<std::string>{"[2, 64]"});
 }
 
-TYPED_TEST(MPSumTest, RefusesWhatItCannotTake) {
+TYPED_TEST(MPSumTest, RejectsInvalidInputs) {
   const Tensor a = random(kType<TypeParam>, {2, 3});
   const Attributes attributes{{"t", 0.3f}, {"clip", 256.0f}};
-  expect_refused("MPSum", {a, random(kType<TypeParam>, {3, 2})}, attributes, {"b must have the shape of a, [2, 3]", "got the shape [3, 2]"});
-  expect_refused("MPSum", {a, random(kType<TypeParam>, {3})}, attributes, {"[2, 3]", "[3]"});
-  expect_refused("MPSum", {a, random(kType<TypeParam>, {1, 3})}, attributes, {"[2, 3]", "[1, 3]"});  // nothing is broadcast
-  expect_refused("MPSum", {a, a}, {{"t", 0.3f}}, {"clip"});
-  expect_refused("MPSum", {a, a}, {{"clip", 1.0f}}, {"t"});
-  expect_refused("MPSum", {a, a}, {{"t", 0.3f}, {"clip", -1.0f}}, {"clip must be at least 0", "-1"});
-  expect_refused("MPSum", {a, a}, {{"t", 0.3f}, {"clip", std::nanf("")}}, {"clip must be at least 0", "nan"});
+  expect_rejected("MPSum", {a, random(kType<TypeParam>, {3, 2})}, attributes, {"b must have the shape of a, [2, 3]", "got the shape [3, 2]"});
+  expect_rejected("MPSum", {a, random(kType<TypeParam>, {3})}, attributes, {"[2, 3]", "[3]"});
+  expect_rejected("MPSum", {a, random(kType<TypeParam>, {1, 3})}, attributes, {"[2, 3]", "[1, 3]"});  // nothing is broadcast
+  expect_rejected("MPSum", {a, a}, {{"t", 0.3f}}, {"clip"});
+  expect_rejected("MPSum", {a, a}, {{"clip", 1.0f}}, {"t"});
+  expect_rejected("MPSum", {a, a}, {{"t", 0.3f}, {"clip", -1.0f}}, {"clip must be at least 0", "-1"});
+  expect_rejected("MPSum", {a, a}, {{"t", 0.3f}, {"clip", std::nanf("")}}, {"clip must be at least 0", "nan"});
 }
 
 }  // namespace

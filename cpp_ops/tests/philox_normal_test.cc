@@ -35,7 +35,7 @@ Outcome noise(const std::vector<std::int64_t>& seeds, std::int64_t draw, const S
   return fake_ort::run("PhiloxNormal", {integers({static_cast<std::int64_t>(seeds.size())}, seeds), integers({}, {draw}), scalar(scale)}, {{"shape", shape}});
 }
 
-// The float nearest to the reference, or one of its neighbours.
+// Expects the float nearest to the reference or one of its neighbors.
 void expect_noise(const Outcome& outcome, const std::vector<std::int64_t>& seeds, std::int64_t draw, const Sizes& shape, float scale = 1) {
   ASSERT_EQ(outcome.error, "");
   Values expected;
@@ -73,7 +73,7 @@ TEST(PhiloxNormalTest, FollowsItsFormulaForAllSeedsAndDraws) {
   expect_noise(noise({5}, 2, {200000}), {5}, 2, {200000});
 }
 
-TEST(PhiloxNormalTest, TakesAnyShapeAndScale) {
+TEST(PhiloxNormalTest, AcceptsAnyShapeAndScale) {
   for (const Sizes& shape : {Sizes{}, {0}, {1}, {5}, {64}, {77}, {3, 0, 2}, {4, 8, 8}, {1, 2, 3, 4, 5}}) {
     for (const std::vector<std::int64_t>& seeds : {std::vector<std::int64_t>{}, {3}, {3, -4, 5}}) {
       for (const float scale : {1.0f, 80.0f, -0.5f, 0.0f}) expect_noise(noise(seeds, 1, shape, scale), seeds, 1, shape, scale);
@@ -87,8 +87,8 @@ TEST(PhiloxNormalTest, CountsElementsBeyond32Bits) {
   }
 }
 
-TEST(PhiloxNormalTest, GivesTheSameOnManyThreadsAndInAnyBatch) {
-  expect_same_anyhow("PhiloxNormal", {integers({3}, {1, -2, 3}), integers({}, {4}), scalar(2)}, {{"shape", Sizes{4, 32, 33}}});
+TEST(PhiloxNormalTest, IsReproducibleOnManyThreadsAndInAnyBatch) {
+  expect_reproducible("PhiloxNormal", {integers({3}, {1, -2, 3}), integers({}, {4}), scalar(2)}, {{"shape", Sizes{4, 32, 33}}});
 }
 
 TEST(PhiloxNormalTest, GivesTheSameBitsAtEveryLevelWhateverTheBatch) {
@@ -122,22 +122,22 @@ TEST(PhiloxNormalTest, InfersTheBatchAndItsShape) {
   EXPECT_EQ(shapes("?", {4}), std::vector<std::string>{"?"});
 }
 
-TEST(PhiloxNormalTest, RefusesADrawOutOfRange) {
+TEST(PhiloxNormalTest, RejectsADrawOutOfRange) {
   EXPECT_EQ(noise({1}, -1, {4}).error, "scm::PhiloxNormal: draw must be in [0, 2^32), got -1");
   EXPECT_EQ(noise({1}, 0x100000000, {4}).error, "scm::PhiloxNormal: draw must be in [0, 2^32), got 4294967296");
   EXPECT_EQ(noise({}, kLargest, {4}).error, "scm::PhiloxNormal: draw must be in [0, 2^32), got 9223372036854775807");
 }
 
-TEST(PhiloxNormalTest, RefusesWhatItCannotTake) {
+TEST(PhiloxNormalTest, RejectsInvalidInputs) {
   const Tensor seeds = integers({2}, {1, 2}), draw = integers({}, {0}), scale = scalar(1);
   const Attributes attributes{{"shape", Sizes{4}}};
-  expect_scalar_refused("PhiloxNormal", {integers({}, {1}), draw, scale}, attributes, {"seeds must have 1 axis", "[]"});
-  expect_refused("PhiloxNormal", {seeds, integers({1}, {0}), scale}, attributes, {"draw must have 0 axes", "[1]"});
-  expect_refused("PhiloxNormal", {seeds, draw, random(kFloat, {1})}, attributes, {"scale must have 0 axes", "[1]"});
-  expect_refused("PhiloxNormal", {seeds, draw, scale}, {{"shape", Sizes{4, -1}}}, {"shape must be at least 0, got -1"});
-  expect_refused("PhiloxNormal", {seeds, draw, scale}, {{"shape", Sizes(65, 1)}}, {""});  // more axes than a tensor can have
-  expect_refused("PhiloxNormal", {seeds, draw, scale}, {}, {"shape"});
-  expect_refused("PhiloxNormal", {seeds, draw, scale}, {{"shape", std::int64_t{4}}}, {""});
+  expect_scalar_rejected("PhiloxNormal", {integers({}, {1}), draw, scale}, attributes, {"seeds must have 1 axis", "[]"});
+  expect_rejected("PhiloxNormal", {seeds, integers({1}, {0}), scale}, attributes, {"draw must have 0 axes", "[1]"});
+  expect_rejected("PhiloxNormal", {seeds, draw, random(kFloat, {1})}, attributes, {"scale must have 0 axes", "[1]"});
+  expect_rejected("PhiloxNormal", {seeds, draw, scale}, {{"shape", Sizes{4, -1}}}, {"shape must be at least 0, got -1"});
+  expect_rejected("PhiloxNormal", {seeds, draw, scale}, {{"shape", Sizes(65, 1)}}, {""});  // more axes than a tensor can have
+  expect_rejected("PhiloxNormal", {seeds, draw, scale}, {}, {"shape"});
+  expect_rejected("PhiloxNormal", {seeds, draw, scale}, {{"shape", std::int64_t{4}}}, {""});
 }
 
 TEST(PhiloxNormalTest, ReportsAShapeThatIsTooLarge) {

@@ -54,9 +54,9 @@ TYPED_TEST(PixelNormTest, KeepsNaNAndInfinityInTheirPixel) {
   EXPECT_TRUE(y[6] == 0 && y[7] == 0 && y[8] == 0);
 }
 
-TYPED_TEST(PixelNormTest, GivesTheSameInPlaceOnManyThreadsAndInAnyBatch) { expect_same_anyhow("PixelNorm", {random(kType<TypeParam>, {3, 999, 65})}, kAttributes, 2); }
+TYPED_TEST(PixelNormTest, IsReproducibleInPlaceOnManyThreadsAndInAnyBatch) { expect_reproducible("PixelNorm", {random(kType<TypeParam>, {3, 999, 65})}, kAttributes, 2); }
 
-TYPED_TEST(PixelNormTest, DoesNotDependOnTheRowsAroundAtAnyLevel) {
+TYPED_TEST(PixelNormTest, DoesNotDependOnNeighboringRowsAtAnyLevel) {
   using T = TypeParam;
   const auto apply = [](CpuKernel<pixel_norm::Params<T>> kernel, const Tensor& x, const Cuts& cuts) {
     Tensor y = empty_like(x.type, x.shape), activated = y;
@@ -86,12 +86,12 @@ TYPED_TEST(PixelNormTest, InfersTheShapeOfItsInput) {
   EXPECT_EQ(inferred("PixelNorm", {{kType<TypeParam>, "[N, ?, 64]"}}, kAttributes), std::vector<std::string>{"?"});
 }
 
-TYPED_TEST(PixelNormTest, RefusesWhatItCannotTake) {
+TYPED_TEST(PixelNormTest, RejectsInvalidInputs) {
   const auto zeros = [](const Sizes& shape) { return random(kType<TypeParam>, shape); };
-  expect_scalar_refused("PixelNorm", {zeros({})}, kAttributes, {"x must have at least 1 axis", "[]"});
-  expect_refused("PixelNorm", {zeros({3, 0})}, kAttributes, {"x must have at least 1 channel", "[3, 0]"});
-  expect_refused("PixelNorm", {zeros({3, 4})}, {}, {"eps"});
-  expect_refused("PixelNorm", {zeros({3, 4})}, {{"eps", std::int64_t{1}}}, {""});
+  expect_scalar_rejected("PixelNorm", {zeros({})}, kAttributes, {"x must have at least 1 axis", "[]"});
+  expect_rejected("PixelNorm", {zeros({3, 0})}, kAttributes, {"x must have at least 1 channel", "[3, 0]"});
+  expect_rejected("PixelNorm", {zeros({3, 4})}, {}, {"eps"});
+  expect_rejected("PixelNorm", {zeros({3, 4})}, {{"eps", std::int64_t{1}}}, {""});
 }
 
 }  // namespace

@@ -8,14 +8,14 @@
 
 namespace scm::testing {
 
-double half_value(std::uint16_t bits) {
+double half_to_double(std::uint16_t bits) {
   const int exponent = bits >> 10 & 31, fraction = bits & 1023;
   const double sign = bits & 0x8000 ? -1 : 1;
   if (exponent == 31) return fraction ? std::numeric_limits<double>::quiet_NaN() : sign * std::numeric_limits<double>::infinity();
   return sign * (exponent ? std::ldexp(1024 + fraction, exponent - 25) : std::ldexp(fraction, -24));
 }
 
-std::uint16_t nearest_half(double x) {
+std::uint16_t double_to_half(double x) {
   const std::uint16_t sign = std::signbit(x) ? 0x8000 : 0;
   if (std::isnan(x)) return sign | 0x7e00;
   const double magnitude = std::fabs(x);
@@ -23,7 +23,7 @@ std::uint16_t nearest_half(double x) {
   int exponent = -13;  // of the lower end of the binade, plus 1
   if (magnitude > 0x1p-14) std::frexp(magnitude, &exponent);
   const double steps = std::nearbyint(std::ldexp(magnitude, 11 - exponent));
-  // A carry out of the fraction lands in the exponent, as it should.
+  // A carry out of the fraction correctly increments the exponent.
   return static_cast<std::uint16_t>(sign | (static_cast<int>(steps) + (exponent + 13) * 1024));
 }
 
@@ -62,7 +62,7 @@ Values convert(const Tensor& tensor, const Convert& one) {
 }  // namespace
 
 Tensor tensor(ONNXTensorElementDataType type, const Sizes& shape, const Values& values) {
-  if (type == kHalf) return convert<std::uint16_t>(type, shape, values, nearest_half);
+  if (type == kHalf) return convert<std::uint16_t>(type, shape, values, double_to_half);
   EXPECT_EQ(type, kFloat);
   return convert<float>(type, shape, values, [](double x) { return static_cast<float>(x); });
 }
@@ -99,7 +99,7 @@ Tensor slice(const Tensor& tensor, std::int64_t begin, std::int64_t end) {
 Values values(const Tensor& tensor) {
   switch (tensor.type) {
     case kHalf:
-      return convert<std::uint16_t>(tensor, half_value);
+      return convert<std::uint16_t>(tensor, half_to_double);
     case kUint8:
       return convert<std::uint8_t>(tensor, [](std::uint8_t x) { return x; });
     default:
@@ -149,7 +149,7 @@ void expect_close(const Tensor& actual, const Sizes& shape, const Values& expect
   for (std::size_t i = 0; i < got.size() && wrong < 5; ++i) {
     if (std::isnan(got[i]) && std::isnan(expected[i])) continue;
     if (got[i] == expected[i] || std::fabs(got[i] - expected[i]) <= relative * std::fabs(expected[i]) + spacing + absolute) continue;
-    if (half && got[i] == half_value(nearest_half(expected[i]))) continue;  // infinity
+    if (half && got[i] == half_to_double(double_to_half(expected[i]))) continue;  // infinity
     ADD_FAILURE() << "element " << i << " of " << text(shape) << " is " << got[i] << ", expected " << expected[i];
     ++wrong;
   }
@@ -176,12 +176,12 @@ std::string inference_error(const std::string& op, const std::vector<Tensor>& in
 
 }  // namespace
 
-void expect_refused(const std::string& op, const std::vector<Tensor>& inputs, const Attributes& attributes, const std::vector<std::string>& fragments) {
+void expect_rejected(const std::string& op, const std::vector<Tensor>& inputs, const Attributes& attributes, const std::vector<std::string>& fragments) {
   expect_error(fake_ort::run(op, inputs, attributes).error, op, fragments);
   expect_error(inference_error(op, inputs, attributes), op, fragments);
 }
 
-void expect_scalar_refused(const std::string& op, const std::vector<Tensor>& inputs, const Attributes& attributes, const std::vector<std::string>& fragments) {
+void expect_scalar_rejected(const std::string& op, const std::vector<Tensor>& inputs, const Attributes& attributes, const std::vector<std::string>& fragments) {
   expect_error(fake_ort::run(op, inputs, attributes).error, op, fragments);
   EXPECT_EQ(inference_error(op, inputs, attributes), "");
 }
@@ -194,26 +194,26 @@ std::vector<std::string> inferred(const std::string& op, const std::vector<Spec>
   return shapes;
 }
 
-void expect_same_anyhow(const std::string& op, const std::vector<Tensor>& inputs, const Attributes& attributes, std::size_t outputs) {
+void expect_reproducible(const std::string& op, const std::vector<Tensor>& inputs, const Attributes& attributes, std::size_t outputs) {
   Options options = with_outputs(std::vector<bool>(outputs, true));
   const Outcome expected = fake_ort::run(op, inputs, attributes, options);
   ASSERT_EQ(expected.error, "");
-  EXPECT_GT(expected.pieces, 1u) << "too little work to be divided";
+  EXPECT_GT(expected.pieces, 1u) << "the work is too small to be divided";
   const auto compare = [&](const char* how) {
     SCOPED_TRACE(how);
     const Outcome outcome = fake_ort::run(op, inputs, attributes, options);
     ASSERT_EQ(outcome.error, "");
     for (std::size_t i = 0; i < outputs; ++i) expect_same_bits(outcome.outputs.at(i), expected.outputs.at(i));
   };
-  options.threads = Threads::one_backwards;
-  compare("one thread, backwards");
+  options.threads = Threads::one_reversed;
+  compare("one thread, reversed");
   options.threads = Threads::many;
   compare("many threads");
   std::vector<ONNXTensorElementDataType> types;
   for (const Tensor& input : inputs) types.push_back(input.type);
   for (const auto& [input, output] : fake_ort::may_inplace(*fake_ort::find(op, types))) {
     EXPECT_EQ(output, 0);
-    options.written_over = input;
+    options.inplace_input = input;
     compare("in place");
   }
   options = with_outputs(std::vector<bool>(outputs, true));

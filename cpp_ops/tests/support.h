@@ -1,4 +1,4 @@
-// What the tests of all operators share: element types, tensors, sizes, comparisons with references in double.
+// Helpers for the operator tests: element types, tensors, sizes, and comparisons with references in double.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -47,9 +47,9 @@ inline constexpr ONNXTensorElementDataType kType<std::int64_t> = kInt64;
 template <>
 inline constexpr ONNXTensorElementDataType kType<std::uint8_t> = kUint8;
 
-// float16 by its definition, written apart from the library's conversions.
-double half_value(std::uint16_t bits);
-std::uint16_t nearest_half(double x);  // ties to even
+// Conversions of float16 by its definition, independent of the library's.
+double half_to_double(std::uint16_t bits);
+std::uint16_t double_to_half(double x);  // ties to even
 
 // -- Tensors ----------------------------------------------------------------------------------------------------------
 
@@ -59,10 +59,10 @@ std::string text(const Sizes& shape);
 Tensor tensor(ONNXTensorElementDataType type, const Sizes& shape, const Values& values);
 Tensor scalar(float value);
 Tensor integers(const Sizes& shape, const std::vector<std::int64_t>& values);
-Tensor empty_like(ONNXTensorElementDataType type, const Sizes& shape);  // to be written by a kernel; holds nothing plausible
-// Normally distributed, the same for the same shape and seed.
+Tensor empty_like(ONNXTensorElementDataType type, const Sizes& shape);  // an output for a kernel, filled with implausible values
+// Returns normally distributed values, the same for the same shape and seed.
 Tensor random(ONNXTensorElementDataType type, const Sizes& shape, double scale = 1, unsigned seed = 0);
-Tensor slice(const Tensor& tensor, std::int64_t begin, std::int64_t end);  // of the first axis
+Tensor slice(const Tensor& tensor, std::int64_t begin, std::int64_t end);  // along the first axis
 Values values(const Tensor& tensor);
 
 template <typename T>
@@ -81,31 +81,31 @@ const T* data(const Tensor& tensor) {
 
 inline const std::vector<std::int64_t> kChannels{1, 3, 7, 64, 65, 448};
 
-// [N, ..., C] for batches of 0, 1 and 3, none to two spatial axes, some of them empty.
+// Returns shapes [N, ..., C] with batches of 0, 1 and 3, and zero to two spatial axes, some of them empty.
 std::vector<Sizes> feature_maps(std::int64_t channels);
 
 // -- References and comparisons -----------------------------------------------------------------------------------------
 
 double mp_silu(double x);
 Values mp_silu(const Values& x);
-// rows of `channels` values each
+// x consists of rows of `channels` values.
 Values pixel_norm(const Values& x, std::int64_t channels, double eps);
 
-// NaN equals NaN; within a rounding to the tensor's type, a relative 2e-6 and what is `absolute`.
+// The tolerance is one rounding to the tensor's type, plus a relative 2e-6, plus `absolute`. NaN equals NaN.
 void expect_close(const Tensor& actual, const Sizes& shape, const Values& expected, double absolute = 1e-20);
 void expect_same_bits(const Tensor& actual, const Tensor& expected);
 
-// The operator must refuse these inputs, when a session opens and when it runs, with an error that holds its name and all of `fragments`.
-void expect_refused(const std::string& op, const std::vector<Tensor>& inputs, const Attributes& attributes, const std::vector<std::string>& fragments);
-// The same of a scalar, which inference cannot tell from a tensor of unknown rank: the node is refused when it runs.
-void expect_scalar_refused(const std::string& op, const std::vector<Tensor>& inputs, const Attributes& attributes, const std::vector<std::string>& fragments);
+// Expects the operator to reject these inputs, both at shape inference and when it runs, with an error that contains its name and all of `fragments`.
+void expect_rejected(const std::string& op, const std::vector<Tensor>& inputs, const Attributes& attributes, const std::vector<std::string>& fragments);
+// Same for a scalar, which shape inference cannot distinguish from a tensor of unknown rank: only the run is rejected.
+void expect_scalar_rejected(const std::string& op, const std::vector<Tensor>& inputs, const Attributes& attributes, const std::vector<std::string>& fragments);
 
-// The shapes that the operator infers; "?" where it gives none.
+// Returns the shapes that the operator infers, "?" for an unknown shape.
 std::vector<std::string> inferred(const std::string& op, const std::vector<Spec>& inputs, const Attributes& attributes, std::size_t outputs = 1);
 
-// Gives the same bits with the output over every input that GetMayInplace names, in any order of the pieces and on several threads; and every sample
-// gives alone what it gives in its batch.
-void expect_same_anyhow(const std::string& op, const std::vector<Tensor>& inputs, const Attributes& attributes, std::size_t outputs = 1);
+// Expects the same bits with output 0 in place of each input that GetMayInplace permits, with the pieces in reversed order, on several threads, and for each
+// sample alone instead of in its batch.
+void expect_reproducible(const std::string& op, const std::vector<Tensor>& inputs, const Attributes& attributes, std::size_t outputs = 1);
 
 inline Options with_outputs(std::vector<bool> outputs) {
   Options options;
@@ -113,9 +113,9 @@ inline Options with_outputs(std::vector<bool> outputs) {
   return options;
 }
 
-// -- Kernels of one level of x86-64 each ----------------------------------------------------------------------------------
+// -- Kernels of the individual x86-64 levels ------------------------------------------------------------------------------
 
-// The levels that this processor has, of one operator: SCM_LEVELS(pixel_norm, float).
+// Returns an operator's kernels for the levels that this processor supports. Use: SCM_LEVELS(pixel_norm, float).
 template <typename Params>
 std::vector<std::pair<const char*, CpuKernel<Params>>> supported(const std::vector<CpuKernel<Params>>& kernels) {
   static constexpr const char* kNames[] = {"generic", "v3", "v4"};
@@ -132,7 +132,7 @@ std::vector<std::pair<const char*, CpuKernel<Params>>> supported(const std::vect
 
 using Cuts = std::vector<std::int64_t>;
 
-// Runs a kernel from cut to cut, the last piece first.
+// Runs a kernel piecewise between the cuts, the last piece first.
 template <typename Params>
 void run_in_pieces(CpuKernel<Params> kernel, const Params& params, const Cuts& cuts) {
   for (std::size_t i = cuts.size() - 1; i > 0; --i) kernel(params, cuts[i - 1], cuts[i]);

@@ -9,7 +9,7 @@
 namespace scm::testing {
 namespace {
 
-// The level before it is rounded, in the order of the image.
+// Returns the pixel values before rounding, in the image's order.
 Values reference(const Values& x, const Sizes& shape, double scale, double offset) {
   const auto channels = static_cast<std::size_t>(shape[1]), pixels = static_cast<std::size_t>(shape[2] * shape[3]);
   Values levels(x.size());
@@ -21,7 +21,7 @@ Values reference(const Values& x, const Sizes& shape, double scale, double offse
   return levels;
 }
 
-// Rounded; either way where float arithmetic may see a tie that is none.
+// Expects rounding to nearest. Near a tie either neighbor is accepted, because float arithmetic may round the product to the tie.
 void expect_levels(const Tensor& image, const Sizes& shape, const Values& expected) {
   ASSERT_EQ(image.type, kUint8);
   ASSERT_EQ(text(image.shape), text({shape[0], shape[2], shape[3], shape[1]}));
@@ -64,7 +64,7 @@ TYPED_TEST(ToImageTest, RoundsToEvenAndBounds) {
   EXPECT_EQ(values(outcome.outputs.at(0)), levels);
 }
 
-TYPED_TEST(ToImageTest, GivesTheSameOnManyThreadsAndInAnyBatch) { expect_same_anyhow("ToImage", {random(kType<TypeParam>, {3, 3, 128, 111})}, {{"scale", 127.5f}, {"offset", 128.0f}}); }
+TYPED_TEST(ToImageTest, IsReproducibleOnManyThreadsAndInAnyBatch) { expect_reproducible("ToImage", {random(kType<TypeParam>, {3, 3, 128, 111})}, {{"scale", 127.5f}, {"offset", 128.0f}}); }
 
 TYPED_TEST(ToImageTest, DoesNotDependOnTheBatchAtAnyLevel) {
   using T = TypeParam;
@@ -94,11 +94,11 @@ TYPED_TEST(ToImageTest, InfersChannelsLast) {
   EXPECT_EQ(fake_ort::infer("ToImage", {{kType<TypeParam>, "[1, 3, 2, 2]"}}, attributes).outputs.at(0).type, kUint8);
 }
 
-TYPED_TEST(ToImageTest, RefusesWhatItCannotTake) {
+TYPED_TEST(ToImageTest, RejectsInvalidInputs) {
   const Attributes attributes{{"scale", 127.5f}, {"offset", 128.0f}};
-  expect_refused("ToImage", {random(kType<TypeParam>, {3, 8, 8})}, attributes, {"x must have 4 axes", "[3, 8, 8]"});
-  expect_refused("ToImage", {random(kType<TypeParam>, {1, 3, 8, 8})}, {{"scale", 1.0f}}, {"offset"});
-  expect_refused("ToImage", {random(kType<TypeParam>, {1, 3, 8, 8})}, {{"offset", 1.0f}}, {"scale"});
+  expect_rejected("ToImage", {random(kType<TypeParam>, {3, 8, 8})}, attributes, {"x must have 4 axes", "[3, 8, 8]"});
+  expect_rejected("ToImage", {random(kType<TypeParam>, {1, 3, 8, 8})}, {{"scale", 1.0f}}, {"offset"});
+  expect_rejected("ToImage", {random(kType<TypeParam>, {1, 3, 8, 8})}, {{"offset", 1.0f}}, {"scale"});
 }
 
 }  // namespace

@@ -3,13 +3,14 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from scm_export.exporter import Exported, Options, export, plan
+    from scm_export.exporter import Exported, export, plan
+    from scm_export.options import Options
 
 __all__ = ["Exported", "Options", "export", "plan"]
 
 
 def __getattr__(name: str) -> object:
-    # torch takes seconds to import, and may be missing: neither is the business of `scm-export --help`.
+    # Importing torch takes seconds and fails if it is missing; `scm-export --help` must not depend on it.
     if name in __all__:
         from scm_export import exporter
 

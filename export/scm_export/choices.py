@@ -1,4 +1,4 @@
-"""What the options of an export may be. Nothing heavy is imported here: ``scm-export --help`` reads it too."""
+"""Allowed values of the export options. Imports nothing heavy, since ``scm-export --help`` reads this module."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from scm_runtime.bundle.manifest import Dtype
 ParametrisationName = Literal["trigflow", "trigflow-negated", "edm", "flow", "x0"]
 PARAMETRISATION_NAMES: tuple[ParametrisationName, ...] = get_args(ParametrisationName)
 
-# The dtypes a bundle's graphs compute in, by the dtype its weights are stored in.
 GRAPH_DTYPES: dict[Dtype, tuple[Dtype, ...]] = {"fp32": ("fp32",), "fp16": ("fp16", "fp32"), "bf16": ("bf16", "fp32")}
+"""Dtypes that a bundle's graphs compute in, by the dtype its weights are stored in."""
 
-MOST_STEPS = 4  # that whole samplers are composed for unless others are asked for, and that are compared
+MAX_COMPOSED_STEPS = 4  # largest step count for which samplers are composed by default and verified
 
 OPSETS = range(18, 24)
 DEFAULT_OPSET: dict[Dtype, int] = {"fp32": 20, "fp16": 20, "bf16": 22}
-LOWEST_OPSET: dict[Dtype, int] = {"fp32": OPSETS[0], "fp16": OPSETS[0], "bf16": 22}  # Conv has taken bfloat16 since 22
+MIN_OPSET: dict[Dtype, int] = {"fp32": OPSETS[0], "fp16": OPSETS[0], "bf16": 22}  # Conv accepts bfloat16 since opset 22

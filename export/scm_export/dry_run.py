@@ -1,4 +1,4 @@
-"""``--dry-run``: what an export would make, from the model alone."""
+"""``--dry-run``: description of the bundle that an export would make, computed from the model without tracing it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from msgspec import Struct
 from torch import Tensor, nn
 
 from scm_export.choices import GRAPH_DTYPES
-from scm_export.functions import INLINE_BELOW
+from scm_export.graphs.functions import INLINE_BELOW
 from scm_export.model import DTYPES, ImageDecoder, ImageNetwork, Latents, Model
 from scm_runtime.bundle.manifest import COMBINE, STEP_INPUTS, Conditioning, Dtype, OutputSpec, Source
 
 
 class PlannedInput(Struct, kw_only=True):
-    """One input of the step graph; a shape's first dimension is N."""
+    """One input of the step graph. The first dimension of the shape is N."""
 
     name: str
     dtype: str
@@ -26,14 +26,14 @@ class PlannedInput(Struct, kw_only=True):
 
 
 class Plan(Struct, kw_only=True):
-    """A bundle that could be."""
+    """Description of the bundle that an export would make."""
 
     out: str
     family: str
     licence: str | None
     source: Source
     parameters: dict[str, int]
-    """Of each network, by the graph it becomes."""
+    """Number of parameters by graph."""
     decoder: str
     inputs: tuple[PlannedInput, ...]
     conditioning: tuple[Conditioning, ...]
@@ -46,19 +46,19 @@ class Plan(Struct, kw_only=True):
     samplers: dict[str, tuple[int, ...]]
     weights_dtype: str
     weights_bytes: dict[str, int]
-    """Expected size of the weights file, by the dtype of the stored weights."""
+    """Expected size of the weights file in bytes, by the dtype of the stored weights."""
     opset: int
     custom_ops: bool
     graphs: tuple[str, ...]
 
     def to_json(self) -> bytes:
-        """As JSON text."""
+        """Encode as indented JSON."""
         return msgspec.json.format(msgspec.json.encode(self), indent=2)
 
     def facts(self) -> dict[str, str]:
-        """As lines for a terminal, by name."""
-        own = self.weights_bytes[self.weights_dtype]
-        others = ", ".join(f"{name} {_size(size)}" for name, size in self.weights_bytes.items() if name != self.weights_dtype)
+        """Lines of text for a terminal, by name."""
+        size = _format_size(self.weights_bytes[self.weights_dtype])
+        others = ", ".join(f"{name} {_format_size(count)}" for name, count in self.weights_bytes.items() if name != self.weights_dtype)
         return {
             "checkpoint": f"{self.source.file} (SHA-256 {self.source.sha256[:12]}…)",
             **({} if self.source.weights is None else {"weights set": repr(self.source.weights)}),
@@ -74,14 +74,14 @@ class Plan(Struct, kw_only=True):
                 for count, times in self.times.items()
             },
             **({"samplers": "; ".join(f"{name}: {', '.join(map(str, counts))} steps" for name, counts in self.samplers.items())} if self.samplers else {}),
-            "weights": f"{self.weights_dtype}, {_size(own)} (in {others})",
-            "graphs": f"opset {self.opset}{', scm operators' if self.custom_ops else ', standard operators alone'}: {', '.join(self.graphs)}",
+            "weights": f"{self.weights_dtype}, {size} (in {others})",
+            "graphs": f"opset {self.opset}{', scm operators' if self.custom_ops else ', standard operators only'}: {', '.join(self.graphs)}",
             "bundle": self.out,
         }
 
 
 def make_plan(model: Model, destination: Path, source: Source, dtype: Dtype, steps: Sequence[int], opset: int, *, custom_ops: bool) -> Plan:
-    """The plan of a model's export, its weights being stored in ``dtype``."""
+    """Describe the bundle of a model with weights stored in ``dtype``."""
     parts: dict[str, Any] = {"step": model.step, "decode": model.decoder, "preview": model.preview, "encode": model.encoder}
     networks = {name: part.network if isinstance(part, ImageNetwork) else part for name, part in parts.items()}
     counts = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items() if isinstance(network, nn.Module)}
@@ -94,7 +94,7 @@ def make_plan(model: Model, destination: Path, source: Source, dtype: Dtype, ste
         licence=model.licence,
         source=source,
         parameters=counts,
-        decoder=_describe(model, counts.get("decode", 0)),
+        decoder=_describe_decoder(model, counts.get("decode", 0)),
         inputs=tuple(PlannedInput(name=name, dtype=kind, shape=("N", *shape)) for name, kind, shape in inputs),
         conditioning=model.conditioning,
         sample_shape=model.sample_shape,
@@ -105,14 +105,14 @@ def make_plan(model: Model, destination: Path, source: Source, dtype: Dtype, ste
         times={str(count): times for count, times in sorted(model.times.items())},
         samplers={name: tuple(sorted(table)) for name, table in model.samplers.items()},
         weights_dtype=dtype,
-        weights_bytes={name: _bytes(model, DTYPES[name]) for name in DTYPES},
+        weights_bytes={name: _weights_bytes(model, DTYPES[name]) for name in DTYPES},
         opset=opset,
         custom_ops=custom_ops,
         graphs=("noise.onnx", *((COMBINE,) if model.samplers else ()), *(f"{kind}.{compute}.onnx" for compute in GRAPH_DTYPES[dtype] for kind in kinds)),
     )
 
 
-def _describe(model: Model, parameters: int) -> str:
+def _describe_decoder(model: Model, parameters: int) -> str:
     match model.decoder:
         case ImageDecoder(scale=scale, offset=offset):
             return f"none needed: levels are the state × {scale:g} + {offset:g}"
@@ -122,21 +122,22 @@ def _describe(model: Model, parameters: int) -> str:
             return "none: samples are latents"
 
 
-def _bytes(model: Model, dtype: torch.dtype) -> int:
-    """What the writer puts into the weights file: every tensor once, parameters in ``dtype``, buffers as they are."""
+def _weights_bytes(model: Model, dtype: torch.dtype) -> int:
+    """Size of the weights file in bytes: every large tensor once, parameters in ``dtype``, buffers in their own dtype."""
     sizes = {}
-    for tensor, itemsize in _tensors(model, dtype):
+    for tensor, itemsize in _stored_tensors(model, dtype):
         size = tensor.numel() * itemsize
         if size >= INLINE_BELOW:
             sizes[tensor.data_ptr(), tuple(tensor.shape)] = size
     return sum(sizes.values())
 
 
-def _tensors(model: Model, dtype: torch.dtype) -> Iterator[tuple[Tensor, int]]:
+def _stored_tensors(model: Model, dtype: torch.dtype) -> Iterator[tuple[Tensor, int]]:
+    """Parameters and buffers, each with the number of bytes per element in the weights file."""
     for network in model.networks:
         yield from ((parameter, dtype.itemsize) for parameter in network.parameters())
         yield from ((buffer, buffer.itemsize) for buffer in network.buffers())
 
 
-def _size(count: int) -> str:
+def _format_size(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

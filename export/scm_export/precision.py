@@ -1,4 +1,4 @@
-"""Run somebody else's network in the dtype a graph computes in, whatever dtype its weights are stored in."""
+"""``Precision``: run any network in a graph's compute dtype, whatever dtype its weights are stored in."""
 
 from __future__ import annotations
 
@@ -12,60 +12,62 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
-from scm_export.promotion import MatchDtypes
+from scm_export.promotion import PromoteDtypes
 
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
-Island = Callable[[str, nn.Module], bool]
+KeepInFp32 = Callable[[str, nn.Module], bool]
+"""(dotted name, module) to True if the module computes in float32 in every graph."""
 
 
-def norms(_name: str, module: nn.Module) -> bool:
-    """The islands that every network has: what divides by a sum of squares, whose half-precision range is too small."""
+def is_norm(_name: str, module: nn.Module) -> bool:
+    """Return True for normalization layers: they divide by a sum of squares, which overflows in half precision."""
     return isinstance(module, NORMS) or type(module).__name__ == "RMSNorm"
 
 
 class Precision(nn.Module):
-    """A network that computes in ``compute_dtype``, but in float32 in its islands; float32 at its borders.
+    """A network that computes in ``compute_dtype``, except for the modules kept in float32. Its inputs and outputs are float32.
 
-    The weights are cast where they are read: in a traced graph each is one Cast of what the weights file holds, so that one file serves the
+    Weights are cast where they are read. In a traced graph each cast is one Cast node on the stored weight, so that one weights file serves the
     graphs of every dtype.
     """
 
-    def __init__(self, network: nn.Module, islands: Island = norms, *, match_dtypes: bool = False, wide: Collection[str] = ()) -> None:
+    def __init__(self, network: nn.Module, keep_in_fp32: KeepInFp32 = is_norm, *, promote_dtypes: bool = False, fp32_parameters: Collection[str] = ()) -> None:
         """Wrap a network.
 
         Args:
-            network: called with the wrapper's own arguments, floating tensors cast; but one number a sample, a time or a scale, stays float32.
-            islands: (dotted name, module) to whether the module computes in float32.
-            match_dtypes: the network was not written for half precision. Its buffers stay float32 too, also those of later calls, and its
-                operators are helped (``promotion.py``).
-            wide: names of parameters that stay float32 wherever they are used.
+            network: called with the wrapper's arguments. Floating-point tensors are cast to the compute dtype, except those with one number per sample,
+                such as times and scales, which stay float32.
+            keep_in_fp32: selects the modules that compute in float32.
+            promote_dtypes: for networks that were not written for half precision. Their buffers stay float32, including buffers created by later
+                calls, and operands of different dtypes are promoted to one (``promotion.py``).
+            fp32_parameters: names of parameters that stay float32 wherever they are used.
         """
         super().__init__()
         self.network = network
         self.compute_dtype = torch.float32
-        self._match_dtypes = match_dtypes
-        self._wide: set[str] = set(wide)
+        self._promote_dtypes = promote_dtypes
+        self._fp32_names: set[str] = set(fp32_parameters)
         for name, module in network.named_modules():
-            if islands(name, module):
-                module.register_forward_pre_hook(_enter, with_kwargs=True)
-                module.register_forward_hook(self._leave)
-                self._wide |= {f"{name}.{inner}" if name else inner for inner, _ in _tensors(module)}
+            if keep_in_fp32(name, module):
+                module.register_forward_pre_hook(_cast_inputs_to_fp32, with_kwargs=True)
+                module.register_forward_hook(self._cast_outputs)
+                self._fp32_names |= {f"{name}.{inner}" if name else inner for inner, _ in _tensors(module)}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         dtype = self.compute_dtype
-        wide = self._wide | {name for name, _ in self.network.named_buffers()} if self._match_dtypes else self._wide
-        tensors = {name: _cast(tensor, torch.float32 if name in wide else dtype) for name, tensor in _tensors(self.network)}
+        in_fp32 = self._fp32_names | {name for name, _ in self.network.named_buffers()} if self._promote_dtypes else self._fp32_names
+        tensors = {name: _cast(tensor, torch.float32 if name in in_fp32 else dtype) for name, tensor in _tensors(self.network)}
         args, kwargs = tree_map(lambda value: value if _is_per_sample(value) else _cast(value, dtype), (args, kwargs))
-        with MatchDtypes() if self._match_dtypes else nullcontext():
+        with PromoteDtypes() if self._promote_dtypes else nullcontext():
             output = functional_call(self.network, tensors, args, kwargs)
         return tree_map(lambda value: _cast(value, torch.float32), output)
 
-    def _leave(self, _module: nn.Module, _args: Any, output: Any) -> Any:
+    def _cast_outputs(self, _module: nn.Module, _args: Any, output: Any) -> Any:
         return tree_map(lambda value: _cast(value, self.compute_dtype), output)
 
 
-def _enter(_module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> Any:
+def _cast_inputs_to_fp32(_module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> Any:
     return tree_map(lambda value: _cast(value, torch.float32), (args, dict(kwargs)))
 
 

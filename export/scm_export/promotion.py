@@ -1,5 +1,7 @@
-"""For networks that were written for float32 and any batch: operands of unlike dtypes are brought to one, as torch.autocast does, and the waves of a time
-embedding do not depend on a sample's place in the batch."""
+"""``PromoteDtypes``: type promotion for networks that were written for float32 only.
+
+Operands of different dtypes are cast to one dtype, as torch.autocast does, and time embeddings give the same result for a sample wherever it is in the batch.
+"""
 
 from __future__ import annotations
 
@@ -11,26 +13,26 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-# By the name of torch's function, with or without the namespace and the overload: a program calls aten.linear.default.
-WEIGHTED = {"linear", "bilinear", "convolution", "prelu"} | {f"conv{way}{n}d" for way in ("", "_transpose") for n in (1, 2, 3)}
-"""What takes the dtype of its weight, the second argument."""
+# Names of torch's functions, without namespace and overload: an exported program calls aten.linear.default.
+WEIGHTED = {"linear", "bilinear", "convolution", "prelu"} | {f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3)}
+"""Functions that compute in the dtype of their weight, the second argument."""
 PRODUCTS = {
     *("matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "mv", "dot", "inner", "addmm", "addmv", "addbmm", "baddbmm", "einsum", "tensordot"),
     *("scaled_dot_product_attention", "multi_head_attention_forward", "grid_sample", "grid_sampler", "lerp", "cdist"),
 }
-"""What takes the narrowest dtype of its operands."""
+"""Functions that compute in the narrowest dtype of their operands."""
 NORMS = {
     *("layer_norm", "group_norm", "rms_norm", "batch_norm", "instance_norm", "local_response_norm", "normalize", "cosine_similarity"),
     *("native_layer_norm", "native_group_norm", "native_batch_norm"),
 }
-"""What divides by a sum of squares: computed in float32, the result in the dtype of the first operand."""
+"""Functions that divide by a sum of squares. They compute in float32; the result has the dtype of the first operand."""
 WAVES = {"sin", "cos"}
-"""Computed in float64 where they are of levels, one number or one row a sample: ONNX Runtime's float32 sine differs in the last bit between the vectorised
-part of a tensor and its rest."""
+"""Functions that compute in float64 if their operand is one number or one row per sample. ONNX Runtime's float32 sine differs in the last bit between the
+vectorized part of a tensor and the remainder, so that a time embedding in float32 would depend on the sample's place in the batch."""
 
 
-class MatchDtypes(TorchFunctionMode):
-    """Within it, torch's functions accept floating tensors of different dtypes."""
+class PromoteDtypes(TorchFunctionMode):
+    """Context manager in which torch's functions accept floating-point tensors of different dtypes."""
 
     def __torch_function__(self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}

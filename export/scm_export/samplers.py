@@ -1,8 +1,8 @@
-"""Solvers of a diffusion model's ODE, as the tables of evaluations that the runtime walks along: see ``scm_runtime.bundle.solver_tables``.
+"""Solvers for the ODE of a diffusion model, as the tables of evaluations that the runtime executes: see ``scm_runtime.bundle.solver_tables``.
 
-In EDM's variables, the state ``X = x / cos t`` at ``sigma = sigma_d tan t`` and the denoised D, the ODE is ``dX/dsigma = (X - D) / sigma``. Every solver
-here makes the next state a sum of X where the step began, X where the network was evaluated, and D there; brought back to TrigFlow's x, these are a row's
-weights. The step graph gives D as the step to the end of time.
+In EDM's variables, the state ``X = x / cos t`` at ``sigma = sigma_d tan t`` and the denoised D, the ODE is ``dX/dsigma = (X - D) / sigma``. In every
+solver here the next state is a weighted sum of X at the start of the step, X where the network was evaluated, and D there. Converted to TrigFlow's x, these
+are the weights of a row. The step graph computes D as the step to time 0.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from itertools import pairwise
 
 import msgspec
 
-from scm_runtime.bundle.solver_tables import Evaluation, Evaluations
+from scm_runtime.bundle.solver_tables import SolverStage, SolverStages
 
 TEACHER_STEPS = (8, 16, 32)
 SOLVER_STEPS = (8, 16, 32, 64)
 RHO = 7.0
-SIGMA_MIN, SIGMA_MAX = 0.002, 80.0  # of EDM; the largest noise the models are trained on
+SIGMA_MIN, SIGMA_MAX = 0.002, 80.0  # EDM's; sigma_max is the largest noise that the models are trained on
 
 Weights = tuple[float, float, float]
 
@@ -35,34 +35,34 @@ def angles(sigmas: Sequence[float], sigma_data: float) -> tuple[float, ...]:
 
 
 def teacher_times(sigma_data: float) -> dict[int, tuple[float, ...]]:
-    """Times of DDIM: EDM's noise levels for 8, 16 and 32 steps."""
+    """Times for DDIM: EDM's noise levels for 8, 16 and 32 steps."""
     return {steps: angles(karras_sigmas(steps), sigma_data) for steps in TEACHER_STEPS}
 
 
 # ----------------------------------------------------------------------------
-# (sigma, next sigma) -> the noise level in between or at the end to evaluate at, and the weights of X, X there and D there.
+# (sigma, next sigma) -> the noise level of the second evaluation, and the weights of the first X, the second X and the second D.
 
 
 def heun(sigma: float, sigma_next: float) -> tuple[float, Weights]:
-    """EDM's sampler (arXiv 2206.00364, algorithm 1): the trapezoidal rule, with D at the end of a first-order step.
+    """EDM's sampler (arXiv 2206.00364, algorithm 1): the trapezoidal rule, with D evaluated at the end of a first-order step.
 
-    The slope at the beginning is ``(X_next - X) / (sigma_next - sigma)`` of that step.
+    The slope at the start is ``(X_next - X) / (sigma_next - sigma)`` of that step.
     """
     half = (sigma_next - sigma) / 2
     return sigma_next, (0.5, 0.5 + half / sigma_next, -half / sigma_next)
 
 
 def dpm_solver_2s(sigma: float, sigma_next: float) -> tuple[float, Weights]:
-    """DPM-Solver-2 (arXiv 2206.00927, algorithm 1): from the beginning along the noise predicted half-way in the logarithm of sigma."""
+    """DPM-Solver-2 (arXiv 2206.00927, algorithm 1): a step along the noise predicted half-way in log sigma."""
     middle = math.sqrt(sigma * sigma_next)
     slope = (sigma_next - sigma) / middle
     return middle, (1.0, slope, -slope)
 
 
 def dpm_solver_pp_2s(sigma: float, sigma_next: float) -> tuple[float, Weights]:
-    """DPM-Solver++(2S) (arXiv 2211.01095, algorithm 1): towards the data predicted half-way in the logarithm of sigma."""
-    share = sigma_next / sigma
-    return math.sqrt(sigma * sigma_next), (share, 0.0, 1 - share)
+    """DPM-Solver++(2S) (arXiv 2211.01095, algorithm 1): a step towards the data predicted half-way in log sigma."""
+    ratio = sigma_next / sigma
+    return math.sqrt(sigma * sigma_next), (ratio, 0.0, 1 - ratio)
 
 
 SOLVERS: dict[str, Callable[[float, float], tuple[float, Weights]]] = {
@@ -72,8 +72,8 @@ SOLVERS: dict[str, Callable[[float, float], tuple[float, Weights]]] = {
 }
 
 
-def solve(solver: Callable[[float, float], tuple[float, Weights]], sigmas: Sequence[float], sigma_data: float) -> Evaluations:
-    """A solver's evaluations along noise levels of which the last is 0: two a step, and one for the last."""
+def solve(solver: Callable[[float, float], tuple[float, Weights]], sigmas: Sequence[float], sigma_data: float) -> SolverStages:
+    """Stages of a solver for noise levels that end with 0: two per step, and one for the last step."""
 
     def cos(sigma: float) -> float:
         return sigma_data / math.hypot(sigma, sigma_data)
@@ -81,21 +81,21 @@ def solve(solver: Callable[[float, float], tuple[float, Weights]], sigmas: Seque
     rows = []
     for sigma, sigma_next in pairwise(sigmas):
         if sigma_next == 0:
-            rows.append(Evaluation(math.atan(sigma / sigma_data), 0.0))
+            rows.append(SolverStage(math.atan(sigma / sigma_data), 0.0))
             continue
-        between, (base, x, denoised) = solver(sigma, sigma_next)
-        t, there = angles((sigma, between), sigma_data)
+        sigma_second, (base, x, denoised) = solver(sigma, sigma_next)
+        t, t_second = angles((sigma, sigma_second), sigma_data)
         end = cos(sigma_next)
-        rows += [Evaluation(t, there), Evaluation(there, 0.0, (base * end / cos(sigma), x * end / cos(between), denoised * end))]
+        rows += [SolverStage(t, t_second), SolverStage(t_second, 0.0, (base * end / cos(sigma), x * end / cos(sigma_second), denoised * end))]
     return tuple(rows)
 
 
-def make_tables(sigma_data: float, t_start: float) -> dict[str, dict[int, Evaluations]]:
-    """All solvers along EDM's noise levels, the first no larger than at ``t_start``, by name and number of steps."""
+def make_tables(sigma_data: float, t_start: float) -> dict[str, dict[int, SolverStages]]:
+    """Tables of all solvers by name and number of steps, for EDM's noise levels, starting no higher than the noise level at ``t_start``."""
     largest = min(SIGMA_MAX, sigma_data * math.tan(t_start)) if t_start < math.pi / 2 else SIGMA_MAX
     return {name: {steps: solve(solver, karras_sigmas(steps, sigma_max=largest), sigma_data) for steps in SOLVER_STEPS} for name, solver in SOLVERS.items()}
 
 
-def to_json(tables: dict[str, dict[int, Evaluations]]) -> bytes:
-    """``samplers.json``."""
+def to_json(tables: dict[str, dict[int, SolverStages]]) -> bytes:
+    """Encode tables as ``samplers.json``."""
     return msgspec.json.encode({name: {str(steps): rows for steps, rows in table.items()} for name, table in tables.items()})

@@ -1,6 +1,6 @@
-"""Which versions of other packages the exporter is known to fail with, and which it has been tested with.
+"""Versions of other packages that the exporter is known to fail with, and versions it has been tested with.
 
-Checked before anything is read, because the error of a translation that fails minutes later does not name its cause. Packages are looked up, not imported.
+They are checked first, because the error of a translation that fails minutes later does not name its cause. Packages are not imported for this.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ logger = logging.getLogger("scm_export")
 
 
 class Requirement(NamedTuple):
-    """A lowest version, and what older ones do."""
+    """Lowest supported version of a package, and the reason."""
 
     package: str
     minimum: str
     reason: str
     torch: str | None = None
-    """Only with this version of torch or a newer one."""
+    """Applies only with this version of torch or a newer one; None for all versions."""
     distributions: tuple[str, ...] = ()
-    """Names the package is installed under; by default its own."""
+    """Names of the distributions that contain the package; by default the package's name."""
 
 
 REQUIREMENTS = (
@@ -38,14 +38,14 @@ REQUIREMENTS = (
         distributions=("onnxruntime", "onnxruntime-gpu"),
     ),
 )
-TESTED = {"torch": "2.13", "onnxscript": "0.7"}  # newest release series; the two must fit each other
+TESTED = {"torch": "2.13", "onnxscript": "0.7"}  # newest release series; the two must be compatible
 
 
 def check_versions() -> None:
-    """Refuse installed packages that are known to fail.
+    """Check the installed packages against REQUIREMENTS.
 
     Raises:
-        MissingDependencyError: at least one is too old; the message has the versions and the pip command that upgrades all of them.
+        MissingDependencyError: a package is too old; the message lists all such packages and the pip command that upgrades them.
     """
     torch = _installed("torch")
     problems, upgrades = [], []
@@ -55,15 +55,15 @@ def check_versions() -> None:
         for name in needed.distributions or (needed.package,):
             found = _installed(name)
             if found is not None and _parse(found) < _parse(needed.minimum):
-                beside = "" if needed.torch is None else f" with torch {torch}"
-                problems.append(f"{name} {found} cannot be used{beside}: {needed.reason}. It must be at least {needed.minimum}.")
+                with_torch = "" if needed.torch is None else f" with torch {torch}"
+                problems.append(f"{name} {found} cannot be used{with_torch}: {needed.reason}. It must be at least {needed.minimum}.")
                 upgrades.append(f"'{name}>={needed.minimum}'")
     if problems:
         raise MissingDependencyError("\n".join([*problems, f"  pip install {' '.join(upgrades)}"]))
 
 
 def warn_about_untested_versions() -> None:
-    """Log a warning where torch or onnxscript is newer than the release series that this exporter has been tested with."""
+    """Log a warning if torch or onnxscript is newer than the release series that this exporter has been tested with."""
     newer = [f"{name} {found}" for name, tested in TESTED.items() if (found := _installed(name)) is not None and _parse(found)[:2] > _parse(tested)]
     if newer:
         logger.warning(
@@ -83,6 +83,6 @@ def _installed(distribution: str) -> str | None:
 
 
 def _parse(version: str) -> tuple[int, ...]:
-    """The release number, without what follows it: (2, 13, 0) for "2.13.0+cpu"."""
-    found = re.match(r"\d+(\.\d+)*", version)
-    return tuple(map(int, found[0].split("."))) if found else ()
+    """Release number without suffixes: (2, 13, 0) for "2.13.0+cpu"."""
+    match = re.match(r"\d+(\.\d+)*", version)
+    return tuple(map(int, match[0].split("."))) if match else ()

@@ -1,4 +1,4 @@
-"""A bundle on disk: written beside its destination, flushed, and renamed into place, so that it appears whole or not at all."""
+"""Writing of bundles: into a folder beside the destination that is flushed and renamed, so that a bundle appears completely or not at all."""
 
 from __future__ import annotations
 
@@ -14,25 +14,26 @@ import onnx
 from onnx import ModelProto
 from onnxscript import ir
 
-from scm_export.functions import INLINE_BELOW
-from scm_runtime.bundle.manifest import MANIFEST, WEIGHTS, FileEntry, Manifest, sha256
+from scm_export.graphs.functions import INLINE_BELOW
+from scm_runtime.bundle.checksums import sha256
+from scm_runtime.bundle.manifest import MANIFEST, WEIGHTS, FileEntry, Manifest
 from scm_runtime.common.files import beside
 from scm_runtime.errors import OutputError, ScmError
 
-PAGE = 4096  # offsets of larger tensors, so that a runtime can map them
+PAGE = 4096  # alignment in bytes of large tensors in the weights file, so that a runtime can map them
 
 
 class BundleWriter:
-    """The files of a bundle in the making. All graphs share one weights file, in which equal tensors stand once."""
+    """Writes the files of a bundle. All graphs share one weights file, in which equal tensors are stored once."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._weights = (folder / WEIGHTS).open("xb")
-        self._sum = hashlib.sha256()
-        self._places: dict[bytes, int] = {}
+        self._weights_sha256 = hashlib.sha256()
+        self._offsets: dict[bytes, int] = {}  # by the SHA-256 of a tensor's bytes
 
     def graph(self, name: str, model: ir.Model) -> ModelProto:
-        """Write a graph, its larger tensors into the weights file; returns it with references in their place."""
+        """Write a graph, with its larger tensors in the weights file. Returns the graph with references to them."""
         for value in model.graph.initializers.values():
             tensor = value.const_value
             if tensor is not None and tensor.nbytes >= INLINE_BELOW:
@@ -45,7 +46,7 @@ class BundleWriter:
         return proto
 
     def proto(self, name: str, proto: ModelProto) -> None:
-        """Write a graph whose larger tensors are references already."""
+        """Write a graph whose larger tensors already refer to the weights file."""
         proto.producer_name = "scm-export"
         path = self.folder / name
         path.write_bytes(proto.SerializeToString(deterministic=True))
@@ -54,40 +55,40 @@ class BundleWriter:
 
     def _store(self, data: memoryview) -> int:
         digest = hashlib.sha256(data).digest()
-        if digest not in self._places:
+        if digest not in self._offsets:
             self._append(bytes(-self._weights.tell() % (PAGE if len(data) >= 16 * PAGE else 64)))
-            self._places[digest] = self._weights.tell()
+            self._offsets[digest] = self._weights.tell()
             self._append(data)
-        return self._places[digest]
+        return self._offsets[digest]
 
     def _append(self, data: bytes | memoryview) -> None:
         self._weights.write(data)
-        self._sum.update(data)  # rather than read gigabytes again
+        self._weights_sha256.update(data)  # instead of reading gigabytes again
 
     def close(self) -> dict[str, FileEntry]:
-        """Finish the weights file and describe every file for the manifest."""
+        """Finish the weights file. Returns size and SHA-256 of every file for the manifest."""
         if self._weights.tell() == 0:
-            self._append(bytes(64))  # an analytic model has no weights; the file is part of the layout
+            self._append(bytes(64))  # an analytic model has no weights, but every bundle has the file
         self._weights.close()
-        sums = {WEIGHTS: self._sum.hexdigest()}
-        return {path.name: FileEntry(size=path.stat().st_size, sha256=sums.get(path.name) or sha256(path)) for path in sorted(self.folder.iterdir())}
+        known = {WEIGHTS: self._weights_sha256.hexdigest()}
+        return {path.name: FileEntry(size=path.stat().st_size, sha256=known.get(path.name) or sha256(path)) for path in sorted(self.folder.iterdir())}
 
     def abandon(self) -> None:
-        """Let go of the weights file, whatever became of it; after close() this does nothing."""
+        """Close the weights file without finishing it. Does nothing after close()."""
         with suppress(OSError):
             self._weights.close()
 
     def manifest(self, manifest: Manifest) -> None:
-        """Write ``scm.json``, over an earlier one if there is one."""
+        """Write ``scm.json``, replacing an earlier one."""
         (self.folder / MANIFEST).write_bytes(manifest.to_json() + b"\n")
 
 
 @contextmanager
 def new_bundle(destination: Path, *, force: bool) -> Iterator[BundleWriter]:
-    """A folder beside the destination that takes its place when the block ends well, and vanishes when it does not.
+    """Context with a writer into a temporary folder, which becomes the destination at the end, or is removed if an exception is raised.
 
     Raises:
-        OutputError: the destination exists (and force is False, or it is no bundle), or cannot be written.
+        OutputError: the destination exists (and force is False, or it is not a bundle), or cannot be written.
     """
     check_destination(destination, force=force)
     part, writer = beside(destination, "part"), None
@@ -97,13 +98,13 @@ def new_bundle(destination: Path, *, force: bool) -> Iterator[BundleWriter]:
         writer = BundleWriter(part)
         yield writer
         _flush(part)
-        check_destination(destination, force=force)  # again: something may have appeared there meanwhile
+        check_destination(destination, force=force)  # again: it may have been created in the meantime
         if destination.exists():
             old = beside(destination, "old")
             try:
                 destination.rename(old)
                 part.rename(destination)
-            finally:  # an interrupt too must not lose the earlier bundle
+            finally:  # not even an interrupt may lose the earlier bundle
                 if not destination.exists():
                     old.rename(destination)
             shutil.rmtree(old, ignore_errors=True)
@@ -123,7 +124,7 @@ def new_bundle(destination: Path, *, force: bool) -> Iterator[BundleWriter]:
 
 
 def check_destination(destination: Path, *, force: bool) -> None:
-    """Refuse a destination that cannot be written or would lose something, before the work begins; raises OutputError."""
+    """Raise OutputError if the destination cannot be written, or if an existing file or bundle would be lost."""
     try:
         taken = destination.exists() or destination.is_symlink()
         bundle = (destination / MANIFEST).is_file() or (destination.is_dir() and not any(destination.iterdir()))
@@ -131,7 +132,7 @@ def check_destination(destination: Path, *, force: bool) -> None:
     except OSError as error:
         raise OutputError(f"cannot write the bundle '{destination}': {error.strerror or error}. Choose another path with -o.") from error
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        wrong = "you may not write there" if parent.is_dir() else "that is a file, not a folder"
+        wrong = "the folder is not writable" if parent.is_dir() else "that is a file, not a folder"
         raise OutputError(f"cannot write the bundle '{destination}' below '{parent}': {wrong}. Choose another path with -o.")
     if not taken:
         return

@@ -1,1 +1,1 @@
-"""Measures a bundle on this machine: latency, throughput, memory, and the share of the peak."""
+"""``scm-runtime bench``: a bundle's latency, throughput and memory on this machine, and its share of the machine's peak."""

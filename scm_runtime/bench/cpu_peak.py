@@ -1,9 +1,10 @@
-"""What this machine reaches in float32 matrix products and in copying, both with NumPy on the CPU.
+"""Measure this machine's peak in float32 matrix products and in copying, with NumPy on the CPU.
 
-Every thread multiplies matrices of its own: a product shared by all waits, wherever another process has one of the cores, for that core.
+Each thread multiplies its own matrices: a product shared by all threads would wait for any core that another process is using.
 
-Run as a program of its own, ``python bench_peak.py THREADS``, with the BLAS library told in the environment to use no threads: it cannot be told once NumPy
-is imported. Nor is what it takes of memory the benchmark's. It prints one JSON document, and needs nothing of this package.
+``measure_in_subprocess`` runs this file as a program, ``python cpu_peak.py THREADS``, with environment variables that tell the BLAS library to use one
+thread, which is impossible once NumPy is imported; its memory does not count as the benchmark's either. It prints one JSON document and imports nothing of
+this package.
 """
 
 from __future__ import annotations
@@ -20,23 +21,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-SIZE = 1024  # of the matrices, SIZE x SIZE
+SIZE = 1024  # matrices are SIZE x SIZE
 COPIED_BYTES = 256_000_000
-TRY_S = 0.02  # long beside what it takes to start threads, short enough to fall between what others do
-ALL_TRIES_S, LEAST_TRIES = 0.6, 8
+TRY_S = 0.02  # long compared with the start of threads, short enough to fit between the activity of other processes
+ALL_TRIES_S, MIN_TRIES = 0.6, 8
 BLAS_THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 TIMEOUT_S = 120
 
 
-def measure_apart(threads: int) -> dict[str, float | str]:
-    """Measure in a process of its own with so many threads; see ``main`` for what it gives. Raises OSError, saying why it cannot be done."""
+def measure_in_subprocess(threads: int) -> dict[str, float | str]:
+    """Return what ``main`` measures, in a process of its own. Raises OSError with the reason if it fails."""
     if not sys.executable:
         raise OSError("this process does not know which Python runs it")
     environment = {**os.environ, **dict.fromkeys(BLAS_THREADS, "1")}
     try:
         done = subprocess.run([sys.executable, "-P", __file__, str(threads)], capture_output=True, text=True, timeout=TIMEOUT_S, check=False, env=environment)
         if done.returncode:
-            raise OSError(f"its process ended with {done.returncode}: {(done.stderr.strip().splitlines() or ['it said nothing'])[-1]}")
+            raise OSError(f"its process ended with {done.returncode}: {(done.stderr.strip().splitlines() or ['no error message'])[-1]}")
         measured: dict[str, float | str] = json.loads(done.stdout)
     except (subprocess.SubprocessError, json.JSONDecodeError) as error:
         raise OSError(f"its process failed: {error}") from error
@@ -44,22 +45,22 @@ def measure_apart(threads: int) -> dict[str, float | str]:
 
 
 def main(threads: int) -> dict[str, float | str]:
-    """``product_gflops``, ``copy_gb_per_second`` (10^9 bytes, those read and those written), and what multiplied, ``by``."""
-    library = np.show_config(mode="dicts").get("Build Dependencies", {}).get("blas", {})
+    """Measure with a number of threads: ``matmul_gflops``, ``copy_gb_per_second`` (10^9 bytes read and written), and the ``library`` that multiplied."""
+    blas = np.show_config(mode="dicts").get("Build Dependencies", {}).get("blas", {})
     return {
-        "product_gflops": product_rate(SIZE, threads) / 1e9,
+        "matmul_gflops": matmul_rate(SIZE, threads) / 1e9,
         "copy_gb_per_second": copy_rate(threads) / 1e9,
-        "by": f"numpy {np.__version__} with {library.get('name', 'an unknown BLAS')} {library.get('version', '')}".strip(),
+        "library": f"numpy {np.__version__} with {blas.get('name', 'an unknown BLAS')} {blas.get('version', '')}".strip(),
     }
 
 
-def product_rate(size: int, threads: int) -> float:
-    """Operations a second of all threads together, in the fastest of several tries."""
+def matmul_rate(size: int, threads: int) -> float:
+    """Floating point operations per second of all threads together, in the fastest of several tries."""
     generator = np.random.default_rng(0)
     a, b = (generator.standard_normal((size, size), np.float32) for _ in range(2))
 
-    alone = min(_seconds(lambda: np.matmul(a, b)) for _ in range(3))
-    products = max(round(TRY_S / alone), 1)
+    one_product = min(_seconds(lambda: np.matmul(a, b)) for _ in range(3))
+    products = max(round(TRY_S / one_product), 1)
 
     def multiply(product: NDArray[np.float32]) -> None:
         for _ in range(products):
@@ -69,7 +70,7 @@ def product_rate(size: int, threads: int) -> float:
 
 
 def copy_rate(threads: int) -> float:
-    """Bytes read and written a second, in the fastest of several tries; each thread copies a part."""
+    """Bytes read and written per second, in the fastest of several tries; each thread copies a part."""
     source = np.ones(COPIED_BYTES // 4, np.float32)
     target = np.zeros_like(source)
     parts = list(zip(np.array_split(target, threads), np.array_split(source, threads), strict=True))
@@ -77,11 +78,11 @@ def copy_rate(threads: int) -> float:
 
 
 def _fastest(work: Callable[[Any], None], items: Sequence[Any]) -> float:
-    """Seconds that a thread for each item takes until all are done, in the fastest try."""
+    """Seconds to process all items with one thread each, in the fastest try."""
     times: list[float] = []
     with ThreadPoolExecutor(len(items)) as pool:
-        list(pool.map(work, items))  # threads start, pages are had
-        while len(times) < LEAST_TRIES or sum(times) < ALL_TRIES_S:
+        list(pool.map(work, items))  # starts the threads and allocates memory
+        while len(times) < MIN_TRIES or sum(times) < ALL_TRIES_S:
             times.append(_seconds(lambda: list(pool.map(work, items))))
     return min(times)
 

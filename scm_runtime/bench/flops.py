@@ -1,7 +1,7 @@
-"""How many floating point operations a graph takes: it is run once under ONNX Runtime's profile, which has the shapes of every node.
+"""Count the floating point operations of a graph: it runs once with ONNX Runtime's profiling, which records the shapes of every node.
 
-Without the library of kernels the function bodies run, and without optimisations no node is fused or padded, so that the count is the model's, whatever runs
-it. Each multiplication with its addition counts as two operations, those of convolutions and matrix products alone; what lies between is not counted.
+It runs without the native library, so that function bodies run, and without optimisations, so that no node is fused or padded: the count is a property of
+the model. A multiplication with its addition counts as two operations. Only convolutions and matrix products count.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ from numpy.typing import NDArray
 
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
 from scm_runtime.devices.placement import Placement
-from scm_runtime.ort.session import Session, Settings
+from scm_runtime.ort.open_session import open_session
+from scm_runtime.ort.options import SessionSettings
 
 Shape = Sequence[int]
 
 
 class Count(NamedTuple):
-    """Of one run of a graph."""
+    """Operations of one run of a graph."""
 
     flop: int
     uncounted: frozenset[str]
-    """Operators that multiply matrices too, and whose shapes alone do not tell how much."""
+    """Operators that were not counted: they multiply matrices, but their shapes alone do not tell the number of operations."""
 
 
 def _convolution(inputs: Sequence[Shape], output: Shape) -> int:
@@ -59,11 +60,11 @@ UNKNOWN = frozenset(("Attention", "DeformConv", "Einsum", "GRU", "GroupQueryAtte
 
 
 def count_graph(path: Path, placement: Placement, threads: int | None, inputs: Mapping[str, NDArray[Any]]) -> Count:
-    """Run a graph once on these inputs and count. Raises what Session raises."""
+    """Run a graph once with these inputs, and count its operations. Raises what Session raises."""
     plain = load_onnxruntime().GraphOptimizationLevel.ORT_DISABLE_ALL
     with tempfile.TemporaryDirectory() as folder:
-        session = Session(
-            path, Settings(placement, threads=threads, frugal=True, profile_dir=Path(folder), session_options={"graph_optimization_level": plain})
+        session = open_session(
+            path, SessionSettings(placement, threads=threads, low_memory=True, profile_dir=Path(folder), session_options={"graph_optimization_level": plain})
         )
         session(**inputs)
         session.end_profiling()
@@ -72,7 +73,7 @@ def count_graph(path: Path, placement: Placement, threads: int | None, inputs: M
 
 
 def count_events(events: Sequence[Mapping[str, Any]]) -> Count:
-    """Of the events of a profile, those that are runs of nodes."""
+    """Count the operations of the nodes in a profile's events."""
     flop, uncounted = 0, set()
     for event in events:
         arguments = event.get("args", {})
@@ -87,12 +88,12 @@ def count_events(events: Sequence[Mapping[str, Any]]) -> Count:
 
 
 def _shapes(entries: Sequence[Mapping[str, Shape]]) -> list[Shape]:
-    """From [{"float": [1, 2]}, …]."""
+    """Shapes from a profile's entries, [{"float": [1, 2]}, …]."""
     return [next(iter(entry.values()), ()) for entry in entries]
 
 
 def step_inputs(shape: Sequence[int], times: Sequence[float], conditioning: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    """Inputs of the step graph for one sample; ``conditioning`` is that of a batch."""
+    """Inputs of the step graph for one sample, from the conditioning of a batch."""
     x = np.zeros((1, *shape), np.float32)
     t, t_next = (np.array([time], np.float32) for time in times[:2])
     return {"x": x, "noise": x, "t": t, "t_next": t_next, **{name: values[:1] for name, values in conditioning.items()}}

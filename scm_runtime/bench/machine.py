@@ -1,64 +1,46 @@
-"""The machine that a benchmark runs on: what it is, and what it reaches in a matrix product and in copying."""
+"""The machine's peak in matrix products and in copying, measured on the CPU or on a GPU."""
 
 from __future__ import annotations
 
-import os
-import platform
-from contextlib import suppress
-from pathlib import Path
-
 import msgspec
 
-from scm_runtime.bench.result import Peak
+from scm_runtime.bench.result import MachinePeak
 from scm_runtime.bundle.manifest import Dtype
+from scm_runtime.devices.cpu import available_cores
 from scm_runtime.devices.placement import Placement
 from scm_runtime.errors import ScmError
 
 
-def cpu_peak(threads: int | None) -> Peak:
-    """Of the processor with so many threads; None: one a core."""
-    from scm_runtime.bench.cpu_peak import COPIED_BYTES, SIZE, measure_apart
+def measure_cpu_peak(threads: int | None) -> MachinePeak:
+    """Measure the CPU with a number of threads; None for one per core."""
+    from scm_runtime.bench.cpu_peak import COPIED_BYTES, SIZE, measure_in_subprocess
 
-    count = min(threads or cores(), cores())
+    count = min(threads or available_cores(), available_cores())
     try:
-        found = measure_apart(count)
+        found = measure_in_subprocess(count)
     except OSError as error:
-        return Peak(reason=str(error))
+        return MachinePeak(reason=str(error))
     threaded = f"{count} threads" if count > 1 else "one thread"
-    how = f"float32 products {SIZE} x {SIZE} by {found['by']}, np.copyto of {COPIED_BYTES / 1e6:.0f} MB; {threaded}; the best, before and after the cells"
-    return Peak(product_gflops=float(found["product_gflops"]), copy_gb_per_second=float(found["copy_gb_per_second"]), how=how)
+    how = f"float32 products {SIZE} x {SIZE} by {found['library']}, np.copyto of {COPIED_BYTES / 1e6:.0f} MB; {threaded}; the best, before and after the cells"
+    return MachinePeak(matmul_gflops=float(found["matmul_gflops"]), copy_gb_per_second=float(found["copy_gb_per_second"]), how=how)
 
 
-def gpu_peak(placement: Placement, dtype: Dtype) -> Peak:
-    """Of a GPU in a dtype."""
-    from scm_runtime.bench.gpu_peak import COPIED_BYTES, SIZE, copy_rate, product_rate
+def measure_gpu_peak(placement: Placement, dtype: Dtype) -> MachinePeak:
+    """Measure a GPU, with matrix products in a dtype."""
+    from scm_runtime.bench.gpu_peak import COPIED_BYTES, SIZE, copy_rate, matmul_rate
 
     size = SIZE[dtype]
     try:
-        product, copied = product_rate(placement, dtype, size), copy_rate(placement, COPIED_BYTES)
+        product, copied = matmul_rate(placement, dtype, size), copy_rate(placement, COPIED_BYTES)
     except ScmError as error:
-        return Peak(reason=str(error))
+        return MachinePeak(reason=str(error))
     how = f"{dtype} product {size} x {size} and negation of {COPIED_BYTES / 1e6:.0f} MB by ONNX Runtime; the best, after all cells"
-    return Peak(product_gflops=product / 1e9, copy_gb_per_second=copied / 1e9, how=how)
+    return MachinePeak(matmul_gflops=product / 1e9, copy_gb_per_second=copied / 1e9, how=how)
 
 
-def better(one: Peak, two: Peak) -> Peak:
-    """What the machine reached in either."""
-    if one.product_gflops is None or two.product_gflops is None:
-        return one if two.product_gflops is None else two
-    best = {name: max(getattr(one, name), getattr(two, name)) for name in ("product_gflops", "copy_gb_per_second")}
+def best_of(one: MachinePeak, two: MachinePeak) -> MachinePeak:
+    """Return the higher of two measurements, for each figure."""
+    if one.matmul_gflops is None or two.matmul_gflops is None:
+        return one if two.matmul_gflops is None else two
+    best = {name: max(getattr(one, name), getattr(two, name)) for name in ("matmul_gflops", "copy_gb_per_second")}
     return msgspec.structs.replace(one, **best)
-
-
-def cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def processor() -> str:
-    """The name of the CPU, as far as the system tells it."""
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

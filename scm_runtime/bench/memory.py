@@ -1,4 +1,4 @@
-"""How much memory the process has taken, and how much of a GPU's is taken: asked of the system and of NVIDIA's driver, with no package but Python's own."""
+"""Memory use of the process and of a GPU, from the operating system and NVIDIA's driver. Uses only the standard library."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ NVML = "nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1"
 
 
 def resident_bytes() -> int | None:
-    """What the process has in memory now; None where the system is not Linux."""
+    """Resident memory of the process; None on systems other than Linux."""
     return _status("VmRSS")
 
 
 def peak_bytes() -> int | None:
-    """The most it ever had; None where the system does not say."""
-    if (most := _status("VmHWM")) is not None:
-        return most
+    """Highest resident memory of the process so far; None if the system does not tell."""
+    if (peak := _status("VmHWM")) is not None:
+        return peak
     try:
         import resource
     except ImportError:  # Windows
         return None
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, others KiB
 
 
 def _status(name: str) -> int | None:
@@ -42,20 +42,20 @@ class _Memory(ctypes.Structure):
 
 
 class DeviceMemory:
-    """A GPU's memory, by NVML, which comes with the driver. It counts what all processes take."""
+    """Growth of a GPU's used memory, from NVML, which is part of the driver. It includes the memory of all processes."""
 
     def __init__(self, index: int | None) -> None:
-        """Find the device by CUDA's number, and see what is taken now; None for no device. Where that fails, ``growth`` is None for ever."""
+        """Find a device by CUDA's index (None: no device), and read its used memory. If that fails, ``growth`` stays None."""
         self.growth: int | None = None
-        """By how much more was taken since, at most, whenever somebody looked."""
+        """Largest growth of used memory, in bytes, at any call of ``update``."""
         self._nvml: Any = None
         self._device = ctypes.c_void_p()
         if index is not None:
             self._find(index)
         self._before = self._used()
 
-    def look(self) -> None:
-        """See what is taken now."""
+    def update(self) -> None:
+        """Read the used memory and update ``growth``."""
         used = self._used()
         if used is not None and self._before is not None:
             self.growth = max(used - self._before, self.growth or 0)
@@ -63,9 +63,9 @@ class DeviceMemory:
     def _find(self, index: int) -> None:
         try:
             nvml = load_nvml()
-            identity = _identity(index)
+            device = _uuid(index)
             if nvml.nvmlInit_v2() == 0 and any(
-                nvml.nvmlDeviceGetHandleByUUID(f"{kind}-{identity}".encode(), ctypes.byref(self._device)) == 0 for kind in ("GPU", "MIG")
+                nvml.nvmlDeviceGetHandleByUUID(f"{kind}-{device}".encode(), ctypes.byref(self._device)) == 0 for kind in ("GPU", "MIG")
             ):
                 self._nvml = nvml
         except (OSError, AttributeError):  # no driver, or one without these functions
@@ -79,16 +79,16 @@ class DeviceMemory:
 
 
 def load_nvml() -> Any:
-    """NVIDIA's management library. Raises OSError."""
+    """Load NVIDIA's management library. Raises OSError."""
     return ctypes.CDLL(NVML)
 
 
-def _identity(index: int) -> uuid.UUID:
-    """Of a device by CUDA's numbering, which CUDA_VISIBLE_DEVICES changes and NVML's does not. Raises OSError."""
+def _uuid(index: int) -> uuid.UUID:
+    """UUID of the device with CUDA's index, which CUDA_VISIBLE_DEVICES changes; NVML's index is not affected. Raises OSError."""
     from scm_runtime.devices.cuda_driver import load_library
 
-    cuda, handle, identity = load_library(), ctypes.c_int(), ctypes.create_string_buffer(16)
-    for code in (cuda.cuInit(0), cuda.cuDeviceGet(ctypes.byref(handle), index), cuda.cuDeviceGetUuid_v2(identity, handle)):
+    cuda, handle, buffer = load_library(), ctypes.c_int(), ctypes.create_string_buffer(16)
+    for code in (cuda.cuInit(0), cuda.cuDeviceGet(ctypes.byref(handle), index), cuda.cuDeviceGetUuid_v2(buffer, handle)):
         if code != 0:
-            raise OSError(f"the driver does not tell which device cuda:{index} is ({code})")
-    return uuid.UUID(bytes=identity.raw)
+            raise OSError(f"the driver does not tell the UUID of cuda:{index} ({code})")
+    return uuid.UUID(bytes=buffer.raw)

@@ -1,123 +1,126 @@
-"""What ``scm-runtime bench`` found: the JSON document, and how two of them compare."""
+"""The result of ``scm-runtime bench``: its types define the JSON document. Also reading, writing and comparing of results.
+
+Some fields are named otherwise in the document, whose keys must not change: ``field(name=…)``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
-from msgspec import Struct
+from msgspec import Struct, field
 
-from scm_runtime.common.files import beside, whole_file
-from scm_runtime.errors import InvalidArgumentError, OutputError
+from scm_runtime.common.files import beside, output_errors, whole_file
+from scm_runtime.errors import InvalidArgumentError
 
 FORMAT: Literal["scm-runtime bench"] = "scm-runtime bench"
 VERSION = 1
-LARGEST_BYTES = 16 << 20  # of a file to compare with: a mistaken path may be one of weights
-UNSET = {"sampler": "the bundle's own", "threads": "one a core"}
-FIGURES = ("median_ms", "p95_ms", "min_ms", "images_per_second")  # that are compared
+MAX_BYTES = 16 << 20  # largest file to compare with: a wrong path may be that of weights
+UNSET = {"sampler": "the bundle's default", "threads": "one per core"}
+COMPARED = ("median_ms", "p95_ms", "min_ms", "images_per_second")
 
 
 class Cell(Struct, frozen=True, kw_only=True):
-    """The figures of one number of steps and one batch size; None where it failed or was not reached."""
+    """The figures for one number of steps and one batch size; None if the cell failed or was not reached."""
 
     steps: int
     batch_size: int
     runs: int = 0
-    """Calls that the figures are of."""
+    """Number of measured calls."""
     evaluations: int | None = None
-    """Of the step graph, in a call."""
+    """Number of evaluations of the step graph per call."""
     first_ms: float | None = None
-    """The first call, which takes memory; it is not among the runs."""
+    """The first call, which allocates memory. It is not one of the runs."""
     median_ms: float | None = None
     p95_ms: float | None = None
     min_ms: float | None = None
     images_per_second: float | None = None
-    """batch_size by the median."""
+    """``batch_size`` divided by the median time."""
     parts_ms: dict[str, float] = {}
     """Medians of ``noise``, ``steps``, ``decode`` and ``copy``."""
     gflops: float | None = None
-    """10^9 floating point operations a second, see ``Work``."""
-    product_share: float | None = None
-    """Of ``Peak.product_gflops``."""
+    """10^9 floating point operations per second. See ``ModelCost``."""
+    matmul_share: float | None = field(default=None, name="product_share")
+    """``gflops`` as a share of ``MachinePeak.matmul_gflops``."""
     weights_gb_per_second: float | None = None
-    """10^9 bytes of weights a second, each read once an evaluation: the least that must be moved."""
+    """10^9 bytes of weights per second, if an evaluation reads each weight once: the minimum of memory traffic."""
     copy_share: float | None = None
-    """Of ``Peak.copy_gb_per_second``."""
+    """``weights_gb_per_second`` as a share of ``MachinePeak.copy_gb_per_second``."""
     error: str | None = None
 
     @property
     def key(self) -> tuple[int, int]:
-        """What names it in a run."""
+        """Steps and batch size, which identify a cell within a result."""
         return self.steps, self.batch_size
 
 
-class Work(Struct, frozen=True, kw_only=True):
-    """What a sample takes, whatever the machine: two operations for each multiplication with addition in convolutions and matrix products, nothing else."""
+class ModelCost(Struct, frozen=True, kw_only=True):
+    """Cost of a sample, on any machine: two operations per multiplication with addition, of convolutions and matrix products only."""
 
     step_gflop: float | None = None
-    """Of one evaluation."""
+    """10^9 operations of one evaluation of the step graph."""
     decode_gflop: float | None = None
     uncounted: tuple[str, ...] = ()
-    """Operators in the graphs that multiply matrices too, and whose shapes alone do not tell how much."""
+    """Operators in the graphs that were not counted: they multiply matrices, but their shapes do not tell the number of operations."""
     weight_bytes: int = 0
-    """Of the parameters in the dtype that computes; an evaluation of any batch size reads them once."""
+    """Size of the parameters in the dtype of the graphs. An evaluation reads them once, for any batch size."""
     reason: str | None = None
     """Why nothing was counted."""
 
 
-class Peak(Struct, frozen=True, kw_only=True):
-    """What the machine reaches in a large matrix product and in copying, measured in the same run."""
+class MachinePeak(Struct, frozen=True, kw_only=True):
+    """The machine's peak in large matrix products and in copying, measured in the same run."""
 
-    product_gflops: float | None = None
+    matmul_gflops: float | None = field(default=None, name="product_gflops")
     copy_gb_per_second: float | None = None
-    """Bytes read and bytes written."""
+    """10^9 bytes read and written per second."""
     how: str = ""
+    """How it was measured."""
     reason: str | None = None
-    """Why it is not known."""
+    """Why it was not measured."""
 
 
 class Memory(Struct, frozen=True, kw_only=True):
-    """Bytes; None where the system does not say."""
+    """Memory in bytes; None if the system does not tell."""
 
     process_opened: int | None = None
-    """Resident after the bundle was opened, before the first call."""
+    """Resident memory after the bundle was opened, before the first call."""
     process_peak: int | None = None
-    """The most that was resident, until the last cell was measured."""
+    """Highest resident memory until the last cell was measured."""
     device_peak: int | None = None
-    """By how much more of the GPU's memory was taken than before the bundle was opened, at most, whoever took it."""
+    """Largest growth of the GPU's used memory since before the bundle was opened, by all processes."""
 
 
 class BundleFacts(Struct, frozen=True, kw_only=True):
-    """Which bundle it was."""
+    """Identifies the measured bundle."""
 
     name: str
     sha256: str
-    """Of its manifest, which has the sums of all its files."""
+    """SHA-256 of its manifest, which has the checksums of all its files."""
     family: str
     parameters: int
 
 
 class Comparison(Struct, frozen=True, kw_only=True):
-    """This run beside another's file."""
+    """Comparison of a result with an earlier one."""
 
     file: str
     date: str
     differences: tuple[str, ...]
-    """What else than the time was not the same, in words."""
+    """What differs besides the figures, in words."""
     ratios: tuple[dict[str, float | int], ...]
-    """For each cell in both: ``steps``, ``batch_size`` and, by the name of the figure, this run's divided by the other's."""
+    """For each cell in both results: ``steps``, ``batch_size``, and this result's figures divided by the other's, by name."""
     process_peak: float | None = None
 
     def of(self, cell: Cell) -> dict[str, float | int]:
-        """The ratios of a cell; empty where the other has none."""
+        """Ratios of a cell; empty if the other result does not have it."""
         return next((row for row in self.ratios if (row["steps"], row["batch_size"]) == cell.key), {})
 
 
 class Result(Struct, frozen=True, kw_only=True):
-    """All of it, as ``scm-runtime bench --json`` prints it."""
+    """The whole result."""
 
     format: Literal["scm-runtime bench"] = FORMAT
     version: int = VERSION
@@ -125,59 +128,59 @@ class Result(Struct, frozen=True, kw_only=True):
     bundle: BundleFacts
     device: str
     hardware: str
-    """The processor's name, or the GPU's."""
+    """Name of the CPU or GPU."""
     provider: str
     dtype: str
     native_ops: str | None
-    """Version of the library whose kernels ran; None: the function bodies did."""
+    """Version of the native library, or None if function bodies ran."""
     cuda_graph: bool
     threads: int | None
-    """As asked for; None: one a core."""
+    """Number of threads that was set; None for one per core."""
     cores: int
-    """That the process may use."""
+    """Number of cores that the process may use."""
     versions: dict[str, str]
     sampler: str | None
     seconds: float | None
-    """Asked for, a cell; None for no end."""
+    """Time to measure each cell; None if it is unlimited."""
     open_ms: float
     interrupted: bool
     cells: tuple[Cell, ...]
     memory: Memory
-    work: Work
-    peak: Peak
+    work: ModelCost
+    peak: MachinePeak
     comparison: Comparison | None = None
 
     @property
     def works(self) -> bool:
-        """Whether any cell has figures."""
+        """True if at least one cell was measured."""
         return any(cell.median_ms is not None for cell in self.cells)
 
     def to_json(self) -> bytes:
-        """The document."""
+        """The JSON document that ``scm-runtime bench --json`` prints."""
         return msgspec.json.format(msgspec.json.encode(self), indent=2)
 
 
 def read_result(path: Path) -> Result:
-    """A file of ``scm-runtime bench``; raises InvalidArgumentError where it is none."""
-    wanted = "Expected a file written by scm-runtime bench … -o FILE, or what its --json printed."
+    """Read a file that ``scm-runtime bench`` wrote; raises InvalidArgumentError if it is not one."""
+    expected = "Expected a file written by scm-runtime bench … -o FILE, or what its --json printed."
     try:
-        if path.stat().st_size > LARGEST_BYTES:
-            raise InvalidArgumentError(f"'{path}' is too large to be a result, {path.stat().st_size:,} bytes. {wanted}")
+        if path.stat().st_size > MAX_BYTES:
+            raise InvalidArgumentError(f"'{path}' is too large to be a result, {path.stat().st_size:,} bytes. {expected}")
         raw: Any = msgspec.json.decode(path.read_bytes())
         if not isinstance(raw, dict) or raw.get("format") != FORMAT:
-            raise InvalidArgumentError(f"'{path}' is JSON, but no result of a benchmark. {wanted}")
+            raise InvalidArgumentError(f"'{path}' is JSON, but not the result of a benchmark. {expected}")
         if raw.get("version") != VERSION:
             raise InvalidArgumentError(f"'{path}' has version {raw.get('version')!r} of the format, this scm-runtime reads version {VERSION}. Measure again.")
         return msgspec.convert(raw, Result)
     except OSError as error:
-        raise InvalidArgumentError(f"cannot read '{path}': {error.strerror or error}. {wanted}") from error
+        raise InvalidArgumentError(f"cannot read '{path}': {error.strerror or error}. {expected}") from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise InvalidArgumentError(f"'{path}' is no result of a benchmark: {error}. {wanted}") from error
+        raise InvalidArgumentError(f"'{path}' is not the result of a benchmark: {error}. {expected}") from error
 
 
 def check_writable(path: Path) -> None:
-    """Raise OutputError if a result could not be written there."""
-    with _written(path):
+    """Raise OutputError if a result cannot be written to a path."""
+    with output_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         trial = beside(path, "trial")
         trial.touch()
@@ -185,39 +188,30 @@ def check_writable(path: Path) -> None:
 
 
 def write_result(result: Result, path: Path) -> None:
-    """Write the document; an earlier file is left as it was where that fails. Raises OutputError."""
-    with _written(path), whole_file(path) as part:
+    """Write the JSON document. If that fails, an earlier file is kept, and OutputError is raised."""
+    with output_errors(path), whole_file(path) as part:
         part.write_bytes(result.to_json() + b"\n")
 
 
-@contextmanager
-def _written(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError) as error:  # ValueError: a null character
-        reason = getattr(error, "strerror", None) or error
-        raise OutputError(f"cannot write '{path}': {reason}. Choose a folder that you may write to, on a disk with room.") from error
-
-
 def check_comparable(other: Result, path: Path, keys: Collection[tuple[int, int]]) -> None:
-    """Raise InvalidArgumentError if there is nothing to compare: no cell of the other's has a figure for one of these."""
+    """Raise InvalidArgumentError if the other result has figures for none of the cells ``keys``."""
     there = {cell.key for cell in other.cells if cell.median_ms is not None}
     if not there & set(keys):
-        listed = ", ".join(f"{steps} with {batch_size}" for steps, batch_size in sorted(there)) or "none at all"
+        listed = ", ".join(f"{steps} with {batch_size}" for steps, batch_size in sorted(there)) or "none"
         raise InvalidArgumentError(
-            f"'{path}' has no figures for any of the steps and batch sizes asked for, but for (steps with batch size): {listed}. "
-            "Ask for those by --steps and --batch-sizes, or leave --compare out."
+            f"'{path}' has no figures for any of the requested steps and batch sizes. It has (steps with batch size): {listed}. "
+            "Select those with --steps and --batch-sizes, or leave --compare out."
         )
 
 
 def compare(this: Result, other: Result, path: Path) -> Comparison:
-    """This run's figures divided by another's."""
+    """Divide a result's figures by those of another."""
     before = {cell.key: cell for cell in other.cells}
     rows: list[dict[str, float | int]] = []
     for cell in this.cells:
         if (old := before.get(cell.key)) is None or old.median_ms is None or cell.median_ms is None:
             continue
-        rows.append({"steps": cell.steps, "batch_size": cell.batch_size, **{name: ratio for name in FIGURES if (ratio := _ratio(cell, old, name))}})
+        rows.append({"steps": cell.steps, "batch_size": cell.batch_size, **{name: ratio for name in COMPARED if (ratio := _ratio(cell, old, name))}})
     return Comparison(
         file=str(path),
         date=other.date,
@@ -233,22 +227,22 @@ def _ratio(this: Struct, other: Struct, name: str) -> float | None:
 
 
 def _differences(this: Result, other: Result) -> list[str]:
-    """The bundle first, as it makes all the rest mean something else."""
+    """Describe differences, beginning with the bundle: with another bundle, ratios mean something else."""
     found = []
     if this.bundle.sha256 != other.bundle.sha256:
         same_name = this.bundle.name == other.bundle.name
-        what = f"{this.bundle.name!r} of other files" if same_name else f"{other.bundle.name!r} there, {this.bundle.name!r} here"
+        what = f"{this.bundle.name!r} with other files" if same_name else f"{other.bundle.name!r} there, {this.bundle.name!r} here"
         found.append(f"another bundle: {what}")
     for name in ("sampler", "device", "hardware", "provider", "dtype", "native_ops", "cuda_graph", "threads", "cores"):
         old, new = getattr(other, name), getattr(this, name)
         if old != new:
-            found.append(f"{name.replace('_', ' ')}: {_said(old, name)} there, {_said(new, name)} here")
+            found.append(f"{name.replace('_', ' ')}: {_shown(old, name)} there, {_shown(new, name)} here")
     for name in sorted(this.versions.keys() | other.versions.keys()):
         old, new = other.versions.get(name), this.versions.get(name)
         if old != new:
-            found.append(f"{name}: {_said(old)} there, {_said(new)} here")
+            found.append(f"{name}: {_shown(old)} there, {_shown(new)} here")
     return found
 
 
-def _said(value: object, name: str = "") -> str:
+def _shown(value: object, name: str = "") -> str:
     return UNSET.get(name, "none") if value is None else str(value)

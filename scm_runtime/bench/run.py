@@ -1,6 +1,6 @@
-"""``scm-runtime bench``: how fast a bundle samples here, and what share that is of what the machine can do.
+"""Run a benchmark: measure how fast a bundle samples, and the machine's peak to compare with. Printing is in ``cli.bench``.
 
-A cell is a number of steps and a batch size. Cells take turns, round after round, so that a noisy machine disturbs all alike. Nothing here prints.
+A cell is a number of steps with a batch size. Cells are measured in turns, in rounds, so that noise of the machine affects all of them alike.
 """
 
 from __future__ import annotations
@@ -18,36 +18,37 @@ import msgspec
 import numpy as np
 
 from scm_runtime._version import __version__
-from scm_runtime.bench.cells import Row, Tell, figures, measure
+from scm_runtime.bench.cells import CellRun, Progress, measure, summarize
 from scm_runtime.bench.flops import count_graph, step_inputs
-from scm_runtime.bench.machine import better, cores, cpu_peak, gpu_peak, processor
+from scm_runtime.bench.machine import best_of, measure_cpu_peak, measure_gpu_peak
 from scm_runtime.bench.memory import DeviceMemory, peak_bytes, resident_bytes
-from scm_runtime.bench.result import BundleFacts, Memory, Peak, Result, Work, check_comparable, compare
-from scm_runtime.bundle.manifest import MANIFEST, Dtype, sha256
-from scm_runtime.devices.placement import Placement, place
+from scm_runtime.bench.result import BundleFacts, MachinePeak, Memory, ModelCost, Result, check_comparable, compare
+from scm_runtime.bundle.checksums import sha256
+from scm_runtime.bundle.manifest import MANIFEST, Dtype
+from scm_runtime.devices.cpu import available_cores, processor_name
+from scm_runtime.devices.placement import Placement, resolve_device
 from scm_runtime.errors import InvalidArgumentError, ScmError
 from scm_runtime.generator import CAPTURE_RUNS, Generator
 from scm_runtime.inputs.arguments import CallArguments
-from scm_runtime.inputs.conditioning import stand_ins
+from scm_runtime.inputs.conditioning import placeholder_conditioning
 from scm_runtime.ort.native_ops import NativeOps
-from scm_runtime.sampling.request import read_request
 
-USUAL_STEPS = (1, 2)  # of a consistency model, where none are named
+DEFAULT_STEPS = (1, 2)  # for a consistency model
 ITEM_BYTES: dict[Dtype, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
 @dataclass(frozen=True)
-class Order:
-    """What is to be measured, as typed."""
+class BenchOptions:
+    """What to measure, from the command line."""
 
     bundle: str
     batch_sizes: tuple[int, ...] = (1, 8)
     steps: tuple[int, ...] | None = None
-    """None: of a consistency model 1 and 2, as far as the bundle has them; of others what a call takes."""
+    """None for the default: 1 and 2 of a consistency model, as far as the bundle supports them; else the default of a Generator's call."""
     sampler: str | None = None
-    """None: the bundle's own."""
+    """None for the bundle's default."""
     seconds: float = 3.0
-    """For each cell; where three calls take longer, they are made all the same."""
+    """Time to measure each cell; at least three calls are made."""
     revision: str | None = None
     device: str = "auto"
     dtype: Dtype | Literal["auto"] = "auto"
@@ -56,57 +57,57 @@ class Order:
     verify_integrity: bool = True
 
 
-def bench(order: Order, other: tuple[Path, Result] | None = None, tell: Tell = lambda what, part: None) -> Result:
-    """Measure.
+def run_bench(options: BenchOptions, other: tuple[Path, Result] | None = None, progress: Progress = lambda what, part: None) -> Result:
+    """Measure a bundle, and return the result.
 
-    Ctrl-C ends it early: what was measured by then is returned, with ``interrupted`` set; where that is nothing, KeyboardInterrupt goes on.
+    Ctrl-C ends the measurement early: the result so far is returned, with ``interrupted`` set. If nothing was measured yet, KeyboardInterrupt is raised.
 
     Args:
-        order: what.
-        other: an earlier result to compare with, and its file.
-        tell: is told of the progress.
+        options: what to measure.
+        other: file and contents of an earlier result to compare with.
+        progress: called with the current activity and the completed share.
 
     Raises:
-        InvalidArgumentError: an argument is out of range, the bundle has no such steps or sampler, or the other result has none of the cells.
-        BundleNotFoundError, DeviceError and so on: as Generator does. A cell that fails is no error: see ``Cell.error``.
+        InvalidArgumentError: an option is out of range, the bundle does not have the steps or the sampler, or the other result has none of the cells.
+        BundleNotFoundError, DeviceError and others: see Generator. A cell that fails does not raise: see ``Cell.error``.
     """
-    if not order.batch_sizes or order.steps == ():
-        raise InvalidArgumentError(f"batch_sizes and steps must hold at least one number, got {order.batch_sizes} and {order.steps}")
-    tell("opening the bundle", 0)
-    placement = place(order.device)
+    if not options.batch_sizes or options.steps == ():
+        raise InvalidArgumentError(f"batch_sizes and steps must hold at least one number, got {options.batch_sizes} and {options.steps}")
+    progress("opening the bundle", 0)
+    placement = resolve_device(options.device)
     device = DeviceMemory(placement.index)
     start = time.perf_counter()
     generator = Generator(
-        order.bundle,
-        revision=order.revision,
+        options.bundle,
+        revision=options.revision,
         device=placement.device,
-        dtype=order.dtype,
-        threads=order.threads,
-        native_ops=order.native_ops,
-        verify_integrity=order.verify_integrity,
+        dtype=options.dtype,
+        threads=options.threads,
+        native_ops=options.native_ops,
+        verify_integrity=options.verify_integrity,
     )
     open_ms = (time.perf_counter() - start) * 1e3
-    work, peak, interrupted = _work(generator, reason="interrupted"), Peak(reason="interrupted"), False
+    cost, peak, interrupted = _cost(generator, reason="interrupted"), MachinePeak(reason="interrupted"), False
     with generator:
         opened = resident_bytes()
-        rows = _plan(generator, order)
+        runs = _plan(generator, options)
         if other:
-            check_comparable(other[1], other[0], [(row.steps, row.batch_size) for row in rows])
+            check_comparable(other[1], other[0], [(run.steps, run.batch_size) for run in runs])
         try:
-            tell("measuring the machine", 0)
-            peak = cpu_peak(order.threads) if placement.index is None else peak
-            measure(rows, order.seconds, CAPTURE_RUNS if generator.info.cuda_graph else 1, tell, device.look)
+            progress("measuring the machine", 0)
+            peak = measure_cpu_peak(options.threads) if placement.index is None else peak
+            measure(runs, options.seconds, CAPTURE_RUNS if generator.info.cuda_graph else 1, progress, device.update)
         except KeyboardInterrupt:
-            if not any(row.times for row in rows):
+            if not any(run.times for run in runs):
                 raise
             interrupted = True
         memory = Memory(process_opened=opened, process_peak=peak_bytes(), device_peak=device.growth)
-    if not interrupted:  # the bundle is closed, and its memory free for other sessions
+    if not interrupted:  # the Generator is closed, so that its memory is available to other sessions
         try:
-            tell("measuring the machine", 1)
-            peak = better(peak, cpu_peak(order.threads)) if placement.index is None else gpu_peak(placement, generator.dtype)
-            tell("counting operations", 1)
-            work = _count(generator, placement, order.threads, rows)
+            progress("measuring the machine", 1)
+            peak = best_of(peak, measure_cpu_peak(options.threads)) if placement.index is None else measure_gpu_peak(placement, generator.dtype)
+            progress("counting operations", 1)
+            cost = _count(generator, placement, options.threads, runs)
         except KeyboardInterrupt:
             interrupted = True
     info, manifest = generator.info, generator.manifest
@@ -114,57 +115,57 @@ def bench(order: Order, other: tuple[Path, Result] | None = None, tell: Tell = l
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         bundle=BundleFacts(name=manifest.name, sha256=sha256(generator.folder / MANIFEST), family=manifest.family, parameters=manifest.parameters),
         device=info.device,
-        hardware=placement.hardware or processor(),
+        hardware=placement.hardware or processor_name(),
         provider=info.provider,
         dtype=info.dtype,
         native_ops=info.native_ops_version if info.native_ops else None,
         cuda_graph=info.cuda_graph,
-        threads=order.threads,
-        cores=cores(),
+        threads=options.threads,
+        cores=available_cores(),
         versions={"scm_runtime": __version__, "python": platform.python_version(), "onnxruntime": info.onnxruntime, "numpy": np.__version__},
-        sampler=order.sampler,
-        seconds=order.seconds if isfinite(order.seconds) else None,  # JSON has no infinity
+        sampler=options.sampler,
+        seconds=options.seconds if isfinite(options.seconds) else None,  # JSON has no infinity
         open_ms=open_ms,
         interrupted=interrupted,
-        cells=tuple(figures(row, work, peak) for row in rows),
+        cells=tuple(summarize(run, cost, peak) for run in runs),
         memory=memory,
-        work=work,
+        work=cost,
         peak=peak,
     )
     return msgspec.structs.replace(result, comparison=compare(result, other[1], other[0])) if other else result
 
 
-def _plan(generator: Generator, order: Order) -> list[Row]:
-    """The cells, with their arguments checked before any of them is computed."""
-    manifest, rows = generator.manifest, []
-    usual = tuple(count for count in USUAL_STEPS if str(count) in manifest.times and manifest.solver == "consistency")
-    for wanted in dict.fromkeys(order.steps or usual or (None,)):
+def _plan(generator: Generator, options: BenchOptions) -> list[CellRun]:
+    """Create the cells. Their arguments are checked before anything is measured."""
+    manifest, runs = generator.manifest, []
+    default = tuple(count for count in DEFAULT_STEPS if str(count) in manifest.times and manifest.solver == "consistency")
+    for wanted in dict.fromkeys(options.steps or default or (None,)):
         arguments = {
             "num_inference_steps": wanted,
-            "sampler": order.sampler,
+            "sampler": options.sampler,
             "seed": 0,
-            "conditioning": stand_ins(manifest.conditioning, range(1)),
+            "conditioning": placeholder_conditioning(manifest.conditioning, range(1)),
             "output_type": "np",
         }
-        steps = read_request(generator, None, cast(CallArguments, arguments)).trajectory.call.steps
-        rows += [Row(generator, steps, size, {**arguments, "batch_size": size}) for size in dict.fromkeys(order.batch_sizes)]
-    return rows
+        steps = generator._read_request(None, cast(CallArguments, arguments)).trajectory.call.steps
+        runs += [CellRun(generator, steps, size, {**arguments, "batch_size": size}) for size in dict.fromkeys(options.batch_sizes)]
+    return runs
 
 
-def _count(generator: Generator, placement: Placement, threads: int | None, rows: Sequence[Row]) -> Work:
-    """What a sample takes; ``Work.reason`` where it cannot be counted."""
+def _count(generator: Generator, placement: Placement, threads: int | None, runs: Sequence[CellRun]) -> ModelCost:
+    """Count the operations of a sample. If that fails, the result has a ``reason``."""
     manifest, dtype = generator.manifest, generator.dtype
-    row = next((row for row in rows if row.first is not None), None)
-    if row is None:
-        return _work(generator, reason="no cell could be computed")
-    inputs = step_inputs(manifest.sample.shape, next(iter(manifest.times.values())), row.conditioning)
+    run = next((run for run in runs if run.first is not None), None)
+    if run is None:
+        return _cost(generator, reason="no cell could be measured")
+    inputs = step_inputs(manifest.sample.shape, next(iter(manifest.times.values())), run.conditioning)
     try:
         step = count_graph(generator.folder / f"step.{dtype}.onnx", placement, threads, inputs)
         decode = count_graph(generator.folder / f"decode.{dtype}.onnx", placement, threads, {"x": inputs["x"]})
-    except (ScmError, OSError, LookupError, ValueError) as error:  # a full disk, a profile of another shape
-        return _work(generator, reason=f"a graph could not be profiled: {error}")
-    return _work(generator, step_gflop=step.flop / 1e9, decode_gflop=decode.flop / 1e9, uncounted=tuple(sorted(step.uncounted | decode.uncounted)))
+    except (ScmError, OSError, LookupError, ValueError) as error:  # a full disk, a profile in another format
+        return _cost(generator, reason=f"a graph could not be profiled: {error}")
+    return _cost(generator, step_gflop=step.flop / 1e9, decode_gflop=decode.flop / 1e9, uncounted=tuple(sorted(step.uncounted | decode.uncounted)))
 
 
-def _work(generator: Generator, **known: Any) -> Work:
-    return Work(weight_bytes=generator.manifest.parameters * ITEM_BYTES[generator.dtype], **known)
+def _cost(generator: Generator, **known: Any) -> ModelCost:
+    return ModelCost(weight_bytes=generator.manifest.parameters * ITEM_BYTES[generator.dtype], **known)

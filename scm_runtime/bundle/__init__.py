@@ -1,4 +1,4 @@
-"""Bundles on disk: the manifest, checksums, where a bundle lies, and the tables of a diffusion model's solvers."""
+"""Bundles on disk: the manifest, checksums, the location of a bundle, and the tables of a diffusion model's solvers."""
 
 from scm_runtime.bundle.manifest import Manifest, read_manifest
 

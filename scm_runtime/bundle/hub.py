@@ -1,6 +1,6 @@
-"""Files of repositories on the Hugging Face hub, through huggingface_hub (the extra ``hub``) and its cache: HF_HOME and HF_HUB_OFFLINE hold.
+"""Files of repositories on the Hugging Face hub, from huggingface_hub (the extra ``hub``) and its cache. HF_HOME and HF_HUB_OFFLINE apply.
 
-What is a repository, and what is a path, is decided here for bundles and checkpoints alike.
+Also decides whether a name is a repository or a path, for bundles and checkpoints alike.
 """
 
 from __future__ import annotations
@@ -14,38 +14,39 @@ from typing import Any
 
 from scm_runtime.errors import HubError, HubNotFoundError, InvalidArgumentError, MissingDependencyError
 
-# As the hub has it: one slash, no ".." or "--", dots and dashes not at the ends.
+# The hub's rules: one slash, no ".." or "--", no dots or dashes at the ends.
 REPOSITORY = re.compile(r"(?!.*(?:--|\.\.))[A-Za-z0-9_](?:[\w.-]{0,94}[A-Za-z0-9_])?/[A-Za-z0-9_](?:[\w.-]{0,94}[A-Za-z0-9_])?", re.ASCII)
 ENDINGS = {".scm", ".pt", ".pth", ".pt2", ".pkl", ".ckpt", ".safetensors", ".onnx"}
 
 
 def repository(given: str | os.PathLike[str], revision: str | None = None) -> str | None:
-    """The repository ``org/name`` that a caller means, or None for a path.
+    """Return the repository ``org/name`` that a caller means, or None for a path.
 
-    A path is what exists, whatever is no string, has not the form ``org/name``, lies in a folder that exists, or ends as files of ours do: a
-    mistyped path must not reach for the network. A revision says that a repository is meant, if nothing of that name exists here.
+    It is a path if it exists, is not a string, does not have the form ``org/name``, is in a folder that exists, or has the ending of a bundle or
+    checkpoint: a mistyped path must not access the network. With a revision it is a repository, unless something of that name exists locally.
 
     Raises:
-        InvalidArgumentError: a revision of what is no repository.
+        InvalidArgumentError: a revision was given for a path.
     """
     wrong = None
     if not isinstance(given, str) or not REPOSITORY.fullmatch(given):
         wrong = f"got {os.fspath(given)!r}"
     elif os.path.lexists(given):
-        wrong = f"{given!r} exists here, and what exists here comes first"
+        wrong = f"{given!r} exists here, and local paths take precedence"
     if revision is not None and (wrong or not revision):
         raise InvalidArgumentError(f"revision {revision!r} is for a repository of the hub, 'org/name': {wrong or 'it is empty'}. Leave the revision out.")
-    return None if wrong or (revision is None and _like_a_path(str(given))) else str(given)
+    return None if wrong or (revision is None and _local_path_reason(str(given))) else str(given)
 
 
-def why_a_path(given: str | os.PathLike[str]) -> str:
-    """A sentence for the error about a path that is not there, where it could have been a repository; else nothing."""
-    if isinstance(given, str) and REPOSITORY.fullmatch(given) and not os.path.lexists(given) and (reason := _like_a_path(given)):
-        return f" The hub was not asked, as {reason}; with a revision it is, for instance 'main'."
+def local_path_hint(given: str | os.PathLike[str]) -> str:
+    """Return a sentence for the error about a missing path that could have been a repository; else an empty string."""
+    if isinstance(given, str) and REPOSITORY.fullmatch(given) and not os.path.lexists(given) and (reason := _local_path_reason(given)):
+        return f" The hub was not asked, because {reason}. Give a revision to ask it, for instance 'main'."
     return ""
 
 
-def _like_a_path(given: str) -> str | None:
+def _local_path_reason(given: str) -> str | None:
+    """Why ``org/name`` is taken for a path; None if it is not."""
     path = Path(given)
     if path.parent.is_dir():
         return f"there is a folder '{path.parent}' here"
@@ -53,54 +54,56 @@ def _like_a_path(given: str) -> str | None:
 
 
 def fetch(repo: str, name: str, revision: str | None = None, *, hint: str = "") -> Path:
-    """One file of a repository, in the cache. Asks the hub unless HF_HUB_OFFLINE is set, or the revision is a commit whose file is cached.
+    """Return a file of a repository in the cache, and download it if necessary.
+
+    The hub is not asked if HF_HUB_OFFLINE is set, or if the revision is a commit whose file is cached.
 
     Args:
         repo: ``org/name``.
-        name: of the file, in the repository.
+        name: file name in the repository.
         revision: branch, tag or commit; None for the main branch.
-        hint: what to do if the repository has no such file.
+        hint: remedy for the error message if the repository does not have the file.
 
     Returns:
-        Its path in the cache's folder for the commit, ``…/snapshots/<commit>/<name>``.
+        Path in the cache's folder for the commit, ``…/snapshots/<commit>/<name>``.
 
     Raises:
-        HubNotFoundError: no such repository, revision or file; or offline, and it is not cached.
-        HubError: the hub refuses or cannot be reached.
+        HubNotFoundError: there is no such repository, revision or file; or HF_HUB_OFFLINE is set, and it is not cached.
+        HubError: the hub denies access or cannot be reached.
         MissingDependencyError: huggingface_hub is not installed.
     """
     hub = _load(repo)
-    with _clean_errors(hub, repo, revision, name, hint):
+    with _translated_errors(hub, repo, revision, name, hint):
         return Path(hub.hf_hub_download(repo, name, revision=revision))
 
 
 def snapshot(repo: str, revision: str | None = None, patterns: Sequence[str] | None = None) -> Path:
-    """The folder of one commit of a repository, with at least the files that match.
+    """Return the folder of one commit of a repository in the cache, and download the files that match if necessary.
 
     Args:
         repo: ``org/name``.
         revision: branch, tag or commit; None for the main branch.
-        patterns: of file names, as ``unet/*.json``; None for all files.
+        patterns: patterns of file names, as ``unet/*.json``; None for all files.
 
     Returns:
         The cache's folder for the commit.
 
     Raises:
-        HubNotFoundError: no such repository or revision; or offline, and it is not cached.
-        HubError: the hub refuses or cannot be reached.
+        HubNotFoundError: there is no such repository or revision; or HF_HUB_OFFLINE is set, and it is not cached.
+        HubError: the hub denies access or cannot be reached.
         MissingDependencyError: huggingface_hub is not installed.
     """
     hub = _load(repo)
-    with _clean_errors(hub, repo, revision):
+    with _translated_errors(hub, repo, revision):
         return Path(hub.snapshot_download(repo, revision=revision, allow_patterns=None if patterns is None else list(patterns)))
 
 
 def blob(path: Path) -> Path | None:
-    """The file that a link in the cache stands for; None for what is no file of the cache, or no link.
+    """Return the target of a link in the cache; None if the path is not a link, or not one of the cache.
 
-    The cache links each file of ``models--org--name/snapshots/<commit>`` to one in ``models--org--name/blobs``, or, from huggingface_hub 2 on,
-    from there to one in the ``blobs`` of the whole cache. Only huggingface_hub makes links there: links in a repository are not followed when it
-    is downloaded. A link to anywhere else is none of its, and is not followed here.
+    The cache links each file of ``models--org--name/snapshots/<commit>`` to one in ``models--org--name/blobs``, and from huggingface_hub 2 on
+    from there to one in the ``blobs`` of the whole cache. Only huggingface_hub creates these links: links in a repository are not followed when it
+    is downloaded. A link to any other place is not followed.
     """
     if not path.is_symlink():
         return None
@@ -117,15 +120,15 @@ def _load(repo: str) -> Any:
         import huggingface_hub.errors
     except ImportError as error:
         raise MissingDependencyError(
-            f"there is no folder '{repo}' here, and to read a repository of the Hugging Face hub takes huggingface_hub ({error}). Install it:\n"
+            f"there is no folder '{repo}' here, and reading a repository of the Hugging Face hub requires huggingface_hub ({error}). Install it:\n"
             "  pip install 'scm-runtime[hub]'"
         ) from error
     return huggingface_hub
 
 
 @contextmanager
-def _clean_errors(hub: Any, repo: str, revision: str | None, name: str | None = None, hint: str = "") -> Iterator[None]:
-    """Turn what huggingface_hub raises into this project's errors."""
+def _translated_errors(hub: Any, repo: str, revision: str | None, name: str | None = None, hint: str = "") -> Iterator[None]:
+    """Turn huggingface_hub's errors into HubError and HubNotFoundError."""
     what = f"the repository '{repo}'" + (f" at revision {revision!r}" if revision else "")
     wanted = f"{name} of {what}" if name else what
     local = f"If a folder was meant: there is no '{repo}' here."
@@ -133,16 +136,16 @@ def _clean_errors(hub: Any, repo: str, revision: str | None, name: str | None = 
     errors = hub.errors
     try:
         yield
-    except errors.GatedRepoError as error:  # before RepositoryNotFoundError, which it is too
+    except errors.GatedRepoError as error:  # a subclass of RepositoryNotFoundError: must come first
         raise HubError(f"{what} is gated: {login}") from error
     except errors.RepositoryNotFoundError as error:
         raise HubNotFoundError(
-            f"there is no repository '{repo}' on the hub that you may read, and no folder '{repo}' here. Mind the spelling; if the repository is private, "
+            f"there is no repository '{repo}' on the hub that you may read, and no folder '{repo}' here. Check the spelling; if the repository is private, "
             "log in: hf auth login (or set HF_TOKEN)"
         ) from error
     except errors.RevisionNotFoundError as error:
         raise HubNotFoundError(f"the repository '{repo}' has no revision {revision or 'main'!r}. Give one of its branches, tags or commits.") from error
-    except errors.LocalEntryNotFoundError as error:  # before EntryNotFoundError, which it is too
+    except errors.LocalEntryNotFoundError as error:  # a subclass of EntryNotFoundError: must come first
         if not hub.constants.HF_HUB_OFFLINE:
             raise _unreachable(wanted, login, local, error) from error
         raise HubNotFoundError(
@@ -156,9 +159,9 @@ def _clean_errors(hub: Any, repo: str, revision: str | None, name: str | None = 
 
 
 def _unreachable(wanted: str, login: str, local: str, error: BaseException) -> HubError:
-    while error.__cause__ is not None:  # what happened first
+    while error.__cause__ is not None:  # the original error
         error = error.__cause__
     reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
     refused = getattr(getattr(error, "response", None), "status_code", None) in (401, 403)
-    remedy = f"If it is not for all, {login}" if refused else f"Check the connection, HF_ENDPOINT if you set it, and the room on the disk. {local}"
+    remedy = f"If access is restricted, {login}" if refused else f"Check the connection, HF_ENDPOINT if you set it, and the free disk space. {local}"
     return HubError(f"{wanted} is not in the cache and cannot be fetched from the hub: {reason.rstrip('.')}. {remedy}")

@@ -1,4 +1,4 @@
-"""Where a bundle is: a folder, one of the package's own, or a repository of the Hugging Face hub."""
+"""Location of a bundle: a folder, a bundle embedded in the package, or a repository of the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -15,42 +15,42 @@ from scm_runtime.errors import BundleNotFoundError
 EMBEDDED = Path(__file__).parents[1] / "bundles"
 
 
-class Found(NamedTuple):
-    """Where a bundle is."""
+class ResolvedBundle(NamedTuple):
+    """Location of a bundle."""
 
     folder: Path
-    """With the manifest in it; the other files of a repository may not have been fetched yet."""
+    """Folder with the manifest. Other files of a repository may not have been fetched yet."""
     repository: str | None
-    """On the hub: ``org/name``."""
+    """``org/name`` if the bundle is on the hub."""
 
     def fetch(self, names: Iterable[str]) -> None:
-        """Fetch files of the commit that the manifest is from, where the bundle is on the hub; raises HubError."""
+        """Fetch files of the manifest's commit, if the bundle is on the hub; raises HubError."""
         if self.repository is not None:
             for name in names:
                 hub.fetch(self.repository, name, self.folder.name)
 
 
-def find(bundle: str | os.PathLike[str], revision: str | None = None) -> Found:
-    """A bundle given by path, by name for one inside the package, or as ``org/name`` for one on the hub, whose manifest is then fetched.
+def resolve_bundle(bundle: str | os.PathLike[str], revision: str | None = None) -> ResolvedBundle:
+    """Resolve a path, the name of an embedded bundle, or ``org/name`` on the hub, whose manifest is then fetched.
 
     Raises:
-        BundleNotFoundError: there is none at that path, nor one of that name.
-        HubNotFoundError, HubError: the hub has none, or cannot be asked.
-        InvalidArgumentError: a revision is given for what is not on the hub.
-        MissingDependencyError: it is on the hub, and huggingface_hub is not installed.
+        BundleNotFoundError: there is no bundle with that path or name.
+        HubNotFoundError, HubError: the hub does not have it, or cannot be reached.
+        InvalidArgumentError: a revision was given for a bundle that is not on the hub.
+        MissingDependencyError: the bundle is on the hub, and huggingface_hub is not installed.
     """
     repository = hub.repository(bundle, revision)
     if repository is None:
-        return Found(locate(bundle), None)
-    manifest = hub.fetch(repository, MANIFEST, revision, hint=f"It is no bundle. To make one of a model that scm-export reads: scm-export {repository}")
-    return Found(manifest.parent, repository)
+        return ResolvedBundle(find_local(bundle), None)
+    manifest = hub.fetch(repository, MANIFEST, revision, hint=f"It is not a bundle. To export a model that scm-export supports: scm-export {repository}")
+    return ResolvedBundle(manifest.parent, repository)
 
 
-def locate(bundle: str | os.PathLike[str]) -> Path:
-    """Folder of a bundle given by path, or by name for one inside the package.
+def find_local(bundle: str | os.PathLike[str]) -> Path:
+    """Return the folder of a bundle, from its path or the name of an embedded bundle.
 
     Raises:
-        BundleNotFoundError: there is no folder with a manifest at either place.
+        BundleNotFoundError: neither is a folder with a manifest.
     """
     path = Path(bundle)
     try:
@@ -65,5 +65,5 @@ def locate(bundle: str | os.PathLike[str]) -> Path:
     wrong = f"has no {MANIFEST}" if path.is_dir() else "is a file" if path.exists() else "does not exist"
     raise BundleNotFoundError(
         f"no bundle at '{path}': it {wrong}. Expected a folder written by scm-export, the name of an embedded bundle ({names}), "
-        f"or a repository of the Hugging Face hub ('org/name').{hub.why_a_path(bundle)}"
+        f"or a repository of the Hugging Face hub ('org/name').{hub.local_path_hint(bundle)}"
     )

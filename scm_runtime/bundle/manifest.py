@@ -1,12 +1,10 @@
-"""A bundle's manifest, ``scm.json``: its types, and the checks that stand between a folder on disk and the first session.
+"""A bundle's manifest, ``scm.json``: its types and its validation.
 
-The manifest is the only file a host must read first. It holds no model mathematics: what differs between models is in the graphs.
+A host reads the manifest before any other file. It contains no model mathematics: what differs between models is in the graphs.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
@@ -14,7 +12,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from scm_runtime.errors import BundleIntegrityError, BundleNotFoundError, BundleSchemaError
+from scm_runtime.errors import BundleNotFoundError, BundleSchemaError
 
 SCHEMA_VERSION = 1
 MANIFEST = "scm.json"
@@ -23,12 +21,12 @@ SAMPLERS = "samplers.json"
 COMBINE = "combine.onnx"
 
 OPS_DOMAIN = "scm"
-CHANNELS_LAST_DOMAIN = "scm.channels_last"  # standard ONNX in other clothes: no bundle needs kernels for it, nor for
+CHANNELS_LAST_DOMAIN = "scm.channels_last"  # standard ONNX operators in another memory layout: bundles need no kernels for this domain and the next
 CHANNELS_FIRST_DOMAIN = "scm.channels_first"
-OPS_VERSION = 1  # of the operator set that scm-export writes: docs/custom-ops.md
+OPS_VERSION = 1  # version of the operators that scm-export writes: docs/custom-ops.md
 
 Positive = Annotated[int, Meta(ge=1)]
-Dimension = Annotated[str, Meta(pattern="^[a-z][a-z0-9_]*$")]  # a free one, by name
+Dimension = Annotated[str, Meta(pattern="^[a-z][a-z0-9_]*$")]  # name of a dynamic dimension
 Dtype = Literal["fp32", "fp16", "bf16"]
 
 STEP_INPUTS = ("x", "t", "t_next", "noise")
@@ -49,9 +47,9 @@ class SampleSpec(Struct, kw_only=True):
 
 
 class OutputSpec(Struct, kw_only=True):
-    """What ``decode`` returns, ``[N, *shape]``.
+    """Output of ``decode``, ``[N, *shape]``.
 
-    ``kind`` "image": uint8, shape ``[H, W, C]``; "latent": float32, the state as it is, in a bundle that was made without a decoder.
+    ``kind`` "image": uint8, shape ``[H, W, C]``; "latent": float32, the unchanged state, in a bundle without a decoder.
     """
 
     kind: Literal["image", "latent"]
@@ -59,11 +57,11 @@ class OutputSpec(Struct, kw_only=True):
 
 
 class Conditioning(Struct, kw_only=True):
-    """One input of the step graph beyond the state, ``[N, *shape]``.
+    """One conditioning input of the step graph, ``[N, *shape]``.
 
-    ``kind`` "class" holds class indices in [0, num_classes), "scalar" one number a sample, "embedding" real numbers, "mask" ones and zeros.
-    A name in ``shape`` is a free dimension: it has one size within a call, the same in every input that names it.
-    ``default`` stands in where a call gives none; a mask is then all ones, an embedding must be given.
+    ``kind`` "class" holds class indices in [0, num_classes), "scalar" one number per sample, "embedding" real numbers, "mask" ones and zeros.
+    A name in ``shape`` is a dynamic dimension: it has one size in a call, the same in every input that uses the name.
+    ``default`` is the value if a call gives none. The default of a mask is all ones; an embedding has no default.
     """
 
     name: Annotated[str, Meta(pattern="^[a-z][a-z0-9_]*$")]
@@ -76,7 +74,7 @@ class Conditioning(Struct, kw_only=True):
 
     @property
     def is_array(self) -> bool:
-        """Whether a sample has an array of it, not one number."""
+        """True if a sample has an array of values, not one number."""
         return self.kind in ("embedding", "mask")
 
     def describe(self) -> str:
@@ -84,14 +82,14 @@ class Conditioning(Struct, kw_only=True):
         return f"{self.dtype} [{', '.join(map(str, ('N', *self.shape)))}]"
 
     def validate(self) -> None:
-        """Check what the types alone cannot say. Raises ValueError."""
+        """Check what types alone cannot express. Raises ValueError."""
         what = f"conditioning {self.name!r} of kind {self.kind!r}"
         if self.name in STEP_INPUTS:
             raise ValueError(f"conditioning must have other names than the step graph's {', '.join(STEP_INPUTS)}, got {self.name!r}")
         if self.dtype != CONDITIONING_DTYPES[self.kind]:
             raise ValueError(f"{what} must have the dtype {CONDITIONING_DTYPES[self.kind]}, got {self.dtype}")
         if self.is_array != bool(self.shape):
-            raise ValueError(f"{what} must be {'an array' if self.is_array else 'one number'} a sample, got the shape {list(self.shape)}")
+            raise ValueError(f"{what} must be {'an array' if self.is_array else 'one number'} per sample, got the shape {list(self.shape)}")
         if self.is_array and self.default not in (None, 1 if self.kind == "mask" else None):
             raise ValueError(f"{what} must have no default, got {self.default}")
         if self.kind == "class" and self.num_classes is None:
@@ -106,18 +104,18 @@ class Source(Struct, kw_only=True, omit_defaults=True):
     file: str
     sha256: str
     weights: str | None = None
-    """Key of the set of weights that was taken, where the checkpoint holds it among other things."""
+    """Key of the selected set of weights, if the checkpoint contains several."""
     guide: Source | None = None
-    """The worse version of the network that leads it, where there is one."""
+    """Source of the autoguidance network, if there is one."""
 
 
 class VerifiedCase(Struct, kw_only=True):
     """One comparison with the reference sampler.
 
-    ``graph`` "step" with ``steps``: whole samplers through that graph, compared by their final states; with ``steps`` 0: single evaluations, one sample
-    at each of ``times``. "sample-K": the composed sampler. Other graphs, which have ``steps`` 0: alone, on the reference's input.
-    ``max_abs`` and ``mean_abs`` are in the scale of the state, or in levels of a pixel where a network makes the pixels. ``psnr`` is in dB (null = identical)
-    over uint8 pixels; over the state, with the reference's range as the peak, where no pixels were made.
+    ``graph`` "step" with ``steps``: sampling with that graph, compared by final states; with ``steps`` 0: single evaluations, one sample at each of
+    ``times``. "sample-K": the composed sampler. Other graphs have ``steps`` 0 and are compared alone, on the reference's input.
+    ``max_abs`` and ``mean_abs`` are in the scale of the state, or in pixel levels if a network computes the pixels. ``psnr`` is in dB (null = identical),
+    over uint8 pixels, or over the state, relative to the reference's range, if there are no pixels.
     """
 
     graph: str
@@ -128,19 +126,19 @@ class VerifiedCase(Struct, kw_only=True):
     atol: Annotated[float, Meta(gt=0)]
     psnr: float | None
     sampler: str | None = None
-    """One of ``samplers``; None for the step graph's own."""
+    """One of ``samplers``; None for the step graph's default sampler."""
     device: str = "cpu"
     mean_abs: float | None = None
     guidance_scale: float | None = None
     min_psnr: float | None = None
-    """That ``psnr`` had to reach."""
+    """Lowest ``psnr`` that passes."""
     times: tuple[float, ...] = ()
     sizes: dict[str, int] = {}
-    """Of the conditioning's free dimensions, by name."""
+    """Sizes of the conditioning's dynamic dimensions, by name."""
 
 
 class Verification(Struct, kw_only=True):
-    """What the exporter compared, with what, and how far off it was."""
+    """The exporter's comparison of the bundle with the reference."""
 
     reference: str
     device: str
@@ -164,9 +162,9 @@ class Manifest(Struct, kw_only=True):
     times: dict[Annotated[str, Meta(pattern="^[1-9][0-9]*$")], tuple[float, ...]]
     time_unit: Literal["radians", "sigma", "timestep"] = "radians"
     solver: Literal["consistency", "ddim"] = "consistency"
-    """What the step graph does between two times: jump to the data and noise again, or follow the ODE without noise."""
+    """How the step graph moves between two times: predict the data and add fresh noise, or follow the ODE without noise."""
     samplers: dict[Annotated[str, Meta(pattern="^[a-z][a-z0-9+-]*$")], Annotated[tuple[Positive, ...], Meta(min_length=1)]] = {}
-    """Of a diffusion model: other samplers than the step graph's own, each with the step counts that ``samplers.json`` has for it."""
+    """Additional samplers of a diffusion model, each with its step counts in ``samplers.json``."""
     conditioning: tuple[Conditioning, ...]
     dtypes: Annotated[tuple[Dtype, ...], Meta(min_length=1)]
     weights_dtype: str
@@ -177,21 +175,21 @@ class Manifest(Struct, kw_only=True):
     files: dict[str, FileEntry]
 
     def to_json(self) -> bytes:
-        """The text of ``scm.json``."""
+        """Contents of ``scm.json``."""
         return msgspec.json.format(msgspec.json.encode(self), indent=2)
 
     def optional_graph(self, kind: Literal["encode", "preview"], dtype: Dtype) -> str | None:
-        """File of a graph that not every bundle has: the one in a dtype, or the one in fp32; None where there is neither."""
+        """File of an optional graph: in a dtype, else in fp32; None if the bundle has neither."""
         return next((name for name in (f"{kind}.{dtype}.onnx", f"{kind}.fp32.onnx") if name in self.files), None)
 
     def files_for(self, dtype: Dtype) -> tuple[str, ...]:
-        """The files that a Generator reads to compute in a dtype."""
+        """Files that a Generator reads to run the graphs in a dtype."""
         optional = (self.optional_graph("encode", dtype), self.optional_graph("preview", dtype))
         solving = (SAMPLERS, COMBINE) if self.samplers else ()
         return ("noise.onnx", f"step.{dtype}.onnx", f"decode.{dtype}.onnx", *(name for name in optional if name), *solving, WEIGHTS)
 
     def validate(self) -> None:
-        """Check what the types alone cannot say. Raises ValueError."""
+        """Check what types alone cannot express. Raises ValueError."""
         for name in self.files:
             if PurePosixPath(name).name != name or "\\" in name or ":" in name or name in ("", ".", "..", MANIFEST):
                 raise ValueError(f"files must have plain names inside the bundle's folder, got {name!r}")
@@ -211,7 +209,7 @@ class Manifest(Struct, kw_only=True):
         if len({times[-1] for times in self.times.values()}) > 1:
             raise ValueError("times must have the same end for every step count")
         if self.solver in self.samplers:
-            raise ValueError(f"samplers must be others than the step graph's own, {self.solver!r}")
+            raise ValueError(f"samplers must not contain the step graph's default sampler, {self.solver!r}")
         if self.output.kind == "image" and len(self.output.shape) != 3:
             raise ValueError(f"output of kind 'image' must have the shape [H, W, C], got {list(self.output.shape)}")
         if self.output.kind == "latent" and self.output.shape != self.sample.shape:
@@ -223,18 +221,12 @@ class Manifest(Struct, kw_only=True):
             raise ValueError(f"conditioning must have different names, got {', '.join(names)}")
 
 
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def read_manifest(folder: Path) -> Manifest:
     """Read and check ``scm.json`` in a bundle's folder.
 
     Raises:
         BundleNotFoundError: the manifest cannot be read.
-        BundleSchemaError: it is no JSON, of a newer schema, or its contents do not fit together.
+        BundleSchemaError: it is not valid JSON, has a newer schema, or its contents are inconsistent.
     """
     path = folder / MANIFEST
     try:
@@ -256,30 +248,3 @@ def read_manifest(folder: Path) -> Manifest:
             raise
         raise BundleSchemaError(f"'{path}' is not a valid manifest: {error}. Export the checkpoint again.") from error
     return manifest
-
-
-def check_files(
-    folder: Path, manifest: Manifest, names: Iterable[str] | None = None, *, hashes: bool = True, digest_of: Callable[[Path], str] | None = None
-) -> None:
-    """Compare files of a bundle, all or those named, with its manifest: presence and size always, SHA-256 unless ``hashes`` is False.
-
-    ``digest_of`` takes the sum of a file, or remembers it; by default it is taken.
-
-    Raises:
-        BundleIntegrityError: a file is missing, cannot be read, or differs.
-    """
-    for name in manifest.files if names is None else names:
-        entry, path = manifest.files[name], folder / name
-        if not path.is_file():
-            raise BundleIntegrityError(f"'{folder}' lacks the file {name}, which its manifest lists. Copy the whole folder or export again.")
-        size = path.stat().st_size
-        if size != entry.size:
-            raise BundleIntegrityError(f"'{path}' must have {entry.size} bytes, got {size}. Copy the whole folder again or export again.")
-        try:
-            digest = (digest_of or sha256)(path) if hashes else entry.sha256
-        except OSError as error:
-            raise BundleIntegrityError(f"cannot read '{path}': {error.strerror}. Expected a file that you may read.") from error
-        if digest != entry.sha256:
-            raise BundleIntegrityError(
-                f"'{path}' must have SHA-256 {entry.sha256[:12]}…, got {digest[:12]}…. The file was changed or damaged: copy or export it again."
-            )

@@ -1,14 +1,14 @@
-"""Samplers as tables: which evaluations of the step graph make the steps of a sampler, and how their results are put together.
+"""Samplers as tables of solver stages: the evaluations of the step graph that make up each step, and the weights that combine their results.
 
-A consistency model has one sampler, a step of which is one evaluation, from a time to the next. A diffusion model's ODE is solved more exactly by
-evaluating it between two times as well. All solvers whose next state is a weighted sum of the states and results at hand are rows of one kind:
+A consistency model has one sampler, and each of its steps is one evaluation, from one time to the next. Solvers of a diffusion model's ODE also evaluate the
+step graph between two times. A table describes any solver whose next state is a weighted sum of the step's first state, the current state and the result:
 
-    base, x: where the step began, and the state now
+    base = state at the beginning of the step, x = current state
     result = step(x, t, t_next, …)
     x = weights[0] * base + weights[1] * x + weights[2] * result
 
-A row without weights begins a step: it keeps x as the base, and its result is the next state. The numbers are worked out at export (``scm_export.samplers``),
-so there is none of a solver's mathematics here.
+A stage without weights begins a step: x becomes the base, and the result becomes the next state. The exporter computes the numbers, so that the runtime needs
+no solver's mathematics.
 """
 
 from __future__ import annotations
@@ -30,49 +30,54 @@ DEFAULT_STEPS = 2
 DIFFUSION_STEPS = 32
 
 
-class Evaluation(NamedTuple):
-    """One evaluation of the step graph."""
+class SolverStage(NamedTuple):
+    """One evaluation of the step graph, and how its result is used."""
 
     t: float
     t_next: float
     weights: tuple[float, float, float] | None = None
-    """Of base, state and result; None for the result alone, where a step begins."""
+    """Weights of base, current state and result; None at the beginning of a step, where the result is the next state."""
 
 
-Evaluations = tuple[Evaluation, ...]
+SolverStages = tuple[SolverStage, ...]
 
 
-class Schedules:
-    """The samplers of one bundle."""
+class SolverTables:
+    """Samplers of one bundle."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
-        """``samplers.json`` is read when it is first needed."""
+        """Create the tables. ``samplers.json`` is read on first use."""
         self._path, self._manifest = folder / SAMPLERS, manifest
 
-    def evaluations(self, sampler: str | None, steps: int | None, timesteps: Sequence[float] | None) -> Evaluations:
-        """For a call's arguments; raises InvalidArgumentError, and BundleSchemaError for a file that does not fit the manifest."""
+    def evaluations(self, sampler: str | None, steps: int | None, timesteps: Sequence[float] | None) -> SolverStages:
+        """Return the stages for a call's arguments.
+
+        Raises:
+            InvalidArgumentError: the bundle does not have this sampler or number of steps, or the arguments contradict each other.
+            BundleSchemaError: ``samplers.json`` does not fit the manifest.
+        """
         manifest = self._manifest
         if sampler is not None and (not isinstance(sampler, str) or sampler not in (manifest.solver, *manifest.samplers)):
             if not manifest.samplers:
                 raise InvalidArgumentError(
-                    f"sampler must be {manifest.solver!r}, or None: {manifest.name!r} is a consistency model, which knows no other. Got {sampler!r}. "
+                    f"sampler must be {manifest.solver!r}, or None: {manifest.name!r} is a consistency model, which has no other sampler. Got {sampler!r}. "
                     "Others are for diffusion models: export the teacher (docs/bundle-format.md)."
                 )
             raise InvalidArgumentError(f"sampler must be one of {', '.join((manifest.solver, *manifest.samplers))}, got {sampler!r}")
         if sampler is None or sampler == manifest.solver:
-            return along(_times(manifest, steps, timesteps))
+            return from_times(_times(manifest, steps, timesteps))
         if timesteps is not None:
             raise InvalidArgumentError(f"timesteps are for the sampler {manifest.solver!r}; for {sampler!r} give num_inference_steps")
         counts = manifest.samplers[sampler]
         return self._tables[sampler][_count(steps, counts, DIFFUSION_STEPS if DIFFUSION_STEPS in counts else max(counts))]
 
     @cached_property
-    def _tables(self) -> dict[str, dict[int, Evaluations]]:
+    def _tables(self) -> dict[str, dict[int, SolverStages]]:
         try:
-            raw = msgspec.json.decode(self._path.read_bytes(), type=dict[str, dict[str, list[Evaluation]]])
+            raw = msgspec.json.decode(self._path.read_bytes(), type=dict[str, dict[str, list[SolverStage]]])
             tables = {name: {int(count): tuple(rows) for count, rows in table.items()} for name, table in raw.items()}
             if {name: sorted(table) for name, table in tables.items()} != {name: sorted(counts) for name, counts in self._manifest.samplers.items()}:
-                raise ValueError("it has other samplers or step counts than the manifest lists")
+                raise ValueError("its samplers or step counts are not those of the manifest")
             for rows in (rows for table in tables.values() for rows in table.values()):
                 if not rows or rows[0].weights is not None:
                     raise ValueError("a sampler must begin with an evaluation without weights")
@@ -83,9 +88,9 @@ class Schedules:
         return tables
 
 
-def along(times: Sequence[float]) -> Evaluations:
-    """One evaluation a step, from each time to the next."""
-    return tuple(Evaluation(t, t_next) for t, t_next in pairwise(times))
+def from_times(times: Sequence[float]) -> SolverStages:
+    """Stages with one evaluation per step, from each time to the next."""
+    return tuple(SolverStage(t, t_next) for t, t_next in pairwise(times))
 
 
 def _times(manifest: Manifest, steps: int | None, timesteps: Sequence[float] | None) -> tuple[float, ...]:
@@ -104,15 +109,15 @@ def _times(manifest: Manifest, steps: int | None, timesteps: Sequence[float] | N
             raise InvalidArgumentError(f"timesteps must be decreasing, above {end:g} and at most {largest:g} ({manifest.time_unit}), got {times}")
         return (*times, end)
     default = DEFAULT_STEPS if DEFAULT_STEPS in counts else counts[-1] if manifest.samplers else counts[0]
-    more = f" For others give timesteps=[…], decreasing from {max(map(max, manifest.times.values())):.6g}."
-    return manifest.times[str(_count(steps, counts, default, more))]
+    hint = f" For others give timesteps=[…], decreasing from {max(map(max, manifest.times.values())):.6g}."
+    return manifest.times[str(_count(steps, counts, default, hint))]
 
 
-def _count(steps: Any, counts: Sequence[int], default: int, more: str = "") -> int:
+def _count(steps: Any, counts: Sequence[int], default: int, hint: str = "") -> int:
     if steps is None:
         return default
     if not is_int(steps) or steps < 1:
         raise InvalidArgumentError(f"num_inference_steps must be an integer of at least 1, got {steps!r}")
     if int(steps) not in counts:
-        raise InvalidArgumentError(f"num_inference_steps must be one of {sorted(counts)}, the counts this bundle has times for; got {steps}.{more}")
+        raise InvalidArgumentError(f"num_inference_steps must be one of {sorted(counts)}, the counts this bundle has times for; got {steps}.{hint}")
     return int(cast(int, steps))

@@ -1,1 +1,1 @@
-"""Optimised graphs on disk, so that opening a bundle again skips their optimisation."""
+"""The cache of optimized graphs, with which a bundle opens faster the next time."""

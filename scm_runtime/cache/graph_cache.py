@@ -1,173 +1,172 @@
-"""A folder of graphs as ONNX Runtime optimised them, so that opening one again skips the optimisation: it is most of the time that opening takes.
+"""A folder of graphs as ONNX Runtime optimized them: opening one skips the optimization, which takes most of the time of opening a graph.
 
-An entry is a folder named by its key, with ``graph.onnx``, the weights as the graph has them now, ``graph.data``, and ``entry.json``. ONNX Runtime maps the
-weights instead of copying them, so that processes on one machine share them. Sessions out of the cache compute the same bits as those that made it.
+An entry is a folder, named by its key, with the graph (``graph.onnx``), its weights as the optimized graph has them (``graph.data``) and a description
+(``entry.json``). ONNX Runtime maps the weights into memory, so processes share them. A session over a cached graph computes the same bits as the session
+that saved it.
 
-An entry is made of a private copy of the graph and its weights, hashed while it is made: see private_copy.py.
+A graph is saved from a private copy of the bundle's files, which is hashed while it is written: see private_copy.py.
 
-The cache never stands in the way: what is damaged is made anew, what cannot be written is left out, with a line in the log and no error.
-It is the user's own folder, closed to others (0700). Whoever can write to it can change what a model computes, as with the installed package.
+The cache never causes an error: a damaged entry is rebuilt, and what cannot be written is logged and left out. The folder belongs to the user and is closed
+to others (0700). Anyone who can write to it can change what a model computes, as with the installed package. The cache knows nothing of sessions:
+``ort.open_session`` decides what to look up and what to add.
 """
 
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import shutil
 import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 import msgspec
 from msgspec import Struct
 
-from scm_runtime.bundle.checksums import Verified
-from scm_runtime.bundle.manifest import sha256
-from scm_runtime.cache.folder import MAX_BYTES, log_once, usable_folder
+from scm_runtime.bundle.checksums import ChecksumCache, sha256
+from scm_runtime.cache.folder import MAX_BYTES, usable_folder
 from scm_runtime.cache.folder import max_bytes as default_bytes
-from scm_runtime.cache.private_copy import ChangedError, NoRoomError, copy_graph
+from scm_runtime.cache.private_copy import copy_graph
 from scm_runtime.common.files import open_regular
-from scm_runtime.common.load_onnxruntime import load_onnxruntime
+from scm_runtime.common.log import log
 
-Opened = TypeVar("Opened")
-Change = Callable[[Any], None]
-"""What an opening adds to its ``onnxruntime.SessionOptions``, after all else that is set there."""
-
-SPARE, SPARE_MAX = 20, 4 << 30  # a twentieth of the disk stays free, or 4 GiB of a large one
-UNUSED_LIFE_S = 90 * 24 * 3600  # what an older ONNX Runtime left is never used again
+MIN_FREE_FRACTION, MIN_FREE_BYTES = 1 / 20, 4 << 30  # of the disk, which stay free: the smaller of the two
+ENTRY_LIFE_S = 90 * 24 * 3600  # an older version of ONNX Runtime leaves entries that no other uses
+UNCACHEABLE_LIFE_S = 7 * 24 * 3600
+TEMP_LIFE_S = 3600  # writing a graph takes less: the process that made an older one was killed
 GRAPH, DATA, ENTRY = "graph.onnx", "graph.data", "entry.json"
-COMPILED = "compiled nodes"  # what TensorRT, OpenVINO and CoreML make of parts of a graph cannot be saved, says ONNX Runtime
-PARTS = (GRAPHS, SUMS) = ("graphs", "verified")
-PART = ".part-"
-PART_LIFE_S = 3600  # no graph takes that long to write: whoever wrote it was killed
-REFUSAL_LIFE_S = 7 * 24 * 3600
-
-_log = logging.getLogger("scm_runtime")
+SUBFOLDERS = (GRAPHS, CHECKSUMS) = ("graphs", "verified")
+TEMP_PREFIX = ".part-"
 
 
 class CachedFile(Struct, frozen=True):
-    """One file of an entry."""
+    """Size and checksum of one file of an entry."""
 
     size: int
     sha256: str
 
 
 class Entry(Struct, frozen=True, kw_only=True):
-    """``entry.json``. No files and a reason: the graph cannot be cached, and need not be tried again for a while."""
+    """The contents of ``entry.json``: the files of a cached graph, or the reason why the graph cannot be cached."""
 
     source: str
     files: dict[Literal["graph.onnx", "graph.data"], CachedFile] = {}
     refused: str | None = None
+    """Why the graph cannot be cached. For a week nothing tries again."""
 
 
 class GraphCache:
-    """Cached graphs in one folder. Safe to use from several threads and processes."""
+    """Cached graphs in one folder. Several threads and processes may use it at once."""
 
     def __init__(self, folder: Path, max_bytes: int = MAX_BYTES) -> None:
-        """A cache in a folder that exists and is the user's own; ``GraphCache.find`` sees to that."""
+        """Use a folder that exists and belongs to the user; ``GraphCache.locate`` checks that."""
         self.folder, self.max_bytes = folder / GRAPHS, max_bytes
-        self.verified = Verified(folder / SUMS)
+        self.verified = ChecksumCache(folder / CHECKSUMS)
 
     @classmethod
-    def find(cls, folder: str | os.PathLike[str] | Literal[False] | None = None, max_bytes: int | None = None) -> GraphCache | None:
-        """The cache to use; None where there is to be none, or where its folder cannot be used, which the log says.
+    def locate(cls, folder: str | os.PathLike[str] | Literal[False] | None = None, max_bytes: int | None = None) -> GraphCache | None:
+        """Return the cache to use, or None if there is none or its folder is unusable, which is logged.
 
         Args:
-            folder: False for none; None for the one that SCM_CACHE_DIR names (set and empty: none), else the platform's folder for caches.
-            max_bytes: for all entries together; what was not used for longest goes first. None: SCM_CACHE_MAX_BYTES, or 4 GiB. 0 keeps none.
+            folder: False for no cache; None for the folder in SCM_CACHE_DIR (no cache if it is set and empty) or the platform's folder for caches.
+            max_bytes: limit for all entries together, kept by removing the least recently used. None: SCM_CACHE_MAX_BYTES, or 4 GiB. 0: no cache.
 
         Raises:
-            InvalidArgumentError: SCM_CACHE_MAX_BYTES is no number of bytes.
+            InvalidArgumentError: SCM_CACHE_MAX_BYTES is not a number of bytes.
         """
         if folder is False:
             return None
         limit = default_bytes() if max_bytes is None else max_bytes
-        root = usable_folder(folder, PARTS) if limit > 0 else None
+        root = usable_folder(folder, SUBFOLDERS) if limit > 0 else None
         return cls(root, limit) if root else None
 
-    def open(self, source: Path, key: str, build: Callable[[Path, Change], Opened], *, sums: Mapping[str, str], verify: bool = True) -> Opened:
-        """Open a graph out of the cache where it is there; else open it as it stands and put it there.
+    def find(self, key: str, *, verify: bool = True) -> Path | None:
+        """Return the optimized graph of a key, or None. A damaged entry is removed.
 
         Args:
-            source: the ``.onnx`` file. What is put into the cache is made of a private copy of it, of exactly the bytes that have those sums.
-            key: of ``key.graph_key``.
-            build: opens the graph at a path with new SessionOptions, which it gives to the change last of all. It is called up to three
-                times; what it returns from a call before the last is dropped.
-            sums: of the graph and the weights, by name, as ``copy_graph`` takes them: those that the key was made with.
-            verify: compare the SHA-256 of cached files with what was written; False: their sizes alone.
+            key: from ``key.graph_key``.
+            verify: compare the SHA-256 of the files with those in the entry; False compares only their sizes.
+        """
+        entry = self._read(key, verify)
+        return None if entry is None or entry.refused is not None else self.folder / key / GRAPH
+
+    def is_uncacheable(self, key: str) -> bool:
+        """Return True if the graph of this key could not be cached less than a week ago."""
+        entry = self._read(key, verify=False)
+        return entry is not None and entry.refused is not None
+
+    def add(self, key: str, source: Path, checksums: Mapping[str, str], save: Callable[[Path, Path], object]) -> Path | None:
+        """Save a graph, and return the optimized one.
+
+        Args:
+            key: from ``key.graph_key``.
+            source: the bundle's ``.onnx`` file. A private copy is made of it and its weights, with exactly the bytes that have those checksums.
+            checksums: of the graph and its weights by name, as ``copy_graph`` takes them and the key was made with.
+            save: optimizes the graph at the first path and writes it into the folder at the second.
 
         Returns:
-            What ``build`` returned.
+            The optimized graph, or None if it is too large for the cache.
 
         Raises:
-            Whatever ``build`` raises for the source itself.
+            ChangedError: the files changed since their checksums were taken.
+            NoRoomError: the disk would be too full.
+            OSError: the folder cannot be written to.
+            Exception: whatever ``save`` raises.
         """
-        path = self.folder / key
-        entry, failure, refusal = self._read(path, verify), None, None
-        if entry is None:
-            failure = self._fill(path, source, build, sums)
-            entry = self._read(path, verify=False)
-        if entry is not None and entry.refused is None:
-            try:
-                opened = build(path / GRAPH, _as_it_is)
-            except Exception as error:  # noqa: BLE001  # ONNX Runtime's exceptions have no common base
-                if self._read(path, verify) is not None:  # else another process removed it meanwhile
-                    refusal = f"cannot be opened again: {error}"
-            else:
-                _touch(path / ENTRY)
-                return opened
-        opened = build(source, _unchanged)  # raises where the failure is not the cache's, and then it is not the cache's to tell
-        if failure is not None and COMPILED in str(failure):
-            refusal = f"cannot be saved: {failure}"
-        elif isinstance(failure, ChangedError):
-            _log.warning("nothing is cached of a graph: %s", failure)
-        elif failure is not None and not isinstance(failure, NoRoomError):  # a full disk, a read-only folder: that may change
-            log_once("optimised graphs are not cached", failure)
-        if refusal is not None:
-            self._refuse(path, source, refusal)
-        return opened
+        temporary, copies = self._temporary(), self._temporary()
+        try:
+            for folder in (temporary, copies):
+                folder.mkdir(mode=0o700)
+            save(copy_graph(source, copies, checksums, self._has_room), temporary)
+            self._publish(key, temporary, source)
+        finally:
+            for folder in (temporary, copies):
+                shutil.rmtree(folder, ignore_errors=True)
+        return self.find(key, verify=False)
+
+    def mark_used(self, key: str) -> None:
+        """Note that an entry was used now, so that others are removed first."""
+        with suppress(OSError):  # another process removed it, or the folder has become read-only
+            os.utime(self.folder / key / ENTRY)
+
+    def mark_uncacheable(self, key: str, source: Path, reason: str) -> None:
+        """Note that a graph cannot be cached, in place of its entry. ``reason`` continues a sentence: "cannot be saved: …"."""
+        log.info("'%s' is not cached, and that is not tried again for a week: it %s", source, reason)
+        temporary, path = self._temporary(), self.folder / key
+        try:
+            self._remove(path)
+            temporary.mkdir(mode=0o700)
+            (temporary / ENTRY).write_bytes(msgspec.json.encode(Entry(source=source.name, refused=reason)))
+            temporary.rename(path)
+        except OSError:
+            shutil.rmtree(temporary, ignore_errors=True)
 
     def clear(self) -> None:
         """Remove every entry."""
         for _, _, path in self._entries():
             self._remove(path)
 
-    def _fill(self, path: Path, source: Path, build: Callable[[Path, Change], object], sums: Mapping[str, str]) -> Exception | None:
-        """Make an entry; or say why that failed."""
-        part, copies = self._part(), self._part()
-        try:
-            for folder in (part, copies):
-                folder.mkdir(mode=0o700)
-            # The session is dropped: it holds copies of the weights that one from the entry maps.
-            build(copy_graph(source, copies, sums, self._has_room), _saving(part))
-            self._publish(part, path, source)
-        except Exception as error:  # noqa: BLE001  # as above
-            return error
-        finally:
-            for folder in (part, copies):
-                shutil.rmtree(folder, ignore_errors=True)
-        return None
-
-    def _publish(self, part: Path, path: Path, source: Path) -> None:
-        """Move what was saved to its place. Raises OSError."""
+    def _publish(self, key: str, temporary: Path, source: Path) -> None:
+        """Move a saved graph to its place in the cache. Raises OSError."""
+        path = self.folder / key
         files: dict[Literal["graph.onnx", "graph.data"], CachedFile] = {}
         for name in (GRAPH, DATA):
-            if (part / name).exists() or name == GRAPH:
-                _sync(part / name)
-                files[name] = CachedFile((part / name).stat().st_size, sha256(part / name))  # type: ignore[index]  # a Literal's values
+            if (temporary / name).exists() or name == GRAPH:
+                _sync(temporary / name)
+                files[name] = CachedFile((temporary / name).stat().st_size, sha256(temporary / name))  # type: ignore[index]  # a Literal's values
         size = sum(file.size for file in files.values())
         if size > self.max_bytes:
-            self._refuse(path, source, f"takes {size} bytes, the cache {self.max_bytes}")
+            self.mark_uncacheable(key, source, f"takes {size} bytes, the cache {self.max_bytes}")
             return
-        (part / ENTRY).write_bytes(msgspec.json.encode(Entry(source=source.name, files=files)))
-        _sync(part / ENTRY)
+        (temporary / ENTRY).write_bytes(msgspec.json.encode(Entry(source=source.name, files=files)))
+        _sync(temporary / ENTRY)
         try:
-            part.rename(path)
+            temporary.rename(path)
         except OSError as error:
-            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.EACCES):  # another process was first; EACCES is how Windows says so
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.EACCES):  # another process was faster; Windows reports EACCES
                 return
             raise
         for name, file in files.items():
@@ -175,8 +174,9 @@ class GraphCache:
         self.verified.prune()
         self._evict()
 
-    def _read(self, path: Path, verify: bool) -> Entry | None:
-        """A whole entry, or None; what is not whole is discarded."""
+    def _read(self, key: str, verify: bool) -> Entry | None:
+        """Return an intact entry, or None. A damaged one is removed."""
+        path = self.folder / key
         try:
             return self._check(path, verify)
         except FileNotFoundError as error:
@@ -187,113 +187,73 @@ class GraphCache:
         return None
 
     def _check(self, path: Path, verify: bool) -> Entry | None:
-        """An entry; None if it is a refusal that has had its time. Raises OSError, DecodeError: it is not whole."""
+        """Return an entry, or None if it is an expired refusal. Raises OSError and DecodeError if the entry is damaged."""
         if not stat.S_ISDIR(path.lstat().st_mode):
-            raise OSError("it is no folder")
-        entry = msgspec.json.decode(_own_bytes(path / ENTRY), type=Entry)
+            raise OSError("it is not a folder")
+        with open_regular(path / ENTRY, follow_links=False) as file:
+            entry = msgspec.json.decode(file.read(), type=Entry)
         if entry.refused is not None:
-            if time.time() - (path / ENTRY).stat().st_mtime < REFUSAL_LIFE_S:
+            if time.time() - (path / ENTRY).stat().st_mtime < UNCACHEABLE_LIFE_S:
                 return entry
             self._remove(path)
             return None
         if GRAPH not in entry.files:
             raise OSError(f"{ENTRY} lacks {GRAPH}")
-        for name, file in entry.files.items():
+        for name, file_info in entry.files.items():
             found = (path / name).lstat()
-            if not stat.S_ISREG(found.st_mode) or found.st_size != file.size:
-                raise OSError(f"{name} must be a file of {file.size} bytes")
-            if verify and self.verified.sha256(path / name) != file.sha256:
+            if not stat.S_ISREG(found.st_mode) or found.st_size != file_info.size:
+                raise OSError(f"{name} must be a file of {file_info.size} bytes")
+            if verify and self.verified.sha256(path / name) != file_info.sha256:
                 raise OSError(f"{name} was changed")
         return entry
 
-    def _refuse(self, path: Path, source: Path, reason: str) -> None:
-        _log.info("'%s' is not cached, and that is not tried again for a week: it %s", source, reason)
-        part = self._part()
-        try:
-            self._remove(path)
-            part.mkdir(mode=0o700)
-            (part / ENTRY).write_bytes(msgspec.json.encode(Entry(source=source.name, refused=reason)))
-            part.rename(path)
-        except OSError:
-            shutil.rmtree(part, ignore_errors=True)
-
     def _discard(self, path: Path, reason: str) -> None:
-        _log.warning("the cached graph '%s' is not used and made anew: %s", path, reason)
+        log.warning("the cached graph '%s' is damaged and is rebuilt: %s", path, reason)
         self._remove(path)
 
     def _remove(self, path: Path) -> None:
-        """Take an entry away at once, then delete it: nobody sees half of it, and sessions that map its files keep them."""
-        part = self._part()
+        """Move an entry out of the way, then delete it: other processes never see half of it, and sessions keep the files that they map."""
+        temporary = self._temporary()
         try:
-            path.rename(part)
-            if part.is_symlink() or not part.is_dir():
-                part.unlink()
+            path.rename(temporary)
+            if temporary.is_symlink() or not temporary.is_dir():
+                temporary.unlink()
         except OSError:
-            return  # gone already, or open on Windows
-        shutil.rmtree(part, ignore_errors=True)
+            return  # already removed, or open on Windows
+        shutil.rmtree(temporary, ignore_errors=True)
 
-    def _part(self) -> Path:
-        return self.folder / f"{PART}{os.urandom(8).hex()}"
+    def _temporary(self) -> Path:
+        return self.folder / f"{TEMP_PREFIX}{os.urandom(8).hex()}"
 
     def _evict(self) -> None:
-        """Remove what was unused for longest until the rest fits. Raises OSError."""
+        """Remove expired entries, and the least recently used until the rest fits. Raises OSError."""
         entries = sorted(self._entries())
         total = sum(size for _, size, _ in entries)
         for used, size, path in entries:
-            if total <= self.max_bytes and time.time() - used < UNUSED_LIFE_S:
+            if total <= self.max_bytes and time.time() - used < ENTRY_LIFE_S:
                 break
             self._remove(path)
             total -= size
 
     def _entries(self) -> Iterator[tuple[float, int, Path]]:
-        """Of each: when it was last used, its size in bytes, its folder."""
+        """Yield the time of last use, the size in bytes and the folder of each entry; remove what killed processes left."""
         for path in self.folder.iterdir():
             try:
-                if path.name.startswith(PART):
-                    if time.time() - path.lstat().st_mtime > PART_LIFE_S:
+                if path.name.startswith(TEMP_PREFIX):
+                    if time.time() - path.lstat().st_mtime > TEMP_LIFE_S:
                         shutil.rmtree(path)
                     continue
                 yield (path / ENTRY).stat().st_mtime, sum(file.lstat().st_size for file in path.iterdir()), path
             except OSError:
-                continue  # removed by another process
+                continue  # another process removed it
 
     def _has_room(self, size: int) -> bool:
-        """Whether the disk keeps its spare part beside so many bytes. Raises OSError."""
+        """Return True if enough of the disk stays free after writing so many bytes. Raises OSError."""
         disk = shutil.disk_usage(self.folder)
-        return disk.free - size > min(disk.total // SPARE, SPARE_MAX)
-
-
-def _unchanged(options: Any) -> None:
-    """Open as it stands."""
-
-
-def _as_it_is(options: Any) -> None:
-    options.graph_optimization_level = load_onnxruntime().GraphOptimizationLevel.ORT_DISABLE_ALL
-
-
-def _saving(folder: Path) -> Change:
-    def change(options: Any) -> None:
-        options.optimized_model_filepath = os.fspath(folder / GRAPH)
-        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", DATA)
-
-    return change
-
-
-def _own_bytes(path: Path) -> bytes:
-    """A small file's bytes, if it is one, and no link or pipe. Raises OSError."""
-    with open_regular(path, follow_links=False) as file:
-        return file.read()
+        return disk.free - size > min(disk.total * MIN_FREE_FRACTION, MIN_FREE_BYTES)
 
 
 def _sync(path: Path) -> None:
-    """Bring a file to the disk: a rename that outlives a crash must not show one that did not. Raises OSError."""
+    """Flush a file to the disk: after a crash, the renamed folder must not hold a file without its contents. Raises OSError."""
     with path.open("r+b") as file:
         os.fsync(file.fileno())
-
-
-def _touch(path: Path) -> None:
-    """Note a use."""
-    try:
-        os.utime(path)
-    except OSError:
-        return  # removed by another process, or the folder is read-only by now

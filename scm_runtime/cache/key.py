@@ -1,4 +1,4 @@
-"""What names a cached graph: all that decides how ONNX Runtime's optimised graph looks."""
+"""Keys of cached graphs: a hash over everything that determines how ONNX Runtime optimizes a graph."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ import msgspec
 
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
 
-FORMAT = 1  # of cache entries
+FORMAT = 1  # version of the cache's entries
 
-# Of /proc/cpuinfo, on x86 and ARM.
+# Lines of /proc/cpuinfo that identify a processor, on x86 and ARM.
 CPU_LINES = ("model name", "vendor_id", "cpu family", "model\t", "flags", "features", "cpu implementer", "cpu part")
 
-# Options that say what becomes of the optimised graph themselves, or that make ONNX Runtime read or write another format.
-FOREIGN_OPTIONS = (
+# Prefixes of options that save the optimized graph themselves, or that make ONNX Runtime read or write another format.
+UNCACHEABLE_OPTIONS = (
     "optimized_model_filepath",
     "enable_profiling",
     "ep.context_",
@@ -42,19 +42,19 @@ def graph_key(
     session_options: Mapping[str, object] | None = None,
     disabled_optimizers: Sequence[str] = (),
 ) -> str:
-    """The name of a cached graph: SHA-256 over all that decides how the optimised graph looks, in hexadecimal.
+    """Return the key of a cached graph: a SHA-256 in hexadecimal over everything that determines the optimized graph.
 
-    The running ONNX Runtime's version, the format of the cache and, as ONNX Runtime lays weights out for the vector units it finds, the CPU are in it too.
+    It also covers the version of ONNX Runtime, the format of the cache and the CPU: ONNX Runtime arranges weights for the vector units that it finds.
 
     Args:
-        graph: SHA-256 of the ``.onnx`` file. Where nobody compared the file with its sum, ``checksums.identity`` of it instead: else a damaged file would
-            leave its graph under the name of the good one.
-        weights: of the weights beside it, likewise.
-        providers: with their options, in order.
-        device: the name of the accelerator, such as "NVIDIA L4 8.9"; "" for none.
-        library: SHA-256 of the library of kernels; None where the function bodies run. A graph that was saved with kernels needs them ever after.
-        session_options: all that were set beyond the defaults.
-        disabled_optimizers: by name.
+        graph: SHA-256 of the ``.onnx`` file. If the file was not verified, its ``checksums.stat_fingerprint`` instead: otherwise the graph of a damaged
+            file would be cached under the key of the intact one.
+        weights: the same of the weights beside it.
+        providers: execution providers with their options, in order.
+        device: name of the accelerator, such as "NVIDIA L4 8.9"; empty if there is none.
+        library: SHA-256 of the native library, or None if the function bodies run. A graph that was saved with native kernels needs them to be opened.
+        session_options: the session options that were set.
+        disabled_optimizers: names of graph optimizers that were disabled.
     """
     parts = {
         "format": FORMAT,
@@ -72,13 +72,13 @@ def graph_key(
 
 
 def is_cacheable(session_options: Mapping[str, object]) -> bool:
-    """Whether sessions with these options can come out of the cache."""
-    return not any(name.startswith(FOREIGN_OPTIONS) for name in session_options)
+    """Return True if a graph opened with these session options can be cached."""
+    return not any(name.startswith(UNCACHEABLE_OPTIONS) for name in session_options)
 
 
 @cache
 def _cpu() -> str:
-    """The processor and its vector units, as the system tells them."""
+    """Return the processor's model and vector units, as the system reports them."""
     known = [platform.machine()]  # not platform.processor(), which starts a process
     if sys.platform == "linux":
         try:
@@ -89,7 +89,7 @@ def _cpu() -> str:
                     if line.lower().startswith(CPU_LINES):
                         known.append(line.strip())
         except OSError:
-            pass  # no /proc: the machine's name must do
+            pass  # no /proc: only the architecture is known
     if sys.platform == "darwin":
         libc, size = ctypes.CDLL(None), ctypes.c_size_t(256)
         name = ctypes.create_string_buffer(size.value)

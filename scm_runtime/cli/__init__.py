@@ -1,5 +1,5 @@
 """``scm-runtime``: the command line."""
 
-from scm_runtime.cli.commands import IntegerList, clean_errors, main
+from scm_runtime.cli.commands import main
 
-__all__ = ["IntegerList", "clean_errors", "main"]
+__all__ = ["main"]

@@ -1,4 +1,4 @@
-"""Text embeddings in a file, for the command line: what a text encoder elsewhere has saved with ``numpy.savez`` or ``numpy.save``."""
+"""Files of text embeddings for the command line, as a text encoder's program saves them with ``numpy.savez`` or ``numpy.save``."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from numpy.typing import NDArray
 from scm_runtime.errors import InvalidArgumentError
 
 REQUIRED, OPTIONAL = "prompt_embeds", "prompt_attention_mask"
-LARGEST = 2**30  # bytes unpacked: more than any batch of prompts, less than what a hostile archive unpacks to
+MAX_UNPACKED_BYTES = 2**30  # more than any batch of prompts needs; a hostile archive could fill the memory
 
-EXPECTED = f"Expected a .npz with the array {REQUIRED} and, where some tokens do not count, {OPTIONAL}; or a .npy with {REQUIRED} alone"
+EXPECTED = f"Expected a .npz with the array {REQUIRED} and, if some tokens are padding, {OPTIONAL}; or a .npy with {REQUIRED} alone"
 
 
 def read_embeddings(path: Path) -> dict[str, NDArray[Any]]:
-    """The arrays of a file by name: ``prompt_embeds``, and ``prompt_attention_mask`` where it has one. No code from the file is run.
+    """Return a file's arrays by name: ``prompt_embeds``, and ``prompt_attention_mask`` if it has one. No code from the file is run.
 
     Raises:
-        InvalidArgumentError: there is no such file, or it is none of NumPy's, damaged, too large, or holds other arrays.
+        InvalidArgumentError: the file does not exist, is not a NumPy file, is damaged or too large, or holds other arrays.
     """
     try:
         with path.open("rb") as file:
@@ -30,8 +30,8 @@ def read_embeddings(path: Path) -> dict[str, NDArray[Any]]:
                 return {REQUIRED: np.lib.format.read_array(file, allow_pickle=False)}
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(info.file_size for info in archive.infolist())
-        if unpacked > LARGEST:
-            raise ValueError(f"it unpacks to {unpacked:,} bytes, more than {LARGEST:,}")
+        if unpacked > MAX_UNPACKED_BYTES:
+            raise ValueError(f"it unpacks to {unpacked:,} bytes, more than {MAX_UNPACKED_BYTES:,}")
         with np.load(path, allow_pickle=False) as arrays:
             names = set(arrays.files)
             if REQUIRED not in names or not names <= {REQUIRED, OPTIONAL}:

@@ -1,1 +1,1 @@
-"""What every other package may use: files, processes, runs in flight, the import of ONNX Runtime."""
+"""Shared by all other packages: files, the process, runs in flight, logging, and the import of ONNX Runtime."""

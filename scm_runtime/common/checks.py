@@ -6,5 +6,5 @@ import numpy as np
 
 
 def is_int(value: object) -> bool:
-    """Whether a value is an integer of Python or NumPy; truth values are none."""
+    """Return True for an integer of Python or NumPy, but not for a truth value."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool | np.bool_)

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and the opening of files that are nothing else."""
+"""Files that are written completely or not at all, and reading of regular files only."""
 
 from __future__ import annotations
 
@@ -9,29 +9,31 @@ from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 
+from scm_runtime.errors import OutputError
+
 
 def beside(target: Path, what: str) -> Path:
-    """A hidden path in the target's folder that nothing else uses."""
+    """Return an unused hidden path in the target's folder; ``what`` is part of its name."""
     return target.with_name(f".{target.name}.{what}-{os.urandom(6).hex()}")
 
 
 @contextmanager
 def whole_file(target: Path) -> Iterator[Path]:
-    """A path to write to that takes the target's place when the block ends well, and vanishes when it does not. Raises what the system raises."""
+    """Yield a path to write to. The file replaces the target if the block ends without an exception, and is removed otherwise. Raises OSError."""
     part = beside(target, "part")
     try:
         part.touch(exist_ok=False)
         mode = part.stat().st_mode
         yield part
-        part.chmod(mode)  # the user's umask; some writers make private files
+        part.chmod(mode)  # as the user's umask has it; some writers make private files
         part.replace(target)
     finally:
         part.unlink(missing_ok=True)
 
 
 def open_regular(path: Path, *, follow_links: bool = True) -> BufferedReader:
-    """Open a file to read its bytes, if it is a regular one: a pipe or a device might have no end. Raises OSError."""
-    flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)  # without the last, opening a pipe waits for a writer
+    """Open a regular file for reading its bytes. Raises OSError for anything else: reading a pipe or a device might never end."""
+    flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)  # without O_NONBLOCK, opening a pipe waits for a writer
     if not follow_links:
         flags |= getattr(os, "O_NOFOLLOW", 0)
     file = os.fdopen(os.open(path, flags), "rb")
@@ -39,3 +41,13 @@ def open_regular(path: Path, *, follow_links: bool = True) -> BufferedReader:
         file.close()
         raise OSError(f"'{path}' must be a regular file")
     return file
+
+
+@contextmanager
+def output_errors(path: Path) -> Iterator[None]:
+    """Turn errors of writing a file into OutputError."""
+    try:
+        yield
+    except (OSError, ValueError) as error:  # ValueError: a null character in the path
+        reason = getattr(error, "strerror", None) or error
+        raise OutputError(f"cannot write '{path}': {reason}. Choose a folder that you may write to, on a disk with room.") from error

@@ -1,4 +1,4 @@
-"""The only place that imports ONNX Runtime, which ruff checks (``banned-api`` in pyproject.toml): all other modules call ``load_onnxruntime``."""
+"""The only module that imports ONNX Runtime. All others call ``load_onnxruntime``; ruff checks this (``banned-api`` in pyproject.toml)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def load_onnxruntime() -> Any:
     """Import ONNX Runtime with its telemetry off, and return the module.
 
     Raises:
-        MissingDependencyError: it is not installed, or both of its wheels are: they overwrite each other's files.
+        MissingDependencyError: it is not installed, or both onnxruntime and onnxruntime-gpu are, which overwrite each other's files.
     """
     if _installed("onnxruntime") and _installed("onnxruntime-gpu"):
         raise MissingDependencyError(
@@ -38,7 +38,7 @@ def load_onnxruntime() -> Any:
 
 
 def _installed(distribution: str) -> bool:
-    from importlib import metadata  # takes 20 ms, a third of importing scm_runtime
+    from importlib import metadata  # 20 ms, a third of importing scm_runtime
 
     try:
         metadata.version(distribution)
@@ -49,10 +49,10 @@ def _installed(distribution: str) -> bool:
 
 @contextmanager
 def _without_telemetry() -> Iterator[None]:
-    """Within the block ONNX Runtime is told to report nothing to its makers, unless the environment says something about that itself.
+    """Turn ONNX Runtime's telemetry off for an import in this block, unless the environment already says what to do.
 
-    Since 1.29 it does so on Linux and macOS too, from the moment of its import, with an identifier kept on disk and a thread for which a forked
-    child that exits waits for ever. It looks at the environment once.
+    Since 1.29 ONNX Runtime sends telemetry on Linux and macOS too, starting with its import. It keeps an identifier on disk and starts a thread for which
+    a forked child waits forever when it exits. ONNX Runtime reads the environment variable once.
     """
     if NO_TELEMETRY in os.environ:
         yield
@@ -65,7 +65,7 @@ def _without_telemetry() -> Iterator[None]:
 
 
 def _was_interrupted(error: BaseException | None) -> bool:
-    """Whether an error came of Ctrl-C: an extension module that is interrupted while it is initialised raises ImportError from KeyboardInterrupt."""
+    """Return True if Ctrl-C caused an error: an extension module that is interrupted during its initialization raises ImportError from KeyboardInterrupt."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__
     return error is not None

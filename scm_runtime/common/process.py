@@ -1,4 +1,4 @@
-"""What a fork and the end of the process do to sessions, runs and threads."""
+"""Handling of the end of the process and of forks, for threads, runs and sessions."""
 
 from __future__ import annotations
 
@@ -11,45 +11,47 @@ from typing import Any, Protocol
 
 from scm_runtime.common import runs
 
-CALLBACK_WAIT_S = 5.0  # for code of the user's, which may hang: at the end of the process in all, and when a Generator is closed
+CALLBACK_WAIT_S = 5.0  # limit for code of the user, which may hang: for all threads at exit, and when a Generator is closed
 
 
 class Stoppable(Protocol):
-    """Something with a thread."""
+    """An object with a thread that can be stopped."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Let the thread end. Returns at once."""
 
-    def join(self, timeout: float) -> None: ...
+    def join(self, timeout: float) -> None:
+        """Wait for the end of the thread, for at most ``timeout`` seconds."""
 
 
 _threads: weakref.WeakSet[Any] = weakref.WeakSet()
 _sessions: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
-def stop_at_exit(running: Stoppable) -> None:
-    """Close it at the interpreter's end, and wait for a while: its thread may be in code of the user's."""
-    _threads.add(running)
+def stop_at_exit(stoppable: Stoppable) -> None:
+    """Close an object when the interpreter exits, and wait for its thread for a limited time, because it may be in code of the user."""
+    _threads.add(stoppable)
 
 
 def leave_to_parent(session: object) -> None:
-    """Never free this in a forked child: ONNX Runtime would wait there for threads that only the parent has, at the latest when the child ends."""
+    """Never free a session in a forked child: ONNX Runtime would wait for threads that only the parent has, at the latest when the child exits."""
     _sessions.add(session)
 
 
 def _stop_all() -> None:
     runs.terminate_all()
-    running = list(_threads)
-    for one in running:
-        one.close()
-    _insist(runs.wait_for_all)
+    stoppables = list(_threads)
+    for stoppable in stoppables:
+        stoppable.close()
+    _ignore_interrupts(runs.wait_for_all)
     deadline = time.monotonic() + CALLBACK_WAIT_S
-    for one in running:
-        _insist(lambda one=one: one.join(max(deadline - time.monotonic(), 0.0)))  # type: ignore[misc]  # the lambda's default binds the loop's variable
-    _insist(runs.wait_for_all)  # for what the threads did last: a device's memory is given back in another
+    for stoppable in stoppables:
+        _ignore_interrupts(lambda one=stoppable: one.join(max(deadline - time.monotonic(), 0.0)))  # type: ignore[misc]  # the default binds the loop's variable
+    _ignore_interrupts(runs.wait_for_all)  # the threads may have started runs while they ended: device memory is freed on another thread
 
 
-def _insist(wait: Callable[[], None]) -> None:
-    """Wait, whatever a user does who has no patience: to go on without would abort the process."""
+def _ignore_interrupts(wait: Callable[[], None]) -> None:
+    """Wait, and wait again after Ctrl-C: returning early would abort the process."""
     while True:
         try:
             return wait()
@@ -66,9 +68,9 @@ def _leave_all() -> None:
     import ctypes
 
     for session in list(_sessions):
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(session))  # a reference that nobody has, so that nobody can drop it
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(session))  # a reference that nothing can release
 
 
 atexit.register(_stop_all)
-if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
+if hasattr(os, "register_at_fork"):  # Windows has no fork
     os.register_at_fork(after_in_child=_leave_all)

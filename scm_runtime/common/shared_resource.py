@@ -1,4 +1,4 @@
-"""Who is using a Generator: the calls that run, and whether this is still the process that made it."""
+"""A resource that concurrent calls share and that is freed after the last of them, once it is closed."""
 
 from __future__ import annotations
 
@@ -14,89 +14,90 @@ from scm_runtime.errors import ForkedError, GeneratorClosedError
 Resource = TypeVar("Resource")
 
 
-class Usage(Generic[Resource]):
-    """A context manager around every call, which yields what is used.
+class SharedResource(Generic[Resource]):
+    """A context manager around every call of a Generator, which yields the resource.
 
-    After ``end`` no call enters, and the last one to leave closes: nobody waits, so a callback may close too. It does not know the Generator: one that is
-    dropped goes at once, not when the garbage collector comes, which knows nothing of gigabytes outside Python.
+    After ``close`` no call can acquire the resource, and the last call to release it frees it: nothing waits, so a callback may close too. It does not refer
+    to the Generator. So a Generator without references is freed at once, and not by the garbage collector, which does not see memory outside Python.
     """
 
-    def __init__(self, resource: Resource, close: Callable[[Resource], None]) -> None:
-        """``close`` is called once, when nothing runs and nothing will."""
+    def __init__(self, resource: Resource, free: Callable[[Resource], None]) -> None:
+        """Share a resource; ``free`` is called once, when no call uses it and none will."""
         self.resource: Resource | None = resource
-        self._close = close
-        self._lock = threading.RLock()  # re-entered by signal handlers
-        self._running = 0
-        self._here = threading.local()
-        self._ended = False
+        """The resource, or None once it is freed."""
+        self._free = free
+        self._lock = threading.RLock()  # signal handlers may enter it again
+        self._users = 0
+        self._local = threading.local()
+        self._closed = False
         self._process = os.getpid()
 
     @property
-    def foreign(self) -> bool:
-        """Whether this is a forked child of the process that made it."""
+    def is_forked(self) -> bool:
+        """True in a forked child of the process that made the resource."""
         return os.getpid() != self._process
 
     @property
-    def ended(self) -> bool:
-        """Whether calls are refused."""
-        return self._ended
+    def closed(self) -> bool:
+        """True if calls are refused."""
+        return self._closed
 
     def check(self) -> None:
-        """Raise ForkedError in a forked child, GeneratorClosedError after the end."""
+        """Raise ForkedError in a forked child, and GeneratorClosedError after ``close``."""
         self.check_process()
-        if self._ended:
+        if self._closed:
             raise GeneratorClosedError("this Generator is closed: make a new one")
 
     def check_process(self) -> None:
         """Raise ForkedError in a forked child."""
-        if self.foreign:  # before the lock: a thread that is not here may hold it
+        if self.is_forked:  # before taking the lock: a thread that does not exist here may hold it
             raise ForkedError(
                 "this Generator was made before the process was forked, and neither ONNX Runtime's threads nor a CUDA context survive that. "
                 "Make the Generator in the child, or start it by spawn: multiprocessing.get_context('spawn')"
             )
 
     @property
-    def inside(self) -> bool:
-        """Whether this thread is within a ``with`` block of this."""
-        return getattr(self._here, "depth", 0) > 0
+    def is_held_by_this_thread(self) -> bool:
+        """True inside a ``with`` block of this object on this thread."""
+        return getattr(self._local, "depth", 0) > 0
 
     def __enter__(self) -> Resource:
-        resource = self.enter()
-        self._here.depth = getattr(self._here, "depth", 0) + 1
+        resource = self.acquire()
+        self._local.depth = getattr(self._local, "depth", 0) + 1
         return resource
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self._here.depth -= 1
-        self.leave()
+        self._local.depth -= 1
+        self.release()
         end_thread_at_exit(error)
 
-    def enter(self) -> Resource:
-        """A call begins: raises what ``check`` raises, or is to be followed by ``leave``, in whichever thread."""
+    def acquire(self) -> Resource:
+        """Return the resource, or raise what ``check`` raises. A later ``release``, on any thread, must follow."""
         self.check()
         with self._lock:
-            self._running += 1
-        if self._ended:
-            self.leave()
+            self._users += 1
+        if self._closed:
+            self.release()
             self.check()
-        assert self.resource is not None  # while somebody runs
+        assert self.resource is not None  # it is not freed while it has users
         return self.resource
 
-    def leave(self) -> None:
-        """A call has ended."""
+    def release(self) -> None:
+        """End a use that ``acquire`` began."""
         with self._lock:
-            self._running -= 1
-        self._close_after_the_last()
+            self._users -= 1
+        self._free_if_unused()
 
-    def end(self) -> None:
-        """Let no more calls in. Allowed more than once, and in a forked child, where it does nothing."""
-        if self.foreign:
+    def close(self) -> None:
+        """Refuse further calls. It may be called more than once; in a forked child it does nothing."""
+        if self.is_forked:
             return
-        self._ended = True
-        self._close_after_the_last()
+        self._closed = True
+        self._free_if_unused()
 
-    def _close_after_the_last(self) -> None:
+    def _free_if_unused(self) -> None:
         with self._lock:
-            if not self._ended or self._running or self.resource is None:
+            if not self._closed or self._users or self.resource is None:
                 return
             resource, self.resource = self.resource, None
-        self._close(resource)
+        self._free(resource)

@@ -1,1 +1,1 @@
-"""Where graphs run: the choice of a device, and the CUDA driver and libraries that it needs."""
+"""Where graphs run: the selection of a device, the CPU, and the CUDA driver and libraries."""

@@ -1,4 +1,4 @@
-"""NVIDIA's driver, asked through ctypes: its version and its devices. No context is made, and nothing is taken of a device's memory."""
+"""Query NVIDIA's driver through ctypes: its version and its devices. This creates no CUDA context and allocates no device memory."""
 
 from __future__ import annotations
 
@@ -12,46 +12,57 @@ LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 COMPUTE_CAPABILITY_MAJOR, COMPUTE_CAPABILITY_MINOR = 75, 76  # of CUdevice_attribute
 NO_DEVICE = 100
 
-# What to do about errors of cuInit, by CUresult; names and texts come from the driver.
+# Remedies for errors of cuInit, by CUresult. Names and descriptions of errors come from the driver.
 REMEDIES = {
-    3: "This process was forked from one that used CUDA: start it by spawn.",
-    34: "A stub of the CUDA toolkit was found in place of the driver: take its folder of stubs out of LD_LIBRARY_PATH.",
+    3: "This process was forked from one that used CUDA: start it with spawn.",
+    34: "The CUDA toolkit's stub was found instead of the driver: remove the stubs folder from LD_LIBRARY_PATH.",
     802: "Start the fabric manager: systemctl start nvidia-fabricmanager",
-    803: "The driver's library and the kernel's module have different versions: restart the machine, or the container with the host's library.",
-    804: "Take the package cuda-compat out of LD_LIBRARY_PATH: it is for data-centre GPUs.",
-    999: "Check that nvidia-smi works and that the module nvidia_uvm is loaded (modprobe nvidia_uvm); restart the machine after a driver's upgrade.",
+    803: "The driver's library and kernel module have different versions: restart the machine, or start the container with the host's library.",
+    804: "Remove the package cuda-compat from LD_LIBRARY_PATH: it is for data-centre GPUs.",
+    999: "Check that nvidia-smi works and that the kernel module nvidia_uvm is loaded (modprobe nvidia_uvm). Restart the machine after a driver upgrade.",
 }
 
 
 @dataclass(frozen=True)
 class Device:
-    """One GPU, by CUDA's numbering, which CUDA_VISIBLE_DEVICES changes."""
+    """One GPU."""
 
     index: int
+    """CUDA's index, which CUDA_VISIBLE_DEVICES changes."""
     name: str
     compute_capability: str
-    """"8.9"."""
+    """For example "8.9"."""
     memory_bytes: int
 
 
 @dataclass(frozen=True)
 class Driver:
-    """What the driver says."""
+    """State of NVIDIA's driver."""
 
     version: int | None
-    """The newest CUDA it runs, 13020 for 13.2; None where there is no driver."""
+    """Newest CUDA version that it supports, 13020 for 13.2; None if there is no driver."""
     devices: tuple[Device, ...] = ()
     error: str | None = None
-    """Why there are no devices, and what to do."""
+    """Why there are no devices, and the remedy."""
+
+    @property
+    def cuda_version(self) -> str | None:
+        """Newest CUDA version that it supports, as text: "13.2"; None if there is no driver."""
+        return None if self.version is None else f"{self.version // 1000}.{self.version % 1000 // 10}"
+
+    @property
+    def cuda_major(self) -> int | None:
+        """Major version of the newest CUDA that it supports; None if there is no driver."""
+        return None if self.version is None else self.version // 1000
 
 
 def load_library() -> Any:
-    """The driver's library. Raises OSError."""
+    """Load the driver's library. Raises OSError."""
     return ctypes.CDLL(LIBRARY)
 
 
 def read_driver() -> Driver:
-    """Ask the driver. It never raises: what is wrong is ``error``."""
+    """Query the driver. Does not raise: failures are described by ``error``."""
     try:
         cuda = load_library()
     except OSError as error:
@@ -80,15 +91,15 @@ def _read_device(cuda: Any, index: int) -> Device:
 
 
 def _check(cuda: Any, function: str, code: int) -> None:
-    """Raises OSError for a CUresult other than success."""
+    """Raise OSError for a CUresult other than success."""
     if code == 0:
         return
     name, text = ctypes.c_char_p(), ctypes.c_char_p()
     cuda.cuGetErrorName(code, ctypes.byref(name))
     cuda.cuGetErrorString(code, ctypes.byref(text))
-    said = f"{(name.value or b'an unknown error').decode()} ({code}): {(text.value or b'no text').decode()}"
+    described = f"{(name.value or b'an unknown error').decode()} ({code}): {(text.value or b'no text').decode()}"
     remedy = REMEDIES.get(code, "Check that nvidia-smi works.")
     if code == NO_DEVICE:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        remedy = "Check that nvidia-smi lists a GPU" + ("." if visible is None else f", and CUDA_VISIBLE_DEVICES, which is {visible!r}.")
-    raise OSError(f"the NVIDIA driver is there, but {function} fails with {said}. {remedy}")
+        remedy = "Check that nvidia-smi lists a GPU" + ("." if visible is None else f", and check CUDA_VISIBLE_DEVICES, which is {visible!r}.")
+    raise OSError(f"there is an NVIDIA driver, but {function} fails with {described}. {remedy}")

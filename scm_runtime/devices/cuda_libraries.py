@@ -1,7 +1,7 @@
-"""The CUDA libraries that a provider of ONNX Runtime is linked with: which they are, whether they load, and which package has the missing ones.
+"""The CUDA libraries that a provider of ONNX Runtime needs: their names, whether they load, and the packages of the missing ones.
 
-Each is loaded, from where the dynamic loader finds it or from NVIDIA's Python packages, which the loader does not know: ONNX Runtime then finds it
-loaded, under its name. ``onnxruntime.preload_dlls`` does the same for a list of its own, and prints what it misses on the host's stdout.
+Each library is loaded into the process, by the dynamic loader or from NVIDIA's Python packages, which the loader does not search. ONNX Runtime then finds
+it already loaded. ``onnxruntime.preload_dlls`` does the same for a fixed list, but prints what is missing to stdout.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ DRIVER = "libcuda.so.1"
 CUDNN = "libcudnn.so.9"  # ONNX Runtime 1.31 is not linked with it but opens it by name, for convolutions among others
 VENDOR = re.compile(r"lib(cu|nv)\w+\.so\.\d+")
 
-# Python packages of libraries; {suffix} is empty from CUDA 13 on, {own} is the library's own version.
+# Python package of each library. {cuda} is CUDA's major version, {suffix} is empty from CUDA 13 on, {version} is the library's version.
 PACKAGES = {
     "cudart": "nvidia-cuda-runtime{suffix}~={cuda}.0",
     "cublas": "nvidia-cublas{suffix}~={cuda}.0",
@@ -27,63 +27,63 @@ PACKAGES = {
     "curand": "nvidia-curand{suffix}",
     "cufft": "nvidia-cufft{suffix}",
     "cudnn": "nvidia-cudnn-cu{cuda}",
-    "nvinfer": "tensorrt-cu{cuda}~={own}.0",
-    "nvonnxparser": "tensorrt-cu{cuda}~={own}.0",
+    "nvinfer": "tensorrt-cu{cuda}~={version}.0",
+    "nvonnxparser": "tensorrt-cu{cuda}~={version}.0",
 }
 
 PT_LOAD, PT_DYNAMIC, DT_NULL, DT_NEEDED, DT_STRTAB = 1, 2, 0, 1, 5
 
 
 class Library(NamedTuple):
-    """One library."""
+    """A library, after the attempt to load it."""
 
     name: str
-    """As the provider asks for it: "libcublas.so.13"."""
+    """Name that the provider is linked with: "libcublas.so.13"."""
     path: str | None
-    """Of the Python package's file; None where the loader found it, or it is missing."""
+    """Path in a Python package; None if the loader found it, or if it is missing."""
     error: str | None
-    """Why it cannot be loaded; None: it is."""
+    """Why it cannot be loaded; None if it is loaded."""
     package: str | None
-    """What ``pip install`` takes to get it, where there is such a package."""
+    """Requirement for ``pip install`` of the package that contains it; None if there is none."""
 
 
 def provider_library(onnxruntime: Path, provider: str) -> Path | None:
-    """The library of a provider ("CUDAExecutionProvider") in the folder of the package onnxruntime; None where it has none of its own."""
+    """Path of a provider's library in the folder of the package onnxruntime; None if the provider has no separate library."""
     path = onnxruntime / "capi" / f"libonnxruntime_providers_{provider.removesuffix('ExecutionProvider').lower()}.so"
     return path if path.is_file() else None
 
 
 def vendor_libraries(path: Path) -> tuple[str, ...]:
-    """NVIDIA's libraries that a provider's library is linked with, other than the driver, and cuDNN. Empty for what is no ELF file of 64 bits."""
+    """Names of NVIDIA's libraries that a provider's library is linked with, except the driver, and of cuDNN. Empty if it is not a 64-bit ELF file."""
     try:
         with path.open("rb") as file:
-            names = [name for name in needed(file) if VENDOR.fullmatch(name) and name != DRIVER]
+            names = [name for name in needed_names(file) if VENDOR.fullmatch(name) and name != DRIVER]
     except (OSError, struct.error, ValueError):
         return ()
     return tuple(dict.fromkeys([*names, CUDNN])) if names else ()
 
 
 def cuda_major(names: Iterable[str]) -> int | None:
-    """The CUDA that libraries are of: 13 for libcudart.so.13. Others, as libcurand.so.10, count for themselves."""
+    """CUDA's major version, from the names of libraries: 13 for libcudart.so.13. Some libraries, as libcurand.so.10, have versions of their own."""
     found = [re.fullmatch(r"lib(?:cudart|cublas|cublasLt)\.so\.(\d+)", name) for name in names]
     return next((int(match[1]) for match in found if match), None)
 
 
 def load(names: Iterable[str]) -> list[Library]:
-    """Load libraries into this process, where they stay; what cannot be loaded has an ``error``."""
+    """Load libraries into this process for its lifetime. Those that cannot be loaded have an ``error``."""
     names = list(names)
     major = cuda_major(names)
     return [Library(name, *_load_one(name), _package(name, major)) for name in names]
 
 
 def install_command(missing: Iterable[Library]) -> str | None:
-    """The pip command for libraries; None where no package has them."""
+    """pip command for missing libraries; None if no package contains them."""
     packages = dict.fromkeys(library.package for library in missing if library.package)
     return "pip install " + " ".join(f"'{package}'" if "~" in package else package for package in packages) if packages else None
 
 
 def _load_one(name: str) -> tuple[str | None, str | None]:
-    """Path and error."""
+    """Load a library; return its path in a Python package, and the error."""
     try:
         ctypes.CDLL(name)
         return None, None
@@ -109,16 +109,19 @@ def _candidates(name: str) -> Iterator[Path]:
 
 
 def _package(name: str, major: int | None) -> str | None:
-    stem, own = name.removeprefix("lib").split(".so.")
+    stem, version = name.removeprefix("lib").split(".so.")
     template = PACKAGES.get(stem)
-    return None if template is None or major is None else template.format(cuda=major, own=own, suffix="" if major >= 13 else f"-cu{major}")
+    return None if template is None or major is None else template.format(cuda=major, version=version, suffix="" if major >= 13 else f"-cu{major}")
 
 
-def needed(file: BinaryIO) -> list[str]:
-    """DT_NEEDED of an ELF file: 64 bits, little-endian. Raises ValueError, struct.error: it is none. (System V ABI, chapters 4 and 5.)"""
+def needed_names(file: BinaryIO) -> list[str]:
+    """Names of the libraries that a 64-bit little-endian ELF file is linked with: its DT_NEEDED entries (System V ABI, chapters 4 and 5).
+
+    Raises ValueError or struct.error if it is not such a file.
+    """
     header = file.read(64)
     if header[:6] != b"\x7fELF\x02\x01":
-        raise ValueError("no ELF file of 64 bits, little-endian")
+        raise ValueError("not a 64-bit little-endian ELF file")
     (start,) = struct.unpack_from("<Q", header, 32)
     size, count = struct.unpack_from("<HH", header, 54)
     file.seek(start)
@@ -137,7 +140,7 @@ def needed(file: BinaryIO) -> list[str]:
     strings = next(value for tag, value in entries if tag == DT_STRTAB)
     at = next((offset + strings - address for address, offset, length in loads if address <= strings < address + length), None)
     if at is None:
-        raise ValueError("the table of names lies in no segment")
+        raise ValueError("the string table is in no segment")
     names = []
     for tag, value in entries:
         if tag == DT_NEEDED:

@@ -1,6 +1,6 @@
-"""Where a bundle's graphs run: the device asked for, as ONNX Runtime's providers; or what is missing to have it.
+"""Resolve a device to ONNX Runtime's providers, or explain why it is not available.
 
-Looking takes nothing of the device: the driver is asked, and libraries are loaded. Sessions are opened elsewhere.
+This queries the driver and loads libraries, but allocates nothing on the device. Sessions are opened elsewhere.
 """
 
 from __future__ import annotations
@@ -9,60 +9,58 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
+from scm_runtime.common.log import log_once
 from scm_runtime.devices.cuda_libraries import cuda_major, install_command, load, provider_library, vendor_libraries
 from scm_runtime.errors import DeviceError, InvalidArgumentError
 
 CPU_PROVIDER, CUDA_PROVIDER, TENSORRT_PROVIDER = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
-ON_CUDA = (CUDA_PROVIDER, TENSORRT_PROVIDER)
-OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}  # on Linux, by CUDA's major version: its release notes, minor version compatibility
-
-_log = logging.getLogger("scm_runtime")
+CUDA_PROVIDERS = (CUDA_PROVIDER, TENSORRT_PROVIDER)
+OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}  # on Linux, by CUDA's major version. Source: CUDA's release notes, "minor version compatibility"
 
 
 @dataclass(frozen=True)
 class Placement:
-    """A device, and the providers that run graphs there."""
+    """A device, and the providers that run graphs on it."""
 
     device: str
-    """"cpu", "cuda:0"; with ``providers=`` the first provider's short name: "tensorrt", "openvino"."""
+    """"cpu" or "cuda:0"; with ``providers=``, the first provider's short name: "tensorrt", "openvino"."""
     providers: tuple[tuple[str, dict[str, str]], ...]
-    """As InferenceSession takes them, in order; CPUExecutionProvider is among them."""
+    """Providers and their options, in InferenceSession's order. Includes CPUExecutionProvider."""
     reason: str
-    """One sentence: why this device."""
+    """Why this device was selected."""
     hardware: str = ""
-    """The accelerator's name and compute capability, "NVIDIA L4 8.9"; empty for the CPU and where it is not known."""
+    """Name and compute capability of the GPU: "NVIDIA L4 8.9". Empty for the CPU, or if it is not known."""
 
     @property
     def index(self) -> int | None:
-        """Of the CUDA device; None elsewhere, also where CUDA's provider was asked for by ``providers=``."""
+        """Index of the CUDA device; None for other devices, and for CUDA's provider if it was selected with ``providers=``."""
         return int(self.device[5:]) if self.device.startswith("cuda:") else None
 
 
 CPU = Placement("cpu", ((CPU_PROVIDER, {}),), "device='cpu'")
 
 
-def place(
+def resolve_device(
     device: str = "auto",
     providers: Sequence[str | tuple[str, Mapping[str, object]]] | None = None,
     provider_options: Mapping[str, object] | Sequence[Mapping[str, object]] | None = None,
 ) -> Placement:
-    """Find what was asked for.
+    """Return the placement for a device or for providers.
 
     Args:
-        device: "cpu"; "cuda" (the first GPU) or "cuda:N", had or an error; "auto": the first GPU where it can be had, else the CPU, with the reason in
-            the log, once a process.
-        providers: for experts, in place of a device: ONNX Runtime's providers by name or as (name, options), in order, as InferenceSession takes them.
-            Nothing is added but CPUExecutionProvider at the end, which takes the nodes that the others do not.
-        provider_options: with ``providers`` given as names: one mapping of options a provider, in their order. With device "cuda": one
-            mapping, of CUDAExecutionProvider's options. Values become strings, as ONNX Runtime takes them.
+        device: "cpu"; "cuda" (the first GPU) or "cuda:N"; or "auto": the first GPU if one is available, else the CPU, with the reason logged once per
+            process.
+        providers: for experts, instead of a device: ONNX Runtime's providers by name or as (name, options), in InferenceSession's order.
+            CPUExecutionProvider is appended if it is not among them: it runs the nodes that the others do not support.
+        provider_options: with ``providers`` given by name, one mapping of options per provider. With device "cuda", one mapping of options for
+            CUDAExecutionProvider. Values are converted to strings, as ONNX Runtime requires.
 
     Raises:
-        InvalidArgumentError: no such device or provider, or arguments that do not go together.
-        DeviceError: the device cannot be had; the message names what is missing, and how to get it.
+        InvalidArgumentError: there is no such device or provider, or the arguments contradict each other.
+        DeviceError: the device is not available. The message names what is missing and how to install it.
         MissingDependencyError: ONNX Runtime is not installed.
     """
     if providers is not None:
@@ -70,17 +68,17 @@ def place(
             raise InvalidArgumentError(f"device and providers exclude each other, got device={device!r} and providers={providers!r}. Leave one out.")
         return _place_providers(_pairs(providers, provider_options))
     if not isinstance(device, str) or not re.fullmatch(r"auto|cpu|cuda(:(0|[1-9][0-9]{0,5}))?", device, re.ASCII):
-        raise InvalidArgumentError(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {device!r}. Other providers are chosen by providers=[…].")
+        raise InvalidArgumentError(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {device!r}. Select other providers with providers=[…].")
     if provider_options and not device.startswith("cuda"):
         raise InvalidArgumentError(f"provider_options are for device='cuda' or for providers=[…], got {provider_options!r} with device={device!r}")
     if device == "cpu":
         return CPU
     if device == "auto":
-        if why := why_no_cuda(0):
-            _log_once(f"device 'auto' is the CPU: {why}")
-            return Placement("cpu", CPU.providers, why)
+        if reason := cuda_unavailable_reason(0):
+            log_once(logging.INFO, f"device 'auto' is the CPU: {reason}")
+            return Placement("cpu", CPU.providers, reason)
         placement = _cuda(0, {}, "device='auto' found it")
-        _log_once(f"device 'auto' is {placement.device}, {placement.hardware}")
+        log_once(logging.INFO, f"device 'auto' is {placement.device}, {placement.hardware}")
         return placement
     index = int(device.partition(":")[2] or 0)
     if provider_options is not None and not isinstance(provider_options, Mapping):
@@ -88,47 +86,48 @@ def place(
     options = _strings(CUDA_PROVIDER, provider_options or {})
     if options.get("device_id", str(index)) != str(index):
         raise InvalidArgumentError(f"device={device!r} and provider_options' device_id={options['device_id']!r} are different GPUs. Leave device_id out.")
-    if why := why_no_cuda(index):
-        raise DeviceError(f"device={device!r} cannot be had: {why}")
+    if reason := cuda_unavailable_reason(index):
+        raise DeviceError(f"device={device!r} is not available: {reason}")
     return _cuda(index, options, f"device={device!r}")
 
 
-def why_no_cuda(index: int = 0) -> str | None:
-    """Why a CUDA device cannot be had, and what would mend it; None where it can.
+def cuda_unavailable_reason(index: int = 0) -> str | None:
+    """Explain why a CUDA device is not available, and how to fix it; None if it is available.
 
-    The CUDA libraries that ONNX Runtime needs are loaded by the way, as it does not look for them in NVIDIA's Python packages itself.
+    This also loads the CUDA libraries that ONNX Runtime needs, which it would not find in NVIDIA's Python packages.
 
     Raises:
         MissingDependencyError: ONNX Runtime is not installed.
     """
-    return _why_not(CUDA_PROVIDER, index) or _why_no_cuda_core()
+    return provider_unavailable_reason(CUDA_PROVIDER, index) or _cuda_core_unavailable_reason()
 
 
 def needed_libraries(provider: str = CUDA_PROVIDER) -> tuple[str, ...]:
-    """NVIDIA's libraries that a provider of this ONNX Runtime needs, by name; empty where it has no such provider or they are not known."""
+    """Names of NVIDIA's libraries that a provider of this ONNX Runtime needs; empty if there is no such provider, or if they are not known."""
     path = provider_library(Path(load_onnxruntime().__file__).parent, provider)
     return () if path is None else vendor_libraries(path)
 
 
-def _why_not(provider: str, index: int) -> str | None:
+def provider_unavailable_reason(provider: str, index: int) -> str | None:
+    """Explain why one of CUDA's providers is not available on a GPU, and how to fix it; None if it is available."""
     ort = load_onnxruntime()
     available = ort.get_available_providers()
     if provider not in available:
         return (
-            f"ONNX Runtime {ort.__version__} has no {provider}, only {', '.join(available)}: it is not the build for CUDA. Install that: "
+            f"ONNX Runtime {ort.__version__} has no {provider}, only {', '.join(available)}: it is not the build for CUDA. Install that one: "
             "pip uninstall -y onnxruntime && pip install 'scm-runtime[gpu]'"
         )
-    from scm_runtime.devices.cuda_driver import read_driver  # ctypes is for those with a build for CUDA
+    from scm_runtime.devices.cuda_driver import read_driver  # imports ctypes, which only a build for CUDA needs
 
     driver, names = read_driver(), needed_libraries(provider)
     if driver.error is not None:
         return driver.error
     major = cuda_major(names)
-    if major is not None and driver.version is not None and driver.version // 1000 < major:
+    if major is not None and driver.cuda_major is not None and driver.cuda_major < major:
         oldest = f"version {OLDEST_DRIVER[major]} or newer" if major in OLDEST_DRIVER else f"a version for CUDA {major}"
         return (
-            f"the NVIDIA driver is too old: it runs CUDA {driver.version // 1000}.{driver.version % 1000 // 10} and older, and ONNX Runtime "
-            f"{ort.__version__} is built for CUDA {major}. Install the driver in {oldest}, or an onnxruntime-gpu for CUDA {driver.version // 1000}."
+            f"the NVIDIA driver is too old: it runs CUDA {driver.cuda_version} and older, and ONNX Runtime "
+            f"{ort.__version__} is built for CUDA {major}. Install the driver in {oldest}, or an onnxruntime-gpu for CUDA {driver.cuda_major}."
         )
     if index >= len(driver.devices):
         listed = "".join(f"; cuda:{device.index} is {device.name}" for device in driver.devices)
@@ -137,17 +136,17 @@ def _why_not(provider: str, index: int) -> str | None:
     if missing:
         listed = ", ".join(library.name for library in missing)
         command = install_command(missing)
-        remedy = f"Install them: {command}" if command else f"Install CUDA {major}, or name its folder of libraries in LD_LIBRARY_PATH."
+        remedy = f"Install them: {command}" if command else f"Install CUDA {major}, or add its library folder to LD_LIBRARY_PATH."
         return f"{provider} needs {listed}, which cannot be loaded ({missing[0].error}). {remedy}"
     return None
 
 
-def _why_no_cuda_core() -> str | None:
-    from importlib.util import find_spec  # for those with a GPU
+def _cuda_core_unavailable_reason() -> str | None:
+    from importlib.util import find_spec  # needed only with a GPU
 
     try:
         found = find_spec("cuda.core") and find_spec("cuda.bindings")
-    except ModuleNotFoundError:  # of the parent
+    except ModuleNotFoundError:  # the package cuda is missing
         found = None
     return None if found else "cuda-core and cuda-bindings are not installed: pip install 'scm-runtime[gpu]'"
 
@@ -157,7 +156,7 @@ def _cuda(index: int, options: dict[str, str], reason: str) -> Placement:
 
 
 def _hardware(index: int) -> str:
-    from scm_runtime.devices.cuda_driver import read_driver  # as above
+    from scm_runtime.devices.cuda_driver import read_driver  # imports ctypes, as above
 
     devices = read_driver().devices
     return f"{devices[index].name} {devices[index].compute_capability}" if index < len(devices) else ""
@@ -168,18 +167,18 @@ def _hardware(index: int) -> str:
 
 
 def _pairs(providers: object, provider_options: object) -> list[tuple[str, dict[str, str]]]:
-    """Names and options of what InferenceSession takes."""
+    """Names and options of providers, from the forms that InferenceSession accepts."""
     if isinstance(providers, str) or not isinstance(providers, Sequence) or not providers:
         raise InvalidArgumentError(f"providers must be a list of names or of (name, options), got {providers!r}")
     separate = provider_options is not None
     if separate and (isinstance(provider_options, str | Mapping) or not isinstance(provider_options, Sequence) or len(provider_options) != len(providers)):
-        raise InvalidArgumentError(f"provider_options must be a list of {len(providers)} mappings, one a provider, got {provider_options!r}")
+        raise InvalidArgumentError(f"provider_options must be a list of {len(providers)} mappings, one per provider, got {provider_options!r}")
     pairs = []
     for number, provider in enumerate(providers):
         name, options = (provider, {}) if isinstance(provider, str) else (*provider, None)[:2] if _is_pair(provider) else (None, None)
         if isinstance(provider_options, Sequence):
             if not isinstance(provider, str):
-                raise InvalidArgumentError(f"with provider_options, providers must be names alone, got {provider!r}")
+                raise InvalidArgumentError(f"with provider_options, providers must be names only, got {provider!r}")
             options = provider_options[number]
         if not isinstance(name, str) or not isinstance(options, Mapping):
             raise InvalidArgumentError(f"a provider must be a name or (name, options), with the options a mapping, got {provider!r} and {options!r}")
@@ -201,7 +200,7 @@ def _strings(name: str, options: Mapping[str, object]) -> dict[str, str]:
 
 
 def _known_providers() -> list[str]:
-    """Those that ONNX Runtime was built with, and those of plugins registered in this process."""
+    """Names of the providers that ONNX Runtime was built with, and of plugins registered in this process."""
     ort = load_onnxruntime()
     plugins = [device.ep_name for device in getattr(ort, "get_ep_devices", list)()]
     return list(dict.fromkeys([*ort.get_available_providers(), *plugins]))
@@ -210,16 +209,11 @@ def _known_providers() -> list[str]:
 def _place_providers(pairs: list[tuple[str, dict[str, str]]]) -> Placement:
     first, options = pairs[0]
     hardware = ""
-    if first in ON_CUDA:
+    if first in CUDA_PROVIDERS:
         index = int(options["device_id"]) if options.get("device_id", "").isascii() and options.get("device_id", "").isdigit() else 0
-        if why := _why_not(first, index):
-            raise DeviceError(f"providers={[name for name, _ in pairs]} cannot be had: {why}")
+        if reason := provider_unavailable_reason(first, index):
+            raise DeviceError(f"providers={[name for name, _ in pairs]} is not available: {reason}")
         hardware = _hardware(index)
     if CPU_PROVIDER not in (name for name, _ in pairs):
         pairs = [*pairs, CPU.providers[0]]
     return Placement(first.removesuffix("ExecutionProvider").lower(), tuple(pairs), f"providers={[name for name, _ in pairs]}", hardware)
-
-
-@cache
-def _log_once(message: str) -> None:
-    _log.info(message)

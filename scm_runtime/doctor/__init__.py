@@ -1,1 +1,1 @@
-"""Examines the installation and says what is missing."""
+"""Diagnosis of the installation."""

@@ -1,7 +1,7 @@
-"""What ``scm-runtime doctor`` finds out: what is installed, what can sample here, what is missing, and how to get it.
+"""Diagnose the installation: what is installed, which devices can sample, what is missing, and how to install it.
 
-A provider counts as working when the embedded bundle ``digits`` comes out of it as it should, computed on it and not silently on the CPU. Nothing that
-is looked into raises: what is wrong is a ``Problem`` of the report.
+A provider works if it samples the embedded bundle ``digits`` correctly and runs at least one node itself, instead of leaving all of them to the CPU.
+Failures do not raise: each is a ``Problem`` of the report.
 """
 
 from __future__ import annotations
@@ -21,24 +21,25 @@ from numpy.typing import NDArray
 
 from scm_runtime._version import __version__
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
-from scm_runtime.devices.placement import CPU_PROVIDER, CUDA_PROVIDER, needed_libraries, why_no_cuda
+from scm_runtime.devices.cpu import available_cores
+from scm_runtime.devices.placement import CPU_PROVIDER, CUDA_PROVIDER, cuda_unavailable_reason, needed_libraries
 from scm_runtime.doctor.report import Cache, Cuda, CudaLibrary, Gpu, Ops, Problem, Provider, Report, Threads
 from scm_runtime.errors import MissingDependencyError, ScmError
 
 GOLDEN = Path(__file__).parents[1] / "bundles" / "digits.golden.png"
 SEEDS = tuple(range(10))
 STEPS = 2
-LEVELS, SHARE = 2, 0.01  # another device rounds otherwise: at most 1 % of the pixels may differ by more than 2 of 255 levels
+MAX_LEVELS, MAX_SHARE = 2, 0.01  # devices round differently: at most 1 % of the pixels may differ by more than 2 of 255 levels
 
-# Wheels that own the folder onnxruntime, each with other providers.
+# Wheels that install into the folder onnxruntime, each with different providers.
 WHEELS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml", "onnxruntime-webgpu", "onnxruntime-qnn")
-CACHE_REMEDY = "Name a folder of your own, which nobody else can write to, in SCM_CACHE_DIR; or do without: SCM_CACHE_DIR=''"
+CACHE_REMEDY = "Set SCM_CACHE_DIR to a folder that only you can write to, or turn the cache off: SCM_CACHE_DIR=''"
 REMOTE = {"AzureExecutionProvider": "it calls a service and computes nothing here"}
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+ENVIRONMENT_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 
 
 def examine() -> Report:
-    """Look into everything. Takes seconds, more where a provider compiles graphs."""
+    """Examine the installation. This takes seconds; longer if a provider compiles graphs."""
     problems: list[Problem] = []
     wheels = {name: version for name in WHEELS if (version := _version(name))}
     version, available, failure = _onnxruntime()
@@ -51,10 +52,11 @@ def examine() -> Report:
         problems.append(Problem("CUDA libraries are missing", f"Install them: {cuda.install}"))
     ops = _ops(providers)
     if ops.reason and not failure:
-        problems.append(Problem("the native kernels do not run everywhere; the function bodies in the graphs do the same, slower", ops.reason))
+        problems.append(Problem("the native kernels do not run on every device; the function bodies in the graphs compute the same, slower", ops.reason))
     cache = _cache()
     if cache.reason:
-        problems.append(Problem("optimised graphs cannot be kept, so that opening a bundle takes longer", cache.reason))
+        problems.append(Problem("optimized graphs cannot be cached, so that bundles open more slowly", cache.reason))
+    variables = {name: value for name in ENVIRONMENT_VARIABLES if (value := os.environ.get(name)) is not None}
     return Report(
         works=any(provider.works for provider in providers),
         versions={
@@ -69,84 +71,84 @@ def examine() -> Report:
         cuda=cuda,
         native_ops=ops,
         cache=cache,
-        threads=Threads(os.cpu_count() or 1, _cores(), {name: value for name in THREAD_VARIABLES if (value := os.environ.get(name)) is not None}),
+        threads=Threads(os.cpu_count() or 1, available_cores(), variables),
         problems=tuple(problems),
     )
 
 
-def why_not_golden(pixels: NDArray[np.uint8]) -> str | None:
-    """Why ten digits, uint8 ``[10, H, W, 1]``, are not those of the golden picture; None where they are."""
+def golden_mismatch(pixels: NDArray[np.uint8]) -> str | None:
+    """Describe how ten digits, uint8 ``[10, H, W, 1]``, differ from the golden image; None if they match."""
     from PIL import Image
 
     try:
         with Image.open(GOLDEN) as image:
             golden = np.asarray(image.convert("L"))
     except OSError as error:
-        return f"the picture to compare with cannot be read: {error}. Install scm-runtime again."
+        return f"the golden image cannot be read: {error}. Install scm-runtime again."
     strip = np.concatenate(list(pixels[..., 0]), axis=1)
     if strip.shape != golden.shape:
-        return f"the pixels have the shape {strip.shape}, and '{GOLDEN}' {golden.shape}. Install scm-runtime again."
-    far = float(np.mean(np.abs(strip.astype(int) - golden) > LEVELS))
-    return None if far <= SHARE else f"it samples wrong pixels: {far:.1%} of them differ by more than {LEVELS} levels from what they should be"
+        return f"the pixels have the shape {strip.shape}, and those of '{GOLDEN}' {golden.shape}. Install scm-runtime again."
+    share = float(np.mean(np.abs(strip.astype(int) - golden) > MAX_LEVELS))
+    return None if share <= MAX_SHARE else f"it samples wrong pixels: {share:.1%} of them differ by more than {MAX_LEVELS} levels from the golden image"
 
 
 def _onnxruntime() -> tuple[str | None, list[str], str | None]:
-    """Version, providers, and what is wrong."""
+    """Return ONNX Runtime's version and providers, and why it cannot be used."""
     try:
         ort = load_onnxruntime()
-        ort.set_default_logger_severity(4)  # what fails stands in the report; ONNX Runtime would print it too
+        ort.set_default_logger_severity(4)  # errors are in the report; ONNX Runtime would print them, too
         return ort.__version__, list(ort.get_available_providers()), None
     except MissingDependencyError as error:
         return None, [], str(error)
-    except Exception as error:  # noqa: BLE001  # a broken installation fails in any way
-        return None, [], f"{_said(error)}. Install it again: pip install --force-reinstall 'scm-runtime[cpu]'   (or [gpu] for CUDA)"
+    except Exception as error:  # noqa: BLE001  # a broken installation may raise anything
+        return None, [], f"{_error_text(error)}. Install it again: pip install --force-reinstall 'scm-runtime[cpu]'   (or [gpu] for CUDA)"
 
 
 def _try_provider(name: str) -> Provider:
-    """Draw digits on a provider, and look where the nodes of the graphs ran."""
+    """Sample digits with a provider, and check which provider ran the graphs' nodes."""
     from scm_runtime.generator import Generator
 
     if name in REMOTE:
         return Provider(name, None, REMOTE[name], None)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            # CUDA as callers have it, by scm-runtime's own engine; another provider as ONNX Runtime runs it.
-            where: dict[str, Any] = {"device": "cuda:0"} if name == CUDA_PROVIDER else {"providers": [name]}
-            with Generator("digits", dtype="fp32", profile_dir=folder, cache_dir=False, **where) as generator:
+            # CUDA as a caller uses it, with scm-runtime's own engine; other providers as ONNX Runtime runs them.
+            device: dict[str, Any] = {"device": "cuda:0"} if name == CUDA_PROVIDER else {"providers": [name]}
+            with Generator("digits", dtype="fp32", profile_dir=folder, cache_dir=False, **device) as generator:
                 pixels = generator(seed=SEEDS, num_inference_steps=STEPS, output_type="np").array
                 start = time.perf_counter()
                 generator(seed=SEEDS, num_inference_steps=STEPS, output_type="np")
-                took = (time.perf_counter() - start) * 1e3
-            ran = _nodes(Path(folder))
-        reason = why_not_golden(np.asarray(pixels))
-        if reason is None and not ran[name]:
-            reason = f"none of the {ran.total()} nodes ran on it, but on {', '.join(sorted(ran)) or 'nothing'}"
-    except Exception as error:  # noqa: BLE001  # whatever a provider does, the others are tried too
-        return Provider(name, False, _said(error), None)
-    return Provider(name, reason is None, reason, None if reason else round(took, 1))
+                milliseconds = (time.perf_counter() - start) * 1e3
+            nodes = _nodes(Path(folder))
+        reason = golden_mismatch(np.asarray(pixels))
+        if reason is None and not nodes[name]:
+            reason = f"none of the {nodes.total()} nodes ran on it, but on {', '.join(sorted(nodes)) or 'nothing'}"
+    except Exception as error:  # noqa: BLE001  # one provider's failure must not stop the examination
+        return Provider(name, False, _error_text(error), None)
+    return Provider(name, reason is None, reason, None if reason else round(milliseconds, 1))
 
 
 def _nodes(folder: Path) -> Counter[str]:
-    """How many nodes each provider ran, by ONNX Runtime's profiles."""
+    """Count the nodes that each provider ran, from ONNX Runtime's profiles."""
     events = [event for path in folder.glob("*.json") for event in json.loads(path.read_bytes())]
     return Counter(event["args"]["provider"] for event in events if event.get("cat") == "Node" and event.get("args", {}).get("provider"))
 
 
 def _cuda(available: list[str]) -> Cuda:
-    """The driver, its devices, and libraries; nothing is looked for where ONNX Runtime has no CUDA."""
+    """Describe the driver, its devices and the libraries, if ONNX Runtime has a CUDA provider."""
     if CUDA_PROVIDER not in available:
         return Cuda(usable=False, reason=f"this ONNX Runtime has no {CUDA_PROVIDER}" if available else "there is no ONNX Runtime", driver=None)
     try:
         from scm_runtime.devices.cuda_driver import read_driver
         from scm_runtime.devices.cuda_libraries import install_command, load
 
-        driver, libraries, reason = read_driver(), load(needed_libraries()), why_no_cuda()
+        driver, libraries, reason = read_driver(), load(needed_libraries()), cuda_unavailable_reason()
     except Exception as error:  # noqa: BLE001  # as above
-        return Cuda(usable=False, reason=_said(error), driver=None)
+        return Cuda(usable=False, reason=_error_text(error), driver=None)
     return Cuda(
         usable=reason is None,
         reason=reason,
-        driver=None if driver.version is None else f"{driver.version // 1000}.{driver.version % 1000 // 10}",
+        driver=driver.cuda_version,
         devices=tuple(Gpu(device.index, device.name, device.compute_capability, device.memory_bytes) for device in driver.devices),
         libraries=tuple(CudaLibrary(library.name, library.error is None, library.path, library.package) for library in libraries),
         install=install_command([library for library in libraries if library.error is not None]),
@@ -154,7 +156,7 @@ def _cuda(available: list[str]) -> Cuda:
 
 
 def _ops(providers: tuple[Provider, ...]) -> Ops:
-    """Where the library lies, and on which of the devices that work its kernels run."""
+    """Find the native library, and try its kernels on each device that works."""
     from scm_runtime.ort.native_ops import find_library
 
     try:
@@ -163,43 +165,40 @@ def _ops(providers: tuple[Provider, ...]) -> Ops:
         return Ops(None, reason=str(error))
     working = {provider.name for provider in providers if provider.works}
     devices = [device for device, name in (("cpu", CPU_PROVIDER), ("cuda:0", CUDA_PROVIDER)) if name in working]
-    tried = {device: _why_no_kernels(device) for device in devices}
-    reason = next((why for why in tried.values() if why), None)
+    failures = {device: _kernels_failure(device) for device in devices}
+    reason = next((failure for failure in failures.values() if failure), None)
     if library is None:
         return Ops(None, reason=reason or "this installation has no library")
-    facts, runs = library.facts, {device: why is None for device, why in tried.items()}
+    facts, runs = library.info, {device: failure is None for device, failure in failures.items()}
     return Ops(str(library.path), facts.version, facts.ops, facts.cuda.version if facts.cuda else None, runs, reason)
 
 
-def _why_no_kernels(device: str) -> str | None:
+def _kernels_failure(device: str) -> str | None:
+    """Why the native kernels do not work on a device; None if they do."""
     from scm_runtime.generator import Generator
 
     try:
         with Generator("digits", device=device, dtype="fp32", native_ops=True, cache_dir=False) as generator:
-            return why_not_golden(np.asarray(generator(seed=SEEDS, num_inference_steps=STEPS, output_type="np").array))
+            return golden_mismatch(np.asarray(generator(seed=SEEDS, num_inference_steps=STEPS, output_type="np").array))
     except Exception as error:  # noqa: BLE001  # as above
-        return f"on {device}: {_said(error)}"
+        return f"on {device}: {_error_text(error)}"
 
 
 def _cache() -> Cache:
-    """The folder, made if need be as a Generator would."""
+    """Describe the cache folder. It is created if it does not exist, as a Generator would do."""
     from scm_runtime.cache.folder import look_for_folder, max_bytes
-    from scm_runtime.cache.graph_cache import PARTS
+    from scm_runtime.cache.graph_cache import SUBFOLDERS
 
     try:
         max_bytes()
-        folder, reason = look_for_folder(None, PARTS)
+        folder, reason = look_for_folder(None, SUBFOLDERS)
         if folder is None:
             return Cache(os.environ.get("SCM_CACHE_DIR") or None, writable=False, size_bytes=0, reason=reason)
         size = sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
         writable = os.access(folder, os.W_OK)
-        return Cache(str(folder), writable, size, None if writable else f"'{folder}' cannot be written to. {CACHE_REMEDY}")
+        return Cache(str(folder), writable, size, None if writable else f"'{folder}' is not writable. {CACHE_REMEDY}")
     except (OSError, ScmError) as error:
-        return Cache(os.environ.get("SCM_CACHE_DIR") or None, writable=False, size_bytes=0, reason=f"{_said(error)}. {CACHE_REMEDY}")
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return Cache(os.environ.get("SCM_CACHE_DIR") or None, writable=False, size_bytes=0, reason=f"{_error_text(error)}. {CACHE_REMEDY}")
 
 
 def _version(distribution: str) -> str | None:
@@ -209,5 +208,5 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _said(error: Exception) -> str:
+def _error_text(error: Exception) -> str:
     return str(error) if isinstance(error, ScmError) else f"{type(error).__name__}: {error}"

@@ -1,35 +1,33 @@
-"""The report of ``scm-runtime doctor``: its parts, which are the JSON document, and how it is printed."""
+"""The report of ``scm-runtime doctor``. Its types define the JSON document."""
 
 from __future__ import annotations
 
+import msgspec
 from msgspec import Struct
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-
-MARKS = {True: "[green]yes[/]", False: "[bold red]NO[/]", None: "not tried"}
 
 
 class Problem(Struct, frozen=True):
-    """Something that does not work, and what would mend it where that is known."""
+    """Something that does not work."""
 
     what: str
     reason: str
+    """Ends with the remedy if one is known."""
 
 
 class Provider(Struct, frozen=True):
-    """One of ONNX Runtime's providers, tried."""
+    """One of ONNX Runtime's providers, and whether it works."""
 
     name: str
     works: bool | None
-    """None: it was not tried."""
+    """None if it was not tried."""
     reason: str | None
+    """Why it does not work or was not tried; None if it works."""
     milliseconds: float | None
-    """Of ten digits in two steps, the second time."""
+    """Time of the second call, for ten digits in two steps; None unless the provider works."""
 
 
 class Gpu(Struct, frozen=True):
-    """A GPU, as the driver describes it."""
+    """A GPU, as NVIDIA's driver describes it."""
 
     index: int
     name: str
@@ -43,62 +41,70 @@ class CudaLibrary(Struct, frozen=True):
     name: str
     found: bool
     path: str | None
-    """In a Python package; None where the system's loader found it."""
+    """Path in a Python package; None if the system's loader found it, or if it is missing."""
     package: str | None
+    """Requirement for ``pip install`` of the package that contains it; None if there is none."""
 
 
 class Cuda(Struct, frozen=True):
-    """What CUDA needs, as far as this ONNX Runtime can use it."""
+    """NVIDIA's driver, devices and libraries. Only ``usable`` and ``reason`` are set if this ONNX Runtime has no CUDA provider."""
 
     usable: bool
     reason: str | None
+    """Why CUDA is not usable; None if it is."""
     driver: str | None
-    """The newest CUDA that the driver runs: "13.2"."""
+    """Newest CUDA version that the driver supports: "13.2"."""
     devices: tuple[Gpu, ...] = ()
     libraries: tuple[CudaLibrary, ...] = ()
     install: str | None = None
-    """A pip command for the libraries that are missing."""
+    """pip command for the missing libraries; None if none are missing."""
 
 
 class Ops(Struct, frozen=True):
     """The library of native kernels."""
 
     path: str | None
+    """None if there is no library."""
     version: str | None = None
     ops: dict[str, int] = {}
+    """Version of the operators by domain."""
     cuda: str | None = None
-    """The toolkit that its CUDA kernels were built with; None: it has none."""
+    """Version of the CUDA toolkit that its kernels were built with; None if it has no CUDA kernels."""
     runs: dict[str, bool] = {}
-    """By device."""
+    """Whether the kernels run, by device."""
     reason: str | None = None
+    """Why the kernels do not run on a device; None if they run on all."""
 
 
 class Cache(Struct, frozen=True):
-    """The folder of optimised graphs."""
+    """The folder of optimized graphs."""
 
     folder: str | None
-    """None, without a reason: SCM_CACHE_DIR is empty, no cache is wanted."""
+    """None if there is none. With a ``reason`` of None, the cache is turned off: SCM_CACHE_DIR is empty."""
     writable: bool
     size_bytes: int
     reason: str | None = None
+    """Why the folder cannot be used."""
 
 
 class Threads(Struct, frozen=True):
-    """The cores of the machine and those that this process may use, and variables that change what is used."""
+    """CPU cores, and environment variables that change which cores and GPUs are used."""
 
     cores: int
+    """Number of cores of the machine."""
     available: int
+    """Number of cores that this process may use."""
     variables: dict[str, str]
 
 
 class Report(Struct, frozen=True):
-    """All of it, as ``scm-runtime doctor --json`` prints it."""
+    """Everything that ``scm-runtime doctor`` found."""
 
     works: bool
-    """Something here can sample."""
+    """True if at least one provider can sample."""
     versions: dict[str, str | None]
     onnxruntime_wheels: dict[str, str]
-    """Versions, by name."""
+    """Versions of the installed ONNX Runtime wheels, by name."""
     providers: tuple[Provider, ...]
     cuda: Cuda
     native_ops: Ops
@@ -106,67 +112,6 @@ class Report(Struct, frozen=True):
     threads: Threads
     problems: tuple[Problem, ...]
 
-
-def show_report(report: Report) -> None:
-    """Print a report."""
-    console = Console()
-    facts = Table(show_header=False, box=None, pad_edge=False)
-    facts.add_column(no_wrap=True)
-    facts.add_column(overflow="fold")
-    versions = dict(report.versions)
-    system, onnxruntime = versions.pop("platform"), versions.pop("onnxruntime")
-    wheels = ", ".join(f"{name} {version}" for name, version in report.onnxruntime_wheels.items()) or "no wheel"
-    threads = report.threads
-    variables = "".join(f", {name}={value}" for name, value in threads.variables.items())
-    for name, value in {
-        "versions": ", ".join(f"{name} {version}" for name, version in versions.items() if version),
-        "platform": system or "",
-        "ONNX Runtime": f"{onnxruntime or 'none'} (wheels: {wheels})",
-        "CUDA": _cuda(report.cuda),
-        "native kernels": _ops(report.native_ops),
-        "cache": _cache(report.cache),
-        "threads": f"{threads.available} of {threads.cores} cores for this process{variables}",
-    }.items():
-        facts.add_row(f"[bold]{name}[/]", escape(value))
-    console.print(facts, highlight=False)
-    if report.providers:
-        table = Table("provider", "works", "ten digits, two steps")
-        for provider in report.providers:
-            table.add_row(provider.name, MARKS[provider.works], _result(provider))
-        console.print(table)
-    for problem in report.problems:
-        console.print(f"[bold red]problem:[/] {escape(problem.what)}\n  {escape(problem.reason)}", highlight=False, soft_wrap=True)
-    working = [provider.name for provider in report.providers if provider.works]
-    console.print(f"{', '.join(working)} can sample here." if report.works else "[bold red]Nothing here can sample.[/]", highlight=False)
-
-
-def _result(provider: Provider) -> str:
-    if provider.milliseconds is not None:
-        return f"{provider.milliseconds:.0f} ms"
-    return "see below" if provider.works is False else escape(provider.reason or "")
-
-
-def _cuda(cuda: Cuda) -> str:
-    lines = [f"the driver runs CUDA {cuda.driver}"] if cuda.driver else []
-    lines += [f"cuda:{gpu.index} is {gpu.name}, compute capability {gpu.compute_capability}, {gpu.memory_bytes / 2**30:.1f} GiB" for gpu in cuda.devices]
-    if found := [library.name for library in cuda.libraries if library.found]:
-        lines.append(f"found: {', '.join(found)}")
-    if missing := [library.name for library in cuda.libraries if not library.found]:
-        lines.append(f"missing: {', '.join(missing)}")
-    verdict = "usable" if cuda.usable else "not usable, see below" if cuda.libraries else f"not usable: {cuda.reason}"
-    return "\n".join([verdict, *lines])
-
-
-def _ops(ops: Ops) -> str:
-    if ops.path is None:
-        return "no library; the function bodies in the graphs run"
-    domains = ", ".join(f"{domain} {version}" for domain, version in ops.ops.items())
-    runs = ", ".join(f"{device} {'yes' if ran else 'NO'}" for device, ran in ops.runs.items()) or "nowhere tried"
-    return f"{ops.version} ({domains}), {f'CUDA {ops.cuda}' if ops.cuda else 'no CUDA kernels'}; run on: {runs}\n{ops.path}"
-
-
-def _cache(cache: Cache) -> str:
-    if cache.folder is None and cache.reason is None:
-        return "none: SCM_CACHE_DIR is empty"
-    state = "writable" if cache.writable else "not used, see below"
-    return f"{cache.folder or 'no folder'}, {state}, {cache.size_bytes / 2**20:.1f} MiB"
+    def to_json(self) -> bytes:
+        """The JSON document that ``scm-runtime doctor --json`` prints."""
+        return msgspec.json.format(msgspec.json.encode(self), indent=2)

@@ -1,1 +1,1 @@
-"""What a sampling loop runs on: a state, its evaluations, and the open graphs of a bundle."""
+"""Engines, which evaluate a bundle's graphs on a device, and the opening of a bundle."""

@@ -1,4 +1,4 @@
-"""Opens a bundle on a device: its files are checked, its dtype chosen, its graphs opened with the kernels or without."""
+"""Opens a bundle on a device: verifies its files, chooses the dtype, and opens the graphs."""
 
 from __future__ import annotations
 
@@ -8,40 +8,67 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, cast
 
-from scm_runtime.bundle.checksums import identity
-from scm_runtime.bundle.location import Found
-from scm_runtime.bundle.manifest import Dtype, Manifest, check_files, read_manifest
+from scm_runtime.bundle.checksums import check_files, stat_fingerprint
+from scm_runtime.bundle.location import ResolvedBundle
+from scm_runtime.bundle.manifest import Dtype, Manifest, read_manifest
 from scm_runtime.cache.graph_cache import GraphCache
 from scm_runtime.common.checks import is_int
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
 from scm_runtime.common.runs import RunRegistry
 from scm_runtime.devices.placement import Placement
-from scm_runtime.engines.engine import Engine, HostEngine
-from scm_runtime.engines.info import GeneratorInfo
-from scm_runtime.engines.sessions import Graphs
+from scm_runtime.engines.engine import Engine
+from scm_runtime.engines.host import HostEngine
+from scm_runtime.engines.sessions import BundleSessions
 from scm_runtime.errors import InvalidArgumentError
-from scm_runtime.ort.native_ops import Library, check_native_ops, open_with_kernels
-from scm_runtime.ort.session import Cached, Session, Settings, check_threads
+from scm_runtime.ort.native_ops import Library, check_native_ops, open_with_native_ops
+from scm_runtime.ort.open_session import open_session
+from scm_runtime.ort.options import CacheContext, SessionSettings, check_threads
 
-OpenEngine = Callable[[Dtype, Settings], Engine]
+OpenEngine = Callable[[Dtype, SessionSettings], Engine]
 
 
 @dataclass(frozen=True)
-class Opened:
-    """A bundle, ready to sample."""
+class GeneratorInfo:
+    """What a Generator runs, and where."""
+
+    bundle: str
+    """Name of the bundle, from its manifest."""
+    dtype: str
+    """Precision of the graphs: "fp32", "fp16" or "bf16"."""
+    device: str
+    """"cpu", "cuda:0", …; with ``providers=`` the short name of the first provider."""
+    device_reason: str
+    """Why this device is used."""
+    provider: str
+    """ONNX Runtime's name of the execution provider of the step graph, such as "CPUExecutionProvider"."""
+    onnxruntime: str
+    """Version of ONNX Runtime."""
+    native_ops: bool
+    """True if the kernels of the native library run; False if the function bodies in the graphs do."""
+    native_ops_version: str | None
+    """Version of the native library, or None if its kernels are not used."""
+    native_ops_reason: str | None
+    """Why the native kernels are not used, with the remedy; None if they are."""
+    cuda_graph: bool = False
+    """True if runs of the step graph are captured as CUDA graphs, one per batch size."""
+
+
+@dataclass(frozen=True)
+class OpenBundle:
+    """An open bundle, ready to sample."""
 
     folder: Path
     manifest: Manifest
     engine: Engine
     open_fp32: Callable[[], Engine]
-    """Opens another engine, over the fp32 graphs, in the same place."""
+    """Opens a second engine over the fp32 graphs, on the same device."""
     info: GeneratorInfo
     runs: RunRegistry
-    """Those of both engines."""
+    """Registry of the runs of both engines."""
 
 
 def open_bundle(
-    found: Found,
+    found: ResolvedBundle,
     placement: Placement,
     *,
     dtype: Dtype | Literal["auto"],
@@ -54,41 +81,41 @@ def open_bundle(
     profile_dir: str | os.PathLike[str] | None,
     cache_dir: str | os.PathLike[str] | Literal[False] | None,
     verify_integrity: bool,
-) -> Opened:
-    """Open what was found where it was placed. The arguments are those of Generator, and so are the errors."""
+) -> OpenBundle:
+    """Open a bundle on a device. The other arguments, and the errors, are those of ``Generator``."""
     threads, native_ops = check_threads(threads), check_native_ops(native_ops)
     if session_options is not None and not (isinstance(session_options, Mapping) and all(isinstance(name, str) for name in session_options)):
         raise InvalidArgumentError(f"session_options must be a dict by names of ONNX Runtime's session options, got {session_options!r}")
     _check_cuda(placement, cuda_graph=cuda_graph, gpu_mem_limit=gpu_mem_limit, stream=stream)
     folder, manifest = found.folder, read_manifest(found.folder)
     chosen = _choose_dtype(dtype, manifest, placement)
-    cache = GraphCache.find(cache_dir)
+    cache = GraphCache.locate(cache_dir)
 
     def fetch(names: Iterable[str]) -> None:
         found.fetch(names)
         check_files(folder, manifest, names, hashes=verify_integrity, digest_of=cache.verified.sha256 if cache else None)
 
     fetch(tuple(manifest.files) if found.repository is None else manifest.files_for(chosen))
-    base = Settings(placement, threads=threads, session_options=dict(session_options or {}), profile_dir=_folder("profile_dir", profile_dir))
+    base = SessionSettings(placement, threads=threads, session_options=dict(session_options or {}), profile_dir=_folder("profile_dir", profile_dir))
 
-    def settings(library: Library | None) -> Settings:
-        cached = None
+    def settings(library: Library | None) -> SessionSettings:
+        context = None
         if cache is not None:
-            # A sum that nobody compared must not name a graph: another file's may stand under it.
+            # A checksum that was not verified must not identify a graph: the file may be another one.
             here = {name: entry.sha256 for name, entry in manifest.files.items() if (folder / name).is_file()}
-            sums = here if verify_integrity else {name: identity(folder / name) for name in here}
-            cached = Cached(cache, sums, cache.verified.sha256(library.path) if library else None)
-        return replace(base, library=library.path if library else None, cached=cached)
+            checksums = here if verify_integrity else {name: stat_fingerprint(folder / name) for name in here}
+            context = CacheContext(cache, checksums, cache.verified.sha256(library.path) if library else None)
+        return replace(base, library=library.path if library else None, cache=context)
 
     if placement.index is None:
         opener = _on_host(folder, manifest)
     else:
         opener = _on_cuda(folder, manifest, placement.index, stream, cuda_graph=cuda_graph, gpu_mem_limit=gpu_mem_limit)
-    engine, kernels = open_with_kernels(manifest, native_ops, placement, lambda library: opener(chosen, settings(library)))
+    engine, status = open_with_native_ops(manifest, native_ops, placement, lambda library: opener(chosen, settings(library)))
 
     def open_fp32() -> Engine:
         fetch(manifest.files_for("fp32"))
-        return opener("fp32", settings(kernels.library))
+        return opener("fp32", settings(status.library))
 
     info = GeneratorInfo(
         bundle=manifest.name,
@@ -97,28 +124,28 @@ def open_bundle(
         device_reason=placement.reason,
         provider=engine.provider,
         onnxruntime=load_onnxruntime().__version__,
-        native_ops=kernels.library is not None,
-        native_ops_version=kernels.library.facts.version if kernels.library else None,
-        native_ops_reason=kernels.reason,
+        native_ops=status.library is not None,
+        native_ops_version=status.library.info.version if status.library else None,
+        native_ops_reason=status.reason,
         cuda_graph=engine.cuda_graph,
     )
-    return Opened(folder, manifest, engine, open_fp32, info, base.runs)
+    return OpenBundle(folder, manifest, engine, open_fp32, info, base.runs)
 
 
 def _on_host(folder: Path, manifest: Manifest) -> OpenEngine:
-    def open_engine(dtype: Dtype, settings: Settings) -> Engine:
-        return HostEngine(Graphs(folder, manifest, dtype, lambda path: Session(path, settings)), dtype, manifest.initial_scale)
+    def open_engine(dtype: Dtype, settings: SessionSettings) -> Engine:
+        return HostEngine(BundleSessions(folder, manifest, dtype, lambda path: open_session(path, settings)), dtype, manifest.initial_scale)
 
     return open_engine
 
 
 def _on_cuda(folder: Path, manifest: Manifest, index: int, stream: object | None, *, cuda_graph: bool, gpu_mem_limit: int | None) -> OpenEngine:
-    from scm_runtime.engines.cuda.open_engine import open_cuda_engine  # for those with a GPU
+    from scm_runtime.engines.cuda.open_engine import open_cuda_engine  # needs the packages of the extra gpu
     from scm_runtime.engines.cuda.thread import CudaContext
 
-    context = CudaContext(index, stream)  # one for all engines: thread, stream and memory
+    context = CudaContext(index, stream)  # both engines share its thread, stream and memory
 
-    def open_engine(dtype: Dtype, settings: Settings) -> Engine:
+    def open_engine(dtype: Dtype, settings: SessionSettings) -> Engine:
         return open_cuda_engine(context, folder, manifest, dtype, settings, cuda_graph=cuda_graph, gpu_mem_limit=gpu_mem_limit)
 
     return open_engine
@@ -134,11 +161,11 @@ def _choose_dtype(dtype: Dtype | Literal["auto"], manifest: Manifest, placement:
 
 
 def _check_cuda(placement: Placement, *, cuda_graph: object, gpu_mem_limit: object, stream: object) -> None:
-    """Raise InvalidArgumentError for arguments out of range, or that do not fit the device."""
+    """Raise InvalidArgumentError if an argument is out of range or not for this device."""
     if not isinstance(cuda_graph, bool):
         raise InvalidArgumentError(f"cuda_graph must be True or False, got {cuda_graph!r}")
     if gpu_mem_limit is not None and (not is_int(gpu_mem_limit) or cast(int, gpu_mem_limit) < 1):
-        raise InvalidArgumentError(f"gpu_mem_limit must be a number of bytes or None for all there is, got {gpu_mem_limit!r}")
+        raise InvalidArgumentError(f"gpu_mem_limit must be a number of bytes, or None for no limit, got {gpu_mem_limit!r}")
     for name, value in {"gpu_mem_limit": gpu_mem_limit, "stream": stream}.items():
         if value is not None and placement.index is None:
             raise InvalidArgumentError(f"{name} is for device='cuda', got {value!r} with the device {placement.device!r} ({placement.reason})")

@@ -1,4 +1,4 @@
-"""The open graphs of a bundle in one dtype: those of the loop at once, encode and preview when they are first asked for."""
+"""The open graphs of a bundle in one dtype. The optional graphs, encode and preview, are opened on first use."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from scm_runtime.bundle.manifest import COMBINE, Dtype, Manifest
 from scm_runtime.errors import InferenceError, InvalidArgumentError, OutOfMemoryError
 from scm_runtime.ort.session import Session
 
-# What the exporter must be told for a bundle to have the graph.
+# The option of scm-export that adds a graph to a bundle.
 EXPORT_OPTIONS = {"encode": "--with-encoder", "preview": "--preview-decoder FOLDER"}
 
 
-class Graphs:
-    """Sessions over a bundle's graphs. Safe to use from several threads."""
+class BundleSessions:
+    """Sessions over the graphs of a bundle. Several threads may use them at once."""
 
     def __init__(self, folder: Path, manifest: Manifest, dtype: Dtype, open_session: Callable[[Path], Session]) -> None:
-        """Open noise, step and decode, and combine where the bundle has samplers.
+        """Open the graphs noise, step and decode, and combine if the bundle has samplers.
 
         Args:
-            folder: of the bundle.
-            manifest: of the bundle.
-            dtype: which graphs.
-            open_session: opens one.
+            folder: the bundle's folder.
+            manifest: the bundle's manifest.
+            dtype: precision of the graphs to open.
+            open_session: opens the graph at a path.
 
         Raises:
-            InferenceError, DeviceError, NativeOpsError: what ``open_session`` raises.
+            InferenceError, DeviceError, NativeOpsError: raised by ``open_session``.
         """
         self._folder, self._manifest, self._dtype, self._open_session = folder, manifest, dtype, open_session
         self._lock = threading.Lock()
@@ -40,12 +40,17 @@ class Graphs:
 
     @property
     def combine(self) -> Session:
-        """Of a bundle with samplers."""
+        """The combine graph, which only a bundle with samplers has."""
         assert self._combine is not None
         return self._combine
 
     def optional(self, kind: Literal["encode", "preview"]) -> Session:
-        """Encode or preview, opened by the first call. Raises InvalidArgumentError where the bundle has none, InferenceError where it cannot be opened."""
+        """Return the encode or preview graph, opened on first use.
+
+        Raises:
+            InvalidArgumentError: the bundle does not have it.
+            InferenceError: it cannot be opened.
+        """
         with self._lock:
             if kind not in self._optional:
                 name = self._manifest.optional_graph(kind, self._dtype)
@@ -58,7 +63,7 @@ class Graphs:
             return self._optional[kind]
 
     def end_profiling(self) -> None:
-        """Write the sessions' profiles, where they were asked for."""
+        """Write the profile of each session, if profiling is on."""
         with self._lock:
             for session in (self.noise, self.step, self.decode, *([self._combine] if self._combine else []), *self._optional.values()):
                 session.end_profiling()

@@ -1,1 +1,1 @@
-"""The arguments of a call: their names and types, their checks, and the values that the graphs get."""
+"""Arguments of a call: their names and types, their validation, and the arrays that the graphs read."""

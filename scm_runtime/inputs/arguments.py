@@ -1,4 +1,4 @@
-"""The arguments that a call, ``submit``, ``async_`` and ``stream`` share."""
+"""Names and types of the arguments that a Generator's call, ``submit``, ``async_`` and ``stream`` share."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from scm_runtime.inputs.call import Labels, Seeds, gather_conditioning
+from scm_runtime.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     from scm_runtime.generator import Generator
 
+Labels = int | str | Sequence[int | str] | NDArray[np.integer[Any]]
+Seeds = int | Sequence[int] | NDArray[np.integer[Any]]
 OutputType = Literal["pil", "np", "latent", "dlpack"]
 OUTPUT_TYPES = ("pil", "np", "latent", "dlpack")
 OnStep = Callable[[int, float, NDArray[np.float32]], Mapping[str, Any] | Literal[False] | None]
@@ -20,7 +22,7 @@ Callback = Callable[["Generator", int, float, dict[str, NDArray[np.float32]]], M
 
 
 class BatchArguments(TypedDict, total=False):
-    """What holds for any number of samples; ``Generator.__call__`` says what each means."""
+    """Arguments that do not depend on the number of samples. ``Generator.__call__`` documents them."""
 
     num_inference_steps: int | None
     timesteps: Sequence[float] | None
@@ -35,22 +37,34 @@ class BatchArguments(TypedDict, total=False):
 
 
 class CallArguments(BatchArguments, total=False):
-    """All of a call's but the labels, which may stand first without their name."""
+    """Keyword arguments of a call, except class_labels, which may also be positional."""
 
     seed: Seeds | None
     batch_size: int | None
 
 
-CONDITIONING = ("guidance_scale", "prompt_embeds", "prompt_attention_mask")  # those with arguments of their own, beside class_labels
+CONDITIONING = ("guidance_scale", "prompt_embeds", "prompt_attention_mask")  # inputs with an argument each, besides class_labels
 
 
 def check_names(arguments: Mapping[str, object], kind: type[BatchArguments]) -> None:
-    """Raise TypeError, as Python does, for an argument that there is not."""
+    """Raise TypeError for an unknown argument, as Python does."""
     known = {name for base in (BatchArguments, kind) for name in base.__annotations__}
     if unknown := sorted(arguments.keys() - known):
-        raise TypeError(f"got an unexpected keyword argument {unknown[0]!r}: there are class_labels, {', '.join(sorted(known))}")
+        raise TypeError(f"got an unexpected keyword argument {unknown[0]!r}: known are class_labels, {', '.join(sorted(known))}")
 
 
-def conditioning_of(class_labels: Labels | None, arguments: BatchArguments) -> dict[str, Any]:
-    """All conditioning given, by the names of the graph's inputs; raises InvalidArgumentError."""
-    return gather_conditioning(arguments.get("conditioning"), class_labels=class_labels, **{name: arguments.get(name) for name in CONDITIONING})
+def gather_conditioning(class_labels: Labels | None, arguments: BatchArguments) -> dict[str, Any]:
+    """Return the conditioning of a call by the names of the step graph's inputs, None for arguments that were not given.
+
+    Raises:
+        InvalidArgumentError: ``conditioning`` is not a mapping, or has an input that was also given by its argument.
+    """
+    named = {"class_labels": class_labels, **{name: arguments.get(name) for name in CONDITIONING}}
+    others = arguments.get("conditioning")
+    if others is None:
+        return named
+    if not isinstance(others, Mapping):
+        raise InvalidArgumentError(f"conditioning must be a dict of the model's inputs by name, got {type(others).__name__}")
+    if twice := [str(name) for name in others if named.get(name) is not None]:
+        raise InvalidArgumentError(f"{', '.join(twice)} must be given once, but conditioning has it too")
+    return named | dict(others)

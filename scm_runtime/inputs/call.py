@@ -1,4 +1,4 @@
-"""What a caller passes to a Generator, checked at the border and turned into the arrays the graphs read."""
+"""Validation of a call's arguments, and their conversion to the arrays that the graphs read."""
 
 from __future__ import annotations
 
@@ -11,36 +11,34 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from scm_runtime.bundle.manifest import Manifest
-from scm_runtime.bundle.solver_tables import Evaluations
+from scm_runtime.bundle.solver_tables import SolverStages
 from scm_runtime.common.checks import is_int
 from scm_runtime.errors import InvalidArgumentError, OutOfMemoryError
-from scm_runtime.inputs.conditioning import fill, free_sizes, read_column, to_array
-
-Labels = int | str | Sequence[int | str] | NDArray[np.integer[Any]]
-Seeds = int | Sequence[int] | NDArray[np.integer[Any]]
+from scm_runtime.inputs.arguments import Seeds
+from scm_runtime.inputs.conditioning import broadcast_to_batch, dynamic_sizes, read_input, to_array
 
 
 @dataclass(frozen=True)
 class Call:
-    """The resolved arguments of one call, for a batch of N."""
+    """Resolved arguments of one call, for a batch of N samples."""
 
     seeds: NDArray[np.int64]  #                      [N]
     conditioning: dict[str, NDArray[Any]]  #         each [N, ...]
-    evaluations: Evaluations  #                      of the step graph, in order
+    evaluations: SolverStages  #                      evaluations of the step graph, in order
     latents: NDArray[np.float32] | None  #           [N, *sample], standard normal
 
     def ends_a_step(self, k: int) -> bool:
-        """Whether evaluation k, from 0, is the last of its step."""
+        """Return True if evaluation k (from 0) is the last one of its step."""
         return k + 1 == len(self.evaluations) or self.evaluations[k + 1].weights is None
 
     def step_of(self, k: int) -> tuple[int, float]:
-        """The step that evaluation k is of: its index, and the time it begins at."""
+        """Index and start time of the step that evaluation k (from 0) belongs to."""
         begins = [one.t for one in self.evaluations[: k + 1] if one.weights is None]
         return len(begins) - 1, begins[-1]
 
     @property
     def steps(self) -> int:
-        """Their number."""
+        """Number of steps."""
         return sum(one.weights is None for one in self.evaluations)
 
 
@@ -51,11 +49,11 @@ def resolve_call(
     seed: Seeds | None,
     batch_size: int | None,
     latents: ArrayLike | None,
-    evaluations: Evaluations,
+    evaluations: SolverStages,
 ) -> Call:
-    """Check a call's arguments against the manifest and bring them to one batch size; raises InvalidArgumentError.
+    """Check a call's arguments against the manifest and broadcast them to one batch size; raises InvalidArgumentError.
 
-    ``conditioning`` is by the names of the step graph's inputs; None stands for not given. ``evaluations`` come from the bundle's Schedules.
+    ``conditioning`` has the names of the step graph's inputs as keys; None means that it was not given. ``evaluations`` come from the bundle's SolverTables.
     """
     if batch_size is not None and (not is_int(batch_size) or batch_size < 1):
         raise InvalidArgumentError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
@@ -66,11 +64,11 @@ def resolve_call(
             raise InvalidArgumentError(f"{name} was given, but the bundle {manifest.name!r} takes {takes}")
     start = None if latents is None else read_latents(latents, manifest.sample.shape)
     given = {name: conditioning.get(name) for name in inputs}
-    columns = {name: None if value is None else read_column(inputs[name], value) for name, value in given.items()}
-    sizes = free_sizes(inputs, columns)
+    batched = {name: None if value is None else read_input(inputs[name], value) for name, value in given.items()}
+    sizes = dynamic_sizes(inputs, batched)
     listed: Sequence[int] | None = None if seed is None or is_int(seed) else read_seeds(seed)
 
-    lengths = {name: column.length for name, column in columns.items() if column is not None and column.length is not None}
+    lengths = {name: item.length for name, item in batched.items() if item is not None and item.length is not None}
     lengths |= {} if listed is None else {"seed": len(listed)}
     lengths |= {} if start is None else {"latents": len(start)}
     lengths |= {} if batch_size is None else {"batch_size": int(batch_size)}
@@ -89,28 +87,17 @@ def resolve_call(
         seeds = np.arange(n, dtype=np.int64) + listed[0] if isinstance(listed, range) else np.array(listed, np.int64)
     except (MemoryError, ValueError) as error:
         raise OutOfMemoryError(f"{n} seeds do not fit into memory. Try a smaller batch.") from error
-    filled = {name: fill(inputs[name], column, seeds, sizes) for name, column in columns.items()}
-    return Call(seeds, filled, evaluations, start)
-
-
-def gather_conditioning(others: Mapping[str, Any] | None, **named: Any) -> dict[str, Any]:
-    """Conditioning from a call's named arguments (None: not given) and its mapping of others; raises InvalidArgumentError."""
-    if others is None:
-        return named
-    if not isinstance(others, Mapping):
-        raise InvalidArgumentError(f"conditioning must be a dict of the model's inputs by name, got {type(others).__name__}")
-    if twice := [str(name) for name in others if named.get(name) is not None]:
-        raise InvalidArgumentError(f"{', '.join(twice)} must be given once, got it in conditioning too")
-    return named | dict(others)
+    arrays = {name: broadcast_to_batch(inputs[name], item, seeds, sizes) for name, item in batched.items()}
+    return Call(seeds, arrays, evaluations, start)
 
 
 def random_seed() -> int:
-    """A seed where none is given; short, so that it can be told."""
+    """Return a random seed, of 31 bits so that it is short to note down."""
     return int.from_bytes(os.urandom(4), "big") >> 1
 
 
 def read_seeds(seed: object) -> list[int]:
-    """Seeds, one a sample, that may be out of range; raises InvalidArgumentError."""
+    """Return seeds as a list, one per sample, without a check of their range; raises InvalidArgumentError."""
     items = np.asarray(seed).tolist() if isinstance(seed, np.ndarray) else seed
     if isinstance(items, str) or not isinstance(items, Sequence) or not all(is_int(item) for item in items):
         raise InvalidArgumentError(f"seed must be an integer or a list of integers, got {seed!r}")
@@ -118,14 +105,14 @@ def read_seeds(seed: object) -> list[int]:
 
 
 def check_range(seeds: Sequence[int]) -> None:
-    """Raise InvalidArgumentError if one of them does not fit into 64 bits."""
+    """Raise InvalidArgumentError if a seed does not fit into 64 bits."""
     for value in (seeds[0], seeds[-1]) if isinstance(seeds, range) else seeds:
         if not -(2**63) <= value < 2**63:
             raise InvalidArgumentError(f"seed must lie in [-2^63, 2^63), got {value}")
 
 
 def read_latents(latents: ArrayLike, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """A state ``[N, *shape]`` from a caller; raises InvalidArgumentError."""
+    """Return latents as float32 ``[N, *shape]``; raises InvalidArgumentError."""
     array = to_array("latents", latents)
     if array.ndim != len(shape) + 1 or array.shape[1:] != tuple(shape):
         raise InvalidArgumentError(f"latents must have shape [N, {', '.join(map(str, shape))}], got {list(array.shape)}")

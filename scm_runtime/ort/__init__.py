@@ -1,1 +1,1 @@
-"""ONNX Runtime's sessions: their options, the library of native kernels, and running them."""
+"""Sessions of ONNX Runtime: their options, opening and running graphs, and the native library."""

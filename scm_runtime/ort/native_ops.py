@@ -1,6 +1,7 @@
-"""The library of native kernels: where it lies, and whether the graphs of a bundle can use it.
+"""The library of native kernels: where it is installed, and whether a bundle's graphs can use it.
 
-It is not loaded here: session.py hands its path to ONNX Runtime. Where it cannot be used, the function bodies in the graphs compute the same.
+The library is not loaded here: ONNX Runtime loads it when ``open_session`` opens a graph. Without it, the function bodies in the graphs compute the same
+results.
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
 
@@ -16,135 +16,123 @@ import msgspec
 from msgspec import Struct
 
 from scm_runtime.bundle.manifest import OPS_DOMAIN, Manifest
+from scm_runtime.common.log import log_once
 from scm_runtime.devices.placement import CPU, Placement
 from scm_runtime.errors import InferenceError, InvalidArgumentError, NativeOpsError
 
 NativeOps = bool | Literal["auto"]
-Opened = TypeVar("Opened")
+Graphs = TypeVar("Graphs")
 
 FOLDER = "_native"
-FACTS = "scm_ops.json"
+BUILD_INFO = "scm_ops.json"
 LIBRARY = {"win32": "scm_ops.dll", "darwin": "libscm_ops.dylib"}.get(sys.platform, "libscm_ops.so")
 
-# A configuration entry of sessions on the CPU, in the words of torch.set_float32_matmul_precision: how convolutions and matrix products over feature maps
-# compute where the processor multiplies bfloat16. "high" takes each float32 for a sum of two bfloat16, on matrix units (AMX) alone; "medium" for one, also in
-# vectors (AVX512-BF16). "highest" leaves them to ONNX Runtime, as every other processor does.
-MATMUL_PRECISION = "scm.float32_matmul_precision"
-PRECISIONS = ("highest", "high", "medium")
 
-_log = logging.getLogger("scm_runtime")
-
-
-class CudaFacts(Struct, frozen=True):
-    """The toolkit's version, and the architectures there is machine code for: "90" is compute capability 9.0."""
+class CudaBuild(Struct, frozen=True):
+    """The CUDA part of a build."""
 
     version: str
+    """Version of the CUDA toolkit."""
     architectures: tuple[str, ...]
+    """Compute capabilities with machine code, without the dot: "90" is 9.0."""
 
 
-class LibraryFacts(Struct, frozen=True, kw_only=True):
-    """``scm_ops.json``: what the build wrote down about the library."""
+class BuildInfo(Struct, frozen=True, kw_only=True):
+    """The contents of ``scm_ops.json``, which the build writes beside the library."""
 
     version: str
-    """Of the scm-runtime it was built from."""
+    """Version of scm-runtime that the library was built from."""
     ops: dict[str, int]
-    """Version of the operator set, by domain."""
+    """Version of each operator set, by domain."""
     ort_api: int
-    """18: ONNX Runtime 1.18 is the oldest that can load it."""
+    """Oldest ONNX Runtime that can load the library: 18 is 1.18."""
     ort_headers: str
-    cuda: CudaFacts | None
-    """None: it has no CUDA kernels."""
+    cuda: CudaBuild | None
+    """None if the library has no CUDA kernels."""
     compiler: str
 
 
 class Library(NamedTuple):
-    """The library on disk."""
+    """The native library on disk."""
 
     path: Path
-    facts: LibraryFacts
+    info: BuildInfo
 
 
-class Kernels(NamedTuple):
-    """Whether the kernels run, for ``Generator.info``: the library, or the reason why it is not used."""
+class NativeOpsStatus(NamedTuple):
+    """The library that the graphs use, or the reason why they use none."""
 
     library: Library | None
     reason: str | None
 
 
 def find_library() -> Library | None:
-    """The library of this installation; None where there is none.
+    """Return the library of this installation, or None if it has none.
 
     Raises:
-        NativeOpsError: what the build wrote down about it is missing or cannot be read.
+        NativeOpsError: the library's build information is missing or damaged.
     """
     package = sys.modules[__name__.partition(".")[0]]
-    # An editable install has two folders: the library lies in site-packages, the sources do not.
+    # An editable install has two folders: the library is in site-packages, the sources are not.
     for folder in map(Path, package.__path__):
-        path, facts = folder / FOLDER / LIBRARY, folder / FOLDER / FACTS
+        path, info = folder / FOLDER / LIBRARY, folder / FOLDER / BUILD_INFO
         if path.is_file():
             try:
-                return Library(path, msgspec.json.decode(facts.read_bytes(), type=LibraryFacts))
+                return Library(path, msgspec.json.decode(info.read_bytes(), type=BuildInfo))
             except (OSError, msgspec.DecodeError) as error:
-                raise NativeOpsError(f"'{facts}', which tells of the library of native kernels, cannot be read: {error}. Install scm-runtime again.") from error
+                raise NativeOpsError(f"'{info}', which describes the library of native kernels, cannot be read: {error}. Install scm-runtime again.") from error
     return None
 
 
 def check_native_ops(native_ops: object) -> NativeOps:
-    """The argument as given, once it is known to be True, False or "auto"."""
+    """Return the argument unchanged. Raises InvalidArgumentError if it is not True, False or "auto"."""
     if isinstance(native_ops, bool) or native_ops == "auto":
         return native_ops
     raise InvalidArgumentError(f"native_ops must be True, False or 'auto', got {native_ops!r}")
 
 
-def check_precision(precision: object) -> str:
-    """The value of the entry ``MATMUL_PRECISION`` as given, once it is known to be one of torch's. Raises InvalidArgumentError."""
-    if isinstance(precision, str) and precision in PRECISIONS:
-        return precision
-    raise InvalidArgumentError(f"session_options: {MATMUL_PRECISION} must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-
-
-def open_with_kernels(
-    manifest: Manifest, native_ops: NativeOps, placement: Placement, open_graphs: Callable[[Library | None], Opened]
-) -> tuple[Opened, Kernels]:
-    """Open a bundle's graphs with the kernels where that can be, else without.
+def open_with_native_ops(
+    manifest: Manifest, native_ops: NativeOps, placement: Placement, open_graphs: Callable[[Library | None], Graphs]
+) -> tuple[Graphs, NativeOpsStatus]:
+    """Open a bundle's graphs with the native library if possible, otherwise without it.
 
     Args:
-        manifest: of the bundle.
-        native_ops: True: with the kernels or not at all; False: without; "auto": with them if it works, and a line in the log if not.
-        placement: where they will run; there are kernels for the CPU and, in a library that was built with them, for CUDA.
-        open_graphs: opens them all, with the library registered or without.
+        manifest: the bundle's manifest.
+        native_ops: True requires the library; False does not use it; "auto" uses it if possible and logs why if not.
+        placement: the device. There are kernels for the CPU and, if the library was built with them, for CUDA.
+        open_graphs: opens all graphs, with the given library or without one.
 
     Raises:
-        NativeOpsError: native_ops is True, and the kernels cannot be used.
-        InferenceError: ONNX Runtime refuses the graphs themselves.
+        NativeOpsError: native_ops is True, and the library cannot be used.
+        InferenceError: ONNX Runtime cannot open the graphs without the library either.
     """
     if native_ops is False:
-        return open_graphs(None), Kernels(None, "native_ops=False")
+        return open_graphs(None), NativeOpsStatus(None, "native_ops=False")
     level = logging.DEBUG
     try:
         library = find_library()
-        reason = _why_not(manifest, library, placement)
+        reason = _unusable_reason(manifest, library, placement)
         if reason is None:
-            return open_graphs(library), Kernels(library, None)
-    except (NativeOpsError, InferenceError) as error:  # there is no fallback inside a session: all are opened again
+            return open_graphs(library), NativeOpsStatus(library, None)
+    except (NativeOpsError, InferenceError) as error:  # a session has no fallback, so all graphs are opened again
         if native_ops is True:
             raise
         level, reason = logging.WARNING, str(error)
     if native_ops is True:
         raise NativeOpsError(f"native_ops=True, but {reason}")
-    opened = open_graphs(None)
-    _log_once(level, f"the function bodies run instead of the native kernels: {reason}")
-    return opened, Kernels(None, reason)
+    graphs = open_graphs(None)
+    log_once(level, f"the function bodies run instead of the native kernels: {reason}")
+    return graphs, NativeOpsStatus(None, reason)
 
 
 def usable_on_cpu(manifest: Manifest) -> Library | None:
-    """The library, if a bundle's graphs can use it on the CPU. Raises NativeOpsError where it is there and damaged."""
+    """Return the library if a bundle's graphs can use it on the CPU, else None. Raises NativeOpsError if the library is damaged."""
     library = find_library()
-    return library if _why_not(manifest, library, CPU) is None else None
+    return library if _unusable_reason(manifest, library, CPU) is None else None
 
 
-def _why_not(manifest: Manifest, library: Library | None, placement: Placement) -> str | None:
-    """Why a bundle's graphs cannot use a library, and what would mend it; None where they can."""
+def _unusable_reason(manifest: Manifest, library: Library | None, placement: Placement) -> str | None:
+    """Return why a bundle's graphs cannot use a library, with the remedy, or None if they can."""
     bundle, ops = f"the bundle {manifest.name!r}", manifest.ops
     if not ops:
         return f"{bundle} holds no {OPS_DOMAIN}:: operators. Export its checkpoint again, without --no-custom-ops."
@@ -153,29 +141,29 @@ def _why_not(manifest: Manifest, library: Library | None, placement: Placement) 
             f"this installation has no {FOLDER}/{LIBRARY}. Build it: pip install --force-reinstall --no-cache-dir --no-deps scm-runtime, "
             f"where SCM_REQUIRE_OPS=1 shows why it cannot be built; in the repository: make ops"
         )
-    has = library.facts.ops
+    has = library.info.ops
     if any(has.get(domain) != version for domain, version in ops.items()):
         newer = any(version > has.get(domain, 0) for domain, version in ops.items())
         remedy = "Upgrade scm-runtime." if newer else "Export its checkpoint again."
         return f"{bundle} has operators of {_listed(ops)}, and '{library.path}' kernels for {_listed(has)}. {remedy}"
-    return _why_not_there(library, placement)
+    return _unsupported_device_reason(library, placement)
 
 
-def _why_not_there(library: Library, placement: Placement) -> str | None:
-    """Why a library has no kernels for a device; None where it has."""
+def _unsupported_device_reason(library: Library, placement: Placement) -> str | None:
+    """Return why a library has no kernels for a device, or None if it has them."""
     if placement.device == "cpu":
         return None
     if placement.index is None:
         return f"there are kernels for the CPU and for CUDA, and none for {placement.providers[0][0]}"
     build = "SCM_OPS_CUDA=ON pip install --force-reinstall --no-cache-dir --no-deps scm-runtime; in the repository: make ops SCM_OPS_CUDA=ON"
-    if (cuda := library.facts.cuda) is None:
+    if (cuda := library.info.cuda) is None:
         return f"'{library.path}' was built without CUDA kernels. Build them, with nvcc 12 or newer: {build}"
-    from scm_runtime.devices.cuda_driver import read_driver  # ctypes is for those with a GPU
+    from scm_runtime.devices.cuda_driver import read_driver  # imports ctypes, which only a GPU needs
 
     driver = read_driver()
-    if driver.version is not None and driver.version // 1000 < int(cuda.version.partition(".")[0]):
-        runs = f"{driver.version // 1000}.{driver.version % 1000 // 10}"
-        return f"'{library.path}' was built with CUDA {cuda.version}, and the NVIDIA driver runs {runs} and older. Update it, or build with that CUDA: {build}"
+    if driver.cuda_major is not None and driver.cuda_major < int(cuda.version.partition(".")[0]):
+        older = f"the NVIDIA driver runs {driver.cuda_version} and older"
+        return f"'{library.path}' was built with CUDA {cuda.version}, and {older}. Update it, or build with that CUDA: {build}"
     oldest = min(map(int, cuda.architectures))
     if placement.index < len(driver.devices):
         device = driver.devices[placement.index]
@@ -186,8 +174,3 @@ def _why_not_there(library: Library, placement: Placement) -> str | None:
 
 def _listed(ops: dict[str, int]) -> str:
     return ", ".join(f"{domain}:: version {version}" for domain, version in sorted(ops.items())) or "no domain"
-
-
-@cache
-def _log_once(level: int, message: str) -> None:
-    _log.log(level, message)

@@ -1,40 +1,105 @@
-"""ONNX Runtime's options of a session: what a good guest sets, and over it what the host asked for."""
+"""How a graph is opened: the settings of this package, and the ``SessionOptions`` of ONNX Runtime that follow from them."""
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
 
+from scm_runtime.cache.graph_cache import GraphCache
+from scm_runtime.common.checks import is_int
+from scm_runtime.common.runs import RunRegistry
+from scm_runtime.devices.placement import CPU, Placement
 from scm_runtime.errors import InvalidArgumentError
-from scm_runtime.ort.native_ops import MATMUL_PRECISION, check_precision
 
-if TYPE_CHECKING:
-    from scm_runtime.ort.session import Settings
+MAX_THREADS = 1024  # every graph has a thread pool
 
-# Within a run a thread that has no work looks out for it this long, in microseconds, before it sleeps: to wake one after every operator costs a small model
-# a sixth of its time. Where other programs have the cores, to look out longer costs more than it gains (benchmarks/NOTES.md). Between runs none does.
+# During a run, a thread without work spins for 20 microseconds before it sleeps: waking a thread after every operator costs a small model a sixth of its time.
+# On a busy machine, spinning longer costs more than it saves (benchmarks/NOTES.md). Between runs no thread spins.
 CPU_ENTRIES = {"session.intra_op.allow_spinning": "1", "session.intra_op.spin_duration_us": "20", "session.force_spinning_stop": "1"}
 CUDA_ENTRIES = {"session.intra_op.allow_spinning": "0"}
-FRUGAL_ENTRIES = {"session.disable_prepacking": "1"}
+LOW_MEMORY_ENTRIES = {"session.disable_prepacking": "1"}
+
+# A session configuration entry of the native library, with the values of torch.set_float32_matmul_precision. It sets how convolutions and matrix products over
+# feature maps are computed on a CPU that multiplies bfloat16. "high" splits each float32 into two bfloat16 and needs matrix units (AMX); "medium" rounds to one
+# bfloat16 and also uses vector units (AVX512-BF16). "highest" leaves these operators to ONNX Runtime, as on every other CPU.
+MATMUL_PRECISION = "scm.float32_matmul_precision"
+PRECISIONS = ("highest", "high", "medium")
 
 
-def configure(options: Any, settings: Settings, profile_name: str) -> None:
-    """Set ONNX Runtime's fresh ``SessionOptions``; profiles are written under this name in the settings' folder.
+@dataclass(frozen=True)
+class CacheContext:
+    """A cache of optimized graphs, and the checksums that identify one bundle's graphs in it."""
+
+    cache: GraphCache
+    checksums: Mapping[str, str]
+    """SHA-256 of the bundle's files by file name, or ``checksums.stat_fingerprint`` if the files were not verified."""
+    library: str | None
+    """SHA-256 of the native library; None if it is not used."""
+
+
+@dataclass(frozen=True)
+class SessionSettings:
+    """How a graph is opened and run."""
+
+    placement: Placement = CPU
+    """Device and execution providers."""
+    threads: int | None = None
+    """Number of intra-op threads; None for ONNX Runtime's default, one per core."""
+    library: Path | None = None
+    """Custom-op library whose kernels replace the function bodies in the graph; None to run the function bodies."""
+    cache: CacheContext | None = None
+    """Cache of optimized graphs; None to optimize the graph each time it is opened."""
+    session_options: Mapping[str, object] = field(default_factory=dict)
+    """Attributes of ONNX Runtime's SessionOptions by name, and configuration entries, whose names contain a dot."""
+    profile_dir: Path | None = None
+    """Folder for ONNX Runtime's profile of each session, written when the session is closed."""
+    low_memory: bool = False
+    """Keep memory close to the size of the weights, at the cost of speed: weights are not packed, folded or reordered."""
+    runs: RunRegistry = field(default_factory=RunRegistry, compare=False, repr=False)
+    """Registry of the session's runs in flight. Sessions that are terminated together share one."""
+
+
+def check_threads(threads: object) -> int | None:
+    """Return a thread count as an int, or None. Raises InvalidArgumentError if it is not None or an integer from 1 to ``MAX_THREADS``."""
+    if threads is None:
+        return None
+    if is_int(threads) and 1 <= cast(int, threads) <= MAX_THREADS:
+        return int(cast(int, threads))
+    raise InvalidArgumentError(f"threads must be an integer from 1 to {MAX_THREADS}, or None for one per core, got {threads!r}")
+
+
+def check_precision(precision: object) -> str:
+    """Return a value of the entry ``MATMUL_PRECISION`` unchanged. Raises InvalidArgumentError if it is not one of ``PRECISIONS``."""
+    if isinstance(precision, str) and precision in PRECISIONS:
+        return precision
+    raise InvalidArgumentError(f"session_options: {MATMUL_PRECISION} must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+
+
+def configure(options: Any, settings: SessionSettings, profile_name: str) -> None:
+    """Apply settings to a new ``onnxruntime.SessionOptions``.
+
+    Args:
+        options: the SessionOptions to change.
+        settings: how the graph is opened.
+        profile_name: prefix of the profile's file name.
 
     Raises:
-        InvalidArgumentError: the settings' ``session_options`` has a name or a value that ONNX Runtime does not.
+        InvalidArgumentError: ``session_options`` has a name or value that ONNX Runtime does not know.
     """
-    options.log_severity_level = 4  # what goes wrong is raised, not printed
+    options.log_severity_level = 4  # errors are raised, not printed
     on_cpu = settings.placement.device == "cpu"
     if on_cpu:
-        # A pattern's block comes beside what the arena holds already: half as much memory again where batch sizes vary (benchmarks/NOTES.md, entry 17).
+        # The block of a memory pattern is allocated beside the arena: half as much memory again if batch sizes vary (benchmarks/NOTES.md, entry 17).
         options.enable_mem_pattern = False
     entries: dict[str, object] = dict(CPU_ENTRIES if on_cpu else CUDA_ENTRIES)
     if settings.threads is not None:
         options.intra_op_num_threads = settings.threads
-    if settings.frugal:
+    if settings.low_memory:
         options.enable_cpu_mem_arena = False
-        entries |= FRUGAL_ENTRIES
+        entries |= LOW_MEMORY_ENTRIES
     if settings.profile_dir is not None:
         options.enable_profiling = True
         options.profile_file_prefix = os.fspath(settings.profile_dir / profile_name)
@@ -44,9 +109,9 @@ def configure(options: Any, settings: Settings, profile_name: str) -> None:
         else:
             _set_attribute(options, name, value)
     entries[MATMUL_PRECISION] = check_precision(entries.get(MATMUL_PRECISION, "high"))
-    if settings.library is None or not on_cpu or settings.frugal:  # the last: what is not folded would be packed at every run
+    if settings.library is None or not on_cpu or settings.low_memory:  # without constant folding, weights would be packed in every run
         del entries[MATMUL_PRECISION]
-    for name, value in entries.items():  # each once: ONNX Runtime prints a line where it is told twice
+    for name, value in entries.items():  # each entry once: ONNX Runtime prints a line if an entry is set twice
         try:
             options.add_session_config_entry(name, str(value))
         except RuntimeError as error:

@@ -1,1 +1,1 @@
-"""The loop from noise to samples, for one call and for requests that are computed together."""
+"""The sampling loop, from noise to samples, for single calls and for batched requests."""

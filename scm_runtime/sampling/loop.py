@@ -1,12 +1,12 @@
-"""The sampling loop over an engine, in pieces that one call and merged calls share.
+"""The sampling loop over an engine, in parts that a single call and batched requests share.
 
     x = noise(seeds, draw=0) * initial_scale
     for k, (t, t_next) in enumerate(pairs(times)):
         x = step(x, t, t_next, noise(seeds, draw=k + 1), conditioning)
     image = decode(x)
 
-With a diffusion model's other samplers a step may take several evaluations: see ``bundle.solver_tables``. It knows nothing of any model's
-mathematics: noise, step and decode are graphs of the bundle.
+With the other samplers of a diffusion model, a step can take several evaluations: see ``bundle.solver_tables``. The loop contains no mathematics of any
+model: noise, step and decode are graphs of the bundle.
 """
 
 from __future__ import annotations
@@ -22,137 +22,157 @@ from scm_runtime.bundle.manifest import Manifest
 from scm_runtime.common.runs import RunRegistry
 from scm_runtime.engines.engine import Engine
 from scm_runtime.errors import GenerationCancelledError, InvalidArgumentError
-from scm_runtime.samples import PICTURE_CHANNELS, Samples, Timings
-from scm_runtime.sampling.nonfinite import Guard
+from scm_runtime.samples import IMAGE_CHANNELS, OnSpan, Samples, Span, Timings
+from scm_runtime.sampling.nonfinite import NonFiniteHandler
 from scm_runtime.sampling.request import Request
-from scm_runtime.tracing import OnSpan, Span
 
 Result = TypeVar("Result")
 
 
-class Sampler:
-    """Brings requests from noise to samples on one engine."""
+class SamplingLoop:
+    """Computes the samples of requests on one engine."""
 
-    def __init__(self, engine: Engine, guard: Guard, runs: RunRegistry, manifest: Manifest, attributes: Mapping[str, str], on_span: OnSpan | None) -> None:
-        """``runs`` are those of the engine and the guard; ``attributes`` those of every span of a call."""
-        self.engine, self.guard, self._runs = engine, guard, runs
+    def __init__(
+        self,
+        engine: Engine,
+        nonfinite: NonFiniteHandler,
+        runs: RunRegistry,
+        manifest: Manifest,
+        attributes: Mapping[str, str],
+        on_span: OnSpan | None,
+    ) -> None:
+        """Make a loop.
+
+        Args:
+            engine: computes the steps.
+            nonfinite: handles NaN and infinity.
+            runs: registry of the runs of both.
+            manifest: the bundle's manifest.
+            attributes: attributes of the span of every call.
+            on_span: receives the spans, if it is not None.
+        """
+        self.engine, self.nonfinite, self._runs = engine, nonfinite, runs
         self._manifest, self._attributes, self._on_span = manifest, attributes, on_span
 
     def sample(self, request: Request) -> Samples:
-        """A request alone, from beginning to end, called from any thread; raises what ``Generator.__call__`` raises.
+        """Compute a request from noise to samples, on any thread. Raises what ``Generator.__call__`` raises.
 
-        GeneratorClosedError comes out of ``begin``, ``advance`` and ``finish``, if ``runs`` are terminated before or meanwhile.
+        ``start``, ``step`` and ``decode_finished`` raise GeneratorClosedError if the runs are terminated before or during the call.
         """
-        if request.on_step is not None:  # which runs in the caller's thread
-            return self.deliver(request, self._sample(request, self.engine.run))
-        return self.deliver(request, self.engine.run(lambda: self._sample(request, directly)))
+        if request.on_step is not None:  # the callback runs on the caller's thread
+            return self.finalize(request, self._sample(request, self.engine.run))
+        return self.finalize(request, self.engine.run(lambda: self._sample(request, run_inline)))
 
     def _sample(self, request: Request, run: Callable[[Callable[[], Any]], Any]) -> Samples:
-        run(lambda: self.begin(request))
+        run(lambda: self.start(request))
         while not request.trajectory.done:
-            run(lambda: self.advance([request]))
+            run(lambda: self.step([request]))
             self.after_step(request, run)
-        samples: Samples = run(lambda: self.finish([request])[0])
+        samples: Samples = run(lambda: self.decode_finished([request])[0])
         return samples
 
-    def begin(self, request: Request) -> None:
-        """Its first state; within a job of the engine."""
+    def start(self, request: Request) -> None:
+        """Set the first state of a request. Call it in a job of the engine."""
         self._runs.check()
         request.begun_ns = time.time_ns()
-        self.engine.begin(request.trajectory)
+        self.engine.start(request.trajectory)
 
-    def advance(self, requests: Sequence[Request]) -> None:
-        """One evaluation for all of them; within a job of the engine."""
+    def step(self, requests: Sequence[Request]) -> None:
+        """Evaluate the step graph once for all requests. Call it in a job of the engine."""
         self._runs.check()
-        self.engine.advance([request.trajectory for request in requests])
+        self.engine.step([request.trajectory for request in requests])
         for request in requests:
-            request.trajectory.k += 1
+            request.trajectory.evaluations_done += 1
 
     def after_step(self, request: Request, run: Callable[[Callable[[], Any]], Any]) -> None:
-        """Check what the step made, where looking costs little, and tell the callback. ``run`` runs a job of the engine.
+        """Check the result of a step if reading it is cheap or a callback needs it, and call the callback.
+
+        Args:
+            request: the request after the step.
+            run: runs a job on the engine.
 
         Raises:
-            NonFiniteError: see Guard.
+            NonFiniteError: see NonFiniteHandler.
             GenerationCancelledError: the callback returned False.
-            InvalidArgumentError: it returned what makes no state.
+            InvalidArgumentError: the callback returned something that is not a state.
         """
         trajectory = request.trajectory
-        call, k = trajectory.call, trajectory.k - 1
+        call, k = trajectory.call, trajectory.evaluations_done - 1
         if request.on_step is None or not call.ends_a_step(k):
-            if not self.engine.lazy:
-                self.guard.check(trajectory)
+            if not self.engine.asynchronous:
+                self.nonfinite.check(trajectory)
             return
 
-        def look() -> NDArray[np.float32]:
-            self.guard.check(trajectory)
-            return np.array(self.engine.fetch(trajectory))  # the callback's own, on every device
+        def read() -> NDArray[np.float32]:
+            self.nonfinite.check(trajectory)
+            return np.array(self.engine.read_state(trajectory))  # a copy that the callback may change, on every device
 
-        x: NDArray[np.float32] = run(look)
+        x: NDArray[np.float32] = run(read)
         step, t = call.step_of(k)
-        changed = _returned(request.on_step(step, t, x), x, step + 1)
+        changed = _returned_state(request.on_step(step, t, x), x, step + 1)
         if changed is not None:
-            trajectory.origin = (trajectory.k, changed)
-            run(lambda: self.engine.replace(trajectory, changed))
+            trajectory.restart_point = (trajectory.evaluations_done, changed)
+            run(lambda: self.engine.set_state(trajectory, changed))
 
-    def finish(self, requests: Sequence[Request]) -> list[Samples]:
-        """Decode those that are done, all in one evaluation, and return their samples; within a job of the engine. Raises NonFiniteError.
-
-        Requests are decoded together only if they want pixels on the host.
-        """
+    def decode_finished(self, requests: Sequence[Request]) -> list[Samples]:
+        """Decode requests whose steps are done, those that want pixels on the host in one batch. Call it in a job of the engine. Raises NonFiniteError."""
         self._runs.check()
         for request in requests:
-            self.guard.check(request.trajectory)
-        pixels_of = ("pil", "np") if self.engine.lazy else ("pil", "np", "dlpack")
-        on_host = [request for request in requests if request.output_type in pixels_of]
+            self.nonfinite.check(request.trajectory)
+        decoded_on_host = ("pil", "np") if self.engine.asynchronous else ("pil", "np", "dlpack")
+        on_host = [request for request in requests if request.output_type in decoded_on_host]
         arrays: dict[Request, Any] = {}
         if on_host:
             decoded = self.engine.decode([request.trajectory for request in on_host])
             for request, pixels in zip(on_host, decoded, strict=True):
-                arrays[request] = self.guard.check_pixels(request.trajectory, pixels)
+                arrays[request] = self.nonfinite.check_pixels(request.trajectory, pixels)
         for request in requests:
             if request.output_type == "latent":
-                arrays[request] = np.array(self.engine.fetch(request.trajectory))
+                arrays[request] = np.array(self.engine.read_state(request.trajectory))
             elif request not in arrays:
-                arrays[request] = self.engine.on_device(request.trajectory)
+                arrays[request] = self.engine.decode_on_device(request.trajectory)
         return [self._samples(request, arrays[request]) for request in requests]
 
     def _samples(self, request: Request, array: Any) -> Samples:
-        parts = request.trajectory.parts
         if self._on_span is not None:
             request.spans = self._spans(request)
-        spent: dict[str, list[float]] = {"noise": [], "step": [], "decode": [], "copy": []}
-        for part in parts:
-            spent[part.name].append(self.engine.seconds(part.start, part.end))
+        seconds: dict[str, list[float]] = {"noise": [], "step": [], "decode": [], "copy": []}
+        for part in request.trajectory.parts:
+            seconds[part.name].append(self.engine.elapsed(part.start, part.end))
         return Samples(
             array=array,
             seeds=tuple(request.trajectory.call.seeds.tolist()),
             conditioning=request.trajectory.call.conditioning,
             timings=Timings(
-                noise=sum(spent["noise"]),
-                steps=tuple(spent["step"]),
-                decode=sum(spent["decode"]),
-                copy=sum(spent["copy"]),
+                noise=sum(seconds["noise"]),
+                steps=tuple(seconds["step"]),
+                decode=sum(seconds["decode"]),
+                copy=sum(seconds["copy"]),
                 total=time.perf_counter() - request.start,
                 waited=max(request.begun_ns - request.start_ns, 0) / 1e9,
             ),
             has_decoder=self._manifest.output.kind == "image",
         )
 
-    def deliver(self, request: Request, samples: Samples) -> Samples:
-        """The last touch, in the thread that receives them: spans are told, pictures made."""
-        self.tell(request, samples)
-        if request.output_type == "pil" and samples.has_decoder and samples.array.shape[-1] in PICTURE_CHANNELS:
-            samples.images  # noqa: B018 - made now, so that the caller's first look is free
+    def finalize(self, request: Request, samples: Samples) -> Samples:
+        """Emit the spans and make the PIL images, on the thread that receives the samples."""
+        self.emit_spans(request, samples)
+        if request.output_type == "pil" and samples.has_decoder and samples.array.shape[-1] in IMAGE_CHANNELS:
+            samples.images  # noqa: B018 - a cached property: computed now, so that the first access is fast
         return samples
 
-    def tell(self, request: Request, samples: Samples) -> None:
-        """Its spans."""
+    def emit_spans(self, request: Request, samples: Samples) -> None:
+        """Pass the spans of a request to ``on_span``."""
         if (on_span := self._on_span) is None:
             return
         for span in request.spans:
             on_span(span)
-        whole: dict[str, str | int | float] = {**self._attributes, "batch_size": len(samples), "num_inference_steps": request.trajectory.call.steps}
-        on_span(Span("generate", request.start_ns, request.start_ns + round(samples.timings.total * 1e9), whole))
+        attributes: dict[str, str | int | float] = {
+            **self._attributes,
+            "batch_size": len(samples),
+            "num_inference_steps": request.trajectory.call.steps,
+        }
+        on_span(Span("generate", request.start_ns, request.start_ns + round(samples.timings.total * 1e9), attributes))
 
     def _spans(self, request: Request) -> list[Span]:
         spans, steps = [], 0
@@ -161,23 +181,23 @@ class Sampler:
             attributes: dict[str, str | int | float] = {}
             if part.name == "step":
                 attributes, steps = {"step": steps}, steps + 1
-            start, end = (request.begun_ns + round(self.engine.seconds(zero, mark) * 1e9) for mark in (part.start, part.end))
+            start, end = (request.begun_ns + round(self.engine.elapsed(zero, timestamp) * 1e9) for timestamp in (part.start, part.end))
             spans.append(Span(part.name, start, end, attributes))
         return spans
 
     def close(self) -> None:
-        """Give back what the engines hold."""
-        self.guard.close()
+        """Free what the engines hold."""
+        self.nonfinite.close()
         self.engine.close()
 
 
-def directly(job: Callable[[], Result]) -> Result:
-    """Run a job within one of the engine's."""
+def run_inline(job: Callable[[], Result]) -> Result:
+    """Run a job inside a job of the engine that runs already."""
     return job()
 
 
-def _returned(returned: object, x: NDArray[np.float32], step: int) -> NDArray[np.float32] | None:
-    """The state that a callback wants in place of ``x``, or None."""
+def _returned_state(returned: object, x: NDArray[np.float32], step: int) -> NDArray[np.float32] | None:
+    """Return the state with which a callback replaces ``x``, or None if it keeps ``x``."""
     if returned is None:
         return None
     if returned is False:
@@ -188,13 +208,13 @@ def _returned(returned: object, x: NDArray[np.float32], step: int) -> NDArray[np
         raise InvalidArgumentError(f"callback_on_step_end may return 'latents', got {', '.join(map(repr, unknown))}")
     if "latents" not in returned:
         return None
-    replaced = returned["latents"]
+    latents = returned["latents"]
     try:
-        if np.iscomplexobj(replaced):
+        if np.iscomplexobj(latents):
             raise TypeError("complex numbers")
-        changed = np.array(replaced, np.float32, order="C")
+        changed = np.array(latents, np.float32, order="C")
     except (TypeError, ValueError) as error:
-        raise InvalidArgumentError(f"callback_on_step_end must return latents that are an array of numbers, got {type(replaced).__name__}") from error
+        raise InvalidArgumentError(f"callback_on_step_end must return latents that are an array of numbers, got {type(latents).__name__}") from error
     if changed.shape != x.shape:
         raise InvalidArgumentError(f"callback_on_step_end must return latents of the shape {list(x.shape)}, got {list(changed.shape)}")
     if not np.isfinite(changed).all():

@@ -1,4 +1,4 @@
-"""Never a silent black picture: samples that turned into NaN or infinity are an error, a warning, or done again in fp32."""
+"""NaN and infinity never become black images silently: they raise an error, log a warning, or are computed again in fp32."""
 
 from __future__ import annotations
 
@@ -16,56 +16,62 @@ from scm_runtime.errors import InvalidArgumentError, NonFiniteError
 from scm_runtime.inputs.call import Call
 
 OnNonfinite = Literal["raise", "warn", "fp32"]
-POLICIES = ("raise", "warn", "fp32")
+ON_NONFINITE = ("raise", "warn", "fp32")
 
 _log = logging.getLogger("scm_runtime")
 
 
-def check_policy(policy: object) -> OnNonfinite:
-    """The argument as given, once it is known to be a policy."""
-    if not isinstance(policy, str) or policy not in POLICIES:
-        raise InvalidArgumentError(f"on_nonfinite must be 'raise', 'warn' or 'fp32', got {policy!r}")
-    return cast(OnNonfinite, policy)
+def check_on_nonfinite(on_nonfinite: object) -> OnNonfinite:
+    """Return the argument unchanged. Raises InvalidArgumentError if it is not "raise", "warn" or "fp32"."""
+    if not isinstance(on_nonfinite, str) or on_nonfinite not in ON_NONFINITE:
+        raise InvalidArgumentError(f"on_nonfinite must be 'raise', 'warn' or 'fp32', got {on_nonfinite!r}")
+    return cast(OnNonfinite, on_nonfinite)
 
 
-class Guard:
-    """Looks at trajectories of one engine, and acts on what is not finite."""
+class NonFiniteHandler:
+    """Checks the states and pixels of one engine, and handles those that are not finite."""
 
-    def __init__(self, engine: Engine, policy: OnNonfinite, open_fp32: Callable[[], Engine]) -> None:
-        """``open_fp32`` opens an engine over the bundle's fp32 graphs on the same device; it is called once, when it is first needed."""
-        self._engine, self._policy, self._open = engine, policy, open_fp32
+    def __init__(self, engine: Engine, on_nonfinite: OnNonfinite, open_fp32: Callable[[], Engine]) -> None:
+        """Make a handler.
+
+        Args:
+            engine: the engine to check.
+            on_nonfinite: what to do: raise an error, log a warning, or compute the samples again in fp32.
+            open_fp32: opens an engine over the bundle's fp32 graphs on the same device. It is called once, when it is first needed.
+        """
+        self._engine, self._on_nonfinite, self._open_fp32 = engine, on_nonfinite, open_fp32
         self._lock = threading.Lock()
         self._fp32: Engine | None = None
 
     def check(self, trajectory: Trajectory) -> None:
-        """Look at the steps done since the last look at a state that was replaced; within a job of the engine.
+        """Check the evaluations since the state was last replaced. Call it in a job of the engine.
 
         Raises:
-            NonFiniteError: by "raise"; and by "fp32" where the graphs are fp32 already, or fp32 does not help.
+            NonFiniteError: a sample is not finite, and ``on_nonfinite`` is "raise", or it is "fp32" and the graphs are fp32 already or fp32 does not help.
         """
-        finite = self._engine.finite(trajectory)
+        finite = self._engine.finite_flags(trajectory)
         if finite.all():
             return
-        bad, step = _first_bad(finite, trajectory.k)
+        bad, step = _first_nonfinite(finite, trajectory.evaluations_done)
         message = _message(trajectory, bad, step, self._engine.dtype)
-        if self._policy == "warn":
+        if self._on_nonfinite == "warn":
             _log.warning("%s", message)
-            # Said once: what comes after the step is no news.
-            self._engine.replace(trajectory, self._engine.fetch(trajectory))
+            # Clear the flags: the samples stay non-finite, and one warning is enough.
+            self._engine.set_state(trajectory, self._engine.read_state(trajectory))
             return
-        if self._policy == "raise" or self._engine.dtype == "fp32":
+        if self._on_nonfinite == "raise" or self._engine.dtype == "fp32":
             raise _error(trajectory, bad, step, self._engine.dtype, message)
-        _log.info("%s Done again in fp32.", message)
-        again = self._steps_in_fp32(trajectory, bad)
-        x = np.array(self._engine.fetch(trajectory))
-        x[bad] = again
-        self._engine.replace(trajectory, x)
+        _log.info("%s Computed again in fp32.", message)
+        recomputed = self._recompute(trajectory, bad)
+        x = np.array(self._engine.read_state(trajectory))
+        x[bad] = recomputed
+        self._engine.set_state(trajectory, x)
 
     def check_pixels(self, trajectory: Trajectory, pixels: NDArray[Any]) -> NDArray[Any]:
-        """Pixels of a trajectory as decoded in the engine's dtype, with those done again that its decoder may have lost.
+        """Return the pixels of a trajectory, with images replaced that the decoder lost to NaN.
 
-        Where a decoder's half precision overflows, all of a picture is NaN, and NaN becomes 0. So a picture of nothing but 0 is decoded in fp32 too: if
-        that shows the same, it is a black picture; if not, it was no number.
+        When a decoder overflows in half precision, the whole image is NaN, and NaN becomes 0. So an image of zeros is decoded again in fp32: if the result
+        is the same, the image is black; if not, the decoder overflowed.
         """
         engine = self._engine
         if engine.dtype == "fp32" or pixels.dtype != np.uint8:
@@ -74,69 +80,72 @@ class Guard:
         if not black.any():
             return pixels
         subset = _subset(trajectory, black)
-        subset.k = trajectory.k
-        x = engine.fetch(trajectory)[black]
+        subset.evaluations_done = trajectory.evaluations_done
+        x = engine.read_state(trajectory)[black]
         if not np.isfinite(x).all():
-            return pixels  # said already
-        other = self._open_once()
+            return pixels  # reported after the step
+        fp32 = self._open_fp32_once()
 
         def decode() -> NDArray[Any]:
-            other.begin(subset)
-            other.replace(subset, x)
-            return other.decode([subset])[0]
+            fp32.start(subset)
+            fp32.set_state(subset, x)
+            return fp32.decode([subset])[0]
 
-        again = other.run(decode)
-        if not again.any():
+        decoded = fp32.run(decode)
+        if not decoded.any():
             return pixels
         lost = black.copy()
-        lost[black] = again.reshape(len(again), -1).any(axis=1)
-        message = f"the decoder's {engine.dtype} made black pictures of samples that are none, seeds {_listed(trajectory, lost)}."
-        if self._policy == "raise":
+        lost[black] = decoded.reshape(len(decoded), -1).any(axis=1)
+        message = f"the decoder overflowed in {engine.dtype} and made black images, seeds {_listed_seeds(trajectory, lost)}."
+        if self._on_nonfinite == "raise":
             step = len(trajectory.call.evaluations) - 1
             raise _error(trajectory, lost, step, engine.dtype, f"{message} Decode them in fp32: on_nonfinite='fp32', or dtype='fp32' throughout.")
-        if self._policy == "warn":
+        if self._on_nonfinite == "warn":
             _log.warning("%s", message)
             return pixels
-        _log.info("%s Done again in fp32.", message)
-        mended = np.array(pixels)
-        mended[black] = again
-        return mended
+        _log.info("%s Computed again in fp32.", message)
+        result = np.array(pixels)
+        result[black] = decoded
+        return result
 
     def close(self) -> None:
-        """Give the fp32 engine back, where one was opened."""
+        """Close the fp32 engine if it was opened."""
         if self._fp32 is not None:
             self._fp32.close()
 
-    def _open_once(self) -> Engine:
+    def _open_fp32_once(self) -> Engine:
         with self._lock:
             if self._fp32 is None:
-                self._fp32 = self._open()
+                self._fp32 = self._open_fp32()
             return self._fp32
 
-    def _steps_in_fp32(self, trajectory: Trajectory, bad: NDArray[np.bool_]) -> NDArray[np.float32]:
-        """The states of some samples, computed again from where they follow by steps alone."""
-        engine, again = self._open_once(), _subset(trajectory, bad)
+    def _recompute(self, trajectory: Trajectory, bad: NDArray[np.bool_]) -> NDArray[np.float32]:
+        """Compute the states of some samples again in fp32, from the trajectory's restart point."""
+        engine, subset = self._open_fp32_once(), _subset(trajectory, bad)
 
         def compute() -> NDArray[np.float32]:
-            engine.begin(again)
-            again.k, x = trajectory.origin
+            engine.start(subset)
+            subset.evaluations_done, x = trajectory.restart_point
             if x is not None:
-                engine.replace(again, x[bad])
-            while again.k < trajectory.k:
-                engine.advance([again])
-                again.k += 1
-            finite = engine.finite(again)
+                engine.set_state(subset, x[bad])
+            while subset.evaluations_done < trajectory.evaluations_done:
+                engine.step([subset])
+                subset.evaluations_done += 1
+            finite = engine.finite_flags(subset)
             if not finite.all():
-                still, step = _first_bad(finite, again.k)
-                raise _error(again, still, step, "fp32", _message(again, still, step, "fp32"))
-            return engine.fetch(again)
+                still_bad, step = _first_nonfinite(finite, subset.evaluations_done)
+                raise _error(subset, still_bad, step, "fp32", _message(subset, still_bad, step, "fp32"))
+            return engine.read_state(subset)
 
         return engine.run(compute)
 
 
-def _first_bad(finite: NDArray[np.bool_], k: int) -> tuple[NDArray[np.bool_], int]:
-    """Which samples were not finite, of ``[m, n]`` after the last m of k steps, and after which step, from 0, that began."""
-    return np.array(~finite.all(axis=0)), k - len(finite) + int(np.flatnonzero(~finite.all(axis=1))[0])
+def _first_nonfinite(finite: NDArray[np.bool_], evaluations_done: int) -> tuple[NDArray[np.bool_], int]:
+    """Return a mask of the samples that were not finite, and the index of the first evaluation after which one was not.
+
+    ``finite`` has the flags ``[m, n]`` after the last m of ``evaluations_done`` evaluations.
+    """
+    return np.array(~finite.all(axis=0)), evaluations_done - len(finite) + int(np.flatnonzero(~finite.all(axis=1))[0])
 
 
 def _subset(trajectory: Trajectory, rows: NDArray[np.bool_]) -> Trajectory:
@@ -145,7 +154,7 @@ def _subset(trajectory: Trajectory, rows: NDArray[np.bool_]) -> Trajectory:
     return Trajectory(replace(call, seeds=call.seeds[rows], conditioning=conditioning, latents=None if call.latents is None else call.latents[rows]))
 
 
-def _listed(trajectory: Trajectory, rows: NDArray[np.bool_]) -> str:
+def _listed_seeds(trajectory: Trajectory, rows: NDArray[np.bool_]) -> str:
     seeds = trajectory.call.seeds[rows].tolist()
     return ", ".join(map(str, seeds[:8])) + (", …" if len(seeds) > 8 else "")
 
@@ -154,10 +163,10 @@ def _message(trajectory: Trajectory, rows: NDArray[np.bool_], step: int, dtype: 
     call: Call = trajectory.call
     message = (
         f"{int(rows.sum())} of {len(rows)} samples are not finite after step {step + 1} of {len(call.evaluations)} (t = {call.evaluations[step].t:.6g}) "
-        f"in {dtype}, seeds {_listed(trajectory, rows)}."
+        f"in {dtype}, seeds {_listed_seeds(trajectory, rows)}."
     )
     if dtype != "fp32":
-        return f"{message} Half precision overflows where fp32 need not: on_nonfinite='fp32' does such samples again in it, dtype='fp32' all."
+        return f"{message} Half precision can overflow where fp32 does not: on_nonfinite='fp32' computes such samples again in fp32, dtype='fp32' all samples."
     return f"{message} The same happens in PyTorch if the weights are at fault: check the checkpoint, the conditioning's range and the guidance scale."
 
 

@@ -1,78 +1,82 @@
-"""A call on its way: what was asked for, checked, and how far it is."""
+"""Requests: the checked arguments of one call, and how far its computation is."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from scm_runtime.bundle.manifest import Manifest
+from scm_runtime.bundle.solver_tables import SolverTables
 from scm_runtime.engines.engine import Trajectory
 from scm_runtime.errors import InvalidArgumentError
-from scm_runtime.inputs.arguments import OUTPUT_TYPES, CallArguments, Callback, OnStep, OutputType, check_names, conditioning_of
-from scm_runtime.inputs.call import Call, Labels, resolve_call
-from scm_runtime.tracing import Span
-
-if TYPE_CHECKING:
-    from scm_runtime.generator import Generator
+from scm_runtime.inputs.arguments import OUTPUT_TYPES, CallArguments, Labels, OnStep, OutputType, check_names, gather_conditioning
+from scm_runtime.inputs.call import resolve_call
+from scm_runtime.samples import Span
 
 
 @dataclass(eq=False)
 class Request:
-    """One call: what was asked, and how far it is."""
+    """A call with its arguments checked."""
 
     trajectory: Trajectory
     output_type: OutputType
     on_step: OnStep | None
-    """Called after each step with its index, the time it began at and the state; see Generator."""
+    """Callback after each step, with the step's index, the time at its start, and the state."""
     start: float
-    """When it came, by ``time.perf_counter``."""
+    """``time.perf_counter`` when the call was made, in seconds."""
     start_ns: int
-    """The same, in nanoseconds since the epoch."""
+    """The same moment in nanoseconds since the epoch."""
     begun_ns: int = 0
-    """When work on it began, after it may have waited for its turn."""
+    """When its computation started, in nanoseconds since the epoch: later than ``start_ns`` if it waited in the queue."""
     spans: list[Span] = field(default_factory=list)
-    """Of its parts, where somebody wants to be told."""
-
-    @staticmethod
-    def of(resolve: Callable[[], Call], output_type: OutputType, on_step: OnStep | None) -> Request:
-        """A request that comes now; ``resolve`` checks its arguments."""
-        start, start_ns = time.perf_counter(), time.time_ns()
-        return Request(Trajectory(resolve()), output_type, on_step, start, start_ns)
+    """Spans of its parts, if ``on_span`` is set."""
 
 
-def read_request(generator: Generator, class_labels: Labels | None, arguments: CallArguments) -> Request:
-    """The request for these arguments, checked; raises InvalidArgumentError, and TypeError for an argument that there is not."""
+def read_request(
+    manifest: Manifest, solver_tables: SolverTables, class_labels: Labels | None, arguments: CallArguments, *, callback_owner: object = None
+) -> Request:
+    """Check the arguments of a call against a bundle.
+
+    Args:
+        manifest: the bundle's manifest.
+        solver_tables: the bundle's samplers.
+        class_labels: the call's labels.
+        arguments: the call's other arguments.
+        callback_owner: first argument of ``callback_on_step_end``: the Generator.
+
+    Raises:
+        InvalidArgumentError: an argument is out of range or of the wrong shape.
+        TypeError: there is no argument of that name.
+    """
+    start, start_ns = time.perf_counter(), time.time_ns()
     check_names(arguments, CallArguments)
     output_type = arguments.get("output_type", "pil")
     if output_type not in OUTPUT_TYPES:
         raise InvalidArgumentError(f"output_type must be {', '.join(map(repr, OUTPUT_TYPES[:-1]))} or {OUTPUT_TYPES[-1]!r}, got {output_type!r}")
-    callback = arguments.get("callback_on_step_end")
-    if callback is not None and not callable(callback):
-        raise InvalidArgumentError(f"callback_on_step_end must be a function, or None, got {callback!r}")
-    conditioning = conditioning_of(class_labels, arguments)
-
-    def resolve() -> Any:
-        return resolve_call(
-            generator.manifest,
-            conditioning=conditioning,
-            seed=arguments.get("seed"),
-            batch_size=arguments.get("batch_size"),
-            latents=arguments.get("latents"),
-            evaluations=generator._schedules.evaluations(arguments.get("sampler"), arguments.get("num_inference_steps"), arguments.get("timesteps")),
-        )
-
-    return Request.of(resolve, output_type, _on_step(generator, callback))
+    call = resolve_call(
+        manifest,
+        conditioning=gather_conditioning(class_labels, arguments),
+        seed=arguments.get("seed"),
+        batch_size=arguments.get("batch_size"),
+        latents=arguments.get("latents"),
+        evaluations=solver_tables.evaluations(arguments.get("sampler"), arguments.get("num_inference_steps"), arguments.get("timesteps")),
+    )
+    return Request(Trajectory(call), output_type, _on_step(arguments.get("callback_on_step_end"), callback_owner), start, start_ns)
 
 
-def _on_step(generator: Generator, callback: Callback | None) -> OnStep | None:
+def _on_step(callback: Any, owner: object) -> OnStep | None:
     if callback is None:
         return None
+    if not callable(callback):
+        raise InvalidArgumentError(f"callback_on_step_end must be a function, or None, got {callback!r}")
 
     def on_step(step: int, t: float, x: NDArray[np.float32]) -> Mapping[str, Any] | Literal[False] | None:
-        return callback(generator, step, t, {"latents": x})
+        result: Mapping[str, Any] | Literal[False] | None = callback(owner, step, t, {"latents": x})
+        return result
 
     return on_step

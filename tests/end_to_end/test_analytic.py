@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from scm_export.exporter import Options, export_model
+from scm_export.exporter import export_model
 from scm_export.model import ImageDecoder, Model
+from scm_export.options import Options
 from scm_export.parametrisation import Step, default_times
 from scm_runtime import Generator
 from scm_runtime.bundle.manifest import Source

@@ -14,7 +14,7 @@ from scm_export import ops
 from scm_export.checkpoints import load_checkpoint
 from scm_export.families import build_model
 from scm_export.parametrisation import sample
-from scm_export.tolerances import sample_atol
+from scm_export.verification.tolerances import sample_atol
 from scm_runtime import Generator
 
 pytest.importorskip("diffusers", reason="diffusers is in the test extra")

@@ -18,8 +18,8 @@ from click.testing import CliRunner
 from torch import Tensor
 
 from scm_export.networks.edm2 import UNet
-from scm_export.ode import sample_ode
 from scm_export.samplers import make_tables
+from scm_export.verification.ode_reference import sample_ode
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "digits"))
 
@@ -81,7 +81,7 @@ def test_intervals_are_those_of_students_t() -> None:
 
 
 def test_the_teachers_solver_is_the_bundles() -> None:
-    """samplers.py writes DPM-Solver-2S in predicted noise; scm_export.ode, which the bundle's table is held against, in denoised samples."""
+    """samplers.py writes DPM-Solver-2S in predicted noise; scm_export's ODE reference, which the bundle's table is compared with, in denoised samples."""
 
     def network(x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         del labels

@@ -23,12 +23,12 @@ from gaussian_networks import MEAN, SIGMA_DATA, STD
 from scm_export import export
 from scm_export.checkpoints import load
 from scm_export.cli import main as scm_export
+from scm_export.errors import CheckpointError
 from scm_export.families import build_model
 from scm_export.ops import philox_normal
 from scm_export.samplers import SOLVERS, karras_sigmas
 from scm_runtime import BundleSchemaError, GenerationCancelledError, Generator, InvalidArgumentError
 from scm_runtime.cli import main as scm_runtime
-from scm_runtime.errors import CheckpointError
 
 SHAPE = (1, 2, 3)
 SEEDS = (3, 4, 5, 6, 7)

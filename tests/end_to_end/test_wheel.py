@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from scm_runtime.ort.native_ops import FACTS, LIBRARY
+from scm_runtime.ort.native_ops import BUILD_INFO, LIBRARY
 from support import BLOCK_IMPORTS, ROOT, run
 
 # Nothing of this environment may leak into the new one; the build is the quick one.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV", "SCM_"))} | {"SCM_OPS_CUDA": "OFF"}
 IMPOSSIBLE = ENVIRONMENT | {"CC": "/nonexistent", "CXX": "/nonexistent"}
-NATIVE = {f"scm_runtime/_native/{name}" for name in (LIBRARY, FACTS)}
+NATIVE = {f"scm_runtime/_native/{name}" for name in (LIBRARY, BUILD_INFO)}
 
 
 def build(folder: Path, env: dict[str, str], *, check: bool = True) -> subprocess.CompletedProcess[str]:

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from scm_export.exporter import Options, export_model
+from scm_export.exporter import export_model
 from scm_export.model import ImageDecoder, Model
 from scm_export.networks.edm2 import PRESETS, UNet
+from scm_export.options import Options
 from scm_export.parametrisation import Step, default_times, t_max
 from scm_runtime import Generator
 from scm_runtime.bundle.manifest import Conditioning, Source

@@ -23,7 +23,7 @@ def test_the_family_of_the_document_is_exported(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setitem(sys.modules, module.__name__, module)
     exec(compile(file, "docs/adding-a-family.md", "exec"), module.__dict__)
     monkeypatch.setattr(families, "FAMILIES", dict(families.FAMILIES))
-    monkeypatch.setattr("scm_export.exporter.FAMILIES", families.FAMILIES)
+    monkeypatch.setattr("scm_export.preparation.FAMILIES", families.FAMILIES)
     exec(line, {"FAMILIES": families.FAMILIES, "ddpm": module})
     namespace: dict[str, Any] = {}
     exec(test, namespace)

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from both_ways import check_both_ways
 from scm_export import export
 from scm_export.checkpoints import SamplerSpec, load_checkpoint, save_checkpoint
+from scm_export.errors import CheckpointError
 from scm_export.families import BuildOptions, build_model
 from scm_export.families.autoencoders import SCM_STATISTICS, ImageNetworks, LatentStatistics, image_networks
+from scm_export.graphs.trace import trace_map
 from scm_export.model import ImageNetwork, Latents
-from scm_export.trace import trace_map
 from scm_runtime import Generator
-from scm_runtime.errors import CheckpointError
 
 pytest.importorskip("diffusers", reason="diffusers is in the test extra")
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny

@@ -1,7 +1,8 @@
-"""``scm-export``'s command line: options that exclude each other, repositories of the hub, and interruption."""
+"""The command ``scm-export``: invalid options, repositories of the hub, and interruption."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from hub_cache import Hub, add_snapshot, commit_of, serving
-from scm_export import cli, exporter
+from scm_export import Options, cli, export, exporter, preparation
 from scm_export.choices import PARAMETRISATION_NAMES
 from scm_export.parametrisation import PARAMETRISATIONS
 from scm_runtime.bundle.manifest import read_manifest
@@ -22,7 +23,7 @@ REPOSITORY = "someone/model"
 
 
 def scm_export(*arguments: str | Path, code: int = 0) -> tuple[str, str]:
-    """Standard output and error."""
+    """Run the command; returns standard output and standard error."""
     result = CliRunner(catch_exceptions=False).invoke(cli.main, [str(argument) for argument in arguments])
     assert result.exit_code == code, result.output
     assert "Traceback" not in result.output
@@ -45,7 +46,7 @@ def scm_export(*arguments: str | Path, code: int = 0) -> tuple[str, str]:
         (["--report", "report.html", "--no-verify"], "give one of them"),
     ],
 )
-def test_options_that_cannot_be_meant_are_refused_and_nothing_is_made(
+def test_invalid_options_are_refused_and_nothing_is_written(
     options: list[str], wrong: str, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -66,7 +67,7 @@ def test_help_needs_no_torch_and_knows_every_option() -> None:
 
 @pytest.mark.parametrize("module", ["scm_runtime.cli", "scm_export.cli"])
 def test_help_works_with_a_click_whose_parameter_types_cannot_be_subscripted(module: str) -> None:
-    """As those before 8.4, which pip leaves where they are."""
+    """As in versions before 8.4, which pip does not upgrade."""
     program = """
 import runpy, sys
 import click
@@ -78,9 +79,10 @@ runpy.run_module(module, run_name="__main__")
     assert "Usage: command" in run_python(program, module).stdout
 
 
-def test_every_option_is_one_of_the_exporters_and_the_other_way_round() -> None:
+def test_the_command_and_export_have_the_fields_of_options() -> None:
     names = {option.name for option in cli.main.params}
-    assert names - {"checkpoint", "out", "dry_run", "as_json", "version"} == set(exporter.Options.__dataclass_fields__) - {"progress"}
+    assert names - {"checkpoint", "out", "dry_run", "as_json", "version"} == set(Options.__dataclass_fields__) - {"progress"}
+    assert list(inspect.signature(export).parameters) == ["checkpoint", "out", *Options.__dataclass_fields__]
     assert set(PARAMETRISATION_NAMES) == set(PARAMETRISATIONS)
 
 
@@ -88,9 +90,9 @@ def interrupt(*_: object, **__: object) -> None:
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("stage", ["open_checkpoint", "draw_references", "trace_step", "verify_bundle"])
+@pytest.mark.parametrize("stage", ["open_checkpoint", "compute_references", "trace_step", "verify_bundle"])
 def test_an_interrupt_leaves_nothing_and_exits_with_130(stage: str, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exporter, stage, interrupt)
+    monkeypatch.setattr(preparation if stage == "open_checkpoint" else exporter, stage, interrupt)
     before = tree(tmp_path)
     _, error = scm_export(tiny_checkpoint, "-o", tmp_path / "out.scm", "--steps", "", "--report", tmp_path / "report.html", code=130)
     assert "Interrupted" in error
@@ -98,12 +100,12 @@ def test_an_interrupt_leaves_nothing_and_exits_with_130(stage: str, tiny_checkpo
 
 
 # ----------------------------------------------------------------------------
-# Repositories of the hub, out of a cache folder.
+# Repositories of the hub, from a cache folder.
 
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The cache of a machine without a network."""
+    """Cache folder of the hub; the network is off."""
     constants = pytest.importorskip("huggingface_hub.constants")
     folder = tmp_path / "cache"
     folder.mkdir()

@@ -17,10 +17,11 @@ from torch import Tensor
 from both_ways import check_both_ways
 from scm_export import export, ops
 from scm_export.checkpoints import load
+from scm_export.errors import CheckpointError
 from scm_export.families import BuildOptions, build_model, find_family
 from scm_export.parametrisation import sample
 from scm_runtime import Generator
-from scm_runtime.errors import CheckpointError, InvalidArgumentError
+from scm_runtime.errors import InvalidArgumentError
 
 pytest.importorskip("diffusers", reason="diffusers is in the test extra")
 from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline, UNet2DModel

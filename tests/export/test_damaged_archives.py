@@ -18,7 +18,7 @@ from torch import nn
 
 from own_networks import SHAPE, Plain
 from scm_export.checkpoints import DiffusersFolder, load, load_checkpoint, save_checkpoint
-from scm_runtime.errors import CheckpointError
+from scm_export.errors import CheckpointError
 
 HEADER = {"config": {"sample_shape": SHAPE}}
 FACTORY = "own_networks:plain"

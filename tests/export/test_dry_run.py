@@ -1,4 +1,4 @@
-"""``--dry-run``: what it says is what an export makes, and it makes nothing itself."""
+"""``--dry-run``: the plan agrees with the export, and nothing is written."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_nothing_is_traced_and_nothing_is_written(options: Sequence[str], tiny_c
     def forbidden(*_: object, **__: object) -> None:
         raise AssertionError("a dry run got this far")
 
-    for name in ("new_bundle", "trace_step", "draw_references", "write_report"):
+    for name in ("new_bundle", "trace_step", "compute_references", "write_report"):
         monkeypatch.setattr(exporter, name, forbidden)
     monkeypatch.setattr(torch.onnx, "export", forbidden)
     monkeypatch.chdir(tmp_path)
@@ -72,7 +72,7 @@ def test_nothing_is_traced_and_nothing_is_written(options: Sequence[str], tiny_c
     assert tree(tiny_checkpoint.parent) == beside
 
 
-def test_the_table_says_it_in_words(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_plan_is_printed_as_a_table(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     table = dry_run(tiny_checkpoint, "--dtype", "fp16", "--steps", "2", "--no-custom-ops")
     for words in (
@@ -81,7 +81,7 @@ def test_the_table_says_it_in_words(tiny_checkpoint: Path, monkeypatch: pytest.M
         "1.56455 → 1.1 → 0 (radians)",
         "fp16, ",
         "sample-2.fp16.onnx",
-        "standard operators alone",
+        "standard operators only",
         "nothing was written",
     ):
         assert words in table

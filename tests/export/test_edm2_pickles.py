@@ -19,16 +19,15 @@ from torch.nn import functional
 
 from edm2_networks import MPConv, Precond, TrigFlowPrecond, filled
 from edm2_pickles import EasyDict, Recorded, snapshot, write_pickle
-from scm_export import export
+from scm_export import Options, export, plan
 from scm_export.checkpoints import Checkpoint, SamplerSpec
 from scm_export.checkpoints.edm2_pickles import load_edm2_pickle
-from scm_export.exporter import Options, plan
+from scm_export.errors import CheckpointError
 from scm_export.families import BuildOptions, build_model
 from scm_export.model import Model
 from scm_export.parametrisation import sample
 from scm_export.samplers import karras_sigmas
 from scm_runtime import Generator
-from scm_runtime.errors import CheckpointError
 
 T_MAX = math.atan(80 / 0.5)
 

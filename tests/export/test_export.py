@@ -1,4 +1,4 @@
-"""scm-export: what a bundle holds, and what the exporter refuses to ship."""
+"""``scm-export``: contents of a bundle, and bundles that fail verification."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from scm_export import cli, export, ops
 from scm_export.checkpoints import load_checkpoint, save_checkpoint
 from scm_export.families import build_model
 from scm_export.parametrisation import sample
-from scm_export.tolerances import sample_atol
+from scm_export.verification.tolerances import sample_atol
 from scm_runtime import Generator
 from scm_runtime.bundle.manifest import WEIGHTS, read_manifest
 
@@ -52,7 +52,7 @@ def test_the_manifest_describes_the_bundle(tiny_checkpoint: Path, tiny_bundle: P
     assert all(0 <= case.max_abs <= case.atol for case in manifest.verification.cases)
 
 
-def test_graphs_have_a_free_batch_and_no_trace_of_this_machine(tiny_bundle: Path) -> None:
+def test_graphs_have_a_dynamic_batch_and_no_paths_of_this_machine(tiny_bundle: Path) -> None:
     for path in tiny_bundle.glob("*.onnx"):
         model = onnx.load(path, load_external_data=False)
         for value in (*model.graph.input, *model.graph.output):
@@ -77,12 +77,12 @@ def test_half_weights_are_stored_once_and_serve_both_graphs(half_bundle: Path, t
             assert not np.array_equal(found, expected)
 
 
-def test_every_graph_opens_bare_and_with_the_native_library(tiny_bundle: Path, half_bundle: Path, tiny_guided: tuple[Path, Path, Path]) -> None:
+def test_every_graph_opens_with_and_without_the_native_library(tiny_bundle: Path, half_bundle: Path, tiny_guided: tuple[Path, Path, Path]) -> None:
     for bundle in (tiny_bundle, half_bundle, tiny_guided[0]):
         check_both_ways(bundle)
 
 
-def test_an_export_can_be_repeated_to_the_byte(tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+def test_two_exports_are_identical_to_the_byte(tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path) -> None:
     again = export(tiny_checkpoint, tmp_path / "tiny.scm", verify=False)
     first = read_manifest(tiny_bundle)
     assert again.manifest.files == first.files

@@ -1,4 +1,4 @@
-"""The built graphs, noise and decode: under ONNX Runtime and under the ONNX reference evaluator, against known values and PyTorch."""
+"""The noise and decode graphs on ONNX Runtime and on the ONNX reference evaluator, compared with known values and PyTorch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from onnx.reference import ReferenceEvaluator
 from onnxscript import ir
 
 from scm_export import ops
-from scm_export.graphs import build_decode, build_noise
+from scm_export.graphs.build import build_decode, build_noise
 from scm_export.model import ImageDecoder
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
 
@@ -22,7 +22,7 @@ onnxruntime = load_onnxruntime()
 
 Run = Callable[..., NDArray[Any]]
 
-# Seed 0, draw 0: what torch.randn gives on CUDA for a freshly seeded generator, as documented by AUTOMATIC1111's rng_philox.py.
+# Seed 0, draw 0: the values of torch.randn on CUDA for a freshly seeded generator, as documented in rng_philox.py of AUTOMATIC1111.
 KNOWN_NOISE = [-0.92466259, -0.42534415, -2.64384570, 0.14518388, -0.12086647, -0.57972564]
 
 
@@ -75,7 +75,7 @@ def test_noise_of_a_seed_does_not_depend_on_the_batch_and_scales(load: Callable[
 
 
 @pytest.mark.parametrize("opset", [18, 20, 23])
-def test_graphs_are_made_for_the_opset_asked(opset: int) -> None:
+def test_graphs_have_the_requested_opset(opset: int) -> None:
     model = build_noise((1, 2, 3), opset)
     assert ir.to_proto(model).opset_import[0].version == opset
     np.testing.assert_allclose(noise(with_onnxruntime(model), [0]).ravel(), KNOWN_NOISE, atol=1e-6, rtol=0)

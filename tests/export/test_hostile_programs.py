@@ -17,7 +17,7 @@ from own_networks import SHAPE
 from scm_export import export
 from scm_export.checkpoints import Program, load
 from scm_export.checkpoints.operator_list import OPERATORS
-from scm_runtime.errors import CheckpointError
+from scm_export.errors import CheckpointError
 
 Raw = dict[str, Any]
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from scm_export.checkpoints import load
-from scm_runtime.errors import CheckpointError
+from scm_export.errors import CheckpointError
 from support import tree
 from training_checkpoints import AVERAGE, HEADER, RAW, raw_pickle, rezip, same, save, taken, text, weights
 

@@ -18,9 +18,10 @@ import keeping_networks
 from keeping_networks import CLASSES, LINES, NETWORKS, SHAPE, Network, line
 from scm_export import export
 from scm_export.checkpoints import load
+from scm_export.errors import ExportError, VerificationError
 from scm_export.families import build_model
 from scm_runtime import Generator
-from scm_runtime.errors import ExportError, ScmError, VerificationError
+from scm_runtime.errors import ScmError
 from support import ROOT, run_python
 
 SIGMA_DATA = 0.5

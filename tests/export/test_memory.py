@@ -1,4 +1,4 @@
-"""What an export takes: memory in proportion to the weights, and nothing from the file it reads."""
+"""Memory of an export: proportional to the weights; the checkpoint file is not changed."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from torch import Tensor, nn
 from scm_export.checkpoints import Checkpoint, SamplerSpec, load_checkpoint, save_checkpoint
 from scm_export.families import build_model
 from scm_export.families.weights import load_weights
+from scm_export.graphs.trace import trace_map
 from scm_export.networks.edm2 import UNet, UNetConfig
 from scm_export.precision import Precision
-from scm_export.references import LARGE_NETWORK
-from scm_export.trace import trace_map
+from scm_export.verification.references import LARGE_NETWORK
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
 from support import run_python
 
 onnxruntime = load_onnxruntime()
 
-# A first export, of a tiny model, takes what every export takes; what the second adds belongs to its weights.
-# VmHWM, since ru_maxrss begins with the size of the process that started this one.
+# The export of a tiny model shows the memory that every export needs; what a second one adds is due to its weights.
+# VmHWM, since ru_maxrss starts with the size of the parent process.
 MEASURE = """
 import json, sys
 from pathlib import Path
@@ -45,13 +45,13 @@ print(json.dumps({"added": peak() - before, "weights": 4 * manifest.parameters, 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_an_export_holds_its_weights_less_than_twice(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    # Few layers with many weights, 408 MB of them: a network that counts as large, and computes in a second.
+def test_an_export_takes_less_than_twice_the_memory_of_its_weights(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    # A network with 408 MB of weights in few layers: it counts as large and takes a second.
     config = UNetConfig(img_resolution=4, img_channels=3, model_channels=896, channel_mult=(1,), num_blocks=1, attn_resolutions=(), label_dim=0)
     checkpoint = Checkpoint(family="edm2", config=asdict(config), sampler=SamplerSpec(), weights=UNet(config).state_dict())
     save_checkpoint(checkpoint, tmp_path / "wide.pt")
     done = json.loads(run_python(MEASURE, tiny_checkpoint, tmp_path / "wide.pt", tmp_path).stdout.splitlines()[-1])
-    assert done["composed"] == [1, 2]  # one graph has the step twice
+    assert done["composed"] == [1, 2]  # one graph contains the step twice
     assert done["weights"] > 4 * LARGE_NETWORK
     assert done["added"] < 1.9 * done["weights"]
 
@@ -64,7 +64,7 @@ def test_weights_are_scaled_in_place_and_the_file_keeps_its_own(tiny_checkpoint:
     folded = build_model(loaded).step.get_parameter("network.enc.8x8_conv.weight")
     assert not torch.equal(folded, stored["enc.8x8_conv.weight"])
     assert tiny_checkpoint.read_bytes() == before
-    assert not loaded.weights  # or they would stay in memory
+    assert not loaded.weights  # otherwise they would stay in memory
 
 
 def test_two_names_of_one_tensor_become_two_tensors() -> None:
@@ -76,7 +76,7 @@ def test_two_names_of_one_tensor_become_two_tensors() -> None:
 
 
 class Projections(nn.Module):
-    """Weights that PyTorch transposes and reshapes before it multiplies."""
+    """Layers whose weights PyTorch transposes or reshapes before multiplication."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class Projections(nn.Module):
 def test_weights_are_stored_as_they_are_multiplied(half: bool) -> None:
     network = Precision(Projections().requires_grad_(False))
     if half:
-        network.half()  # the stored weights; computed in float32, through a Cast
+        network.half()  # stored weights in half precision, cast to float32 in the graph
     x = torch.randn(2, 5, 20)
     model = ir.to_proto(trace_map("map", network, x, "x", "y", 20))
     weights = {tensor.name: tensor for tensor in model.graph.initializer if np.prod(tensor.dims) > 100}

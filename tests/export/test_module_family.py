@@ -21,11 +21,11 @@ from both_ways import check_both_ways
 from own_networks import CLASSES, SHAPE, TOKENS, FromDiffusers, OwnNetwork, Plain, Sensitive
 from scm_export import export
 from scm_export.checkpoints import Checkpoint, ConditioningSpec, SamplerSpec, load, load_checkpoint, save_checkpoint
+from scm_export.errors import VerificationError
 from scm_export.families import build_model, find_family
 from scm_export.families.family import BuildOptions
 from scm_export.ops import philox_normal
 from scm_runtime import Generator
-from scm_runtime.errors import VerificationError
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 

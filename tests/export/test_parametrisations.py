@@ -1,4 +1,4 @@
-"""One Gaussian model written in five parametrisations gives the same samples: through whole exports, by closed forms, and by diffusers' schedulers."""
+"""A Gaussian model gives the same samples in all five parametrisations: compared after an export, with closed forms and with diffusers' schedulers."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def network(parametrisation: str, *, diffusion: bool = False) -> Gaussian:
 
 
 # ----------------------------------------------------------------------------
-# The whole way: weights and a config, through the exporter and the runtime.
+# End to end: weights and a config, through the exporter and the runtime.
 
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
-    """(parametrisation, solver) to a bundle of the Gaussian: of its consistency function, or for ddim of its posterior mean."""
+    """Function that exports the Gaussian for (parametrisation, solver): its consistency function, or its posterior mean for ddim."""
     folder = tmp_path_factory.mktemp("gaussian")
     torch.save({"mean": torch.tensor(MEAN), "std": torch.tensor(STD)}, folder / "weights.pt")
 
@@ -71,7 +71,7 @@ def noise(draw: int) -> NDArray[np.float64]:
 
 
 def score(x: NDArray[np.float64], t: float) -> NDArray[np.float64]:
-    """The state's, in units of its standard deviation: for the exact ODE a constant of the motion."""
+    """Deviation of the state from the mean in units of its standard deviation, which the exact ODE conserves."""
     return (x - math.cos(t) * MEAN) / deviation(t)
 
 
@@ -80,7 +80,7 @@ def deviation(t: float) -> float:
 
 
 def consistency_samples(steps: int) -> NDArray[np.float64]:
-    """Multistep consistency sampling (arXiv 2303.01469, algorithm 1): to the end of the ODE, and back up with fresh noise."""
+    """Multistep consistency sampling (arXiv 2303.01469, algorithm 1): jump to the end of the ODE and add fresh noise."""
     x, times = noise(0) * SIGMA_DATA, TIMES[:steps]
     for k, t in enumerate(times):
         data = MEAN + STD * score(x, t)
@@ -90,7 +90,7 @@ def consistency_samples(steps: int) -> NDArray[np.float64]:
 
 
 def ddim_samples(steps: int) -> NDArray[np.float64]:
-    """DDIM in the variable-variance scaling, where it is Euler's method: ``x + (sigma' - sigma) (x - D) / sigma`` (arXiv 2206.00364, equation 4)."""
+    """DDIM in EDM's variables, where it is Euler's method: ``x + (sigma' - sigma) (x - D) / sigma`` (arXiv 2206.00364, equation 4)."""
     times = (*TIMES[:steps], 0.0)
     x = noise(0) * SIGMA_DATA / math.cos(times[0])
     for sigma, sigma_next in pairwise(SIGMA_DATA * math.tan(t) for t in times):
@@ -108,7 +108,7 @@ EXPORTED = [*((name, "consistency") for name in NETWORKS), ("trigflow", "ddim"),
 def test_the_same_samples_in_every_parametrisation(bundle: Callable[[str, str], Path], parametrisation: str, solver: str, steps: int) -> None:
     with Generator(bundle(parametrisation, solver)) as generate:
         x = generate(seed=list(SEEDS), num_inference_steps=steps, output_type="latent").array
-    # Float32: EDM's c_in x is of the order of 1 at sigma 24, where c_out F and c_skip x of the network above cancel.
+    # Rounding in float32: at sigma 24, EDM's c_in x is of the order of 1, and c_out F and c_skip x of the network above cancel.
     np.testing.assert_allclose(x, CLOSED_FORMS[solver](steps), rtol=0, atol=2e-5 if parametrisation == "edm" else 2e-6)
 
 
@@ -131,7 +131,7 @@ def test_a_sample_is_the_same_to_the_bit_in_any_batch(bundle: Callable[[str, str
 
 
 # ----------------------------------------------------------------------------
-# Against diffusers, which has its own formulae for three of them.
+# Comparison with diffusers, which has its own formulas for three of them.
 
 
 def draws(count: int) -> list[Tensor]:
@@ -155,7 +155,7 @@ def test_edm_is_diffusers_edm() -> None:
 
 
 def test_flow_is_diffusers_flow_matching() -> None:
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=1)  # its times are then the path's u
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=1)  # so that its times are the path's u
     scheduler.set_timesteps(sigmas=[0.97, 0.7, 0.3])
     u = [float(sigma) for sigma in scheduler.sigmas]
     times = tuple(math.atan2(level, 1 - level) for level in u)
@@ -168,7 +168,7 @@ def test_flow_is_diffusers_flow_matching() -> None:
 
 @pytest.mark.parametrize("parametrisation", NETWORKS)
 def test_the_consistency_step_is_diffusers_scm_scheduler(parametrisation: ParametrisationName) -> None:
-    """It takes sigma_d F, whichever network it comes from."""
+    """The scheduler takes sigma_d F, for every parametrisation of the network."""
     scheduler = diffusers.SCMScheduler(prediction_type="trigflow", sigma_data=SIGMA_DATA)
     scheduler.set_timesteps(2, timesteps=[1.55, 1.1, 0.0], max_timesteps=None, intermediate_timesteps=None)
     x, model = draws(1)[0] * SIGMA_DATA, network(parametrisation)
@@ -182,13 +182,13 @@ def test_the_consistency_step_is_diffusers_scm_scheduler(parametrisation: Parame
 
 
 # ----------------------------------------------------------------------------
-# At the ends of time.
+# The first and the last time.
 
 
 @pytest.mark.parametrize("t", [math.pi / 2, 1.5708, 1e-3])
 @pytest.mark.parametrize("parametrisation", sorted(NETWORKS.keys() - {"edm"}))
 def test_the_ends_of_time_are_no_special_case(parametrisation: ParametrisationName, t: float) -> None:
-    """In float32 pi/2 and SANA's 1.5708 lie above pi/2: the cosine is negative, and flow's u above 1."""
+    """In float32, pi/2 and SANA's 1.5708 are above pi/2: the cosine is negative, and flow's u is above 1."""
     x = draws(1)[0] * deviation(t) + math.cos(t) * MEAN
     times = torch.full((len(x),), t)
     step = Step(network(parametrisation).float(), SIGMA_DATA, parametrisation)
@@ -216,7 +216,7 @@ def test_edm_has_no_infinite_sigma() -> None:
 
 
 def test_a_ddim_step_along_a_rotation_is_exact() -> None:
-    """Of one datum and one noise the state turns from one to the other, and the velocity turns with it."""
+    """For a single data point and noise, the state rotates from one to the other, and the velocity rotates with it."""
     t, t_next = (torch.tensor(times, dtype=torch.float64) for times in ([1.2, 0.9], [0.3, 0.5]))
     data, normal = torch.randn(2, 2, *SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     x, x_next = (torch.cos(at).reshape(-1, 1, 1, 1) * data + torch.sin(at).reshape(-1, 1, 1, 1) * normal for at in (t, t_next))

@@ -21,7 +21,8 @@ from scm_export.checkpoints import Checkpoint, Program, load, load_checkpoint, s
 from scm_export.checkpoints.header import read_header
 from scm_export.checkpoints.operator_graph import OperatorGraph
 from scm_export.checkpoints.torchscript import read_torchscript
-from scm_runtime.errors import CheckpointError, CheckpointNotFoundError, InvalidArgumentError, ScmError
+from scm_export.errors import CheckpointError, CheckpointNotFoundError
+from scm_runtime.errors import InvalidArgumentError, ScmError
 from support import ROOT, tree
 
 Made = tuple[Path, dict[str, Any]]

@@ -1,4 +1,4 @@
-"""``--report``: one page with the cases, the facts and the pictures, whether the bundle passed or not."""
+"""``--report``: one page with cases, facts and images, whether the bundle passed or not."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from scm_export import cli, exporter
-from scm_export.comparisons import Compared
-from scm_export.references import FIRST_SEED
-from scm_export.report import to_html
-from scm_export.verify import Outcome, verify_bundle
+from scm_export.verification.compare import ImagePair
+from scm_export.verification.references import FIRST_SEED
+from scm_export.verification.report import to_html
+from scm_export.verification.verify import VerificationResult, verify_bundle
 from scm_runtime import Generator
 from scm_runtime.bundle.manifest import Manifest, VerifiedCase, read_manifest
 from support import tree
 
 
-def pictures(page: str) -> list[tuple[str, NDArray[np.uint8]]]:
-    """Label and pixels of every picture of a page, in order."""
+def images_of(page: str) -> list[tuple[str, NDArray[np.uint8]]]:
+    """Label and pixels of every image of a page, in order."""
     found = re.findall(r'alt="([^"]+)"[^>]*src="data:image/png;base64,([^"]+)"', page)
     return [(label, np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))) for label, data in found]
 
 
 @pytest.fixture(scope="module")
 def reported(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A bundle and its report."""
+    """Path of a bundle, and the HTML of its report."""
     folder = tmp_path_factory.mktemp("report")
     arguments = [str(tiny_checkpoint), "-o", str(folder / "tiny.scm"), "--dtype", "fp16", "--steps", "", "--report", str(folder / "report.html")]
     result = CliRunner(catch_exceptions=False).invoke(cli.main, arguments)
@@ -62,15 +62,15 @@ def test_the_page_needs_no_other_file(reported: tuple[Path, str]) -> None:
     assert "<script" not in reported[1]
 
 
-def test_the_pictures_are_the_references_beside_the_bundles_and_their_difference(reported: tuple[Path, str]) -> None:
+def test_images_show_the_reference_the_bundle_and_their_difference(reported: tuple[Path, str]) -> None:
     bundle, page = reported
-    shown = pictures(page)
+    shown = images_of(page)
     assert len(shown) == 2 * 2 * 3 * 3  # dtypes, step counts, samples, columns
     titles = re.findall("<figcaption>([^<]+)", page)
     assert titles == ["fp16 on cpu, 1 step", "fp16 on cpu, 2 steps", "fp32 on cpu, 1 step", "fp32 on cpu, 2 steps"]
     with Generator(bundle, dtype="fp16", native_ops=False) as generate:
-        drawn = generate([0, 7 % 4, 14 % 4], seed=FIRST_SEED, num_inference_steps=2, output_type="np").array
-    for sample, expected in enumerate(drawn):
+        generated = generate([0, 7 % 4, 14 % 4], seed=FIRST_SEED, num_inference_steps=2, output_type="np").array
+    for sample, expected in enumerate(generated):
         (_, reference), (_, found), (label, difference) = shown[9 + 3 * sample : 12 + 3 * sample]
         np.testing.assert_array_equal(found, expected)
         gain = int(re.fullmatch(r"difference × (\d+)", label)[1])  # type: ignore[index]  # no match fails the test as well
@@ -87,12 +87,12 @@ def test_a_bundle_that_fails_leaves_its_report_and_nothing_else(tiny_checkpoint:
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
     page = report.read_text("utf-8")
     assert "verification failed" in page
-    assert page.count('<tr class="over">') == 5  # single evaluations, and 1 and 2 steps in batches of 1 and 3
-    assert len(pictures(page)) == 2 * 3 * 3
+    assert page.count('<tr class="over">') == 5  # single steps, and samplers of 1 and 2 steps in batches of 1 and 3
+    assert len(images_of(page)) == 2 * 3 * 3
 
 
 def test_a_bundle_that_does_not_run_is_reported_too(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def damaged(folder: Path, *arguments: Any) -> Outcome:
+    def damaged(folder: Path, *arguments: Any) -> VerificationResult:
         (folder / "decode.fp32.onnx").write_bytes(b"<no> graph")
         return verify_bundle(folder, *arguments)
 
@@ -116,7 +116,9 @@ def test_a_bundle_that_does_not_run_is_reported_too(tiny_checkpoint: Path, tmp_p
         ("report.html", ["--no-verify"], "give one of them"),
     ],
 )
-def test_a_report_that_cannot_be_is_refused_before_the_work(report: str, options: list[str], wrong: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_report_that_cannot_be_written_is_refused_before_the_export(
+    report: str, options: list[str], wrong: str, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
     (tmp_path / "folder").mkdir()
     before = tree(tmp_path)
     arguments = [str(tiny_checkpoint), "-o", str(tmp_path / "tiny.scm"), "--report", str(tmp_path / report), *options]
@@ -139,9 +141,9 @@ def test_a_report_inside_the_bundle_it_replaces_is_refused(tiny_checkpoint: Path
     assert tree(tmp_path) == before
 
 
-def page_of(manifest: Manifest, *compared: Compared) -> str:
+def page_of(manifest: Manifest, *pairs: ImagePair) -> str:
     case = VerifiedCase(graph="step", dtype="fp32", batch_size=1, steps=1, max_abs=0.5, atol=1.0, psnr=30.0)
-    return to_html(manifest, Outcome("theirs <& ours>", [case], list(compared)))
+    return to_html(manifest, VerificationResult("theirs <& ours>", [case], list(pairs)))
 
 
 def test_latents_are_shown_channel_by_channel_in_the_references_range(tiny_bundle: Path) -> None:
@@ -149,8 +151,8 @@ def test_latents_are_shown_channel_by_channel_in_the_references_range(tiny_bundl
     found = expected.copy()
     found[0, 1, 2, 3] = np.nan
     found[0, 0, 0, 0] = 9
-    page = page_of(read_manifest(tiny_bundle), Compared("latents", expected, found))
-    (_, reference), (_, bundle), (_, difference) = pictures(page)
+    page = page_of(read_manifest(tiny_bundle), ImagePair("latents", expected, found))
+    (_, reference), (_, bundle), (_, difference) = images_of(page)
     assert reference.shape == (3, 8)  # two channels, 3 x 4 each, side by side
     assert (reference[0, 0], reference[-1, -1]) == (0, 255)
     np.testing.assert_array_equal(reference[:, :4], np.round((expected[0, 0] + 2) / 4 * 255))
@@ -168,9 +170,9 @@ def test_names_are_text_and_not_markup(tiny_bundle: Path) -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
-def test_pixels_of_any_number_of_channels_can_be_looked_at(channels: int, tiny_bundle: Path) -> None:
+def test_pixels_of_any_number_of_channels_are_shown(channels: int, tiny_bundle: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (1, 5, 6, channels), np.uint8)
-    (_, reference), (_, _), (label, difference) = pictures(page_of(read_manifest(tiny_bundle), Compared("any", pixels, pixels)))
+    (_, reference), (_, _), (label, difference) = images_of(page_of(read_manifest(tiny_bundle), ImagePair("any", pixels, pixels)))
     assert reference.shape == {1: (5, 6), 2: (5, 12), 3: (5, 6, 3), 4: (5, 6, 4)}[channels]
     assert label == "difference × 1"
     assert not difference.any()

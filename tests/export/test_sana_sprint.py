@@ -21,11 +21,12 @@ from torch import Tensor
 from both_ways import check_both_ways
 from scm_export import export, ops
 from scm_export.checkpoints import load
+from scm_export.errors import CheckpointError
 from scm_export.families import BuildOptions, build_model, find_family
 from scm_export.families.sana_sprint import TIMES
 from scm_export.parametrisation import sample
 from scm_runtime import Generator
-from scm_runtime.errors import CheckpointError, InvalidArgumentError
+from scm_runtime.errors import InvalidArgumentError
 
 SIGMA_DATA = 0.25  #      not the default, 0.5: it must come from the folder
 SIZE = (64, 32)  #        pixels; latents of 8 x 4

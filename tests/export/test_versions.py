@@ -1,4 +1,4 @@
-"""Packages that the exporter is known to fail with are refused before anything is read, and its table agrees with pyproject.toml."""
+"""Package versions that the exporter is known to fail with are refused before anything is read; its table agrees with pyproject.toml."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Install = Callable[[str, str], None]
 
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
-    """Lets a package appear to be installed in another version: Python finds the first one on its path."""
+    """Function that makes a package appear to be installed in another version, through metadata that comes first on Python's path."""
     folder = tmp_path / "installed"
     folder.mkdir()
     monkeypatch.syspath_prepend(str(folder))
@@ -76,7 +76,7 @@ def test_an_older_torch_takes_an_older_onnxscript(version: str, install: Install
     check_versions()
 
 
-def test_versions_newer_than_any_tested_are_told_of_first(install: Install, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_untested_newer_versions_are_warned_about_first(install: Install, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     install("torch", "2.99.0")
     install("onnxscript", "0.99")
     with caplog.at_level(logging.WARNING, "scm_export"), pytest.raises(FileNotFoundError):
@@ -86,7 +86,7 @@ def test_versions_newer_than_any_tested_are_told_of_first(install: Install, tmp_
     assert "pip install 'torch~=2.13.0' 'onnxscript~=0.7.0'" in message
 
 
-def test_a_tested_torch_is_not_remarked_upon(install: Install, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_tested_torch_gives_no_warning(install: Install, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     install("torch", "2.13.1+cu130")
     with pytest.raises(FileNotFoundError):
         export(tmp_path / "no-checkpoint.pt")

@@ -19,16 +19,16 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from own_networks import SHAPE, Plain
-from scm_export import cli, export
+from scm_export import Options, cli, export, plan
 from scm_export.checkpoints import load
 from scm_export.checkpoints.header import read_header
-from scm_export.exporter import Options, plan
+from scm_export.errors import CheckpointError
 from scm_export.families import build_model
 from scm_export.ops import philox_normal
 from scm_runtime import Generator
 from scm_runtime.bundle.manifest import Source, read_manifest
 from scm_runtime.cli import main as scm_runtime
-from scm_runtime.errors import CheckpointError, InvalidArgumentError, ScmError
+from scm_runtime.errors import InvalidArgumentError, ScmError
 from support import ROOT
 from training_checkpoints import AVERAGE, HEADER, RAW, SIGMA_DATA, T, network, same, save, taken, weights
 

@@ -1,4 +1,4 @@
-"""A Generator on a GPU: it draws what the CPU draws, leaves results there for torch, shares the host's stream, and survives a batch that is too large."""
+"""A Generator on a GPU: it matches the CPU, shares results with torch on the device, uses the caller's stream, and survives a batch that is too large."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.dlpack import from_dlpack
 
-from scm_export.tolerances import MIN_PSNR, SAMPLE_ATOL
+from scm_export.verification.tolerances import MIN_PSNR, SAMPLE_ATOL
 from scm_runtime import Generator, InvalidArgumentError, OutOfMemoryError
 
 pytestmark = pytest.mark.gpu
@@ -37,7 +37,7 @@ def psnr(ours: Any, theirs: Any) -> float:
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 @pytest.mark.parametrize("cuda_graph", [False, True])
 @pytest.mark.parametrize("native_ops", [False, "auto"])
-def test_samples_are_the_cpus(on_cpu: Generator, steps: int, dtype: str, cuda_graph: bool, native_ops: Any) -> None:
+def test_samples_match_the_cpu(on_cpu: Generator, steps: int, dtype: str, cuda_graph: bool, native_ops: Any) -> None:
     expected = on_cpu(seed=SEEDS, num_inference_steps=steps, output_type="latent").array
     pixels = on_cpu(seed=SEEDS, num_inference_steps=steps, output_type="np").array
     with on_gpu(dtype, cuda_graph=cuda_graph, native_ops=native_ops) as generate:
@@ -54,7 +54,7 @@ def test_the_same_pixels_with_cuda_graphs_and_without() -> None:
 
 
 def test_many_batch_sizes() -> None:
-    """More than there are graphs for, and than places that are kept."""
+    """More batch sizes than are captured, and than buffers are kept for."""
     with on_gpu() as generate:
         alone = np.concatenate([generate(seed=seed, output_type="np").array for seed in range(20)])
         for n in [*range(1, 21), 3, 20, 1]:
@@ -63,7 +63,7 @@ def test_many_batch_sizes() -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 7, 2**40 + 3])
-def test_noise_is_what_torch_draws_on_cuda(seed: int) -> None:
+def test_noise_matches_torch_on_cuda(seed: int) -> None:
     with on_gpu() as generate:
         shape = (1, *generate.manifest.sample.shape)
         drawn = torch.randn(shape, generator=torch.Generator("cuda").manual_seed(seed), device="cuda").cpu().numpy()
@@ -73,7 +73,7 @@ def test_noise_is_what_torch_draws_on_cuda(seed: int) -> None:
 
 
 @pytest.mark.parametrize("side_stream", [False, True])
-def test_torch_takes_results_over_on_the_device(side_stream: bool) -> None:
+def test_torch_imports_results_on_the_device(side_stream: bool) -> None:
     stream = torch.cuda.Stream() if side_stream else torch.cuda.default_stream()
     with on_gpu() as generate:
         expected = torch.from_numpy(generate(seed=SEEDS, output_type="np").array)
@@ -83,13 +83,13 @@ def test_torch_takes_results_over_on_the_device(side_stream: bool) -> None:
                 assert tensor.device == torch.device("cuda:0")
                 assert torch.equal(tensor.cpu(), expected)
         kept = from_dlpack(generate(seed=SEEDS, output_type="dlpack").array)
-        for seed in range(10):  # other results do not take its place
+        for seed in range(10):  # later results do not overwrite it
             generate(seed=[seed, seed, seed], output_type="dlpack")
     assert torch.equal(kept.cpu(), expected)  # after the Generator is closed
 
 
 @pytest.mark.parametrize("which", ["side", "default"])
-def test_works_in_the_order_of_the_hosts_stream(which: str) -> None:
+def test_work_is_ordered_on_the_callers_stream(which: str) -> None:
     with on_gpu() as generate:
         expected = torch.from_numpy(generate(seed=SEEDS, output_type="np").array).int()
     stream = torch.cuda.Stream() if which == "side" else torch.cuda.default_stream()
@@ -102,15 +102,15 @@ def test_works_in_the_order_of_the_hosts_stream(which: str) -> None:
             assert torch.equal((tensor.int() + busy[0, 0].int() * 0).cpu(), expected)
 
 
-def test_a_stream_of_another_device_is_refused() -> None:
+def test_a_stream_of_another_device_is_rejected() -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     with pytest.raises(InvalidArgumentError, match="cuda:1"):
         on_gpu(stream=torch.cuda.Stream("cuda:1"))
 
 
-def test_two_generators_on_streams_of_their_own_at_once() -> None:
-    """Their first calls capture graphs at the same time as the other allocates."""
+def test_two_generators_run_concurrently_on_separate_streams() -> None:
+    """In the first calls, one Generator captures CUDA graphs while the other allocates memory."""
     with on_gpu() as first, on_gpu() as second, ThreadPoolExecutor(4) as pool:
         futures = [(n, pool.submit(generate, seed=0, class_labels=[1] * n, output_type="np")) for n in range(1, 9) for generate in (first, second)]
         results: dict[int, list[Any]] = {}
@@ -121,7 +121,7 @@ def test_two_generators_on_streams_of_their_own_at_once() -> None:
 
 
 @pytest.mark.parametrize("cuda_graph", [False, True])
-def test_too_large_a_batch_leaves_a_generator_that_works(cuda_graph: bool) -> None:
+def test_too_large_a_batch_leaves_a_working_generator(cuda_graph: bool) -> None:
     with on_gpu(gpu_mem_limit=64 << 20, cuda_graph=cuda_graph) as generate:
         before = generate(seed=SEEDS, output_type="np").array
         with pytest.raises(OutOfMemoryError, match="batch of 8192"):
@@ -130,12 +130,12 @@ def test_too_large_a_batch_leaves_a_generator_that_works(cuda_graph: bool) -> No
         generate(seed=0, batch_size=16, output_type="np")
 
 
-def test_close_gives_memory_back() -> None:
+def test_close_frees_memory() -> None:
     def once() -> None:
         with on_gpu() as generate:
             generate(seed=0, batch_size=64, output_type="np")
 
-    once()  # what CUDA's libraries keep for the process
+    once()  # CUDA's libraries allocate memory that they keep until the process ends
     free = torch.cuda.mem_get_info()[0]
     for _ in range(3):
         once()
@@ -152,7 +152,7 @@ def test_callbacks_see_and_change_states(on_cpu: Generator) -> None:
     assert np.abs(ours - theirs).max() <= SAMPLE_ATOL["fp32", "fp32"]
 
 
-def test_timings_are_the_devices() -> None:
+def test_timings_come_from_the_device() -> None:
     with on_gpu() as generate:
         timings = generate(seed=1, output_type="np").timings
     assert len(timings.steps) == 2

@@ -1,4 +1,4 @@
-"""A host in C++: it opens graphs of a bundle through ONNX Runtime's own interface, without the library of native kernels and with it."""
+"""A C++ host opens a bundle's graphs through ONNX Runtime's C++ API, with and without the native kernel library."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HOST = """
 #include <memory>
 #include <onnxruntime_cxx_api.h>
 
-int main(int count, char** arguments) {  // the library, and graphs
+int main(int count, char** arguments) {  // arguments: the library, the graphs
   try {
     Ort::Env env(ORT_LOGGING_LEVEL_FATAL, "host");
     for (const bool registered : {false, true}) {
@@ -37,7 +37,7 @@ int main(int count, char** arguments) {  // the library, and graphs
 
 
 def headers() -> Path:
-    """Where the library's build found ONNX Runtime's headers, which no wheel has."""
+    """Return the folder of ONNX Runtime's headers, which wheels do not contain: usually the one that the library's build found."""
     named = os.environ.get("ONNXRUNTIME_INCLUDE_DIR")
     places = [Path(named)] if named else [path.parent for path in (ROOT / "build").glob("**/onnxruntime_cxx_api.h")]
     places += [Path("/usr/include/onnxruntime"), Path("/usr/local/include/onnxruntime")]
@@ -56,7 +56,7 @@ def test_a_host_in_cpp_opens_every_graph_bare_and_with_the_native_library(tmp_pa
     if runtime is None:
         pytest.skip("this ONNX Runtime has no shared library to link to")
     (tmp_path / "host.cc").write_text(HOST)
-    (tmp_path / "libonnxruntime.so.1").symlink_to(runtime)  # the name that its wheel leaves out
+    (tmp_path / "libonnxruntime.so.1").symlink_to(runtime)  # its soname, which the wheel does not contain
     run([compiler, "-std=c++17", "-isystem", include, tmp_path / "host.cc", runtime, f"-Wl,-rpath,{tmp_path}", "-o", tmp_path / "host"])
     graphs = sorted(BUNDLE.glob("*.onnx"))
     opened = run([tmp_path / "host", library, *graphs]).stdout.splitlines()

@@ -1,4 +1,4 @@
-"""The CUDA kernels on a GPU, beyond the row they have in test_operators.py: bfloat16, the large attention, graphs, torch's own noise."""
+"""The CUDA kernels on a GPU, in addition to test_operators.py: bfloat16, large attention, CUDA graphs, torch's noise."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from onnx import TensorProto, helper
 from torch import Tensor
 
 from scm_export import ops
-from scm_export.tolerances import OP_TOLERANCE
+from scm_export.verification.tolerances import OP_TOLERANCE
 from scm_runtime.bundle.manifest import OPS_DOMAIN, OPS_VERSION
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
 from support import native_library
@@ -33,7 +33,7 @@ Run = Callable[[], None]
 
 
 def kernel(op: str, inputs: tuple[Tensor, ...], like: tuple[Tensor, ...], *, graph: bool = False, **attributes: Any) -> tuple[Run, tuple[Tensor, ...]]:
-    """One node on CUDA tensors, bound to them and to outputs shaped as ``like``: what runs it, and the outputs."""
+    """Create a session with one node, bound to CUDA inputs and to outputs shaped like ``like``. Returns a function that runs it, and the outputs."""
     names, results = [f"i{k}" for k in range(len(inputs))], [f"o{k}" for k in range(len(like))]
     given = [helper.make_tensor_value_info(name, ELEMENTS[x.dtype], list(x.shape)) for name, x in zip(names, inputs, strict=True)]
     asked = [helper.make_tensor_value_info(name, ELEMENTS[x.dtype], list(x.shape)) for name, x in zip(results, like, strict=True)]
@@ -112,7 +112,7 @@ def test_a_kernel_can_be_captured_in_a_cuda_graph() -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 7, 2**40 + 3])
-def test_the_noise_is_that_of_torch_on_cuda(seed: int) -> None:
+def test_noise_matches_torch_on_cuda(seed: int) -> None:
     generator = torch.Generator("cuda").manual_seed(seed)
     seeds, scale = torch.tensor([seed], device="cuda"), torch.ones((), device="cuda")
     for draw in range(3):

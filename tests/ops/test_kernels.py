@@ -1,4 +1,4 @@
-"""The library of kernels in ONNX Runtime: who runs, what it gives, and what it says of bad input."""
+"""The native kernel library in ONNX Runtime: which implementation runs, its results, and its errors for bad input."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from scm_export.tolerances import SAMPLE_ATOL
+from scm_export.verification.tolerances import SAMPLE_ATOL
 from scm_runtime import Generator
-from scm_runtime.bundle.manifest import MANIFEST, OPS_DOMAIN, OPS_VERSION, sha256
+from scm_runtime.bundle.checksums import sha256
+from scm_runtime.bundle.manifest import MANIFEST, OPS_DOMAIN, OPS_VERSION
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
 from scm_runtime.errors import InvalidArgumentError
-from scm_runtime.ort.native_ops import MATMUL_PRECISION
+from scm_runtime.ort.options import MATMUL_PRECISION
 from support import BFLOAT16, MATRIX_UNITS, native_library
 
 onnxruntime = load_onnxruntime()
@@ -30,7 +31,7 @@ def _library() -> None:
     native_library()
 
 
-def test_the_same_pictures_with_the_kernels_and_without() -> None:
+def test_images_are_the_same_with_and_without_the_kernels() -> None:
     seeds = list(range(100))
     with Generator("digits", native_ops=True) as kernels, Generator("digits", native_ops=False) as bodies:
         assert (kernels.info.native_ops, bodies.info.native_ops) == (True, False)
@@ -42,76 +43,76 @@ def test_the_same_pictures_with_the_kernels_and_without() -> None:
 
 
 def test_the_half_precision_graphs_run_with_the_kernels() -> None:
-    """Two samplers of half precision drift apart; each must stay as near to the one in float32."""
+    """Two float16 samplers diverge from each other, so each is compared with the float32 sampler."""
     errors = {}
-    with Generator("digits", native_ops=False) as exact:
-        wanted = exact(seed=range(20), output_type="latent").array
+    with Generator("digits", native_ops=False) as reference:
+        expected = reference(seed=range(20), output_type="latent").array
     for native_ops in (True, False):
         with Generator("digits", dtype="fp16", native_ops=native_ops) as generate:
-            errors[native_ops] = np.abs(generate(seed=range(20), output_type="latent").array - wanted)
+            errors[native_ops] = np.abs(generate(seed=range(20), output_type="latent").array - expected)
     assert errors[True].max() < 2 * SAMPLE_ATOL["fp16", "fp16"]
     assert errors[True].mean() < 1.5 * errors[False].mean()
 
 
-def test_a_picture_does_not_depend_on_its_batch() -> None:
+def test_an_image_does_not_depend_on_its_batch() -> None:
     with Generator("digits", native_ops=True) as generate:
         together = generate(seed=[3, 5, 7, 11, 13, 17, 19], output_type="latent").array
-        for place, seed in ((0, 3), (2, 7), (6, 19)):
-            np.testing.assert_array_equal(generate(seed=seed, class_labels=seed % 10, output_type="latent").array[0], together[place])
+        for index, seed in ((0, 3), (2, 7), (6, 19)):
+            np.testing.assert_array_equal(generate(seed=seed, class_labels=seed % 10, output_type="latent").array[0], together[index])
 
 
 @pytest.mark.skipif(not BFLOAT16, reason="needs a processor with AMX or AVX512-BF16")
-def test_products_have_the_precision_asked_for(tiny_bundle: Path) -> None:
-    """More than rounding tells them apart, or the kernels did not run; and no more than the precision allows."""
+def test_dense_operators_have_the_requested_precision(tiny_bundle: Path) -> None:
+    """The error must be larger than rounding, or the kernels did not run, and no larger than the precision permits."""
 
     def latents(precision: str, batch_size: int) -> NDArray[np.float32]:
         with Generator(tiny_bundle, native_ops=True, session_options={MATMUL_PRECISION: precision}, cache_dir=False) as generate:
             return cast(NDArray[np.float32], generate([0, 1, 2][:batch_size], seed=range(batch_size), output_type="latent").array)
 
-    exact = latents("highest", 3)
-    errors = {precision: np.abs(latents(precision, 3) - exact).max() for precision in ("high", "medium")}
+    reference = latents("highest", 3)
+    errors = {precision: np.abs(latents(precision, 3) - reference).max() for precision in ("high", "medium")}
     assert errors["high"] < 1e-4 < errors["medium"] < 0.1
-    assert (errors["high"] > 1e-7) == MATRIX_UNITS  # which alone are faster so
+    assert (errors["high"] > 1e-7) == MATRIX_UNITS  # only these have kernels for "high"
     for precision in errors:
         np.testing.assert_array_equal(latents(precision, 1), latents(precision, 3)[:1])
 
 
-def test_the_matrix_units_are_used_unless_told_otherwise(tiny_bundle: Path) -> None:
+def test_high_precision_is_the_default(tiny_bundle: Path) -> None:
     with Generator(tiny_bundle, native_ops=True) as usual, Generator(tiny_bundle, native_ops=True, session_options={MATMUL_PRECISION: "high"}) as high:
         one, other = (generate([0, 1], seed=0, output_type="latent").array for generate in (usual, high))
         np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize("value", ["low", 3, None])
-def test_a_precision_that_is_not_torchs_is_named(tiny_bundle: Path, value: object) -> None:
+def test_an_unknown_precision_is_an_error(tiny_bundle: Path, value: object) -> None:
     with pytest.raises(InvalidArgumentError, match=rf"scm\.float32_matmul_precision must be one of highest, high, medium, got {value!r}"):
         Generator(tiny_bundle, session_options={MATMUL_PRECISION: value})
 
 
 @pytest.mark.parametrize("op", ["MPSum", "NormModulateSiLU", "ConsistencyStep"])
-def test_a_planted_difference_shows_who_runs(op: str, tiny_bundle: Path, tmp_path: Path) -> None:
-    """The function body of one operator is made to give something else: only who runs bodies may notice."""
-    planted = tmp_path / "planted.scm"
-    shutil.copytree(tiny_bundle, planted)
-    model = onnx.load(planted / "step.fp32.onnx", load_external_data=False)
+def test_a_modified_function_body_shows_which_implementation_runs(op: str, tiny_bundle: Path, tmp_path: Path) -> None:
+    """Change the function body of one operator: only a session that runs function bodies may return something else."""
+    modified = tmp_path / "modified.scm"
+    shutil.copytree(tiny_bundle, modified)
+    model = onnx.load(modified / "step.fp32.onnx", load_external_data=False)
     (function,) = (function for function in model.functions if function.name == op)
     result = function.output[0]
     for node in function.node:
         node.output[:] = ["true_result" if name == result else name for name in node.output]
     function.node.append(helper.make_node("Add", ["true_result", "true_result"], [result]))
-    (planted / "step.fp32.onnx").write_bytes(model.SerializeToString())
+    (modified / "step.fp32.onnx").write_bytes(model.SerializeToString())
 
-    manifest = json.loads((planted / MANIFEST).read_text())
-    manifest["files"]["step.fp32.onnx"] = {"size": (planted / "step.fp32.onnx").stat().st_size, "sha256": sha256(planted / "step.fp32.onnx")}
-    (planted / MANIFEST).write_text(json.dumps(manifest))
+    manifest = json.loads((modified / MANIFEST).read_text())
+    manifest["files"]["step.fp32.onnx"] = {"size": (modified / "step.fp32.onnx").stat().st_size, "sha256": sha256(modified / "step.fp32.onnx")}
+    (modified / MANIFEST).write_text(json.dumps(manifest))
 
     def latents(bundle: Path, *, native_ops: bool) -> NDArray[np.float32]:
         with Generator(bundle, native_ops=native_ops) as generate:
             return cast(NDArray[np.float32], generate([0, 1], seed=5, output_type="latent").array)
 
     true = latents(tiny_bundle, native_ops=False)
-    np.testing.assert_allclose(latents(planted, native_ops=True), true, atol=1e-4)
-    assert np.abs(latents(planted, native_ops=False) - true).max() > 0.1
+    np.testing.assert_allclose(latents(modified, native_ops=True), true, atol=1e-4)
+    assert np.abs(latents(modified, native_ops=False) - true).max() > 0.1
 
 
 FLOAT, DOUBLE, INT64 = TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.INT64
@@ -141,8 +142,8 @@ FLOAT, DOUBLE, INT64 = TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.INT64
 )
 @pytest.mark.parametrize("known", [True, False], ids=["at load", "at run"])
 def test_bad_input_is_named(op: str, inputs: dict[str, tuple[int, ...]], attributes: Mapping[str, float], message: str, known: bool) -> None:
-    """Where the sizes are written in the graph its session does not open; where they are not, its run fails."""
-    with pytest.raises(Exception, match=message):  # ONNX Runtime has an exception for each of its codes
+    """With known sizes in the graph, creating the session fails; otherwise the run fails."""
+    with pytest.raises(Exception, match=message):  # ONNX Runtime has an exception class per error code
         _run(op, {name: (FLOAT, shape) for name, shape in inputs.items()}, attributes, known=known)
 
 
@@ -157,7 +158,7 @@ def test_a_draw_out_of_range_is_named() -> None:
 
 
 def _run(op: str, inputs: Mapping[str, tuple[int, tuple[int, ...]]], attributes: Mapping[str, Any], *, known: bool, fill: int = 1) -> None:
-    """One node without a function body, its inputs' sizes known when the session is opened or not."""
+    """Run one node without a function body. ``known``: declare the input sizes in the graph."""
     given = [helper.make_tensor_value_info(name, kind, shape if known else [None] * len(shape)) for name, (kind, shape) in inputs.items()]
     node = helper.make_node(op, list(inputs), ["result"], domain=OPS_DOMAIN)
     node.attribute.extend(helper.make_attribute(name, value) for name, value in attributes.items())

@@ -1,4 +1,4 @@
-"""Convolutions and linear layers of other people's networks: the traced step has them as operators that matrix units take."""
+"""Convolutions and linear layers of custom networks become operators in the traced step, which run on matrix units."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from onnx import ModelProto, inliner
 from onnxscript import ir
 from torch import Tensor, nn
 
+from scm_export.graphs.trace import trace_step
 from scm_export.model import ImageDecoder, Model
 from scm_export.parametrisation import Step
-from scm_export.trace import trace_step
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
-from scm_runtime.ort.native_ops import MATMUL_PRECISION
+from scm_runtime.ort.options import MATMUL_PRECISION
 from support import BFLOAT16, native_library
 
 onnxruntime = load_onnxruntime()
@@ -26,7 +26,7 @@ LAST, FIRST = "scm.channels_last", "scm.channels_first"
 
 
 class Network(nn.Module):
-    """Products that become operators, and convolutions that are none of them."""
+    """Has layers that become operators, and layers that do not."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Network(nn.Module):
                 nn.Sequential(nn.Conv2d(32, 32, 3), nn.ZeroPad2d(1)),
             ]
         )
-        self.padded = nn.Sequential(nn.ZeroPad2d(1), nn.Conv2d(32, 32, 3))  # the exporter makes one node of the two
+        self.padded = nn.Sequential(nn.ZeroPad2d(1), nn.Conv2d(32, 32, 3))  # the exporter fuses the two into one node
         self.last = nn.Conv2d(32, 3, 3, padding=1)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ def inputs() -> dict[str, Tensor]:
 
 
 def run(model: ModelProto, precision: str | None = None) -> NDArray[Any]:
-    """In a session that has the kernels at a precision, or knows nothing of the operators."""
+    """Run in a session with the kernels at a precision or, without one, in plain ONNX Runtime."""
     options = onnxruntime.SessionOptions()
     if precision is not None:
         options.add_session_config_entry(MATMUL_PRECISION, precision)
@@ -87,15 +87,15 @@ def run(model: ModelProto, precision: str | None = None) -> NDArray[Any]:
     return np.asarray(session.run(None, {name: value.numpy() for name, value in inputs().items()})[0])
 
 
-def test_what_can_be_an_operator_is_one(model: Model, traced: ModelProto) -> None:
+def test_supported_layers_become_operators(model: Model, traced: ModelProto) -> None:
     nodes = Counter((node.domain, node.op_type) for node in traced.graph.node)
     assert (nodes[FIRST, "Conv"], nodes[LAST, "MatMul"]) == (3, 2)
     plain = Counter(node.op_type for node in ir.to_proto(trace_step(model, 20, operators=False)).graph.node)
     assert nodes["", "Conv"] == plain["Conv"] - 3 > 0
-    assert nodes["", "MatMul"] == plain["MatMul"] - 2 == 3  # two of maps alone, one in float64
+    assert nodes["", "MatMul"] == plain["MatMul"] - 2 == 3  # two products of activations only, one in float64
 
 
-def test_without_the_kernels_they_are_the_nodes_they_were(model: Model, traced: ModelProto) -> None:
+def test_without_the_kernels_the_function_bodies_equal_the_original_nodes(model: Model, traced: ModelProto) -> None:
     inlined = inliner.inline_local_functions(traced)
     plain = ir.to_proto(trace_step(model, 20, operators=False))
     pads_of_both = [
@@ -108,7 +108,7 @@ def test_without_the_kernels_they_are_the_nodes_they_were(model: Model, traced: 
 
 
 @pytest.mark.skipif(not BFLOAT16, reason="needs a processor with AMX or AVX512-BF16")
-def test_the_kernels_compute_them_where_there_are_any(traced: ModelProto) -> None:
+def test_the_kernels_run_if_the_processor_supports_them(traced: ModelProto) -> None:
     error = np.abs(run(traced, "medium") - run(traced)).max()
-    assert 1e-4 < error < 0.05  # more than float32's rounding: they ran
+    assert 1e-4 < error < 0.05  # larger than float32's rounding error: the kernels ran
     assert np.abs(run(traced, "high") - run(traced)).max() < 1e-4

@@ -1,4 +1,4 @@
-"""The elementary functions against torch's own, and against what their papers promise."""
+"""The reference functions against torch's equivalents and against properties stated in their papers."""
 
 from __future__ import annotations
 

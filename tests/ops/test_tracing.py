@@ -1,4 +1,4 @@
-"""Operators in exported graphs: as nodes with bodies, as their bodies alone, and not at all."""
+"""Operators in exported graphs: as nodes with function bodies, as function bodies run by plain ONNX Runtime, and disabled."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from torch import Tensor, nn
 
 from scm_export import cli, ops
 from scm_export.checkpoints import load_checkpoint
+from scm_export.errors import ExportError
 from scm_export.families import build_model
+from scm_export.graphs.trace import trace_step
 from scm_export.model import ImageDecoder, Model
 from scm_export.ops import OPERATORS, operators_as_nodes
 from scm_export.parametrisation import Step
-from scm_export.trace import trace_step
 from scm_runtime import Generator
 from scm_runtime.bundle.manifest import CHANNELS_LAST_DOMAIN, OPS_DOMAIN, OPS_VERSION, read_manifest
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
-from scm_runtime.errors import ExportError
 
 onnxruntime = load_onnxruntime()
 
@@ -40,7 +40,7 @@ GRAPHS = {
 
 
 def of_a_network(function: Callable[[Tensor], Tensor]) -> ModelProto:
-    """The traced step of a network without weights: the function of x, ``[N, 3, 4, 5]``."""
+    """Return the traced step of a network without weights that computes ``function(x)``, with x ``[N, 3, 4, 5]``."""
 
     class Network(nn.Module):
         def forward(self, x: Tensor, t: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ def inputs() -> dict[str, Tensor]:
 
 
 def run(model: ModelProto | Path, **values: Tensor) -> NDArray[Any]:
-    """In a session that knows nothing of the operators."""
+    """Run in plain ONNX Runtime, without the kernel library."""
     session = onnxruntime.InferenceSession(model if isinstance(model, Path) else model.SerializeToString(), providers=["CPUExecutionProvider"])
     return np.asarray(session.run(None, {name: value.numpy() for name, value in values.items()})[0])
 
@@ -71,7 +71,7 @@ def scm_nodes(model: ModelProto) -> list[onnx.NodeProto]:
 
 
 @pytest.mark.parametrize("name", GRAPHS)
-def test_a_graph_holds_operators_with_all_attributes_and_their_bodies(tiny_bundle: Path, name: str) -> None:
+def test_a_graph_contains_operators_with_all_attributes_and_their_function_bodies(tiny_bundle: Path, name: str) -> None:
     model = onnx.load(tiny_bundle / name, load_external_data=False)
     nodes = scm_nodes(model)
     assert {node.op_type for node in nodes} == {function.name for function in model.functions} == GRAPHS[name]
@@ -79,14 +79,14 @@ def test_a_graph_holds_operators_with_all_attributes_and_their_bodies(tiny_bundl
     assert {entry.domain: entry.version for entry in model.opset_import} == {"": 20} | dict.fromkeys(domains, OPS_VERSION)
     for node in nodes:
         assert {attribute.name for attribute in node.attribute} == set(OPERATORS[node.op_type].attributes)
-        # Networks of this family read both outputs of every norm and concatenation, and one of every sum.
+        # Networks of this family use both outputs of every norm and concatenation, and one output of every sum.
         assert len(node.output) == (2 if node.op_type in ("PixelNorm", "MPCat") else 1)
     if name in ("noise.onnx", "decode.fp32.onnx"):
         assert list(model.graph.node) == nodes
     assert read_manifest(tiny_bundle).ops == {OPS_DOMAIN: OPS_VERSION}
 
 
-def test_the_traced_step_is_pytorchs_on_a_bare_onnxruntime(tiny_checkpoint: Path, tiny_bundle: Path) -> None:
+def test_the_traced_step_matches_pytorch_in_plain_onnxruntime(tiny_checkpoint: Path, tiny_bundle: Path) -> None:
     model = build_model(load_checkpoint(tiny_checkpoint))
     generator = torch.Generator().manual_seed(0)
     x, noise = torch.randn(2, 3, 3, 8, 8, generator=generator)
@@ -107,7 +107,7 @@ def test_without_custom_ops_the_same_samples_come_from_standard_onnx(tiny_checkp
         assert {node.domain for node in model.graph.node} == {""}
         assert [entry.domain for entry in model.opset_import] == [""]
     sizes = [read_manifest(bundle).files["weights.onnx.data"].size for bundle in (out, tiny_bundle)]
-    assert sizes[0] == sizes[1]  # no constant came to lie beside the weights
+    assert sizes[0] == sizes[1]  # no constants were stored in the weights file
     with Generator(out) as plain, Generator(tiny_bundle) as usual:
         found, expected = (generate([0, 1, 2, 3], seed=0, output_type="latent").array for generate in (plain, usual))
     np.testing.assert_allclose(found, expected, atol=1e-4)
@@ -120,7 +120,7 @@ def test_a_step_can_be_traced_through_the_operators(tiny_checkpoint: Path) -> No
     assert not scm_nodes(plain)
 
 
-def test_outside_of_a_trace_functions_compute() -> None:
+def test_functions_compute_outside_of_a_trace() -> None:
     def fail() -> None:
         with operators_as_nodes():
             raise RuntimeError
@@ -130,13 +130,13 @@ def test_outside_of_a_trace_functions_compute() -> None:
     assert ops.mp_silu(torch.ones(1)).item() == pytest.approx(0.7311 / 0.596, rel=1e-3)
 
 
-def test_an_output_that_nobody_reads_is_left_out() -> None:
+def test_an_unused_output_is_omitted() -> None:
     model = of_a_network(lambda x: ops.mp_sum_silu(x, x * 2, t=0.3)[0])
     assert [len(node.output) for node in scm_nodes(model)] == [1, 1]
     assert np.isfinite(run(model, **inputs())).all()
 
 
-def test_one_reader_is_enough_for_an_output_to_stay_everywhere() -> None:
+def test_an_output_used_by_one_node_is_kept_in_all_nodes() -> None:
     def function(x: Tensor) -> Tensor:
         return ops.mp_sum_silu(ops.mp_sum(x, x * 2, t=0.3), x, t=0.5)[1]
 
@@ -147,7 +147,7 @@ def test_one_reader_is_enough_for_an_output_to_stay_everywhere() -> None:
     np.testing.assert_allclose(run(model, **inputs()), expected.numpy(), atol=1e-5)
 
 
-def test_one_operator_on_maps_of_two_ranks_is_refused() -> None:
+def test_one_operator_with_inputs_of_two_ranks_is_rejected() -> None:
     def function(x: Tensor) -> Tensor:
         scale = x.mean((1, 2))
         return ops.modulate_silu(ops.modulate_silu(x, scale).flatten(1, 2), scale).reshape(x.shape)

@@ -26,7 +26,7 @@ from scm_runtime import (
     Samples,
     Span,
 )
-from scm_runtime.sampling import batching
+from scm_runtime.sampling import scheduler
 from support import native_library, run_python
 
 
@@ -350,7 +350,7 @@ def fail(generator: Generator, method: str, monkeypatch: pytest.MonkeyPatch, wro
     return tried
 
 
-@pytest.mark.parametrize("method", ["advance", "decode"])
+@pytest.mark.parametrize("method", ["step", "decode"])
 def test_an_evaluation_that_fails_takes_down_the_guilty_request_alone(digits: Generator, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = [digits(seed=i, output_type="np").array for i in range(5)]
 
@@ -378,7 +378,7 @@ def test_a_sample_that_is_not_finite_takes_down_its_request_alone(digits: Genera
     np.testing.assert_array_equal(result(other).array, digits(seed=2, output_type="np").array)
 
 
-@pytest.mark.parametrize("method", ["advance", "decode"])
+@pytest.mark.parametrize("method", ["step", "decode"])
 def test_where_memory_runs_out_batches_are_halved(digits: Generator, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = [digits(seed=i, output_type="np").array for i in range(8)]
     tried = fail(digits, method, monkeypatch, lambda trajectories: OutOfMemoryError("full") if sum(map(len, trajectories)) > 2 else None)
@@ -395,7 +395,7 @@ def test_where_memory_runs_out_batches_are_halved(digits: Generator, method: str
 
 
 def test_if_the_scheduler_dies_every_future_hears_of_it_and_the_next_request_starts_another(digits: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, deaths = batching.choose, iter([ZeroDivisionError("of no one")])
+    real, deaths = scheduler.schedule, iter([ZeroDivisionError("of no one")])
 
     def choose(*arguments: Any) -> Any:
         if (death := next(deaths, None)) is not None:
@@ -404,7 +404,7 @@ def test_if_the_scheduler_dies_every_future_hears_of_it_and_the_next_request_sta
 
     with held(digits):
         futures = [digits.submit(seed=i) for i in range(3)]
-        monkeypatch.setattr(batching, "choose", choose)
+        monkeypatch.setattr(scheduler, "schedule", choose)
     errors = []
     for future in futures:
         with pytest.raises(InferenceError, match="failed, ZeroDivisionError: of no one") as caught:
@@ -566,7 +566,7 @@ def test_a_stream_keeps_no_batch_that_was_taken(digits: Generator) -> None:
 
 
 def test_an_error_ends_a_stream(digits: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    fail(digits, "advance", monkeypatch, lambda trajectories: InferenceError("the second") if any(1 in one.call.seeds for one in trajectories) else None)
+    fail(digits, "step", monkeypatch, lambda trajectories: InferenceError("the second") if any(1 in one.call.seeds for one in trajectories) else None)
     stream = digits.stream(9, 1, seed=0)
     assert next(stream).seeds == (0,)
     with pytest.raises(InferenceError, match="the second"):
@@ -618,4 +618,4 @@ def test_the_calling_thread_is_the_one_of_its_callback(digits: Generator) -> Non
     threads: list[str] = []
     digits(seed=1, callback_on_step_end=lambda *_: threads.append(threading.current_thread().name))
     result(digits.submit(seed=1, callback_on_step_end=lambda *_: threads.append(threading.current_thread().name)))
-    assert threads == [threading.current_thread().name] * 2 + [batching.THREAD_NAME] * 2
+    assert threads == [threading.current_thread().name] * 2 + [scheduler.THREAD_NAME] * 2

@@ -1,4 +1,4 @@
-"""``scm-runtime bench``: the figures hang together, the counts are right, and whatever goes wrong is said. How long things take is not tested."""
+"""``scm-runtime bench``: figures are consistent, counts are right, and failures are reported. Durations are not tested."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from click.testing import CliRunner, Result
 import handmade
 from scm_runtime.bench import cells as bench_cells
 from scm_runtime.bench import machine as bench_machine
-from scm_runtime.bench.cells import Row
+from scm_runtime.bench.cells import CellRun
 from scm_runtime.bench.flops import count_graph
-from scm_runtime.bench.result import Peak
-from scm_runtime.cli import bench as bench_report
+from scm_runtime.bench.result import MachinePeak
 from scm_runtime.cli import main
+from scm_runtime.cli.bench import bench_progress
 from scm_runtime.devices.placement import CPU
 from support import BLOCK_IMPORTS, ROOT, run_python
 
-PEAK = Peak(product_gflops=50.0, copy_gb_per_second=8.0, how="as the test says")
+PEAK = MachinePeak(matmul_gflops=50.0, copy_gb_per_second=8.0, how="as the test says")
 QUICK = ("--seconds", "0", "--threads", "1", "--device", "cpu")
 
 
 @pytest.fixture(autouse=True)
 def peak(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Seconds a run, saved: test_bench_peak.py has the real one."""
-    monkeypatch.setattr("scm_runtime.bench.run.cpu_peak", lambda threads: PEAK)
+    """Saves seconds per run. test_bench_peak.py tests the measurement."""
+    monkeypatch.setattr("scm_runtime.bench.run.measure_cpu_peak", lambda threads: PEAK)
 
 
 def call(*arguments: object, code: int = 0, width: int = 120) -> Result:
-    """Run it in this process; an exception other than SystemExit fails the test."""
+    """Run the command in this process; an exception other than SystemExit fails the test."""
     result = CliRunner(catch_exceptions=False).invoke(main, ["bench", *map(str, arguments)], env={"COLUMNS": str(width)})
     assert result.exit_code == code, result.output
     assert "Traceback" not in result.output
@@ -56,7 +56,7 @@ def keys(document: dict[str, Any]) -> list[tuple[int, int]]:
 # Figures.
 
 
-def test_the_figures_hang_together() -> None:
+def test_the_figures_are_consistent() -> None:
     document = measured("digits", "--batch-sizes", "1,3", "--steps", "1,2", *QUICK)
     assert keys(document) == [(1, 1), (1, 3), (2, 1), (2, 3)]
     for cell in document["cells"]:
@@ -69,7 +69,7 @@ def test_the_figures_hang_together() -> None:
         assert cell["parts_ms"]["noise"] > 0
         flop = cell["batch_size"] * (cell["evaluations"] * document["work"]["step_gflop"] + document["work"]["decode_gflop"])
         assert cell["gflops"] == pytest.approx(1e3 * flop / cell["median_ms"])
-        assert cell["product_share"] == pytest.approx(cell["gflops"] / PEAK.product_gflops)
+        assert cell["product_share"] == pytest.approx(cell["gflops"] / PEAK.matmul_gflops)
         weights = cell["evaluations"] * document["bundle"]["parameters"] * 4 / 1e9
         assert cell["weights_gb_per_second"] == pytest.approx(1e3 * weights / cell["median_ms"])
         assert cell["copy_share"] == pytest.approx(cell["weights_gb_per_second"] / PEAK.copy_gb_per_second)
@@ -89,24 +89,32 @@ def test_one_and_two_steps_of_one_and_eight_by_default() -> None:
 def test_the_tables() -> None:
     result = call("digits", "--batch-sizes", "2", "--steps", "1", *QUICK)
     text = " ".join(result.stdout.split())
-    for said in ("digits, edm2, 1.59 M parameters", "cpu, ", "fp32", "GFLOP an evaluation", "6.36 MB of weights", "50 GFLOP/s in a product", "MiB at the peak"):
+    for said in (
+        "digits, edm2, 1.59 M parameters",
+        "cpu, ",
+        "fp32",
+        "GFLOP per evaluation",
+        "6.36 MB of weights",
+        "50 GFLOP/s in matrix products",
+        "MiB at the peak",
+    ):
         assert said in text
-    assert "the share of what the machine reaches" in text
+    assert "share of the machine's measured peak" in text
     assert "×" not in text
-    assert result.stderr == ""  # which is no terminal
+    assert result.stderr == ""  # it is not a terminal
     assert max(map(len, call("digits", "--batch-sizes", "2", "--steps", "1", *QUICK, width=80).stdout.splitlines())) <= 80
 
 
 def test_cells_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     order = []
-    turn = Row.turn
+    original = CellRun.measure_round
 
-    def noted(row: Row, seconds: float) -> None:
+    def noted(row: CellRun, seconds: float) -> None:
         order.append((row.steps, row.batch_size))
-        turn(row, seconds)
+        original(row, seconds)
 
-    monkeypatch.setattr(bench_cells, "TURN_S", 0)
-    monkeypatch.setattr(Row, "turn", noted)
+    monkeypatch.setattr(bench_cells, "ROUND_S", 0)
+    monkeypatch.setattr(CellRun, "measure_round", noted)
     document = measured("digits", "--batch-sizes", "1,2", "--steps", "2,1", *QUICK)
     assert order == [(2, 1), (2, 2), (1, 1), (1, 2)] * 3
     assert [cell["runs"] for cell in document["cells"]] == [3] * 4
@@ -118,7 +126,7 @@ def test_seconds_are_measured() -> None:
     assert cell["runs"] * cell["p95_ms"] > 250
 
 
-def test_a_model_of_text_gets_stand_ins(tmp_path: Path) -> None:
+def test_a_text_to_image_model_gets_placeholder_embeddings(tmp_path: Path) -> None:
     bundle = handmade.write_text_bundle(tmp_path / "text.scm")
     document = measured(bundle, "--batch-sizes", "1,2", *QUICK)
     assert keys(document) == [(1, 1), (1, 2), (2, 1), (2, 2)]
@@ -141,7 +149,7 @@ def test_samplers_of_a_diffusion_model(tiny_guided: tuple[Path, Path, Path], tmp
     assert (own["steps"], own["evaluations"]) == (8, 8)
     document = measured(*arguments, "--steps", "8", "--sampler", "heun", "--compare", path)
     assert document["sampler"] == "heun"
-    assert document["comparison"]["differences"] == ["sampler: the bundle's own there, heun here"]
+    assert document["comparison"]["differences"] == ["sampler: the bundle's default there, heun here"]
     assert "sampler heun" in call(*arguments, "--steps", "8", "--sampler", "heun").stdout
     assert "sampler must be one of" in call(*arguments, "--sampler", "euler", code=2).stderr
 
@@ -154,7 +162,7 @@ loaded = Block.names & {name.split(".")[0] for name in sys.modules}
 assert not loaded, loaded
 """
     done = run_python(BLOCK_IMPORTS + program, "torch,onnx,onnxscript,scm_export", tiny_bundle)
-    assert "GFLOP/s in a product" in done.stdout  # the real one
+    assert "GFLOP/s in matrix products" in done.stdout  # measured
     assert done.stderr == ""
 
 
@@ -163,7 +171,7 @@ assert not loaded, loaded
 
 
 def test_operations_are_those_that_torch_counts() -> None:
-    """Of the network that the embedded bundle was exported from."""
+    """Compared with torch's count for the network that the embedded bundle was exported from."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -185,7 +193,11 @@ def test_operations_are_those_that_torch_counts() -> None:
 GRAPHS: dict[str, tuple[str, dict[str, tuple[int, ...]], int]] = {
     "product": ("(float[2,3,5,7] x, float[7,11] w) => (float[2,3,5,11] y) { y = MatMul(x, w) }", {"x": (2, 3, 5, 7), "w": (7, 11)}, 2 * 30 * 7 * 11),
     "gemm": ("(float[2,7] x, float[11,7] w) => (float[2,11] y) { y = Gemm<transB=1>(x, w) }", {"x": (2, 7), "w": (11, 7)}, 2 * 2 * 7 * 11),
-    "gemm of a turned matrix": ("(float[7,2] x, float[7,11] w) => (float[2,11] y) { y = Gemm<transA=1>(x, w) }", {"x": (7, 2), "w": (7, 11)}, 2 * 2 * 7 * 11),
+    "gemm of a transposed matrix": (
+        "(float[7,2] x, float[7,11] w) => (float[2,11] y) { y = Gemm<transA=1>(x, w) }",
+        {"x": (7, 2), "w": (7, 11)},
+        2 * 2 * 7 * 11,
+    ),
     "convolution in groups": (
         "(float[2,6,9,9] x, float[4,3,3,3] w) => (float[2,4,4,4] y) { y = Conv<group=2, strides=[2,2]>(x, w) }",
         {"x": (2, 6, 9, 9), "w": (4, 3, 3, 3)},
@@ -225,7 +237,7 @@ def test_a_graph_that_cannot_be_profiled_leaves_the_rest(monkeypatch: pytest.Mon
         raise OSError("No space left on device")
 
     monkeypatch.setattr("scm_runtime.bench.run.count_graph", full)
-    monkeypatch.setattr("scm_runtime.bench.run.cpu_peak", lambda threads: Peak(reason="its process failed"))
+    monkeypatch.setattr("scm_runtime.bench.run.measure_cpu_peak", lambda threads: MachinePeak(reason="its process failed"))
     arguments = ("digits", "--batch-sizes", "1", "--steps", "1", *QUICK)
     document = measured(*arguments)
     (cell,) = document["cells"]
@@ -237,12 +249,12 @@ def test_a_graph_that_cannot_be_profiled_leaves_the_rest(monkeypatch: pytest.Mon
     assert "not measured: its process failed" in text
 
 
-def test_the_better_of_two_peaks() -> None:
-    none, one, two = Peak(reason="why"), Peak(product_gflops=1, copy_gb_per_second=4), Peak(product_gflops=2, copy_gb_per_second=3)
-    assert bench_machine.better(one, two) == Peak(product_gflops=2, copy_gb_per_second=4)
-    assert bench_machine.better(none, two) == two
-    assert bench_machine.better(one, none) == one
-    assert bench_machine.better(none, none) == none
+def test_the_best_of_two_peaks() -> None:
+    none, one, two = MachinePeak(reason="why"), MachinePeak(matmul_gflops=1, copy_gb_per_second=4), MachinePeak(matmul_gflops=2, copy_gb_per_second=3)
+    assert bench_machine.best_of(one, two) == MachinePeak(matmul_gflops=2, copy_gb_per_second=4)
+    assert bench_machine.best_of(none, two) == two
+    assert bench_machine.best_of(one, none) == one
+    assert bench_machine.best_of(none, none) == none
 
 
 # ----------------------------------------------------------------------------
@@ -265,27 +277,27 @@ def test_a_result_is_written_and_compared_with(tmp_path: Path) -> None:
     text = call(*arguments).stdout
     assert len(re.findall(r"×\d+\.\d\d", text)) == 5  # four figures, and the memory
     assert f"this run divided by '{path}'" in text
-    assert "not the same" not in text
+    assert "different:" not in text
 
 
-def test_what_was_not_the_same_is_said(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_differences_are_reported(tiny_bundle: Path, tmp_path: Path) -> None:
     path = tmp_path / "tiny.json"
     measured(tiny_bundle, "--batch-sizes", "1", "--steps", "1", *QUICK, "-o", path)
     arguments = ("digits", "--batch-sizes", "1", "--steps", "1", *QUICK, "--threads", "2", "--compare", path)
     differences = measured(*arguments)["comparison"]["differences"]
     assert differences == ["another bundle: 'tiny' there, 'digits' here", "threads: 1 there, 2 here"]
-    assert "not the same: another bundle: 'tiny' there, 'digits' here" in call(*arguments).stdout
+    assert "different: another bundle: 'tiny' there, 'digits' here" in call(*arguments).stdout
     document = json.loads(path.read_text())
     document["versions"]["onnxruntime"] = "1.0"
     document["bundle"]["name"] = "digits"
     path.write_text(json.dumps(document))
     differences = measured(*arguments)["comparison"]["differences"]
-    assert differences[0] == "another bundle: 'digits' of other files"
+    assert differences[0] == "another bundle: 'digits' with other files"
     assert differences[-1].startswith("onnxruntime: 1.0 there, ")
 
 
 def edited(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
-    """A result with something else in it."""
+    """A file with a changed result."""
 
     def write(path: Path) -> None:
         measured("digits", "--batch-sizes", "1", "--steps", "1", *QUICK, "-o", path)
@@ -299,20 +311,20 @@ def edited(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]
 UNFIT: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (lambda path: None, "No such file"),
     "a folder": (lambda path: path.mkdir(), "is a directory"),
-    "no JSON": (lambda path: path.write_bytes(b"\xff\x00weights"), "is no result of a benchmark"),
-    "other JSON": (lambda path: path.write_text('{"machine": {}, "figures": {}}'), "is JSON, but no result"),
-    "a list": (lambda path: path.write_text("[1]"), "is JSON, but no result"),
+    "no JSON": (lambda path: path.write_bytes(b"\xff\x00weights"), "is not the result of a benchmark"),
+    "other JSON": (lambda path: path.write_text('{"machine": {}, "figures": {}}'), "is JSON, but not the result"),
+    "a list": (lambda path: path.write_text("[1]"), "is JSON, but not the result"),
     "a newer version": (edited(lambda document: document.update(version=2)), "has version 2 of the format, this scm-runtime reads version 1"),
-    "no cells": (edited(lambda document: document.pop("cells")), "is no result of a benchmark"),
-    "a word for a number": (edited(lambda document: document["cells"][0].update(median_ms="fast")), "is no result of a benchmark"),
+    "no cells": (edited(lambda document: document.pop("cells")), "is not the result of a benchmark"),
+    "a word for a number": (edited(lambda document: document["cells"][0].update(median_ms="fast")), "is not the result of a benchmark"),
     "other cells": (edited(lambda document: document["cells"][0].update(batch_size=7)), "(steps with batch size): 1 with 7"),
-    "cells that failed": (edited(lambda document: document["cells"][0].update(median_ms=None)), "none at all"),
+    "cells that failed": (edited(lambda document: document["cells"][0].update(median_ms=None)), "(steps with batch size): none."),
     "too large": (lambda path: path.write_bytes(bytes(17 << 20)), "is too large to be a result"),
 }
 
 
 @pytest.mark.parametrize("name", UNFIT)
-def test_what_cannot_be_compared_with_is_refused_before_anything_is_measured(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unusable_earlier_result_is_refused_before_anything_is_measured(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make, said = UNFIT[name]
     path = tmp_path / "other.json"
     make(path)
@@ -320,7 +332,7 @@ def test_what_cannot_be_compared_with_is_refused_before_anything_is_measured(nam
     def never(*_: object, **__: object) -> Any:
         raise AssertionError("something was measured")
 
-    monkeypatch.setattr(Row, "warm_up", never)
+    monkeypatch.setattr(CellRun, "warm_up", never)
     result = call("digits", "--batch-sizes", "1", "--steps", "1", *QUICK, "--compare", path, "-o", tmp_path / "out.json", code=2)
     assert said in " ".join(result.stderr.split())
     assert result.stdout == ""
@@ -329,7 +341,7 @@ def test_what_cannot_be_compared_with_is_refused_before_anything_is_measured(nam
 
 def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
-    monkeypatch.setattr("scm_runtime.bench.run.bench", None)
+    monkeypatch.setattr("scm_runtime.bench.run.run_bench", None)
     result = call("digits", "-o", tmp_path / "file" / "out.json", code=1)
     assert result.stderr.startswith(f"Error: cannot write '{tmp_path}/file/out.json': ")
 
@@ -355,18 +367,18 @@ def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(tm
     ],
 )
 def test_arguments_out_of_range(arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Row, "warm_up", None)  # nothing is measured
+    monkeypatch.setattr(CellRun, "warm_up", None)  # nothing is measured
     assert said in " ".join(call(*arguments, code=2).stderr.split())
 
 
 def test_a_cell_that_does_not_fit_leaves_the_others() -> None:
-    """Forty thousand digits at once, in a process that may have 2 GB."""
+    """A batch of forty thousand digits, in a process limited to 2 GB of memory."""
     program = """
 import resource, sys
 from scm_runtime.bench import run as bench
-from scm_runtime.bench.result import Peak
+from scm_runtime.bench.result import MachinePeak
 from scm_runtime.cli import main
-bench.cpu_peak = lambda threads: Peak(reason="not here")
+bench.measure_cpu_peak = lambda threads: MachinePeak(reason="not here")
 resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
 main(["bench", "digits", "--batch-sizes", sys.argv[1], "--steps", "1", "--seconds", "0", "--threads", "1", "--device", "cpu", *sys.argv[2:]])
 """
@@ -381,36 +393,36 @@ main(["bench", "digits", "--batch-sizes", sys.argv[1], "--steps", "1", "--second
     done = run_python(program, "40000", check=False)
     assert done.returncode == 1
     assert "failed: steps 1, batch 40000" in done.stdout
-    assert done.stderr == "Error: no cell could be measured: see what failed above.\n"
+    assert done.stderr == "Error: nothing could be measured: see the failures above.\n"
 
 
 def interrupting(monkeypatch: pytest.MonkeyPatch, method: str, at: int) -> None:
-    """Ctrl-C in one of the calls of a method of Row, by number."""
+    """Raise KeyboardInterrupt in the call number ``at`` of a method of CellRun."""
     calls = 0
-    original = getattr(Row, method)
+    original = getattr(CellRun, method)
 
-    def interrupted(row: Row, argument: Any) -> None:
+    def interrupted(row: CellRun, argument: Any) -> None:
         nonlocal calls
         calls += 1
         if calls == at:
             raise KeyboardInterrupt
         original(row, argument)
 
-    monkeypatch.setattr(Row, method, interrupted)
+    monkeypatch.setattr(CellRun, method, interrupted)
 
 
 def test_ctrl_c_shows_what_was_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     arguments = ("digits", "--batch-sizes", "1,2", "--steps", "1", *QUICK)
-    interrupting(monkeypatch, "turn", 2)
+    interrupting(monkeypatch, "measure_round", 2)
     document = measured(*arguments, "--seconds", "inf", "-o", tmp_path / "out.json", code=130)
     assert document["interrupted"] is True
     assert document["seconds"] is None
     assert [cell["median_ms"] is not None for cell in document["cells"]] == [True, False]
     assert json.loads((tmp_path / "out.json").read_text()) == document
-    interrupting(monkeypatch, "turn", 2)
+    interrupting(monkeypatch, "measure_round", 2)
     result = call(*arguments, code=130)
     assert "not reached" in result.stdout
-    assert result.stderr == "Interrupted: the figures are those until then\n"
+    assert result.stderr == "Interrupted: the figures are those measured so far\n"
     assert call("digits", "--batch-sizes", "1", "--steps", "1", *QUICK, "--compare", tmp_path / "out.json").exit_code == 0
 
 
@@ -430,13 +442,13 @@ def test_samples_that_are_not_finite_fail_their_cell(tmp_path: Path) -> None:
 
 
 def test_progress_is_for_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    with bench_report.progress() as tell:
-        tell("2 steps, batch 8", 0.5)
+    with bench_progress() as progress:
+        progress("2 steps, batch 8", 0.5)
     assert capsys.readouterr() == ("", "")
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with bench_report.progress() as tell:
-        tell("2 steps, batch 8", 0.5)
+    with bench_progress() as progress:
+        progress("2 steps, batch 8", 0.5)
     out, err = capsys.readouterr()
     assert out == ""
     assert "2 steps, batch 8" in err

@@ -1,4 +1,4 @@
-"""What a benchmark's shares are of: the CPU's peak, the graphs that measure a GPU's, and the memory that NVIDIA's driver tells of."""
+"""A benchmark's measurement of the machine: the CPU's peak, the graphs that measure a GPU's peak, and the use of memory."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from scm_runtime.bench import cpu_peak as bench_peak
 from scm_runtime.bench import gpu_peak as bench_gpu_peak
 from scm_runtime.bench import machine as bench_machine
 from scm_runtime.bench import memory as bench_memory
-from scm_runtime.bench.gpu_peak import BLOCK, CHAIN, GRAPHS, copy_rate, product_rate
-from scm_runtime.bench.result import Peak
+from scm_runtime.bench.gpu_peak import BLOCK, CHAIN, GRAPHS, copy_rate, matmul_rate
+from scm_runtime.bench.result import MachinePeak
 from scm_runtime.devices import cuda_driver as driver
 from scm_runtime.devices.placement import CPU
-from scm_runtime.ort.session import Session
+from scm_runtime.ort.open_session import open_session
 
 HEADER = '<ir_version: 10, opset_import: ["" : 20]>\n'
 TYPES = {"fp32": 1, "fp16": 10, "bf16": 16}
@@ -28,7 +28,7 @@ GIB = 2**30
 
 
 def product_model(dtype: str) -> onnx.ModelProto:
-    """Sixteen products in a row, and one number of the last."""
+    """Sixteen products in sequence, and one element of the last."""
     chain = "\n".join(f"    x{i + 1} = MatMul(x{i}, x0)" for i in range(CHAIN["product"]))
     return onnx.parser.parse_model(
         HEADER
@@ -45,7 +45,7 @@ def product_model(dtype: str) -> onnx.ModelProto:
 
 
 def copy_model() -> onnx.ModelProto:
-    """Negations in a row, and one number of the last."""
+    """Negations in sequence, and one element of the last."""
     chain = "\n".join(f"    x{i + 1} = Neg(x{i})" for i in range(CHAIN["copy"]))
     return onnx.parser.parse_model(
         HEADER
@@ -68,26 +68,26 @@ def test_the_graphs_are_those_described() -> None:
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 def test_the_products_neither_grow_nor_vanish(dtype: str) -> None:
-    turned = np.array(np.linalg.qr(np.random.default_rng(0).standard_normal((BLOCK, BLOCK)))[0])
+    orthogonal = np.array(np.linalg.qr(np.random.default_rng(0).standard_normal((BLOCK, BLOCK)))[0])
     repeats = 3
-    corner = Session(GRAPHS / f"product.{dtype}.onnx")(block=(turned / repeats).astype(np.float32), repeats=np.array([repeats, repeats]))
-    expected = np.linalg.matrix_power(turned, CHAIN["product"] + 1)[0, 0] / repeats
+    corner = open_session(GRAPHS / f"product.{dtype}.onnx")(block=(orthogonal / repeats).astype(np.float32), repeats=np.array([repeats, repeats]))
+    expected = np.linalg.matrix_power(orthogonal, CHAIN["product"] + 1)[0, 0] / repeats
     np.testing.assert_allclose(corner, expected, atol=1e-6 if dtype == "fp32" else 1e-3)
 
 
 def test_the_graphs_have_rates() -> None:
-    """On the CPU, where they are not used."""
-    assert 0 < product_rate(CPU, "fp32", 2 * BLOCK) < 1e15
+    """The graphs run on the CPU too, although bench does not use them there."""
+    assert 0 < matmul_rate(CPU, "fp32", 2 * BLOCK) < 1e15
     assert 0 < copy_rate(CPU, 1 << 20) < 1e15
 
 
 def test_a_gpus_peak(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Again on the CPU, and where its memory does not suffice."""
+    """Measured on the CPU, and with an out-of-memory error."""
     monkeypatch.setattr(bench_gpu_peak, "SIZE", {"fp32": 2 * BLOCK})
     monkeypatch.setattr(bench_gpu_peak, "COPIED_BYTES", 1 << 20)
-    peak = bench_machine.gpu_peak(CPU, "fp32")
+    peak = bench_machine.measure_gpu_peak(CPU, "fp32")
     assert peak.reason is None
-    assert peak.product_gflops
+    assert peak.matmul_gflops
     assert peak.copy_gb_per_second
     assert peak.how.startswith("fp32 product 128 x 128 and negation of 1 MB")
 
@@ -95,29 +95,29 @@ def test_a_gpus_peak(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OutOfMemoryError("the device is full")
 
     monkeypatch.setattr(bench_gpu_peak, "copy_rate", full)
-    assert bench_machine.gpu_peak(CPU, "fp32") == Peak(reason="the device is full")
+    assert bench_machine.measure_gpu_peak(CPU, "fp32") == MachinePeak(reason="the device is full")
 
 
 def test_the_cpu_has_rates_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = bench_peak.measure_apart(1)
-    assert 0.1 < float(found["product_gflops"]) < 1e6
+    found = bench_peak.measure_in_subprocess(1)
+    assert 0.1 < float(found["matmul_gflops"]) < 1e6
     assert 0.01 < float(found["copy_gb_per_second"]) < 1e5
-    assert str(found["by"]).startswith(f"numpy {np.__version__}")
+    assert str(found["library"]).startswith(f"numpy {np.__version__}")
 
 
-def test_a_process_that_fails_is_told_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+def test_a_failing_process_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     program = tmp_path / "program.py"
     monkeypatch.setattr(bench_peak, "__file__", str(program))
     for text, said in (("import no_such_module", "no_such_module"), ("print('no JSON')", "its process failed"), ("raise SystemExit(3)", "ended with 3")):
         program.write_text(text)
         with pytest.raises(OSError, match=said):
-            bench_peak.measure_apart(1)
+            bench_peak.measure_in_subprocess(1)
     monkeypatch.setattr(sys, "executable", "")
     with pytest.raises(OSError, match="which Python"):
-        bench_peak.measure_apart(1)
+        bench_peak.measure_in_subprocess(1)
 
 
-def test_a_product_of_known_duration_has_the_rate_that_follows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rates_follow_from_the_duration(monkeypatch: pytest.MonkeyPatch) -> None:
     done = []
 
     def half_a_second(work: Any, items: Any) -> float:
@@ -129,7 +129,7 @@ def test_a_product_of_known_duration_has_the_rate_that_follows(monkeypatch: pyte
     monkeypatch.setattr(bench_peak, "_fastest", half_a_second)
     monkeypatch.setattr(bench_peak, "_seconds", lambda run: 0.01)  # of one product
     monkeypatch.setattr(bench_peak, "COPIED_BYTES", 4_000_000)
-    assert bench_peak.product_rate(10, 3) == 3 * 2 * 2 * 10**3 / 0.5
+    assert bench_peak.matmul_rate(10, 3) == 3 * 2 * 2 * 10**3 / 0.5
     assert bench_peak.copy_rate(3) == 2 * 4_000_000 / 0.5
     assert done == [3, 3]
 
@@ -151,7 +151,7 @@ def test_the_process_has_memory() -> None:
 
 
 class Driver:
-    """libcuda and libnvidia-ml, with one GPU whose taken memory the test sets."""
+    """Fake libcuda and libnvidia-ml, with one GPU whose used memory the test sets."""
 
     identity = uuid.UUID("01234567-89ab-cdef-0123-456789abcdef")
 
@@ -180,7 +180,7 @@ class Driver:
         return 0
 
 
-def test_a_gpus_memory_is_what_was_taken_since(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpus_memory_growth_is_its_maximum(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Driver(3 * GIB)
     monkeypatch.setattr(bench_memory, "load_nvml", lambda: machine)
     monkeypatch.setattr(driver, "load_library", lambda: machine)
@@ -188,21 +188,21 @@ def test_a_gpus_memory_is_what_was_taken_since(monkeypatch: pytest.MonkeyPatch) 
     assert machine.asked == [b"GPU-01234567-89ab-cdef-0123-456789abcdef"]
     for used, growth in ((5 * GIB, 2 * GIB), (9 * GIB, 6 * GIB), (4 * GIB, 6 * GIB)):
         machine.used = used
-        memory.look()
+        memory.update()
         assert memory.growth == growth
-    unknown = bench_memory.DeviceMemory(0)  # which the driver does not know
-    unknown.look()
+    unknown = bench_memory.DeviceMemory(0)  # the fake driver knows device 1 only
+    unknown.update()
     assert unknown.growth is None
 
 
-def test_no_driver_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_driver_is_not_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def none() -> Any:
         raise OSError("libnvidia-ml.so.1: no such file")
 
     monkeypatch.setattr(bench_memory, "load_nvml", none)
     for index in (None, 0):
         memory = bench_memory.DeviceMemory(index)
-        memory.look()
+        memory.update()
         assert memory.growth is None
     monkeypatch.setattr(bench_memory, "load_nvml", lambda: ctypes.CDLL(None))  # a library without the functions
     assert bench_memory.DeviceMemory(0).growth is None

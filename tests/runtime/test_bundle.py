@@ -1,4 +1,4 @@
-"""The manifest, and the checks between a folder on disk and the first session."""
+"""The manifest, and the validation of a bundle's folder."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ import msgspec
 import pytest
 
 from scm_runtime import BundleIntegrityError, BundleNotFoundError, BundleSchemaError, Generator, Manifest
-from scm_runtime.bundle.location import locate
-from scm_runtime.bundle.manifest import MANIFEST, check_files, read_manifest, sha256
+from scm_runtime.bundle.checksums import check_files, sha256
+from scm_runtime.bundle.location import find_local
+from scm_runtime.bundle.manifest import MANIFEST, read_manifest
 
 EMBEDDING = {"name": "prompt_embeds", "kind": "embedding", "dtype": "float32", "shape": ["tokens", 8]}
 
 
 @pytest.fixture
 def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
-    """A copy to change."""
+    """A copy of the tiny bundle that a test may change."""
     return shutil.copytree(tiny_bundle, tmp_path / "copy.scm")
 
 
@@ -65,8 +66,8 @@ def test_unknown_keys_are_ignored(bundle: Path) -> None:
 
 
 def test_a_bundle_of_an_earlier_writer(tmp_path: Path) -> None:
-    """Keys that came later have defaults."""
-    written = msgspec.json.decode((locate("digits") / MANIFEST).read_bytes())
+    """Keys that were added later have defaults."""
+    written = msgspec.json.decode((find_local("digits") / MANIFEST).read_bytes())
     for key in ("time_unit", "solver", "samplers"):
         del written[key]
     for case in written["verification"]["cases"]:
@@ -120,7 +121,7 @@ def test_names_of_files(bundle: Path, name: str) -> None:
         (lambda raw: raw["output"].update(shape=[8, 8]), r"output of kind 'image' must have the shape \[H, W, C\], got \[8, 8\]"),
         (lambda raw: raw["output"].update(kind="latent"), r"output of kind 'latent' must have the state's shape \[3, 8, 8\], got \[8, 8, 3\]"),
         (lambda raw: raw.update(time_unit="seconds"), "seconds"),
-        (lambda raw: raw["conditioning"].append(EMBEDDING | {"shape": []}), "'prompt_embeds' of kind 'embedding' must be an array a sample, got the shape"),
+        (lambda raw: raw["conditioning"].append(EMBEDDING | {"shape": []}), "'prompt_embeds' of kind 'embedding' must be an array per sample, got the shape"),
         (lambda raw: raw["conditioning"].append(EMBEDDING | {"shape": ["Tokens", 8]}), r"\$\.conditioning\[1\]\.shape"),
         (lambda raw: raw["conditioning"].append(EMBEDDING | {"shape": ["tokens", 0]}), r"\$\.conditioning\[1\]\.shape"),
         (lambda raw: raw["conditioning"].append(EMBEDDING | {"dtype": "int64"}), "'prompt_embeds' of kind 'embedding' must have the dtype float32, got int64"),
@@ -136,7 +137,7 @@ def test_names_of_files(bundle: Path, name: str) -> None:
         (lambda raw: raw["conditioning"].append(EMBEDDING | {"kind": "mask"}), "'prompt_embeds' of kind 'mask' must have the dtype int64, got float32"),
         (
             lambda raw: raw["conditioning"][0].update(shape=["tokens"]),
-            r"'class_labels' of kind 'class' must be one number a sample, got the shape \['tokens'\]",
+            r"'class_labels' of kind 'class' must be one number per sample, got the shape \['tokens'\]",
         ),
     ],
 )
@@ -155,8 +156,8 @@ def test_no_manifest_at_all(bundle: Path, data: bytes) -> None:
 
 
 def test_integrity(bundle: Path) -> None:
-    """With verify_integrity=False a changed byte passes, another size does not."""
-    path = bundle / "sample-1.fp32.onnx"  # one that a Generator does not open
+    """With verify_integrity=False, a changed byte is not detected, but another size is."""
+    path = bundle / "sample-1.fp32.onnx"  # a Generator does not open it
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
@@ -176,7 +177,7 @@ def test_a_file_that_may_not_be_read(tiny_bundle: Path, monkeypatch: pytest.Monk
     def refuse(path: Path) -> str:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("scm_runtime.bundle.manifest.sha256", refuse)
+    monkeypatch.setattr("scm_runtime.bundle.checksums.sha256", refuse)
     with pytest.raises(BundleIntegrityError, match=r"cannot read '.*': Permission denied\. Expected a file that you may read"):
         Generator(tiny_bundle)
 
@@ -186,19 +187,19 @@ def test_an_extra_file_does_no_harm(bundle: Path) -> None:
     check_files(bundle, read_manifest(bundle))
 
 
-def test_locate(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert locate(tiny_bundle) == locate(str(tiny_bundle)) == tiny_bundle
+def test_find_local(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert find_local(tiny_bundle) == find_local(str(tiny_bundle)) == tiny_bundle
     monkeypatch.setattr("scm_runtime.bundle.location.EMBEDDED", tiny_bundle.parent)
-    assert locate("tiny") == tiny_bundle
+    assert find_local("tiny") == tiny_bundle
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
     for name, wrong in {"file": "is a file", "folder": "has no scm.json", "nothing": "does not exist"}.items():
         with pytest.raises(BundleNotFoundError, match=rf"no bundle at '.*{name}': it {wrong}\. Expected a folder .* the name of an embedded bundle \('tiny'\)"):
-            locate(tmp_path / name)
+            find_local(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["../bundles/digits", "", "a b", "nothing"])
-def test_a_name_that_is_no_embedded_bundle(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(BundleNotFoundError, match="no bundle at"):
-        locate(name)
+        find_local(name)

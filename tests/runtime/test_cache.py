@@ -1,7 +1,8 @@
-"""The cache of optimised graphs and the memory of SHA-256 sums: what a session computes never depends on them."""
+"""The cache of optimized graphs and the memory of SHA-256 sums: what a session computes never depends on them."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -19,22 +20,24 @@ import pytest
 from numpy.typing import NDArray
 
 import scm_runtime
-from scm_runtime.bundle.checksums import Verified, file_sha256, identity
-from scm_runtime.bundle.manifest import WEIGHTS, read_manifest, sha256
+from scm_runtime.bundle.checksums import ChecksumCache, file_sha256, sha256, stat_fingerprint
+from scm_runtime.bundle.manifest import WEIGHTS, read_manifest
 from scm_runtime.cache import folder as cache_folder
 from scm_runtime.cache import key as cache_key
-from scm_runtime.cache.graph_cache import PART, GraphCache
+from scm_runtime.cache.graph_cache import TEMP_PREFIX, GraphCache
 from scm_runtime.cache.key import graph_key, is_cacheable
+from scm_runtime.common import log
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
 from scm_runtime.errors import InvalidArgumentError
 from scm_runtime.ort.native_ops import find_library
+from scm_runtime.ort.open_session import open_cached
 from support import full_disk, native_library, run_python, tree
 
 ort = load_onnxruntime()
 
 IMPORTS = ",".join(map(str, (Path(__file__).parents[1], Path(__file__).parent)))  # for other processes
 DIGITS = Path(scm_runtime.__file__).parent / "bundles" / "digits.scm"
-NOISE = DIGITS / "noise.onnx"  # small, and with function bodies not trivial: 43 kB optimised
+NOISE = DIGITS / "noise.onnx"  # small, and with function bodies not trivial: 43 kB optimized
 STEP = DIGITS / "step.fp32.onnx"
 SUMS = {name: entry.sha256 for name, entry in read_manifest(DIGITS).files.items()}
 PROVIDERS: list[tuple[str, dict[str, str]]] = [("CPUExecutionProvider", {})]
@@ -64,12 +67,12 @@ class Opener:
 
 @pytest.fixture(autouse=True)
 def _fresh_warnings() -> None:
-    cache_folder._said.clear()
+    log._logged.clear()
 
 
 @pytest.fixture
 def cache(tmp_path: Path) -> GraphCache:
-    found = GraphCache.find(tmp_path / "cache")
+    found = GraphCache.locate(tmp_path / "cache")
     assert found is not None
     return found
 
@@ -112,7 +115,7 @@ def test_cached_graphs_compute_the_same_bits(cache: GraphCache, graph: str, kern
     library, source = native_library() if kernels else None, DIGITS / graph
     expected = plain(source, library)
     for _ in range(2):
-        session = cache.open(source, key(source), Opener(library), sums=SUMS)
+        session = open_cached(cache, source, key(source), Opener(library), checksums=SUMS)
         assert signature(session) == signature(expected)
         for n in (1, 4):
             assert run(session, n).tobytes() == run(expected, n).tobytes()
@@ -120,8 +123,8 @@ def test_cached_graphs_compute_the_same_bits(cache: GraphCache, graph: str, kern
 
 def test_the_second_opening_neither_reads_the_bundle_nor_optimises(cache: GraphCache) -> None:
     first, second = Opener(), Opener()
-    cache.open(NOISE, key(), first, sums=SUMS)
-    session = cache.open(Path("nowhere") / NOISE.name, key(), second, sums=SUMS)
+    open_cached(cache, NOISE, key(), first, checksums=SUMS)
+    session = open_cached(cache, Path("nowhere") / NOISE.name, key(), second, checksums=SUMS)
     assert first.paths[0].name == NOISE.name
     assert second.paths == [cache.folder / key() / "graph.onnx"]
     assert second.levels == [ort.GraphOptimizationLevel.ORT_DISABLE_ALL]
@@ -129,12 +132,12 @@ def test_the_second_opening_neither_reads_the_bundle_nor_optimises(cache: GraphC
 
 
 def test_other_processes_use_the_entry(cache: GraphCache) -> None:
-    cache.open(NOISE, key(), Opener(), sums=SUMS)
+    open_cached(cache, NOISE, key(), Opener(), checksums=SUMS)
     before = tree(cache.folder)
     opened = run_python(
         "import sys; sys.path[:0] = sys.argv[1].split(',')\n"
         "from test_cache import *\n"
-        "opener = Opener(); GraphCache.find(sys.argv[2]).open(NOISE, key(), opener, sums=SUMS); print(opener.paths)",
+        "opener = Opener(); open_cached(GraphCache.locate(sys.argv[2]), NOISE, key(), opener, checksums=SUMS); print(opener.paths)",
         IMPORTS,
         cache.folder.parent,
     )
@@ -147,7 +150,7 @@ def test_other_processes_use_the_entry(cache: GraphCache) -> None:
 def test_an_entry_is_made_of_a_private_copy_which_is_then_removed(cache: GraphCache, graph: Path, beside: set[str]) -> None:
     """Of the weights too, where the graph has any in their file."""
     opener = Opener()
-    cache.open(graph, key(graph), opener, sums=SUMS)
+    open_cached(cache, graph, key(graph), opener, checksums=SUMS)
     assert opener.beside[0] == beside
     assert opener.paths[0].parent.parent == cache.folder
     assert only_entry(cache).name == key(graph)
@@ -157,13 +160,13 @@ def test_an_entry_is_made_of_a_private_copy_which_is_then_removed(cache: GraphCa
 def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(cache: GraphCache, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / NOISE.name)
     with pytest.raises(ZeroDivisionError):
-        cache.open(tmp_path / NOISE.name, key(), lambda *_: 1 / 0, sums=SUMS)
+        open_cached(cache, tmp_path / NOISE.name, key(), lambda *_: 1 / 0, checksums=SUMS)
     assert not list(cache.folder.iterdir())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc shows what is mapped")
 def test_the_weights_are_mapped_not_copied(cache: GraphCache) -> None:
-    session = cache.open(STEP, key(STEP), Opener(), sums=SUMS)
+    session = open_cached(cache, STEP, key(STEP), Opener(), checksums=SUMS)
     mapped = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(cache.folder / key(STEP) / "graph.data"))]
     sizes = [int(span.split("-")[1], 16) - int(span.split("-")[0], 16) for span, *_ in mapped]
     assert sum(sizes) > 0.8 * (cache.folder / key(STEP) / "graph.data").stat().st_size
@@ -203,15 +206,15 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-def test_damaged_entries_are_made_anew(cache: GraphCache, damage: Callable[[Path], object], caplog: pytest.LogCaptureFixture) -> None:
-    cache.open(NOISE, key(), Opener(), sums=SUMS)
+def test_damaged_entries_are_rebuilt(cache: GraphCache, damage: Callable[[Path], object], caplog: pytest.LogCaptureFixture) -> None:
+    open_cached(cache, NOISE, key(), Opener(), checksums=SUMS)
     whole = sizes(only_entry(cache))
     damage(cache.folder / key())
     opener = Opener()
-    session = cache.open(NOISE, key(), opener, sums=SUMS)
+    session = open_cached(cache, NOISE, key(), opener, checksums=SUMS)
     assert run(session).tobytes() == run(plain()).tobytes()
     assert opener.paths[0].name == NOISE.name
-    assert "made anew" in caplog.text
+    assert "is damaged and is rebuilt" in caplog.text
     assert not (cache.folder / key()).is_symlink()
     assert sizes(only_entry(cache)) == whole
 
@@ -225,20 +228,19 @@ def test_links_are_removed_not_what_they_point_to(cache: GraphCache, tmp_path: P
     mine.mkdir()
     (mine / "entry.json").write_text("keep")
     (cache.folder / key()).symlink_to(mine)
-    cache.open(NOISE, key(), Opener(), sums=SUMS)
+    open_cached(cache, NOISE, key(), Opener(), checksums=SUMS)
     assert tree(mine) == {"entry.json": b"keep"}
 
 
 def test_without_verification_sizes_alone_are_compared(cache: GraphCache) -> None:
-    cache.open(NOISE, key(), Opener(), sums=SUMS)
+    open_cached(cache, NOISE, key(), Opener(), checksums=SUMS)
     _flip(cache.folder / key() / "graph.data")
-    opener = Opener()
-    cache.open(NOISE, key(), opener, verify=False, sums=SUMS)
-    assert opener.paths == [cache.folder / key() / "graph.onnx"]
+    assert cache.find(key(), verify=False) == cache.folder / key() / "graph.onnx"
+    assert cache.find(key()) is None
 
 
 def test_an_entry_that_vanishes_while_it_is_opened(cache: GraphCache) -> None:
-    cache.open(NOISE, key(), Opener(), sums=SUMS)
+    open_cached(cache, NOISE, key(), Opener(), checksums=SUMS)
     opener = Opener()
 
     def build(path: Path, change: Callable[[Any], None]) -> Any:
@@ -246,12 +248,12 @@ def test_an_entry_that_vanishes_while_it_is_opened(cache: GraphCache) -> None:
             cache.clear()
         return opener(path, change)
 
-    assert run(cache.open(NOISE, key(), build, sums=SUMS)).tobytes() == run(plain()).tobytes()
+    assert run(open_cached(cache, NOISE, key(), build, checksums=SUMS)).tobytes() == run(plain()).tobytes()
     assert not list(cache.folder.iterdir())  # not refused for ever after
 
 
 def test_open_sessions_outlive_their_entry(cache: GraphCache) -> None:
-    session = cache.open(NOISE, key(), Opener(), sums=SUMS)
+    session = open_cached(cache, NOISE, key(), Opener(), checksums=SUMS)
     cache.clear()
     assert not list(cache.folder.iterdir())
     assert run(session).tobytes() == run(plain()).tobytes()
@@ -270,14 +272,14 @@ def test_what_cannot_be_cached_is_opened_plainly_and_remembered(cache: GraphCach
             raise RuntimeError("Unable to serialize model as it contains compiled nodes. Please disable …")
         return session
 
-    assert run(cache.open(NOISE, key(), build, sums=SUMS)).tobytes() == run(plain()).tobytes()
+    assert run(open_cached(cache, NOISE, key(), build, checksums=SUMS)).tobytes() == run(plain()).tobytes()
     assert "compiled nodes" in caplog.text
     opener.paths.clear()
-    cache.open(NOISE, key(), build, sums=SUMS)
+    open_cached(cache, NOISE, key(), build, checksums=SUMS)
     assert opener.paths == [NOISE]
     os.utime(cache.folder / key() / "entry.json", (0, 0))  # long ago: it is worth another try
     opener.paths.clear()
-    cache.open(NOISE, key(), opener, sums=SUMS)
+    open_cached(cache, NOISE, key(), opener, checksums=SUMS)
     assert [path.name for path in opener.paths] == [NOISE.name, "graph.onnx"]
 
 
@@ -285,7 +287,7 @@ def test_errors_of_the_graph_are_raised_and_not_logged(cache: GraphCache, tmp_pa
     broken = tmp_path / "noise.onnx"
     broken.write_bytes(b"no graph")
     with pytest.raises(Exception, match=r"noise\.onnx failed"):
-        cache.open(broken, key(), Opener(), sums={broken.name: sha256(broken)})
+        open_cached(cache, broken, key(), Opener(), checksums={broken.name: sha256(broken)})
     assert not caplog.records
     assert not list(cache.folder.iterdir())
 
@@ -293,54 +295,54 @@ def test_errors_of_the_graph_are_raised_and_not_logged(cache: GraphCache, tmp_pa
 @pytest.mark.parametrize("room", [100, 10_000, 20_000])
 def test_full_disk(cache: GraphCache, room: int, caplog: pytest.LogCaptureFixture) -> None:
     with full_disk(room):
-        session = cache.open(NOISE, key(), Opener(), sums=SUMS)
-        cache.open(NOISE, key(), Opener(), sums=SUMS)
+        session = open_cached(cache, NOISE, key(), Opener(), checksums=SUMS)
+        open_cached(cache, NOISE, key(), Opener(), checksums=SUMS)
     assert run(session).tobytes() == run(plain()).tobytes()
     assert not list(cache.folder.iterdir())
     assert len(caplog.records) == 1
-    cache.open(NOISE, key(), Opener(), sums=SUMS)
+    open_cached(cache, NOISE, key(), Opener(), checksums=SUMS)
     assert only_entry(cache)
 
 
 def test_nothing_is_written_where_the_disk_is_nearly_full(cache: GraphCache, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"total": 100 << 30, "free": 4 << 30}))
     opener = Opener()
-    cache.open(NOISE, key(), opener, sums=SUMS)
+    open_cached(cache, NOISE, key(), opener, checksums=SUMS)
     assert opener.paths == [NOISE]
     assert not list(cache.folder.iterdir())
 
 
 def test_a_graph_larger_than_the_bound_is_not_cached(tmp_path: Path) -> None:
-    cache = GraphCache.find(tmp_path / "cache", max_bytes=10_000)
+    cache = GraphCache.locate(tmp_path / "cache", max_bytes=10_000)
     assert cache is not None
-    cache.open(NOISE, key(), Opener(), sums=SUMS)
+    open_cached(cache, NOISE, key(), Opener(), checksums=SUMS)
     opener = Opener()
-    cache.open(NOISE, key(), opener, sums=SUMS)
+    open_cached(cache, NOISE, key(), opener, checksums=SUMS)
     assert opener.paths == [NOISE]
     assert sum(path.stat().st_size for path in cache.folder.rglob("*") if path.is_file()) < 1000
 
 
 def test_what_was_unused_for_longest_goes_first(tmp_path: Path) -> None:
-    cache = GraphCache.find(tmp_path / "cache", max_bytes=100_000)  # two and a bit
+    cache = GraphCache.locate(tmp_path / "cache", max_bytes=100_000)  # two and a bit
     assert cache is not None
     names = [key(device=device) for device in "abc"]
     for age, name in ((100, names[0]), (200, names[1])):
-        cache.open(NOISE, name, Opener(), sums=SUMS)
+        open_cached(cache, NOISE, name, Opener(), checksums=SUMS)
         os.utime(cache.folder / name / "entry.json", (0, time.time() - age))
-    cache.open(NOISE, names[1], Opener(), sums=SUMS)  # used again: now the other is older
-    cache.open(NOISE, names[2], Opener(), sums=SUMS)
+    open_cached(cache, NOISE, names[1], Opener(), checksums=SUMS)  # used again: now the other is older
+    open_cached(cache, NOISE, names[2], Opener(), checksums=SUMS)
     assert {path.name for path in cache.folder.iterdir()} == {names[1], names[2]}
 
 
 def test_what_killed_processes_and_older_versions_left_is_removed(cache: GraphCache) -> None:
-    old, young = cache.folder / f"{PART}1", cache.folder / f"{PART}2"
+    old, young = cache.folder / f"{TEMP_PREFIX}1", cache.folder / f"{TEMP_PREFIX}2"
     for part in (old, young):
         part.mkdir()
         (part / "graph.data").write_bytes(b"half")
     os.utime(old, (0, 0))
-    cache.open(NOISE, key(device="before"), Opener(), sums=SUMS)
+    open_cached(cache, NOISE, key(device="before"), Opener(), checksums=SUMS)
     os.utime(cache.folder / key(device="before") / "entry.json", (0, 0))
-    cache.open(NOISE, key(), Opener(), sums=SUMS)
+    open_cached(cache, NOISE, key(), Opener(), checksums=SUMS)
     assert {path.name for path in cache.folder.iterdir()} == {young.name, key()}
 
 
@@ -354,7 +356,7 @@ def test_threads_that_build_at_once(cache: GraphCache, caplog: pytest.LogCapture
             together.wait()  # all have found nothing there, and none has put its own there
         return session
 
-    threads = [threading.Thread(target=lambda: sessions.append(cache.open(NOISE, key(), build, sums=SUMS))) for _ in range(4)]
+    threads = [threading.Thread(target=lambda: sessions.append(open_cached(cache, NOISE, key(), build, checksums=SUMS))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -369,14 +371,14 @@ def test_processes_that_build_and_evict_at_once(tmp_path: Path) -> None:
     program = """
 import sys; sys.path[:0] = sys.argv[1].split(",")
 from test_cache import *
-cache, expected = GraphCache.find(sys.argv[2], max_bytes=60_000), run(plain()).tobytes()  # room for one
+cache, expected = GraphCache.locate(sys.argv[2], max_bytes=60_000), run(plain()).tobytes()  # room for one
 for turn in range(6):
-    assert run(cache.open(NOISE, key(device=str(turn % 2)), Opener(), sums=SUMS)).tobytes() == expected
+    assert run(open_cached(cache, NOISE, key(device=str(turn % 2)), Opener(), checksums=SUMS)).tobytes() == expected
 """
     command = [sys.executable, "-c", program, IMPORTS, str(tmp_path / "cache")]
     running = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(3)]
     assert [(process.communicate()[1], process.returncode) for process in running] == [("", 0)] * 3
-    assert not list((tmp_path / "cache" / "graphs").glob(f"{PART}*"))
+    assert not list((tmp_path / "cache" / "graphs").glob(f"{TEMP_PREFIX}*"))
 
 
 def test_every_part_of_the_key_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -426,7 +428,7 @@ def test_where_the_cache_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, h
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     if how in ("SCM_CACHE_DIR", "XDG_CACHE_HOME"):
         monkeypatch.setenv(how, str(tmp_path / how))
-    found = GraphCache.find(tmp_path / "given" if how == "argument" else None)
+    found = GraphCache.locate(tmp_path / "given" if how == "argument" else None)
     expected = {"SCM_CACHE_DIR": "SCM_CACHE_DIR", "argument": "given", "XDG_CACHE_HOME": "XDG_CACHE_HOME/scm-runtime", "home": "home/.cache/scm-runtime"}
     assert found is not None
     assert found.folder.parent == tmp_path / expected[how]
@@ -436,12 +438,12 @@ def test_where_the_cache_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, h
 
 def test_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setenv("SCM_CACHE_DIR", str(tmp_path / "cache"))
-    assert GraphCache.find(False) is None
+    assert GraphCache.locate(False) is None
     monkeypatch.setenv("SCM_CACHE_MAX_BYTES", "0")
-    assert GraphCache.find() is None
+    assert GraphCache.locate() is None
     monkeypatch.delenv("SCM_CACHE_MAX_BYTES")
     monkeypatch.setenv("SCM_CACHE_DIR", "")
-    assert GraphCache.find() is None
+    assert GraphCache.locate() is None
     assert not list(tmp_path.iterdir())
     assert not caplog.records
 
@@ -450,13 +452,13 @@ def test_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytes
 def test_the_bound_is_a_number_of_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("SCM_CACHE_MAX_BYTES", value)
     with pytest.raises(InvalidArgumentError, match=f"SCM_CACHE_MAX_BYTES must be .*{value}"):
-        GraphCache.find(tmp_path)
+        GraphCache.locate(tmp_path)
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").touch()
     for _ in range(2):
-        assert GraphCache.find(tmp_path / "file" / "cache") is None
+        assert GraphCache.locate(tmp_path / "file" / "cache") is None
     assert len(caplog.records) == 1
     assert "SCM_CACHE_DIR" in caplog.text
 
@@ -466,16 +468,16 @@ def test_the_platforms_folder_that_cannot_be_made(tmp_path: Path, monkeypatch: p
     (tmp_path / "file").touch()
     monkeypatch.setattr(cache_folder, "_platform_folder", lambda: tmp_path / "file" / "cache")
     caplog.set_level(logging.INFO, "scm_runtime")
-    assert GraphCache.find() is None
+    assert GraphCache.locate() is None
     assert [record.levelno for record in caplog.records] == [logging.INFO]  # nobody asked for it
 
 
 @posix
 @pytest.mark.parametrize("part", ["", "graphs", "verified"])
 def test_a_folder_that_others_may_write_to(tmp_path: Path, part: str, caplog: pytest.LogCaptureFixture) -> None:
-    assert GraphCache.find(tmp_path / "cache")
+    assert GraphCache.locate(tmp_path / "cache")
     (tmp_path / "cache" / part).chmod(0o777)
-    assert GraphCache.find(tmp_path / "cache") is None
+    assert GraphCache.locate(tmp_path / "cache") is None
     assert "closed to others" in caplog.text
 
 
@@ -483,7 +485,7 @@ def test_a_folder_that_others_may_write_to(tmp_path: Path, part: str, caplog: py
 def test_a_folder_for_everyone_where_only_owners_remove(tmp_path: Path) -> None:
     (tmp_path / "tmp").mkdir()
     (tmp_path / "tmp").chmod(0o1777)
-    assert GraphCache.find(tmp_path / "tmp")
+    assert GraphCache.locate(tmp_path / "tmp")
 
 
 @posix
@@ -493,7 +495,7 @@ def test_a_folder_of_someone_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         os.chown(tmp_path / "cache", 12345, -1)
     else:
         monkeypatch.setattr(os, "geteuid", lambda: 12345)
-    assert GraphCache.find(tmp_path / "cache") is None
+    assert GraphCache.locate(tmp_path / "cache") is None
     assert "must belong to" in caplog.text
 
 
@@ -502,21 +504,21 @@ def test_the_parts_are_no_links(tmp_path: Path, caplog: pytest.LogCaptureFixture
     (tmp_path / "cache").mkdir()
     (tmp_path / "elsewhere").mkdir(mode=0o700)
     (tmp_path / "cache" / "graphs").symlink_to(tmp_path / "elsewhere")
-    assert GraphCache.find(tmp_path / "cache") is None
+    assert GraphCache.locate(tmp_path / "cache") is None
     assert "must be a folder" in caplog.text
 
 
 @posix
 def test_a_folder_that_became_read_only(cache: GraphCache, caplog: pytest.LogCaptureFixture) -> None:
-    cache.open(NOISE, key(), Opener(), sums=SUMS)
+    open_cached(cache, NOISE, key(), Opener(), checksums=SUMS)
     cache.folder.chmod(0o500)
     if os.access(cache.folder, os.W_OK):
         pytest.skip("root writes everywhere")
     opener = Opener()
-    cache.open(NOISE, key(), opener, sums=SUMS)
+    open_cached(cache, NOISE, key(), opener, checksums=SUMS)
     assert opener.paths == [cache.folder / key() / "graph.onnx"]
     for device in "ab":
-        cache.open(NOISE, key(device=device), opener, sums=SUMS)
+        open_cached(cache, NOISE, key(device=device), opener, checksums=SUMS)
     assert len(caplog.records) == 1
     cache.folder.chmod(0o700)
 
@@ -536,10 +538,10 @@ def file(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Verified:
+def verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ChecksumCache:
     (tmp_path / "sums").mkdir()
     monkeypatch.setattr("scm_runtime.bundle.checksums.SETTLED_NS", 0)
-    return Verified(tmp_path / "sums")
+    return ChecksumCache(tmp_path / "sums")
 
 
 @pytest.fixture
@@ -555,13 +557,14 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return digests
 
 
-def test_an_unchanged_file_is_hashed_once(verified: Verified, file: Path, read: list[str]) -> None:
-    assert [verified.sha256(file) for _ in range(3)] == [sha256(file)] * 3
-    assert read == [sha256(file)]
+def test_an_unchanged_file_is_hashed_once(verified: ChecksumCache, file: Path, read: list[str]) -> None:
+    expected = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert [verified.sha256(file) for _ in range(3)] == [expected] * 3
+    assert read == [expected]
 
 
 @pytest.mark.parametrize("change", ["written in place, times put back", "replaced", "another path"])
-def test_a_changed_file_is_hashed_again(verified: Verified, file: Path, change: str) -> None:
+def test_a_changed_file_is_hashed_again(verified: ChecksumCache, file: Path, change: str) -> None:
     verified.sha256(file)
     if change == "another path":
         file = file.rename(file.with_name("moved"))
@@ -575,26 +578,26 @@ def test_a_changed_file_is_hashed_again(verified: Verified, file: Path, change: 
     assert verified.sha256(file) == sha256(file)
 
 
-def test_a_file_written_just_now_is_not_remembered(verified: Verified, file: Path, read: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_written_just_now_is_not_remembered(verified: ChecksumCache, file: Path, read: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("scm_runtime.bundle.checksums.SETTLED_NS", 60_000_000_000)
     for _ in range(2):
         verified.sha256(file)
-    assert read == [sha256(file)] * 2
+    assert read == [hashlib.sha256(file.read_bytes()).hexdigest()] * 2
 
 
-def test_sums_have_their_month(verified: Verified, file: Path, read: list[str], tmp_path: Path) -> None:
+def test_sums_have_their_month(verified: ChecksumCache, file: Path, read: list[str], tmp_path: Path) -> None:
     verified.sha256(file)
     (remembered,) = (tmp_path / "sums").iterdir()
     os.utime(remembered, (0, 0))
     verified.sha256(file)
-    assert read == [sha256(file)] * 2
+    assert read == [hashlib.sha256(file.read_bytes()).hexdigest()] * 2
     os.utime(remembered, (0, 0))
     verified.prune()
     assert not list((tmp_path / "sums").iterdir())
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"seen": 3, "sha256": "x"}'])
-def test_a_damaged_memory_forgets(verified: Verified, file: Path, tmp_path: Path, text: str) -> None:
+def test_a_damaged_memory_forgets(verified: ChecksumCache, file: Path, tmp_path: Path, text: str) -> None:
     verified.sha256(file)
     (remembered,) = (tmp_path / "sums").iterdir()
     remembered.write_text(text)
@@ -603,18 +606,18 @@ def test_a_damaged_memory_forgets(verified: Verified, file: Path, tmp_path: Path
 
 
 def test_a_memory_that_cannot_be_written(file: Path) -> None:
-    assert Verified(file / "sums").sha256(file) == sha256(file)
+    assert ChecksumCache(file / "sums").sha256(file) == sha256(file)
 
 
 def test_the_identity_of_a_file_changes_with_it(file: Path, read: list[str]) -> None:
-    before = identity(file)
-    assert identity(file) == before
+    before = stat_fingerprint(file)
+    assert stat_fingerprint(file) == before
     file.write_bytes(b"changes")
     os.utime(file, (1, 1))
-    assert identity(file) != before
+    assert stat_fingerprint(file) != before
     assert not read
 
 
-def test_a_missing_file_has_no_sum(verified: Verified, tmp_path: Path) -> None:
+def test_a_missing_file_has_no_sum(verified: ChecksumCache, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         verified.sha256(tmp_path / "missing")

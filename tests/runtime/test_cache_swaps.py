@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 
 import handmade
 from scm_runtime import Generator, InferenceError
-from scm_runtime.bundle.checksums import Seen, Verified, identity
-from scm_runtime.bundle.manifest import WEIGHTS, sha256
-from scm_runtime.cache.graph_cache import PART, GraphCache
+from scm_runtime.bundle.checksums import ChecksumCache, FileStat, sha256, stat_fingerprint
+from scm_runtime.bundle.manifest import WEIGHTS
+from scm_runtime.cache.graph_cache import TEMP_PREFIX, GraphCache
 from scm_runtime.cache.private_copy import ChangedError, copy_graph
+from scm_runtime.ort import open_session as opening
 
 STEP = "step.fp32.onnx"
 SEEDS = (7, 8)
@@ -77,21 +78,21 @@ by_file_and_folder = pytest.mark.parametrize("swap", [exchange_files, exchange],
 def swapped(swap: Callable[[], None], *, back: bool) -> Iterator[None]:
     """Within the block: swap when the step's graph is looked for in the cache, so under a name that was made before. Swap back as soon as a graph was
     opened, or, without ``back``, not at all."""
-    original, waiting = GraphCache.open, [swap, swap] if back else [swap]
+    original, waiting = opening.open_cached, [swap, swap] if back else [swap]
 
-    def watched(cache: GraphCache, source: Path, key: str, build: Callable[..., Any], **options: Any) -> Any:
-        def watched_build(path: Path, change: Callable[[Any], None]) -> Any:
-            opened = build(path, change)
+    def watched(cache: GraphCache, source: Path, key: str, create: Callable[..., Any], **options: Any) -> Any:
+        def watched_create(path: Path, change: Callable[[Any], None]) -> Any:
+            opened = create(path, change)
             if waiting and source.name == STEP:
                 waiting.pop()()
             return opened
 
         if source.name == STEP:
             waiting.pop()()
-        return original(cache, source, key, watched_build, **options)
+        return original(cache, source, key, watched_create, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(GraphCache, "open", watched)
+        patch.setattr(opening, "open_cached", watched)
         yield
     assert not waiting
 
@@ -122,7 +123,7 @@ def test_swapped_files_leave_nothing_in_the_cache_where_sums_are_not_compared(
     assert "changed" in caplog.text
 
 
-@pytest.mark.parametrize("name", [sha256, identity])
+@pytest.mark.parametrize("name", [sha256, stat_fingerprint])
 @pytest.mark.parametrize("turn", [1, 2])
 def test_a_copy_is_right_or_refused_whenever_the_folder_is_swapped_back(
     honest: Path, evil: Path, tmp_path: Path, name: Callable[[Path], str], turn: int
@@ -154,9 +155,9 @@ def test_no_sum_is_remembered_of_a_folder_that_was_swapped(tmp_path: Path, monke
         (folder / "file").write_bytes(contents)
     (tmp_path / "sums").mkdir()
     monkeypatch.setattr("scm_runtime.bundle.checksums.SETTLED_NS", 0)
-    look, looks = Seen.of, [0]
+    look, looks = FileStat.of, [0]
 
-    def watched(*arguments: Any) -> Seen:
+    def watched(*arguments: Any) -> FileStat:
         looks[0] += 1
         if looks[0] == 2:
             exchange(here, there)
@@ -166,10 +167,10 @@ def test_no_sum_is_remembered_of_a_folder_that_was_swapped(tmp_path: Path, monke
         return found
 
     with monkeypatch.context() as patch:
-        patch.setattr(Seen, "of", watched)
-        Verified(tmp_path / "sums").sha256(here / "file")
+        patch.setattr(FileStat, "of", watched)
+        ChecksumCache(tmp_path / "sums").sha256(here / "file")
     assert (here / "file").read_bytes() == b"evil"
-    assert Verified(tmp_path / "sums").sha256(here / "file") == sha256(here / "file")
+    assert ChecksumCache(tmp_path / "sums").sha256(here / "file") == sha256(here / "file")
 
 
 def test_weights_behind_a_link_are_not_followed_into_the_cache(honest: Path, tmp_path: Path) -> None:
@@ -178,4 +179,4 @@ def test_weights_behind_a_link_are_not_followed_into_the_cache(honest: Path, tmp
     for _ in range(2):
         with pytest.raises(InferenceError, match="cannot open"):
             draw(honest, tmp_path / "cache", verify_integrity=False)
-    assert not list((tmp_path / "cache").glob(f"graphs/{PART}*"))
+    assert not list((tmp_path / "cache").glob(f"graphs/{TEMP_PREFIX}*"))

@@ -22,13 +22,14 @@ from PIL import Image
 import scm_runtime
 from scm_runtime import Generator, Manifest, Samples
 from scm_runtime.cli import main
-from scm_runtime.engines.engine import HostEngine, Trajectory
+from scm_runtime.engines.engine import Trajectory
+from scm_runtime.engines.host import HostEngine
 from scm_runtime.samples import grid
 from support import run, tree
 
 
 def call(*arguments: str | Path) -> Result:
-    """The command line in this process; an exception other than SystemExit fails the test."""
+    """Run the command in this process; an exception other than SystemExit fails the test."""
     return CliRunner(catch_exceptions=False).invoke(main, [str(argument) for argument in arguments])
 
 
@@ -65,7 +66,7 @@ def opened(path: Path) -> NDArray[np.uint8]:
 
 
 def expect_images(expected: NDArray[np.uint8], paths: list[Path]) -> None:
-    """The pictures up to a level: the order of sums may depend on the batch."""
+    """Compare images up to one level: the order of summation may depend on the batch."""
     for image, path in zip(expected, paths, strict=True):
         np.testing.assert_allclose(opened(path).astype(int), image, atol=1)
 
@@ -77,8 +78,8 @@ def expect_images(expected: NDArray[np.uint8], paths: list[Path]) -> None:
         ("new/{index}_{seed:04d}.png", ["0_0007.png", "1_0008.png", "2_0009.png", "3_0010.png", "4_0011.png"]),
     ],
 )
-def test_a_file_for_each_of_many_images(out: str, names: list[str], tiny: Generator, tiny_bundle: Path, tmp_path: Path) -> None:
-    """Seeds count on over all images, labels are repeated, and batches are not to be seen."""
+def test_one_file_per_image(out: str, names: list[str], tiny: Generator, tiny_bundle: Path, tmp_path: Path) -> None:
+    """Seeds are consecutive over all batches, labels are repeated, and batches do not show."""
     result = call("generate", tiny_bundle, "-o", f"{tmp_path}/{out}", "--num-images", "5", "--batch-size", "2", "--labels", "cat,0", "--seed", "7")
     assert result.exit_code == 0, result.output
     assert re.fullmatch(rf"wrote {re.escape(f'{tmp_path}/{out}')} \(5 samples, seeds 7…11, 2 steps, \d+ ms\)\n", result.stdout)
@@ -97,7 +98,7 @@ def test_a_grid_of_many_images(tiny: Generator, tiny_bundle: Path, tmp_path: Pat
         expect_images(np.asarray(grid(expected.array))[None], [tmp_path / "grid.png"])
 
 
-def test_one_batch_as_a_file_an_image(tiny: Generator, tiny_bundle: Path, tmp_path: Path) -> None:
+def test_one_batch_with_one_file_per_image(tiny: Generator, tiny_bundle: Path, tmp_path: Path) -> None:
     result = call("generate", tiny_bundle, "-o", f"{tmp_path}/{{index}}.png", "--seed", "4,4", "--labels", "0,1")
     assert result.exit_code == 0, result.output
     expect_images(tiny([0, 1], seed=[4, 4], output_type="np").array, [tmp_path / "0.png", tmp_path / "1.png"])
@@ -113,11 +114,11 @@ def test_braces_written_twice_are_braces(tiny_bundle: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("out", "said"),
     [
-        ("{index!s:.1}.png", "a field has a format that is none of integers"),
-        ("{seed:c}.png", "a field has a format that is none of integers"),
+        ("{index!s:.1}.png", "a field has a format that is not for integers"),
+        ("{seed:c}.png", "a field has a format that is not for integers"),
         ("{a}.png", "there is no field {a}"),
         ("{.png", "there is no field"),
-        ("pictures", "write 'pictures/' for a folder with a file an image"),
+        ("pictures", "write 'pictures/' for a folder with one file per image"),
     ],
 )
 def test_names_that_cannot_be(out: str, said: str, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,13 +143,13 @@ def test_images_are_written_as_they_are_drawn(tiny_bundle: Path, tmp_path: Path,
 
 
 def test_no_more_images_than_a_batch_are_computed_at_a_time(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original, sizes = HostEngine.advance, []
+    original, sizes = HostEngine.step, []
 
     def watched(self: HostEngine, trajectories: Sequence[Trajectory]) -> None:
         sizes.append(sum(map(len, trajectories)))
         original(self, trajectories)
 
-    monkeypatch.setattr(HostEngine, "advance", watched)
+    monkeypatch.setattr(HostEngine, "step", watched)
     assert call("generate", tiny_bundle, "-o", f"{tmp_path}/", "--num-images", "5", "--batch-size", "2").exit_code == 0
     assert sizes == [2, 2, 2, 2, 1, 1]
 
@@ -166,7 +167,7 @@ def test_no_more_images_than_a_batch_are_computed_at_a_time(tiny_bundle: Path, t
         ("{seed}.png", ["--columns", "2"], "leave --columns out"),
         ("{seed}{label}.png", [], "there is no field {label}"),
         ("{seed.real}.png", [], "there is no field {seed.real}"),
-        ("{index:s}.png", [], "a field has a format that is none of integers"),
+        ("{index:s}.png", [], "a field has a format that is not for integers"),
         ("{seed}.xyz", [], "unknown picture format '.xyz'"),
         ("", [], "is a folder"),
         ("a.png", ["--device", "tpu"], "device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got 'tpu'"),
@@ -197,7 +198,7 @@ def test_the_device_and_the_dtype_that_every_bundle_has(tiny: Generator, tiny_bu
 
 
 def on_a_terminal(*arguments: str | Path) -> str:
-    """What a command prints where both its streams are a terminal."""
+    """Return what a command prints if stdout and stderr are a terminal."""
     ours, its = os.openpty()
     with subprocess.Popen(command(*arguments), stdout=its, stderr=its, env={**os.environ, "TERM": "xterm", "COLUMNS": "80"}) as process:
         os.close(its)
@@ -205,7 +206,7 @@ def on_a_terminal(*arguments: str | Path) -> str:
         try:
             while piece := os.read(ours, 4096):
                 said += piece
-        except OSError:  # Linux's way to say that the other side is closed
+        except OSError:  # on Linux, when the other side is closed
             pass
         os.close(ours)
     assert process.returncode == 0, said
@@ -305,7 +306,7 @@ def test_usage(arguments: list[str]) -> None:
 
 
 def test_a_real_process(tiny_bundle: Path, tmp_path: Path) -> None:
-    """Exit codes and streams once more, as a shell sees them."""
+    """Exit codes and streams, as a shell sees them."""
     good = run(command("generate", tiny_bundle, "-o", tmp_path / "one.png", "--seed", "1"))
     assert (good.stderr, good.stdout.startswith("wrote ")) == ("", True)
     bad_label: list[str | Path] = ["-o", tmp_path / "x.png", "--labels", "4"]
@@ -319,7 +320,7 @@ def test_a_real_process(tiny_bundle: Path, tmp_path: Path) -> None:
 
 
 def test_an_interrupt_leaves_nothing_half_written(tiny_bundle: Path, tmp_path: Path) -> None:
-    """Ctrl-C while it writes: the program stops in the middle of the file and waits for the signal."""
+    """Ctrl-C during writing: the program pauses in the middle of the file and waits for the signal."""
     program = """
 import signal, sys, time
 from scm_runtime import cli, samples
@@ -340,7 +341,7 @@ cli.main()
         try:
             assert process.stdout is not None
             assert process.stdout.readline() == "writing\n"
-            assert len(tree(tmp_path)) == 2, "the picture in the making"
+            assert len(tree(tmp_path)) == 2, "the unfinished file"
             start = time.monotonic()
             process.send_signal(signal.SIGINT)
             _, stderr = process.communicate(timeout=30)
@@ -368,9 +369,9 @@ def test_an_interrupt_among_many_images_keeps_those_that_are_there(tiny_bundle: 
         finally:
             process.kill()
     assert (process.returncode, stdout) == (130, "")
-    told = re.fullmatch(rf"Interrupted: (\d+) of 1000000 images are in '{re.escape(out)}'\n", stderr)
-    assert told, stderr
+    message = re.fullmatch(rf"Interrupted: (\d+) of 1000000 images are in '{re.escape(out)}'\n", stderr)
+    assert message, stderr
     files = sorted(tmp_path.iterdir())
-    assert len(files) - int(told[1]) in (0, 1), "it may come between a file and its count"
+    assert len(files) - int(message[1]) in (0, 1), "the interrupt may come between writing a file and counting it"
     for file in files:
         assert opened(file).shape == (8, 8, 3)

@@ -1,4 +1,4 @@
-"""Every command of ``scm-runtime`` starts and does its work with the embedded bundle: what `make floors` runs without torch."""
+"""Every command of ``scm-runtime`` works with the embedded bundle. `make floors` runs these tests without torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from scm_runtime.cli import main
 
 
 def call(*arguments: str | Path) -> str:
-    """Standard output."""
+    """Run a command and return its standard output."""
     done = CliRunner(catch_exceptions=False).invoke(main, [str(argument) for argument in arguments])
     assert done.exit_code == 0, done.output
     return done.stdout

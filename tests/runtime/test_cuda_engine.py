@@ -1,4 +1,4 @@
-"""The CUDA engine against a machine made of NumPy (fake_cuda): it draws what the host draws, in order, in one thread, and gives everything back."""
+"""The CUDA engine on a simulated machine (fake_cuda): it matches the host engine, orders its work, uses one thread, and frees everything."""
 
 from __future__ import annotations
 
@@ -20,21 +20,25 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 import scm_runtime
-from runtime.fake_cuda import LEGACY, PLACEMENT, Capsule, CudaError, GraphRun, Machine, Stream
+from runtime.fake_cuda import PLACEMENT, GraphRun, Machine
+from runtime.fake_cuda_driver import LEGACY, Capsule, CudaError, Stream
 from scm_runtime.bundle.manifest import read_manifest
-from scm_runtime.bundle.solver_tables import Schedules, along
-from scm_runtime.engines.cuda import gpu as cuda
-from scm_runtime.engines.cuda import slots as cuda_slots
+from scm_runtime.bundle.solver_tables import SolverTables, from_times
+from scm_runtime.engines.cuda import static_buffers
+from scm_runtime.engines.cuda import stream as cuda
+from scm_runtime.engines.cuda.capture_lock import CaptureLock
 from scm_runtime.engines.cuda.dlpack import DeviceArray
 from scm_runtime.engines.cuda.engine import CudaEngine
-from scm_runtime.engines.cuda.open_engine import FINITE, open_cuda_engine
-from scm_runtime.engines.cuda.options import cuda_options
-from scm_runtime.engines.cuda.thread import Captures, CudaContext
-from scm_runtime.engines.engine import Engine, HostEngine, Trajectory
-from scm_runtime.engines.sessions import Graphs
+from scm_runtime.engines.cuda.open_engine import FINITE, cuda_options, open_cuda_engine
+from scm_runtime.engines.cuda.thread import CudaContext
+from scm_runtime.engines.engine import Engine, Trajectory
+from scm_runtime.engines.host import HostEngine
+from scm_runtime.engines.sessions import BundleSessions
 from scm_runtime.errors import DeviceError, GeneratorClosedError, InferenceError, InvalidArgumentError, MissingDependencyError, OutOfMemoryError
 from scm_runtime.inputs.call import Call
-from scm_runtime.ort.session import Session, Settings
+from scm_runtime.ort.open_session import open_session
+from scm_runtime.ort.options import SessionSettings
+from scm_runtime.ort.session import Session
 
 DIGITS = Path(scm_runtime.__file__).parent / "bundles" / "digits.scm"
 MANIFEST = read_manifest(DIGITS)
@@ -43,18 +47,18 @@ MANIFEST = read_manifest(DIGITS)
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     made = Machine()
-    monkeypatch.setattr(cuda, "_loaded", made.modules)
+    monkeypatch.setattr(cuda, "_import_cuda", made.modules)
     return made
 
 
 @pytest.fixture(scope="module")
 def host() -> HostEngine:
-    return HostEngine(Graphs(DIGITS, MANIFEST, "fp32", lambda path: Session(path, Settings(threads=1))), "fp32", MANIFEST.initial_scale)
+    return HostEngine(BundleSessions(DIGITS, MANIFEST, "fp32", lambda path: open_session(path, SessionSettings(threads=1))), "fp32", MANIFEST.initial_scale)
 
 
 def opened(machine: Machine, stream: object | None = None, *, context: CudaContext | None = None, cuda_graph: bool = True) -> CudaEngine:
     context = context or CudaContext(0, stream)
-    return open_cuda_engine(context, DIGITS, MANIFEST, "fp32", Settings(PLACEMENT), cuda_graph=cuda_graph, open_session=machine.open_session)
+    return open_cuda_engine(context, DIGITS, MANIFEST, "fp32", SessionSettings(PLACEMENT), cuda_graph=cuda_graph, open_session=machine.open_session)
 
 
 @pytest.fixture
@@ -66,74 +70,74 @@ def engine(machine: Machine) -> Iterator[CudaEngine]:
 
 def call(*seeds: int, steps: int = 2, latents: NDArray[np.float32] | None = None) -> Trajectory:
     labels = np.array([seed % 10 for seed in seeds], np.int64)
-    return Trajectory(Call(np.array(seeds, np.int64), {"class_labels": labels}, along(MANIFEST.times[str(steps)]), latents))
+    return Trajectory(Call(np.array(seeds, np.int64), {"class_labels": labels}, from_times(MANIFEST.times[str(steps)]), latents))
 
 
 def step(engine: Engine, *trajectories: Trajectory) -> None:
-    engine.advance(trajectories)
+    engine.step(trajectories)
     for one in trajectories:
-        one.k += 1
+        one.evaluations_done += 1
 
 
 def sampled(engine: Engine, trajectory: Trajectory) -> NDArray[Any]:
-    """A whole call."""
+    """Run a call from noise to pixels."""
 
     def job() -> NDArray[Any]:
-        engine.begin(trajectory)
+        engine.start(trajectory)
         while not trajectory.done:
             step(engine, trajectory)
-        assert engine.finite(trajectory).all()
+        assert engine.finite_flags(trajectory).all()
         return engine.decode([trajectory])[0]
 
     return engine.run(job)
 
 
 def in_use(machine: Machine, engine: CudaEngine) -> int:
-    """Bytes of the device, once what nobody refers to is freed."""
+    """Return the bytes of device memory in use, after garbage collection."""
     gc.collect()
-    engine.run(engine._context.gpu.free_discarded)
+    engine.run(engine._context.stream.free_deferred)
     return machine.used
 
 
-def test_pixels_are_the_hosts(engine: CudaEngine, host: HostEngine) -> None:
+def test_pixels_match_the_host_engine(engine: CudaEngine, host: HostEngine) -> None:
     for trajectory in (call(7), call(1, 2, 3), call(4, 5, 6, steps=1)):
         np.testing.assert_array_equal(sampled(engine, trajectory), sampled(host, Trajectory(trajectory.call)))
 
 
-def test_latents_take_the_place_of_the_first_noise(engine: CudaEngine, host: HostEngine) -> None:
+def test_latents_replace_the_initial_noise(engine: CudaEngine, host: HostEngine) -> None:
     latents = np.random.default_rng(0).standard_normal((2, *MANIFEST.sample.shape), np.float32)
     np.testing.assert_array_equal(sampled(engine, call(1, 2, latents=latents)), sampled(host, call(1, 2, latents=latents)))
 
 
-def test_the_same_shape_again_with_other_seeds_and_conditioning(engine: CudaEngine, host: HostEngine) -> None:
+def test_a_shape_is_reused_with_other_seeds_and_conditioning(engine: CudaEngine, host: HostEngine) -> None:
     for seeds in ((1, 2), (3, 4), (1, 2)):
         np.testing.assert_array_equal(sampled(engine, call(*seeds)), sampled(host, call(*seeds)))
 
 
-def test_merged_trajectories_at_different_steps_get_what_they_get_alone(engine: CudaEngine) -> None:
+def test_merged_trajectories_at_different_steps_match_separate_runs(engine: CudaEngine) -> None:
     alone = [sampled(engine, call(1, 2)), sampled(engine, call(3))]
     ahead, behind = call(1, 2), call(3)
 
     def job() -> list[NDArray[Any]]:
-        engine.begin(ahead)
+        engine.start(ahead)
         step(engine, ahead)
-        engine.begin(behind)
+        engine.start(behind)
         step(engine, ahead, behind)  # the second step of one, the first of the other
         step(engine, behind)
-        assert engine.finite(ahead).shape == (2, 2)
-        assert engine.finite(behind).all()
+        assert engine.finite_flags(ahead).shape == (2, 2)
+        assert engine.finite_flags(behind).all()
         return engine.decode([ahead, behind])
 
     for merged, expected in zip(engine.run(job), alone, strict=True):
         np.testing.assert_array_equal(merged, expected)
 
 
-def test_samplers_of_several_evaluations_a_step(machine: Machine, tiny_guided: tuple[Path, Path, Path]) -> None:
+def test_samplers_with_several_evaluations_per_step(machine: Machine, tiny_guided: tuple[Path, Path, Path]) -> None:
     folder = tiny_guided[0]
     manifest = read_manifest(folder)
-    schedules, times = Schedules(folder, manifest), ("heun", None, "dpm-solver-2s")
-    host = HostEngine(Graphs(folder, manifest, "fp32", lambda path: Session(path, Settings(threads=1))), "fp32", manifest.initial_scale)
-    engine = open_cuda_engine(CudaContext(0, None), folder, manifest, "fp32", Settings(PLACEMENT), open_session=machine.open_session)
+    schedules, times = SolverTables(folder, manifest), ("heun", None, "dpm-solver-2s")
+    host = HostEngine(BundleSessions(folder, manifest, "fp32", lambda path: open_session(path, SessionSettings(threads=1))), "fp32", manifest.initial_scale)
+    engine = open_cuda_engine(CudaContext(0, None), folder, manifest, "fp32", SessionSettings(PLACEMENT), open_session=machine.open_session)
 
     def calls() -> list[Trajectory]:
         given: dict[str, NDArray[Any]] = {"class_labels": np.array([1, 2], np.int64), "guidance_scale": np.array([2, 3], np.float32)}
@@ -142,11 +146,11 @@ def test_samplers_of_several_evaluations_a_step(machine: Machine, tiny_guided: t
     def together(engine: Engine, trajectories: list[Trajectory]) -> list[NDArray[Any]]:
         def job() -> list[NDArray[Any]]:
             for one in trajectories:
-                engine.begin(one)
+                engine.start(one)
             while waiting := [one for one in trajectories if not one.done]:
                 step(engine, *waiting)
-            assert all(engine.finite(one).all() for one in trajectories)
-            return [np.array(engine.fetch(one)) for one in trajectories]
+            assert all(engine.finite_flags(one).all() for one in trajectories)
+            return [np.array(engine.read_state(one)) for one in trajectories]
 
         return engine.run(job)
 
@@ -157,95 +161,95 @@ def test_samplers_of_several_evaluations_a_step(machine: Machine, tiny_guided: t
     engine.close()
 
 
-def test_merged_trajectories_at_one_step_draw_noise_at_once(engine: CudaEngine, machine: Machine) -> None:
+def test_merged_trajectories_at_the_same_step_draw_noise_in_one_run(engine: CudaEngine, machine: Machine) -> None:
     one, other = call(1, 2), call(3)
 
     def job() -> list[NDArray[Any]]:
-        engine.begin(one)
-        engine.begin(other)
+        engine.start(one)
+        engine.start(other)
         machine.runs.clear()
         step(engine, one, other)
-        assert [(run.graph, run.n) for run in machine.runs if run.number != -1] == [("noise.onnx", 3), ("step.fp32.onnx", 3), ("finite.onnx", 3)]
+        assert [(run.graph, run.n) for run in machine.runs if run.graph_id != -1] == [("noise.onnx", 3), ("step.fp32.onnx", 3), ("finite.onnx", 3)]
         step(engine, one, other)
         return engine.decode([one, other])
 
     merged = engine.run(job)
     for pixels, seeds in zip(merged, ((1, 2), (3,)), strict=True):
         np.testing.assert_array_equal(pixels, sampled(engine, call(*seeds)))
-    assert merged[0].base is None  # one caller's result does not keep another's memory
+    assert merged[0].base is None  # the result of one caller does not keep the memory of another's alive
 
 
-def test_states_go_to_the_host_only_when_they_are_fetched(engine: CudaEngine, machine: Machine) -> None:
+def test_states_are_copied_to_the_host_only_when_they_are_fetched(engine: CudaEngine, machine: Machine) -> None:
     pixels = sampled(engine, call(1, 2, 3))
-    assert sorted(machine.to_host) == sorted([2 * 3 * 4, pixels.nbytes])  # a flag a step and sample, and pixels
+    assert sorted(machine.to_host) == sorted([2 * 3 * 4, pixels.nbytes])  # one flag per step and sample, and the pixels
 
 
 def test_fetched_and_replaced_states(engine: CudaEngine, host: HostEngine) -> None:
     def job(engine: Engine) -> tuple[NDArray[Any], ...]:
         trajectory = call(1, 2)
-        engine.begin(trajectory)
+        engine.start(trajectory)
         step(engine, trajectory)
-        first = np.array(engine.fetch(trajectory))
-        engine.replace(trajectory, first[::-1] * 2)
-        assert engine.finite(trajectory).shape == (0, 2)
+        first = np.array(engine.read_state(trajectory))
+        engine.set_state(trajectory, first[::-1] * 2)
+        assert engine.finite_flags(trajectory).shape == (0, 2)
         step(engine, trajectory)
-        assert engine.finite(trajectory).shape == (1, 2)
-        return first, np.array(engine.fetch(trajectory)), engine.decode([trajectory])[0]
+        assert engine.finite_flags(trajectory).shape == (1, 2)
+        return first, np.array(engine.read_state(trajectory)), engine.decode([trajectory])[0]
 
     for ours, theirs in zip(engine.run(lambda: job(engine)), job(host), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_finite_says_which_sample_after_which_step(engine: CudaEngine, bad: float) -> None:
+def test_finite_flags_are_per_sample_and_evaluation(engine: CudaEngine, bad: float) -> None:
     trajectory = call(1, 2, 3)
 
     def job() -> NDArray[np.bool_]:
-        engine.begin(trajectory)
+        engine.start(trajectory)
         step(engine, trajectory)
-        x = np.array(engine.fetch(trajectory))
+        x = np.array(engine.read_state(trajectory))
         x[1, 0, 0, 0] = bad
-        engine.replace(trajectory, x)
+        engine.set_state(trajectory, x)
         step(engine, trajectory)
-        return engine.finite(trajectory)
+        return engine.finite_flags(trajectory)
 
     assert engine.run(job).tolist() == [[True, False, True]]
 
 
-def test_finite_graph_is_the_one_described() -> None:
+def test_finite_graph_matches_the_code_that_builds_it() -> None:
     x, finite = (helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in (("x", ["N", "D"]), ("finite", ["N"])))
     nodes = [helper.make_node("Sub", ["x", "x"], ["zero_or_nan"]), helper.make_node("ReduceSum", ["zero_or_nan", "axes"], ["finite"], keepdims=0)]
     graph = helper.make_graph(nodes, "finite", [x], [finite], [helper.make_tensor("axes", TensorProto.INT64, [1], [1])])
     made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9, producer_name="scm-runtime")
     assert onnx.load(FINITE) == made
-    flags = Session(FINITE)(x=np.array([[1, -3e38], [np.inf, 0], [0, -np.inf], [np.nan, 1]], np.float32))
+    flags = open_session(FINITE)(x=np.array([[1, -3e38], [np.inf, 0], [0, -np.inf], [np.nan, 1]], np.float32))
     assert (flags == 0).tolist() == [True, False, False, False]
 
 
 def test_every_shape_is_captured_once_and_replayed(engine: CudaEngine, machine: Machine) -> None:
     sampled(engine, call(1))
     sampled(engine, call(1, 2))
-    numbers = {run.n: run.number for run in machine.runs}  # the last of each, after runs that prepare
+    numbers = {run.n: run.graph_id for run in machine.runs}  # of the last run of each size, after its warm-up runs
     assert len(set(numbers.values())) == 2
     assert -1 not in numbers.values()
     machine.runs.clear()
     sampled(engine, call(3, 4))
-    assert {run.number for run in machine.runs} == {numbers[2]}
+    assert {run.graph_id for run in machine.runs} == {numbers[2]}
     assert engine.cuda_graph
-    assert engine.captured == 2
+    assert engine.captured_graphs == 2
 
 
-def test_no_more_graphs_than_the_bound(engine: CudaEngine, machine: Machine, host: HostEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_slots, "MAX_GRAPHS", 2)
-    monkeypatch.setattr(cuda_slots, "MAX_OTHERS", 1)
+def test_the_number_of_captured_shapes_is_limited(engine: CudaEngine, machine: Machine, host: HostEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(static_buffers, "MAX_GRAPHS", 2)
+    monkeypatch.setattr(static_buffers, "MAX_UNCAPTURED", 1)
     for n in (1, 2, 3, 4, 3, 1):
         np.testing.assert_array_equal(sampled(engine, call(*range(n))), sampled(host, call(*range(n))))
-    assert {run.n for run in machine.runs if run.number != -1} == {1, 2}
-    assert engine.captured == 2
+    assert {run.n for run in machine.runs if run.graph_id != -1} == {1, 2}
+    assert engine.captured_graphs == 2
 
 
-def test_places_without_a_graph_make_room_for_each_other(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_slots, "MAX_OTHERS", 1)
+def test_buffers_without_a_graph_are_evicted(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(static_buffers, "MAX_UNCAPTURED", 1)
     engine = opened(machine, cuda_graph=False)
     used = []
     for n in (4, 5, 4, 5):
@@ -259,7 +263,7 @@ def test_places_without_a_graph_make_room_for_each_other(machine: Machine, monke
 def test_without_cuda_graphs(machine: Machine, host: HostEngine) -> None:
     engine = opened(machine, cuda_graph=False)
     np.testing.assert_array_equal(sampled(engine, call(1, 2)), sampled(host, call(1, 2)))
-    assert {run.number for run in machine.runs} == {-1}
+    assert {run.graph_id for run in machine.runs} == {-1}
     assert not engine.cuda_graph
     engine.close()
 
@@ -267,36 +271,36 @@ def test_without_cuda_graphs(machine: Machine, host: HostEngine) -> None:
 @pytest.mark.parametrize("name", ["noise.onnx", "step.fp32.onnx"])
 @pytest.mark.parametrize("cuda_graph", [False, True])
 def test_a_graph_with_nodes_on_the_cpu(machine: Machine, host: HostEngine, caplog: pytest.LogCaptureFixture, name: str, cuda_graph: bool) -> None:
-    """ONNX Runtime copies what they read as it is bound: it is bound anew for every run, once the stream is done."""
+    """ONNX Runtime copies the inputs of CPU nodes when it binds them: each run binds again, after the stream is synchronized."""
     machine.refuses_graphs = {name}
     with caplog.at_level(logging.INFO, "scm_runtime"):
         engine = opened(machine, cuda_graph=cuda_graph)
     assert [record.getMessage().split(":")[0] for record in caplog.records] == [f"'{name}' runs with copies to the CPU and back, and without CUDA graphs"]
     for seeds in ((1, 2), (3, 4), (1, 2)):
         np.testing.assert_array_equal(sampled(engine, call(*seeds)), sampled(host, call(*seeds)))
-    captured = {run.graph for run in machine.runs if run.number != -1}
+    captured = {run.graph for run in machine.runs if run.graph_id != -1}
     assert captured == ({"noise.onnx", "step.fp32.onnx", "finite.onnx", "decode.fp32.onnx"} - {name} if cuda_graph else set())
     engine.close()
 
 
-def test_a_graph_that_cannot_be_captured_runs_without(machine: Machine, host: HostEngine, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_graph_whose_capture_fails_runs_uncaptured(machine: Machine, host: HostEngine, caplog: pytest.LogCaptureFixture) -> None:
     machine.fails_to_capture = {"step.fp32.onnx"}
     engine = opened(machine)
     with caplog.at_level(logging.INFO, "scm_runtime"):
         for seeds in ((1,), (1, 2), (1,)):
             np.testing.assert_array_equal(sampled(engine, call(*seeds)), sampled(host, call(*seeds)))
-    assert [record.getMessage().split(":")[0] for record in caplog.records] == ["'step.fp32.onnx' runs without a CUDA graph for 1 samples"]
-    assert sum(run.number != -1 for run in machine.runs if run.graph == "step.fp32.onnx") == 1
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == ["'step.fp32.onnx' runs without a CUDA graph for a batch of 1"]
+    assert sum(run.graph_id != -1 for run in machine.runs if run.graph == "step.fp32.onnx") == 1
     assert not engine.cuda_graph
     engine.close()
 
 
-def test_a_shape_for_which_a_capture_would_need_memory_runs_without(engine: CudaEngine, machine: Machine, host: HostEngine) -> None:
+def test_a_shape_whose_capture_runs_out_of_memory_runs_uncaptured(engine: CudaEngine, machine: Machine, host: HostEngine) -> None:
     machine.no_memory_to_capture = {2}
     for seeds in ((1, 2), (3,), (4, 5)):
         np.testing.assert_array_equal(sampled(engine, call(*seeds)), sampled(host, call(*seeds)))
-    steps = [run for run in machine.runs if run.graph == "step.fp32.onnx" and run.number != -1]
-    assert [run.n for run in steps] == [2, 1, 1]  # tried once; captured, and replayed
+    steps = [run for run in machine.runs if run.graph == "step.fp32.onnx" and run.graph_id != -1]
+    assert [run.n for run in steps] == [2, 1, 1]  # one failed attempt; then a capture and a replay
     assert engine.cuda_graph
 
 
@@ -314,38 +318,38 @@ class TorchStream:
 
 
 @pytest.mark.parametrize("kind", [int, NumbaStream, TorchStream])
-def test_works_on_the_hosts_stream_and_waits_for_nothing_of_the_hosts(machine: Machine, host: HostEngine, kind: type) -> None:
+def test_uses_the_callers_stream_without_waiting_for_the_callers_work(machine: Machine, host: HostEngine, kind: type) -> None:
     theirs = machine.make_stream()
     engine, trajectory, later = opened(machine, kind(theirs.handle)), call(2), []
     np.testing.assert_array_equal(sampled(engine, call(1)), sampled(host, call(1)))
-    engine.run(lambda: engine.begin(trajectory))
-    engine.run(lambda: engine.fetch(trajectory))
-    theirs.queue.append(lambda: later.append("the host's own work"))
-    engine.run(lambda: engine.advance([trajectory]))
+    engine.run(lambda: engine.start(trajectory))
+    engine.run(lambda: engine.read_state(trajectory))
+    theirs.queue.append(lambda: later.append("the caller's work"))
+    engine.run(lambda: engine.step([trajectory]))
     assert later == []
-    engine.run(lambda: engine.fetch(trajectory))
-    assert later  # it came before
+    engine.run(lambda: engine.read_state(trajectory))
+    assert later  # the download waits for work enqueued before it
     engine.close()
     assert not theirs.closed
     assert machine.device_syncs == 0
-    assert len(machine.streams) == 2  # the default one and theirs
+    assert len(machine.streams) == 2  # the default stream and the caller's
 
 
 def test_the_default_stream_is_never_captured(machine: Machine, host: HostEngine) -> None:
-    engine = opened(machine, 0)  # torch's name for it; to ONNX Runtime 0 means that none is given
+    engine = opened(machine, 0)  # as torch numbers it; for ONNX Runtime 0 means that no stream is given
     assert engine._context.stream_handle == LEGACY
     np.testing.assert_array_equal(sampled(engine, call(1)), sampled(host, call(1)))
-    assert {run.number for run in machine.runs} == {-1}
+    assert {run.graph_id for run in machine.runs} == {-1}
     engine.close()
 
 
-def test_a_stream_of_another_device_is_refused(machine: Machine) -> None:
-    with pytest.raises(InvalidArgumentError, match=r"one of the device cuda:0, got one of cuda:1"):
+def test_a_stream_of_another_device_is_rejected(machine: Machine) -> None:
+    with pytest.raises(InvalidArgumentError, match=r"belong to the device cuda:0, got a stream of cuda:1"):
         CudaContext(0, machine.make_stream(1).handle)
 
 
 @pytest.mark.parametrize("stream", [True, "0", -1, 2, object(), 12345])
-def test_what_is_no_stream_is_refused(machine: Machine, stream: object) -> None:
+def test_invalid_streams_are_rejected(machine: Machine, stream: object) -> None:
     with pytest.raises(InvalidArgumentError, match="stream must be"):
         CudaContext(0, stream)
 
@@ -357,25 +361,25 @@ def consumed(array: DeviceArray, **arguments: Any) -> Capsule:
 
 
 def read(machine: Machine, capsule: Capsule, stream: Stream) -> NDArray[Any]:
-    """What a consumer sees that puts its work on a stream and waits for that."""
+    """Return what a consumer reads that enqueues its work on a stream and waits for that."""
     nbytes = int(np.prod(capsule.shape)) * capsule.dtype.itemsize
     seen: list[NDArray[Any]] = []
-    machine.foreign_ok = True
+    machine.allow_other_threads = True
     stream.put(lambda: seen.append(machine.bytes_at(capsule.address, nbytes, queueing=False).view(capsule.dtype).reshape(capsule.shape).copy()))
     stream.record().sync()
     return seen[0]
 
 
 @pytest.mark.parametrize("asked", ["none", "legacy", "own"])
-def test_a_consumer_of_dlpack_sees_the_result_without_the_host_waiting(machine: Machine, host: HostEngine, asked: str) -> None:
+def test_a_dlpack_consumer_gets_the_result_without_host_synchronization(machine: Machine, host: HostEngine, asked: str) -> None:
     engine, trajectory = opened(machine), call(1, 2)
     stream = machine.make_stream() if asked == "own" else machine.legacy
 
     def job() -> DeviceArray:
-        engine.begin(trajectory)
+        engine.start(trajectory)
         step(engine, trajectory)
         step(engine, trajectory)
-        return engine.on_device(trajectory)
+        return engine.decode_on_device(trajectory)
 
     array = engine.run(job)
     assert machine.to_host == []
@@ -386,14 +390,14 @@ def test_a_consumer_of_dlpack_sees_the_result_without_the_host_waiting(machine: 
     assert capsule.versioned
     assert not consumed(array, stream=-1).versioned
     np.testing.assert_array_equal(read(machine, capsule, stream), sampled(host, call(1, 2)))
-    machine.foreign_ok = False
+    machine.allow_other_threads = False
     engine.close()
 
 
-def test_a_consumer_that_waits_itself_is_not_made_to(machine: Machine) -> None:
+def test_dlpack_stream_minus_one_adds_no_wait_and_invalid_arguments_are_rejected(machine: Machine) -> None:
     engine, trajectory = opened(machine), call(1)
-    engine.run(lambda: engine.begin(trajectory))
-    array = engine.run(lambda: engine.on_device(trajectory))
+    engine.run(lambda: engine.start(trajectory))
+    array = engine.run(lambda: engine.decode_on_device(trajectory))
     consumed(array, stream=-1)
     assert machine.waits == []
     for arguments, said in (({"stream": 0}, "stream"), ({"stream": -2}, "stream"), ({"copy": True}, "copy"), ({"dl_device": (1, 0)}, "device")):
@@ -403,14 +407,14 @@ def test_a_consumer_that_waits_itself_is_not_made_to(machine: Machine) -> None:
     engine.close()
 
 
-def test_a_result_on_the_device_outlives_the_generator_and_later_calls(machine: Machine, host: HostEngine) -> None:
+def test_a_result_on_the_device_outlives_the_engine_and_later_calls(machine: Machine, host: HostEngine) -> None:
     engine, trajectory = opened(machine), call(1)
 
     def job() -> DeviceArray:
-        engine.begin(trajectory)
+        engine.start(trajectory)
         step(engine, trajectory)
         step(engine, trajectory)
-        return engine.on_device(trajectory)
+        return engine.decode_on_device(trajectory)
 
     array = engine.run(job)
     capsule = consumed(array)
@@ -427,24 +431,25 @@ def test_a_result_on_the_device_outlives_the_generator_and_later_calls(machine: 
     del capsule
     gc.collect()
     assert machine.used == 0
-    assert machine.frees[-1] == (address, LEGACY)  # after what the consumer does on its stream
+    assert machine.frees[-1] == (address, LEGACY)  # ordered after the consumer's work on that stream
 
 
-def test_out_of_memory_says_what_helps_and_leaves_an_engine_that_works(machine: Machine, host: HostEngine) -> None:
+def test_out_of_memory_names_remedies_and_leaves_a_working_engine(machine: Machine, host: HostEngine) -> None:
     engine = opened(machine)
     before = sampled(engine, call(1))
     settled = in_use(machine, engine)
     machine.largest_batch = 4
-    with pytest.raises(OutOfMemoryError, match=r"does not suffice for a batch of 8 in fp32\. Try a smaller batch, half precision.*gpu_mem_limit") as raised:
+    message = r"cuda:0 is out of memory with a batch of 8 in fp32\. Try a smaller batch, half precision.*gpu_mem_limit"
+    with pytest.raises(OutOfMemoryError, match=message) as raised:
         sampled(engine, call(*range(8)))
-    del raised  # its frames hold what they worked with
+    del raised  # the frames of its traceback hold buffers
     assert in_use(machine, engine) == settled
     np.testing.assert_array_equal(sampled(engine, call(0, 1, 2, 3)), sampled(host, call(0, 1, 2, 3)))
     np.testing.assert_array_equal(sampled(engine, call(1)), before)
     engine.close()
 
 
-def test_out_of_memory_for_our_own_buffers(machine: Machine, host: HostEngine) -> None:
+def test_out_of_memory_while_buffers_are_allocated(machine: Machine, host: HostEngine) -> None:
     engine = opened(machine)
     machine.capacity = 1 << 18
     with pytest.raises(OutOfMemoryError, match="batch of 64"):
@@ -454,7 +459,7 @@ def test_out_of_memory_for_our_own_buffers(machine: Machine, host: HostEngine) -
 
 
 @pytest.mark.parametrize("cuda_graph", [False, True])
-def test_after_out_of_memory_arenas_shrink_where_no_captured_graph_uses_them(machine: Machine, cuda_graph: bool) -> None:
+def test_arenas_without_captured_graphs_shrink_after_out_of_memory(machine: Machine, cuda_graph: bool) -> None:
     engine = opened(machine, cuda_graph=cuda_graph)
     sampled(engine, call(1))
     machine.largest_batch = 4
@@ -468,7 +473,7 @@ def test_after_out_of_memory_arenas_shrink_where_no_captured_graph_uses_them(mac
     engine.close()
 
 
-def test_a_lost_context_says_that_the_process_must_restart(machine: Machine) -> None:
+def test_the_error_of_a_lost_context_says_to_restart_the_process(machine: Machine) -> None:
     engine = opened(machine)
     machine.fatal = True
     for _ in range(2):
@@ -477,12 +482,12 @@ def test_a_lost_context_says_that_the_process_must_restart(machine: Machine) -> 
     session = weakref.ref(engine.graphs().step)
     thread = engine._context._thread
     machine.runs.clear()
-    engine.close()  # says nothing more, and touches nothing
+    engine.close()  # raises nothing and calls nothing in CUDA
     assert session() is not None
     assert not thread.is_alive()
 
 
-def test_close_gives_all_memory_back_and_ends_the_thread(machine: Machine) -> None:
+def test_close_frees_all_memory_and_ends_the_thread(machine: Machine) -> None:
     engine = opened(machine)
     session = weakref.ref(engine.graphs().step)
     sampled(engine, call(1, 2))
@@ -502,12 +507,12 @@ def test_close_gives_all_memory_back_and_ends_the_thread(machine: Machine) -> No
         engine.graphs()
 
 
-def test_finished_calls_give_their_memory_back_in_the_engines_thread(machine: Machine) -> None:
+def test_memory_of_finished_calls_is_freed_in_the_engines_thread(machine: Machine) -> None:
     engine = opened(machine)
     sampled(engine, call(1))
     settled = in_use(machine, engine)
     for seed in range(5):
-        sampled(engine, call(seed))  # the trajectory dies here, in this thread
+        sampled(engine, call(seed))  # the trajectory is destroyed here, in this thread
         gc.collect()
     assert in_use(machine, engine) == settled
     engine.close()
@@ -524,20 +529,20 @@ def test_two_engines_share_a_context(machine: Machine, host: HostEngine) -> None
     assert machine.used == 0
 
 
-def test_a_bundle_that_cannot_be_opened_leaves_the_context_for_another_try(machine: Machine) -> None:
+def test_the_context_is_usable_after_a_bundle_failed_to_open(machine: Machine) -> None:
     context = CudaContext(0)
 
-    def refuse(path: Path, settings: Settings) -> Session:
+    def refuse(path: Path, settings: SessionSettings) -> Session:
         raise InferenceError("no")
 
     with pytest.raises(InferenceError, match="no"):
-        open_cuda_engine(context, DIGITS, MANIFEST, "fp32", Settings(PLACEMENT), open_session=refuse)
+        open_cuda_engine(context, DIGITS, MANIFEST, "fp32", SessionSettings(PLACEMENT), open_session=refuse)
     engine = opened(machine, context=context)
     sampled(engine, call(1))
     engine.close()
 
 
-def test_calls_from_many_threads_use_cuda_in_one(machine: Machine, host: HostEngine) -> None:
+def test_calls_from_many_threads_use_cuda_in_one_thread(machine: Machine, host: HostEngine) -> None:
     engine = opened(machine)
     with ThreadPoolExecutor(8) as pool:
         results = list(pool.map(lambda seed: sampled(engine, call(seed)), range(16)))
@@ -558,7 +563,7 @@ def test_errors_reach_the_caller_with_their_traceback(engine: CudaEngine) -> Non
     assert engine.run(lambda: 3) == 3
 
 
-def test_an_interrupted_caller_leaves_an_engine_that_works(engine: CudaEngine, host: HostEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_caller_leaves_a_working_engine(engine: CudaEngine, host: HostEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     started, go = threading.Event(), threading.Event()
 
     def slow() -> None:
@@ -566,7 +571,7 @@ def test_an_interrupted_caller_leaves_an_engine_that_works(engine: CudaEngine, h
         go.wait(10)
 
     class Interrupted:
-        """A lock whose waiter gets Ctrl-C, as the main thread does."""
+        """A lock whose second acquire raises KeyboardInterrupt, as Ctrl-C does in the main thread."""
 
         def __init__(self, lock: Any) -> None:
             self.lock, self.taken = lock, False
@@ -594,33 +599,33 @@ def test_a_dropped_context_ends_its_thread(machine: Machine) -> None:
     engine = opened(machine)
     sampled(engine, call(1))
     thread = engine._context._thread
-    machine.foreign_ok = True
+    machine.allow_other_threads = True
     del engine
     gc.collect()
     thread.join(10)
     assert not thread.is_alive()
 
 
-def test_marks_measure_on_the_stream_from_any_thread(engine: CudaEngine) -> None:
+def test_timing_events_can_be_read_from_any_thread(engine: CudaEngine) -> None:
     trajectory = call(1)
     sampled(engine, trajectory)
     assert [part.name for part in trajectory.parts] == ["noise", "noise", "step", "noise", "step", "decode", "copy"]
-    assert all(engine.seconds(part.start, part.end) > 0 for part in trajectory.parts)
+    assert all(engine.elapsed(part.start, part.end) > 0 for part in trajectory.parts)
 
 
-def test_a_capture_waits_for_other_jobs_and_holds_new_ones_up() -> None:
-    captures, order, inside = Captures(), [], threading.Event()
+def test_a_capture_waits_for_running_jobs_and_blocks_new_ones() -> None:
+    lock, order, inside = CaptureLock(), [], threading.Event()
     leave = threading.Event()
 
     def other(name: str) -> None:
-        with captures.working():
+        with lock.shared():
             order.append(name)
             inside.set()
             leave.wait(10)
             order.append(f"{name} ends")
 
     def capture() -> None:
-        with captures.working(), captures.alone():
+        with lock.shared(), lock.exclusive():
             order.append("captures")
 
     first = threading.Thread(target=other, args=("first",))
@@ -628,7 +633,7 @@ def test_a_capture_waits_for_other_jobs_and_holds_new_ones_up() -> None:
     inside.wait(10)
     capturing = threading.Thread(target=capture)
     capturing.start()
-    while not captures._waiting:
+    while not lock._waiting:
         time.sleep(0.001)
     second = threading.Thread(target=other, args=("second",))
     second.start()
@@ -638,8 +643,8 @@ def test_a_capture_waits_for_other_jobs_and_holds_new_ones_up() -> None:
     assert order == ["first", "first ends", "captures", "second", "second ends"]
 
 
-def test_a_job_that_waits_for_another_contexts_job_does_not_hold_up_its_captures(machine: Machine) -> None:
-    machine.foreign_ok = True
+def test_a_job_that_waits_for_another_contexts_job_does_not_block_its_captures(machine: Machine) -> None:
+    machine.allow_other_threads = True
     first, second = opened(machine), opened(machine)
     answer: list[NDArray[Any]] = []
     asks = threading.Thread(target=lambda: answer.append(first.run(lambda: sampled(second, call(1)))), daemon=True)  # as a callback may
@@ -656,18 +661,18 @@ def test_provider_options() -> None:
     assert (options["device_id"], options["user_compute_stream"], options["enable_cuda_graph"], options["use_tf32"]) == ("1", "77", "1", "1")
     assert cuda_options(0, cuda_graph=False, stream_handle=77)["enable_cuda_graph"] == "0"
     for name, argument in (("user_compute_stream", "stream"), ("enable_cuda_graph", "cuda_graph"), ("device_id", "device")):
-        with pytest.raises(InvalidArgumentError, match=rf"leave {name} out: give {argument}="):
+        with pytest.raises(InvalidArgumentError, match=rf"must not contain {name}: pass {argument}="):
             cuda_options(0, stream_handle=77, extra={name: "5"})
 
 
-def test_a_device_that_cannot_be_used_is_named(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_names_the_device_that_cannot_be_used(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     core, *others = machine.modules()
 
     def broken(index: int) -> None:
         raise CudaError("CUDA_ERROR_NO_DEVICE: no CUDA-capable device is detected")
 
     core.Device = broken
-    monkeypatch.setattr(cuda, "_loaded", lambda: (core, *others))
+    monkeypatch.setattr(cuda, "_import_cuda", lambda: (core, *others))
     with pytest.raises(DeviceError, match=r"cuda:3 cannot be used: .*NO_DEVICE.* scm-runtime doctor"):
         CudaContext(3)
 

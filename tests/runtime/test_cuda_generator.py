@@ -1,4 +1,4 @@
-"""A whole Generator on a CUDA device made of NumPy (fake_cuda): calls, callbacks, merged requests, results on the device, samples done again in fp32."""
+"""A Generator on a simulated CUDA machine (fake_cuda): calls, callbacks, batched requests, results on the device, samples repeated in fp32."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ import pytest
 
 from handmade import BLOCK, SLOW_STEP, WIDTH, write_text_bundle
 from holding import PATIENCE_S, engine_of
-from runtime.fake_cuda import PLACEMENT, Capsule, FakeSession, Machine
+from runtime.fake_cuda import PLACEMENT, FakeSession, Machine
+from runtime.fake_cuda_driver import Capsule
 from scm_runtime import Generator, GeneratorClosedError, NonFiniteError, OutOfMemoryError, generator
 from scm_runtime.devices.placement import CPU
-from scm_runtime.engines.cuda import gpu as cuda
+from scm_runtime.engines.cuda import stream as cuda
 from scm_runtime.engines.cuda.dlpack import DeviceArray
 from scm_runtime.engines.cuda.open_engine import open_cuda_engine
-from scm_runtime.ort.session import Session, Settings
+from scm_runtime.ort.options import SessionSettings
+from scm_runtime.ort.session import Session
 
 SEEDS = [1, 2, 3]
 
@@ -28,8 +30,8 @@ SEEDS = [1, 2, 3]
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     made = Machine()
-    monkeypatch.setattr(cuda, "_loaded", made.modules)
-    monkeypatch.setattr(generator, "place", lambda device, *_: PLACEMENT if device == "cuda" else CPU)
+    monkeypatch.setattr(cuda, "_import_cuda", made.modules)
+    monkeypatch.setattr(generator, "resolve_device", lambda device, *_: PLACEMENT if device == "cuda" else CPU)
     assert open_cuda_engine.__kwdefaults__ is not None
     monkeypatch.setitem(open_cuda_engine.__kwdefaults__, "open_session", made.open_session)
     return made
@@ -45,7 +47,7 @@ def on_cpu() -> Iterator[Generator]:
         yield generate
 
 
-def test_a_call_gives_what_the_cpu_gives(machine: Machine, on_cpu: Generator) -> None:
+def test_results_match_the_cpu(machine: Machine, on_cpu: Generator) -> None:
     with opened() as generate:
         for arguments in ({"seed": SEEDS}, {"class_labels": [7, 8], "seed": 3, "num_inference_steps": 1}, {"seed": SEEDS}):
             ours, theirs = generate(**arguments, output_type="np"), on_cpu(**arguments, output_type="np")
@@ -53,12 +55,12 @@ def test_a_call_gives_what_the_cpu_gives(machine: Machine, on_cpu: Generator) ->
             assert ours.seeds == theirs.seeds
             assert len(ours.timings.steps) == len(theirs.timings.steps)
         np.testing.assert_array_equal(generate(seed=5, output_type="latent").array, on_cpu(seed=5, output_type="latent").array)
-        assert generate.info.provider == on_cpu.info.provider  # the fake's sessions are the CPU's
+        assert generate.info.provider == on_cpu.info.provider  # the simulated sessions run on the CPU
     gc.collect()
     assert machine.used == 0
 
 
-def test_optimised_graphs_come_out_of_the_cache(machine: Machine, on_cpu: Generator, tmp_path: Path) -> None:
+def test_optimized_graphs_are_loaded_from_the_cache(machine: Machine, on_cpu: Generator, tmp_path: Path) -> None:
     for _ in range(2):
         with opened(cache_dir=tmp_path) as generate:
             np.testing.assert_array_equal(generate(seed=SEEDS, output_type="np").array, on_cpu(seed=SEEDS, output_type="np").array)
@@ -90,7 +92,7 @@ def test_results_stay_on_the_device_for_dlpack(machine: Machine) -> None:
         assert isinstance(array.__dlpack__(stream=-1), Capsule)
 
 
-def test_spans_and_timings_are_the_devices(machine: Machine) -> None:
+def test_spans_and_timings_come_from_the_device(machine: Machine) -> None:
     spans: list[Any] = []
     with opened(on_span=spans.append) as generate:
         timings = generate(seed=1, output_type="np").timings
@@ -99,7 +101,7 @@ def test_spans_and_timings_are_the_devices(machine: Machine) -> None:
     assert {span.name for span in spans} >= {"generate", "noise", "step", "decode", "copy"}
 
 
-def test_several_inputs_of_free_sizes(machine: Machine, tmp_path: Path) -> None:
+def test_several_inputs_with_dynamic_dimensions(machine: Machine, tmp_path: Path) -> None:
     folder, random = write_text_bundle(tmp_path / "text.scm"), np.random.default_rng(0)
     with opened(folder) as ours, Generator(folder, device="cpu", threads=1) as theirs:
         for n, tokens in ((2, 3), (2, 5), (1, 3), (2, 3), (3, 1)):
@@ -116,7 +118,7 @@ def test_several_inputs_of_free_sizes(machine: Machine, tmp_path: Path) -> None:
         np.testing.assert_array_equal(ours.decode(latents, preview=True), theirs.decode(latents, preview=True))
     captures = dict(machine.opened)
     assert captures["step.fp32.onnx"]
-    assert not any(capture for name, capture in captures.items() if name.startswith(("encode.", "preview.")))  # they are called with the host's arrays
+    assert not any(capture for name, capture in captures.items() if name.startswith(("encode.", "preview.")))  # they run on host arrays
 
 
 def test_latents_of_a_bundle_without_a_decoder_stay_on_the_device(machine: Machine, tmp_path: Path) -> None:
@@ -126,18 +128,18 @@ def test_latents_of_a_bundle_without_a_decoder_stay_on_the_device(machine: Machi
         assert (array.dtype, array.shape) == (np.dtype(np.float32), (2, *generate.manifest.sample.shape))
 
 
-def broken(machine: Machine, graph: str, spoil: Callable[[Any], Any]) -> Callable[[Path, Settings], Session]:
-    """Sessions as the machine opens them, of which one graph's results are spoilt."""
+def broken(machine: Machine, graph: str, corrupt: Callable[[Any], Any]) -> Callable[[Path, SessionSettings], Session]:
+    """Return an ``open_session`` that opens sessions on the machine and applies ``corrupt`` to the results of one graph."""
 
-    def open_session(path: Path, settings: Settings) -> Session:
+    def open_session(path: Path, settings: SessionSettings) -> Session:
         session = machine.open_session(path, settings)
         if path.name == graph:
 
-            class Spoilt(FakeSession):
+            class Corrupted(FakeSession):
                 def __call__(self, **inputs: Any) -> Any:
-                    return spoil(np.array(super().__call__(**inputs)))
+                    return corrupt(np.array(super().__call__(**inputs)))
 
-            session.__class__ = Spoilt
+            session.__class__ = Corrupted
         return session
 
     return open_session
@@ -157,13 +159,13 @@ def overflowing(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Machine:
     return machine
 
 
-def test_samples_that_overflow_are_an_error_after_the_step_that_made_them(overflowing: Machine) -> None:
+def test_overflow_raises_after_the_step_that_caused_it(overflowing: Machine) -> None:
     with opened(dtype="fp16", on_nonfinite="raise") as generate, pytest.raises(NonFiniteError) as raised:
         generate(seed=SEEDS, output_type="np")
     assert (raised.value.seeds, raised.value.step) == ((2,), 0)
 
 
-def test_samples_that_overflow_are_done_again_in_fp32(overflowing: Machine, on_cpu: Generator) -> None:
+def test_overflowing_samples_are_repeated_in_fp32(overflowing: Machine, on_cpu: Generator) -> None:
     with opened(dtype="fp16", on_nonfinite="fp32") as generate:
         drawn = generate(seed=SEEDS, output_type="latent").array
     expected = on_cpu(seed=SEEDS, output_type="latent").array
@@ -173,7 +175,7 @@ def test_samples_that_overflow_are_done_again_in_fp32(overflowing: Machine, on_c
     assert overflowing.used == 0
 
 
-def test_out_of_memory_leaves_a_generator_that_works(machine: Machine, on_cpu: Generator) -> None:
+def test_out_of_memory_leaves_a_working_generator(machine: Machine, on_cpu: Generator) -> None:
     with opened() as generate:
         machine.largest_batch = 4
         with pytest.raises(OutOfMemoryError, match="batch of 8"):
@@ -181,7 +183,7 @@ def test_out_of_memory_leaves_a_generator_that_works(machine: Machine, on_cpu: G
         np.testing.assert_array_equal(generate(seed=SEEDS, output_type="np").array, on_cpu(seed=SEEDS, output_type="np").array)
 
 
-def test_requests_that_wait_are_computed_together(machine: Machine, on_cpu: Generator) -> None:
+def test_waiting_requests_are_batched(machine: Machine, on_cpu: Generator) -> None:
     asked: list[dict[str, Any]] = [{"seed": seed, "num_inference_steps": 1 + seed % 2} for seed in range(12)]
     with opened(max_wait_ms=20.0) as generate:
         futures = [generate.submit(**arguments, output_type="np") for arguments in asked]
@@ -222,7 +224,7 @@ def test_closing_ends_a_call_whose_work_is_on_the_stream(machine: Machine, submi
     assert machine.used == 0
 
 
-def test_a_capture_that_is_terminated_leaves_the_stream_in_order(machine: Machine) -> None:
+def test_a_terminated_capture_leaves_the_stream_usable(machine: Machine) -> None:
     generate = opened()
     machine.terminates_capture = True
     with pytest.raises(GeneratorClosedError, match="while this call ran"):

@@ -1,4 +1,4 @@
-"""Which device a caller gets, and what is said of one that is not available. The driver is a fake, behind ``cuda_driver.load_library``."""
+"""Selection of devices, and the reasons for those that are not available. ``cuda_driver.load_library`` returns a fake driver."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from scm_runtime.common.load_onnxruntime import load_onnxruntime
 from scm_runtime.devices import cuda_driver as driver
 from scm_runtime.devices import cuda_libraries as libraries
 from scm_runtime.devices import placement as devices
-from scm_runtime.devices.placement import CPU, place, why_no_cuda
+from scm_runtime.devices.placement import CPU, cuda_unavailable_reason, resolve_device
 from support import run_python
 
 CUDA, TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
@@ -26,7 +26,7 @@ ERRORS = {100: "CUDA_ERROR_NO_DEVICE", 803: "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH",
 
 
 class FakeCuda:
-    """As much of libcuda.so.1 as is asked for."""
+    """Fake libcuda.so.1, with the functions that the package calls."""
 
     def __init__(self, version: int = 13020, devices: tuple[str, ...] = ("NVIDIA L4",), init: int = 0) -> None:
         self.version, self.devices, self.init = version, devices, init
@@ -66,7 +66,7 @@ class FakeCuda:
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Make this machine one with the GPU build of ONNX Runtime, a driver, and CUDA libraries, of which some may be missing."""
+    """Return a function that fakes the GPU build of ONNX Runtime, a driver, and CUDA libraries, some of which may be missing."""
 
     def make(cuda: FakeCuda | None, missing: tuple[str, ...] = (), *, core: bool = True) -> None:
         def load_library() -> FakeCuda:
@@ -88,16 +88,17 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 @pytest.fixture
-def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
-    """The log, as a process has it that has not yet said anything."""
-    devices._log_once.cache_clear()
+def log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    """The log, as if this process had not logged anything yet."""
+    monkeypatch.setattr("scm_runtime.common.log._logged", set())
     caplog.set_level(logging.INFO, "scm_runtime")
     return caplog
 
 
 def refusal(*arguments: Any, error: type[Exception] = DeviceError) -> str:
+    """Message of the error that resolve_device raises."""
     with pytest.raises(error) as caught:
-        place(*arguments)
+        resolve_device(*arguments)
     return str(caught.value)
 
 
@@ -108,13 +109,13 @@ def refusal(*arguments: Any, error: type[Exception] = DeviceError) -> str:
 def test_a_gpu_without_cuda_core(machine: Callable[..., None]) -> None:
     machine(FakeCuda(), core=False)
     assert "cuda-core and cuda-bindings are not installed: pip install 'scm-runtime[gpu]'" in refusal("cuda")
-    assert place("auto").device == "cpu"
-    assert place("auto", [CUDA]).providers[0][0] == CUDA, "ONNX Runtime alone does without"
+    assert resolve_device("auto").device == "cpu"
+    assert resolve_device("auto", [CUDA]).providers[0][0] == CUDA, "ONNX Runtime alone does without"
 
 
-def test_the_cpu_is_had_without_looking(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cpu_needs_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "load_onnxruntime", pytest.fail)
-    assert place("cpu") == place("cpu", None, {}) == CPU
+    assert resolve_device("cpu") == resolve_device("cpu", None, {}) == CPU
     assert CPU.index is None
 
 
@@ -127,7 +128,7 @@ def test_a_device_of_no_known_form(device: Any) -> None:
 
 def test_cuda_is_the_first_gpu(machine: Callable[..., None]) -> None:
     machine(FakeCuda(devices=("NVIDIA L4", "NVIDIA H200")))
-    first, second = place("cuda"), place("cuda:1", None, {"gpu_mem_limit": 1 << 30, "device_id": 1})
+    first, second = resolve_device("cuda"), resolve_device("cuda:1", None, {"gpu_mem_limit": 1 << 30, "device_id": 1})
     assert (first.device, first.index, first.hardware) == ("cuda:0", 0, "NVIDIA L4 8.9")
     assert first.providers == ((CUDA, {"device_id": "0"}), ("CPUExecutionProvider", {}))
     assert (second.index, second.hardware) == (1, "NVIDIA H200 8.9")
@@ -148,14 +149,14 @@ def test_options_that_fit_no_device(machine: Callable[..., None]) -> None:
 
 def test_the_build_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load_onnxruntime(), "get_available_providers", lambda: ["CPUExecutionProvider"])
-    monkeypatch.setattr(driver, "load_library", pytest.fail)  # nothing is loaded where nothing could use it
+    monkeypatch.setattr(driver, "load_library", pytest.fail)  # a build without CUDA does not need the driver
     assert "has no CUDAExecutionProvider, only CPUExecutionProvider" in refusal("cuda")
     assert "pip uninstall -y onnxruntime && pip install 'scm-runtime[gpu]'" in refusal("cuda")
 
 
 def test_no_driver(machine: Callable[..., None]) -> None:
     machine(None)
-    assert "device='cuda' cannot be had: there is no NVIDIA driver (libcuda.so.1: cannot open" in refusal("cuda")
+    assert "device='cuda' is not available: there is no NVIDIA driver (libcuda.so.1: cannot open" in refusal("cuda")
     assert "--gpus all" in refusal("cuda")
 
 
@@ -177,7 +178,7 @@ def test_a_driver_that_is_too_old(machine: Callable[..., None]) -> None:
     assert "built for CUDA 13" in said
     assert "580 or newer" in said
     machine(FakeCuda(version=13000))
-    assert place("cuda").index == 0
+    assert resolve_device("cuda").index == 0
 
 
 def test_no_such_gpu(machine: Callable[..., None]) -> None:
@@ -190,14 +191,14 @@ def test_a_missing_library_is_named_with_its_package(machine: Callable[..., None
     said = refusal("cuda")
     assert "needs libcublasLt.so.13, which cannot be loaded" in said
     assert said.endswith("pip install 'nvidia-cublas~=13.0'")
-    assert said == f"device='cuda' cannot be had: {why_no_cuda()}"
+    assert said == f"device='cuda' is not available: {cuda_unavailable_reason()}"
     machine(FakeCuda(), missing=NAMES)
     assert refusal("cuda").endswith("pip install 'nvidia-cublas~=13.0' 'nvidia-cuda-runtime~=13.0'")
 
 
 def test_auto_takes_the_gpu_and_says_so_once(machine: Callable[..., None], log: pytest.LogCaptureFixture) -> None:
     machine(FakeCuda())
-    assert place().device == place("auto").device == "cuda:0"
+    assert resolve_device().device == resolve_device("auto").device == "cuda:0"
     assert log.messages == ["device 'auto' is cuda:0, NVIDIA L4 8.9"]
 
 
@@ -205,10 +206,10 @@ def test_auto_without_a_gpu_is_the_cpu_and_says_why_once(
     machine: Callable[..., None], log: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     machine(None)
-    assert place().device == place().device == "cpu"
+    assert resolve_device().device == resolve_device().device == "cpu"
     assert len(log.messages) == 1
     assert "there is no NVIDIA driver" in log.messages[0]
-    assert place().reason in log.messages[0]
+    assert resolve_device().reason in log.messages[0]
     assert capfd.readouterr() == ("", "")
 
 
@@ -229,14 +230,14 @@ def test_providers_pass_as_they_are() -> None:
         ([["OpenVINOExecutionProvider", {"device_type": "CPU", "num_streams": 2}], "CPUExecutionProvider"],),
         (["OpenVINOExecutionProvider"], [{"device_type": "CPU", "num_streams": 2}]),
     ):
-        placement = place("auto", *arguments)
+        placement = resolve_device("auto", *arguments)
         assert placement.providers == (openvino, ("CPUExecutionProvider", {}))
         assert (placement.device, placement.index, placement.hardware) == ("openvino", None, "")
-    assert place(providers=["CPUExecutionProvider"]).device == "cpu"
+    assert resolve_device(providers=["CPUExecutionProvider"]).device == "cpu"
 
 
 @pytest.mark.usefixtures("known")
-def test_providers_that_cannot_be() -> None:
+def test_invalid_providers() -> None:
     name = "OpenVINOExecutionProvider"
     for arguments, expected in (
         (("auto", ["OpenVINO"]), "no provider 'OpenVINO'; it has OpenVINOExecutionProvider, CPUExecutionProvider"),
@@ -248,7 +249,7 @@ def test_providers_that_cannot_be() -> None:
         (("auto", [(name, None)]), "a provider must be a name"),
         (("auto", [name], [{}, {}]), "a list of 1 mappings"),
         (("auto", [name], {"a": 1}), "a list of 1 mappings"),
-        (("auto", [(name, {})], [{}]), "names alone"),
+        (("auto", [(name, {})], [{}]), "names only"),
         (("auto", [name], ["a"]), "the options a mapping"),
     ):
         assert expected in refusal(*arguments, error=InvalidArgumentError)
@@ -256,7 +257,7 @@ def test_providers_that_cannot_be() -> None:
 
 def test_providers_on_a_gpu_need_what_it_needs(machine: Callable[..., None]) -> None:
     machine(FakeCuda(devices=("NVIDIA L4", "NVIDIA H200")))
-    placement = place(providers=[(TENSORRT, {"device_id": 1}), CUDA])
+    placement = resolve_device(providers=[(TENSORRT, {"device_id": 1}), CUDA])
     assert (placement.device, placement.index, placement.hardware) == ("tensorrt", None, "NVIDIA H200 8.9")
     assert [name for name, _ in placement.providers] == [TENSORRT, CUDA, "CPUExecutionProvider"]
     machine(None)
@@ -270,10 +271,10 @@ def test_providers_on_a_gpu_need_what_it_needs(machine: Callable[..., None]) -> 
 def test_what_a_library_is_linked_with() -> None:
     capi = Path(load_onnxruntime().__file__).parent / "capi"
     with next(capi.glob("onnxruntime_pybind11_state*.so")).open("rb") as file:
-        assert "libc.so.6" in libraries.needed(file)
+        assert "libc.so.6" in libraries.needed_names(file)
 
 
-def test_files_that_are_no_libraries(tmp_path: Path) -> None:
+def test_files_that_are_not_libraries(tmp_path: Path) -> None:
     for content in (b"", b"\x7fELF", b"\x7fELF\x02\x01" + bytes(58), b"\x7fELF\x02\x01" + b"\xff" * 90):
         path = tmp_path / "no.so"
         path.write_bytes(content)

@@ -1,4 +1,4 @@
-"""``scm-runtime doctor``: it says what works and what does not, whatever the state of the machine."""
+"""``scm-runtime doctor`` reports what works and what does not, in any state of the machine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RUN = "from scm_runtime.cli import main; main(['doctor', '--json'])"
 
 
 def call(*arguments: str) -> tuple[int, str]:
-    """Exit code and stdout, in this process; an exception other than SystemExit fails the test."""
+    """Run the command in this process and return its exit code and stdout; an exception other than SystemExit fails the test."""
     result = CliRunner(catch_exceptions=False).invoke(main, ["doctor", *arguments], env={"COLUMNS": "200"})
     return result.exit_code, result.stdout
 
@@ -72,7 +72,7 @@ def test_wrong_pixels_are_a_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         assert provider(document, CPU)["works"] is works
         assert (code, document["works"]) == (0 if works else 1, works)
         assert any(CPU in problem["what"] for problem in document["problems"]) is not works
-    path.write_bytes(b"no picture")
+    path.write_bytes(b"not an image")
     code, text = call()
     assert code == 1
     assert "cannot be read" in text

@@ -83,11 +83,11 @@ def test_a_process_may_end_while_the_thread_of_a_cuda_device_computes(how: str) 
 from runtime.fake_cuda import PLACEMENT, FakeSession, Machine
 slow_teardown()
 from scm_runtime import generator as module
-from scm_runtime.engines.cuda import gpu as cuda
+from scm_runtime.engines.cuda import stream as cuda
 from scm_runtime.engines.cuda.open_engine import open_cuda_engine
 
 machine, computes, compute = Machine(), threading.Event(), FakeSession.__call__
-cuda._loaded, module.place = machine.modules, lambda *_: PLACEMENT
+cuda._import_cuda, module.resolve_device = machine.modules, lambda *_: PLACEMENT
 open_cuda_engine.__kwdefaults__["open_session"] = machine.open_session
 
 def announced(session, **inputs):
@@ -116,7 +116,7 @@ def job():
     print("done", flush=True)
 
 begun = threading.Event()
-context = CudaContext(0, open_gpu=lambda *_: SimpleNamespace(stream_handle=0))
+context = CudaContext(0, open_stream=lambda *_: SimpleNamespace(stream_handle=0))
 in_daemon(lambda: context.run(job))
 assert begun.wait(60)
 """

@@ -15,7 +15,7 @@ from PIL import Image
 
 from scm_runtime import Generator, InferenceError, InvalidArgumentError, Samples
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
-from scm_runtime.inputs.call import Labels
+from scm_runtime.inputs.arguments import Labels
 
 onnxruntime = load_onnxruntime()
 
@@ -153,7 +153,7 @@ def test_output_types(tiny: Generator) -> None:
     assert latent.array.dtype == np.float32
     assert latent.array.shape == (2, 3, 8, 8)
     assert latent.timings.decode == 0
-    with pytest.raises(InvalidArgumentError, match="ask for output_type='pil' or 'np'"):
+    with pytest.raises(InvalidArgumentError, match="use output_type='pil' or 'np'"):
         _ = latent.images
 
 
@@ -265,14 +265,14 @@ def test_repr_names_the_bundle(tiny: Generator, tiny_bundle: Path) -> None:
 
 
 def test_a_graph_that_onnxruntime_refuses(tiny_bundle: Path, tmp_path: Path) -> None:
-    from scm_runtime.ort.session import Session
+    from scm_runtime.ort.open_session import open_session
 
     path = tmp_path / "step.fp32.onnx"
     path.write_bytes(b"no graph")
     with pytest.raises(InferenceError, match=r"ONNX Runtime .* cannot open '.*step\.fp32\.onnx'"):
-        Session(path)
+        open_session(path)
     with pytest.raises(InferenceError, match=r"'decode\.fp32\.onnx' failed: "):
-        Session(tiny_bundle / "decode.fp32.onnx")(y=np.zeros((1, 3, 8, 8), np.float32))
+        open_session(tiny_bundle / "decode.fp32.onnx")(y=np.zeros((1, 3, 8, 8), np.float32))
 
 
 # ----------------------------------------------------------------------------

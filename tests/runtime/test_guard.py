@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 import handmade
 from scm_runtime import Generator, InvalidArgumentError, NonFiniteError
-from scm_runtime.bundle.manifest import MANIFEST, FileEntry, read_manifest, sha256
+from scm_runtime.bundle.checksums import sha256
+from scm_runtime.bundle.manifest import MANIFEST, FileEntry, read_manifest
 
 SEEDS = [3, 4, 5, 6]
 EMBEDS = np.random.default_rng(0).standard_normal((4, 3, handmade.WIDTH), np.float32)
@@ -99,7 +100,7 @@ def test_fp32_does_those_samples_again(write: Any, caplog: pytest.LogCaptureFixt
     with Generator(write(), dtype="fp16", on_nonfinite="fp32") as generate:
         np.testing.assert_allclose(draw(generate, MIXED, output_type="latent"), expected(MIXED), rtol=1e-6, atol=1e-5)
         np.testing.assert_array_equal(draw(generate, MIXED), handmade.pictures(expected(MIXED)))
-    assert "Done again in fp32" in caplog.text
+    assert "Computed again in fp32" in caplog.text
 
 
 def test_fp32_goes_on_from_what_a_callback_put_there(write: Any) -> None:
@@ -145,7 +146,7 @@ def test_black_pictures_of_a_half_precision_decoder(write: Any, caplog: pytest.L
     lost = [seed for seed, x in zip(SEEDS, expected(bright), strict=True) if x.max() > 9]
     assert 0 < len(lost) < 4, "the case must have both"
     whole = handmade.pictures(expected(bright))
-    with Generator(folder, dtype="fp16") as generate, pytest.raises(NonFiniteError, match="decoder's fp16 made black pictures") as caught:
+    with Generator(folder, dtype="fp16") as generate, pytest.raises(NonFiniteError, match="decoder overflowed in fp16 and made black images") as caught:
         draw(generate, bright)
     assert caught.value.seeds == tuple(lost)
     with Generator(folder, dtype="fp16", on_nonfinite="fp32") as generate:

@@ -1,4 +1,4 @@
-"""Bundles on the Hugging Face hub: out of a cache laid out as huggingface_hub's, without a network, and from a server on this machine."""
+"""Bundles on the Hugging Face hub: from a cache with huggingface_hub's layout, without a network, and from a local server."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from scm_runtime.bundle import hub as scm_hub
 from scm_runtime.cli import main
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
 from scm_runtime.ort.native_ops import find_library
-from scm_runtime.ort.session import Session
+from scm_runtime.ort.open_session import open_session
 from support import BLOCK_IMPORTS, run_python, tree
 
 constants = pytest.importorskip("huggingface_hub.constants")
@@ -48,7 +48,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache, which is not to be filled from a network, and an empty folder to stand in."""
+    """An empty cache, without a network, and an empty current folder."""
     folder, here = tmp_path / "cache", tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
@@ -75,7 +75,7 @@ def expected(gain: float) -> NDArray[np.float32]:
 
 
 # ----------------------------------------------------------------------------
-# Out of the cache.
+# From the cache.
 
 
 @pytest.mark.parametrize(("revision", "gain"), [(None, 2.0), ("main", 2.0), ("v1", 1.0), (FIRST, 1.0), (SECOND, 2.0)])
@@ -100,7 +100,7 @@ def test_the_folder_of_a_snapshot_is_a_bundle_too(filled: Path, monkeypatch: pyt
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 @pytest.mark.parametrize("native_ops", [False, "auto"])
-def test_a_network_in_the_cache_draws_what_it_draws_in_a_folder(cache: Path, shared: bool, dtype: Any, native_ops: Any) -> None:
+def test_a_bundle_in_the_cache_samples_as_in_a_folder(cache: Path, shared: bool, dtype: Any, native_ops: Any) -> None:
     with Generator("digits", dtype=dtype, native_ops=native_ops) as generator:
         drawn = generator([3, 1, 4], seed=7, output_type="np").array
         add_snapshot(cache, "org/digits", FIRST, files_of(generator.folder), refs=["main"], shared=shared)
@@ -118,7 +118,7 @@ def test_only_the_files_that_the_dtype_needs(cache: Path, bundles: dict[str, Pat
     with Generator("org/text") as generator:
         np.testing.assert_allclose(latents(generator), expected(1.0), atol=1e-5)
     with pytest.raises(BundleIntegrityError, match=r"lacks the file s.*, which its manifest lists"):
-        Generator(generator.folder)  # as a folder, it must be whole
+        Generator(generator.folder)  # a folder must be complete
     shown = CliRunner(catch_exceptions=False).invoke(main, ["inspect", "org/text"])
     assert shown.exit_code == 0
     assert "those fetched so far are unchanged" in shown.stdout
@@ -134,7 +134,8 @@ def test_a_path_comes_first(filled: Path, bundles: dict[str, Path], tmp_path: Pa
         Generator("org/text", revision="main")
     shutil.rmtree(here)
     with pytest.raises(
-        BundleNotFoundError, match=r"no bundle at 'org/text': it does not exist\. .*there is a folder 'org' here; with a revision it is, for instance 'main'"
+        BundleNotFoundError,
+        match=r"no bundle at 'org/text': .*there is a folder 'org' here\. Give a revision to ask it, for instance 'main'",
     ):
         Generator("org/text")
     with Generator("org/text", revision="main") as generator:
@@ -204,11 +205,11 @@ def test_names_are_checked_before_anything_is_fetched(cache: Path, bundles: dict
 
 
 # ----------------------------------------------------------------------------
-# Links. ONNX Runtime follows none out of the folder, and neither do we, but those of the cache.
+# Links. ONNX Runtime does not follow links out of a bundle's folder, and neither does scm_runtime, except those of the cache.
 
 
 def test_links_to_other_places_are_not_followed(bundles: dict[str, Path], tmp_path: Path) -> None:
-    """Neither in a folder, nor in one that poses as a cache."""
+    """Neither in a folder, nor in one named like a cache."""
     secret = tmp_path / "secret"
     secret.write_bytes((bundles[FIRST] / "weights.onnx.data").read_bytes())
     for folder in (tmp_path / "plain", tmp_path / "models--org--text" / "snapshots" / FIRST):
@@ -216,11 +217,11 @@ def test_links_to_other_places_are_not_followed(bundles: dict[str, Path], tmp_pa
         (folder / "weights.onnx.data").unlink()
         (folder / "weights.onnx.data").symlink_to(secret)
         with pytest.raises(InferenceError, match=r"weights\.onnx\.data"):
-            Session(folder / "step.fp32.onnx")
+            open_session(folder / "step.fp32.onnx")
 
 
 def test_weights_behind_a_link_that_onnxruntime_refuses(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As its versions before 1.32 do: every graph is refused at first here."""
+    """ONNX Runtime before 1.32 refuses such a link. Here every graph is refused once."""
     ort: Any = load_onnxruntime()
     original, attempts = ort.InferenceSession, []
 
@@ -234,11 +235,11 @@ def test_weights_behind_a_link_that_onnxruntime_refuses(filled: Path, monkeypatc
     with Generator("org/text", revision="v1") as generator:
         assert attempts == [name for name in ("noise.onnx", "step.fp32.onnx", "decode.fp32.onnx") for _ in range(2)]
         step = generator.folder / "step.fp32.onnx"
-        (generator.folder / "weights.onnx.data").unlink()  # in memory by now
+        (generator.folder / "weights.onnx.data").unlink()  # the sessions have read it
         np.testing.assert_allclose(latents(generator), expected(1.0), atol=1e-5)
     attempts.clear()
     with pytest.raises(InferenceError, match="escapes model directory"):
-        Session(step)
+        open_session(step)
     assert attempts == ["step.fp32.onnx"], "there is nothing to follow"
 
 
@@ -249,7 +250,7 @@ def test_graphs_from_the_hub_are_kept_optimised(follows: bool, filled: Path, tmp
 
     def spy(path: str, options: Any, **keywords: Any) -> Any:
         opened.append(Path(path).name)
-        if not follows and Path(path).with_name("weights.onnx.data").is_symlink():  # not of a private copy
+        if not follows and Path(path).with_name("weights.onnx.data").is_symlink():  # not for a private copy
             raise RuntimeError("External data path escapes model directory")
         return original(path, options, **keywords)
 
@@ -309,7 +310,7 @@ def remote(bundles: dict[str, Path]) -> Iterator[Hub]:
 
 
 def ask(hub: Hub, home: Path, *requests: tuple[str, tuple[Any, ...]], **environment: str) -> list[tuple[str, str]]:
-    """What a process of its own gets, by type of the error (or nothing) and text; the environment rules."""
+    """Run requests in a subprocess with an environment; return the type (empty for success) and text of each answer."""
     home.mkdir(exist_ok=True)
     ours = {"HF_HOME": str(home), "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_PROGRESS_BARS": "1"} | environment
     kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
@@ -338,9 +339,9 @@ def test_what_the_hub_refuses(remote: Hub, tmp_path: Path) -> None:
     cases: dict[tuple[str, str | None], tuple[type[Exception], str]] = {
         ("org/none", None): (HubNotFoundError, "there is no repository 'org/none' on the hub that you may read, and no folder 'org/none' here"),
         ("org/text", "v9"): (HubNotFoundError, "the repository 'org/text' has no revision 'v9'. Give one of its branches, tags or commits"),
-        ("org/model", None): (HubNotFoundError, "the repository 'org/model' has no file scm.json. It is no bundle. To make one"),
+        ("org/model", None): (HubNotFoundError, "the repository 'org/model' has no file scm.json. It is not a bundle. To export"),
         ("org/gated", None): (HubError, "the repository 'org/gated' is gated: ask for access on its page, and log in: hf auth login (or set HF_TOKEN)"),
-        ("org/hidden", None): (HubError, "If it is not for all, ask for access on its page, and log in"),
+        ("org/hidden", None): (HubError, "If access is restricted, ask for access on its page, and log in"),
         ("org/broken", None): (HubError, "500"),
     }
     answers = ask(remote, tmp_path / "home", *(("generator", request) for request in cases))
@@ -351,7 +352,7 @@ def test_what_the_hub_refuses(remote: Hub, tmp_path: Path) -> None:
 
 def test_a_hub_that_cannot_be_reached(tmp_path: Path) -> None:
     nowhere = Hub()
-    nowhere.url = "http://127.0.0.1:9"  # the port that nothing may listen on
+    nowhere.url = "http://127.0.0.1:9"  # nothing listens on the discard port
     ((name, message),) = ask(nowhere, tmp_path / "home", ("generator", ("org/text", None)))
     assert name == "HubError"
     assert "scm.json of the repository 'org/text' is not in the cache and cannot be fetched from the hub" in message

@@ -1,4 +1,4 @@
-"""What importing and using scm_runtime pulls in, and what it says when something is missing. Each in a fresh process."""
+"""Modules that importing and using scm_runtime imports, and errors for missing packages. Each test runs a fresh process."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ assert not loaded, loaded
 
 
 def test_the_block_works() -> None:
-    """Or the two tests above would show nothing."""
+    """Without it, the two tests above would always pass."""
     failed = run_python(BLOCK_IMPORTS + "import torch.nn", FORBIDDEN, check=False)
     assert failed.returncode == 1
     assert "AssertionError: torch was imported" in failed.stderr

@@ -459,7 +459,7 @@ def test_a_thread_that_cannot_be_started_fails_that_request_alone(tiny_bundle: P
             with pytest.raises(RuntimeError, match="can't start"):
                 generate.submit(seed=1)
         assert generate.submit(seed=1).result(60).seeds == (1,)
-    assert generate._usage.resource is None, "all was given back"
+    assert generate._loop.resource is None, "all was given back"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
@@ -470,7 +470,7 @@ def test_streams_and_pools_in_a_forked_child_raise_and_do_not_wait(tiny_bundle: 
     stream = generate.stream(4, 2, callback_on_step_end=lambda *_: (hold.wait(60), None)[1])
     started = threading.Thread(target=lambda: next(stream))
     started.start()
-    while not generate._batcher._line._tickets:
+    while not generate._scheduler._requests:
         time.sleep(0.001)
     pool._lock.acquire()
     child = os.fork()

@@ -1,7 +1,7 @@
-"""ONNX Runtime is imported by one function, which keeps its telemetry off. Each case in a fresh process, with a fresh home folder.
+"""One function imports ONNX Runtime, with telemetry off. Each test runs a fresh process with an empty home folder.
 
-With telemetry on, ONNX Runtime starts a thread that reports to its makers, writes an identifier into the user's cache folder, and keeps forked children
-from ending.
+With telemetry on, ONNX Runtime starts a thread that reports to Microsoft, writes an identifier into the user's cache folder, and blocks the exit of
+forked children.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ deadline = time.monotonic() + 20
 while (threads := len(os.listdir("/proc/self/task"))) > 1 and time.monotonic() < deadline:
     time.sleep(0.01)  # a progress bar's thread may be about to end
 report["threads"] = threads
-for way in ("exits", "comes to its end"):
+for way in ("exits", "returns"):
     pid = os.fork()
     if pid == 0:
         if way == "exits":
@@ -70,7 +70,7 @@ except SystemExit as end:
 
 
 def fresh_environment(home: Path) -> dict[str, str]:
-    """Of a user who has set nothing; with one thread for linear algebra, so that the others can be counted."""
+    """Environment of a user who has set no variables, with one BLAS thread, so that the test can count the others."""
     home.mkdir()
     dropped = {"SCM_CACHE_DIR", "ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME"}
     kept = {name: value for name, value in os.environ.items() if name not in dropped}
@@ -78,18 +78,18 @@ def fresh_environment(home: Path) -> dict[str, str]:
 
 
 def check(action: str, home: Path, *arguments: str | Path, folders: set[str], imported: bool = True) -> None:
-    """Run an action, and see that its process is as it would be without telemetry.
+    """Run an action, and check that its process is as it would be without telemetry.
 
     Args:
         action: Python code.
-        home: the home folder, which is made.
-        arguments: of the code, from ``sys.argv[2]`` on.
-        folders: those below the home folder that get files; no others may.
+        home: the home folder, which is created.
+        arguments: arguments of the code, from ``sys.argv[2]`` on.
+        folders: folders below the home folder that get files; others must not.
         imported: whether the action imports ONNX Runtime.
     """
     run_python(PROGRAM.replace("ACTION", action), home.parent / "report.json", *arguments, env=fresh_environment(home), cwd=home.parent)
     report: dict[str, Any] = json.loads((home.parent / "report.json").read_bytes())
-    assert report == {"seen": ["1"] if imported else [], "after": None, "threads": 1, "ended": {"exits": 3, "comes to its end": 0}}
+    assert report == {"seen": ["1"] if imported else [], "after": None, "threads": 1, "ended": {"exits": 3, "returns": 0}}
     files = [path.relative_to(home) for path in home.rglob("*") if path.is_file()]
     assert {file for file in files if not any(file.is_relative_to(folder) for folder in folders)} == set()
     assert all(any(file.is_relative_to(folder) for file in files) for folder in folders), "each folder is used"
@@ -98,7 +98,7 @@ def check(action: str, home: Path, *arguments: str | Path, folders: set[str], im
 @linux
 @pytest.mark.parametrize("cache", ["default", "folder", "none"])
 @pytest.mark.parametrize("device", ["cpu", "auto"])
-def test_a_generator_turns_no_telemetry_on(device: str, cache: str, tmp_path: Path) -> None:
+def test_a_generator_does_not_turn_telemetry_on(device: str, cache: str, tmp_path: Path) -> None:
     check(GENERATOR, tmp_path / "home", device, cache, folders={"default": {".cache/scm-runtime"}, "folder": {"folder"}, "none": set[str]()}[cache])
 
 
@@ -114,15 +114,15 @@ def test_a_generator_turns_no_telemetry_on(device: str, cache: str, tmp_path: Pa
     ],
     ids=lambda arguments: arguments[0],
 )
-def test_a_command_turns_no_telemetry_on(arguments: list[str], tmp_path: Path) -> None:
+def test_a_command_does_not_turn_telemetry_on(arguments: list[str], tmp_path: Path) -> None:
     reads = arguments[0] == "inspect"
     fills = arguments[0] not in ("inspect", "doctor")
     check(COMMAND, tmp_path / "home", "scm_runtime.cli", *arguments, folders={".cache/scm-runtime"} if fills else set(), imported=not reads)
 
 
 @linux
-def test_an_export_turns_no_telemetry_on(tmp_path: Path) -> None:
-    """It imports ONNX Runtime before it looks for the checkpoint, and PyTorch and others, which may import it too, afterwards."""
+def test_an_export_does_not_turn_telemetry_on(tmp_path: Path) -> None:
+    """An export imports ONNX Runtime before it opens the checkpoint, and PyTorch and others, which may import it too, afterwards."""
     check(COMMAND.replace("== 0", "== 2"), tmp_path / "home", "scm_export.cli", "missing.pt", "-o", "x.scm", folders=set())
 
 
@@ -155,7 +155,7 @@ for command in (["smoke", "digits"], ["generate", "digits", "-o", sys.argv[3]], 
 
 @pytest.mark.parametrize("how", ["raise KeyboardInterrupt", "raise ImportError('initialization failed') from KeyboardInterrupt()"])
 def test_an_interrupted_import_is_an_interrupt_and_can_be_repeated(how: str, tmp_path: Path) -> None:
-    """An extension module that is interrupted while it is initialised raises the second."""
+    """The second form is raised by an extension module that is interrupted during its initialization."""
     program = """
 import os, sys
 from scm_runtime.common.load_onnxruntime import load_onnxruntime

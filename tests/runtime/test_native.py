@@ -22,15 +22,17 @@ import scm_runtime
 from scm_runtime import Generator, InferenceError, InvalidArgumentError, NativeOpsError
 from scm_runtime.bundle.manifest import OPS_DOMAIN, OPS_VERSION, Manifest, read_manifest
 from scm_runtime.cli import main
+from scm_runtime.common import log as log_module
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
 from scm_runtime.devices.cuda_driver import Device, Driver
 from scm_runtime.devices.placement import Placement
 from scm_runtime.ort import native_ops as native
-from scm_runtime.ort.session import Session, Settings
+from scm_runtime.ort.options import SessionSettings
+from scm_runtime.ort.session import Session
 
 onnxruntime = load_onnxruntime()
 
-FACTS = {"version": "9.8.7", "ops": {OPS_DOMAIN: OPS_VERSION}, "ort_api": 18, "ort_headers": "1.21", "cuda": None, "compiler": "cc"}
+BUILD_INFO = {"version": "9.8.7", "ops": {OPS_DOMAIN: OPS_VERSION}, "ort_api": 18, "ort_headers": "1.21", "cuda": None, "compiler": "cc"}
 
 # The first members of ONNX Runtime's interface, which never move: enough to make a status.
 STUBS = {
@@ -71,7 +73,7 @@ def install(stubs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPa
         folder.mkdir(parents=True)
         library = folder / native.LIBRARY
         shutil.copy(stubs[stub], library)
-        (folder / native.FACTS).write_bytes(msgspec.json.encode(FACTS | facts))
+        (folder / native.BUILD_INFO).write_bytes(msgspec.json.encode(BUILD_INFO | facts))
         monkeypatch.setattr(scm_runtime, "__path__", [str(folder.parent), *scm_runtime.__path__])
         return library
 
@@ -110,7 +112,7 @@ def log() -> Iterator[Log]:
 
     lines: Log = []
     logger, keep = logging.getLogger("scm_runtime"), Keep()
-    native._log_once.cache_clear()
+    log_module._logged.clear()
     level = logger.level
     logger.setLevel(logging.DEBUG)
     logger.addHandler(keep)
@@ -213,11 +215,11 @@ def test_a_library_that_is_refused(bundle: Path, install: InstallStub, log: Log,
 
 @pytest.mark.parametrize("damage", ["missing", "no JSON", "half"])
 def test_a_damaged_installation(bundle: Path, install: InstallStub, log: Log, damage: str) -> None:
-    facts = install("accepts").with_name(native.FACTS)
+    facts = install("accepts").with_name(native.BUILD_INFO)
     facts.unlink()
     if damage != "missing":
         facts.write_text("{" if damage == "no JSON" else '{"version": "1"}')
-    with pytest.raises(NativeOpsError, match=r"scm_ops\.json', which tells of the library of native kernels, cannot be read: .*Install scm-runtime again"):
+    with pytest.raises(NativeOpsError, match=r"scm_ops\.json', which describes the library of native kernels, cannot be read: .*Install scm-runtime again"):
         Generator(bundle, native_ops=True)
     assert Generator(bundle).info.native_ops is False
     assert [level for level, _ in log] == ["WARNING"]
@@ -227,10 +229,10 @@ def test_graphs_that_open_without_the_library_only(bundle: Path, install: Instal
     """A kernel is missing for a type, say: ONNX Runtime does not fall back to the body inside a session."""
     original = Session.__init__
 
-    def refuse(self: Session, path: Path, settings: Settings) -> None:
+    def refuse(self: Session, path: Path, session: Any, settings: SessionSettings) -> None:
         if settings.library is not None and path.name.startswith("decode"):
             raise InferenceError("no kernel")
-        original(self, path, settings)
+        original(self, path, session, settings)
 
     monkeypatch.setattr(Session, "__init__", refuse)
     install("accepts")
@@ -273,7 +275,7 @@ def test_on_the_command_line(bundle: Path, install: InstallStub, tmp_path: Path)
     smoke: list[str | Path] = ["smoke", bundle]
     for options in ([], ["--native-ops"], ["--no-native-ops"]):
         assert call(*generate, *options).exit_code == 0
-    library.with_name(native.FACTS).write_bytes(msgspec.json.encode(FACTS | {"ops": {OPS_DOMAIN: 2}}))
+    library.with_name(native.BUILD_INFO).write_bytes(msgspec.json.encode(BUILD_INFO | {"ops": {OPS_DOMAIN: 2}}))
     assert call(*generate).exit_code == 0
     for command in (generate, smoke):
         result = call(*command, "--native-ops")
@@ -286,8 +288,8 @@ def test_the_library_of_this_checkout() -> None:
     library = native.find_library()
     if library is None:
         pytest.skip("no library: make ops")
-    assert library.facts.ops == {OPS_DOMAIN: OPS_VERSION}
-    assert library.facts.ort_api <= int(onnxruntime.__version__.split(".")[1])
+    assert library.info.ops == {OPS_DOMAIN: OPS_VERSION}
+    assert library.info.ort_api <= int(onnxruntime.__version__.split(".")[1])
 
 
 # ----------------------------------------------------------------------------
@@ -323,7 +325,7 @@ def test_kernels_on_other_devices(
     install("accepts", cuda=cuda)
     monkeypatch.setattr("scm_runtime.devices.cuda_driver.read_driver", lambda: Driver(driver, (Device(0, "Some GPU", capability, 1 << 30),)))
     manifest = read_manifest(bundle)
-    opened, kernels = native.open_with_kernels(manifest, "auto", placement, lambda library: library)
+    opened, kernels = native.open_with_native_ops(manifest, "auto", placement, lambda library: library)
     if reason is None:
         assert opened is not None
         assert kernels.reason is None
@@ -332,4 +334,4 @@ def test_kernels_on_other_devices(
     assert kernels.reason is not None
     assert re.search(reason, kernels.reason), kernels.reason
     with pytest.raises(NativeOpsError, match=reason):
-        native.open_with_kernels(manifest, True, placement, lambda library: library)
+        native.open_with_native_ops(manifest, True, placement, lambda library: library)

@@ -15,7 +15,8 @@ import torch.utils.dlpack
 import handmade
 from scm_runtime import DeviceError, Generator, InvalidArgumentError, OutOfMemoryError, Span
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
-from scm_runtime.ort.session import Session, Settings
+from scm_runtime.ort.open_session import open_session
+from scm_runtime.ort.options import SessionSettings
 
 onnxruntime = load_onnxruntime()
 
@@ -86,7 +87,7 @@ def test_a_profile_folder_that_is_a_file(tiny_bundle: Path, tmp_path: Path) -> N
 
 def test_session_options_reach_onnxruntime(tiny_bundle: Path) -> None:
     options = {"enable_mem_pattern": True, "graph_optimization_level": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL, "session.disable_prepacking": "1"}
-    session = Session(tiny_bundle / "step.fp32.onnx", Settings(session_options=options))
+    session = open_session(tiny_bundle / "step.fp32.onnx", SessionSettings(session_options=options))
     opened = session._session.get_session_options()
     assert opened.enable_mem_pattern is True  # ours would be False
     assert opened.graph_optimization_level == onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -94,13 +95,13 @@ def test_session_options_reach_onnxruntime(tiny_bundle: Path) -> None:
 
 
 def test_a_hosts_session_option_takes_the_place_of_ours_without_a_word(tiny_bundle: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    ours = Session(tiny_bundle / "step.fp32.onnx", Settings())._session.get_session_options()
+    ours = open_session(tiny_bundle / "step.fp32.onnx", SessionSettings())._session.get_session_options()
     assert ours.get_session_config_entry("session.intra_op.spin_duration_us") == "20"
     assert ours.get_session_config_entry("session.force_spinning_stop") == "1"
     assert ours.enable_mem_pattern is False
     with Generator(tiny_bundle, device="cpu", session_options={"session.intra_op.allow_spinning": 0}) as generate:
         generate(0, seed=0)
-    its = Session(tiny_bundle / "step.fp32.onnx", Settings(session_options={"session.intra_op.allow_spinning": 0}))._session.get_session_options()
+    its = open_session(tiny_bundle / "step.fp32.onnx", SessionSettings(session_options={"session.intra_op.allow_spinning": 0}))._session.get_session_options()
     assert its.get_session_config_entry("session.intra_op.allow_spinning") == "0"
     assert capfd.readouterr() == ("", "")
 
@@ -158,6 +159,6 @@ def test_dlpack_on_the_cpu_is_torch_s_without_a_copy(tiny: Generator) -> None:
 def test_pictures_of_what_lies_on_a_gpu(tiny: Generator) -> None:
     samples = tiny(seed=5, output_type="np")
     object.__setattr__(samples, "array", cast(Any, object()))
-    with pytest.raises(InvalidArgumentError, match="lie on the GPU: ask for output_type='pil' or 'np'"):
+    with pytest.raises(InvalidArgumentError, match="are on the GPU: use output_type='pil' or 'np'"):
         _ = samples.images
     assert len(samples) == 1

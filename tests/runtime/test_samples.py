@@ -130,7 +130,7 @@ def test_a_folder_in_the_way(tmp_path: Path) -> None:
     ("call", "message"),
     [
         (lambda path: make(2).save(path, columns=0), "columns must be at least 1, got 0"),
-        (lambda path: of(np.zeros((2, 3, 8, 8), np.float32)).save(path), "are latents: ask for output_type='pil' or 'np'"),
+        (lambda path: of(np.zeros((2, 3, 8, 8), np.float32)).save(path), "are latents: use output_type='pil' or 'np'"),
     ],
     ids=["columns", "latents"],
 )
@@ -170,10 +170,10 @@ def test_the_umask_is_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "width", "said"), [("grid.ico", 300, r"ICO makes \d+ x \d+ of 300 x 40 pixels"), ("grid.webp", 17000, "WEBP does not hold 17000 x 40 pixels")]
+    ("name", "width", "said"), [("grid.ico", 300, r"ICO shrinks 300 x 40 pixels to \d+ x \d+"), ("grid.webp", 17000, "WEBP cannot represent 17000 x 40 pixels")]
 )
 def test_a_picture_that_its_format_does_not_hold(name: str, width: int, said: str, tmp_path: Path) -> None:
     samples = Samples(np.zeros((1, 40, width, 3), np.uint8), (0,), {}, Timings(0, (), 0, 0))
-    with pytest.raises(InvalidArgumentError, match=rf"cannot write '.*{name}': {said}.*Take \.png"):
+    with pytest.raises(InvalidArgumentError, match=rf"cannot write '.*{name}': {said}.*Use \.png"):
         samples.save(tmp_path / name)
     assert not list(tmp_path.iterdir())

@@ -19,7 +19,7 @@ import handmade
 from holding import PATIENCE_S, engine_of, held, schedulers, stepping
 from scm_runtime import DevicePool, Generator, GeneratorClosedError, InferenceError
 from scm_runtime.engines.engine import Trajectory
-from scm_runtime.sampling.nonfinite import Guard
+from scm_runtime.sampling.nonfinite import NonFiniteHandler
 
 EMBEDS = np.ones((2, handmade.WIDTH), np.float32)
 FAST: dict[str, Any] = {"prompt_embeds": EMBEDS, "seed": 1, "output_type": "latent"}
@@ -142,9 +142,9 @@ def test_closing_while_another_thread_waits_for_the_end_terminates_too(slow: Gen
 def test_closing_terminates_the_steps_that_are_done_again_in_fp32(submitted: bool, slow_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the engine's own steps come out infinite, and those in fp32 take minutes."""
     stepped: list[threading.Event] = []
-    open_once = Guard._open_once
+    open_once = NonFiniteHandler._open_fp32_once
 
-    def opened(guard: Guard) -> Any:
+    def opened(guard: NonFiniteHandler) -> Any:
         first, engine = guard._fp32 is None, open_once(guard)
         if first:
             stepped.append(stepping(engine))
@@ -156,11 +156,11 @@ def test_closing_terminates_the_steps_that_are_done_again_in_fp32(submitted: boo
             one.state.finite = [np.array([False])]
 
     begun = threading.Event()
-    monkeypatch.setattr(Guard, "_open_once", opened)
+    monkeypatch.setattr(NonFiniteHandler, "_open_fp32_once", opened)
     with Generator(slow_bundle, threads=1, on_nonfinite="fp32") as generator:
         engine = engine_of(generator)
         monkeypatch.setattr(engine, "dtype", "fp16")
-        monkeypatch.setattr(engine, "advance", overflow)
+        monkeypatch.setattr(engine, "step", overflow)
         call = generator.submit(**SPIN) if submitted else in_thread(lambda: generator(**SPIN))
         assert begun.wait(PATIENCE_S)
         assert stepped[0].wait(PATIENCE_S)

@@ -1,4 +1,4 @@
-"""Models of text: embeddings and masks of free length, an encoder, previews, and bundles without a decoder, all on a bundle written by hand."""
+"""Text-to-image models: embeddings and masks of dynamic length, an encoder, previews, and bundles without a decoder, with a handmade bundle."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ from PIL import Image
 
 import handmade
 from scm_runtime import Generator, InferenceError, InvalidArgumentError
-from scm_runtime.bundle.manifest import MANIFEST, FileEntry, read_manifest, sha256
+from scm_runtime.bundle.checksums import sha256
+from scm_runtime.bundle.manifest import MANIFEST, FileEntry, read_manifest
 from scm_runtime.cli import main
 from scm_runtime.ort import session
+from scm_runtime.ort.open_session import open_session
 from scm_runtime.samples import grid
 from support import tree
 
@@ -43,7 +45,7 @@ def text(bundle: Path) -> Generator:
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle without decoder, encoder and preview."""
+    """A bundle without decoder, encoder or preview decoder."""
     return handmade.write_text_bundle(tmp_path_factory.mktemp("plain") / "plain.scm", decoder=False, extras=(), name="plain")
 
 
@@ -151,7 +153,7 @@ def wrong_mask(value: float) -> NDArray[np.float64]:
         ({"prompt_embeds": EMBEDS[:0]}, "prompt_embeds must hold at least one value, got none"),
         ({"prompt_embeds": EMBEDS * np.nan}, "prompt_embeds must be finite, got NaN or infinity"),
         ({"prompt_embeds": EMBEDS.astype(np.float64) * 1e300}, "prompt_embeds must be finite, got NaN or infinity"),
-        ({"prompt_embeds": EMBEDS * 1j}, r"prompt_embeds must be an array of numbers, got ndarray \(complex64 is no real number\)"),
+        ({"prompt_embeds": EMBEDS * 1j}, r"prompt_embeds must be an array of numbers, got ndarray \(complex64 is not a real dtype\)"),
         ({"prompt_embeds": "a cat"}, "prompt_embeds must be an array of numbers, got str"),
         ({"prompt_embeds": [[1.0, 2.0], [3.0]]}, "prompt_embeds must be an array of numbers, got list"),
         ({"prompt_embeds": {"a": 1}}, "prompt_embeds must be an array of numbers, got dict"),
@@ -165,12 +167,15 @@ def wrong_mask(value: float) -> NDArray[np.float64]:
         ),
         (
             {"prompt_embeds": EMBEDS, "prompt_attention_mask": wrong_mask(2)},
-            "prompt_attention_mask must hold 1 where there is something and 0 where not, got 2",
+            "prompt_attention_mask must hold ones and zeros only, got 2",
         ),
-        ({"prompt_embeds": EMBEDS, "prompt_attention_mask": wrong_mask(0.5)}, "prompt_attention_mask must hold 1 .*, got 0.5"),
-        ({"prompt_embeds": EMBEDS, "prompt_attention_mask": wrong_mask(np.nan)}, "prompt_attention_mask must hold 1 .*, got nan"),
-        ({"prompt_embeds": EMBEDS, "prompt_attention_mask": np.zeros(7)}, "prompt_attention_mask must have at least one 1 a sample, got a sample of zeros"),
-        ({"prompt_embeds": EMBEDS, "prompt_attention_mask": MASK * [[1], [0], [1]]}, "prompt_attention_mask must have at least one 1 a sample"),
+        ({"prompt_embeds": EMBEDS, "prompt_attention_mask": wrong_mask(0.5)}, "prompt_attention_mask must hold ones and zeros only, got 0.5"),
+        ({"prompt_embeds": EMBEDS, "prompt_attention_mask": wrong_mask(np.nan)}, "prompt_attention_mask must hold ones and zeros only, got nan"),
+        (
+            {"prompt_embeds": EMBEDS, "prompt_attention_mask": np.zeros(7)},
+            "prompt_attention_mask must have at least one 1 per sample, got only zeros",
+        ),
+        ({"prompt_embeds": EMBEDS, "prompt_attention_mask": MASK * [[1], [0], [1]]}, "prompt_attention_mask must have at least one 1 per sample"),
         ({"prompt_embeds": EMBEDS, "batch_size": 2}, "all arguments must be for one batch size, got prompt_embeds: 3, batch_size: 2"),
         ({"prompt_embeds": EMBEDS, "prompt_attention_mask": MASK[:2]}, "must be for one batch size, got prompt_embeds: 3, prompt_attention_mask: 2"),
         (
@@ -178,10 +183,10 @@ def wrong_mask(value: float) -> NDArray[np.float64]:
             "class_labels was given, but the bundle 'text' takes prompt_embeds, prompt_attention_mask, guidance_scale",
         ),
         ({"prompt_embeds": EMBEDS, "conditioning": {"scores": 1}}, "scores was given, but the bundle 'text' takes prompt_embeds, prompt_attention_mask"),
-        ({"prompt_embeds": EMBEDS, "conditioning": {"prompt_embeds": EMBEDS}}, "prompt_embeds must be given once, got it in conditioning too"),
+        ({"prompt_embeds": EMBEDS, "conditioning": {"prompt_embeds": EMBEDS}}, "prompt_embeds must be given once, but conditioning has it too"),
         ({"prompt_embeds": EMBEDS, "conditioning": [("score", 1)]}, "conditioning must be a dict of the model's inputs by name, got list"),
         ({"prompt_embeds": EMBEDS, "conditioning": {"score": np.inf}}, "score must be a finite number"),
-        ({"prompt_embeds": EMBEDS, "guidance_scale": [[1.0]]}, "guidance_scale must be a finite number or one a sample"),
+        ({"prompt_embeds": EMBEDS, "guidance_scale": [[1.0]]}, "guidance_scale must be a finite number or one per sample"),
     ],
 )
 def test_what_does_not_fit(text: Generator, arguments: dict[str, Any], message: str) -> None:
@@ -241,7 +246,7 @@ def test_encoder_and_preview_are_opened_once_and_when_needed(bundle: Path, monke
 
 
 def with_half_graphs(bundle: Path, copy: Path, step: bytes | None = None) -> Path:
-    """A copy of a bundle that lists fp16 graphs too: those of fp32, or another step. Encoder and preview are in fp32 alone."""
+    """Copy a bundle and add fp16 graphs: copies of the fp32 graphs, or ``step``. Encoder and preview decoder remain fp32 only."""
     shutil.copytree(bundle, copy)
     manifest = read_manifest(copy)
     for graph in ("step", "decode"):
@@ -272,7 +277,7 @@ def test_a_graph_with_two_outputs(tmp_path: Path) -> None:
     text = f"{handmade.HEADER} g (float[n] x) => (float[n] a, float[n] b) {{ a = Identity(x)\n b = Neg(x) }}"
     path.write_bytes(onnx.parser.parse_model(text).SerializeToString())
     with pytest.raises(InferenceError, match=r"step\.fp32\.onnx' must have one output, got a, b"):
-        session.Session(path)
+        open_session(path)
 
 
 PIXELS = np.zeros((1, *handmade.PICTURE), np.uint8)
@@ -285,8 +290,8 @@ RED = Image.fromarray(PIXELS[0])
         (PIXELS[0], r"images must be uint8 \[N, 8, 12, 3\], got uint8 \[8, 12, 3\]"),
         (PIXELS.swapaxes(1, 2), r"images must be uint8 \[N, 8, 12, 3\], got uint8 \[1, 12, 8, 3\]"),
         (PIXELS.astype(np.float32), r"images must be uint8 \[N, 8, 12, 3\], got float32 \[1, 8, 12, 3\]"),
-        (PIXELS[:0], "images must hold at least one picture, got none"),
-        ([], "images must hold at least one picture, got none"),
+        (PIXELS[:0], "images must hold at least one image, got none"),
+        ([], "images must hold at least one image, got none"),
         (RED.resize((8, 12)), r"images must have the size 12 x 8, got 8 x 12\. Resize them: image\.resize\(\(12, 8\)\)"),
         ([RED, RED.resize((24, 16))], "images must have the size 12 x 8, got 24 x 16"),
         (RED.convert("L"), r"images must have the mode RGB, got L\. Convert them: image\.convert\('RGB'\)"),
@@ -389,7 +394,7 @@ def bomb() -> bytes:
 
 
 class Code:
-    """Makes a file when it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -418,7 +423,7 @@ class Code:
 def test_a_file_of_embeddings_that_cannot_be_used(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: Callable[[Path], bytes | None], message: str
 ) -> None:
-    monkeypatch.setattr("scm_runtime.cli.embeddings.LARGEST", 2**20)
+    monkeypatch.setattr("scm_runtime.cli.embeddings.MAX_UNPACKED_BYTES", 2**20)
     path, content = tmp_path / "prompt.npz", data(tmp_path)
     if content is not None:
         path.write_bytes(content)
@@ -436,7 +441,7 @@ def test_generate_without_embeddings(bundle: Path, plain: Path, tmp_path: Path) 
     for arguments, message in (
         ([bundle], "this bundle needs prompt_embeds: float32 [N, tokens, 5]"),
         (["digits", "--prompt-embeds", tmp_path / "one.npy"], "prompt_embeds was given, but the bundle 'digits' takes class_labels"),
-        ([plain, "--prompt-embeds", tmp_path / "one.npy"], "the bundle 'plain' makes latents, no pictures: it has no decoder"),
+        ([plain, "--prompt-embeds", tmp_path / "one.npy"], "the bundle 'plain' makes latents, not images: it has no decoder"),
     ):
         result = call("generate", *arguments, "-o", tmp_path / "out.png")
         assert result.exit_code == 2
@@ -449,7 +454,7 @@ def test_inspect(bundle: Path, plain: Path) -> None:
     for fragment in (
         "also an encoder, a preview decoder",
         "image, uint8 [N, 8, 12, 3]",
-        "prompt_embeds embedding, float32 [N, tokens, 5], to be given",
+        "prompt_embeds embedding, float32 [N, tokens, 5], required",
         "prompt_attention_mask mask, int64 [N, tokens], default all ones",
         "guidance_scale scalar, float32 [N], default 4.5",
     ):
@@ -459,9 +464,9 @@ def test_inspect(bundle: Path, plain: Path) -> None:
     assert "also" not in shown
 
 
-def test_smoke_says_what_stands_in_for_the_text(bundle: Path, plain: Path) -> None:
+def test_smoke_names_the_placeholder_inputs(bundle: Path, plain: Path) -> None:
     for path in (bundle, plain):
         result = call("smoke", path)
         assert result.exit_code == 0, result.output
         assert result.stdout.count("yes") == 6
-        assert "random numbers stand in for prompt_embeds float32 [N, tokens, 5], 7 tokens" in result.stdout
+        assert "random values for prompt_embeds float32 [N, tokens, 5], 7 tokens" in result.stdout

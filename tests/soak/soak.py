@@ -1,9 +1,10 @@
-"""Many threads use Generators in every way at once, for minutes: does a seed always draw the same picture, does all end, does memory stay?
+"""Soak test: many threads use Generators in every way for minutes. A seed must always give the same image, everything must finish, and memory must not grow.
 
-    MALLOC_ARENA_MAX=1 python tests/soak/soak.py 600        seconds; 8 threads; the figures go to benchmarks/results/soak.json
+    MALLOC_ARENA_MAX=1 python tests/soak/soak.py 600        600 seconds, 8 threads; results go to benchmarks/results/soak.json
 
-Calls, futures, asyncio, streams, cancellations, callbacks that raise, Generators opened, closed and dropped under way, evaluations that fail. Each thread
-knows which errors it has asked for; any other ends the run. Whoever makes no progress for a minute has deadlocked: all stacks are printed.
+Covers calls, futures, asyncio, streams, cancellation, callbacks that raise, Generators that are opened, closed and dropped during use, and evaluations that
+fail. Each thread expects only the errors that it provokes; any other error ends the run. If a thread makes no progress for a minute, it has deadlocked, and
+all stacks are printed.
 """
 
 from __future__ import annotations
@@ -43,31 +44,31 @@ from scm_runtime import (
 
 SEEDS = range(-8, 24)
 STUCK_S = 60.0
-ROUNDS = 60  # between which all rest, and memory is measured
-PEAKS, PEAK = 25, 8  # how often all threads at once draw how many samples first: twice as many as later
-WARMING_S = 60.0  # in which memory may grow: arenas, threads
-FLAT = 0.01
-FAILING = 0.2  # of the evaluations of a Generator that is made to fail
+ROUNDS = 60  # after each round all threads pause, and memory is measured
+PEAKS, PEAK = 25, 8  # warm-up rounds in which all threads generate PEAK samples, twice as many as later
+WARMING_S = 60.0  # memory may grow in this time: arenas, threads
+FLAT = 0.01  # maximum growth of memory after that, as a fraction
+FAILING = 0.2  # fraction of failing evaluations of a Generator that is made to fail
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 class MischiefError(Exception):
-    """Raised by callbacks here, and by nothing else."""
+    """Raised only by the callbacks of this test."""
 
 
 @dataclass
 class Soak:
-    """A run; ``main`` and the test start it."""
+    """A soak run. Started by ``main`` and by test_soak.py."""
 
     seconds: float
     threads: int = 8
     reopening: bool = True
-    """Whether Generators are opened, closed and dropped under way, and made to fail."""
+    """Also open, close and drop Generators during the run, and make them fail."""
     counts: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
-    """What should not have happened."""
+    """Tracebacks of unexpected errors."""
     resident: list[tuple[float, float]] = field(default_factory=list)
-    """Seconds since the start, MB."""
+    """Samples of resident memory: (seconds since the start, MB)."""
     threads_left: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -79,14 +80,14 @@ class Soak:
         self._before = set(threading.enumerate())
         self._known: dict[tuple[int, int], str] = {}
         self._shared = self._open()
-        # ONNX Runtime's ReduceMean rounds otherwise at batch 1, which shows where the kernels do not run.
+        # Smallest batch. ONNX Runtime's ReduceMean rounds differently at batch 1, which changes the result if the kernels do not run.
         self._least = 1 if self._shared.info.native_ops else 2
         for steps in (1, 2):
             drawn = self._shared(seed=SEEDS.start, batch_size=len(SEEDS), num_inference_steps=steps, output_type="np")
             self._known |= {(seed, steps): digest(pixels) for seed, pixels in zip(drawn.seeds, drawn.array, strict=True)}
 
     def run(self) -> None:
-        """Until the time is over or something is wrong."""
+        """Run until the time is over or an error occurs."""
         workers = [threading.Thread(target=self._work, args=(i,), name=f"soak-{i}", daemon=True) for i in range(self.threads)]
         self._reach_peak()
         start = time.monotonic()
@@ -115,27 +116,29 @@ class Soak:
         self.threads_left = left
 
     def _reach_peak(self) -> None:
-        """Take the memory that the load to come can need. ONNX Runtime keeps what it ever had, so that otherwise memory grows, once in minutes, when more
-        evaluations than ever before happen to meet."""
+        """Allocate the memory that the coming load can need.
+
+        ONNX Runtime never releases memory. Without this, memory would grow every few minutes, whenever more evaluations than before coincide.
+        """
         with ThreadPoolExecutor(self.threads) as pool:
             for i in range(PEAKS):
                 list(pool.map(lambda n: self._shared(seed=0, batch_size=PEAK + n % 2, output_type="np"), range(i, i + self.threads)))
 
     def _rest(self) -> None:
-        """Let every thread end what it does, so that what is resident then is what stays."""
+        """Wait until every thread has finished its current operation, so that only lasting memory is resident."""
         self._go.clear()
         while self._resting < self.threads and not self._stop.is_set():
             time.sleep(0.001)
         gc.collect()
 
     def growth(self) -> float:
-        """Of resident memory from the minute after the first to the last, as a fraction; each by its median."""
+        """Return the growth of resident memory from the second minute to the last one, as a fraction of the medians."""
         second = [mb for at, mb in self.resident if WARMING_S <= at < 2 * WARMING_S]
         last = [mb for at, mb in self.resident if at >= max(2 * WARMING_S, self.resident[-1][0] - WARMING_S)]
         return statistics.median(last) / statistics.median(second) - 1 if second and last else 0.0
 
     def figures(self) -> dict[str, Any]:
-        """For the record."""
+        """Return the results to record."""
         return {
             "seconds": round(self.resident[-1][0]),
             "threads": self.threads,
@@ -147,7 +150,7 @@ class Soak:
             "wrong": self.wrong,
         }
 
-    # -- A thread --------------------------------------------------------------------------------------------------------------------------------------------
+    # -- Threads ---------------------------------------------------------------------------------------------------------------------------------------------
 
     def _work(self, index: int) -> None:
         rng = random.Random(index)
@@ -173,10 +176,10 @@ class Soak:
                 try:
                     way(rng)
                 except GeneratorClosedError:
-                    self._count("closed meanwhile")  # another thread has put a new one in its place
+                    self._count("closed meanwhile")  # another thread has replaced the shared Generator
                 self._count(way.__name__.strip("_"))
                 self._progress[index] = time.monotonic()
-        except BaseException:  # noqa: BLE001 - whatever it is, it is the result
+        except BaseException:  # noqa: BLE001 - any error is recorded as the result
             self.wrong.append(traceback.format_exc())
             self._stop.set()
 
@@ -266,16 +269,16 @@ class Soak:
             except NonFiniteError:
                 self._count("not finite")
             else:
-                raise AssertionError("infinity was drawn")
+                raise AssertionError("samples were not finite, and no error was raised")
             with contextlib.suppress(InvalidArgumentError):
                 call(class_labels=99)
-                raise AssertionError("there is no class 99")
+                raise AssertionError("class 99 does not exist, and no error was raised")
 
     def _reopen(self, rng: random.Random) -> None:
-        """One of its own, whose evaluations may fail; closed or dropped while requests run."""
+        """Open a Generator whose evaluations may fail, and close or drop it while requests run."""
         generator = self._open()
-        assert generator._usage.resource is not None
-        graphs: Any = generator._usage.resource.engine.graphs()
+        assert generator._loop.resource is not None
+        graphs: Any = generator._loop.resource.engine.graphs()
         graphs.step = Flaky(graphs.step, rng)
         del graphs
         pending = []
@@ -309,7 +312,7 @@ class Soak:
 
     def _check(self, samples: Samples, arguments: dict[str, Any]) -> None:
         for seed, pixels in zip(samples.seeds, samples.array, strict=True):
-            assert digest(pixels) == self._known[seed, arguments["num_inference_steps"]], f"seed {seed} drew another picture"
+            assert digest(pixels) == self._known[seed, arguments["num_inference_steps"]], f"seed {seed} gave another image"
         self._count("images", len(samples))
 
     def _count(self, what: str, n: int = 1) -> None:
@@ -326,7 +329,7 @@ class Soak:
 
 
 class Flaky:
-    """A session that fails now and then, as one does that has no memory."""
+    """A session that fails randomly, as it would without memory."""
 
     def __init__(self, session: Any, rng: random.Random) -> None:
         self._session, self._rng = session, random.Random(rng.random())
@@ -341,19 +344,19 @@ class Flaky:
 
 
 def digest(pixels: Any) -> str:
-    """Of one picture."""
+    """Return the SHA-256 of an image's pixels."""
     return hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest()
 
 
 def resident_mb() -> float:
-    """Resident memory of this process, but for what the C library keeps of what was freed: that depends on which thread needed how much when."""
+    """Return the resident memory of this process in MB, without freed memory that the C library keeps, which depends on the timing of the threads."""
     if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
         trim(0)
     return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE / 1e6
 
 
 def main() -> None:
-    """Run it as a program: the seconds, the threads."""
+    """Run as a program. Arguments: seconds and threads."""
     numbers = [float(argument) for argument in sys.argv[1:]]
     seconds, threads = numbers[0] if numbers else 600.0, int(numbers[1]) if len(numbers) > 1 else 8
     figures, failures = {}, []
@@ -364,7 +367,7 @@ def main() -> None:
         failures += soak.wrong
         if soak.threads_left:
             failures.append(f"{name}: threads left: {soak.threads_left}")
-        if not reopening and soak.growth() > FLAT:  # another Generator's arenas have another size, by what met in them
+        if not reopening and soak.growth() > FLAT:  # new Generators have arenas of other sizes, which depend on coinciding evaluations
             failures.append(f"{name}: memory grew by {soak.growth():.2%}")
     sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
     from _common import keep

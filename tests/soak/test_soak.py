@@ -1,11 +1,11 @@
-"""The short form of soak.py, which ``make soak`` runs for ten minutes."""
+"""A short run of soak.py, which ``make soak`` runs for ten minutes."""
 
 from __future__ import annotations
 
 from soak.soak import Soak
 
 
-def test_all_ways_of_use_at_once_for_some_seconds() -> None:
+def test_all_ways_of_use_concurrently_for_some_seconds() -> None:
     soak = Soak(seconds=10.0, threads=4)
     soak.run()
     assert not soak.wrong, soak.wrong[0]

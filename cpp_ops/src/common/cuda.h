@@ -1,10 +1,10 @@
-// What the CUDA kernels share: the launch, vectors of elements, sums over the lanes of a row.
+// Shared code of the CUDA kernels: launches, vectors of elements, reductions over the lanes that hold a row.
 //
-// A kernel takes its operator's Params by value and loops until all is done, so that any grid covers any size. It is instantiated for the widest
-// accesses, 16 bytes, and for single elements; the host chooses from the pointers and the sizes (`wide`). Inputs that an output may be written over
-// are loaded before the output is stored, by the same thread or the same lanes; no pointer is __restrict__.
+// A kernel takes its operator's Params by value and loops over the work (grid-stride), so a grid of any size is correct. It is instantiated for the widest
+// accesses, 16 bytes, and for single elements; the host chooses by pointer alignment and size (`wide`). An output may be written in place over an input:
+// the thread, or the lanes, that store an output have loaded the inputs before. Therefore no pointer is __restrict__.
 //
-// tests/cuda_on_cpu compiles the same sources for the CPU: what only nvcc understands (launches, PTX) stays in this header and in common/ptx.h.
+// tests/cuda_on_cpu compiles the same sources for the CPU. Everything that only nvcc accepts (launches, PTX) must be in this header or in common/ptx.h.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -17,7 +17,7 @@
 
 namespace scm {
 
-constexpr int kThreads = 256;  // of a block, unless a kernel says otherwise
+constexpr int kThreads = 256;  // default block size
 constexpr unsigned kWarp = 32;
 constexpr std::int64_t kMaxGridX = 0x7fffffff, kMaxGridY = 65535;
 
@@ -25,7 +25,7 @@ __host__ __device__ constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t
 
 // -- Host --------------------------------------------------------------------------------------------------------------------
 
-// Launches and returns null, or what CUDA says is wrong. The error is taken back: whoever launches next must not find it.
+// Launches a kernel. Returns null, or CUDA's error message. Clears the error state, so that a later cudaGetLastError() does not report this launch.
 template <typename... Parameters, typename... Arguments>
 const char* launch(void (*kernel)(Parameters...), dim3 grid, int threads, void* stream, const Arguments&... arguments) {
   cudaLaunchConfig_t config = {};
@@ -38,16 +38,18 @@ const char* launch(void (*kernel)(Parameters...), dim3 grid, int threads, void* 
   return cudaGetErrorString(error);
 }
 
-// Blocks for `count` things, `share` to a block; y for samples. Kernels loop over what a grid of the greatest size leaves.
-inline dim3 grid_of(std::int64_t count, std::int64_t share, std::int64_t samples = 1) {
-  const std::int64_t blocks = ceil_div(count, share);
+// Returns a grid with enough blocks in x for `count` items, `per_block` items per block, and one row of blocks in y per sample, clamped to CUDA's limits.
+// Kernels loop over the rest.
+inline dim3 grid_of(std::int64_t count, std::int64_t per_block, std::int64_t samples = 1) {
+  const std::int64_t blocks = ceil_div(count, per_block);
   return dim3(static_cast<unsigned>(blocks < kMaxGridX ? blocks : kMaxGridX), static_cast<unsigned>(samples < kMaxGridY ? samples : kMaxGridY));
 }
 
+// Elements in an access of 16 bytes.
 template <typename T>
-constexpr int kWidest = 16 / static_cast<int>(sizeof(T));
+constexpr int kVectorWidth = 16 / static_cast<int>(sizeof(T));
 
-// Null counts as aligned: an output that nobody reads.
+// A null pointer, which marks an unused output, counts as aligned.
 template <typename... Pointers>
 bool aligned(std::uintptr_t bytes, Pointers... pointers) {
   return ((reinterpret_cast<std::uintptr_t>(pointers) % bytes == 0) && ...);
@@ -68,7 +70,8 @@ __device__ __forceinline__ std::uint32_t to_bits(float x) { return bits_of(x); }
 __device__ __forceinline__ std::uint32_t to_bits(float16 x) { return x.bits; }
 __device__ __forceinline__ std::uint32_t to_bits(bfloat16 x) { return x.bits; }
 
-// One access of kWidth elements. It holds words: of elements, compilers make as many registers as soon as a load is issued, and wait for it.
+// kWidth elements, loaded or stored in one access. It holds words instead of elements: with elements, nvcc unpacks them into registers right after the load,
+// which makes the thread wait for the load.
 template <typename T, int kWidth>
 struct alignas(sizeof(T) * kWidth) Vector {
   using Word = std::conditional_t<sizeof(T) * kWidth < 4, std::uint16_t, std::uint32_t>;
@@ -78,7 +81,7 @@ struct alignas(sizeof(T) * kWidth) Vector {
   __device__ __forceinline__ float operator[](int i) const { return to_float(from_bits<T>(words[i / kPerWord] >> (i % kPerWord * kBits))); }
 };
 
-// The vector of the elements make(i), rounded.
+// Returns the vector of the elements make(i), each rounded to T.
 template <typename T, int kWidth, typename Make>
 __device__ __forceinline__ Vector<T, kWidth> vector_of(const Make& make) {
   using V = Vector<T, kWidth>;
@@ -117,30 +120,30 @@ __device__ __forceinline__ float sum_of_squares(const Vector<T, kWidth>& x) {
   return sum;
 }
 
-// The sum over a group of `lanes` neighbours, a power of two up to a warp. Every lane of the warp must be here.
+// Returns the sum of x over a group of `lanes` neighboring lanes; `lanes` is a power of two up to 32. All lanes of the warp must call it together.
 __device__ __forceinline__ float group_sum(float x, unsigned lanes) {
   for (unsigned distance = lanes / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(0xffffffffu, x, static_cast<int>(distance));
   return x;
 }
 
-// The factor of a pixel norm, as inverse_norm in common/math.h, but without the steps that make a root and a quotient exact to the last bit.
+// Same as inverse_norm in common/math.h, with approximate square root and division.
 __device__ __forceinline__ float norm_factor(float sum_of_squares, float inverse_channels, float eps) {
   return __fdividef(1.0f, eps + sqrt_approximate(sum_of_squares * inverse_channels));
 }
 
-// A 64-bit division takes dozens of instructions, and most numbers are small.
+// Returns a / b for a >= 0, b > 0. Uses a 32-bit division if both fit: a 64-bit division takes dozens of instructions.
 __device__ __forceinline__ std::int64_t quotient(std::int64_t a, std::int64_t b) {
   return (static_cast<std::uint64_t>(a | b) >> 32) == 0 ? static_cast<std::int64_t>(static_cast<std::uint32_t>(a) / static_cast<std::uint32_t>(b)) : a / b;
 }
 
-// Calls store(i, load(i)) for every i in [0, count), shared among the blocks of the grid's x. A thread has kInFlight loads on the way at once: it takes
-// that to fill the memory's bandwidth.
+// Calls store(i, load(i)) for every i in [0, count), divided among the grid's blocks in x. Each thread issues kInFlight loads before the first store:
+// fewer do not saturate the memory bandwidth.
 constexpr int kInFlight = 2;
-constexpr int kShare = kThreads * kInFlight;  // of a block, at a time
+constexpr int kElementsPerBlock = kThreads * kInFlight;  // elements, or vectors, per block and iteration
 
 template <typename Load, typename Store>
 __device__ __forceinline__ void for_each(std::int64_t count, Load load, Store store) {
-  for (std::int64_t first = std::int64_t{blockIdx.x} * kShare + threadIdx.x; first < count; first += std::int64_t{gridDim.x} * kShare) {
+  for (std::int64_t first = std::int64_t{blockIdx.x} * kElementsPerBlock + threadIdx.x; first < count; first += std::int64_t{gridDim.x} * kElementsPerBlock) {
     decltype(load(first)) loaded[kInFlight];
 #pragma unroll
     for (int j = 0; j < kInFlight; ++j) {
@@ -153,26 +156,27 @@ __device__ __forceinline__ void for_each(std::int64_t count, Load load, Store st
   }
 }
 
-// -- Rows to norm: a row belongs to a group of lanes of one warp, kVectors vectors a lane, all in registers: read once ---------------
+// -- Row normalization: a group of lanes of one warp holds a row in registers, kVectors vectors per lane, so the row is read once ------
 
-// How many lanes a row takes, a power of two, so that each has about kVectors vectors of it; a whole warp if with_row_shape chose more than two.
-inline int lanes_of(std::int64_t vectors, int per_lane) {
+// Returns the number of lanes per row, a power of two, such that each lane holds at most `per_lane` vectors. It is a whole warp if with_row_shape chose more
+// than two vectors per lane.
+inline int lanes_per_row(std::int64_t vectors, int per_lane) {
   int lanes = 1;
   while (lanes < static_cast<int>(kWarp) && std::int64_t{lanes} * per_lane < vectors) lanes *= 2;
   return lanes;
 }
 
-// Calls run(width, per_lane) with integral constants: the width of the accesses, and the vectors that a lane holds, or 0 for rows that no warp can hold,
-// which are read twice.
 template <int kValue>
 struct Constant {
   static constexpr int value = kValue;
 };
 
+// Calls run(width, per_lane) with integral constants: elements per access and vectors per lane. per_lane is 0 for rows that do not fit into the registers of
+// a warp and must be read twice.
 template <typename T, typename Run>
 const char* with_row_shape(std::int64_t channels, bool wide, const Run& run) {
   if (!wide) return channels <= 4 * kWarp ? run(Constant<1>{}, Constant<4>{}) : run(Constant<1>{}, Constant<0>{});
-  constexpr Constant<kWidest<T>> width;
+  constexpr Constant<kVectorWidth<T>> width;
   const std::int64_t vectors = channels / width.value;
   if (vectors <= 2 * kWarp) return run(width, Constant<2>{});
   if (vectors <= 4 * kWarp) return run(width, Constant<4>{});

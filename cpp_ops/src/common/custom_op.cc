@@ -11,14 +11,14 @@ Inferred infer_inputs(const OrtApi& api, OrtShapeInferContext* context) {
   for (std::size_t i = 0; i < count; ++i) {
     OrtTensorTypeAndShapeInfo* info = nullptr;
     OrtStatus* status = api.ShapeInferContext_GetInputTypeShape(context, i, &info);
-    if (status || !info) {  // nothing is known of this input
+    if (status || !info) {  // neither type nor shape of this input is known
       if (status) api.ReleaseStatus(status);
       inputs.shapes[i].ranked = false;
       continue;
     }
     std::size_t rank = 0;
     check(api, api.GetDimensionsCount(info, &rank));
-    // ONNX Runtime gives a tensor of unknown rank and a scalar alike, as one without axes. Kernels check the rank again.
+    // ONNX Runtime reports both a scalar and a tensor of unknown rank as having 0 axes. Kernels check the rank again.
     inputs.shapes[i].ranked = rank > 0;
     std::vector<std::int64_t> sizes(rank);
     std::vector<const char*> symbols(rank);
@@ -33,9 +33,10 @@ Inferred infer_inputs(const OrtApi& api, OrtShapeInferContext* context) {
 void set_outputs(const OrtApi& api, OrtShapeInferContext* context, const Inferred& outputs) {
   const Shapes& shapes = outputs.shapes;
   for (std::size_t i = 0; i < shapes.size(); ++i) {
-    // ONNX Runtime takes an unknown size without a name for the size -1: such a shape is better left open.
-    const bool settled = std::all_of(shapes[i].dims.begin(), shapes[i].dims.end(), [](const Dim& dim) { return dim.known() || (dim.symbol && *dim.symbol); });
-    if (!shapes[i].ranked || !settled) continue;
+    // ONNX Runtime would take an unknown dimension without a name for a size of -1. Do not set such a shape.
+    const std::vector<Dim>& dims = shapes[i].dims;
+    const bool fully_named = std::all_of(dims.begin(), dims.end(), [](const Dim& dim) { return dim.known() || (dim.symbol && *dim.symbol); });
+    if (!shapes[i].ranked || !fully_named) continue;
     OrtTensorTypeAndShapeInfo* info = nullptr;
     check(api, api.CreateTensorTypeAndShapeInfo(&info));
     const std::unique_ptr<OrtTensorTypeAndShapeInfo, decltype(api.ReleaseTensorTypeAndShapeInfo)> owner(info, api.ReleaseTensorTypeAndShapeInfo);
@@ -49,7 +50,7 @@ void set_outputs(const OrtApi& api, OrtShapeInferContext* context, const Inferre
     check(api, api.SetDimensions(info, sizes.data(), sizes.size()));
     check(api, api.SetSymbolicDimensions(info, symbols.data(), symbols.size()));
     OrtStatus* status = api.ShapeInferContext_SetOutputTypeShape(context, i, info);
-    if (status) api.ReleaseStatus(status);  // an optional output that the node does not have
+    if (status) api.ReleaseStatus(status);  // the node does not have this optional output
   }
 }
 

@@ -1,11 +1,12 @@
-// From an operator's class to the OrtCustomOp structures that ONNX Runtime takes: one for each device and element type.
+// Turns an operator class into the OrtCustomOp structures that ONNX Runtime registers, one per device and element type.
 //
 // An operator is a class with
-//   kName, kInputs, kOutputs    its name and its arguments, in order
-//   kInplace                    pairs (input, output): the output may be written over the input
-//   Op(const Attributes&)       reads and checks the attributes
-//   infer(inputs) -> outputs    checks the shapes of the inputs and gives those of the outputs
-//   cpu<T>(Context&), cuda<T>(Context&)
+//   kName, kInputs, kOutputs    the operator's name and its arguments, in order
+//   kInplace                    pairs (input, output): the output may reuse the input's memory
+//   Op(const Attributes&)       reads and validates the attributes
+//   infer(inputs) -> outputs    validates the input shapes and returns the output shapes
+//   cpu<T>(Context&)            runs the CPU kernel
+//   cuda<T>(Context&)           enqueues the CUDA kernel
 #pragma once
 
 #include <array>
@@ -23,7 +24,7 @@ namespace scm {
 
 using Shapes = std::vector<Shape>;
 
-enum class Type { element, float32, int64, uint8 };  // `element` is T, the type that varies
+enum class Type { element, float32, int64, uint8 };  // `element` is the kernel's element type T
 
 struct Argument {
   const char* name;
@@ -61,7 +62,7 @@ constexpr ONNXTensorElementDataType onnx_type(Type type) {
   return kElementType<T>;
 }
 
-// Runs `body` and turns what it throws into a status that names the operator. Nothing is thrown across the ABI.
+// Runs `body` and returns an exception as a status that names the operator: exceptions must not cross the C ABI.
 template <typename Body>
 OrtStatus* guarded(const OrtApi& api, const char* op, const Body& body) noexcept {
   try {
@@ -73,12 +74,12 @@ OrtStatus* guarded(const OrtApi& api, const char* op, const Body& body) noexcept
     } catch (const std::exception& error) {
       return api.CreateStatus(ORT_FAIL, ("scm::" + std::string(op) + ": " + error.what()).c_str());
     }
-  } catch (...) {  // no memory for the message
+  } catch (...) {  // out of memory while building the message
     return api.CreateStatus(ORT_FAIL, op);
   }
 }
 
-// What is known of a node's inputs; symbols live as long as the context.
+// Shapes and element types as far as they are known at shape inference. Dim::symbol pointers live as long as the context.
 struct Inferred {
   Shapes shapes;
   std::vector<ONNXTensorElementDataType> types;
@@ -122,10 +123,10 @@ struct CustomOp : OrtCustomOp {
           } else {
             self.op.template cpu<T>(run);
           }
-        } catch (const std::exception& error) {  // not the inputs' fault, but perhaps their size's
+        } catch (const std::exception& error) {  // not an invalid input, but the sizes may be the cause: add them to the message
           std::string shapes;
           for (std::size_t i = 0; i < std::size(Op::kInputs); ++i) shapes += (i ? ", " : "") + to_string(run.input(i).shape);
-          throw std::runtime_error(error.what() + (" with inputs of the shapes " + shapes));
+          throw std::runtime_error(error.what() + (" with input shapes " + shapes));
         }
       });
     };
@@ -134,7 +135,7 @@ struct CustomOp : OrtCustomOp {
       const OrtApi& ort = static_cast<const CustomOp*>(op)->api;
       return guarded(ort, Op::kName, [&] {
         const Inferred inputs = infer_inputs(ort, context);
-        // ONNX Runtime asks one of the operators of a name for all element types: this node's is that of its inputs.
+        // ONNX Runtime calls the inference function of one registered variant for every element type. The node's type is that of its inputs.
         ONNXTensorElementDataType element = kElementType<T>;
         for (std::size_t i = 0; i < std::size(Op::kInputs); ++i) {
           if (Op::kInputs[i].type == Type::element && inputs.types[i] != ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED) element = inputs.types[i];
@@ -147,7 +148,7 @@ struct CustomOp : OrtCustomOp {
     };
     GetMayInplace = [](int** inputs, int** outputs) -> std::size_t {
       constexpr std::size_t count = std::size(Op::kInplace);
-      if (count == 0) return 0;  // ONNX Runtime releases nothing then
+      if (count == 0) return 0;  // ONNX Runtime then does not call ReleaseMayInplace
       *inputs = new (std::nothrow) int[count];
       *outputs = new (std::nothrow) int[count];
       if (!*inputs || !*outputs) {
@@ -173,7 +174,7 @@ struct CustomOp : OrtCustomOp {
   };
 };
 
-// Runs a CPU kernel over `count` rows (or elements, or samples) on the session's threads.
+// Runs a CPU kernel over `count` units (rows, elements or samples, as the kernel defines) on the session's threads, in pieces of `grain` units.
 template <typename Params>
 void run_on_cpu(const Context& run, const Params& params, CpuKernel<Params> kernel, std::int64_t count, std::int64_t grain) {
   run.parallel(count, grain, [&](std::int64_t begin, std::int64_t end) { kernel(params, begin, end); });
@@ -190,7 +191,7 @@ void add(CustomOps& ops, const OrtApi& api) {
   ops.emplace_back(new CustomOp<Op, T, kDevice>(api), [](OrtCustomOp* op) { delete static_cast<CustomOp<Op, T, kDevice>*>(op); });
 }
 
-// Adds an operator for every device and element type; `Types` are those of its `element` arguments.
+// Adds an operator for every device and for the element types T and Types. bfloat16 has no CPU kernels.
 template <class Op, typename T, typename... Types>
 void add_all(CustomOps& ops, const OrtApi& api) {
   if constexpr (kElementType<T> != ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16) add<Op, T, Device::cpu>(ops, api);

@@ -1,14 +1,14 @@
-// What an operator's op.h, cpu.cc and cuda.cu have in common.
+// Declarations shared by an operator's op.h, cpu.cc and cuda.cu.
 //
-// CPU kernels are compiled once for each instruction set and chosen when they run, so that one binary serves old and new processors. op.h declares
-// the kernels of a `template <typename T> struct Params` in the operator's namespace with SCM_DECLARE_KERNELS; cpu.cc defines
+// CPU kernels are compiled once per x86-64 level and dispatched at run time, so that one binary serves old and new processors. op.h defines
+// `template <typename T> struct Params` in the operator's namespace and declares its kernels with SCM_DECLARE_KERNELS. cpu.cc defines
 //   template <typename T> void SCM_CPU(const Params<T>&, std::int64_t begin, std::int64_t end);
-// and cuda.cu
+// and cuda.cu defines
 //   template <typename T> const char* cuda(const Params<T>&, void* stream);
-// each instantiated for its types. begin and end count what the operator can divide: rows, elements or samples.
+// each with explicit instantiations. [begin, end) is a range of the operator's units of work: rows, elements or samples.
 //
-// cpu.cc must not include ONNX Runtime or call templates of the standard library: the linker keeps one copy of such a function, compiled for who knows
-// which processor.
+// cpu.cc must not include ONNX Runtime's headers or call templates of the standard library: the linker keeps one copy of such a function, which may be
+// compiled for instructions that this processor does not have.
 #pragma once
 
 #include <cstdint>
@@ -27,7 +27,7 @@
   template const char* cuda<float16>(const Params<float16>&, void*); \
   template const char* cuda<bfloat16>(const Params<bfloat16>&, void*);
 
-// `cuda` returns null, or what CUDA says is wrong with the launch.
+// `cuda` returns null, or CUDA's error message if the launch failed.
 #define SCM_DECLARE_KERNELS                                             \
   template <typename T>                                                 \
   void cpu_generic(const Params<T>&, std::int64_t begin, std::int64_t end); \
@@ -53,13 +53,14 @@ namespace scm {
 template <typename Params>
 using CpuKernel = void (*)(const Params&, std::int64_t begin, std::int64_t end);
 
-enum class CpuLevel { generic, v3, v4 };  // the psABI's levels of x86-64: v3 has AVX2 and FMA, v4 AVX-512
+enum class CpuLevel { generic, v3, v4 };  // x86-64 microarchitecture levels of the psABI: v3 has AVX2 and FMA, v4 has AVX-512
 
-CpuLevel cpu_level();  // of this processor, as the operating system lets it be used
+CpuLevel cpu_level();  // the highest level that both the processor and the operating system support
 
-// A piece of work for one thread, in elements: small enough to share, large enough that sharing costs little.
+// Number of elements per piece of work: small enough to balance the threads, large enough that scheduling costs little.
 constexpr std::int64_t kGrain = 32768;
 
+// The same in rows of `row` elements.
 constexpr std::int64_t grain_in_rows(std::int64_t row) { return row >= kGrain || row < 1 ? 1 : kGrain / row; }
 
 }  // namespace scm

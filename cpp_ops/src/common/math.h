@@ -1,4 +1,4 @@
-// The element arithmetic that CPU and CUDA kernels share. EDM2 is arXiv 2312.02696.
+// Elementwise arithmetic for CPU and CUDA kernels. EDM2 is arXiv 2312.02696.
 #pragma once
 
 #include "common/types.h"
@@ -6,14 +6,14 @@
 namespace scm {
 inline namespace SCM_ISA {
 
-// x with its magnitude bounded, by a minimum of integers: selections of floats make compilers evaluate what follows for the constants too, and there
-// denormal numbers lurk, which cost a hundred cycles each. NaN gives the bound.
-SCM_HD float bounded(float x, float bound) {
+// Returns x with its magnitude clamped to `bound`; NaN gives `bound` with its sign. Uses an integer minimum: with a float selection, compilers evaluate
+// both branches of the code that follows, and there denormal numbers cost about a hundred cycles each.
+SCM_HD float clamp_magnitude(float x, float bound) {
   const std::uint32_t magnitude = bits_of(x) & 0x7fffffffu, limit = bits_of(bound);
   return float_of((magnitude < limit ? magnitude : limit) | (bits_of(x) & 0x80000000u));
 }
 
-// e^x to about one unit in the last place, without branches or tables, so that loops over it vectorise; for |x| up to 87.
+// Returns e^x to about 1 ulp for |x| <= 87. Has no branches or tables, so that loops over it vectorize.
 SCM_HD float exponential(float x) {
 #ifdef __CUDA_ARCH__
   return __expf(x);
@@ -32,9 +32,9 @@ SCM_HD float exponential(float x) {
 #endif
 }
 
-// mp_silu: silu(x) / 0.596 (EDM2, equation 81). Below -87 the result is 0 but for numbers of 1e37 and more.
+// Returns mp_silu(x) = silu(x) / 0.596 (EDM2, equation 81). For x < -87 the result is about 3e-38 x instead of 0.
 SCM_HD float activate(float x) {
-  const float denominator = 1.0f + exponential(-bounded(x, 87.0f));
+  const float denominator = 1.0f + exponential(-clamp_magnitude(x, 87.0f));
 #ifdef __CUDA_ARCH__
   return __fdividef(x, denominator) * (1.0f / 0.596f);
 #else
@@ -42,8 +42,8 @@ SCM_HD float activate(float x) {
 #endif
 }
 
-// Rounded to float before anything is added to it, as in the function bodies; CPU kernels that use it are compiled with -ffp-contract=off.
-SCM_HD float product(float a, float b) {
+// Returns a * b rounded to float, never fused with an addition, as in the ONNX function bodies. CPU kernels that use it are compiled with -ffp-contract=off.
+SCM_HD float rounded_product(float a, float b) {
 #ifdef __CUDA_ARCH__
   return __fmul_rn(a, b);
 #else
@@ -51,20 +51,20 @@ SCM_HD float product(float a, float b) {
 #endif
 }
 
-// NaN stays NaN, as with torch.clamp.
+// Clamps x to [-bound, bound]. NaN stays NaN, as in torch.clamp.
 SCM_HD float clamp(float x, float bound) {
   x = x < -bound ? -bound : x;
   return x > bound ? bound : x;
 }
 
-// A pixel's level: rounded to nearest even, NaN to 0.
-SCM_HD std::uint8_t to_level(float x) {
+// Clamps x to [0, 255] and rounds to nearest even. NaN gives 0.
+SCM_HD std::uint8_t to_uint8(float x) {
   x = x > 0.0f ? x : 0.0f;
   x = x < 255.0f ? x : 255.0f;
   return static_cast<std::uint8_t>(bits_of(x + 12582912.0f) & 0xffu);  // 1.5 * 2^23: the addition rounds
 }
 
-// The factor of a pixel norm (EDM2, equation 30): 1 / (eps + |x| / sqrt(C)).
+// Returns the factor of pixel normalization (EDM2, equation 30): 1 / (eps + |x| / sqrt(channels)).
 SCM_HD float inverse_norm(float sum_of_squares, float channels, float eps) {
 #ifdef __CUDA_ARCH__
   return 1.0f / (eps + sqrtf(sum_of_squares / channels));

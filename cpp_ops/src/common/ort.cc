@@ -41,7 +41,7 @@ std::int64_t Attributes::integer(const char* name) const {
 }
 
 std::vector<std::int64_t> Attributes::integers(const char* name) const {
-  std::vector<std::int64_t> values(64);  // as many axes as any tensor has
+  std::vector<std::int64_t> values(64);  // no tensor has more axes
   std::size_t got = 0;
   if (context_) {
     read(name, ORT_OP_ATTR_INTS, values.data(), values.size() * sizeof values[0], &got);
@@ -92,7 +92,7 @@ Input read_tensor(const OrtApi& api, const OrtValue* value) {
   input.shape.dims.resize(rank);
   for (std::size_t i = 0; i < rank; ++i) input.shape.dims[i].value = sizes[i];
   void* data = nullptr;
-  check(api, api.GetTensorMutableData(const_cast<OrtValue*>(value), &data));  // there is no getter for constant data in this API version
+  check(api, api.GetTensorMutableData(const_cast<OrtValue*>(value), &data));  // API 18 has no getter for const data
   input.data = data;
   return input;
 }

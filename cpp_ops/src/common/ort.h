@@ -1,4 +1,4 @@
-// A thin layer over ONNX Runtime's C API: attributes, tensors and threads for the operators, and no C++ ABI of ONNX Runtime.
+// Thin wrapper around ONNX Runtime's C API for the operators: attributes, tensors, scratch memory and threads.
 #pragma once
 
 #include <onnxruntime_c_api.h>
@@ -11,12 +11,12 @@
 #include "common/shape.h"
 
 #ifndef SCM_OPS_ORT_API
-#define SCM_OPS_ORT_API 18  // the first with GetMayInplace; every later ONNX Runtime serves it too
+#define SCM_OPS_ORT_API 18  // the first version with GetMayInplace; later releases of ONNX Runtime support it as well
 #endif
 
 namespace scm {
 
-// Throws Error with ONNX Runtime's message unless the status is null.
+// Throws Error with ONNX Runtime's message if the status is not null. Releases the status.
 void check(const OrtApi& api, OrtStatus* status);
 
 struct Input {
@@ -30,16 +30,17 @@ struct Input {
   }
 };
 
-// What is known of a node while a kernel is made or shapes are inferred: its attributes, and inputs that never change.
+// A node's attributes and constant inputs, as available when a kernel is created or shapes are inferred.
 class Attributes {
  public:
   Attributes(const OrtApi& api, const OrtKernelInfo* info) : api_(api), info_(info) {}
   Attributes(const OrtApi& api, const OrtShapeInferContext* context) : api_(api), context_(context) {}
 
+  // These throw Error if the attribute is missing or has another type.
   float real(const char* name) const;
   std::int64_t integer(const char* name) const;
-  std::vector<std::int64_t> integers(const char* name) const;  // all three throw Error where it is missing or of another type
-  // Has no data where shapes are inferred, or where the input is no constant. The data belong to the session.
+  std::vector<std::int64_t> integers(const char* name) const;
+  // Returns an input without data if the input is not constant, and always during shape inference. The session owns the data.
   Input constant(std::size_t input) const;
 
  private:
@@ -50,7 +51,7 @@ class Attributes {
   const OrtShapeInferContext* context_ = nullptr;
 };
 
-// Memory of the session's own allocator, for one run of a kernel.
+// Temporary memory from the session's allocator for one kernel run.
 class Scratch {
  public:
   Scratch(const OrtApi& api, const OrtKernelContext* context, std::size_t bytes);
@@ -67,22 +68,22 @@ class Scratch {
   void* data_ = nullptr;
 };
 
-// One run of a kernel.
+// One kernel run: its inputs, outputs, scratch memory, threads and CUDA stream.
 class Context {
  public:
   Context(const OrtApi& api, OrtKernelContext* context) : api_(api), context_(context) {}
 
   Input input(std::size_t index) const;
-  // Allocates the output and returns its data, or null if it is optional and nobody reads it.
+  // Allocates an output and returns its data, or null if the node does not have this optional output.
   template <typename T>
   T* output(std::size_t index, const Shape& shape) {
     return static_cast<T*>(raw_output(index, shape));
   }
   Scratch scratch(std::size_t bytes) const { return Scratch(api_, context_, bytes); }
-  // cudaStream_t of the session; kernels are put on it and never waited for.
+  // Returns the session's cudaStream_t. Kernels are enqueued on it; nothing here synchronizes.
   void* cuda_stream() const;
 
-  // Runs body(begin, end) over [0, count) on ONNX Runtime's own threads, in pieces of at least `grain`.
+  // Runs body(begin, end) over [0, count) on ONNX Runtime's threads, in pieces of `grain`.
   template <typename Body>
   void parallel(std::int64_t count, std::int64_t grain, const Body& body) const {
     if (count <= grain) {

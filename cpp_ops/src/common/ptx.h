@@ -1,7 +1,7 @@
-// Instructions that CUDA C++ has no function for. Those of matrices are a whole warp's: all its lanes must come to them together.
-// tests/cuda_on_cpu has a file of this name that does the same on the CPU.
+// Wrappers of PTX instructions that have no CUDA C++ intrinsic. Matrix instructions are warp-wide: all lanes of the warp must execute them together.
+// tests/cuda_on_cpu has a file of the same name with an emulation on the CPU.
 //
-// Which element of a matrix a lane holds is the PTX ISA's (sections "Matrix fragments for mma.m16n8k16" and "mma.m16n8k8", and "ldmatrix"). With
+// The PTX ISA defines which matrix elements a lane holds (sections "Matrix fragments for mma.m16n8k16" and "mma.m16n8k8", and "ldmatrix"). With
 // lane = 4 g + t:
 //   16-bit A [16, 16]   a[0]: (g, 2t), (g, 2t + 1)   a[1]: row g + 8   a[2]: columns + 8   a[3]: both     the lower column in the lower half
 //   16-bit B [16, 8]    b0: (2t, g), (2t + 1, g)     b1: rows + 8
@@ -14,21 +14,21 @@
 
 namespace scm {
 
-// To about one unit in the last place.
+// Returns the square root to about 1 ulp.
 __device__ __forceinline__ float sqrt_approximate(float x) {
   float y;
   asm("sqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
-// 2^x to 2^-22 of its size; 0 where it would be denormal.
+// Returns 2^x with a relative error of at most 2^-22, or 0 if the result would be denormal.
 __device__ __forceinline__ float exp2_approximate(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
-// Both rounded to T, `low` in the lower half.
+// Rounds both to T and packs them, `low` in the lower half.
 template <typename T>
 __device__ std::uint32_t pack(float low, float high);
 
@@ -46,8 +46,8 @@ __device__ __forceinline__ std::uint32_t pack<bfloat16>(float low, float high) {
   return both;
 }
 
-// Four 8 x 8 matrices of 16-bit elements from shared memory. Lane l names row l % 8 of matrix l / 8, 16 aligned bytes; in r[i] it gets the elements
-// (g, 2t) and (g, 2t + 1) of matrix i.
+// Loads four 8 x 8 matrices of 16-bit elements from shared memory. Lane l passes the address of row l % 8 of matrix l / 8, 16 aligned bytes, and receives
+// in r[i] the elements (g, 2t) and (g, 2t + 1) of matrix i.
 __device__ __forceinline__ void load_matrices(std::uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -55,7 +55,7 @@ __device__ __forceinline__ void load_matrices(std::uint32_t (&r)[4], const void*
                : "memory");
 }
 
-// The same, transposed: in r[i] the elements (2t, g) and (2t + 1, g) of matrix i.
+// Same as load_matrices, transposed: r[i] receives the elements (2t, g) and (2t + 1, g) of matrix i.
 __device__ __forceinline__ void load_matrices_transposed(std::uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -63,7 +63,7 @@ __device__ __forceinline__ void load_matrices_transposed(std::uint32_t (&r)[4], 
                : "memory");
 }
 
-// C += A B for 16-bit T.
+// Computes C += A B for 16-bit T, m16n8k16.
 template <typename T>
 __device__ void multiply_add(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1);
 
@@ -81,7 +81,7 @@ __device__ __forceinline__ void multiply_add<bfloat16>(float (&c)[4], const std:
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// C += A B for TF32, floats whose lower 13 bits are zero.
+// Computes C += A B for TF32, floats whose lower 13 bits are zero, m16n8k8.
 __device__ __forceinline__ void multiply_add_tf32(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
   asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])

@@ -1,4 +1,4 @@
-// What CPU kernels do to a row of channels.
+// Row operations of the CPU kernels. A row is one pixel's channels.
 #pragma once
 
 #include <cstdint>
@@ -8,16 +8,16 @@
 namespace scm {
 inline namespace SCM_ISA {
 
-// The factor that a pixel norm multiplies a row with.
+// Returns the factor of pixel normalization for a row.
 template <typename T>
-float row_factor(const T* x, std::int64_t channels, float eps) {
+float row_norm_factor(const T* x, std::int64_t channels, float eps) {
   float sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (std::int64_t c = 0; c < channels; ++c) sum += to_float(x[c]) * to_float(x[c]);
   return inverse_norm(sum, static_cast<float>(channels), eps);
 }
 
-// y = x scale, and its mp_silu unless `activated` is null. y may be x.
+// Computes y = x * scale and, unless `activated` is null, activated = mp_silu(y). y may be x.
 template <typename T>
 void scale_row(const T* x, T* y, T* activated, std::int64_t channels, float scale) {
 #pragma omp simd

@@ -41,7 +41,7 @@ void check_dim(const char* name, const Shape& shape, std::size_t axis, const Dim
   }
 }
 
-void check_some_channels(const char* name, const Shape& shape) {
+void check_has_channels(const char* name, const Shape& shape) {
   if (shape.ranked && shape.rank() > 0 && shape.back().value == 0) fail(name, shape, "at least 1 channel");
 }
 

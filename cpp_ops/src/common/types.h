@@ -1,4 +1,4 @@
-// The element types of tensors, on the host and on the device: float, float16, bfloat16. Kernels load them into float, compute, and round once.
+// Element types of tensors on host and device: float, float16, bfloat16. Kernels load them as float, compute in float, and round once.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@
 #define SCM_HD inline
 #endif
 
-// Code compiled for one instruction set must not be merged by the linker with the same inline function compiled for another: each set has its own namespace.
+// Each instruction set has its own inline namespace: otherwise the linker would merge inline functions compiled for different instruction sets.
 #ifndef SCM_ISA
 #define SCM_ISA generic
 #endif
@@ -52,14 +52,14 @@ SCM_HD float to_float(float x) { return x; }
 
 SCM_HD float to_float(bfloat16 x) { return float_of(static_cast<std::uint32_t>(x.bits) << 16); }
 
-// Written with integers and selections alone, so that compilers vectorise it for every instruction set.
+// Uses only integer operations and selections, so that compilers vectorize it for every instruction set.
 SCM_HD float to_float(float16 x) {
 #ifdef __CUDA_ARCH__
   return __half2float(__ushort_as_half(x.bits));
 #else
   const std::uint32_t sign = static_cast<std::uint32_t>(x.bits & 0x8000u) << 16;
   const std::uint32_t magnitude = x.bits & 0x7fffu;
-  const float finite = float_of(magnitude << 13) * 0x1p112f;  // exponent bias 15 to 127, subnormal numbers too
+  const float finite = float_of(magnitude << 13) * 0x1p112f;  // changes the exponent bias from 15 to 127; correct for subnormal numbers too
   const std::uint32_t special = (magnitude << 13) | 0x7f800000u;  // infinity, NaN
   return float_of((magnitude >= 0x7c00u ? special : bits_of(finite)) | sign);
 #endif
@@ -93,10 +93,10 @@ struct Rounded<float16> {
 #ifdef __CUDA_ARCH__
     return {__half_as_ushort(__float2half_rn(x))};
 #else
-    // Adding a power of two 2^(e + 13), e the exponent of x and at least that of the subnormals, lets the addition itself round to 11 bits.
+    // Adds 2^(e + 13), where e is the exponent of x but at least that of float16's subnormals: the addition then rounds to 11 bits.
     const std::uint32_t twice = bits_of(x) << 1;  // without the sign
     const std::uint32_t exponent = (twice & 0xff000000u) < 0x71000000u ? 0x71000000u : twice & 0xff000000u;
-    const float overflowing = float_of(twice >> 1) * 0x1p112f * 0x1p-110f;  // infinite from 2^16 on
+    const float overflowing = float_of(twice >> 1) * 0x1p112f * 0x1p-110f;  // infinity from 2^16 on
     const std::uint32_t rounded = bits_of(float_of((exponent >> 1) + 0x07800000u) + overflowing);
     const std::uint32_t magnitude = ((rounded >> 13) & 0x7c00u) + (rounded & 0x0fffu);
     return {static_cast<std::uint16_t>((twice > 0xff000000u ? 0x7e00u : magnitude) | ((bits_of(x) >> 16) & 0x8000u))};

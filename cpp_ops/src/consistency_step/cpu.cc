@@ -5,7 +5,7 @@ namespace scm::consistency_step {
 
 template <typename T>
 void SCM_CPU(const Params<T>& p, std::int64_t begin, std::int64_t end) {
-  while (begin < end) {  // a sample, or the part of one, at a time
+  while (begin < end) {  // one sample, or part of one, per iteration
     const std::int64_t sample = begin / p.size, sample_end = (sample + 1) * p.size, stop = end < sample_end ? end : sample_end;
     const double t = p.t[sample], t_next = p.t_next[sample];
     const auto cos = static_cast<float>(__builtin_cos(t)), sin = static_cast<float>(__builtin_sin(t));

@@ -1,5 +1,5 @@
-// x_next = cos t' (cos t x - sin t sigma_data F) + sin t' sigma_data noise. The grid's y counts samples; two threads of a block find the sines and
-// cosines, in double, for the block. A thread takes two vectors of four elements, or two elements.
+// x_next = cos t' (cos t x - sin t sigma_data F) + sin t' sigma_data noise. blockIdx.y is the sample. Two threads of
+// each block compute the sines and cosines in double. A thread processes two vectors of four elements, or two elements.
 #include "common/cuda.h"
 #include "consistency_step/op.h"
 
@@ -18,7 +18,7 @@ template <typename T, int kWidth>
 __global__ void __launch_bounds__(kThreads) kernel(const Params<T> p) {
   __shared__ float sines[2], cosines[2];  // of t, t'
   for (std::int64_t sample = blockIdx.y; sample < p.samples; sample += gridDim.y) {
-    __syncthreads();  // the sample before is done
+    __syncthreads();  // all threads have finished the previous sample
     if (threadIdx.x < 2) {
       double sine, cosine;
       sincos(static_cast<double>(threadIdx.x == 0 ? p.t[sample] : p.t_next[sample]), &sine, &cosine);
@@ -42,9 +42,9 @@ __global__ void __launch_bounds__(kThreads) kernel(const Params<T> p) {
 template <typename T>
 const char* cuda(const Params<T>& p, void* stream) {
   if (p.size % kFour == 0 && aligned(16, p.x, p.noise, p.x_next) && aligned(kFour * sizeof(T), p.F)) {
-    return launch(kernel<T, kFour>, grid_of(p.size / kFour, kShare, p.samples), kThreads, stream, p);
+    return launch(kernel<T, kFour>, grid_of(p.size / kFour, kElementsPerBlock, p.samples), kThreads, stream, p);
   }
-  return launch(kernel<T, 1>, grid_of(p.size, kShare, p.samples), kThreads, stream, p);
+  return launch(kernel<T, 1>, grid_of(p.size, kElementsPerBlock, p.samples), kThreads, stream, p);
 }
 SCM_INSTANTIATE_CUDA
 

@@ -1,5 +1,6 @@
 // ConsistencyStep (sCM, arXiv 2410.11081, section 3), with t' = t_next:
-// x_next = cos t' (cos t x - sin t sigma_data F) + sin t' sigma_data noise. Sines and cosines in double, so that they are the same on every device.
+// x_next = cos t' (cos t x - sin t sigma_data F) + sin t' sigma_data noise. Sines and cosines are computed in double, so that they are the
+// same on every device.
 #pragma once
 
 #include "common/kernel.h"

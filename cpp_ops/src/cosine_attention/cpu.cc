@@ -1,7 +1,8 @@
-// A block of queries against the keys of its head, some keys at a time, so that scores and weights stay in the first-level cache. Everything is kept
-// transposed, keys by queries: the exponentials and their sums then run over queries, and neither keys nor values need another layout than they have.
+// Processes a block of queries against the keys of its head, kKeys keys at a time, so that scores and weights stay in the L1 cache. Scores are stored
+// transposed, [keys, queries]: exponentials and their sums vectorize over queries, and keys and values are used in their original layout.
 //
-// Normalised vectors are no longer than sqrt(head_size), so scores are within +-sqrt(head_size) and need no row's maximum taken off before the exponential.
+// A normalized vector has a length of at most sqrt(head_size), so scores are in [-sqrt(head_size), sqrt(head_size)]: the softmax does not need to subtract the
+// maximum of each row.
 #include "cosine_attention/op.h"
 
 #include <cstdlib>
@@ -19,7 +20,7 @@ constexpr int kLanes = 8, kRows = 4;
 constexpr int kLanes = 4, kRows = 4;
 #endif
 constexpr int kColumns = 2 * kLanes;
-constexpr std::int64_t kKeys = 64;  // at a time
+constexpr std::int64_t kKeys = 64;  // keys per iteration
 static_assert(kQueries % kColumns == 0 && kQueries % kRows == 0 && kKeys % kRows == 0);
 
 typedef float Vector __attribute__((vector_size(kLanes * sizeof(float))));
@@ -32,7 +33,8 @@ inline Vector load(const float* x) {
 
 inline void store(float* x, Vector vector) { __builtin_memcpy(x, &vector, sizeof vector); }
 
-// C[kRows, kColumns] (+)= A B: A's element (row, k) at A[row * row_stride + k * depth_stride], B's rows at a distance of `b_stride`.
+// Computes C[kRows, kColumns] = A B, or += if kAccumulate. Element (row, k) of A is at A[row * row_stride + k * depth_stride]; b_stride and c_stride are the
+// row strides of B and C.
 template <bool kAccumulate>
 inline void multiply(const float* A, std::int64_t row_stride, std::int64_t depth_stride, const float* B, std::int64_t b_stride, float* C,
                      std::int64_t c_stride, std::int64_t depth) {
@@ -56,14 +58,14 @@ inline void multiply(const float* A, std::int64_t row_stride, std::int64_t depth
 
 constexpr std::int64_t padded(std::int64_t count) { return (count + kColumns - 1) / kColumns * kColumns; }
 
-// Rows of a tensor as floats where they can be multiplied: in place, or copied and padded with zeros.
+// kKeys rows of a tensor as floats: in place, or copied and zero-padded if `multiply` could not read them in place.
 struct Rows {
   const float* data;
   std::int64_t stride;
 };
 
 template <typename T>
-Rows copied(const T* x, std::int64_t token, std::int64_t count, std::int64_t size, float* copy) {
+Rows copy_rows(const T* x, std::int64_t token, std::int64_t count, std::int64_t size, float* copy) {
   const std::int64_t width = padded(size);
   for (std::int64_t row = 0; row < kKeys; ++row) {
     for (std::int64_t c = 0; c < width; ++c) copy[row * width + c] = row < count && c < size ? to_float(x[row * token + c]) : 0;
@@ -73,26 +75,26 @@ Rows copied(const T* x, std::int64_t token, std::int64_t count, std::int64_t siz
 
 template <typename T>
 Rows rows_of(const T* x, std::int64_t token, std::int64_t count, std::int64_t size, float* copy) {
-  return copied(x, token, count, size, copy);
+  return copy_rows(x, token, count, size, copy);
 }
 
 inline Rows rows_of(const float* x, std::int64_t token, std::int64_t count, std::int64_t size, float* copy) {
   if (count == kKeys && size % kColumns == 0) return {x, token};
-  return copied(x, token, count, size, copy);
+  return copy_rows(x, token, count, size, copy);
 }
 
-// A key's scores become its weights, times the factor of its value; their sums go to the queries.
+// Replaces a key's scores by its attention weights times its value's normalization factor, and adds the weights to the queries' sums.
 inline void exponentials(float* scores, float* sums, std::int64_t queries, float norm_k, float norm_v) {
 #pragma omp simd
   for (std::int64_t i = 0; i < queries; ++i) {
     const float score = scores[i] * norm_k;
-    const float weight = exponential(bounded(score, 87.0f)) + (score - score);  // NaN stays NaN
+    const float weight = exponential(clamp_magnitude(score, 87.0f)) + (score - score);  // NaN stays NaN
     sums[i] += weight;
     scores[i] = weight * norm_v;
   }
 }
 
-// Floats of one thread.
+// Layout of one thread's scratch memory: offsets in floats.
 struct Scratch {
   std::int64_t norms, queries, scores, sums, keys, values, results, total;
 
@@ -121,23 +123,23 @@ void SCM_CPU(const Params<T>& p, std::int64_t begin, std::int64_t end) {
   float *Q = scratch + at.queries, *S = scratch + at.scores, *sums = scratch + at.sums, *R = scratch + at.results;
   float *norm_k = scratch + at.norms, *norm_v = norm_k + length;
   const float temperature = 1 / __builtin_sqrtf(static_cast<float>(size));
-  const std::int64_t token = 3 * p.heads * size;  // from one position to the next
-  std::int64_t normed = -1;  // the head whose factors are at hand
+  const std::int64_t token = 3 * p.heads * size;  // stride between tokens
+  std::int64_t normalized_head = -1;  // the head that norm_k and norm_v belong to
   for (std::int64_t unit = begin; unit < end; ++unit) {
     const std::int64_t sample = unit / blocks / p.heads, head = unit / blocks % p.heads, first = unit % blocks * kQueries;
     const std::int64_t queries = length - first < kQueries ? length - first : kQueries, columns = padded(queries);
     const T* q = p.qkv + sample * length * token + head * size;
     const T *k = q + p.heads * size, *v = k + p.heads * size;
-    if (unit / blocks != normed) {
-      normed = unit / blocks;
+    if (unit / blocks != normalized_head) {
+      normalized_head = unit / blocks;
       for (std::int64_t l = 0; l < length; ++l) {
-        norm_k[l] = row_factor(k + l * token, size, p.eps);
-        norm_v[l] = row_factor(v + l * token, size, p.eps);
+        norm_k[l] = row_norm_factor(k + l * token, size, p.eps);
+        norm_v[l] = row_norm_factor(v + l * token, size, p.eps);
       }
     }
     for (std::int64_t query = 0; query < columns; ++query) {
       const T* x = q + (first + query) * token;
-      const float scale = query < queries ? row_factor(x, size, p.eps) * temperature : 0;
+      const float scale = query < queries ? row_norm_factor(x, size, p.eps) * temperature : 0;
       for (std::int64_t c = 0; c < size; ++c) Q[c * kQueries + query] = query < queries ? to_float(x[c]) * scale : 0;
       sums[query] = 0;
     }

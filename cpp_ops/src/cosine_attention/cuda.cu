@@ -1,14 +1,14 @@
-// A block takes 64 or 128 queries of one head and passes over the head's keys and values in tiles: scores, exponentials, and their product with the
-// values, all in registers; of scores only a warp's 16 queries by a few keys exist at a time.
+// Fused attention. A block processes 64 or 128 queries of one head and iterates over the head's keys and values in tiles. Scores, exponentials and the result
+// stay in registers; at any time only the scores of a warp's queries by a few keys exist.
 //
-// Heads of 64 channels, those of EDM2 networks, go to tensor cores; `halves` for float16 and bfloat16, `floats` for float32, as three products of TF32
-// numbers (3xTF32), which keep float32's accuracy. Keys and values are normalised on their way to shared memory, the next tile's loads are under way
-// while a tile is worked on. Queries stay as they are: their factors scale the scores.
+// Heads of 64 channels, as in EDM2 networks, use tensor cores: `attention_16bit` for float16 and bfloat16, `attention_float32` for float32 with three TF32
+// products (3xTF32), which keep float32's accuracy. Keys and values are normalized before they are stored in shared memory, while the next tile's loads are in
+// flight. Queries are not normalized: their factors scale the scores.
 //
-// After the normalisation no vector is longer than sqrt(64), so a score, divided by sqrt(64), is in [-8, 8] and its exponential in [3e-4, 2981]: a
-// softmax without the search for the maximum, in the range of float16 too.
+// A normalized vector has a length of at most sqrt(64), so a score divided by sqrt(64) is in [-8, 8] and its exponential in [3e-4, 2981]: the softmax does not
+// need the maximum, and the exponentials fit into float16.
 //
-// `any_size` serves all other head sizes, and pointers that are not aligned, with plain float32 arithmetic.
+// `attention_any_size` handles all other head sizes, and pointers that are not aligned, with float32 arithmetic.
 #include "common/cuda.h"
 #include "common/ptx.h"
 #include "cosine_attention/op.h"
@@ -20,12 +20,12 @@ constexpr int kHead = 64;  // head size of the tensor core kernels
 constexpr int kBlock = 128, kWarps = kBlock / kWarp;
 constexpr float kLog2e = 1.44269504f;
 
-// Where the queries of a head of a sample lie.
+// Pointers to one head of one sample.
 template <typename T>
 struct Head {
   const T *q, *k, *v;
   T* y;
-  std::int64_t token, out_token;  // from one position to the next, in qkv and in y
+  std::int64_t token, out_token;  // strides between tokens in qkv and in y
 
   __device__ __forceinline__ Head(const Params<T>& p, std::int64_t index) : token(3 * p.heads * p.head_size), out_token(p.heads * p.head_size) {
     const std::int64_t sample = quotient(index, p.heads), head = index - sample * p.heads;
@@ -36,10 +36,10 @@ struct Head {
   }
 };
 
-// A tile of keys and values on its way from global to shared memory: each thread holds vectors of 16 bytes, and the threads of a row are neighbours.
+// A tile of keys and values in registers, between global and shared memory. Each thread holds vectors of 16 bytes; the threads of a row are neighbors.
 template <typename T, int kKeys>
 struct Tile {
-  static constexpr int kWidth = kWidest<T>, kLanes = kHead / kWidth, kRows = kBlock / kLanes, kVectors = kKeys / kRows;
+  static constexpr int kWidth = kVectorWidth<T>, kLanes = kHead / kWidth, kRows = kBlock / kLanes, kVectors = kKeys / kRows;
   Vector<T, kWidth> k[kVectors], v[kVectors];
 
   __device__ __forceinline__ void load_from(const Head<T>& head, std::int64_t first, std::int64_t length) {
@@ -55,32 +55,32 @@ struct Tile {
     }
   }
 
-  // Rows behind the last key become zeros whatever eps is: no NaN must meet their exponentials, which are zeros too.
+  // Rows past the last key are set to zero even if eps is 0: their exponentials are zero, and zero times NaN would be NaN.
   template <int kStrideK, int kStrideV>
   __device__ __forceinline__ void store_to(T (&keys)[kKeys][kStrideK], T (&values)[kKeys][kStrideV], std::int64_t first, std::int64_t length, float eps) const {
     const int row = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
 #pragma unroll
     for (int j = 0; j < kVectors; ++j) {
       const bool inside = first + row + j * kRows < length;
-      store(keys[row + j * kRows], lane, normalised(k[j], inside, eps));
-      store(values[row + j * kRows], lane, normalised(v[j], inside, eps));
+      store(keys[row + j * kRows], lane, normalized(k[j], inside, eps));
+      store(values[row + j * kRows], lane, normalized(v[j], inside, eps));
     }
   }
 
  private:
-  static __device__ __forceinline__ Vector<T, kWidth> normalised(const Vector<T, kWidth>& x, bool inside, float eps) {
+  static __device__ __forceinline__ Vector<T, kWidth> normalized(const Vector<T, kWidth>& x, bool inside, float eps) {
     const float norm = norm_factor(group_sum(sum_of_squares(x), kLanes), 1.0f / kHead, eps), factor = inside ? norm : 0.0f;
     return vector_of<T, kWidth>([&](int i) { return x[i] * factor; });
   }
 };
 
-// What the scores of a query are multiplied by, from the sum of squares of a lane's share of it, a quarter: for powers of 2 instead of e.
+// Returns the factor of a query's scores, including log2(e) for exp2. `squares` is the sum of squares of the lane's quarter of the query.
 __device__ __forceinline__ float query_scale(float squares, float eps) { return norm_factor(group_sum(squares, 4), 1.0f / kHead, eps) * (kLog2e / 8); }
 
-// -- float16 and bfloat16: a warp has kTiles times 16 queries ------------------------------------------------------------------------
+// -- float16 and bfloat16: kTiles times 16 queries per warp ---------------------------------------------------------------------------
 
 constexpr int kKeys16 = 64;
-constexpr int kStride16 = kHead + 8;  // 144 bytes: the eight rows that are read at once lie in different banks
+constexpr int kStride16 = kHead + 8;  // 144 bytes: the eight rows that ldmatrix reads together are in different banks
 
 template <typename T>
 __device__ __forceinline__ void load_pair(const T* x, std::uint32_t& bits, float& squares) {
@@ -90,16 +90,16 @@ __device__ __forceinline__ void load_pair(const T* x, std::uint32_t& bits, float
 }
 
 template <typename T, int kTiles>
-__global__ void __launch_bounds__(kBlock, 2) halves(const Params<T> p) {
+__global__ void __launch_bounds__(kBlock, 2) attention_16bit(const Params<T> p) {
   alignas(16) __shared__ T keys[kKeys16][kStride16];
   alignas(16) __shared__ T values[kKeys16][kStride16];
-  constexpr int kQueries = kWarps * kTiles * 16, kChunk = 32 / kTiles;  // keys at a time: enough independent products, few enough registers
+  constexpr int kQueries = kWarps * kTiles * 16, kChunk = 32 / kTiles;  // keys per iteration: enough independent products, few enough registers
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
   const std::int64_t blocks = ceil_div(p.length, kQueries);
   for (std::int64_t unit = blockIdx.x; unit < p.samples * p.heads * blocks; unit += gridDim.x) {
     const std::int64_t index = quotient(unit, blocks);
     const Head<T> head(p, index);
-    const std::int64_t first_query = (unit - index * blocks) * kQueries + warp * kTiles * 16 + g;  // of this lane
+    const std::int64_t first_query = (unit - index * blocks) * kQueries + warp * kTiles * 16 + g;  // this lane's first query
 
     Tile<T, kKeys16> next;
     next.load_from(head, 0, p.length);
@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kBlock, 2) halves(const Params<T> p) {
 
     float y[kTiles][kHead / 8][4] = {}, sums[kTiles][2] = {};
     for (std::int64_t first = 0; first < p.length; first += kKeys16) {
-      __syncthreads();  // all have read the tile before
+      __syncthreads();  // all threads have read the previous tile
       next.store_to(keys, values, first, p.length, p.eps);
       __syncthreads();
       if (first + kKeys16 < p.length) next.load_from(head, first + kKeys16, p.length);
@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(kBlock, 2) halves(const Params<T> p) {
             }
           }
         }
-        // What a lane holds of the scores as C is what it must hold of their exponentials as A.
+        // A lane holds the same elements of the scores (operand C) as it needs of the exponentials (operand A).
         std::uint32_t weights[kTiles][kChunk / 16][4];
 #pragma unroll
         for (int m = 0; m < kTiles; ++m) {
@@ -197,16 +197,16 @@ __global__ void __launch_bounds__(kBlock, 2) halves(const Params<T> p) {
   }
 }
 
-// -- float32: a warp has 16 queries ------------------------------------------------------------------------------------------------
+// -- float32: 16 queries per warp --------------------------------------------------------------------------------------------------
 //
-// Sums do not ask for an order, nor columns: channels, keys and columns of the result are dealt to the positions of the matrices so that a lane's are
-// neighbours in memory. In the first product, positions t and t + 4 of steps 2s and 2s + 1 are channels 16s + 4t to 16s + 4t + 3. In the second,
-// positions t and t + 4 are keys 2t and 2t + 1, which is what a lane has of the scores, and column g of matrix n is channel 32 (n / 4) + 4g + n % 4.
+// The order of the terms of a sum and the order of the columns are free. Channels, keys and result columns are permuted so that a lane's elements are contiguous
+// in memory. In the first product, k indices t and t + 4 of steps 2s and 2s + 1 are channels 16s + 4t to 16s + 4t + 3. In the second, k indices t and t + 4 are
+// keys 2t and 2t + 1, which are the scores that the lane holds, and column g of matrix n is channel 32 (n / 4) + 4g + n % 4.
 
 constexpr int kKeys32 = 32;
-constexpr int kStrideK32 = kHead + 16, kStrideV32 = kHead + 4;  // each free of bank conflicts for how its rows are read
+constexpr int kStrideK32 = kHead + 16, kStrideV32 = kHead + 4;  // no bank conflicts for the way the rows are read
 
-// x as a sum of two TF32 numbers, to 2^-20 of its size.
+// Splits x into a sum of two TF32 numbers, with a relative error of 2^-20.
 struct Split {
   std::uint32_t high, low;
 
@@ -232,7 +232,7 @@ __device__ __forceinline__ void multiply_add_split(float (&c)[4], const SplitA& 
   multiply_add_tf32(c, a.high, b0.high, b1.high);
 }
 
-__global__ void __launch_bounds__(kBlock) floats(const Params<float> p) {
+__global__ void __launch_bounds__(kBlock) attention_float32(const Params<float> p) {
   alignas(16) __shared__ float keys[kKeys32][kStrideK32];
   alignas(16) __shared__ float values[kKeys32][kStrideV32];
   constexpr int kQueries = kWarps * 16;
@@ -241,7 +241,7 @@ __global__ void __launch_bounds__(kBlock) floats(const Params<float> p) {
   for (std::int64_t unit = blockIdx.x; unit < p.samples * p.heads * blocks; unit += gridDim.x) {
     const std::int64_t index = quotient(unit, blocks);
     const Head<float> head(p, index);
-    const std::int64_t first_query = (unit - index * blocks) * kQueries + warp * 16 + g;  // of this lane
+    const std::int64_t first_query = (unit - index * blocks) * kQueries + warp * 16 + g;  // this lane's first query
 
     Tile<float, kKeys32> next;
     next.load_from(head, 0, p.length);
@@ -263,7 +263,7 @@ __global__ void __launch_bounds__(kBlock) floats(const Params<float> p) {
 
     float y[kHead / 8][4] = {}, sums[2] = {};
     for (std::int64_t first = 0; first < p.length; first += kKeys32) {
-      __syncthreads();  // all have read the tile before
+      __syncthreads();  // all threads have read the previous tile
       next.store_to(keys, values, first, p.length, p.eps);
       __syncthreads();
       if (first + kKeys32 < p.length) next.load_from(head, first + kKeys32, p.length);
@@ -318,14 +318,14 @@ __global__ void __launch_bounds__(kBlock) floats(const Params<float> p) {
   }
 }
 
-// -- Any head size: a block has 32 queries and kSlice channels of the result -------------------------------------------------------------
+// -- Any head size: 32 queries and kSlice result channels per block ----------------------------------------------------------------------
 //
-// A query belongs to eight neighbouring threads, each with four of a tile's 32 keys and an eighth of the channels. The running maximum makes the
-// exponentials safe for any length of the vectors.
+// Eight neighboring threads share a query; each has four of a tile's 32 keys and an eighth of the slice's channels. A running maximum keeps the exponentials
+// finite for any head size.
 
 constexpr int kQueriesAny = 32, kKeysAny = 32, kDepth = 32, kSlice = 64, kBlockAny = 256, kLanesAny = kBlockAny / kQueriesAny;
 
-// The factors of 32 rows, four to a warp.
+// Computes the normalization factors of 32 rows, four per warp.
 template <typename T>
 __device__ void norms(float (&factors)[kKeysAny], const T* x, std::int64_t first, const Params<T>& p, std::int64_t token) {
   for (int row = threadIdx.x / kWarp; row < kKeysAny; row += kBlockAny / kWarp) {
@@ -341,9 +341,9 @@ __device__ void norms(float (&factors)[kKeysAny], const T* x, std::int64_t first
   }
 }
 
-// 32 rows by kColumns channels, zeros where there are none.
+// Loads 32 rows by kColumns channels, and zeros outside of the tensor.
 template <int kColumns, int kStride, typename T>
-__device__ void fetch(float (&tile)[kKeysAny][kStride], const T* x, std::int64_t first, std::int64_t channel, const Params<T>& p, std::int64_t token) {
+__device__ void load_tile(float (&tile)[kKeysAny][kStride], const T* x, std::int64_t first, std::int64_t channel, const Params<T>& p, std::int64_t token) {
   for (int i = threadIdx.x; i < kKeysAny * kColumns; i += kBlockAny) {
     const int row = i / kColumns, c = i % kColumns;
     tile[row][c] = first + row < p.length && channel + c < p.head_size ? to_float(x[(first + row) * token + channel + c]) : 0.0f;
@@ -351,7 +351,7 @@ __device__ void fetch(float (&tile)[kKeysAny][kStride], const T* x, std::int64_t
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kBlockAny) any_size(const Params<T> p) {
+__global__ void __launch_bounds__(kBlockAny) attention_any_size(const Params<T> p) {
   __shared__ float q[kQueriesAny][kDepth + 1], k[kKeysAny][kDepth + 1], v[kKeysAny][kSlice], weights[kQueriesAny][kKeysAny + 1];
   __shared__ float norm_q[kQueriesAny], norm_k[kKeysAny], norm_v[kKeysAny];
   const int row = threadIdx.x / kLanesAny, lane = threadIdx.x % kLanesAny;
@@ -361,20 +361,20 @@ __global__ void __launch_bounds__(kBlockAny) any_size(const Params<T> p) {
     const std::int64_t block = quotient(unit, slices), slice = (unit - block * slices) * kSlice, index = quotient(block, blocks);
     const Head<T> head(p, index);
     const std::int64_t first_query = (block - index * blocks) * kQueriesAny;
-    __syncthreads();  // all are done with the unit before
+    __syncthreads();  // all threads have finished the previous unit
     norms(norm_q, head.q, first_query, p, head.token);
 
     float y[kSlice / kLanesAny] = {}, maximum = -INFINITY, sum = 0;
     for (std::int64_t first = 0; first < p.length; first += kKeysAny) {
       float scores[kKeysAny / kLanesAny] = {};
       for (std::int64_t channel = 0; channel < p.head_size; channel += kDepth) {
-        __syncthreads();  // all have read the tiles before
-        fetch<kDepth>(q, head.q, first_query, channel, p, head.token);
-        fetch<kDepth>(k, head.k, first, channel, p, head.token);
+        __syncthreads();  // all threads have read the previous tiles
+        load_tile<kDepth>(q, head.q, first_query, channel, p, head.token);
+        load_tile<kDepth>(k, head.k, first, channel, p, head.token);
         if (channel == 0) {
           norms(norm_k, head.k, first, p, head.token);
           norms(norm_v, head.v, first, p, head.token);
-          fetch<kSlice>(v, head.v, first, slice, p, head.token);
+          load_tile<kSlice>(v, head.v, first, slice, p, head.token);
         }
         __syncthreads();
         for (int c = 0; c < kDepth; ++c) {
@@ -391,7 +391,7 @@ __global__ void __launch_bounds__(kBlockAny) any_size(const Params<T> p) {
         largest = fmaxf(largest, scores[j]);
       }
       for (int distance = kLanesAny / 2; distance > 0; distance /= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, distance));
-      const float correction = expf(maximum - largest);  // 0 at first
+      const float correction = expf(maximum - largest);  // 0 for the first tile
       maximum = largest;
       sum *= correction;
 #pragma unroll
@@ -402,7 +402,7 @@ __global__ void __launch_bounds__(kBlockAny) any_size(const Params<T> p) {
         sum += e;
         weights[row][key] = inside ? e * norm_v[key] : 0.0f;
       }
-      __syncwarp();  // the eight threads of a query are of one warp
+      __syncwarp();  // the eight threads of a query are in one warp
 #pragma unroll
       for (int i = 0; i < kSlice / kLanesAny; ++i) {
         y[i] *= correction;
@@ -421,7 +421,7 @@ __global__ void __launch_bounds__(kBlockAny) any_size(const Params<T> p) {
   }
 }
 
-// From this many blocks of 128 queries on a GPU is full, and the more queries of a warp, the less often keys and values are read.
+// With at least this many blocks of 128 queries the GPU is fully occupied. Then more queries per warp are faster: keys and values are read less often.
 constexpr std::int64_t kManyBlocks = 256;
 
 }  // namespace
@@ -430,15 +430,15 @@ template <typename T>
 const char* cuda(const Params<T>& p, void* stream) {
   const std::int64_t heads = p.samples * p.heads;
   if (p.head_size != kHead || !aligned(16, p.qkv, p.y)) {
-    return launch(any_size<T>, grid_of(heads * ceil_div(p.length, kQueriesAny) * ceil_div(p.head_size, kSlice), 1), kBlockAny, stream, p);
+    return launch(attention_any_size<T>, grid_of(heads * ceil_div(p.length, kQueriesAny) * ceil_div(p.head_size, kSlice), 1), kBlockAny, stream, p);
   }
   const std::int64_t blocks = heads * ceil_div(p.length, 64), double_blocks = heads * ceil_div(p.length, 128);
   if constexpr (sizeof(T) == sizeof(float)) {
-    return launch(floats, grid_of(blocks, 1), kBlock, stream, p);
+    return launch(attention_float32, grid_of(blocks, 1), kBlock, stream, p);
   } else if (p.length > 64 && double_blocks >= kManyBlocks) {
-    return launch(halves<T, 2>, grid_of(double_blocks, 1), kBlock, stream, p);
+    return launch(attention_16bit<T, 2>, grid_of(double_blocks, 1), kBlock, stream, p);
   } else {
-    return launch(halves<T, 1>, grid_of(blocks, 1), kBlock, stream, p);
+    return launch(attention_16bit<T, 1>, grid_of(blocks, 1), kBlock, stream, p);
   }
 }
 SCM_INSTANTIATE_CUDA

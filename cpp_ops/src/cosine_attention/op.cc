@@ -7,7 +7,7 @@
 namespace scm {
 namespace {
 
-constexpr std::int64_t kLargestHead = 4096;  // scores up to 64: their exponentials, sums of those, and products with values are floats
+constexpr std::int64_t kMaxHeadSize = 4096;  // scores are at most 64: exponentials, their sums, and products with values do not overflow float
 
 struct CosineAttention {
   static constexpr const char* kName = "CosineAttention";
@@ -25,12 +25,12 @@ struct CosineAttention {
   Shapes infer(const Shapes& inputs) const {
     const Shape& qkv = inputs[0];
     check_rank("qkv", qkv, 3);
-    check_some_channels("qkv", qkv);
+    check_has_channels("qkv", qkv);
     if (!qkv.ranked) return {qkv};
     Shape y = qkv;
     if (qkv[2].known()) {
       if (qkv[2].value % (3 * heads) != 0) fail("qkv", qkv, "channels that are a multiple of 3 * heads = " + std::to_string(3 * heads));
-      if (qkv[2].value / (3 * heads) > kLargestHead) fail("qkv", qkv, "at most " + std::to_string(kLargestHead) + " channels a head");
+      if (qkv[2].value / (3 * heads) > kMaxHeadSize) fail("qkv", qkv, "at most " + std::to_string(kMaxHeadSize) + " channels per head");
       y.dims[2] = {qkv[2].value / 3};
     } else {
       y.dims[2] = {};
@@ -51,7 +51,7 @@ struct CosineAttention {
     bool out_of_memory = false;
     p.out_of_memory = &out_of_memory;
     const std::int64_t blocks = cosine_attention::query_blocks(p.length);
-    run_on_cpu(run, p, cosine_attention::cpu_kernel<T>(), p.samples * p.heads * blocks, blocks < 8 ? blocks : blocks / 2);  // blocks of one head share its keys
+    run_on_cpu(run, p, cosine_attention::cpu_kernel<T>(), p.samples * p.heads * blocks, blocks < 8 ? blocks : blocks / 2);  // blocks of one head share the norms of its keys
     if (out_of_memory) throw std::bad_alloc();
   }
 

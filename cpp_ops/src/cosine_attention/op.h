@@ -1,4 +1,4 @@
-// CosineAttention (EDM2, arXiv 2312.02696, configuration G): q, k and v pixel-normalised per head, y = softmax(q k^T / sqrt(head_size)) v.
+// CosineAttention (EDM2, arXiv 2312.02696, configuration G): q, k and v pixel-normalized per head, y = softmax(q k^T / sqrt(head_size)) v.
 #pragma once
 
 #include "common/kernel.h"
@@ -11,10 +11,10 @@ struct Params {
   T* y;          // [samples, length, heads, head_size]
   std::int64_t samples, length, heads, head_size;
   float eps;
-  bool* out_of_memory;  // CPU: set if a thread finds no memory for its head; null on CUDA
+  bool* out_of_memory;  // CPU: set to true if a thread fails to allocate scratch memory; null on CUDA
 };
 
-// The CPU kernel divides its work into blocks of queries of one head of one sample.
+// The CPU kernel's unit of work is a block of kQueries queries of one head of one sample.
 constexpr std::int64_t kQueries = 64;
 static constexpr std::int64_t query_blocks(std::int64_t length) { return (length + kQueries - 1) / kQueries; }
 

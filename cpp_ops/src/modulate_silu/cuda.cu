@@ -1,5 +1,5 @@
-// z = mp_silu(y scale), one scale a sample and channel. The grid's y counts samples; a thread takes two vectors of 16 bytes of one sample, or two
-// elements. The scales, a row a sample, come from the cache.
+// z = mp_silu(y * scale), one scale per sample and channel. blockIdx.y is the sample. A thread processes two vectors of 16 bytes, or two elements. The scales,
+// one row per sample, are read from the cache.
 #include "common/cuda.h"
 #include "modulate_silu/op.h"
 
@@ -29,12 +29,12 @@ __global__ void __launch_bounds__(kThreads) kernel(const Params<T> p) {
 
 template <typename T>
 const char* cuda(const Params<T>& p, void* stream) {
-  constexpr int width = kWidest<T>;
+  constexpr int width = kVectorWidth<T>;
   const std::int64_t count = p.pixels * p.channels;
   if (p.channels % width == 0 && aligned(16, p.y, p.scale, p.z)) {
-    return launch(kernel<T, width>, grid_of(count / width, kShare, p.samples), kThreads, stream, p);
+    return launch(kernel<T, width>, grid_of(count / width, kElementsPerBlock, p.samples), kThreads, stream, p);
   }
-  return launch(kernel<T, 1>, grid_of(count, kShare, p.samples), kThreads, stream, p);
+  return launch(kernel<T, 1>, grid_of(count, kElementsPerBlock, p.samples), kThreads, stream, p);
 }
 SCM_INSTANTIATE_CUDA
 

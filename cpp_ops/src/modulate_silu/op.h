@@ -1,4 +1,4 @@
-// ModulateSiLU (EDM2, arXiv 2312.02696, figure 21): z = mp_silu(y * scale), one scale a sample and channel.
+// ModulateSiLU (EDM2, arXiv 2312.02696, figure 21): z = mp_silu(y * scale), one scale per sample and channel.
 #pragma once
 
 #include "common/kernel.h"

@@ -1,5 +1,5 @@
-// y = [a scale_a, b scale_b] along the channels, and mp_silu(y) if it is asked for. A thread takes two vectors of 16 bytes of y, each from a or from b
-// whole, or two elements.
+// y = [a * scale_a, b * scale_b] along the channels, and mp_silu(y) if `activated` is not null. A thread writes two vectors of 16 bytes, or two elements; a
+// vector comes either from a or from b.
 #include "common/cuda.h"
 #include "mp_cat/op.h"
 
@@ -32,12 +32,12 @@ __global__ void __launch_bounds__(kThreads) kernel(const Params<T> p) {
 
 template <typename T>
 const char* cuda(const Params<T>& p, void* stream) {
-  constexpr int width = kWidest<T>;
+  constexpr int width = kVectorWidth<T>;
   const std::int64_t count = p.rows * (p.channels_a + p.channels_b);
   if (p.channels_a % width == 0 && p.channels_b % width == 0 && aligned(16, p.a, p.b, p.y, p.activated)) {
-    return launch(kernel<T, width>, grid_of(count / width, kShare), kThreads, stream, p);
+    return launch(kernel<T, width>, grid_of(count / width, kElementsPerBlock), kThreads, stream, p);
   }
-  return launch(kernel<T, 1>, grid_of(count, kShare), kThreads, stream, p);
+  return launch(kernel<T, 1>, grid_of(count, kElementsPerBlock), kThreads, stream, p);
 }
 SCM_INSTANTIATE_CUDA
 

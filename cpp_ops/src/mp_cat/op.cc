@@ -20,8 +20,8 @@ struct MPCat {
   Shapes infer(const Shapes& inputs) const {
     const Shape &a = inputs[0], &b = inputs[1];
     check_rank_at_least("a", a, 1);
-    check_some_channels("a", a);
-    check_some_channels("b", b);
+    check_has_channels("a", a);
+    check_has_channels("b", b);
     if (!a.ranked || !b.ranked) return {Shape{{}, false}, Shape{{}, false}};
     check_rank("b", b, a.rank());
     for (std::size_t axis = 0; axis + 1 < a.rank(); ++axis) check_dim("b", b, axis, a[axis], "as in a");

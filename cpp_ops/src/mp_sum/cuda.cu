@@ -1,4 +1,4 @@
-// y = clamp(a weight_a + b weight_b, -clip, clip), and mp_silu(y) if it is asked for. A thread takes two vectors of 16 bytes, or two elements.
+// y = clamp(a * weight_a + b * weight_b, -clip, clip), and mp_silu(y) if `activated` is not null. A thread processes two vectors of 16 bytes, or two elements.
 #include "common/cuda.h"
 #include "mp_sum/op.h"
 
@@ -25,10 +25,10 @@ __global__ void __launch_bounds__(kThreads) kernel(const Params<T> p) {
 
 template <typename T>
 const char* cuda(const Params<T>& p, void* stream) {
-  if (p.count % kWidest<T> == 0 && aligned(16, p.a, p.b, p.y, p.activated)) {
-    return launch(kernel<T, kWidest<T>>, grid_of(p.count / kWidest<T>, kShare), kThreads, stream, p);
+  if (p.count % kVectorWidth<T> == 0 && aligned(16, p.a, p.b, p.y, p.activated)) {
+    return launch(kernel<T, kVectorWidth<T>>, grid_of(p.count / kVectorWidth<T>, kElementsPerBlock), kThreads, stream, p);
   }
-  return launch(kernel<T, 1>, grid_of(p.count, kShare), kThreads, stream, p);
+  return launch(kernel<T, 1>, grid_of(p.count, kElementsPerBlock), kThreads, stream, p);
 }
 SCM_INSTANTIATE_CUDA
 

@@ -10,7 +10,7 @@ struct Params {
   const T* a;
   const T* b;
   T* y;          // may be a or b
-  T* activated;  // null if nobody reads it
+  T* activated;  // null if the node does not have this output
   std::int64_t count;
   float weight_a, weight_b, clip;
 };

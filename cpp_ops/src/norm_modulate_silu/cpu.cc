@@ -12,12 +12,12 @@ void SCM_CPU(const Params<T>& p, std::int64_t begin, std::int64_t end) {
     const T* shift = scale + p.channels;
     if (row / p.pixels != sample) {
       sample = row / p.pixels;
-      norm_scale = row_factor(scale, p.channels, p.eps);
-      norm_shift = row_factor(shift, p.channels, p.eps);
+      norm_scale = row_norm_factor(scale, p.channels, p.eps);
+      norm_shift = row_norm_factor(shift, p.channels, p.eps);
     }
     const T* y = p.y + row * p.channels;
     T* z = p.z + row * p.channels;
-    const float factor = row_factor(y, p.channels, p.eps) * norm_scale;
+    const float factor = row_norm_factor(y, p.channels, p.eps) * norm_scale;
 #pragma omp simd
     for (std::int64_t c = 0; c < p.channels; ++c) z[c] = from_float<T>(activate(to_float(y[c]) * factor * to_float(scale[c]) + to_float(shift[c]) * norm_shift));
   }

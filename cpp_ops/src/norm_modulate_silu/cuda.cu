@@ -1,13 +1,13 @@
-// z = mp_silu(pixel_norm(y) pixel_norm(s) + pixel_norm(b)), with s and b one row each a sample. The grid's y counts samples. A row of y belongs to 1 to
-// 32 lanes of a warp, which hold it in registers between the sum of its squares and the result; rows too long for that are read a second time. Those
-// lanes also find the norms of s and b, once for all their rows, and take s and b from the cache again for every row.
+// z = mp_silu(pixel_norm(y) * pixel_norm(s) + pixel_norm(b)), with one row of s and one of b per sample. blockIdx.y is the sample. 1 to 32 lanes of a warp hold
+// a row of y in registers, from the sum of squares to the result; longer rows are read twice. The same lanes compute the norms of s and b once for all their
+// rows, and read s and b from the cache again for each row.
 #include "common/cuda.h"
 #include "norm_modulate_silu/op.h"
 
 namespace scm::norm_modulate_silu {
 namespace {
 
-// The modulation of a sample: its two rows and their factors.
+// A sample's modulation: its two rows and their normalization factors.
 template <typename T, int kWidth>
 struct Modulation {
   const T *scale, *shift;
@@ -25,7 +25,7 @@ struct Modulation {
     norm_shift = norm_factor(group_sum(squares_shift, lanes), inverse_channels, p.eps);
   }
 
-  // Of vector v of a row whose norm and norm_scale make up `factor`.
+  // Returns vector v of z. `factor` is the product of the row's normalization factor and norm_scale.
   __device__ __forceinline__ Vector<T, kWidth> apply(std::int64_t v, const Vector<T, kWidth>& y, float factor) const {
     const Vector<T, kWidth> s = load<kWidth>(scale, v), b = load<kWidth>(shift, v);
     return vector_of<T, kWidth>([&](int c) { return activate(y[c] * factor * s[c] + b[c] * norm_shift); });
@@ -34,14 +34,14 @@ struct Modulation {
 
 template <typename T, int kWidth, int kVectors>
 __global__ void __launch_bounds__(kThreads) kernel(const Params<T> p, int lanes_of_row) {
-  const int lanes = kWidth > 1 && kVectors > 2 ? static_cast<int>(kWarp) : lanes_of_row;  // known, it makes for fewer addresses
+  const int lanes = kWidth > 1 && kVectors > 2 ? static_cast<int>(kWarp) : lanes_of_row;  // a compile-time constant needs fewer address registers
   const int vectors = static_cast<int>(p.channels / kWidth), lane = static_cast<int>(threadIdx.x) & (lanes - 1);
-  const std::int64_t rows = kThreads / lanes;  // of a block
+  const std::int64_t rows = kThreads / lanes;  // per block
   for (std::int64_t sample = blockIdx.y; sample < p.samples; sample += gridDim.y) {
     const Modulation<T, kWidth> modulation(p, sample, lane, lanes);
     for (std::int64_t first = blockIdx.x * rows; first < p.pixels; first += gridDim.x * rows) {
       const std::int64_t pixel = first + threadIdx.x / lanes, start = (sample * p.pixels + pixel) * vectors + lane;
-      const int count = pixel < p.pixels ? vectors : 0;  // lanes without a row must come to the sum too
+      const int count = pixel < p.pixels ? vectors : 0;  // lanes without a row must execute group_sum too
       Vector<T, kWidth> y[kVectors];
       float sum = 0;
 #pragma unroll
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kThreads) kernel(const Params<T> p, int lanes_
   }
 }
 
-// A warp to a row.
+// For rows that do not fit into registers: one warp per row.
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(kThreads) long_rows(const Params<T> p) {
   const std::int64_t vectors = p.channels / kWidth, warps = kThreads / kWarp;
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kThreads) long_rows(const Params<T> p) {
   }
 }
 
-// Enough blocks to fill the largest GPUs several times over. More would find the modulation's norms more often than they must.
+// Enough blocks to fill the largest GPUs several times. More blocks would compute the modulation's norms more often.
 constexpr std::int64_t kBlocks = 4096;
 
 dim3 grid(std::int64_t pixels, std::int64_t rows, std::int64_t samples) {
@@ -91,12 +91,12 @@ dim3 grid(std::int64_t pixels, std::int64_t rows, std::int64_t samples) {
 
 template <typename T>
 const char* cuda(const Params<T>& p, void* stream) {
-  const bool wide = p.channels % kWidest<T> == 0 && aligned(16, p.y, p.modulation, p.z);
+  const bool wide = p.channels % kVectorWidth<T> == 0 && aligned(16, p.y, p.modulation, p.z);
   return with_row_shape<T>(p.channels, wide, [&](auto width, auto per_lane) {
     if constexpr (per_lane.value == 0) {
       return launch(long_rows<T, width.value>, grid(p.pixels, kThreads / kWarp, p.samples), kThreads, stream, p);
     } else {
-      const int lanes = lanes_of(p.channels / width.value, per_lane.value);
+      const int lanes = lanes_per_row(p.channels / width.value, per_lane.value);
       return launch(kernel<T, width.value, per_lane.value>, grid(p.pixels, kThreads / lanes, p.samples), kThreads, stream, p, lanes);
     }
   });

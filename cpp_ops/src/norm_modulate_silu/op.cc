@@ -18,7 +18,7 @@ struct NormModulateSiLU {
   Shapes infer(const Shapes& inputs) const {
     const Shape &y = inputs[0], &modulation = inputs[1];
     check_rank_at_least("y", y, 2);
-    check_some_channels("y", y);
+    check_has_channels("y", y);
     check_rank("modulation", modulation, 2);
     if (y.ranked) {
       check_dim("modulation", modulation, 0, y[0], "the samples of y");

@@ -1,4 +1,4 @@
-// NormModulateSiLU (sCM, arXiv 2410.11081, section 4.1, adaptive double normalisation), with [s, b] = modulation:
+// NormModulateSiLU (sCM, arXiv 2410.11081, section 4.1, adaptive double normalization), with [s, b] = modulation:
 // z = mp_silu(pixel_norm(y) * pixel_norm(s) + pixel_norm(b)).
 #pragma once
 

@@ -1,4 +1,4 @@
-// noise = the normal numbers of philox.h, times scale. The grid's y counts samples, a thread takes one element. All arithmetic, next to no memory.
+// noise = standard_normal(...) * scale, with philox.h. blockIdx.y is the sample; a thread computes one element. The kernel is bound by arithmetic, not memory.
 #include "common/cuda.h"
 #include "philox_normal/op.h"
 #include "philox_normal/philox.h"

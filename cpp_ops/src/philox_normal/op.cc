@@ -15,7 +15,7 @@ struct PhiloxNormal {
 
   explicit PhiloxNormal(const Attributes& attributes) : shape(attributes.integers("shape")) {
     for (const std::int64_t size : shape) {
-      if (size < 0) throw Error{"the sizes of shape must be at least 0, got " + std::to_string(size)};
+      if (size < 0) throw Error{"all values of shape must be at least 0, got " + std::to_string(size)};
     }
   }
 

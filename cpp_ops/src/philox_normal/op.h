@@ -1,5 +1,5 @@
 // PhiloxNormal: element e of draw d for a seed, from Philox4x32-10 (Salmon et al., SC 2011) with counter (d, 0, e low, e high) and key (seed low, seed
-// high), by the Box-Muller transform as cuRAND does it; times scale. Always float.
+// high), by the Box-Muller transform of cuRAND; times scale. Always float32.
 #pragma once
 
 #include "common/kernel.h"

@@ -1,4 +1,4 @@
-// The arithmetic of PhiloxNormal, for CPU and CUDA: integers, one float rounding where cuRAND has it, and double from there on.
+// Arithmetic of PhiloxNormal for CPU and CUDA: integers, one rounding to float as in cuRAND, and double after that.
 #pragma once
 
 #include "common/math.h"
@@ -14,7 +14,7 @@ SCM_HD double square_root(double x) {
 #endif
 }
 
-// ln u for a float in (0, 1]: u = m 2^e with m in [sqrt(1/2), sqrt(2)), ln m = 2 artanh((m - 1) / (m + 1)); the series' remainder is below 1e-14.
+// Returns ln u for a float u in (0, 1]: u = m 2^e with m in [sqrt(1/2), sqrt(2)), ln m = 2 artanh((m - 1) / (m + 1)), as a series with a remainder below 1e-14.
 SCM_HD double logarithm(float u) {
   const std::uint32_t bits = bits_of(u);
   const bool upper = (bits & 0x7fffffu) > 0x3504f3u;  // m above sqrt(2)
@@ -32,7 +32,7 @@ SCM_HD double logarithm(float u) {
   return exponent * 0.69314718055994530942 + 2 * (s + s * s2 * series);
 }
 
-// sin v for v in [0, 2 pi]: the Taylor series of the distance to the nearest multiple of pi, whose remainder is below 1e-13.
+// Returns sin v for v in [0, 2 pi]: the Taylor series in the distance to the nearest multiple of pi, with a remainder below 1e-13.
 SCM_HD double sine(double v) {
   constexpr double pi = 3.14159265358979323846;
   const double turns = v < pi / 2 ? 0.0 : v < 3 * pi / 2 ? 1.0 : 2.0;
@@ -49,6 +49,7 @@ SCM_HD double sine(double v) {
   return turns == 1.0 ? -value : value;
 }
 
+// Returns element `element` of draw `draw` for a seed: Philox4x32-10 followed by the Box-Muller transform (see op.h).
 SCM_HD float standard_normal(std::uint64_t seed, std::uint32_t draw, std::uint64_t element) {
   std::uint32_t c0 = draw, c1 = 0, c2 = static_cast<std::uint32_t>(element), c3 = static_cast<std::uint32_t>(element >> 32);
   std::uint32_t k0 = static_cast<std::uint32_t>(seed), k1 = static_cast<std::uint32_t>(seed >> 32);
@@ -62,7 +63,7 @@ SCM_HD float standard_normal(std::uint64_t seed, std::uint32_t draw, std::uint64
     k1 += 0xBB67AE85u;
   }
   const float u = static_cast<float>(c0) * 0x1p-32f + 0x1p-33f;  // this product is exact
-  const float v = product(static_cast<float>(c1), 1.46291808e-9f) + 7.31459042e-10f;
+  const float v = rounded_product(static_cast<float>(c1), 1.46291808e-9f) + 7.31459042e-10f;
   return static_cast<float>(square_root(-2.0 * logarithm(u)) * sine(static_cast<double>(v)));
 }
 

@@ -1,5 +1,5 @@
-// y = x / (eps + |x| / sqrt(C)) for every row, and mp_silu(y) if it is asked for. A row belongs to 1 to 32 lanes of a warp, which hold it in registers
-// between the sum of its squares and the division; rows too long for that are read a second time, from the cache.
+// y = x / (eps + |x| / sqrt(C)) for every row, and mp_silu(y) if `activated` is not null. 1 to 32 lanes of a warp hold a row in registers, from the sum of
+// squares to the result; longer rows are read twice, the second time from the cache.
 #include "common/cuda.h"
 #include "pixel_norm/op.h"
 
@@ -15,13 +15,13 @@ __device__ __forceinline__ void write(const Params<T>& p, std::int64_t vector, c
 
 template <typename T, int kWidth, int kVectors>
 __global__ void __launch_bounds__(kThreads) kernel(const Params<T> p, int lanes_of_row) {
-  const int lanes = kWidth > 1 && kVectors > 2 ? static_cast<int>(kWarp) : lanes_of_row;  // known, it makes for fewer addresses
+  const int lanes = kWidth > 1 && kVectors > 2 ? static_cast<int>(kWarp) : lanes_of_row;  // a compile-time constant needs fewer address registers
   const int vectors = static_cast<int>(p.channels / kWidth), lane = static_cast<int>(threadIdx.x) & (lanes - 1);
-  const std::int64_t rows = kThreads / lanes;  // of a block
+  const std::int64_t rows = kThreads / lanes;  // per block
   const float inverse_channels = __fdividef(1.0f, static_cast<float>(p.channels));
   for (std::int64_t first = blockIdx.x * rows; first < p.rows; first += gridDim.x * rows) {
     const std::int64_t row = first + threadIdx.x / lanes;
-    const int count = row < p.rows ? vectors : 0;  // lanes without a row must come to the sum too
+    const int count = row < p.rows ? vectors : 0;  // lanes without a row must execute group_sum too
     const std::int64_t start = row * vectors + lane;
     Vector<T, kWidth> x[kVectors];
     float sum = 0;
@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kThreads) kernel(const Params<T> p, int lanes_
   }
 }
 
-// A warp to a row.
+// For rows that do not fit into registers: one warp per row.
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(kThreads) long_rows(const Params<T> p) {
   const std::int64_t vectors = p.channels / kWidth, warps = kThreads / kWarp;
@@ -59,12 +59,12 @@ __global__ void __launch_bounds__(kThreads) long_rows(const Params<T> p) {
 
 template <typename T>
 const char* cuda(const Params<T>& p, void* stream) {
-  const bool wide = p.channels % kWidest<T> == 0 && aligned(16, p.x, p.y, p.activated);
+  const bool wide = p.channels % kVectorWidth<T> == 0 && aligned(16, p.x, p.y, p.activated);
   return with_row_shape<T>(p.channels, wide, [&](auto width, auto per_lane) {
     if constexpr (per_lane.value == 0) {
       return launch(long_rows<T, width.value>, grid_of(p.rows, kThreads / kWarp), kThreads, stream, p);
     } else {
-      const int lanes = lanes_of(p.channels / width.value, per_lane.value);
+      const int lanes = lanes_per_row(p.channels / width.value, per_lane.value);
       return launch(kernel<T, width.value, per_lane.value>, grid_of(p.rows, kThreads / lanes), kThreads, stream, p, lanes);
     }
   });

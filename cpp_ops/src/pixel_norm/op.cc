@@ -17,7 +17,7 @@ struct PixelNorm {
 
   Shapes infer(const Shapes& inputs) const {
     check_rank_at_least("x", inputs[0], 1);
-    check_some_channels("x", inputs[0]);
+    check_has_channels("x", inputs[0]);
     return {inputs[0], inputs[0]};
   }
 

@@ -9,7 +9,7 @@ template <typename T>
 struct Params {
   const T* x;    // [rows, channels]
   T* y;          // may be x
-  T* activated;  // null if nobody reads it
+  T* activated;  // null if the node does not have this output
   std::int64_t rows, channels;
   float eps;
 };

@@ -1,4 +1,4 @@
-// What all operators have in common: registration, declared types, and that errors become statuses.
+// Behavior common to all operators: registration, declared types, and conversion of errors to statuses.
 #include "common/custom_op.h"
 
 #include <algorithm>
@@ -6,7 +6,7 @@
 
 #include "support.h"
 
-// A test asks for more memory than there is, and wants null.
+// A test allocates more memory than is available, and expects malloc to return null.
 #if defined(__SANITIZE_ADDRESS__)
 extern "C" __attribute__((visibility("default"))) const char* __asan_default_options() { return "allocator_may_return_null=1"; }
 #elif defined(__SANITIZE_THREAD__)
@@ -23,7 +23,7 @@ struct Example {
   std::size_t outputs;
 };
 
-// A small node of every operator.
+// Returns a small node of each operator.
 std::vector<Example> examples(ONNXTensorElementDataType type) {
   const Tensor x = random(type, {2, 5, 4}), per_sample = random(kFloat, {2});
   const Tensor state = random(kFloat, {2, 5, 4});
@@ -61,19 +61,20 @@ TEST(RegistrationTest, OffersEveryOperatorForFloatAndHalfOnTheCpu) {
 
 TEST(RegistrationTest, FailsWithAStatusWhereverOnnxRuntimeFails) {
   const auto& failures = fake_ort::library().failures;
-  std::size_t calls = fake_ort::library().ops.size() + 2;  // one for the domain, one for each operator, one for the session
+  std::size_t calls = fake_ort::library().ops.size() + 2;  // one to create the domain, one per operator, one to add the domain to the session
   for (const char* precision : {"high", "medium"}) {
 #ifdef SCM_OPS_BFLOAT16
-    calls += 3;  // with an entry in its configuration one for the session again, and two for the entry
-    // Where there are the two other domains, as above for both of them; but once they are made the session's second call comes before any that is to fail.
-    if (const auto found = fake_ort::library().products.find(precision); found != fake_ort::library().products.end()) calls += found->second.size() + 3;
+    calls += 3;  // two to read the configuration entry, one to add the domain `scm` to the session
+    // The two dense domains need one call each to create, one per operator, and one call to add the first of them to the session. The call that adds the second one
+    // never fails: the domains exist by then, so the next attempt makes fewer calls and succeeds.
+    if (const auto found = fake_ort::library().dense_ops.find(precision); found != fake_ort::library().dense_ops.end()) calls += found->second.size() + 3;
 #else
     static_cast<void>(precision);
-    calls += 1;  // one for the session
+    calls += 1;  // to add the domain `scm` to the session
 #endif
   }
   EXPECT_EQ(failures.size(), calls);
-  for (const std::string& failure : failures) EXPECT_EQ(failure, "scm::RegisterCustomOps: this call was to fail");
+  for (const std::string& failure : failures) EXPECT_EQ(failure, "scm::RegisterCustomOps: injected failure");
 }
 
 TEST(RegistrationTest, ServesManySessions) {
@@ -85,7 +86,7 @@ TEST(RegistrationTest, ServesManySessions) {
   EXPECT_EQ(fake_ort::register_with(25, "1.25.0").first, "");
 }
 
-TEST(RegistrationTest, RefusesAnOnnxRuntimeThatIsTooOld) {
+TEST(RegistrationTest, RejectsAnOnnxRuntimeThatIsTooOld) {
   const auto [error, domains] = fake_ort::register_with(15, "1.15.0");
   EXPECT_NE(error.find("1.18"), std::string::npos) << error;
   EXPECT_NE(error.find("1.15.0"), std::string::npos) << error;
@@ -93,7 +94,7 @@ TEST(RegistrationTest, RefusesAnOnnxRuntimeThatIsTooOld) {
   EXPECT_EQ(fake_ort::live_objects(), 0);
 }
 
-TEST(CustomOpTest, MayWorkInPlaceWhereTypesAndSizesAgree) {
+TEST(CustomOpTest, WorksInPlaceWhereTypesAndSizesMatch) {
   for (const auto type : {kFloat, kHalf}) {
     for (const Example& example : examples(type)) {
       SCOPED_TRACE(example.op);
@@ -107,7 +108,7 @@ TEST(CustomOpTest, MayWorkInPlaceWhereTypesAndSizesAgree) {
         EXPECT_EQ(op->GetInputType(op, static_cast<std::size_t>(input)), op->GetOutputType(op, static_cast<std::size_t>(output)));
         Options options = with_outputs(std::vector<bool>(example.outputs, true));
         const Outcome apart = fake_ort::run(example.op, example.inputs, example.attributes, options);
-        options.written_over = input;
+        options.inplace_input = input;
         const Outcome over = fake_ort::run(example.op, example.inputs, example.attributes, options);
         ASSERT_EQ(apart.error + over.error, "");
         for (std::size_t i = 0; i < example.outputs; ++i) expect_same_bits(over.outputs[i], apart.outputs[i]);
@@ -133,25 +134,25 @@ TEST(CustomOpTest, RunsAndInfersTheSameShapesAndTypes) {
   }
 }
 
-TEST(CustomOpTest, RefusesANodeWithoutAnyOneOfItsAttributes) {
+TEST(CustomOpTest, RejectsANodeThatLacksAnAttribute) {
   for (const Example& example : examples(kFloat)) {
     for (const auto& [name, value] : example.attributes) {
       SCOPED_TRACE(std::string(example.op) + " and " + name);
       Attributes lacking = example.attributes, mistyped = example.attributes;
       lacking.erase(name);
       mistyped[name] = std::string("text");
-      expect_refused(example.op, example.inputs, lacking, {name});
-      expect_refused(example.op, example.inputs, mistyped, {});
+      expect_rejected(example.op, example.inputs, lacking, {name});
+      expect_rejected(example.op, example.inputs, mistyped, {});
     }
   }
 }
 
-// Every call of the API fails once: a status comes back, nothing is thrown, and nothing leaks.
+// Each API call fails once: the library must return a status, throw nothing, and leak nothing.
 TEST(CustomOpTest, TurnsFailuresOfOnnxRuntimeIntoStatuses) {
   for (const Example& example : examples(kHalf)) {
     SCOPED_TRACE(example.op);
     Options options = with_outputs(std::vector<bool>(example.outputs, true));
-    const std::string expected = std::string("scm::") + example.op + ": this call was to fail";
+    const std::string expected = std::string("scm::") + example.op + ": injected failure";
     Outcome outcome;
     for (options.failing_call = 0;; ++options.failing_call) {
       outcome = fake_ort::run(example.op, example.inputs, example.attributes, options);
@@ -159,7 +160,7 @@ TEST(CustomOpTest, TurnsFailuresOfOnnxRuntimeIntoStatuses) {
       EXPECT_EQ(outcome.error, expected) << "call " << options.failing_call;
       ASSERT_LT(options.failing_call, 100);
     }
-    // 6 calls for each input, 3 for each output, 1 for each attribute, and 1 to divide the work.
+    // 6 calls per input, 3 per output, 1 per attribute, and 1 of ParallelFor.
     const std::size_t calls = 6 * example.inputs.size() + 3 * example.outputs + example.attributes.size() + (outcome.pieces > 0);
     EXPECT_EQ(static_cast<std::size_t>(options.failing_call), calls);
   }
@@ -170,7 +171,7 @@ TEST(CustomOpTest, InfersWhatItCanWhereOnnxRuntimeFails) {
     SCOPED_TRACE(example.op);
     std::vector<Spec> specs;
     for (const Tensor& input : example.inputs) specs.push_back(spec(input));
-    const std::string expected = std::string("scm::") + example.op + ": this call was to fail";
+    const std::string expected = std::string("scm::") + example.op + ": injected failure";
     int errors = 0;
     for (int call = 0; call < 60; ++call) {  // an unknown input or an absent output is no error
       const auto inference = fake_ort::infer(example.op, specs, example.attributes, example.outputs, call);
@@ -182,11 +183,11 @@ TEST(CustomOpTest, InfersWhatItCanWhereOnnxRuntimeFails) {
   }
 }
 
-TEST(CustomOpTest, ReportsAFailureToDivideTheWork) {
+TEST(CustomOpTest, ReportsAFailureOfParallelFor) {
   Options options;
-  options.failing_call = 10;  // after the attributes, input and output
+  options.failing_call = 10;  // the call after those for the attribute, the input and the output
   const Outcome outcome = fake_ort::run("PixelNorm", {random(kFloat, {1000, 64})}, {{"eps", 1e-4f}}, options);
-  EXPECT_EQ(outcome.error, "scm::PixelNorm: this call was to fail");
+  EXPECT_EQ(outcome.error, "scm::PixelNorm: injected failure");
 }
 
 TEST(CustomOpTest, InfersNothingForOutputsThatTheNodeDoesNotHave) {

@@ -1,5 +1,5 @@
-// Conversions between float and the 16-bit types, against definitions of their own in support.cc and, where the compiler has it, _Float16; and
-// through kernels of each level, whose vectorised conversions are other code than this file's.
+// Conversions between float and the 16-bit types, compared with the independent implementations in support.cc and, if the compiler has it, with _Float16. Also
+// through kernels of each x86-64 level, whose vectorized conversions are different code.
 #include "common/types.h"
 
 #include <cmath>
@@ -25,7 +25,7 @@ float from_bits(std::uint32_t x) {
   return result;
 }
 
-// Floats of all kinds: every exponent with fractions around the ties of both 16-bit types, and random bits.
+// Returns floats of all kinds: every exponent with fractions around the ties of both 16-bit types, and random bits.
 std::vector<float> sampled_floats() {
   std::vector<float> floats;
   for (std::uint32_t high = 0; high < 0x10000; ++high) {  // sign, exponent, upper 7 bits of the fraction
@@ -40,10 +40,10 @@ std::vector<float> sampled_floats() {
   return floats;
 }
 
-TEST(TypesTest, EveryHalfBecomesItsFloat) {
+TEST(TypesTest, EveryHalfConvertsToItsFloat) {
   for (std::uint32_t half = 0; half < 0x10000; ++half) {
     const float got = to_float(float16{static_cast<std::uint16_t>(half)});
-    const double expected = half_value(static_cast<std::uint16_t>(half));
+    const double expected = half_to_double(static_cast<std::uint16_t>(half));
     if (std::isnan(expected)) {
       ASSERT_TRUE(std::isnan(got)) << half;
     } else {
@@ -53,7 +53,7 @@ TEST(TypesTest, EveryHalfBecomesItsFloat) {
   }
 }
 
-TEST(TypesTest, EveryHalfComesBack) {
+TEST(TypesTest, EveryHalfSurvivesARoundTrip) {
   for (std::uint32_t half = 0; half < 0x10000; ++half) {
     const std::uint16_t back = from_float<float16>(to_float(float16{static_cast<std::uint16_t>(half)})).bits;
     const bool nan = (half & 0x7fff) > 0x7c00;
@@ -62,7 +62,7 @@ TEST(TypesTest, EveryHalfComesBack) {
 }
 
 TEST(TypesTest, FloatsRoundToTheNearestHalf) {
-  for (const float x : sampled_floats()) ASSERT_EQ(from_float<float16>(x).bits, nearest_half(x)) << std::hexfloat << x;
+  for (const float x : sampled_floats()) ASSERT_EQ(from_float<float16>(x).bits, double_to_half(x)) << std::hexfloat << x;
 }
 
 #ifdef __FLT16_MANT_DIG__
@@ -75,7 +75,7 @@ TEST(TypesTest, AgreesWithTheCompilersHalf) {
     ASSERT_TRUE(std::isnan(expected) ? std::isnan(got) : bits(got) == bits(expected)) << half;
   }
   for (const float x : sampled_floats()) {
-    if (std::isnan(x)) continue;  // whose payload need not be the same
+    if (std::isnan(x)) continue;  // the payload may differ
     const auto other = static_cast<_Float16>(x);
     std::uint16_t expected;
     std::memcpy(&expected, &other, sizeof expected);
@@ -84,7 +84,7 @@ TEST(TypesTest, AgreesWithTheCompilersHalf) {
 }
 #endif
 
-TEST(TypesTest, EveryBfloat16BecomesItsFloatAndComesBack) {
+TEST(TypesTest, EveryBfloat16ConvertsToItsFloatAndBack) {
   for (std::uint32_t narrow = 0; narrow < 0x10000; ++narrow) {
     const float x = to_float(bfloat16{static_cast<std::uint16_t>(narrow)});
     ASSERT_EQ(bits(x), narrow << 16);
@@ -104,7 +104,7 @@ TEST(TypesTest, FloatsRoundToTheNearestBfloat16) {
       ASSERT_TRUE(std::isnan(got)) << std::hexfloat << x;
       continue;
     }
-    // The two neighbours of x; beyond the largest number lies infinity, which counts as 2^128.
+    // The two neighbors of x. Beyond the largest number is infinity, which counts as 2^128.
     const float below = from_bits(bits(x) & 0xffff0000);
     const float above = std::isinf(x) ? x : from_bits((bits(x) & 0xffff0000) + 0x10000);
     const double far = std::isinf(above) ? std::copysign(0x1p128, x) : above, down = std::fabs(double{x} - below), up = std::fabs(far - double{x});
@@ -114,7 +114,7 @@ TEST(TypesTest, FloatsRoundToTheNearestBfloat16) {
   }
 }
 
-// a + 2^-k b is rounded to float once, with or without a fused multiplication.
+// a + 2^-k b is rounded to float once, whether or not the multiplication is fused.
 TEST(TypesTest, KernelsRoundToTheNearestHalfAtEveryLevel) {
   const std::size_t count = 0x10000;
   Tensor a = empty_like(kHalf, {count}), b = a, y = a;
@@ -126,10 +126,10 @@ TEST(TypesTest, KernelsRoundToTheNearestHalfAtEveryLevel) {
       for (std::size_t i = 0; i < count; ++i) data<float16>(b)[i].bits = static_cast<std::uint16_t>(generator() % 0x7c00);
       kernel({data<float16>(a), data<float16>(b), data<float16>(y), nullptr, static_cast<std::int64_t>(count), 1.0f, weight, std::numeric_limits<float>::infinity()}, 0, count);
       for (std::size_t i = 0; i < count; ++i) {
-        const double sum = half_value(data<float16>(a)[i].bits) + static_cast<double>(weight) * half_value(data<float16>(b)[i].bits);
-        const std::uint16_t expected = nearest_half(static_cast<float>(sum)), got = data<float16>(y)[i].bits;
+        const double sum = half_to_double(data<float16>(a)[i].bits) + static_cast<double>(weight) * half_to_double(data<float16>(b)[i].bits);
+        const std::uint16_t expected = double_to_half(static_cast<float>(sum)), got = data<float16>(y)[i].bits;
         if (std::isnan(sum)) {
-          ASSERT_TRUE(std::isnan(half_value(got))) << i;
+          ASSERT_TRUE(std::isnan(half_to_double(got))) << i;
         } else {
           ASSERT_EQ(got & (sum == 0 ? 0x7fff : 0xffff), expected & (sum == 0 ? 0x7fff : 0xffff)) << i;
         }

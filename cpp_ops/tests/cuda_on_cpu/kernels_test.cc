@@ -1,5 +1,5 @@
-// The CUDA kernels of all operators, run by machine.h, against plain references in double. Sizes are those where something changes in a kernel: a vector's
-// and a warp's edge, the number of vectors that a lane holds, the end of a tile.
+// The CUDA kernels of all operators, run by simulator.h and compared with references in double. The sizes are at boundaries of the kernels: of a vector, a
+// warp, the number of vectors per lane, a tile.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -12,7 +12,7 @@
 
 #include "consistency_step/op.h"
 #include "cosine_attention/op.h"
-#include "machine.h"
+#include "simulator.h"
 #include "memory.h"
 #include "modulate_silu/op.h"
 #include "mp_cat/op.h"
@@ -34,21 +34,21 @@ const double kNan = std::numeric_limits<double>::quiet_NaN(), kInfinity = std::n
 // -- Elements -----------------------------------------------------------------------------------------------------------------
 
 template <typename T>
-constexpr double kRounding = 0x1p-24;  // of a number of size 1
+constexpr double kRounding = 0x1p-24;  // of numbers near 1
 template <>
 constexpr double kRounding<float16> = 0x1p-11;
 template <>
 constexpr double kRounding<bfloat16> = 0x1p-8;
 
 template <typename T>
-std::vector<T> rounded(const Values& values) {
+std::vector<T> from_doubles(const Values& values) {
   std::vector<T> result;
   for (const double value : values) result.push_back(from_float<T>(static_cast<float>(value)));
   return result;
 }
 
 template <typename T>
-Values exact(const std::vector<T>& values) {
+Values to_doubles(const std::vector<T>& values) {
   Values result;
   for (const T value : values) {
     if constexpr (std::is_integral_v<T>) {
@@ -66,10 +66,10 @@ std::vector<T> random(std::int64_t count, unsigned seed, double scale = 1) {
   std::normal_distribution<double> normal(0, scale);
   Values values(static_cast<std::size_t>(count));
   for (double& value : values) value = normal(generator);
-  return rounded<T>(values);
+  return from_doubles<T>(values);
 }
 
-// NaN equals NaN, and infinity itself.
+// NaN equals NaN, and infinity equals infinity.
 ::testing::AssertionResult close(const Values& actual, const Values& expected, double relative, double absolute) {
   if (actual.size() != expected.size()) return ::testing::AssertionFailure() << actual.size() << " elements, expected " << expected.size();
   for (std::size_t i = 0; i < actual.size(); ++i) {
@@ -88,7 +88,7 @@ template <typename T>
 
 template <typename T>
 struct KernelsTest : ::testing::Test {
-  void TearDown() override { machine::options = {}; }
+  void TearDown() override { simulator::options = {}; }
 };
 
 struct Names {
@@ -103,7 +103,7 @@ TYPED_TEST_SUITE(KernelsTest, Elements, Names);
 
 // -- Runs ---------------------------------------------------------------------------------------------------------------------
 
-// Where the arrays of a run lie: how many elements from an aligned address, each of the operator's inputs and outputs; whether the output is an input.
+// Memory layout of a run: the offset of each input and output from an aligned address, in elements, and whether the output reuses an input's memory.
 struct Layout {
   std::array<int, 4> offsets;
   bool in_place = false;
@@ -118,25 +118,25 @@ std::ostream& operator<<(std::ostream& out, const Layout& layout) {
   return out << (layout.in_place ? "in place" : "apart");
 }
 
-// Calls `run`, which launches a kernel once and returns its outputs, in the order of the threads and against it, and in a grid of few blocks.
+// Calls `run`, which launches one kernel and returns its outputs, with different thread orders and grid sizes, and expects the same bits.
 template <typename Run>
-std::vector<Values> the_same_anyhow(const Run& run) {
-  machine::options = {};
-  const unsigned long before = machine::launches;
+std::vector<Values> run_in_all_orders(const Run& run) {
+  simulator::options = {};
+  const unsigned long before = simulator::launches;
   const std::vector<Values> expected = run();
-  EXPECT_EQ(machine::launches, before + 1);
+  EXPECT_EQ(simulator::launches, before + 1);
 #ifdef __SANITIZE_ADDRESS__
-  return expected;  // slow, and here for the addresses, which are the same in any order
+  return expected;  // too slow to repeat; addresses do not depend on the order
 #endif
-  for (const bool backwards : {false, true}) {
-    machine::options.backwards = backwards;
-    machine::options.max_blocks = backwards ? 0 : 2;
+  for (const bool reversed : {false, true}) {
+    simulator::options.reversed = reversed;
+    simulator::options.max_blocks = reversed ? 0 : 2;
     const std::vector<Values> actual = run();
     for (std::size_t i = 0; i < expected.size(); ++i) {
-      EXPECT_TRUE(close(actual[i], expected[i], 0, 0)) << (backwards ? "backwards" : "in two blocks") << ", output " << i;
+      EXPECT_TRUE(close(actual[i], expected[i], 0, 0)) << (reversed ? "reversed" : "in at most two blocks") << ", output " << i;
     }
   }
-  machine::options = {};
+  simulator::options = {};
   return expected;
 }
 
@@ -168,13 +168,13 @@ TYPED_TEST(KernelsTest, MPSiLUFollowsItsFormula) {
     for (const Layout& layout : kLayouts) {
       SCOPED_TRACE(::testing::Message() << count << " elements, offsets " << layout);
       std::vector<T> input = random<T>(count, 1, 4);
-      input[0] = rounded<T>({-100})[0];
-      const auto outputs = the_same_anyhow([&]() -> std::vector<Values> {
+      input[0] = from_doubles<T>({-100})[0];
+      const auto outputs = run_in_all_orders([&]() -> std::vector<Values> {
         Array<T> x(input, layout.offsets[0]), y(input.size(), layout.offsets[1]);
         EXPECT_EQ(mp_silu::cuda<T>({x.data(), layout.in_place ? x.data() : y.data(), count}, nullptr), nullptr);
-        return {exact(layout.in_place ? x.values() : y.values())};
+        return {to_doubles(layout.in_place ? x.values() : y.values())};
       });
-      EXPECT_TRUE(close<T>(outputs[0], mp_silu_of(exact(input))));
+      EXPECT_TRUE(close<T>(outputs[0], mp_silu_of(to_doubles(input))));
     }
   }
 }
@@ -186,14 +186,14 @@ TYPED_TEST(KernelsTest, MPSumFollowsItsFormula) {
       for (const bool activate : {false, true}) {
         SCOPED_TRACE(::testing::Message() << count << " elements, offsets " << layout << ", activated " << activate);
         std::vector<T> left = random<T>(count, 1), right = random<T>(count, 2);
-        left[0] = rounded<T>({kNan})[0];
-        const auto outputs = the_same_anyhow([&]() -> std::vector<Values> {
+        left[0] = from_doubles<T>({kNan})[0];
+        const auto outputs = run_in_all_orders([&]() -> std::vector<Values> {
           Array<T> a(left, layout.offsets[0]), b(right, layout.offsets[1]), y(left.size(), layout.offsets[2]), activated(left.size(), layout.offsets[3]);
           T* out = layout.in_place ? (activate ? a.data() : b.data()) : y.data();
           EXPECT_EQ(mp_sum::cuda<T>({a.data(), b.data(), out, activate ? activated.data() : nullptr, count, 0.6f, 0.8f, 1.5f}, nullptr), nullptr);
-          return {exact(layout.in_place ? (activate ? a.values() : b.values()) : y.values()), activate ? exact(activated.values()) : Values{}};
+          return {to_doubles(layout.in_place ? (activate ? a.values() : b.values()) : y.values()), activate ? to_doubles(activated.values()) : Values{}};
         });
-        Values expected = exact(left);
+        Values expected = to_doubles(left);
         for (std::size_t i = 0; i < expected.size(); ++i) {
           expected[i] = expected[i] * 0.6f + to_float(right[i]) * 0.8f;
           if (!std::isnan(expected[i])) expected[i] = std::clamp(expected[i], -1.5, 1.5);
@@ -216,12 +216,12 @@ TYPED_TEST(KernelsTest, MPCatFollowsItsFormula) {
         SCOPED_TRACE(::testing::Message() << rows << " rows of " << channels_a << " and " << channels_b << " channels, offsets " << layout);
         const std::vector<T> left = random<T>(rows * channels_a, 1), right = random<T>(rows * channels_b, 2);
         const bool activate = rows > 1;
-        const auto outputs = the_same_anyhow([&]() -> std::vector<Values> {
+        const auto outputs = run_in_all_orders([&]() -> std::vector<Values> {
           Array<T> a(left, layout.offsets[0]), b(right, layout.offsets[1]);
           Array<T> y(left.size() + right.size(), layout.offsets[2]), activated(left.size() + right.size(), layout.offsets[3]);
           EXPECT_EQ(mp_cat::cuda<T>({a.data(), b.data(), y.data(), activate ? activated.data() : nullptr, rows, channels_a, channels_b, 0.7f, 1.3f}, nullptr),
                     nullptr);
-          return {exact(y.values()), activate ? exact(activated.values()) : Values{}};
+          return {to_doubles(y.values()), activate ? to_doubles(activated.values()) : Values{}};
         });
         Values expected;
         for (std::int64_t row = 0; row < rows; ++row) {
@@ -242,12 +242,12 @@ TYPED_TEST(KernelsTest, ModulateSiLUFollowsItsFormula) {
       for (const Layout& layout : kLayouts) {
         SCOPED_TRACE(::testing::Message() << samples << " x " << pixels << " x " << channels << ", offsets " << layout);
         const std::vector<T> input = random<T>(samples * pixels * channels, 1), scales = random<T>(samples * channels, 2);
-        const auto outputs = the_same_anyhow([&]() -> std::vector<Values> {
+        const auto outputs = run_in_all_orders([&]() -> std::vector<Values> {
           Array<T> y(input, layout.offsets[0]), scale(scales, layout.offsets[1]), z(input.size(), layout.offsets[2]);
           EXPECT_EQ(modulate_silu::cuda<T>({y.data(), scale.data(), layout.in_place ? y.data() : z.data(), samples, pixels, channels}, nullptr), nullptr);
-          return {exact(layout.in_place ? y.values() : z.values())};
+          return {to_doubles(layout.in_place ? y.values() : z.values())};
         });
-        Values expected = exact(input);
+        Values expected = to_doubles(input);
         for (std::size_t i = 0; i < expected.size(); ++i) {
           expected[i] = mp_silu_of(expected[i] * to_float(scales[i / (pixels * channels) * channels + i % channels]));
         }
@@ -267,12 +267,12 @@ TYPED_TEST(KernelsTest, ConsistencyStepFollowsItsFormula) {
         const std::vector<T> predictions = random<T>(samples * size, 2);
         const std::vector<float> times{1.57079f, 0.3f, 0, 1, 0.7f}, next{0, 0.2f, 0.1f, 1.2f, 0.01f};
         const bool over_noise = samples == 3;
-        const auto outputs = the_same_anyhow([&]() -> std::vector<Values> {
+        const auto outputs = run_in_all_orders([&]() -> std::vector<Values> {
           Array<float> x(states, layout.offsets[0]), noise(noises, layout.offsets[1]), x_next(states.size(), layout.offsets[2]), t(times), t_next(next);
           Array<T> F(predictions, layout.offsets[3]);
           Array<float>& out = layout.in_place ? (over_noise ? noise : x) : x_next;
           EXPECT_EQ(consistency_step::cuda<T>({x.data(), F.data(), noise.data(), t.data(), t_next.data(), out.data(), samples, size, 0.5f}, nullptr), nullptr);
-          return {exact(out.values())};
+          return {to_doubles(out.values())};
         });
         Values expected;
         for (std::int64_t i = 0; i < samples * size; ++i) {
@@ -295,13 +295,13 @@ TYPED_TEST(KernelsTest, ToImageFollowsItsFormula) {
         SCOPED_TRACE(::testing::Message() << channels << " channels, " << pixels << " pixels, offsets " << layout);
         const std::int64_t samples = 3;
         std::vector<T> input = random<T>(samples * channels * pixels, 1);
-        input[0] = rounded<T>({kNan})[0];
-        input.back() = rounded<T>({-kInfinity})[0];
-        const auto outputs = the_same_anyhow([&]() -> std::vector<Values> {
+        input[0] = from_doubles<T>({kNan})[0];
+        input.back() = from_doubles<T>({-kInfinity})[0];
+        const auto outputs = run_in_all_orders([&]() -> std::vector<Values> {
           Array<T> x(input, layout.offsets[0]);
           Array<std::uint8_t> image(input.size(), layout.offsets[1]);
           EXPECT_EQ(to_image::cuda<T>({x.data(), image.data(), samples, channels, pixels, 127.5f, 128}, nullptr), nullptr);
-          return {exact(image.values())};
+          return {to_doubles(image.values())};
         });
         Values expected;
         for (std::int64_t i = 0; i < samples * pixels * channels; ++i) {
@@ -315,7 +315,7 @@ TYPED_TEST(KernelsTest, ToImageFollowsItsFormula) {
   }
 }
 
-// Philox4x32-10 and the transform, from the text of docs/custom-ops.md.
+// Philox4x32-10 and the Box-Muller transform, implemented from docs/custom-ops.md.
 double philox_normal_of(std::uint64_t seed, std::uint64_t draw, std::uint64_t element) {
   std::uint64_t counter[4] = {draw, 0, element & 0xffffffff, element >> 32}, key[2] = {seed & 0xffffffff, seed >> 32};
   for (int round = 0; round < 10; ++round) {
@@ -334,11 +334,11 @@ TEST(PhiloxNormalTest, FollowsItsFormula) {
   for (const std::int64_t size : {1, 3, 256, 1027}) {
     for (const std::int64_t samples : {1, 3}) {
       const std::vector<std::int64_t> keys{-1, 0, 0x123456789abcdef};
-      const auto outputs = the_same_anyhow([&]() -> std::vector<Values> {
+      const auto outputs = run_in_all_orders([&]() -> std::vector<Values> {
         Array<std::int64_t> seeds(std::vector<std::int64_t>(keys.begin(), keys.begin() + samples)), draw(std::vector<std::int64_t>{0xffffffff});
         Array<float> scale(std::vector<float>{2.5f}), noise(static_cast<std::size_t>(samples * size), 1);
         EXPECT_EQ(philox_normal::cuda<float>({seeds.data(), draw.data(), scale.data(), noise.data(), samples, size}, nullptr), nullptr);
-        return {exact(noise.values())};
+        return {to_doubles(noise.values())};
       });
       Values expected;
       for (std::int64_t i = 0; i < samples * size; ++i) {
@@ -360,13 +360,13 @@ TYPED_TEST(KernelsTest, PixelNormFollowsItsFormula) {
         SCOPED_TRACE(::testing::Message() << rows << " x " << channels << ", offsets " << layout);
         const std::vector<T> input = random<T>(rows * channels, 1);
         const bool activate = rows > 1;
-        const auto outputs = the_same_anyhow([&]() -> std::vector<Values> {
+        const auto outputs = run_in_all_orders([&]() -> std::vector<Values> {
           Array<T> x(input, layout.offsets[0]), y(input.size(), layout.offsets[1]), activated(input.size(), layout.offsets[2]);
           T* out = layout.in_place ? x.data() : y.data();
           EXPECT_EQ(pixel_norm::cuda<T>({x.data(), out, activate ? activated.data() : nullptr, rows, channels, kEps}, nullptr), nullptr);
-          return {exact(layout.in_place ? x.values() : y.values()), activate ? exact(activated.values()) : Values{}};
+          return {to_doubles(layout.in_place ? x.values() : y.values()), activate ? to_doubles(activated.values()) : Values{}};
         });
-        EXPECT_TRUE(close<T>(outputs[0], pixel_norm_of(exact(input), channels)));
+        EXPECT_TRUE(close<T>(outputs[0], pixel_norm_of(to_doubles(input), channels)));
         EXPECT_TRUE(close<T>(outputs[1], activate ? mp_silu_of(outputs[0]) : Values{}));
       }
     }
@@ -378,9 +378,9 @@ TYPED_TEST(KernelsTest, NormsOfZerosAreZerosAndNaNStaysInItsRow) {
   for (const std::int64_t channels : {3, 64}) {
     Values values(static_cast<std::size_t>(3 * channels), 0);
     values[static_cast<std::size_t>(channels)] = kNan;
-    Array<T> x(rounded<T>(values)), y(values.size());
+    Array<T> x(from_doubles<T>(values)), y(values.size());
     EXPECT_EQ(pixel_norm::cuda<T>({x.data(), y.data(), nullptr, 3, channels, kEps}, nullptr), nullptr);
-    EXPECT_TRUE(close<T>(exact(y.values()), pixel_norm_of(values, channels)));
+    EXPECT_TRUE(close<T>(to_doubles(y.values()), pixel_norm_of(values, channels)));
   }
 }
 
@@ -392,14 +392,14 @@ TYPED_TEST(KernelsTest, NormModulateSiLUFollowsItsFormula) {
       for (const Layout& layout : channels > 65 ? kFewLayouts : kLayouts) {
         SCOPED_TRACE(::testing::Message() << samples << " x " << pixels << " x " << channels << ", offsets " << layout);
         const std::vector<T> input = random<T>(samples * pixels * channels, 1), modulations = random<T>(samples * 2 * channels, 2, 3);
-        const auto outputs = the_same_anyhow([&]() -> std::vector<Values> {
+        const auto outputs = run_in_all_orders([&]() -> std::vector<Values> {
           Array<T> y(input, layout.offsets[0]), modulation(modulations, layout.offsets[1]), z(input.size(), layout.offsets[2]);
           T* out = layout.in_place ? y.data() : z.data();
           EXPECT_EQ(norm_modulate_silu::cuda<T>({y.data(), modulation.data(), out, samples, pixels, channels, kEps}, nullptr), nullptr);
-          return {exact(layout.in_place ? y.values() : z.values())};
+          return {to_doubles(layout.in_place ? y.values() : z.values())};
         });
-        Values expected = pixel_norm_of(exact(input), channels);
-        const Values normed = pixel_norm_of(exact(modulations), channels);
+        Values expected = pixel_norm_of(to_doubles(input), channels);
+        const Values normed = pixel_norm_of(to_doubles(modulations), channels);
         for (std::size_t i = 0; i < expected.size(); ++i) {
           const std::size_t scale = i / (pixels * channels) * 2 * channels + i % channels;
           expected[i] = mp_silu_of(expected[i] * normed[scale] + normed[scale + channels]);
@@ -443,7 +443,7 @@ Values attention_of(const Values& qkv, const Shape& shape) {
   return y;
 }
 
-// Queries and keys of which some agree, so that the softmax has something to choose.
+// Every third query equals its key, so that the softmax has large weights.
 template <typename T>
 std::vector<T> random_qkv(const Shape& shape, double scale = 1) {
   std::vector<T> qkv = random<T>(shape.samples * shape.length * 3 * shape.heads * shape.head_size, 1, scale);
@@ -458,10 +458,10 @@ template <typename T>
 Values run_attention(const std::vector<T>& qkv, const Shape& shape, int offset = 0, int offset_y = 0, float eps = kEps) {
   Array<T> input(qkv, offset), y(qkv.size() / 3, offset_y);
   EXPECT_EQ(cosine_attention::cuda<T>({input.data(), y.data(), shape.samples, shape.length, shape.heads, shape.head_size, eps, nullptr}, nullptr), nullptr);
-  return exact(y.values());
+  return to_doubles(y.values());
 }
 
-// A weight's rounding to T is not that of the sum: it counts against the values' size, which is 1.
+// Weights are rounded to T before they are multiplied with the values, which are of size 1: the tolerance is absolute too.
 template <typename T>
 ::testing::AssertionResult attention_close(const Values& actual, const Values& expected) {
   return sizeof(T) == sizeof(float) ? close(actual, expected, 1e-5, 3e-6) : close(actual, expected, 2 * kRounding<T>, 2 * kRounding<T>);
@@ -473,12 +473,12 @@ TYPED_TEST(KernelsTest, AttentionOfHeadsOf64FollowsItsFormula) {
                              Shape{1, 77, 1, 64}, Shape{1, 111, 1, 64}}) {
     SCOPED_TRACE(::testing::Message() << shape.samples << " x " << shape.length << ", " << shape.heads << " heads");
     const std::vector<T> qkv = random_qkv<T>(shape);
-    const auto outputs = the_same_anyhow([&] { return std::vector<Values>{run_attention(qkv, shape)}; });
-    EXPECT_TRUE(attention_close<T>(outputs[0], attention_of(exact(qkv), shape)));
+    const auto outputs = run_in_all_orders([&] { return std::vector<Values>{run_attention(qkv, shape)}; });
+    EXPECT_TRUE(attention_close<T>(outputs[0], attention_of(to_doubles(qkv), shape)));
   }
   const Shape large{1, 256, 1, 64};
   const std::vector<T> qkv = random_qkv<T>(large);
-  EXPECT_TRUE(attention_close<T>(run_attention(qkv, large), attention_of(exact(qkv), large)));
+  EXPECT_TRUE(attention_close<T>(run_attention(qkv, large), attention_of(to_doubles(qkv), large)));
 }
 
 TYPED_TEST(KernelsTest, AttentionOfAnyHeadSizeFollowsItsFormula) {
@@ -487,20 +487,20 @@ TYPED_TEST(KernelsTest, AttentionOfAnyHeadSizeFollowsItsFormula) {
                              Shape{1, 5, 1, 300}}) {
     SCOPED_TRACE(::testing::Message() << shape.samples << " x " << shape.length << ", " << shape.heads << " heads of " << shape.head_size);
     const std::vector<T> qkv = random_qkv<T>(shape);
-    const auto outputs = the_same_anyhow([&] { return std::vector<Values>{run_attention(qkv, shape)}; });
-    EXPECT_TRUE(attention_close<T>(outputs[0], attention_of(exact(qkv), shape)));
+    const auto outputs = run_in_all_orders([&] { return std::vector<Values>{run_attention(qkv, shape)}; });
+    EXPECT_TRUE(attention_close<T>(outputs[0], attention_of(to_doubles(qkv), shape)));
   }
 }
 
-TYPED_TEST(KernelsTest, AttentionTakesPointersThatAreNotAligned) {
+TYPED_TEST(KernelsTest, AttentionAcceptsPointersThatAreNotAligned) {
   const Shape shape{1, 70, 1, 64};
   const std::vector<TypeParam> qkv = random_qkv<TypeParam>(shape);
-  EXPECT_TRUE(attention_close<TypeParam>(run_attention(qkv, shape, 1, 0), attention_of(exact(qkv), shape)));
-  EXPECT_TRUE(attention_close<TypeParam>(run_attention(qkv, shape, 0, 1), attention_of(exact(qkv), shape)));
+  EXPECT_TRUE(attention_close<TypeParam>(run_attention(qkv, shape, 1, 0), attention_of(to_doubles(qkv), shape)));
+  EXPECT_TRUE(attention_close<TypeParam>(run_attention(qkv, shape, 0, 1), attention_of(to_doubles(qkv), shape)));
 }
 
-// Behind the last key there are zeros, whose norm is 0 then.
-TYPED_TEST(KernelsTest, AttentionTakesAnEpsOfZero) {
+// Rows past the last key are zeros, whose norm plus eps is then 0.
+TYPED_TEST(KernelsTest, AttentionAcceptsAnEpsOfZero) {
   for (const std::int64_t size : {64, 16}) {
     const Shape shape{1, 21, 1, size};
     const std::vector<TypeParam> qkv = random_qkv<TypeParam>(shape);
@@ -508,7 +508,7 @@ TYPED_TEST(KernelsTest, AttentionTakesAnEpsOfZero) {
   }
 }
 
-// Many heads go to the kernel with two tiles of queries to a warp, and a sample must not depend on its batch.
+// Large batches use the kernel with two query tiles per warp, which must give the same bits as the one with one tile.
 TYPED_TEST(KernelsTest, AttentionIsTheSameToTheBitInALargeBatch) {
   using T = TypeParam;
   for (const std::int64_t length : {100, 128, 200}) {
@@ -517,33 +517,33 @@ TYPED_TEST(KernelsTest, AttentionIsTheSameToTheBitInALargeBatch) {
     const Values alone = run_attention(qkv, one);
     std::vector<T> batch(qkv.size() * 256);
     std::copy(qkv.begin(), qkv.end(), batch.begin());
-    const std::int64_t queries = sizeof(T) == 4 ? 64 : 128;  // of a block
-    machine::options.only_blocks = static_cast<unsigned>((length + queries - 1) / queries);  // the first sample
+    const std::int64_t queries = sizeof(T) == 4 ? 64 : 128;  // per block
+    simulator::options.only_blocks = static_cast<unsigned>((length + queries - 1) / queries);  // the first sample
     Values first = run_attention(batch, many);
-    machine::options = {};
+    simulator::options = {};
     first.resize(alone.size());
     EXPECT_TRUE(close(first, alone, 0, 0));
-    EXPECT_TRUE(attention_close<T>(first, attention_of(exact(qkv), one)));
+    EXPECT_TRUE(attention_close<T>(first, attention_of(to_doubles(qkv), one)));
   }
 }
 
-TYPED_TEST(KernelsTest, AttentionTakesAnyScaleAndExtremeScores) {
+TYPED_TEST(KernelsTest, AttentionAcceptsAnyScaleAndExtremeScores) {
   using T = TypeParam;
   for (const std::int64_t size : {64, 80}) {
     const Shape shape{1, 33, 1, size};
     for (const double scale : {1e-3, 1.0, 100.0}) {
       const std::vector<T> qkv = random_qkv<T>(shape, scale);
-      EXPECT_TRUE(attention_close<T>(run_attention(qkv, shape), attention_of(exact(qkv), shape))) << "scale " << scale << ", head size " << size;
+      EXPECT_TRUE(attention_close<T>(run_attention(qkv, shape), attention_of(to_doubles(qkv), shape))) << "scale " << scale << ", head size " << size;
     }
-    // Every query is a key's twin, or its opposite: scores of sqrt(64) and -sqrt(64).
+    // Every query equals a key or its opposite: scores of sqrt(size) and -sqrt(size).
     std::vector<T> same = random<T>(33 * 3 * size, 1);
     for (std::int64_t vector = 0; vector < 33 * 3; ++vector) {
       for (std::int64_t c = 0; c < size; ++c) {
         const double sign = (vector % 3 == 0 && vector % 2 == 0) || (vector % 3 == 1 && vector % 5 == 0) ? -1 : 1;
-        if (vector % 3 != 2) same[vector * size + c] = rounded<T>({sign * (c % 3 + 1)})[0];
+        if (vector % 3 != 2) same[vector * size + c] = from_doubles<T>({sign * (c % 3 + 1)})[0];
       }
     }
-    EXPECT_TRUE(attention_close<T>(run_attention(same, shape), attention_of(exact(same), shape))) << "head size " << size;
+    EXPECT_TRUE(attention_close<T>(run_attention(same, shape), attention_of(to_doubles(same), shape))) << "head size " << size;
   }
 }
 
@@ -552,21 +552,21 @@ TYPED_TEST(KernelsTest, AttentionKeepsNaNWhereItBelongs) {
   for (const std::int64_t size : {64, 16}) {
     const Shape shape{1, 20, 2, size};
     std::vector<T> qkv = random_qkv<T>(shape);
-    qkv[static_cast<std::size_t>(4 * 3 * 2 * size)] = rounded<T>({kNan})[0];  // query 4 of head 0
-    EXPECT_TRUE(attention_close<T>(run_attention(qkv, shape), attention_of(exact(qkv), shape)));
-    qkv[static_cast<std::size_t>((7 * 3 + 1) * 2 * size + size)] = rounded<T>({kNan})[0];  // key 7 of head 1
-    EXPECT_TRUE(attention_close<T>(run_attention(qkv, shape), attention_of(exact(qkv), shape)));
+    qkv[static_cast<std::size_t>(4 * 3 * 2 * size)] = from_doubles<T>({kNan})[0];  // query 4 of head 0
+    EXPECT_TRUE(attention_close<T>(run_attention(qkv, shape), attention_of(to_doubles(qkv), shape)));
+    qkv[static_cast<std::size_t>((7 * 3 + 1) * 2 * size + size)] = from_doubles<T>({kNan})[0];  // key 7 of head 1
+    EXPECT_TRUE(attention_close<T>(run_attention(qkv, shape), attention_of(to_doubles(qkv), shape)));
   }
 }
 
 // -- Launches ----------------------------------------------------------------------------------------------------------------------
 
-TYPED_TEST(KernelsTest, AFailedLaunchIsReportedAndForgotten) {
+TYPED_TEST(KernelsTest, AFailedLaunchIsReportedAndItsErrorCleared) {
   using T = TypeParam;
   Array<T> x(std::size_t{8});
-  machine::options.refuse_launches = true;
+  simulator::options.refuse_launches = true;
   EXPECT_STREQ(mp_silu::cuda<T>({x.data(), x.data(), 8}, nullptr), "unspecified launch failure");
-  machine::options.refuse_launches = false;
+  simulator::options.refuse_launches = false;
   EXPECT_EQ(mp_silu::cuda<T>({x.data(), x.data(), 8}, nullptr), nullptr);
 }
 

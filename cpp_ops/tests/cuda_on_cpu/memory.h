@@ -1,5 +1,5 @@
-// Arrays between pages that nobody may touch, so that a read or a write behind the end, or far before the start, ends the program. The few bytes that
-// alignment leaves before and behind are NaN to whoever reads them, must be unchanged in the end, and are poisoned under AddressSanitizer.
+// Arrays between inaccessible guard pages, so that accesses past the end, or far before the start, crash. The few bytes between the array and the guard pages
+// that alignment requires read as NaN, must be unchanged at the end, and are poisoned under AddressSanitizer.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -22,7 +22,7 @@ namespace scm::testing {
 template <typename T>
 class Array {
  public:
-  // Aligned to 16 bytes and not to 32, or `offset` elements away from that.
+  // Aligned to 16 but not to 32 bytes, plus `offset` elements.
   explicit Array(std::size_t count, int offset = 0) : count_(count), bytes_(count * sizeof(T)) {
     const auto page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
     const std::size_t used = (bytes_ + 64 + page - 1) / page * page;
@@ -53,7 +53,7 @@ class Array {
     for (const std::uint8_t* byte = pages_; byte < end_; ++byte) {
       if (byte >= start && byte < start + bytes_) continue;
       if (*byte != 0xff) {
-        ADD_FAILURE() << "written " << byte - start << " bytes from the start of an array of " << bytes_;
+        ADD_FAILURE() << "a kernel wrote " << byte - start << " bytes from the start of an array of " << bytes_;
         break;
       }
     }

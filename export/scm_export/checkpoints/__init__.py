@@ -30,7 +30,8 @@ from scm_export.checkpoints.torch_file import is_zip, read_torch_file
 from scm_export.checkpoints.torchscript import read_torchscript
 from scm_export.checkpoints.weight_sets import choose_weights
 from scm_export.choices import PARAMETRISATION_NAMES, ParametrisationName
-from scm_runtime.errors import CheckpointError, InvalidArgumentError
+from scm_export.errors import CheckpointError
+from scm_runtime.errors import InvalidArgumentError
 
 __all__ = [
     "Checkpoint",

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from scm_export.checkpoints.inert_pickle import ForbiddenPickleError, Global, MalformedPickleError, OversizedPickleError, StandIn, read_small_pickle
 from scm_export.checkpoints.printable import printable
 from scm_export.checkpoints.stored_tensors import STORAGE_DTYPES
-from scm_runtime.errors import CheckpointError
+from scm_export.errors import CheckpointError
 
 MAX_COMPRESSED = 256 << 20  # bytes that compressed entries may unpack to; torch compresses source code and nothing else
 

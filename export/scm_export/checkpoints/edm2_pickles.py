@@ -18,9 +18,9 @@ from scm_export.checkpoints.native import Checkpoint
 from scm_export.checkpoints.persistence import Saved, pickle_errors, read_persistent
 from scm_export.checkpoints.printable import printable
 from scm_export.checkpoints.stored_tensors import as_floats
+from scm_export.errors import CheckpointError
 from scm_export.parametrisation import default_times
 from scm_export.samplers import RHO, SIGMA_MAX, SIGMA_MIN, angles, karras_sigmas, teacher_times
-from scm_runtime.errors import CheckpointError
 
 # What the classes are named, and what they are built with, in the constructors' order.
 NETWORKS = ("Precond", "TrigFlowPrecond")

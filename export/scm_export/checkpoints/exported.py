@@ -20,7 +20,7 @@ from scm_export.checkpoints.archive import check_contents
 from scm_export.checkpoints.operator_graph import Call, Operations, OperatorGraph, Outputs, Ref, Weight, checked_name, from_exported_program, is_assertion
 from scm_export.checkpoints.operators import ATEN, SUBSTITUTES, WITHOUT_IN_PLACE, ForbiddenOperatorError, Kind, check_arguments, find_operator, kind_of
 from scm_export.checkpoints.torch_file import TRUST, current_folder_importable, first_line
-from scm_runtime.errors import CheckpointError
+from scm_export.errors import CheckpointError
 
 SCHEMA_MAJOR = 8  # of torch 2.9 to 2.13
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from scm_export.checkpoints.diffusers_folder import MODEL, PIPELINE
+from scm_export.errors import CheckpointError
 from scm_runtime.bundle import hub
-from scm_runtime.errors import CheckpointError
 
 NETWORKS = ("unet", "transformer", "vae")  # of a pipeline; its text encoder, which is larger than all of them, is not read
 WEIGHTS = "diffusion_pytorch_model"

@@ -16,8 +16,8 @@ import msgspec
 from msgspec import Meta, Struct
 
 from scm_export.choices import PARAMETRISATION_NAMES, ParametrisationName
+from scm_export.errors import CheckpointError, CheckpointNotFoundError
 from scm_runtime.bundle.manifest import CONDITIONING_DTYPES, Conditioning, Dimension
-from scm_runtime.errors import CheckpointError, CheckpointNotFoundError
 
 T_LIMIT = math.pi / 2 + 1e-4  # some samplers round pi/2 up
 DOCUMENT = "docs/checkpoint-format.md"

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from scm_export.checkpoints.header import ConditioningSpec, SamplerSpec, convert, validate
 from scm_export.checkpoints.torch_file import first_line, read_torch_file
+from scm_export.errors import CheckpointError, CheckpointNotFoundError
 from scm_runtime.bundle import hub
 from scm_runtime.common.files import whole_file
-from scm_runtime.errors import CheckpointError, CheckpointNotFoundError, OutputError
+from scm_runtime.errors import OutputError
 
 FORMAT, VERSION = "scm-checkpoint", 1
 
@@ -95,7 +96,7 @@ def read_start(source: Path) -> bytes:
         missing = isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError)
         raise (CheckpointNotFoundError if missing else CheckpointError)(
             f"no checkpoint at '{source}': {wrong}. Expected a checkpoint's file, a diffusers folder, "
-            f"or a repository of the Hugging Face hub ('org/name').{hub.why_a_path(str(source))}"
+            f"or a repository of the Hugging Face hub ('org/name').{hub.local_path_hint(str(source))}"
         ) from error
     if not start:
         raise CheckpointError(f"'{source}' is empty. Copy or save the checkpoint again.")

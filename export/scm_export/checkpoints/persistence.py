@@ -15,7 +15,7 @@ from typing import Any
 
 from scm_export.checkpoints.inert_pickle import Blob, ForbiddenPickleError, MalformedPickleError, StandIn, read_pickle
 from scm_export.checkpoints.stored_tensors import TENSOR_STAND_INS, StoredTensor
-from scm_runtime.errors import CheckpointError
+from scm_export.errors import CheckpointError
 
 MAX_NAME = 300
 

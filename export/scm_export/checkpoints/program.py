@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from scm_export.checkpoints.header import Header
 from scm_export.checkpoints.torch_file import current_folder_importable, first_line
-from scm_runtime.errors import CheckpointError, InvalidArgumentError
+from scm_export.errors import CheckpointError
+from scm_runtime.errors import InvalidArgumentError
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 
 from scm_export.checkpoints.archive import check_contents, check_storages
 from scm_export.checkpoints.ignored_objects import ignoring_objects, without_attributes
-from scm_runtime.errors import CheckpointError
+from scm_export.errors import CheckpointError
 
 TRUST = "Only if you trust whoever made it: --trust loads it all the same, running its code."
 

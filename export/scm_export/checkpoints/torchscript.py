@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from scm_export.checkpoints.archive import check_contents
 from scm_export.checkpoints.torch_file import TRUST, first_line
-from scm_runtime.errors import CheckpointError
+from scm_export.errors import CheckpointError
 
 DTYPES = {
     0: torch.uint8,

@@ -13,7 +13,8 @@ from pathlib import Path
 from torch import Tensor
 
 from scm_export.checkpoints.printable import printable
-from scm_runtime.errors import CheckpointError, InvalidArgumentError
+from scm_export.errors import CheckpointError
+from scm_runtime.errors import InvalidArgumentError
 
 MAX_DEPTH = 4  # of dicts in dicts: Lightning's callbacks keep an average at callbacks.NAME.ema_state_dict
 MAX_LISTED = 20

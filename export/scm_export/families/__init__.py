@@ -1,10 +1,11 @@
 """Families of models: each turns a checkpoint into a :class:`~scm_export.model.Model`. How to add one: docs/adding-a-family.md."""
 
 from scm_export.checkpoints import Loaded
+from scm_export.errors import CheckpointError
 from scm_export.families import consistency, edm2, latent_consistency, module, sana_sprint
 from scm_export.families.family import BuildOptions, Family
 from scm_export.model import Model
-from scm_runtime.errors import CheckpointError, InvalidArgumentError
+from scm_runtime.errors import InvalidArgumentError
 
 __all__ = ["FAMILIES", "BuildOptions", "Family", "build_model", "find_family"]
 

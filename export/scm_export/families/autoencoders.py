@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from scm_export.checkpoints import DiffusersFolder
 from scm_export.checkpoints.diffusers_folder import is_diffusers_folder
+from scm_export.errors import CheckpointError
 from scm_export.families.diffusers_networks import free_batch, make_network, read_weights
 from scm_export.families.family import BuildOptions
 from scm_export.families.weights import load_weights
 from scm_export.model import Decoder, ImageDecoder, ImageNetwork, Latents
 from scm_export.ops import to_image
 from scm_export.precision import Precision
-from scm_runtime.errors import CheckpointError
 
 TINY = "AutoencoderTiny"
 

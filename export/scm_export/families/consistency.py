@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from scm_export.checkpoints import DiffusersFolder, Loaded
+from scm_export.errors import CheckpointError
 from scm_export.families.autoencoders import pixel_networks
 from scm_export.families.diffusers_networks import (
     check_size,
@@ -31,7 +32,6 @@ from scm_export.families.weights import load_weights
 from scm_export.model import Model, Reference
 from scm_export.precision import Precision
 from scm_runtime.bundle.manifest import Conditioning
-from scm_runtime.errors import CheckpointError
 
 PIPELINE, UNET, SCHEDULER = "ConsistencyModelPipeline", "UNet2DModel", "CMStochasticIterativeScheduler"
 

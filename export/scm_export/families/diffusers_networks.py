@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from scm_export.checkpoints import DiffusersFolder
-from scm_export.precision import norms
-from scm_runtime.errors import CheckpointError, InvalidArgumentError, MissingDependencyError
+from scm_export.errors import CheckpointError
+from scm_export.precision import is_norm
+from scm_runtime.errors import InvalidArgumentError, MissingDependencyError
 
 # What the layers of attention were called in folders saved before diffusers 0.17, sd-vae-ft-mse among them.
 OLD_ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -143,7 +144,7 @@ def keep_times(unet: nn.Module) -> None:
 
 def unet_islands(name: str, module: nn.Module) -> bool:
     """What computes in float32 in a U-Net of diffusers: times and norms."""
-    return name.endswith("time_embedding") or norms(name, module)
+    return name.endswith("time_embedding") or is_norm(name, module)
 
 
 @contextmanager

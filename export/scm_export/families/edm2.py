@@ -6,6 +6,7 @@ import msgspec
 import torch
 
 from scm_export.checkpoints import Checkpoint, Loaded, SamplerSpec
+from scm_export.errors import CheckpointError
 from scm_export.families.autoencoders import SCM_STATISTICS, ImageNetworks, LatentStatistics, image_networks, pixel_networks
 from scm_export.families.family import BuildOptions, Family
 from scm_export.families.sampling import sampling_fields
@@ -15,7 +16,6 @@ from scm_export.networks.autoguided import Autoguided
 from scm_export.networks.edm2 import UNet, UNetConfig
 from scm_export.parametrisation import Step
 from scm_runtime.bundle.manifest import Conditioning
-from scm_runtime.errors import CheckpointError
 
 AUTOGUIDANCE = 2.0  # the scale where a call gives none: about what is best at 512 x 512 (arXiv 2406.02507, table 1)
 

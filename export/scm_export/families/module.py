@@ -15,17 +15,18 @@ from scm_export.checkpoints import Checkpoint, Loaded, Program, SamplerSpec
 from scm_export.checkpoints.header import PositiveInteger, convert
 from scm_export.checkpoints.operator_graph import OperatorGraph
 from scm_export.checkpoints.state_dict import uncompiled
+from scm_export.errors import CheckpointError
+from scm_export.example_inputs import example_conditioning
 from scm_export.families.autoencoders import ImageNetworks, LatentStatistics, image_networks, pixel_networks
 from scm_export.families.diffusers_networks import free_batch
 from scm_export.families.family import BuildOptions, Family
 from scm_export.families.sampling import sampling_fields
 from scm_export.families.weights import load_weights
+from scm_export.graphs.trace import TRACE_BATCH
 from scm_export.model import Model, Reference
 from scm_export.parametrisation import Step, sample
-from scm_export.precision import Precision, norms
-from scm_export.trace import TRACE_BATCH, example
+from scm_export.precision import Precision, is_norm
 from scm_runtime.bundle.manifest import Conditioning
-from scm_runtime.errors import CheckpointError
 
 PIXEL_CHANNELS = (1, 3, 4)
 
@@ -78,7 +79,7 @@ def build_module(loaded: Loaded, options: BuildOptions) -> Model:
         _check_weights(network, loaded.describe())
     images = _images(config.sample_shape, sampler, options)
     kept = _kept(network, config.keep_fp32)
-    own = FirstOutput(Precision(network, _islands(kept), match_dtypes=True, wide=_weights_in(network, kept)))
+    own = FirstOutput(Precision(network, _islands(kept), promote_dtypes=True, fp32_parameters=_weights_in(network, kept)))
     model = Model(
         family="module",
         step=Step(own, sampler.sigma_data, sampler.parametrisation, sampler.solver),
@@ -108,7 +109,7 @@ class FirstOutput(nn.Module):
         self.network = network
 
     def forward(self, x: Tensor, level: Tensor, **conditioning: Tensor) -> Tensor:
-        # What torch.compile would make of the network is not what is traced, and it cannot compile MatchDtypes.
+        # What torch.compile would make of the network is not what is traced, and it cannot compile PromoteDtypes.
         with torch.compiler.set_stance("force_eager"):
             output: Any = self.network(x, level, **conditioning)
         while not isinstance(output, Tensor):
@@ -182,7 +183,7 @@ def _islands(kept: set[str]) -> Callable[[str, nn.Module], bool]:
     def inside(name: str) -> bool:
         return any(name.startswith(f"{outer}.") for outer in kept)
 
-    return lambda name, module: not inside(uncompiled(name)) and (uncompiled(name) in kept or norms(name, module))
+    return lambda name, module: not inside(uncompiled(name)) and (uncompiled(name) in kept or is_norm(name, module))
 
 
 def _images(sample_shape: tuple[int, ...], sampler: SamplerSpec, options: BuildOptions) -> ImageNetworks:
@@ -203,7 +204,7 @@ def _try(network: nn.Module, model: Model, loaded: Program) -> None:
     """
     for n in (TRACE_BATCH, TRACE_BATCH + 1):
         x, level = torch.zeros(n, *model.sample_shape), torch.full((n,), 0.5)
-        conditioning = {item.name: example(item, n) for item in model.conditioning}
+        conditioning = {item.name: example_conditioning(item, n) for item in model.conditioning}
         try:
             with torch.no_grad():
                 output = network(x, level, **conditioning)

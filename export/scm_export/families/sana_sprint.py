@@ -14,15 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from scm_export.checkpoints import DiffusersFolder, Loaded
+from scm_export.errors import CheckpointError
 from scm_export.families.autoencoders import downsampling, image_networks
 from scm_export.families.diffusers_networks import injected_noise, make_network, make_scheduler, read_weights, sample_size, share_weights
 from scm_export.families.family import BuildOptions, Family
 from scm_export.families.weights import load_weights
 from scm_export.model import Model, Reference
 from scm_export.parametrisation import Step
-from scm_export.precision import Precision, norms
+from scm_export.precision import Precision, is_norm
 from scm_runtime.bundle.manifest import Conditioning
-from scm_runtime.errors import CheckpointError, InvalidArgumentError
+from scm_runtime.errors import InvalidArgumentError
 
 PIPELINES = ("SanaSprintPipeline", "SanaSprintImg2ImgPipeline")
 TRANSFORMER, SCHEDULER = "SanaTransformer2DModel", "SCMScheduler"
@@ -85,7 +86,7 @@ def _keep_sinusoids(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> An
 
 def _islands(name: str, module: nn.Module) -> bool:
     """Time and guidance, and norms. Linear attention sums over all pixels, and diffusers' own code does that in float32."""
-    return name == "time_embed" or norms(name, module)
+    return name == "time_embed" or is_norm(name, module)
 
 
 def recognises_sana_sprint(loaded: Loaded) -> bool:

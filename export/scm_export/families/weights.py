@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from scm_export.checkpoints.state_dict import drop_bookkeeping, strip_prefixes
-from scm_runtime.errors import CheckpointError
+from scm_export.errors import CheckpointError
 
 
 def load_weights(network: nn.Module, weights: dict[str, Tensor]) -> None:

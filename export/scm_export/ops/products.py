@@ -34,7 +34,7 @@ def matmul(x: Tensor, w: Tensor) -> Tensor:
 
 
 def conv(x: Tensor, w: Tensor, b: Tensor, pads: Sequence[int]) -> Tensor:
-    """Convolution that keeps the map's size; no network calls it: those of diffusers' networks become its operator (:mod:`scm_export.products`).
+    """Convolution that keeps the map's size; no network calls it: those of diffusers' networks become its operator (:mod:`scm_export.graphs.dense_layers`).
 
     Args:
         x: ``[N, I, H, W]``, any floating dtype.

@@ -1,1 +1,1 @@
-"""The engine on a CUDA device: memory, captured graphs, and the thread that all of a context's work is done in."""
+"""The engine for CUDA devices: streams and device memory, captured CUDA graphs, and the thread that does all CUDA work."""

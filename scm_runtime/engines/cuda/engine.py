@@ -1,7 +1,8 @@
-"""The engine on a CUDA device: states stay in its memory from noise to pixels, and everything is put on one stream without waiting.
+"""The engine for CUDA devices: states stay in device memory from noise to pixels, and all work is enqueued on one stream without waiting.
 
-A call's seeds and conditioning are uploaded once. A step copies the states of its trajectories side by side into a slot (``cuda_slots``), runs noise and
-step there and copies the result back; merged trajectories may stand at different steps. What goes to the host is one flag a sample and step, and pixels.
+A call's seeds and conditioning are uploaded once. A step copies the states of its trajectories side by side into static buffers (``static_buffers``), runs
+the noise graph and the step graph there, and copies the results back. Merged trajectories may be at different steps. Only one flag per sample and step and
+the pixels are copied to the host.
 """
 
 from __future__ import annotations
@@ -16,264 +17,269 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scm_runtime.bundle.manifest import Dtype, Manifest
+from scm_runtime.engines.cuda.blocks import TensorBlock
+from scm_runtime.engines.cuda.capture import EngineSessions
 from scm_runtime.engines.cuda.dlpack import DeviceArray
-from scm_runtime.engines.cuda.slots import Block, Graphed, Key, Slot, Slots
+from scm_runtime.engines.cuda.static_buffers import BatchShape, StaticBufferCache, StaticBuffers
 from scm_runtime.engines.cuda.thread import CudaContext
-from scm_runtime.engines.engine import Part, Trajectory, combines, weights_of
-from scm_runtime.engines.sessions import Graphs
+from scm_runtime.engines.engine import TimedPart, Trajectory, combines, weights_of
+from scm_runtime.engines.sessions import BundleSessions
 from scm_runtime.errors import GeneratorClosedError, OutOfMemoryError
-from scm_runtime.ort.session import Region
+from scm_runtime.ort.session import DeviceTensor
 
 Result = TypeVar("Result")
 
 FLAG_BYTES = 4  # float32
-_serials = count(1)
-_lost: list[Any] = []  # what ONNX Runtime would end the process over, were it to destroy it without a device
+_serial_numbers = count(1)
+_leaked_on_purpose: list[Any] = []  # sessions whose destructors would abort the process, because their device's context is lost
 
 
 class _State:
-    """One trajectory in the device's memory."""
+    """The seeds, conditioning, state and finite flags of one trajectory in device memory."""
 
     def __init__(self, context: CudaContext, trajectory: Trajectory, shape: tuple[int, ...]) -> None:
         call = trajectory.call
         n, evaluations = len(trajectory), call.evaluations
         state = (np.float32, (n, *shape))
-        given = {f"given {name}": value for name, value in call.conditioning.items()}
-        self.block = Block(
+        conditioning = {f"conditioning {name}": value for name, value in call.conditioning.items()}
+        self.block = TensorBlock(
             context,
             {
                 "seeds": (np.int64, (n,)),
-                **{name: (value.dtype.type, value.shape) for name, value in given.items()},
+                **{name: (value.dtype.type, value.shape) for name, value in conditioning.items()},
                 "finite": (np.float32, (len(evaluations), n)),
                 "x": state,
                 **({"base": state} if any(one.weights is not None for one in evaluations) else {}),
             },
         )
-        self.block.upload({"seeds": call.seeds, **given})
-        self.serial = next(_serials)
-        self.checked = 0
-        """How many evaluations have flags."""
+        self.block.upload({"seeds": call.seeds, **conditioning})
+        self.serial = next(_serial_numbers)
+        self.flags_written = 0
+        """Number of evaluations whose flags are in ``finite``."""
 
 
 class CudaEngine:
-    """See ``engine.Engine``. Jobs of ``run`` are done one after the other, in the context's thread."""
+    """The ``engine.Engine`` for CUDA devices. It runs jobs one after another, in the context's thread."""
 
-    lazy = True
+    asynchronous = True
 
-    def __init__(self, context: CudaContext, graphs: Graphs, graphed: Graphed, dtype: Dtype, manifest: Manifest) -> None:
-        """Work with open graphs, on the context's device: see ``open_engine.open_cuda_engine``."""
+    def __init__(self, context: CudaContext, graphs: BundleSessions, sessions: EngineSessions, dtype: Dtype, manifest: Manifest) -> None:
+        """Create an engine over open sessions on the context's device. ``open_engine.open_cuda_engine`` opens them."""
         context.retain()
         self.dtype: Dtype = dtype
         self.provider = graphs.step.provider
         self._context, self._manifest = context, manifest
-        self._graphs: Graphs | None = graphs
-        self._slots: Slots | None = Slots(context, graphed, manifest)
+        self._graphs: BundleSessions | None = graphs
+        self._buffer_cache: StaticBufferCache | None = StaticBufferCache(context, sessions, manifest)
 
     @property
     def cuda_graph(self) -> bool:
-        """Whether the step graph is, or will be, captured."""
-        return self._slots is not None and self._slots.graphs.step.capture
+        """Whether runs of the step graph are captured as CUDA graphs."""
+        return self._buffer_cache is not None and self._buffer_cache.sessions.step.capture_enabled
 
     @property
-    def captured(self) -> int:
-        """How many CUDA graphs of the step graph there are: one a shape of batches."""
-        return 0 if self._slots is None else self._slots.graphs.step.captured
+    def captured_graphs(self) -> int:
+        """Number of CUDA graphs captured of the step graph, one per batch shape."""
+        return 0 if self._buffer_cache is None else self._buffer_cache.sessions.step.capture_count
 
     def run(self, job: Callable[[], Result]) -> Result:
-        """See Engine and ``CudaContext.run``."""
+        """Run a job in the context's thread, and return its result or raise its error. See ``CudaContext.run``."""
         return self._context.run(job)
 
-    def begin(self, trajectory: Trajectory) -> None:
-        """See Engine."""
-        with self._memory_for([trajectory]):
-            start, call, scale = self.mark(), trajectory.call, self._manifest.initial_scale
+    def start(self, trajectory: Trajectory) -> None:
+        """Upload the call's seeds and conditioning, and compute the initial state from its latents or from noise of draw 0."""
+        with self._recover_from_out_of_memory([trajectory]):
+            start, call, scale = self.timestamp(), trajectory.call, self._manifest.initial_scale
             trajectory.state = state = _State(self._context, trajectory, self._manifest.sample.shape)
             if call.latents is None:
-                self._draw([trajectory], 0, scale, state.block.address("x"))
+                self._draw_noise([trajectory], 0, scale, state.block.address("x"))
             else:
                 state.block.upload({"x": call.latents * np.float32(scale)})
-            trajectory.parts.append(Part("noise", start, self.mark()))
+            trajectory.parts.append(TimedPart("noise", start, self.timestamp()))
 
-    def advance(self, trajectories: Sequence[Trajectory]) -> None:
-        """See Engine."""
-        copy = self._context.gpu.copy
-        with self._memory_for(trajectories):
-            start, slot = self.mark(), self._slot(trajectories)
-            block, draws = slot.block, {one.k + 1 for one in trajectories}
-            if len(draws) > 1:  # the draw is one number an evaluation
+    def step(self, trajectories: Sequence[Trajectory]) -> None:
+        """Enqueue the next evaluation of each trajectory, all in one batch."""
+        copy = self._context.stream.copy
+        with self._recover_from_out_of_memory(trajectories):
+            start, buffers = self.timestamp(), self._buffers_for(trajectories)
+            block, draws = buffers.block, {one.evaluations_done + 1 for one in trajectories}
+            if len(draws) > 1:  # the graph takes one draw number for the whole batch
                 to = block.address("noise")
                 for one in trajectories:
-                    self._draw([one], one.k + 1, 1.0, to)
-                    to += one.state.block.sizes["x"]
-            self._load(slot, trajectories)
+                    self._draw_noise([one], one.evaluations_done + 1, 1.0, to)
+                    to += one.state.block.nbytes["x"]
+            self._load_inputs(buffers, trajectories)
             block.upload({"t": _times(trajectories, 0), "t_next": _times(trajectories, 1), "draw": min(draws), "scale": 1.0})
             if len(draws) == 1:
-                slot.noise()
-            drawn = self.mark()
-            self._gather(slot, "x", trajectories)
-            slot.step()
+                buffers.noise()
+            drawn = self.timestamp()
+            self._gather(buffers, "x", trajectories)
+            buffers.step()
             if combines(trajectories):
-                self._combine(slot, trajectories)
-            slot.check()
+                self._combine(buffers, trajectories)
+            buffers.check()
             x, flags = block.address("x_next"), block.address("finite")
             for one in trajectories:
                 state, row = one.state, FLAG_BYTES * len(one)
-                if one.evaluation.weights is None and "base" in state.block.sizes:
-                    copy(state.block.address("base"), state.block.address("x"), state.block.sizes["x"])
-                copy(state.block.address("x"), x, state.block.sizes["x"])
-                copy(state.block.address("finite") + state.checked * row, flags, row)
-                x, flags = x + state.block.sizes["x"], flags + row
-                state.checked += 1
-            end = self.mark()
+                if one.evaluation.weights is None and "base" in state.block.nbytes:
+                    copy(state.block.address("base"), state.block.address("x"), state.block.nbytes["x"])
+                copy(state.block.address("x"), x, state.block.nbytes["x"])
+                copy(state.block.address("finite") + state.flags_written * row, flags, row)
+                x, flags = x + state.block.nbytes["x"], flags + row
+                state.flags_written += 1
+            end = self.timestamp()
             for one in trajectories:
-                one.parts += (Part("noise", start, drawn), Part("step", drawn, end))
+                one.parts += (TimedPart("noise", start, drawn), TimedPart("step", drawn, end))
 
-    def fetch(self, trajectory: Trajectory) -> NDArray[np.float32]:
-        """See Engine."""
-        start, x = self.mark(), trajectory.state.block.region("x")
-        array = self._context.gpu.download(x.address, x.shape, x.dtype)
-        trajectory.parts.append(Part("copy", start, self.mark()))
+    def read_state(self, trajectory: Trajectory) -> NDArray[np.float32]:
+        """Copy the state to the host: float32, ``[n, *sample]``."""
+        start, x = self.timestamp(), trajectory.state.block.tensor("x")
+        array = self._context.stream.download(x.address, x.shape, x.dtype)
+        trajectory.parts.append(TimedPart("copy", start, self.timestamp()))
         return cast(NDArray[np.float32], array)
 
-    def replace(self, trajectory: Trajectory, x: NDArray[np.float32]) -> None:
-        """See Engine."""
+    def set_state(self, trajectory: Trajectory, x: NDArray[np.float32]) -> None:
+        """Replace the state with a finite host array."""
         trajectory.state.block.upload({"x": x})
-        trajectory.state.checked = 0
+        trajectory.state.flags_written = 0
 
-    def finite(self, trajectory: Trajectory) -> NDArray[np.bool_]:
-        """See Engine."""
+    def finite_flags(self, trajectory: Trajectory) -> NDArray[np.bool_]:
+        """Return which samples are finite after each evaluation since the state was last set: bool, ``[evaluations, n]``."""
         state = trajectory.state
-        if not state.checked:
+        if not state.flags_written:
             return np.ones((0, len(trajectory)), np.bool_)
-        flags = self._context.gpu.download(state.block.address("finite"), (state.checked, len(trajectory)), np.float32)
+        flags = self._context.stream.download(state.block.address("finite"), (state.flags_written, len(trajectory)), np.float32)
         return cast(NDArray[np.bool_], flags == 0)
 
     def decode(self, trajectories: Sequence[Trajectory]) -> list[NDArray[Any]]:
-        """See Engine."""
-        with self._memory_for(trajectories):
-            start = self.mark()
-            decoded = self._decoded(trajectories)
-            end = self.mark()
-            array = self._context.gpu.download(decoded.address, decoded.shape, decoded.dtype)
-            copied, at, results = self.mark(), 0, []
+        """Decode all states in one batch, and return the outputs of each trajectory on the host."""
+        with self._recover_from_out_of_memory(trajectories):
+            start = self.timestamp()
+            decoded = self._run_decoder(trajectories)
+            end = self.timestamp()
+            array = self._context.stream.download(decoded.address, decoded.shape, decoded.dtype)
+            copied, at, results = self.timestamp(), 0, []
             for one in trajectories:
-                one.parts += (Part("decode", start, end), Part("copy", end, copied))
+                one.parts += (TimedPart("decode", start, end), TimedPart("copy", end, copied))
                 results.append(array[at : (at := at + len(one))])
             return results if len(results) == 1 else [result.copy() for result in results]
 
-    def on_device(self, trajectory: Trajectory) -> DeviceArray:
-        """See Engine. Nothing waits for the device, so that how long the decoder takes is not measured."""
-        gpu = self._context.gpu
-        with self._memory_for([trajectory]):
-            result = self._decoded([trajectory])
+    def decode_on_device(self, trajectory: Trajectory) -> DeviceArray:
+        """Decode the state and return a copy of the output in device memory. Waits for nothing, so the decoder's time is not measured."""
+        stream = self._context.stream
+        with self._recover_from_out_of_memory([trajectory]):
+            result = self._run_decoder([trajectory])
             nbytes = np.dtype(result.dtype).itemsize * prod(result.shape)
-            memory = gpu.allocate(nbytes)
-            gpu.copy(memory.address, result.address, nbytes)
-            gpu.hand_out(memory)
-            return DeviceArray(gpu, memory, result.shape, np.dtype(result.dtype))
+            buffer = stream.allocate(nbytes)
+            stream.copy(buffer.address, result.address, nbytes)
+            stream.share(buffer)
+            return DeviceArray(stream, buffer, result.shape, np.dtype(result.dtype))
 
-    def mark(self) -> Any:
-        """See Engine: an event on the stream."""
-        return self._context.gpu.record()
+    def timestamp(self) -> Any:
+        """Enqueue a timing event and return it."""
+        return self._context.stream.record()
 
-    def seconds(self, start: Any, end: Any) -> float:
-        """See Engine. From any thread."""
-        return self._context.run(lambda: self._context.gpu.seconds(start, end))
+    def elapsed(self, start: Any, end: Any) -> float:
+        """Return the seconds between two timing events. Waits for ``end``. May be called from any thread."""
+        return self._context.run(lambda: self._context.stream.elapsed(start, end))
 
-    def graphs(self) -> Graphs:
-        """See Engine."""
+    def graphs(self) -> BundleSessions:
+        """Return the sessions, for graphs outside the loop. Raises GeneratorClosedError if the engine is closed."""
         if self._graphs is None:
             raise GeneratorClosedError("this Generator is closed: make a new one")
         return self._graphs
 
     def close(self) -> None:
-        """See Engine."""
+        """Free the sessions and buffers, and leave the context."""
         if self._graphs is None:
             return
 
-        def give_back() -> None:
-            graphs, self._graphs, self._slots = self.graphs(), None, None
-            self._context.gpu.synchronize()
+        def free() -> None:
+            graphs, self._graphs, self._buffer_cache = self.graphs(), None, None  # dropped in this thread
+            self._context.stream.synchronize()
             graphs.end_profiling()
 
         try:
-            if self._context.lost:
-                _lost.append((self._graphs, self._slots))
+            if self._context.context_lost:
+                _leaked_on_purpose.append((self._graphs, self._buffer_cache))
             else:
-                self._context.run(give_back)
+                self._context.run(free)
         finally:
-            self._graphs = self._slots = None
+            self._graphs = self._buffer_cache = None
             self._context.release()
 
-    def _slot(self, trajectories: Sequence[Trajectory]) -> Slot:
+    def _buffers_for(self, trajectories: Sequence[Trajectory]) -> StaticBuffers:
+        """Return the static buffers for a batch of these trajectories."""
         dtypes = {name: value.dtype.type for name, value in trajectories[0].call.conditioning.items()}
-        assert self._slots is not None, "the engine is closed"
-        return self._slots.get(_key(trajectories), dtypes)
+        assert self._buffer_cache is not None, "the engine is closed"
+        return self._buffer_cache.get(_batch_shape(trajectories), dtypes)
 
-    def _load(self, slot: Slot, trajectories: Sequence[Trajectory]) -> None:
-        """Seeds and conditioning, where others stand."""
-        whose = tuple(one.state.serial for one in trajectories)
-        if slot.loaded == whose:
+    def _load_inputs(self, buffers: StaticBuffers, trajectories: Sequence[Trajectory]) -> None:
+        """Copy the seeds and conditioning into the buffers, unless they are there already."""
+        serials = tuple(one.state.serial for one in trajectories)
+        if buffers.loaded == serials:
             return
-        for name in ("seeds", *(f"given {name}" for name in trajectories[0].call.conditioning)):
-            self._gather(slot, name, trajectories)
-        slot.loaded = whose
+        for name in ("seeds", *(f"conditioning {name}" for name in trajectories[0].call.conditioning)):
+            self._gather(buffers, name, trajectories)
+        buffers.loaded = serials
 
-    def _gather(self, slot: Slot, name: str, trajectories: Sequence[Trajectory]) -> None:
-        """A tensor of each, side by side in the slot."""
-        to = slot.block.address(name)
+    def _gather(self, buffers: StaticBuffers, name: str, trajectories: Sequence[Trajectory]) -> None:
+        """Copy a tensor of each state side by side into the buffers."""
+        to = buffers.block.address(name)
         for one in trajectories:
             block = one.state.block
-            self._context.gpu.copy(to, block.address(name), block.sizes[name])
-            to += block.sizes[name]
+            self._context.stream.copy(to, block.address(name), block.nbytes[name])
+            to += block.nbytes[name]
 
-    def _combine(self, slot: Slot, trajectories: Sequence[Trajectory]) -> None:
-        """Put what the step gave together with the states, in its place. The noise is not needed any more: its place takes the result."""
-        copy, to, x = self._context.gpu.copy, slot.block.address("base"), slot.block.address("x")
+    def _combine(self, buffers: StaticBuffers, trajectories: Sequence[Trajectory]) -> None:
+        """Combine the evaluation's result in ``x_next`` with ``x`` and ``base``. ``noise`` is no longer needed and takes a copy of the result."""
+        copy, to, x = self._context.stream.copy, buffers.block.address("base"), buffers.block.address("x")
         for one in trajectories:
-            size = one.state.block.sizes["x"]
+            size = one.state.block.nbytes["x"]
             copy(to, x if one.evaluation.weights is None else one.state.block.address("base"), size)
             to, x = to + size, x + size
-        slot.block.upload({"weights": weights_of(trajectories)})
-        copy(slot.block.address("noise"), slot.block.address("x_next"), slot.block.sizes["noise"])
-        slot.combine()
+        buffers.block.upload({"weights": weights_of(trajectories)})
+        copy(buffers.block.address("noise"), buffers.block.address("x_next"), buffers.block.nbytes["noise"])
+        buffers.combine()
 
-    def _draw(self, trajectories: Sequence[Trajectory], draw: int, scale: float, to: int) -> None:
-        """Noise of one draw, in the trajectories' slot and from there to where it is wanted."""
-        slot = self._slot(trajectories)
-        self._load(slot, trajectories)
-        slot.block.upload({"draw": draw, "scale": scale})
-        slot.noise()
-        self._context.gpu.copy(to, slot.block.address("noise"), slot.block.sizes["noise"])
+    def _draw_noise(self, trajectories: Sequence[Trajectory], draw: int, scale: float, to: int) -> None:
+        """Compute the noise of one draw for a batch of these trajectories, and copy it to the address ``to``."""
+        buffers = self._buffers_for(trajectories)
+        self._load_inputs(buffers, trajectories)
+        buffers.block.upload({"draw": draw, "scale": scale})
+        buffers.noise()
+        self._context.stream.copy(to, buffers.block.address("noise"), buffers.block.nbytes["noise"])
 
-    def _decoded(self, trajectories: Sequence[Trajectory]) -> Region:
-        slot = self._slot(trajectories)
-        self._gather(slot, "x", trajectories)
-        return slot.decode()
+    def _run_decoder(self, trajectories: Sequence[Trajectory]) -> DeviceTensor:
+        """Decode the states in one batch. The next run of the decoder overwrites the result."""
+        buffers = self._buffers_for(trajectories)
+        self._gather(buffers, "x", trajectories)
+        return buffers.decode()
 
     @contextmanager
-    def _memory_for(self, trajectories: Sequence[Trajectory]) -> Iterator[None]:
-        """Where memory does not suffice, give back what is not needed, and say what would help."""
+    def _recover_from_out_of_memory(self, trajectories: Sequence[Trajectory]) -> Iterator[None]:
+        """If the device is out of memory, free what is not needed, and raise OutOfMemoryError with remedies."""
         try:
             yield
         except OutOfMemoryError as error:
             n = sum(map(len, trajectories))
-            if self._slots is not None:
-                self._slots.give_back(_key(trajectories))
-            self._context.gpu.trim()
-            remedies = ["a smaller batch", *(["half precision, dtype='fp16' or 'bf16', where the bundle has it"] if self.dtype == "fp32" else [])]
+            if self._buffer_cache is not None:
+                self._buffer_cache.release_uncaptured(_batch_shape(trajectories))
+            self._context.stream.trim()
+            remedies = ["a smaller batch", *(["half precision (dtype='fp16' or 'bf16') if the bundle has it"] if self.dtype == "fp32" else [])]
             raise OutOfMemoryError(
-                f"the memory of cuda:{self._context.index} does not suffice for a batch of {n} in {self.dtype}. "
-                f"Try {', '.join(remedies)}, or a larger gpu_mem_limit if one is set. The Generator goes on working. ({error})"
+                f"cuda:{self._context.index} is out of memory with a batch of {n} in {self.dtype}. "
+                f"Try {', '.join(remedies)}, or a larger gpu_mem_limit if one is set. The Generator is still usable. ({error})"
             ) from error
 
 
-def _times(trajectories: Sequence[Trajectory], ahead: int) -> float | NDArray[np.float64]:
-    """Of each sample."""
-    times = [(one.evaluation.t, one.evaluation.t_next)[ahead] for one in trajectories]
+def _times(trajectories: Sequence[Trajectory], index: int) -> float | NDArray[np.float64]:
+    """Return ``t`` (index 0) or ``t_next`` (index 1) of the next evaluation for each sample; a single number for a single trajectory."""
+    times = [(one.evaluation.t, one.evaluation.t_next)[index] for one in trajectories]
     return times[0] if len(times) == 1 else np.repeat(times, [len(one) for one in trajectories])
 
 
-def _key(trajectories: Sequence[Trajectory]) -> Key:
+def _batch_shape(trajectories: Sequence[Trajectory]) -> BatchShape:
+    """Return the shape of a batch of all samples of these trajectories."""
     sizes = tuple((name, value.shape[1:]) for name, value in sorted(trajectories[0].call.conditioning.items()))
     return sum(map(len, trajectories)), sizes

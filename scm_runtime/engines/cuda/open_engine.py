@@ -1,25 +1,26 @@
-"""Opens a bundle's graphs on a CUDA device, and finds out which of them are on it with all their nodes."""
+"""Open a bundle's graphs on a CUDA device, and find out which of them run there with all their nodes."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
 from scm_runtime.bundle.manifest import Dtype, Manifest
+from scm_runtime.engines.cuda.capture import DeviceSession, EngineSessions
 from scm_runtime.engines.cuda.engine import CudaEngine
-from scm_runtime.engines.cuda.options import cuda_options
-from scm_runtime.engines.cuda.slots import Graph, Graphed
 from scm_runtime.engines.cuda.thread import CudaContext
-from scm_runtime.engines.sessions import Graphs
-from scm_runtime.errors import DeviceError, InferenceError, NativeOpsError, OutOfMemoryError
-from scm_runtime.ort.session import Session, Settings
+from scm_runtime.engines.sessions import BundleSessions
+from scm_runtime.errors import DeviceError, InferenceError, InvalidArgumentError, NativeOpsError, OutOfMemoryError
+from scm_runtime.ort.open_session import open_session
+from scm_runtime.ort.options import SessionSettings
+from scm_runtime.ort.session import Session
 
-OpenSession = Callable[[Path, Settings], Session]
+OpenSession = Callable[[Path, SessionSettings], Session]
 
-# x [N, D] to [N]: 0 where all is finite, NaN where not. tests/runtime/test_cuda_engine.py holds what it was made of.
+# Graph from x [N, D] to [N]: 0 for a finite sample, otherwise NaN. tests/runtime/test_cuda_engine.py has the code that built it.
 FINITE = Path(str(files("scm_runtime") / "finite.onnx"))
 
 _log = logging.getLogger("scm_runtime")
@@ -30,80 +31,121 @@ def open_cuda_engine(
     folder: Path,
     manifest: Manifest,
     dtype: Dtype,
-    settings: Settings,
+    settings: SessionSettings,
     *,
     cuda_graph: bool = True,
     gpu_mem_limit: int | None = None,
-    open_session: OpenSession = Session,
+    open_session: OpenSession = open_session,
 ) -> CudaEngine:
-    """Open noise, step and decode, and work with them.
+    """Open the graphs of the sampling loop and return an engine that runs them.
 
     Args:
-        context: the device, stream and thread; engines share it.
-        folder: of the bundle.
-        manifest: of the bundle.
-        dtype: which graphs.
-        settings: of the sessions; the placement's first provider is CUDA's, with the caller's own options if there are any.
-        cuda_graph: whether to capture what runs again and again.
-        gpu_mem_limit: bytes that each graph's arena may take; None for all there is.
+        context: the device, stream and thread, which engines may share.
+        folder: folder of the bundle.
+        manifest: manifest of the bundle.
+        dtype: dtype of the graphs to open.
+        settings: settings of the sessions. The first provider of the placement is CUDA's, with the provider options given by the user.
+        cuda_graph: whether to capture runs as CUDA graphs.
+        gpu_mem_limit: maximum size of each session's arena in bytes; None for no limit.
         open_session: opens one graph.
 
     Raises:
-        OutOfMemoryError: the weights do not fit.
-        InferenceError, DeviceError, NativeOpsError: what ``open_session`` raises.
-        InvalidArgumentError: the provider's options name what has an argument of its own.
+        OutOfMemoryError: the weights do not fit into the device's memory.
+        InferenceError, DeviceError, NativeOpsError: ``open_session`` raised it.
+        InvalidArgumentError: the provider options contain one that is set by another argument.
     """
     opener = _Opener(context, settings, gpu_mem_limit, open_session)
-    capture = cuda_graph and context.gpu.can_capture
+    capture = cuda_graph and context.stream.can_capture
 
     def open_all() -> CudaEngine:
-        graphs = Graphs(folder, manifest, dtype, opener.open)
+        graphs = BundleSessions(folder, manifest, dtype, opener.open)
         finite = opener.open_finite()
         sessions = (graphs.noise, graphs.step, finite, graphs.decode, *([graphs.combine] if manifest.samplers else []))
-        graphed = Graphed(*(Graph(context, session, resident=_is_resident(session), capture=capture) for session in sessions))
-        return CudaEngine(context, graphs, graphed, dtype, manifest)
+        device_sessions = EngineSessions(*(DeviceSession(context, session, all_on_device=_is_all_on_device(session), capture=capture) for session in sessions))
+        return CudaEngine(context, graphs, device_sessions, dtype, manifest)
 
     return context.run(open_all)
 
 
 class _Opener:
-    def __init__(self, context: CudaContext, settings: Settings, gpu_mem_limit: int | None, open_session: OpenSession) -> None:
+    """Opens each graph fully on the device if ONNX Runtime accepts that, otherwise with some nodes on the CPU."""
+
+    def __init__(self, context: CudaContext, settings: SessionSettings, gpu_mem_limit: int | None, open_session: OpenSession) -> None:
         (provider, extra), *rest = settings.placement.providers
 
-        def settings_for(cuda_graph: bool) -> Settings:
+        def settings_for(cuda_graph: bool) -> SessionSettings:
             options = cuda_options(context.index, gpu_mem_limit=gpu_mem_limit, cuda_graph=cuda_graph, stream_handle=context.stream_handle, extra=extra)
             return replace(settings, placement=replace(settings.placement, providers=((provider, options), *rest)))
 
-        self._anyhow, self._whole = settings_for(False), settings_for(True)
+        self._with_cpu_nodes, self._fully_on_device = settings_for(False), settings_for(True)
         self._open_session = open_session
 
     def open(self, path: Path) -> Session:
         """Open a graph of the bundle."""
-        # The optional graphs are called with the host's arrays, which ONNX Runtime copies for each node as it is needed.
+        # The optional graphs run on host arrays, which ONNX Runtime copies to the device as its nodes need them.
         if path.name.startswith(("encode.", "preview.")):
-            return self._open_session(path, self._anyhow)
-        return self._open(path, self._whole, self._anyhow)
+            return self._open_session(path, self._with_cpu_nodes)
+        return self._open(path, self._fully_on_device, self._with_cpu_nodes)
 
     def open_finite(self) -> Session:
-        """Open the graph that looks for NaN and infinity. It is no part of the bundle: the cache does not know it."""
-        whole, anyhow = (replace(settings, cached=None, library=None) for settings in (self._whole, self._anyhow))
-        return self._open(FINITE, whole, anyhow)
+        """Open the graph that flags samples with NaN or infinity. It is not part of the bundle, so it is not cached."""
+        fully_on_device, with_cpu_nodes = (replace(settings, cache=None, library=None) for settings in (self._fully_on_device, self._with_cpu_nodes))
+        return self._open(FINITE, fully_on_device, with_cpu_nodes)
 
-    def _open(self, path: Path, whole: Settings, anyhow: Settings) -> Session:
-        """With all nodes on the device, or else with some on the CPU.
+    def _open(self, path: Path, fully_on_device: SessionSettings, with_cpu_nodes: SessionSettings) -> Session:
+        """Open a graph with all nodes on the device, or with some on the CPU if that fails.
 
-        ONNX Runtime refuses what cannot be on the device as a whole when it is to be ready for CUDA graphs, so it is asked to be, whether any is captured
-        or not: a run says which graph it is, or none.
+        ``enable_cuda_graph`` is set even if nothing will be captured: with it, ONNX Runtime rejects a graph that has nodes on the CPU. Each run then says
+        whether it is captured, by its ``gpu_graph_id``.
         """
         try:
-            return self._open_session(path, whole)
+            return self._open_session(path, fully_on_device)
         except (OutOfMemoryError, DeviceError, NativeOpsError):
             raise
-        except InferenceError as error:  # what is wrong otherwise comes again
-            session = self._open_session(path, anyhow)
+        except InferenceError as error:  # if there is another reason, the second attempt raises it again
+            session = self._open_session(path, with_cpu_nodes)
             _log.info("'%s' runs with copies to the CPU and back, and without CUDA graphs: %s", path.name, error)
             return session
 
 
-def _is_resident(session: Session) -> bool:
+def _is_all_on_device(session: Session) -> bool:
+    """Return True if the session was opened with all nodes on the device."""
     return session.settings.placement.providers[0][1]["enable_cuda_graph"] == "1"
+
+
+def cuda_options(
+    index: int, *, gpu_mem_limit: int | None = None, cuda_graph: bool = True, stream_handle: int, extra: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """Return the options of ONNX Runtime's CUDA provider for one session.
+
+    Args:
+        index: index of the device.
+        gpu_mem_limit: maximum size of the session's arena in bytes, without the CUDA context and the workspaces of cuDNN and cuBLAS; None for no limit.
+        cuda_graph: whether runs may be captured. If so, ONNX Runtime rejects graphs with nodes on the CPU.
+        stream_handle: handle of the stream that the session uses.
+        extra: provider options given by the user, which override the defaults.
+
+    Raises:
+        InvalidArgumentError: ``extra`` contains an option that is set by another argument.
+    """
+    arguments = {"device_id": "device", "user_compute_stream": "stream", "has_user_compute_stream": "stream", "enable_cuda_graph": "cuda_graph"}
+    for name, argument in arguments.items():
+        if name in (extra or {}) and not (name == "device_id" and str((extra or {})[name]) == str(index)):
+            raise InvalidArgumentError(f"provider_options must not contain {name}: pass {argument}= instead")
+    options = {
+        # Batch sizes vary: doubling the arena for each larger batch would waste memory.
+        "arena_extend_strategy": "kSameAsRequested",
+        # An exhaustive search runs at the first call of each shape, and each batch size is a new shape. benchmarks/cuda.py compares the two.
+        "cudnn_conv_algo_search": "HEURISTIC",
+        # fp32 is the reference for the other dtypes, and overflowing samples are repeated in it. For speed there are fp16 and bf16.
+        "use_tf32": "0",
+    }
+    if gpu_mem_limit is not None:
+        options["gpu_mem_limit"] = str(gpu_mem_limit)
+    return {
+        **options,
+        **{name: str(value) for name, value in (extra or {}).items()},
+        "device_id": str(index),
+        "user_compute_stream": str(stream_handle),  # 0 would mean no stream: the legacy default stream has the handle 1 here
+        "enable_cuda_graph": str(int(cuda_graph)),
+    }

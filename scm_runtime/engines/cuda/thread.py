@@ -1,96 +1,32 @@
-"""The one thread in which all of a Generator's CUDA work is done: ONNX Runtime keeps captured graphs a thread, and work on a stream wants an order."""
+"""The thread that does all CUDA work of a Generator.
+
+One thread, because ONNX Runtime keeps captured CUDA graphs per thread, and because work on a stream must be enqueued in order.
+"""
 
 from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from scm_runtime.common.runs import Run, RunRegistry
-from scm_runtime.engines.cuda.gpu import Gpu, is_fatal
+from scm_runtime.engines.cuda.capture_lock import CAPTURE_LOCK
+from scm_runtime.engines.cuda.stream import CudaStream, is_fatal
 from scm_runtime.errors import DeviceError, GeneratorClosedError, InferenceError
 
 Result = TypeVar("Result")
 
-
-class Captures:
-    """Lets one thread of the process capture a CUDA graph while none of the others that work for us calls CUDA.
-
-    ONNX Runtime captures in the mode in which an allocation in any thread of the process, also for another device, is an error there and spoils the
-    capture. What the host does in threads of its own we cannot hold back.
-    """
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._working = self._waiting = 0
-        self._capturing = False
-        self._here = threading.local()
-
-    @contextmanager
-    def working(self) -> Iterator[None]:
-        """A job that may call CUDA."""
-        self._enter()
-        try:
-            yield
-        finally:
-            self._leave()
-
-    @contextmanager
-    def resting(self) -> Iterator[None]:
-        """Within a job or not: while it waits for another thread's, which may want to capture."""
-        if not getattr(self._here, "working", False):
-            yield
-            return
-        self._leave()
-        try:
-            yield
-        finally:
-            self._enter()
-
-    def _enter(self) -> None:
-        with self._changed:
-            self._changed.wait_for(lambda: not self._capturing and not self._waiting)
-            self._working += 1
-        self._here.working = True
-
-    def _leave(self) -> None:
-        self._here.working = False
-        with self._changed:
-            self._working -= 1
-            self._changed.notify_all()
-
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Within a job: until the other jobs stand still, and while they do."""
-        with self._changed:
-            self._working -= 1
-            self._waiting += 1
-            self._changed.notify_all()
-            self._changed.wait_for(lambda: not self._capturing and not self._working)
-            self._waiting -= 1
-            self._capturing = True
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._capturing = False
-                self._working += 1
-                self._changed.notify_all()
-
-
-CAPTURES = Captures()
-_JOBS = RunRegistry()  # the process does not end within one: they may be in ONNX Runtime or CUDA
+_JOBS = RunRegistry()  # the end of the process waits for jobs, which may be inside ONNX Runtime or CUDA
 
 
 class _Job:
-    """Something to be done, and what came of it."""
+    """A function to be called in the thread, and its result or error."""
 
-    def __init__(self, what: Callable[[], Any], run: Run) -> None:
-        self.what: Callable[[], Any] | None = what
+    def __init__(self, function: Callable[[], Any], run: Run) -> None:
+        self.function: Callable[[], Any] | None = function
         self.run = run
-        """In flight from when it is queued to its end."""
+        """In flight from when the job is queued until it ends."""
         self.result: Any = None
         self.error: BaseException | None = None
         self.done = threading.Lock()
@@ -98,48 +34,50 @@ class _Job:
 
 
 class _Worker:
-    """What the thread knows. It does not know the context, so that a context that was dropped without close is collected, and the thread ends."""
+    """The queue and state of the thread. It has no reference to the context: a context dropped without ``close`` is collected, which ends the thread."""
 
     def __init__(self) -> None:
         self.jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self.lost: str | None = None
+        self.fatal_error: str | None = None
+        """The error after which CUDA cannot be used in this process any more."""
 
     def work(self) -> None:
         while (job := self.jobs.get()) is not None:
             try:
-                with CAPTURES.working():
-                    assert job.what is not None
-                    job.result = job.what()
-            except BaseException as error:  # noqa: BLE001 - the caller gets it
-                job.error = self._judged(error)
-            job.what = None  # may hold much, and this frame lives until the next job
+                with CAPTURE_LOCK.shared():
+                    assert job.function is not None
+                    job.result = job.function()
+            except BaseException as error:  # noqa: BLE001 - raised in the caller's thread
+                job.error = self._classify(error)
+            job.function = None  # it may hold large objects, and this frame keeps the job until the next one
             job.run.end()
             job.done.release()
             del job
 
-    def _judged(self, error: BaseException) -> BaseException:
+    def _classify(self, error: BaseException) -> BaseException:
+        """Return the error to raise in the caller's thread, and remember it if CUDA cannot recover from it."""
         if not isinstance(error, InferenceError) or not is_fatal(error):
             return error
-        self.lost = f"CUDA failed in a way that the process cannot recover from: {error} Restart the process."
-        lost = InferenceError(self.lost)
-        lost.__cause__ = error
-        return lost
+        self.fatal_error = f"CUDA failed in a way that the process cannot recover from: {error} Restart the process."
+        fatal = InferenceError(self.fatal_error)
+        fatal.__cause__ = error
+        return fatal
 
 
 class CudaContext:
-    """A device, a stream of it, and the thread that works there. Engines share it, and the last one that closes ends it."""
+    """A CUDA device, a stream and the thread that uses them. Engines share a context; closing the last engine closes it."""
 
-    def __init__(self, index: int, stream: object | None = None, *, open_gpu: Callable[[int, object | None], Gpu] = Gpu) -> None:
-        """Take a device.
+    def __init__(self, index: int, stream: object | None = None, *, open_stream: Callable[[int, object | None], CudaStream] = CudaStream) -> None:
+        """Start the thread and make the device current in it.
 
         Args:
-            index: of the device.
-            stream: the host's, see ``gpu.read_stream``; None for one of our own.
-            open_gpu: for tests.
+            index: index of the device.
+            stream: a stream owned by the caller, see ``stream.parse_stream``; None creates one.
+            open_stream: creates the stream; tests replace it.
 
         Raises:
-            InvalidArgumentError: the stream is of another device, or none.
-            MissingDependencyError: no cuda-core.
+            InvalidArgumentError: ``stream`` is not a CUDA stream, or belongs to another device.
+            MissingDependencyError: cuda-core is not installed.
             DeviceError: CUDA cannot be used.
         """
         self.index = index
@@ -150,65 +88,65 @@ class CudaContext:
         self._thread = threading.Thread(target=self._worker.work, name=f"scm-runtime cuda:{index}", daemon=True)
         self._thread.start()
         try:
-            self.gpu: Gpu = self.run(lambda: open_gpu(index, stream))
+            self.stream: CudaStream = self.run(lambda: open_stream(index, stream))
         except BaseException as error:
             self._worker.jobs.put(None)
             if isinstance(error, InferenceError):
                 raise DeviceError(f"cuda:{index} cannot be used: {error}. scm-runtime doctor shows what is missing.") from error
             raise
-        self.stream_handle = self.gpu.stream_handle
+        self.stream_handle = self.stream.stream_handle
 
     def __del__(self) -> None:
         self._worker.jobs.put(None)
 
-    def run(self, what: Callable[[], Result]) -> Result:
-        """Do it in the thread and return what it returns, or raise what it raises; within the thread, at once.
+    def run(self, function: Callable[[], Result]) -> Result:
+        """Call a function in the context's thread, and return its result or raise its error. In that thread, call it directly.
 
-        A caller that is interrupted while it waits leaves the job to end by itself.
+        If the caller is interrupted while it waits, the function still runs to its end.
 
         Raises:
             GeneratorClosedError: the context is closed.
-            InferenceError: CUDA was lost before.
+            InferenceError: CUDA failed before in a way that the process cannot recover from.
         """
         if threading.current_thread() is self._thread:
-            return what()
-        job = _Job(what, _JOBS.run(thread=self._thread.ident))
+            return function()
+        job = _Job(function, _JOBS.run(thread=self._thread.ident))
         with self._lock:
             if self._closed:
                 raise GeneratorClosedError("this Generator is closed: make a new one")
-            if self._worker.lost is not None:
-                raise InferenceError(self._worker.lost)
+            if self._worker.fatal_error is not None:
+                raise InferenceError(self._worker.fatal_error)
             job.run.begin()
             self._worker.jobs.put(job)
-        with CAPTURES.resting():
+        with CAPTURE_LOCK.released():
             job.done.acquire()
         if job.error is not None:
             try:
                 raise job.error
             finally:
-                job.error = None  # or the error would hold this frame, which holds the error
+                job.error = None  # breaks a reference cycle: the error holds this frame, which holds the job
         result: Result = job.result
         return result
 
     @property
-    def lost(self) -> bool:
-        """Whether CUDA failed in a way that the process cannot recover from."""
-        return self._worker.lost is not None
+    def context_lost(self) -> bool:
+        """True after CUDA failed in a way that the process cannot recover from."""
+        return self._worker.fatal_error is not None
 
     def retain(self) -> None:
-        """One more engine works here."""
+        """Register an engine that uses the context."""
         with self._lock:
             self._users += 1
 
     def release(self) -> None:
-        """One engine less; after the last one, end the thread, when what it has to do is done, and give the stream and the memory back."""
+        """Unregister an engine. After the last one, finish the queued jobs, close the stream and end the thread."""
         with self._lock:
             self._users -= 1
             if self._users or self._closed:
                 return
         try:
-            if not self.lost:
-                self.run(self.gpu.close)
+            if not self.context_lost:
+                self.run(self.stream.close)
         finally:
             with self._lock:
                 self._closed = True

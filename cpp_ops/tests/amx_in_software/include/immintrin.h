@@ -1,5 +1,5 @@
-// The compiler's own header, but for AMX's tiles, which are this thread's memory here. They are used as the processor would let them: once loaded with shapes,
-// until released. What a tile reads and writes is memory as any to AddressSanitizer.
+// The compiler's <immintrin.h> with AMX tiles emulated in thread-local memory. As on a processor, tiles can be used only between _tile_loadconfig and
+// _tile_release. AddressSanitizer checks the memory accesses of tile loads and stores.
 #pragma once
 
 #include_next <immintrin.h>
@@ -18,7 +18,7 @@ struct Tile {
 inline thread_local Tile tiles[8];
 
 inline Tile& tile(int i) {
-  if (tiles[i].rows == 0) std::abort();  // an illegal instruction, before shapes are loaded
+  if (tiles[i].rows == 0) std::abort();  // an illegal instruction on a processor: the tiles are not configured
   return tiles[i];
 }
 

@@ -1,4 +1,4 @@
-// Stands in for the CUDA Toolkit's header.
+// Replaces the CUDA Toolkit's cuda_bf16.h.
 #pragma once
 
 #include <cmath>

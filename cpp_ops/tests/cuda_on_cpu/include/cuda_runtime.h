@@ -1,4 +1,5 @@
-// Stands in for the CUDA Toolkit's header: what the kernels in src use of it, for machine.h. Their intrinsics are those of <cmath>: more exact than a GPU's.
+// Replaces the CUDA Toolkit's cuda_runtime.h: the functions that the kernels in src use, implemented with simulator.h. Arithmetic intrinsics call <cmath>, which
+// is more accurate than a GPU.
 #pragma once
 
 #include <cmath>
@@ -8,14 +9,14 @@
 #include <type_traits>
 #include <utility>
 
-#include "machine.h"
+#include "simulator.h"
 
 #define __host__
 #define __device__
 #define __global__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
-#define __shared__ static  // one block at a time
+#define __shared__ static  // blocks run one after another
 
 // -- Launches ----------------------------------------------------------------------------------------------------------------
 
@@ -49,17 +50,17 @@ template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
   const dim3 grid = config->gridDim, block = config->blockDim;
   if (grid.x == 0 || grid.x > 0x7fffffffu || grid.y == 0 || grid.y > 65535 || grid.z != 1) return last_error() = cudaErrorInvalidConfiguration;
-  if (machine::options.refuse_launches) return last_error() = cudaErrorLaunchFailure;
-  machine::run({grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, [=] { kernel(arguments...); });
+  if (simulator::options.refuse_launches) return last_error() = cudaErrorLaunchFailure;
+  simulator::run({grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, [=] { kernel(arguments...); });
   return cudaSuccess;
 }
 
 // -- Barriers and shuffles -----------------------------------------------------------------------------------------------------
 
-inline void __syncthreads(int site = __builtin_LINE()) { machine::block_barrier(site); }
+inline void __syncthreads(int site = __builtin_LINE()) { simulator::block_barrier(site); }
 
 inline void __syncwarp(int site = __builtin_LINE()) {
-  machine::warp_instruction(site, nullptr, [](void* const*) {});
+  simulator::warp_instruction(site, nullptr, [](void* const*) {});
 }
 
 template <typename T>
@@ -68,9 +69,9 @@ T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int site = __builtin_LI
     T value, result;
     int lane_mask;
   };
-  if (mask != 0xffffffffu) machine::fail("shuffles with a part of its warp, which this machine does not know");
+  if (mask != 0xffffffffu) simulator::fail("shuffles with a part of its warp, which the simulator does not support");
   Lane self{value, {}, lane_mask};
-  machine::warp_instruction(site, &self, [](void* const* lanes) {
+  simulator::warp_instruction(site, &self, [](void* const* lanes) {
     for (int i = 0; i < 32; ++i) {
       Lane& lane = *static_cast<Lane*>(lanes[i]);
       lane.result = static_cast<Lane*>(lanes[i ^ lane.lane_mask])->value;

@@ -1,4 +1,4 @@
-// Stands in for src/common/ptx.h, which says what the instructions do. Written from the same tables of the PTX ISA, element by element.
+// Replaces src/common/ptx.h, which documents the functions. Implements the tables of the PTX ISA element by element.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -25,9 +25,9 @@ void load_matrices_of(std::uint32_t (&r)[4], const void* row, int site) {
     const std::uint16_t* row;
     std::uint32_t* r;
   };
-  if (reinterpret_cast<std::uintptr_t>(row) % 16 != 0) machine::fail("loads a matrix from an address that is not aligned");
+  if (reinterpret_cast<std::uintptr_t>(row) % 16 != 0) simulator::fail("loads a matrix from an address that is not aligned");
   Lane self{static_cast<const std::uint16_t*>(row), r};
-  machine::warp_instruction(site, &self, [](void* const* lanes) {
+  simulator::warp_instruction(site, &self, [](void* const* lanes) {
     const auto at = [&](int matrix, int i, int j) { return std::uint32_t{static_cast<Lane*>(lanes[matrix * 8 + i])->row[j]}; };
     for (int lane = 0; lane < 32; ++lane) {
       const int g = lane / 4, t = lane % 4;
@@ -47,7 +47,7 @@ struct MultiplyAdd {
   std::uint32_t b[2];
 };
 
-// C += A B with A [16, kDepth] and B [kDepth, 8]; fill(lane, A, B) puts a lane's part into place.
+// C += A B with A [16, kDepth] and B [kDepth, 8]; fill(g, t, lane, A, B) copies a lane's elements into A and B.
 template <int kDepth, typename Fill>
 void multiply_add_warp(void* const* lanes, const Fill& fill) {
   double A[16][kDepth], B[kDepth][8];
@@ -66,7 +66,7 @@ void multiply_add_warp(void* const* lanes, const Fill& fill) {
 template <typename T>
 void multiply_add(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1, int site = __builtin_LINE()) {
   MultiplyAdd self{c, a, {b0, b1}};
-  machine::warp_instruction(site, &self, [](void* const* lanes) {
+  simulator::warp_instruction(site, &self, [](void* const* lanes) {
     multiply_add_warp<16>(lanes, [](int g, int t, const MultiplyAdd& lane, double(&A)[16][16], double(&B)[16][8]) {
       const auto half = [](std::uint32_t word, int i) { return double{to_float(T{static_cast<std::uint16_t>(word >> (16 * i))})}; };
       for (int i = 0; i < 2; ++i) {
@@ -83,10 +83,10 @@ void multiply_add(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0, 
 
 inline void multiply_add_tf32(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1, int site = __builtin_LINE()) {
   MultiplyAdd self{c, a, {b0, b1}};
-  machine::warp_instruction(site, &self, [](void* const* lanes) {
+  simulator::warp_instruction(site, &self, [](void* const* lanes) {
     multiply_add_warp<8>(lanes, [](int g, int t, const MultiplyAdd& lane, double(&A)[16][8], double(&B)[8][8]) {
       const auto number = [](std::uint32_t bits) {
-        if (bits & 0x1fffu) machine::fail("multiplies a number that is no TF32 number");
+        if (bits & 0x1fffu) simulator::fail("multiplies a number that is not a TF32 number");
         return double{float_of(bits)};
       };
       A[g][t] = number(lane.a[0]);

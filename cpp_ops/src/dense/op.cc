@@ -1,0 +1,228 @@
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <thread>
+
+#include "dense/dense.h"
+#include "ops.h"
+
+namespace scm {
+namespace {
+
+using dense::kBlock;
+using dense::kChunk;
+using dense::Params;
+using dense::Sizes;
+using dense::Strides;
+
+constexpr std::int64_t kMinChunk = 128;  // pixels; smaller chunks read the weights more often
+
+// Owns packed weights.
+class Packed {
+ public:
+  Packed() = default;
+  Packed(const Input& weight, const Strides& strides, const Sizes& sizes, bool split_bf16) {
+    constexpr std::size_t kAlignment = 4096;  // a page: consecutive tiles share no page with other data
+    const std::size_t bytes = static_cast<std::size_t>(dense::packed_size(sizes, split_bf16)) * sizeof(std::uint16_t);
+    if (bytes == 0) return;
+    data_.reset(static_cast<std::uint16_t*>(std::aligned_alloc(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment)));
+    if (!data_) throw std::bad_alloc();
+    if (weight.type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT) {
+      dense::pack(weight.as<float>(), strides, sizes, split_bf16, data_.get());
+    } else {
+      dense::pack(weight.as<float16>(), strides, sizes, split_bf16, data_.get());
+    }
+  }
+
+  const std::uint16_t* get() const { return data_.get(); }
+
+ private:
+  struct Free {
+    void operator()(std::uint16_t* data) const { std::free(data); }
+  };
+  std::unique_ptr<std::uint16_t, Free> data_;
+};
+
+// Runs the operator. Allocates the bfloat16 buffers `p.high` and, with split_bf16, `p.low`.
+template <typename T>
+void run_dense(Context& run, Params<T> p, bool split_bf16) {
+  const Sizes& s = p.sizes;
+  if (s.samples * s.height * s.width * s.out_channels == 0) return;
+  const std::size_t count = static_cast<std::size_t>(s.padded_pixels() * s.padded_in_channels());
+  const Scratch scratch = run.scratch(count * sizeof(std::uint16_t) * (split_bf16 ? 2 : 1));
+  p.high = static_cast<std::uint16_t*>(scratch.data());
+  p.low = split_bf16 ? p.high + count : nullptr;
+  const std::int64_t grain = grain_in_rows(s.row_stride() * s.padded_in_channels());
+  run.parallel(s.padded_rows(), grain, [&](std::int64_t begin, std::int64_t end) { dense::split(p, begin, end); });
+
+  const auto multiply = dense::isa() == dense::Isa::amx ? dense::multiply_amx<T> : dense::multiply_avx512_bf16<T>;
+  // A piece of work is 32 output channels of a chunk of pixels.
+  static const std::int64_t threads = std::thread::hardware_concurrency();  // the API does not tell the session's number of threads
+  const std::int64_t pixels = s.output_pixels() - s.pad() * (s.row_stride() + 1), blocks = (s.out_channels + kBlock - 1) / kBlock;
+  std::int64_t chunk = kChunk;
+  while (chunk > kMinChunk && blocks * ((pixels + chunk - 1) / chunk) < threads) chunk /= 2;
+  const std::int64_t chunks = (pixels + chunk - 1) / chunk;
+  run.parallel(blocks * chunks, 1, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t piece = begin; piece < end; ++piece) {
+      const std::int64_t pixel = piece / blocks * chunk;
+      multiply(p, piece % blocks, pixel, std::min(pixel + chunk, pixels));
+    }
+  });
+}
+
+// Base class of the dense operators (CRTP). A class `Op` derives from it and defines kName, infer() and
+//   kInChannelsAxis                                       the axis of w that is contracted with the channels of x
+//   static Sizes sizes(const Shape& x, const Shape& w)
+//   static Strides strides(const Shape& w)
+// and, if its images are channels first, kInputs and kChannelsFirst.
+template <class Op, bool kSplitBf16>
+class DenseOp {
+ public:
+  static constexpr std::array kInputs{Argument{"x"}, Argument{"w"}};
+  static constexpr bool kChannelsFirst = false;
+  static constexpr std::array kOutputs{Argument{"y"}};
+  static constexpr std::array<Inplace, 0> kInplace{};
+
+  explicit DenseOp(const Attributes& attributes) {
+    const Input w = attributes.constant(1);
+    if (!w.data) return;
+    Shape x{std::vector<Dim>(4, Dim{0}), true};  // packing depends only on the number of channels
+    x.dims[Op::kChannelsFirst ? 1 : 3] = w.shape[Op::kInChannelsAxis];
+    packed_ = Packed(w, Op::strides(w.shape), Op::sizes(x, w.shape), kSplitBf16);
+  }
+
+  template <typename T>
+  void cpu(Context& run) const {
+    const Input x = run.input(0), w = run.input(1);
+    Shapes inputs{x.shape, w.shape};
+    const T* bias = nullptr;
+    if constexpr (Op::kChannelsFirst) {
+      const Input b = run.input(2);
+      inputs.push_back(b.shape);
+      bias = b.as<T>();
+    }
+    const Shape y = static_cast<const Op*>(this)->infer(inputs)[0];
+    const Sizes sizes = Op::sizes(x.shape, w.shape);
+    Packed packed_now;  // if the weights are not constant
+    if (!packed_.get()) packed_now = Packed(w, Op::strides(w.shape), sizes, kSplitBf16);
+    const std::uint16_t* const weight = packed_.get() ? packed_.get() : packed_now.get();
+    run_dense(run, Params<T>{x.as<T>(), weight, bias, run.output<T>(0, y), sizes, Op::kChannelsFirst, nullptr, nullptr}, kSplitBf16);
+  }
+
+ private:
+  Packed packed_;
+};
+
+template <bool kSplitBf16>
+struct Conv3x3 : DenseOp<Conv3x3<kSplitBf16>, kSplitBf16> {
+  static constexpr const char* kName = "Conv3x3";
+  static constexpr std::size_t kInChannelsAxis = 1;
+  using DenseOp<Conv3x3, kSplitBf16>::DenseOp;
+
+  Shapes infer(const Shapes& inputs) const {
+    const Shape &x = inputs[0], &w = inputs[1];
+    check_rank("x", x, 4);
+    check_rank("w", w, 4);
+    check_has_channels("x", x);
+    if (!x.ranked || !w.ranked) return {Shape{{}, false}};
+    check_dim("w", w, 1, x[3], "the channels of x");
+    check_dim("w", w, 2, Dim{3}, "the kernel height");
+    check_dim("w", w, 3, Dim{3}, "the kernel width");
+    return {Shape{{x[0], x[1], x[2], w[0]}, true}};
+  }
+
+  static Sizes sizes(const Shape& x, const Shape& w) { return {x[0].value, x[1].value, x[2].value, x[3].value, w[0].value, 3}; }
+  static Strides strides(const Shape& w) { return {1, 9, 9 * w[1].value}; }
+};
+
+template <bool kSplitBf16>
+struct MatMul : DenseOp<MatMul<kSplitBf16>, kSplitBf16> {
+  static constexpr const char* kName = "MatMul";
+  static constexpr std::size_t kInChannelsAxis = 0;
+  using DenseOp<MatMul, kSplitBf16>::DenseOp;
+
+  Shapes infer(const Shapes& inputs) const {
+    const Shape &x = inputs[0], &w = inputs[1];
+    check_rank_at_least("x", x, 1);
+    check_rank("w", w, 2);
+    check_has_channels("x", x);
+    if (!x.ranked || !w.ranked) return {Shape{{}, false}};
+    check_dim("w", w, 0, x.back(), "the channels of x");
+    Shape y = x;
+    y.dims.back() = w[1];
+    return {y};
+  }
+
+  static Strides strides(const Shape& w) { return {0, w[1].value, 1}; }
+  static Sizes sizes(const Shape& x, const Shape& w) { return {1, elements(x, 0, x.rank() - 1), 1, x.back().value, w[1].value, 1}; }
+};
+
+template <bool kSplitBf16>
+struct Conv : DenseOp<Conv<kSplitBf16>, kSplitBf16> {
+  static constexpr const char* kName = "Conv";
+  static constexpr std::array kInputs{Argument{"x"}, Argument{"w"}, Argument{"b"}};
+  static constexpr bool kChannelsFirst = true;
+  static constexpr std::size_t kInChannelsAxis = 1;
+
+  explicit Conv(const Attributes& attributes) : DenseOp<Conv, kSplitBf16>(attributes), pads(attributes.integers("pads")) {
+    if (pads == std::vector<std::int64_t>(4, 0) || pads == std::vector<std::int64_t>(4, 1)) return;
+    Shape got;
+    for (const std::int64_t pad : pads) got.dims.push_back({pad});
+    throw Error{"pads must be [0, 0, 0, 0] or [1, 1, 1, 1], got " + to_string(got)};
+  }
+
+  Shapes infer(const Shapes& inputs) const {
+    const Shape &x = inputs[0], &w = inputs[1], &b = inputs[2];
+    check_rank("x", x, 4);
+    check_rank("w", w, 4);
+    check_rank("b", b, 1);
+    if (!x.ranked || !w.ranked) return {Shape{{}, false}};
+    if (x[1].value == 0) fail("x", x, "at least 1 channel");
+    check_dim("w", w, 1, x[1], "the channels of x");
+    const Dim kernel_size{2 * pads[0] + 1};
+    check_dim("w", w, 2, kernel_size, "the kernel height");
+    check_dim("w", w, 3, kernel_size, "the kernel width");
+    if (b.ranked) check_dim("b", b, 0, w[0], "the outputs");
+    return {Shape{{x[0], w[0], x[2], x[3]}, true}};
+  }
+
+  static Sizes sizes(const Shape& x, const Shape& w) { return {x[0].value, x[2].value, x[3].value, x[1].value, w[0].value, w[2].value}; }
+  static Strides strides(const Shape& w) {
+    const std::int64_t taps = w[2].value * w[3].value;
+    return {1, taps, taps * w[1].value};
+  }
+
+  std::vector<std::int64_t> pads;
+};
+
+template <template <bool> class Op, bool kSplitBf16>
+void add_dense(CustomOps& ops, const OrtApi& api) {
+  add<Op<kSplitBf16>, float, Device::cpu>(ops, api);
+  add<Op<kSplitBf16>, float16, Device::cpu>(ops, api);
+}
+
+}  // namespace
+
+bool has_dense_kernels(bool split_bf16) {
+  const dense::Isa isa = dense::isa();
+  return isa == dense::Isa::amx || (isa == dense::Isa::avx512_bf16 && !split_bf16);
+}
+
+template <bool kSplitBf16>
+void add_channels_last(CustomOps& ops, const OrtApi& api) {
+  add_dense<Conv3x3, kSplitBf16>(ops, api);
+  add_dense<MatMul, kSplitBf16>(ops, api);
+}
+
+template <bool kSplitBf16>
+void add_channels_first(CustomOps& ops, const OrtApi& api) {
+  add_dense<Conv, kSplitBf16>(ops, api);
+}
+
+template void add_channels_last<true>(CustomOps&, const OrtApi&);
+template void add_channels_last<false>(CustomOps&, const OrtApi&);
+template void add_channels_first<true>(CustomOps&, const OrtApi&);
+template void add_channels_first<false>(CustomOps&, const OrtApi&);
+
+}  // namespace scm

@@ -1,0 +1,135 @@
+"""``Options``: every option of an export, declared, documented and checked in one place.
+
+:func:`scm_export.export` takes its fields as keyword arguments; the command line has an option of the same name for each field but ``progress``.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from typing import ParamSpec, Protocol, TypeVar, cast
+
+from scm_export.choices import GRAPH_DTYPES, MIN_OPSET, OPSETS, ParametrisationName
+from scm_runtime.bundle.manifest import Dtype
+from scm_runtime.common.load_onnxruntime import load_onnxruntime
+from scm_runtime.errors import InvalidArgumentError
+
+StrPath = str | os.PathLike[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How to export a checkpoint.
+
+    Args:
+        revision: branch, tag or commit of a repository of the Hugging Face hub; None for its main branch.
+        family: how to read the checkpoint, one of ``scm_export.families.FAMILIES``; None to detect it from the checkpoint.
+        config: TOML or JSON file that describes bare tensors or a program: family, configuration, sampler, conditioning (docs/checkpoint-format.md).
+        factory: ``package.module:function``, for the family "module": returns the network that the checkpoint's tensors are loaded into. The function
+            is run. Modules are also looked for in the current folder.
+        weights: dotted key of the set of weights to export if a training checkpoint holds several (``"ema"``), or name of a network in an EDM2 pickle.
+            None for the only set, or, of several, the only one whose key names a moving average. The manifest records the key.
+        parametrisation: what the network predicts, one of ``scm_export.choices.PARAMETRISATION_NAMES``; replaces the value in the checkpoint or config.
+        trust: also open files that can only be read by running code from them: TorchScript, pickled modules, unusual ``.pt2`` files.
+        dtype: dtype of the stored weights, "fp32", "fp16" or "bf16"; None for the family's default. The last two give graphs in that dtype and fp32 graphs
+            over the same half-precision weights.
+        decoder: folder or repository of an autoencoder in diffusers' format, for latent models whose checkpoint does not contain one.
+        latents: leave the decoder out; the bundle's samples are latents.
+        with_encoder: also write the autoencoder's encoder, ``encode.*.onnx``.
+        preview_decoder: folder or repository of a small autoencoder (AutoencoderTiny), written as ``preview.*.onnx``.
+        guide: checkpoint of a worse version of a diffusion model (smaller, less trained, without classes) for autoguidance, with ``guidance_scale`` as an
+            input of the bundle. For the family edm2. It must hold one set of weights: ``weights`` does not apply to it.
+        size: height and width of the images in pixels; None for the checkpoint's own.
+        steps: step counts to compose whole samplers for, ``sample-K``; the checkpoint must have times for each. None for all counts up to 4, or the
+            smallest count if all are larger. May be empty.
+        opset: ONNX operator set, 18 to 23; None for 20, or 22 for bf16, which requires it.
+        custom_ops: keep the operators of docs/custom-ops.md as nodes, with function bodies for runtimes without the library. False replaces the nodes
+            by their bodies: standard ONNX, for other runtimes and tools.
+        force: replace an existing bundle.
+        verify: compare the bundle's samples with those of the original sampler (``scm_export.verification``).
+        atol: largest allowed absolute difference, in the scale of the state; None for the table in ``verification/tolerances.py``.
+        report: HTML file for a report of the verification with images; also written if the bundle fails it.
+        progress: called with the name of each stage when it begins.
+
+    Raises:
+        InvalidArgumentError: a value is out of range, or two options exclude each other.
+        MissingDependencyError: the bundle is to be verified, and ONNX Runtime is not installed.
+    """
+
+    revision: str | None = None
+    family: str | None = None
+    config: StrPath | None = None
+    factory: str | None = None
+    weights: str | None = None
+    parametrisation: ParametrisationName | None = None
+    trust: bool = False
+    dtype: Dtype | None = None
+    decoder: StrPath | None = None
+    latents: bool = False
+    with_encoder: bool = False
+    preview_decoder: StrPath | None = None
+    guide: StrPath | None = None
+    size: tuple[int, int] | None = None
+    steps: Sequence[int] | None = None
+    opset: int | None = None
+    custom_ops: bool = True
+    force: bool = False
+    verify: bool = True
+    atol: float | None = None
+    report: StrPath | None = None
+    progress: Callable[[str], None] = lambda stage: None
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None and self.dtype not in GRAPH_DTYPES:
+            raise InvalidArgumentError(f"dtype must be one of {', '.join(GRAPH_DTYPES)}, got {self.dtype!r}")
+        dtype = self.dtype or "fp32"
+        if self.opset is not None and self.opset not in range(MIN_OPSET[dtype], OPSETS[-1] + 1):
+            raise InvalidArgumentError(f"opset must be from {MIN_OPSET[dtype]} to {OPSETS[-1]} for {dtype}, got {self.opset}")
+        if self.atol is not None and not self.atol > 0:
+            raise InvalidArgumentError(f"atol must be above 0, got {self.atol}")
+        if self.size is not None and min(self.size) < 1:
+            raise InvalidArgumentError(f"size must be a height and a width of at least 1, got {self.size[0]}x{self.size[1]}")
+        if self.latents and self.decoder is not None and not self.with_encoder:
+            raise InvalidArgumentError(
+                "latents leaves the decoder out, but a decoder was given: give one of them (or with_encoder, which reads the decoder's folder too)"
+            )
+        if self.report is not None and not self.verify:
+            raise InvalidArgumentError("a report describes the verification, but verify is False: give one of them")
+        if self.verify:
+            load_onnxruntime()  # fail before minutes of work, not after
+
+
+# ----------------------------------------------------------------------------
+# export()'s signature is derived from Options, so that an option is declared once.
+
+P = ParamSpec("P")
+Result_co = TypeVar("Result_co", covariant=True)
+
+
+class _WithKeywords(Protocol[P, Result_co]):
+    def __call__(self, checkpoint: StrPath, out: StrPath | None = None, *args: P.args, **options: P.kwargs) -> Result_co: ...
+
+
+def options_as_keywords(
+    options_type: Callable[P, Options],
+) -> Callable[[Callable[[StrPath, StrPath | None, Options], Result_co]], _WithKeywords[P, Result_co]]:
+    """Decorator for ``function(checkpoint, out, options)``: callers pass the fields of Options as keyword arguments, with their types and defaults.
+
+    ``options_type`` is Options itself; as an argument, it gives type checkers the fields.
+    """
+
+    def decorate(function: Callable[[StrPath, StrPath | None, Options], Result_co]) -> _WithKeywords[P, Result_co]:
+        @wraps(function)
+        def with_keywords(checkpoint: StrPath, out: StrPath | None = None, *args: P.args, **options: P.kwargs) -> Result_co:
+            return function(checkpoint, out, options_type(*args, **options))
+
+        checkpoint, out, _ = inspect.signature(function).parameters.values()
+        fields = inspect.signature(options_type)
+        signature = inspect.signature(function).replace(parameters=[checkpoint, out.replace(default=None), *fields.parameters.values()])
+        with_keywords.__signature__ = signature  # type: ignore[attr-defined]  # for help() and editors
+        return cast("_WithKeywords[P, Result_co]", with_keywords)
+
+    return decorate

@@ -1,0 +1,92 @@
+"""What precedes an export: find and read the checkpoint, build its model, and check the options against both."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from scm_export.checkpoints import DiffusersFolder, open_checkpoint
+from scm_export.checkpoints.from_hub import fetch
+from scm_export.choices import DEFAULT_OPSET, MAX_COMPOSED_STEPS
+from scm_export.families import FAMILIES, BuildOptions, build_model, find_family
+from scm_export.model import ImageDecoder, Latents, Model
+from scm_export.options import Options, StrPath
+from scm_export.verification.report import check_report_path
+from scm_export.versions import check_versions, warn_about_untested_versions
+from scm_export.writer import check_destination
+from scm_runtime.bundle.checksums import sha256
+from scm_runtime.bundle.manifest import Source
+from scm_runtime.errors import InvalidArgumentError
+
+
+class Prepared(NamedTuple):
+    """A model that is ready to be exported."""
+
+    model: Model
+    destination: Path
+    source: Source
+    options: Options
+    """The given options, with a dtype."""
+
+
+def prepare(checkpoint: StrPath, out: StrPath | None, options: Options) -> Prepared:
+    """Read a checkpoint and build its model. Raises what :func:`scm_export.export` raises for a checkpoint, an option or a destination."""
+    check_versions()
+    warn_about_untested_versions()
+    found = fetch(checkpoint, options.revision, options.progress)
+    path = found.path
+    destination = found.bundle if out is None else Path(out)
+    check_destination(destination, force=options.force)
+    if options.report is not None:
+        check_report_path(Path(options.report), destination)
+    options.progress("reading the checkpoint")
+    read_options = {name: getattr(options, name) for name in ("trust", "config", "factory", "weights", "parametrisation", "progress")}
+    loaded, weights = open_checkpoint(path, **read_options)
+    family = find_family(loaded, options.family)
+    options = replace(options, dtype=options.dtype or FAMILIES[family].dtype)
+    assert options.dtype is not None
+    if reason := FAMILIES[family].refuses.get(options.dtype):
+        raise InvalidArgumentError(f"the family {family} cannot be exported in {options.dtype}: {reason}")
+    decoder, preview = (None if folder is None else fetch(folder, None, options.progress).path for folder in (options.decoder, options.preview_decoder))
+    guide, guide_source = None, None
+    if options.guide is not None:
+        guide_path = Path(options.guide)
+        guide, guide_weights = open_checkpoint(guide_path, trust=options.trust, progress=options.progress)
+        guide_source = Source(file=guide_path.name, sha256=sha256(guide_path), weights=guide_weights)
+    model = build_model(loaded, BuildOptions(decoder, options.latents, options.with_encoder, preview, guide, options.size), family)
+    _check_options_apply(model, options)
+    fingerprint = loaded.fingerprint() if isinstance(loaded, DiffusersFolder) else sha256(path)
+    return Prepared(model, destination, Source(file=found.name, sha256=fingerprint, weights=weights, guide=guide_source), options)
+
+
+def _check_options_apply(model: Model, options: Options) -> None:
+    """Raise InvalidArgumentError for options that have no effect on this model."""
+    own_pixels = isinstance(model.decoder, ImageDecoder)
+    unused = {
+        "decoder": options.decoder is not None and own_pixels,
+        "latents": options.latents and not isinstance(model.decoder, Latents),
+        "with_encoder": options.with_encoder and model.encoder is None,
+        "preview_decoder": options.preview_decoder is not None and model.preview is None,
+        "guide": options.guide is not None and model.family != "edm2",
+    }
+    if names := [name for name, is_unused in unused.items() if is_unused]:
+        why = "the samples of this model are pixels, not latents" if own_pixels and names[0] != "guide" else f"the family {model.family} has no use for it"
+        raise InvalidArgumentError(f"{names[0]} was given, but {why}. Leave it out.")
+    shape = model.output.shape
+    if options.size is not None and model.output.kind == "image" and shape[:2] != options.size:
+        raise InvalidArgumentError(f"size must be this model's own, {shape[0]}x{shape[1]}, got {options.size[0]}x{options.size[1]}")
+
+
+def composed_steps(model: Model, options: Options) -> list[int]:
+    """Step counts to compose whole samplers for; raises InvalidArgumentError for a count that the model has no times for."""
+    default = [count for count in model.times if count <= MAX_COMPOSED_STEPS] or [min(model.times)]
+    steps = sorted(set(default if options.steps is None else options.steps))
+    if unknown := sorted(set(steps) - set(model.times)):
+        raise InvalidArgumentError(f"steps must be among {sorted(model.times)}, the counts this checkpoint has times for; got {unknown}")
+    return steps
+
+
+def graph_opset(options: Options) -> int:
+    """ONNX operator set of the graphs."""
+    return options.opset or DEFAULT_OPSET[options.dtype or "fp32"]

@@ -1,0 +1,73 @@
+"""Printed output of ``scm-runtime doctor``: a report as tables."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from scm_runtime.cli.tables import facts_table
+from scm_runtime.doctor.report import Cache, Cuda, Ops, Provider, Report
+
+MARKS = {True: "[green]yes[/]", False: "[bold red]NO[/]", None: "not tried"}
+
+
+def show_report(report: Report) -> None:
+    """Print a report."""
+    console = Console()
+    versions = dict(report.versions)
+    system, onnxruntime = versions.pop("platform"), versions.pop("onnxruntime")
+    wheels = ", ".join(f"{name} {version}" for name, version in report.onnxruntime_wheels.items()) or "no wheel"
+    threads = report.threads
+    variables = "".join(f", {name}={value}" for name, value in threads.variables.items())
+    facts = {
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items() if version),
+        "platform": system or "",
+        "ONNX Runtime": f"{onnxruntime or 'none'} (wheels: {wheels})",
+        "CUDA": _cuda(report.cuda),
+        "native kernels": _ops(report.native_ops),
+        "cache": _cache(report.cache),
+        "threads": f"{threads.available} of {threads.cores} cores for this process{variables}",
+    }
+    console.print(facts_table(facts), highlight=False)
+    if report.providers:
+        table = Table("provider", "works", "ten digits, two steps")
+        for provider in report.providers:
+            table.add_row(provider.name, MARKS[provider.works], _result(provider))
+        console.print(table)
+    for problem in report.problems:
+        console.print(f"[bold red]problem:[/] {escape(problem.what)}\n  {escape(problem.reason)}", highlight=False, soft_wrap=True)
+    working = [provider.name for provider in report.providers if provider.works]
+    console.print(f"{', '.join(working)} can sample here." if report.works else "[bold red]Nothing here can sample.[/]", highlight=False)
+
+
+def _result(provider: Provider) -> str:
+    if provider.milliseconds is not None:
+        return f"{provider.milliseconds:.0f} ms"
+    return "see below" if provider.works is False else escape(provider.reason or "")
+
+
+def _cuda(cuda: Cuda) -> str:
+    lines = [f"the driver runs CUDA {cuda.driver}"] if cuda.driver else []
+    lines += [f"cuda:{gpu.index} is {gpu.name}, compute capability {gpu.compute_capability}, {gpu.memory_bytes / 2**30:.1f} GiB" for gpu in cuda.devices]
+    if found := [library.name for library in cuda.libraries if library.found]:
+        lines.append(f"found: {', '.join(found)}")
+    if missing := [library.name for library in cuda.libraries if not library.found]:
+        lines.append(f"missing: {', '.join(missing)}")
+    verdict = "usable" if cuda.usable else "not usable, see below" if cuda.libraries else f"not usable: {cuda.reason}"
+    return "\n".join([verdict, *lines])
+
+
+def _ops(ops: Ops) -> str:
+    if ops.path is None:
+        return "no library; the function bodies in the graphs run"
+    domains = ", ".join(f"{domain} {version}" for domain, version in ops.ops.items())
+    runs = ", ".join(f"{device} {'yes' if ran else 'NO'}" for device, ran in ops.runs.items()) or "nowhere tried"
+    return f"{ops.version} ({domains}), {f'CUDA {ops.cuda}' if ops.cuda else 'no CUDA kernels'}; run on: {runs}\n{ops.path}"
+
+
+def _cache(cache: Cache) -> str:
+    if cache.folder is None and cache.reason is None:
+        return "none: SCM_CACHE_DIR is empty"
+    state = "writable" if cache.writable else "not used, see below"
+    return f"{cache.folder or 'no folder'}, {state}, {cache.size_bytes / 2**20:.1f} MiB"

@@ -1,0 +1,104 @@
+"""A request in the scheduler's queue, and how its future gets its result."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, MutableMapping
+from enum import Enum, auto
+from typing import TYPE_CHECKING, Any
+
+from scm_runtime.errors import GeneratorClosedError
+from scm_runtime.samples import Samples
+from scm_runtime.sampling.loop import SamplingLoop
+from scm_runtime.sampling.request import Request
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+_log = logging.getLogger("scm_runtime")
+
+
+class RequestStatus(Enum):
+    """How far a queued request is."""
+
+    WAITING = auto()
+    """It has no state yet."""
+    RUNNING = auto()
+    """It has a state, at some step."""
+    FINISHED = auto()
+    """Its future has a result, an error, or was cancelled."""
+
+
+class QueuedRequest:
+    """A request of ``submit`` with its future. It keeps the sampling loop alive; the scheduler's thread alone does not."""
+
+    def __init__(self, loop: SamplingLoop, request: Request, future: Future[Samples], release: Callable[[], None]) -> None:
+        """Queue a request.
+
+        Args:
+            loop: computes the samples.
+            request: the call's checked arguments.
+            future: receives the samples or an error.
+            release: called once, when nothing more is computed for the request and before the future has its result.
+        """
+        self.loop, self.request, self.future = loop, request, future
+        self.status = RequestStatus.WAITING
+        self._release = release
+        self.batch_key = tuple(sorted((name, values.shape[1:]) for name, values in request.trajectory.call.conditioning.items()))
+        """Names and shapes of the conditioning. Requests with equal keys can share an evaluation."""
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return len(self.request.trajectory)
+
+    @property
+    def finished(self) -> bool:
+        """True if the future has been resolved."""
+        return self.status is RequestStatus.FINISHED
+
+    @property
+    def cancelled(self) -> bool:
+        """True if the future was cancelled and the request is not finished yet."""
+        return not self.finished and self.future.cancelled()
+
+    def resolve(self, outcome: Samples | BaseException | None) -> None:
+        """Finish the request: set the future's result or error, or nothing if it was cancelled.
+
+        Call it outside the engine's jobs and without holding a lock, because it runs code of the user: ``on_span`` and the future's callbacks.
+        """
+        if self.finished:
+            return
+        if isinstance(outcome, Samples):
+            try:
+                self.loop.emit_spans(self.request, outcome)
+            except BaseException as error:  # noqa: BLE001 - the user's on_span raised: the future gets the error
+                outcome = error
+        if isinstance(outcome, GeneratorClosedError):
+            drop_tracebacks(outcome)  # closing frees memory, even if the futures are kept
+        self.status = RequestStatus.FINISHED
+        for act in (self._release, lambda: self._set_future(outcome)):
+            try:
+                act()
+            except BaseException:  # noqa: BLE001 - closing a session or a callback of the future failed: other requests go on
+                _log.exception("A request of submit() has finished, and its cleanup or a callback of its future failed.")
+        del self.future  # a traceback's frames refer to this request: the future would keep itself and the engine alive
+
+    def _set_future(self, outcome: Samples | BaseException | None) -> None:
+        if not self.future.set_running_or_notify_cancel() or outcome is None:
+            return
+        if isinstance(outcome, BaseException):
+            self.future.set_exception(outcome)
+        else:
+            self.future.set_result(outcome)
+
+
+def resolve_all(outcomes: MutableMapping[QueuedRequest, Any]) -> None:
+    """Resolve requests with their outcomes, and remove them from the mapping."""
+    for queued in list(outcomes):
+        queued.resolve(outcomes.pop(queued))
+
+
+def drop_tracebacks(error: BaseException | None) -> None:
+    """Drop the tracebacks of an error and its causes: their frames hold the engine and its memory."""
+    while error is not None:
+        error.__traceback__, error = None, error.__cause__ or error.__context__

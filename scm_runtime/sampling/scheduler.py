@@ -1,0 +1,289 @@
+"""Continuous batching of the requests of ``submit``: one thread evaluates as many of them per step as fit into a batch.
+
+The time is an input per sample, so requests share an evaluation whatever step they are at: a new request joins at the next evaluation, and a finished one
+makes room. Requests share an evaluation if their conditioning has the same names and dynamic sizes. The oldest request is in every batch, so none starves;
+younger ones join in order of arrival if they fit. Samples do not depend on the batch that they are computed in.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar, cast
+
+from scm_runtime.common import process
+from scm_runtime.common.checks import is_int
+from scm_runtime.common.runs import closed_error
+from scm_runtime.errors import GeneratorClosedError, InferenceError, InvalidArgumentError, OutOfMemoryError
+from scm_runtime.samples import Samples
+from scm_runtime.sampling.loop import SamplingLoop, run_inline
+from scm_runtime.sampling.queued_request import QueuedRequest, RequestStatus, resolve_all
+from scm_runtime.sampling.request import Request
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+    from queue import SimpleQueue
+
+THREAD_NAME = "scm-runtime-batching"
+CALLBACK_JOIN_S, POLL_S = 0.1, 0.01  # on close: how long to wait for a running callback_on_step_end, and how often to look
+
+Result = TypeVar("Result")
+Outcomes = dict[QueuedRequest, Samples | BaseException]
+_log = logging.getLogger("scm_runtime")
+
+
+class BatchScheduler:
+    """The queue of one Generator and the thread that works on it.
+
+    The thread starts with the first request. It refers to the scheduler and to unfinished requests, but not to the Generator: while nothing is queued, the
+    Generator can be garbage-collected, and its finalizer calls ``stop_when_idle``.
+    """
+
+    def __init__(self, max_batch_size: int, max_wait: float) -> None:
+        """Make an empty queue.
+
+        Args:
+            max_batch_size: samples per batch; a larger request runs alone.
+            max_wait: seconds that the oldest request may wait for others to share its first batch.
+        """
+        from queue import SimpleQueue
+
+        self._max_batch_size, self._max_wait = max_batch_size, max_wait
+        self._limit = max_batch_size  # lowered when memory runs out, until the queue is empty
+        self._requests: list[QueuedRequest] = []  # in order of arrival; only the thread uses it
+        # New requests; None wakes the thread. SimpleQueue.put is reentrant, so the garbage collector may call it at any point.
+        self._inbox: SimpleQueue[QueuedRequest | None] = SimpleQueue()
+        self._lock = threading.RLock()  # guards the inbox and _serving; signal handlers may enter it again
+        self._serving = False  # True while a thread takes requests from the inbox
+        self._thread: threading.Thread | None = None  # the latest one
+        self._in_callback = False  # True while the thread is in a callback_on_step_end, which may wait for the thread that closes
+        self._closed = False
+        self._stopping = False
+
+    def add_request(self, loop: SamplingLoop, request: Request, release: Callable[[], None]) -> Future[Samples]:
+        """Queue a request, and start the thread if there is none.
+
+        Args:
+            loop: computes the request.
+            request: the call's checked arguments.
+            release: called once, when the request no longer needs the loop.
+
+        Returns:
+            The future of its samples.
+        """
+        from concurrent.futures import Future
+
+        future: Future[Samples] = Future()
+        queued = QueuedRequest(loop, request, future, release)
+        with self._lock:
+            if not self._serving:
+                thread = threading.Thread(target=self._serve, name=THREAD_NAME, daemon=True)
+                process.stop_at_exit(self)
+                thread.start()
+                self._thread, self._serving = thread, True  # the thread reads both under the lock
+            self._inbox.put(queued)
+        return future
+
+    def close(self) -> None:
+        """Refuse all requests, and let the thread end once it has resolved their futures. Returns at once."""
+        self._closed = True
+        self.stop_when_idle()
+
+    def stop_when_idle(self) -> None:
+        """Let the thread end once no request is left. Returns at once."""
+        self._stopping = True
+        self._inbox.put(None)
+
+    def finish(self) -> None:
+        """Work on all requests, and wait until they are finished; return at once on the scheduler's own thread."""
+        self.stop_when_idle()
+        self.join()
+
+    def join(self, timeout: float | None = None) -> None:
+        """Wait until the thread ends, for at most ``timeout`` seconds; return at once on that thread."""
+        if (thread := self._thread) is not None and not self.is_current_thread:
+            thread.join(timeout)
+
+    def join_after_close(self) -> None:
+        """Wait until the thread ends, but not long for code of the user: 0.1 s for a ``callback_on_step_end``, 5 s for other code."""
+        if (thread := self._thread) is None or self.is_current_thread:
+            return
+        start = time.monotonic()
+        while thread.is_alive() and time.monotonic() - start < (CALLBACK_JOIN_S if self._in_callback else process.CALLBACK_WAIT_S):
+            thread.join(POLL_S)
+
+    @property
+    def is_current_thread(self) -> bool:
+        """True if the caller runs on the scheduler's thread, that is, in a callback."""
+        return self._thread is threading.current_thread()
+
+    # -- The thread ------------------------------------------------------------------------------------------------------------------------------------------
+
+    def _serve(self) -> None:
+        try:
+            while self._wait_for_work():
+                self._run_step(schedule(self._requests, self._limit))
+        except BaseException as error:  # noqa: BLE001 - a bug in this module: no caller may wait forever
+            _log.exception("The thread that computes requests of submit() died; the next submit() starts another.")
+            with self._lock:
+                self._serving = False
+                self._receive_all()
+                requests, self._requests = self._requests, []
+            message = f"the thread that computes submitted requests failed, {type(error).__name__}: {error}. Submit this one again."
+            resolve_all({queued: InferenceError(message) for queued in requests})
+
+    def _wait_for_work(self) -> bool:
+        """Wait until there is something to compute. Returns False if the thread is to end."""
+        while True:
+            self._receive_all()
+            if self._closed:
+                resolve_all({queued: _closed_error(queued) for queued in self._requests})
+            resolve_all({queued: None for queued in self._requests if queued.cancelled})
+            self._drop_finished()
+            if self._requests:
+                remaining = self._remaining_wait()
+                if remaining <= 0:
+                    return True
+                self._receive(remaining)
+                continue
+            self._limit = self._max_batch_size
+            if self._stopping:
+                with self._lock:
+                    if self._inbox.empty():
+                        self._serving = False
+                        return False
+            else:
+                self._receive(None)
+
+    def _receive_all(self) -> None:
+        while not self._inbox.empty():  # only this thread takes from it
+            self._receive(0)
+
+    def _receive(self, timeout: float | None) -> None:
+        """Wait for one item of the inbox. In a method of its own, so that the waiting thread's frame refers to no request."""
+        from queue import Empty
+
+        try:
+            queued = self._inbox.get(timeout=timeout)
+        except Empty:
+            return
+        if queued is not None:
+            self._requests.append(queued)
+
+    def _remaining_wait(self) -> float:
+        """Return the seconds that the oldest request may still wait: 0 if a batch is full, requests are running, or no more can come."""
+        oldest = self._requests[0]
+        samples = sum(len(queued) for queued in self._requests if queued.batch_key == oldest.batch_key)
+        if self._stopping or samples >= self._limit or any(queued.status is RequestStatus.RUNNING for queued in self._requests):
+            return 0.0
+        return oldest.request.start + self._max_wait - time.perf_counter()
+
+    def _drop_finished(self) -> None:
+        self._requests = [queued for queued in self._requests if not queued.finished]
+
+    def _run_step(self, batch: Sequence[QueuedRequest]) -> None:
+        """Evaluate one step of a batch, and resolve the requests that it finishes."""
+        loop = batch[0].loop
+        without_callback = [queued for queued in batch if queued.request.on_step is None]
+        with_callback = [queued for queued in batch if queued.request.on_step is not None]
+        outcomes: Outcomes = {}
+
+        def job() -> None:
+            self._run_isolating_failures(_step, batch, outcomes)
+            for queued in without_callback:
+                _after_step(queued, run_inline, outcomes)
+            self._decode_done(without_callback, outcomes)
+
+        loop.engine.run(job)
+        resolve_all(outcomes)
+        for queued in with_callback:
+            self._in_callback = True
+            _after_step(queued, loop.engine.run, outcomes)
+            self._in_callback = False
+        if any(_is_done(queued, outcomes) for queued in with_callback):
+            loop.engine.run(lambda: self._decode_done(with_callback, outcomes))
+        resolve_all(outcomes)
+        self._drop_finished()
+
+    def _decode_done(self, batch: Sequence[QueuedRequest], outcomes: Outcomes) -> None:
+        """Decode the requests whose steps are done."""
+
+        def decode(done: Sequence[QueuedRequest]) -> None:
+            outcomes.update(zip(done, done[0].loop.decode_finished([queued.request for queued in done]), strict=True))
+
+        self._run_isolating_failures(decode, [queued for queued in batch if _is_done(queued, outcomes)], outcomes)
+
+    def _run_isolating_failures(self, work: Callable[[Sequence[QueuedRequest]], None], batch: Sequence[QueuedRequest], outcomes: Outcomes) -> None:
+        """Do work for a whole batch. If it fails, repeat it in halves if memory ran out, else one by one, so that only the faulty requests fail."""
+        if not batch:
+            return
+        try:
+            work(batch)
+        except BaseException as error:  # noqa: BLE001 - the future of the request that caused it gets it
+            if len(batch) == 1:
+                outcomes[batch[0]] = error
+                return
+            if isinstance(error, GeneratorClosedError):
+                outcomes.update((queued, _closed_error(queued, error.__cause__)) for queued in batch)
+                return
+            size = 1
+            if isinstance(error, OutOfMemoryError):
+                size, samples = len(batch) // 2, sum(map(len, batch))
+                self._limit = max(1, samples // 2)
+                _log.warning("Memory ran out with %d samples in one batch: going on with at most %d until the queue is empty.", samples, self._limit)
+        else:
+            return
+        for start in range(0, len(batch), size):
+            self._run_isolating_failures(work, batch[start : start + size], outcomes)
+
+
+def check_batching(max_batch_size: object, max_wait_ms: object) -> tuple[int, float]:
+    """Return the Generator's ``max_batch_size``, and ``max_wait_ms`` in seconds. Raises InvalidArgumentError if one is out of range."""
+    longest = 3_600_000
+    if not is_int(max_batch_size) or cast(int, max_batch_size) < 1:
+        raise InvalidArgumentError(f"max_batch_size must be an integer of at least 1, got {max_batch_size!r}")
+    if isinstance(max_wait_ms, bool) or not isinstance(max_wait_ms, int | float) or not 0 <= max_wait_ms <= longest:
+        raise InvalidArgumentError(f"max_wait_ms must be a number of milliseconds from 0 to {longest}, got {max_wait_ms!r}")
+    return int(cast(int, max_batch_size)), max_wait_ms / 1e3
+
+
+def schedule(requests: Sequence[QueuedRequest], limit: int) -> list[QueuedRequest]:
+    """Return the next batch: the oldest request, however large, and younger ones with the same batch key that fit into ``limit`` samples."""
+    batch, samples = [requests[0]], len(requests[0])
+    for queued in requests[1:]:
+        if queued.batch_key == requests[0].batch_key and samples + len(queued) <= limit:
+            batch.append(queued)
+            samples += len(queued)
+    return batch
+
+
+def _step(batch: Sequence[QueuedRequest]) -> None:
+    loop = batch[0].loop
+    for queued in batch:
+        if queued.status is RequestStatus.WAITING:
+            loop.start(queued.request)
+            queued.status = RequestStatus.RUNNING
+    loop.step([queued.request for queued in batch])
+
+
+def _after_step(queued: QueuedRequest, run: Callable[[Callable[[], Result]], Result], outcomes: Outcomes) -> None:
+    if queued in outcomes or queued.finished or queued.cancelled:
+        return
+    try:
+        queued.loop.after_step(queued.request, run)
+    except BaseException as error:  # noqa: BLE001 - the user's callback raised: the future gets the error
+        outcomes[queued] = error
+
+
+def _is_done(queued: QueuedRequest, outcomes: Outcomes) -> bool:
+    """Return True if a request has no step left and no outcome yet."""
+    return queued.request.trajectory.done and not queued.finished and queued not in outcomes and not queued.cancelled
+
+
+def _closed_error(queued: QueuedRequest, cause: BaseException | None = None) -> GeneratorClosedError:
+    """Return a new error for each request: raising one error twice would extend its traceback."""
+    error = closed_error("while this call ran" if queued.status is RequestStatus.RUNNING else "before this request's turn came")
+    error.__cause__ = cause
+    return error
