@@ -1,9 +1,9 @@
-# The only commands that people and CI call. Everything lands in .venv, which the first target that needs it makes.
+# The commands that people and CI call. Everything is installed in .venv, which is created by the first target that needs it.
 #
 #   make test PYTHON=python3.12        another interpreter for .venv
-#   make ops SCM_OPS_CUDA=OFF          the library for the CPU alone
+#   make ops SCM_OPS_CUDA=OFF          the native library without CUDA kernels
 #
-# A stamp is written only after its install has succeeded, so a broken download is tried again by the next call.
+# A stamp is written only after its installation has succeeded, so the next call repeats a failed one.
 
 PYTHON ?= python3
 VENV   := .venv
@@ -22,25 +22,25 @@ KERNELS  := $(shell find cpp_ops -name '.*' -prune -o -type f -print)
 
 DEMO     := demo/digits.png
 LABELS   := 0,1,2,3,4,5,6,7,8,9,0,1,2,3,4,5,6,7,8,9
-# figures.py draws what the others have measured. Large models by name: README says which command took which figures.
+# figures.py runs last: it shows the results of the others. Large models are measured by name: docs/benchmarks.md has the commands.
 BENCHES  := $(filter-out benchmarks/_% benchmarks/figures.py,$(wildcard benchmarks/*.py))
 
 .DEFAULT_GOAL := help
-.NOTPARALLEL:  # two pips must not fill one .venv at a time
+.NOTPARALLEL:  # two pips must not install into .venv at the same time
 .PHONY: help demo test test-gpu lint types floors floors-runtime ops ops-test ops-sanitize ops-tsan soak bench bench-large format dist constraints clean
 
-help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | while IFS='	' read -r name what; do printf '  make %-12s %s\n' "$$name" "$$what"; done
+help: ## show this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | while IFS='	' read -r name what; do printf '  make %-15s %s\n' "$$name" "$$what"; done
 
-demo: $(LIGHT) ## draw twenty digits with the embedded model; installs no torch
+demo: $(LIGHT) ## generate twenty digits with the embedded model; does not install torch
 	@mkdir -p $(dir $(DEMO))
 	$(BIN)/scm-runtime generate digits --labels $(LABELS) --seed 1460 --columns 10 -o $(DEMO)
 	@echo "The digits are in $(CURDIR)/$(DEMO)"
 
-test: $(FULL) $(OPS) ## run the tests, a process a core (ARGS="-k noise" to choose)
+test: $(FULL) $(OPS) ## run the tests, one process per core (ARGS="-k noise" selects)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
-lint: $(FULL) ## ruff: rules and format; import-linter: which package may import which
+lint: $(FULL) ## ruff (rules and format), import-linter, tables of docs/benchmarks.md
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/lint-imports
@@ -49,33 +49,33 @@ lint: $(FULL) ## ruff: rules and format; import-linter: which package may import
 types: $(FULL) ## mypy --strict
 	$(BIN)/mypy --strict
 
-floors: floors-runtime $(FLOORS)/.stamp-full ## install the lowest versions that pyproject.toml allows, and run the command lines, the tests of the runtime and those of each family
+floors: floors-runtime $(FLOORS)/.stamp-full ## install the lowest versions that pyproject.toml allows, and run the command lines and the tests of the runtime and of each family
 	$(call run-floors,full,tests/runtime $(EXPORT_TESTS) -n auto --dist loadfile)
 
-floors-runtime: $(FLOORS)/.stamp-runtime ## the part of it that needs no torch
+floors-runtime: $(FLOORS)/.stamp-runtime ## the part of floors that needs no torch
 	$(FLOORS)/runtime/bin/scm-runtime --help > $(FLOORS)/help.txt
 	$(FLOORS)/runtime/bin/scm-export --help > $(FLOORS)/help.txt
 	$(call run-floors,runtime,$(RUNTIME_TESTS))
 
-test-gpu: $(FULL) ## run the GPU tests, once more under compute-sanitizer where it is installed (needs onnxruntime-gpu and a CUDA build of torch in .venv)
+test-gpu: $(FULL) ## run the GPU tests, and again under compute-sanitizer if it is installed (needs onnxruntime-gpu and a CUDA build of torch in .venv)
 	$(call build-ops,ON)
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 	! command -v compute-sanitizer > /dev/null || compute-sanitizer --error-exitcode 1 $(BIN)/python -m pytest -m gpu tests/ops $(ARGS)
 
-ops: $(FULL) ## build the library of kernels and put it where .venv finds it (SCM_OPS_CUDA=ON|OFF|AUTO, OPS_FLAGS for CMake)
+ops: $(FULL) ## build the native library and install it into .venv (SCM_OPS_CUDA=ON|OFF|AUTO, OPS_FLAGS for CMake)
 	$(call build-ops,$(or $(SCM_OPS_CUDA),AUTO))
 
-ops-test: $(FULL) ## build and run the C++ tests of the library
+ops-test: $(FULL) ## build the native library and run its C++ tests
 	$(call test-ops,build/ops-test,)
 
 ops-sanitize: $(FULL) ## the same under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(call test-ops,build/sanitize,-DSCM_OPS_SANITIZE=ON)
 
-ops-tsan: $(FULL) ## build the library under ThreadSanitizer, and run what has threads
+ops-tsan: $(FULL) ## build the library under ThreadSanitizer, and run the tests that have threads
 	$(call test-ops,build/tsan,-DSCM_OPS_SANITIZE=THREAD)
 
-soak: $(FULL) $(OPS) ## use Generators in every way at once, twice for ten minutes (SECONDS=60: for one)
-	@# One arena: with one a thread, memory that is free in some and wanted in others takes an hour to stand still.
+soak: $(FULL) $(OPS) ## use Generators from many threads in every way, twice for ten minutes (SECONDS=60 for one)
+	@# With one malloc arena per thread, it takes an hour until the resident memory is constant.
 	MALLOC_ARENA_MAX=1 $(BIN)/python tests/soak/soak.py $(or $(SECONDS),600)
 
 bench: $(FULL) $(OPS) ## run every script in benchmarks/
@@ -84,7 +84,7 @@ bench: $(FULL) $(OPS) ## run every script in benchmarks/
 bench-large: $(FULL) $(OPS) ## export and run the models of 1.5 billion parameters: most of an hour, 14 GB of memory, 15 GB of disk
 	$(BIN)/python benchmarks/export.py XXL SANA-Sprint
 
-format: $(FULL) ## put the code into ruff's format and mend what it can
+format: $(FULL) ## apply ruff's format and fixes
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
@@ -92,9 +92,9 @@ dist: $(FULL) ## build the sdist and the wheel into dist/
 	rm -rf dist
 	$(BIN)/python -m build
 
-# Only torch keeps its pin: a newer one is chosen by hand, there and here. A local version (+cpu) says which build was at
-# hand, not which is needed.
-constraints: ## resolve all extras afresh and rewrite constraints.txt
+# Only torch keeps its pin, which is changed by hand. A local version (+cpu) is removed: it names the build that was installed, not the one
+# that is required.
+constraints: ## resolve all extras again and rewrite constraints.txt
 	@$(CHECK_PYTHON)
 	rm -rf build/constraints
 	mkdir -p build/constraints
@@ -107,34 +107,34 @@ constraints: ## resolve all extras afresh and rewrite constraints.txt
 	mv build/constraints/new.txt constraints.txt
 	rm -rf build/constraints
 
-clean: ## remove what was built or drawn; .venv stays
+clean: ## remove build products and generated files; keep .venv
 	rm -rf build dist demo .mypy_cache .ruff_cache .pytest_cache
 	find scm_runtime export tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
-# -- The library of kernels --------------------------------------------------------------------------------------------
+# -- The native library ------------------------------------------------------------------------------------------------
 
-# CUDA kernels take minutes to compile. An install builds none unless told to; `make ops` does where there is nvcc, and what it
-# last built is what later targets keep up to date with the sources.
+# CUDA kernels take minutes to compile. Targets that install do not build them by default; `make ops` does if there is nvcc. Later targets rebuild
+# what `make ops` last built when the sources change.
 
 GENERATOR   = $(if $(wildcard $(1)/CMakeCache.txt),,-G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja))
-# What CONTRIBUTING.md says of the environment holds for these targets as for pip.
+# The environment variables in CONTRIBUTING.md apply to these targets as they do to pip.
 HEADERS     = $(if $(ONNXRUNTIME_INCLUDE_DIR),-DONNXRUNTIME_INCLUDE_DIR=$(ONNXRUNTIME_INCLUDE_DIR)) $(if $(SCM_OPS_FETCH_HEADERS),-DSCM_OPS_FETCH_HEADERS=$(SCM_OPS_FETCH_HEADERS))
 CONFIGURE   = $(CMAKE) -S cpp_ops -B $(1) $(call GENERATOR,$(1)) -DSCM_OPS_WERROR=ON $(HEADERS)
 JOBS       ?= $(shell nproc 2> /dev/null || echo 2)
 SITE        = $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("platlib"))')
 
-# $(1): ON, OFF or AUTO, or nothing for what it was last time
+# $(1): ON, OFF or AUTO; empty for the previous value
 define build-ops
 $(call CONFIGURE,build/ops) -DCMAKE_BUILD_TYPE=Release $(if $(1),-DSCM_OPS_CUDA=$(1)) $(OPS_FLAGS)
 $(CMAKE) --build build/ops --parallel $(JOBS)
 $(CMAKE) --install build/ops --prefix "$(SITE)"
-@# An editable install that was made without the library does not look there.
+@# An editable install that was made without the library does not search that folder.
 @$(BIN)/python -c 'import sys; from scm_runtime.ort.native_ops import find_library; sys.exit(find_library() is None)' \
 	|| SCM_REQUIRE_OPS=1 SCM_OPS_CUDA=$(or $(1),OFF) $(PIP) install --no-deps -e .
 @touch $(OPS)
 endef
 
-# $(1): where; $(2): further options
+# $(1): build folder; $(2): further options
 define test-ops
 $(call CONFIGURE,$(1)) -DSCM_OPS_CUDA=$(or $(SCM_OPS_CUDA),OFF) -DSCM_OPS_TESTS=ON $(2) $(OPS_FLAGS)
 $(CMAKE) --build $(1) --parallel $(JOBS)
@@ -156,7 +156,7 @@ $(MADE):
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-# The library that pip builds is as new as its sources; where `make ops` has built another, that one is put back.
+# pip builds the library from the current sources. If `make ops` has built another one, that one is installed again.
 INSTALL = SCM_OPS_CUDA=$(or $(SCM_OPS_CUDA),OFF) $(PIP) install -c constraints.txt -e
 FRESH   = @test -e build/ops/CMakeCache.txt || touch $(OPS)
 
@@ -167,8 +167,8 @@ $(LIGHT): $(MADE) $(PACKAGE)
 
 # -- The lowest versions ------------------------------------------------------------------------------------------------
 
-# uv resolves, pip installs: of torch, pip takes the build that is at hand (CONTRIBUTING.md), and uv would download another.
-# torch has the version in constraints.txt, and so has every package that pyproject.toml does not name, where the floors allow it.
+# uv resolves and pip installs: pip uses the build of torch that is available (CONTRIBUTING.md), uv would download another. torch and packages that
+# pyproject.toml does not name have the versions in constraints.txt, if the floors allow it.
 
 LOWEST_EXTRAS  := cpu,export,hub,test
 RUNTIME_EXTRAS := cpu,hub
@@ -186,7 +186,7 @@ $(FLOORS)/pins.txt: $(FULL)
 	$(RESOLVE) -c $(FLOORS)/torch.txt $$(sed 's/==.*//; s/^/--upgrade-package /' $(FLOORS)/direct.txt) pyproject.toml -o $(FLOORS)/new.txt
 	mv $(FLOORS)/new.txt $@
 
-# $(1): name of the environment; $(2): what to install; $(3): further options for pip
+# $(1): name of the environment; $(2): extras to install; $(3): further options for pip
 define install-floors
 $(BIN)/python -m venv $(FLOORS)/$(1)
 SCM_OPS_CUDA=OFF $(FLOORS)/$(1)/bin/python -m pip --disable-pip-version-check --quiet install -c $(FLOORS)/pins.txt $(3) -e '.[$(2)]' pytest pytest-xdist
@@ -199,10 +199,10 @@ $(FLOORS)/.stamp-runtime: $(FLOORS)/pins.txt
 $(FLOORS)/.stamp-full: $(FLOORS)/pins.txt
 	$(call install-floors,full,$(LOWEST_EXTRAS))
 
-# What is run without torch is run without the library of kernels too, which takes a minute to compile.
+# The environment without torch has no native library either, which takes a minute to compile.
 WITHOUT_OPS = -C wheel.cmake=false -C wheel.platlib=false
 
-# Warnings are errors with the pinned versions only: older ones warn of their own use.
+# Warnings are errors only with the pinned versions: older ones emit warnings about their own use.
 run-floors = $(if $(filter runtime,$(1)),env -u SCM_REQUIRE_OPS) OMP_NUM_THREADS=1 $(FLOORS)/$(1)/bin/python -m pytest -W default $(2)
 
 $(FULL): $(MADE) $(PACKAGE)

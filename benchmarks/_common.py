@@ -1,4 +1,4 @@
-"""What the benchmarks share: naming the machine, interleaving the candidates, keeping the figures."""
+"""Shared by the benchmarks: description of the machine, interleaved timing, storage of results."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(os.environ.get("SCM_BENCH_RESULTS") or Path(__file__).parent / "results")
-"""One folder a machine; README shows the figures of the usual one."""
+"""Folder of the results of one machine; docs/benchmarks.md shows those of the default folder and of amd-zen4."""
 
 
 def machine() -> dict[str, object]:
-    """The hardware and the versions that the figures belong to."""
+    """Return the hardware and the package versions that results are stored with."""
     model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), platform.processor())
     versions = {name: version for name in ("numpy", "onnxruntime", "onnxruntime-gpu", "torch", "onnx") if (version := _version(name))}
     return {"cpu": model, "cores": len(os.sched_getaffinity(0)), "python": platform.python_version(), **versions}
@@ -31,7 +31,7 @@ def _version(distribution: str) -> str | None:
 
 
 def interleaved(candidates: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 2) -> dict[str, dict[str, float]]:
-    """Time candidates in turn, round after round, so that a noisy machine disturbs all alike. Milliseconds."""
+    """Time the candidates in turn, round after round, so that noise affects all alike. Returns milliseconds."""
     for _ in range(warmup):
         for run in candidates.values():
             run()
@@ -44,8 +44,8 @@ def interleaved(candidates: Mapping[str, Callable[[], object]], repeats: int, wa
     return {name: {"median_ms": statistics.median(values), "min_ms": min(values)} for name, values in times.items()}
 
 
-def earlier(name: str) -> dict[str, Any]:
-    """The figures of ``NAME.json`` in the folder of results, if they are of this machine; else none."""
+def stored_figures(name: str) -> dict[str, Any]:
+    """Return the figures of ``NAME.json`` in the results folder if they are from this machine, else an empty dict."""
     try:
         kept = json.loads((RESULTS / f"{name}.json").read_text())
     except (OSError, ValueError):
@@ -54,13 +54,13 @@ def earlier(name: str) -> dict[str, Any]:
 
 
 def save(name: str, figures: object) -> str:
-    """Write ``NAME.json`` there, and return its text."""
+    """Write ``NAME.json`` to the results folder, and return its text."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"machine": machine(), "figures": figures}, indent=2)
     (RESULTS / f"{name}.json").write_text(text + "\n")
     return text
 
 
-def keep(name: str, figures: object) -> None:
-    """Save and print."""
+def save_and_print(name: str, figures: object) -> None:
+    """Save the figures, and print them."""
     print(save(name, figures))

@@ -1,4 +1,4 @@
-"""A diffusers folder of SANA-Sprint's transformer in its full size, 1.6 billion parameters, with random weights."""
+"""Write a diffusers folder with SANA-Sprint's transformer in full size, 1.6 billion parameters, with random weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-# Of Sana_Sprint_1.6B_1024px: latents of 32 x 32 x 32, text embeddings of Gemma 2 (2B).
+# Configuration of Sana_Sprint_1.6B_1024px: latents of 32 x 32 x 32, text embeddings of Gemma 2 (2B).
 TRANSFORMER: dict[str, Any] = {
     "_class_name": "SanaTransformer2DModel",
     "in_channels": 32,
@@ -38,7 +38,7 @@ SCHEDULER = {"_class_name": "SCMScheduler", "num_train_timesteps": 1000, "predic
 
 
 def network() -> Any:
-    """The transformer without memory for its weights."""
+    """Return the transformer on the meta device, without memory for its weights."""
     from diffusers import SanaTransformer2DModel
 
     with torch.device("meta"):
@@ -46,10 +46,10 @@ def network() -> Any:
 
 
 def full_size_folder(path: Path, dtype: torch.dtype = torch.bfloat16) -> int:
-    """Write a pipeline's folder with transformer and scheduler, and return the number of parameters.
+    """Write a pipeline folder with transformer and scheduler, and return the number of parameters.
 
-    The weights, in the dtype given, are in shards of about 1 GB, one of which is in memory at a time. They are scaled so that signals keep their size
-    through the network.
+    The weights, in ``dtype``, are written in shards of about 1 GB, one of which is in memory at a time. They are scaled so that the magnitude of the signals
+    is preserved through the network.
     """
     generator = torch.Generator().manual_seed(0)
     shapes = {name: tuple(parameter.shape) for name, parameter in network().named_parameters()}
@@ -82,9 +82,9 @@ def full_size_folder(path: Path, dtype: torch.dtype = torch.bfloat16) -> int:
 def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     values = torch.randn(shape, generator=generator)
     if name.endswith("scale_shift_table"):
-        return values / math.sqrt(shape[-1])  # as diffusers begins
+        return values / math.sqrt(shape[-1])  # as diffusers initializes it
     if len(shape) == 1:
-        return values * 0.02 + (1.0 if name.endswith("weight") else 0.0)  # a norm's weight, a bias
+        return values * 0.02 + (1.0 if name.endswith("weight") else 0.0)  # weight of a norm, or a bias
     return values / math.sqrt(math.prod(shape[1:]))
 
 

@@ -1,10 +1,10 @@
-"""Where does the time of a step go? Milliseconds by kind of operator, from ONNX Runtime's profile of the step graph, batch 1.
+"""Where does the time of a step go? Milliseconds by type of operator, from ONNX Runtime's profile of the step graph, batch 1.
 
     python benchmarks/breakdown.py           XXS
     python benchmarks/breakdown.py XXS S     both
 
-Profiling itself costs some percent: compare shares. "arithmetic" is the rate of what convolutions and matrix products multiply and add, of their own time;
-``peers.json`` has the machine's ("roof").
+Profiling has an overhead of some percent: compare shares. "arithmetic" is the number of operations of convolutions and matrix products per second of their
+own time; ``peers.json`` has the machine's peak ("roof").
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import keep
+from _common import save_and_print
 from _peers.models import edm2_config, random_checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -28,12 +28,12 @@ from scm_export.families import build_model
 from scm_runtime import Generator
 
 KNOWN = ("XXS", "S")
-CALLS = {"XXS": 20, "S": 4}  # of two steps each, the first of which is not counted
+CALLS = {"XXS": 20, "S": 4}  # of two steps each; the first call is not counted
 PRODUCTS = ("Conv", "Conv3x3", "FusedConv", "MatMul", "FusedMatMul", "Gemm", "CosineAttention")
 
 
 def by_operator(profile: Path, skip: int) -> tuple[dict[str, float], float]:
-    """Milliseconds of a run by operator, and of the whole run: medians over the runs after the first few."""
+    """Return milliseconds per run by operator, and of the whole run: medians over all runs after the first ``skip``."""
     events = json.loads(profile.read_text())
     runs: list[dict[str, float]] = []
     whole: list[float] = []
@@ -60,7 +60,7 @@ def flop_of_a_step(checkpoint: Path) -> float:
 
 
 def measure(size: str) -> dict[str, Any]:
-    """With the kernels and with the function bodies."""
+    """Measure one size with the native kernels and with the function bodies."""
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -91,7 +91,7 @@ def main() -> None:
     sizes = sys.argv[1:] or KNOWN[:1]
     if unknown := sorted(set(sizes) - set(KNOWN)):
         sys.exit(f"no size {', '.join(unknown)}; there are {', '.join(KNOWN)}")
-    keep("breakdown", {size: measure(size) for size in sizes})
+    save_and_print("breakdown", {size: measure(size) for size in sizes})
 
 
 if __name__ == "__main__":

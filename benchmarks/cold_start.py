@@ -1,11 +1,11 @@
-"""From the start of a process to its first picture: what do the cache of optimised graphs and the memory of SHA-256 sums save?
+"""From the start of a process to its first image: how much time do the cache of optimized graphs and the cache of SHA-256 checksums save?
 
     python benchmarks/cold_start.py                      digits and XXS
     python benchmarks/cold_start.py "S 64x64x4"          minutes, 3 GB of memory
 
-Fresh processes, in turn, with a warm disk cache: "plain" has no cache (SCM_CACHE_DIR=""), "first" fills an empty one, "cached" finds it filled, and "cached,
-sums forgotten" finds the graphs and must hash every file. "floor" imports numpy and ONNX Runtime and stops. One sample in one step. Weights of XXS and S
-are random. ``not_shared_mib`` is the memory that a process has for itself, beside the pages of files. Rows that are not asked for stay in the results.
+New processes, in turn, with a warm disk cache: "plain" has no cache (SCM_CACHE_DIR=""), "first" fills an empty one, "cached" uses a filled one, and
+"cached, sums forgotten" finds the graphs but must hash every file. "floor" only imports NumPy and ONNX Runtime. One sample in one step. The weights of XXS
+and S are random. ``not_shared_mib`` is the private memory of a process, without file-backed pages. Rows that are not measured stay in the results.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from _common import earlier, keep
+from _common import save_and_print, stored_figures
 
 from export import in_a_process, write_checkpoint
 
@@ -50,7 +50,7 @@ def export_bundle(checkpoint: Path) -> str:
 
 
 def start(bundle: str | None, cache: Path | str) -> dict[str, float]:
-    """One process."""
+    """Run one process, and return its timings."""
     began = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, *([bundle] if bundle else [])],
@@ -64,10 +64,10 @@ def start(bundle: str | None, cache: Path | str) -> dict[str, float]:
 
 
 def measure(bundle: str, rounds: int, folder: Path) -> dict[str, Any]:
-    """Medians by way of starting."""
+    """Return the medians of each kind of start."""
     filled, empty = folder / "filled", folder / "empty"
-    start(bundle, filled)  # also brings the bundle into the disk cache
-    time.sleep(3)  # files that were written just now are not remembered
+    start(bundle, filled)  # also loads the bundle into the disk cache
+    time.sleep(3)  # the checksums of files that were just written are not cached
     start(bundle, filled)
     seen: dict[str, list[dict[str, float]]] = {"floor": [], "plain": [], "first": [], "cached, sums forgotten": [], "cached": []}
     for _ in range(rounds):
@@ -87,7 +87,7 @@ def main() -> None:
     names = sys.argv[1:] or USUAL
     if unknown := sorted(set(names) - set(ROUNDS)):
         sys.exit(f"no model {', '.join(unknown)}; there are {', '.join(ROUNDS)}")
-    figures = earlier("cold_start")
+    figures = stored_figures("cold_start")
     for name in names:
         preset = name.split()[0]
         with tempfile.TemporaryDirectory() as temporary:
@@ -97,7 +97,7 @@ def main() -> None:
                 checkpoint = in_a_process(write_checkpoint, preset, folder)
                 bundle = in_a_process(export_bundle, checkpoint)
             figures[name] = measure(bundle, ROUNDS[name], folder)
-    keep("cold_start", figures)
+    save_and_print("cold_start", figures)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What does a call cost on a GPU beyond its graphs, and which of the CUDA provider's options pay?
+"""What is the overhead of a call on a GPU, and which options of the CUDA provider are worth setting?
 
-The overhead is a call's time, seeds to pixels on the host, less the time that its graphs take when they are run over and over with nothing between; it
-is meant to be below 100 us. Options: CUDA graphs, the search for convolutions, channels last, TF32. Each with the first call of a shape, which pays for
+The overhead is the time of a call, from seeds to pixels on the host, minus the time of its graphs when they run back to back; the target is below 100 us.
+Options: CUDA graphs, the search for convolution algorithms, channels last, TF32. Each is measured together with the first call of a shape, which includes
 searching and capturing. Without a GPU nothing is measured.
 """
 
@@ -45,7 +45,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def options(bundle: str, dtypes: Sequence[Dtype], batch_sizes: Sequence[int], repeats: int) -> dict[str, Any]:
-    """Every variant in turn, round after round."""
+    """Time every variant in turn, round after round."""
     figures: dict[str, Any] = {}
     for dtype in dtypes:
         generators: dict[str, Generator] = {}
@@ -69,7 +69,7 @@ def options(bundle: str, dtypes: Sequence[Dtype], batch_sizes: Sequence[int], re
 
 
 def overhead(bundle: str, dtypes: Sequence[Dtype], batch_sizes: Sequence[int], repeats: int) -> dict[str, Any]:
-    """A call's time less its graphs' own."""
+    """Return the time of a call, of its graphs alone, and the difference."""
     figures: dict[str, Any] = {}
     folder = resolve_bundle(bundle, None).folder
     manifest, library = read_manifest(folder), find_library()
@@ -95,7 +95,7 @@ def overhead(bundle: str, dtypes: Sequence[Dtype], batch_sizes: Sequence[int], r
 
 
 def own_time_ms(engine: CudaEngine, n: int, conditioning: Mapping[str, Any]) -> dict[str, float]:
-    """Of each graph, replayed over and over."""
+    """Return the milliseconds of each graph, replayed back to back."""
     trajectory = Trajectory(Call(np.arange(n, dtype=np.int64), dict(conditioning), from_times(engine._manifest.times["2"]), None))
     engine.start(trajectory)
     engine.step([trajectory])
@@ -112,7 +112,7 @@ def own_time_ms(engine: CudaEngine, n: int, conditioning: Mapping[str, Any]) -> 
 
 
 @click.command()
-@click.option("--bundle", default="digits", help="Folder or name of a bundle that has times for two steps.")
+@click.option("--bundle", default="digits", help="Folder or name of a bundle with times for two steps.")
 @click.option("--batch-size", "batch_sizes", type=int, multiple=True, default=(1, 8, 64))
 @click.option("--repeats", default=100)
 def main(bundle: str, batch_sizes: tuple[int, ...], repeats: int) -> None:

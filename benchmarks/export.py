@@ -1,11 +1,11 @@
-"""What does an export cost, verification included? Seconds and peak memory, by size of the model; and do the largest bundles open and run on a CPU?
+"""What does an export cost, verification included? Seconds and peak memory by model size; and do the largest bundles open and run on a CPU?
 
     python benchmarks/export.py                      XXS
     python benchmarks/export.py S                    two minutes, 3 GB of memory
     python benchmarks/export.py XXL SANA-Sprint      1.5 and 1.6 billion parameters: most of an hour, 14 GB of memory, 15 GB of disk (TMPDIR)
 
-Weights are random. Every checkpoint is written, exported and sampled from in processes of their own, whose peaks are what the system reports as
-``ru_maxrss``. Rows of models that are not asked for stay in the results.
+The weights are random. Each checkpoint is written, exported and sampled in separate processes, whose peak memory is ``ru_maxrss``. Rows of models that are
+not measured stay in the results.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
 
-# Nothing large is imported here: on Linux a process counts the size of the one that started it as its own peak.
-from _common import earlier, keep
+# Nothing large is imported here: on Linux, the peak of a process includes the size of its parent when it was started.
+from _common import save_and_print, stored_figures
 
 DTYPES = {"XXS": ("fp32",), "S": ("fp32",), "XXL": ("fp32", "fp16"), "SANA-Sprint": ("bf16",)}
 USUAL = ("XXS",)
-TOKENS = 300  # of a text
+TOKENS = 300  # text length
 
 T = TypeVar("T")
 
 
 def write_checkpoint(name: str, folder: Path) -> Path:
-    """A model with random weights, which are in memory once at most."""
+    """Write a model with random weights, with at most one copy of them in memory."""
     import torch
 
     if name == "SANA-Sprint":
@@ -53,7 +53,7 @@ def write_checkpoint(name: str, folder: Path) -> Path:
 
 
 def export_bundle(checkpoint: Path, bundle: Path, dtype: str) -> dict[str, Any]:
-    """Export, and tell what it took: seconds by stage, with the peak of memory so far at the end of each."""
+    """Export, and return time and memory: seconds by stage, with the peak of memory up to the end of each."""
     start = time.perf_counter()
     from scm_export import export
 
@@ -82,7 +82,7 @@ def export_bundle(checkpoint: Path, bundle: Path, dtype: str) -> dict[str, Any]:
 
 
 def run_two_steps(bundle: Path) -> dict[str, Any]:
-    """Open a bundle's fp32 graphs and draw one sample in two steps, to its latents."""
+    """Open the fp32 graphs of a bundle and generate the latents of one sample in two steps."""
     import numpy as np
 
     from scm_runtime import Generator
@@ -112,7 +112,7 @@ def run_two_steps(bundle: Path) -> dict[str, Any]:
 
 
 def peak() -> int:
-    """Of this process so far, bytes."""
+    """Return the peak memory of this process so far, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -122,7 +122,7 @@ def in_a_process(function: Callable[..., T], *args: object) -> T:
 
 
 def measure(name: str) -> dict[str, Any]:
-    """The rows of one model, by ``name dtype``."""
+    """Return the rows of one model, by ``name dtype``."""
     rows = {}
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = in_a_process(write_checkpoint, name, Path(folder))
@@ -138,10 +138,10 @@ def main() -> None:
     names = sys.argv[1:] or USUAL
     if unknown := sorted(set(names) - set(DTYPES)):
         sys.exit(f"no model {', '.join(unknown)}; there are {', '.join(DTYPES)}")
-    rows = earlier("export")
+    rows = stored_figures("export")
     for name in names:
         rows |= measure(name)
-        keep("export", rows)
+        save_and_print("export", rows)
 
 
 if __name__ == "__main__":

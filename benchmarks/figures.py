@@ -1,10 +1,10 @@
-"""README's tables and plots, from the results.
+"""Write the tables of docs/benchmarks.md and its plots from the results.
 
     python benchmarks/figures.py             writes them
-    python benchmarks/figures.py --check     writes nothing; fails where they are not what the results give
+    python benchmarks/figures.py --check     writes nothing; fails if they do not match the results
 
-A table stands between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``; a plot in docs/images, for a light and a dark page, says which results it was
-drawn from. Checking needs no more than the standard library and click.
+A table is placed between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``. A plot is a pair of files in docs/images, for light and dark pages; each file
+records the hash of the results that it was drawn from. Checking needs only the standard library and click.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ THEMES = ("light", "dark")
 
 
 def read_results(folder: Path) -> dict[str, Any]:
-    """The results there are, by name; those of a further machine as FOLDER/NAME."""
+    """Return all results by name; those of another machine are named FOLDER/NAME."""
     return {path.relative_to(folder).with_suffix("").as_posix(): json.loads(path.read_text("utf-8")) for path in sorted(folder.rglob("*.json"))}
 
 
 def with_tables(text: str, results: dict[str, Any]) -> str:
-    """The README with every table renewed whose results there are.
+    """Return the page with every table replaced for which there are results.
 
     Raises:
-        ValueError: a table has no place in it.
+        ValueError: the page lacks the markers of a table.
     """
     for name, (source, table) in TABLES.items():
         if source not in results:
@@ -40,20 +40,20 @@ def with_tables(text: str, results: dict[str, Any]) -> str:
         before, found_begin, rest = text.partition(begin)
         _, found_end, after = rest.partition(end)
         if not (found_begin and found_end):
-            raise ValueError(f"README must have the lines '{begin}' and '{end}', between which the table of {source}.json stands")
+            raise ValueError(f"the page must contain the lines '{begin}' and '{end}', which enclose the table of {source}.json")
         text = f"{before}{begin}\n{table(results[source])}\n{end}{after}"
     return text
 
 
 def stamp(result: Any) -> str:
-    """Names the results that a plot was drawn from."""
+    """Return the text that identifies the results a plot was drawn from."""
     return "results " + hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def stale(readme: Path, images: Path, results: dict[str, Any]) -> list[str]:
-    """What is not what the results give."""
-    text = readme.read_text("utf-8")
-    found = [str(readme)] if with_tables(text, results) != text else []
+def stale_files(page: Path, images: Path, results: dict[str, Any]) -> list[str]:
+    """Return the paths of the page and the plots that do not match the results."""
+    text = page.read_text("utf-8")
+    found = [str(page)] if with_tables(text, results) != text else []
     for name, (source, _) in PLOTS.items():
         for theme in THEMES if source in results else ():
             path = images / f"{name}-{theme}.svg"
@@ -63,19 +63,19 @@ def stale(readme: Path, images: Path, results: dict[str, Any]) -> list[str]:
 
 
 @click.command(help=__doc__.split("\n")[0])
-@click.option("--check", is_flag=True, help="Write nothing; fail where something is not what the results give.")
-@click.option("--readme", type=click.Path(path_type=Path, exists=True), default=ROOT / "README.md")
+@click.option("--check", is_flag=True, help="Write nothing; fail if a table or plot does not match the results.")
+@click.option("--page", type=click.Path(path_type=Path, exists=True), default=ROOT / "docs" / "benchmarks.md")
 @click.option("--images", type=click.Path(path_type=Path), default=ROOT / "docs" / "images")
 @click.option("--results", "folder", type=click.Path(path_type=Path, exists=True), default=Path(__file__).parent / "results")
-@click.option("--png", is_flag=True, help="Also draw each plot as a PNG beside it, to look at.")
-def main(check: bool, readme: Path, images: Path, folder: Path, png: bool) -> None:
+@click.option("--png", is_flag=True, help="Also draw each plot as a PNG, for a quick look.")
+def main(check: bool, page: Path, images: Path, folder: Path, png: bool) -> None:
     results = read_results(folder)
     try:
         if check:
-            if names := stale(readme, images, results):
-                raise click.ClickException(f"not what {folder} gives: {', '.join(names)}. Renew them: python benchmarks/figures.py")
+            if names := stale_files(page, images, results):
+                raise click.ClickException(f"not what the results in {folder} give: {', '.join(names)}. Write them again: python benchmarks/figures.py")
             return
-        readme.write_text(with_tables(readme.read_text("utf-8"), results), "utf-8")
+        page.write_text(with_tables(page.read_text("utf-8"), results), "utf-8")
     except ValueError as error:
         raise click.ClickException(str(error)) from error
     images.mkdir(parents=True, exist_ok=True)

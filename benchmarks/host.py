@@ -1,11 +1,11 @@
-"""What does the host add? Four questions, on the CPU.
+"""What is the overhead of the host code? Four questions, on the CPU.
 
-"call": how long does a call of a Generator take above its graphs, the same sessions on the same inputs in a bare loop?
-"threads": do eight threads that share one Generator get their samples sooner than one that calls eight times?
-"clients": sixteen clients, each asking for one sample after another, by calls and by ``submit``: samples a second, and how long one waits.
-"memory": the most that a process of its own had resident.
+"call": how much longer does a call of a Generator take than its graphs, that is the same sessions on the same inputs in a bare loop?
+"threads": do eight threads that share one Generator finish sooner than one thread that makes eight calls?
+"clients": sixteen clients, each requesting one sample after another, by calls and by ``submit``: samples per second, and latency.
+"memory": the peak resident memory of a separate process.
 
-``--seconds`` is how long the clients of each kind ask for samples, on each bundle: more for steadier percentiles.
+``--seconds`` is the duration for each kind of client and bundle; longer gives more stable percentiles.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _common import interleaved, keep
+from _common import interleaved, save_and_print
 from _peers.models import DIGITS, edm2_config, random_checkpoint
 
 from scm_export import export
@@ -35,10 +35,10 @@ from scm_runtime.common.load_onnxruntime import load_onnxruntime
 InferenceSession = load_onnxruntime().InferenceSession
 
 CALLERS, CLIENTS = 8, 16
-ROUNDS = 3  # in which the clients' kinds take turns
-# How clients ask: by calls, or by submit with (max_wait_ms, max_batch_size).
+ROUNDS = 3  # in which the kinds of clients take turns
+# Kinds of clients: direct calls (None), or submit with (max_wait_ms, max_batch_size).
 MODES = {"calls": None} | {f"submit, max_wait_ms {wait}, max_batch_size {size}": (wait, size) for wait in (0, 2) for size in (8, 16)}
-Ask = Callable[[int], Samples]  # for one sample with this seed
+Request = Callable[[int], Samples]  # requests one sample with this seed
 MEMORY = """
 import json, sys, time
 import numpy, onnxruntime
@@ -59,11 +59,11 @@ print(json.dumps(figures))
 
 
 # ----------------------------------------------------------------------------
-# A call, and its graphs alone
+# A call, and only its graphs
 
 
 def graphs_of(call: Callable[[], object]) -> Callable[[], Any]:
-    """A loop over what a call runs in ONNX Runtime: the same sessions, the same inputs, nothing else. It returns the last graph's output."""
+    """Return a loop over the ONNX Runtime calls that ``call`` makes: the same sessions and inputs, nothing else. It returns the output of the last graph."""
     runs, run = [], InferenceSession.run
 
     def record(session: Any, *arguments: Any) -> Any:
@@ -84,8 +84,8 @@ def graphs_of(call: Callable[[], object]) -> Callable[[], Any]:
     return loop
 
 
-def above_the_graphs(bundle: Path | str, repeats: int) -> dict[str, Any]:
-    with Generator(bundle, threads=1) as generate:  # one thread: what is measured is Python
+def call_overhead(bundle: Path | str, repeats: int) -> dict[str, Any]:
+    with Generator(bundle, threads=1) as generate:  # one thread, to measure the Python code
 
         def call() -> Samples:
             return generate(0, seed=7, num_inference_steps=2, output_type="np")
@@ -100,15 +100,15 @@ def above_the_graphs(bundle: Path | str, repeats: int) -> dict[str, Any]:
 # Threads and clients
 
 
-def shared_by_threads(bundle: Path, repeats: int) -> dict[str, Any]:
-    def ask(seed: int) -> Samples:
+def measure_threads(bundle: Path, repeats: int) -> dict[str, Any]:
+    def request(seed: int) -> Samples:
         return generate(0, seed=seed, output_type="np")
 
     with Generator(bundle) as generate, ThreadPoolExecutor(CALLERS) as pool:
         found = interleaved(
             {
-                f"{CALLERS} calls in turn": lambda: [ask(seed) for seed in range(CALLERS)],
-                f"{CALLERS} threads": lambda: list(pool.map(ask, range(CALLERS))),
+                f"{CALLERS} calls in turn": lambda: [request(seed) for seed in range(CALLERS)],
+                f"{CALLERS} threads": lambda: list(pool.map(request, range(CALLERS))),
                 f"one call of {CALLERS}": lambda: generate(0, seed=0, batch_size=CALLERS, output_type="np"),
             },
             repeats,
@@ -116,18 +116,18 @@ def shared_by_threads(bundle: Path, repeats: int) -> dict[str, Any]:
     return {**found, "in turn / threads": found[f"{CALLERS} calls in turn"]["median_ms"] / found[f"{CALLERS} threads"]["median_ms"]}
 
 
-def asked_by_clients(ask: Ask, seconds: float) -> tuple[list[float], float]:
-    """Latencies in ms of all requests, and how long it took from the first question to the last answer, in seconds."""
+def run_clients(request: Request, seconds: float) -> tuple[list[float], float]:
+    """Return the latencies of all requests in ms, and the time from the first request to the last result in seconds."""
     latencies: list[float] = []
     begin = threading.Barrier(CLIENTS + 1)
 
     def client(number: int) -> None:
         begin.wait()
-        asked = 0
+        count = 0
         while (now := time.perf_counter()) < end:
-            ask(number * 1_000_000 + asked)
+            request(number * 1_000_000 + count)
             latencies.append((time.perf_counter() - now) * 1e3)
-            asked += 1
+            count += 1
 
     clients = [threading.Thread(target=client, args=(number,)) for number in range(CLIENTS)]
     for thread in clients:
@@ -140,8 +140,8 @@ def asked_by_clients(ask: Ask, seconds: float) -> tuple[list[float], float]:
     return latencies, time.perf_counter() - start
 
 
-def served_to_clients(bundle: Path, seconds: float) -> dict[str, Any]:
-    def open_for(stack: ExitStack, batching: tuple[int, int] | None) -> Ask:
+def measure_clients(bundle: Path, seconds: float) -> dict[str, Any]:
+    def open_for(stack: ExitStack, batching: tuple[int, int] | None) -> Request:
         if batching is None:
             generate = stack.enter_context(Generator(bundle))
             return lambda seed: generate(0, seed=seed, output_type="np")
@@ -150,12 +150,12 @@ def served_to_clients(bundle: Path, seconds: float) -> dict[str, Any]:
         return lambda seed: merging.submit(0, seed=seed, output_type="np").result()
 
     with ExitStack() as stack:
-        asks = {name: open_for(stack, batching) for name, batching in MODES.items()}
-        latencies: Mapping[str, list[float]] = {name: [] for name in asks}
-        spent = dict.fromkeys(asks, 0.0)
-        for turn in range(ROUNDS + 1):  # the first, short, is a warm-up
-            for name, ask in asks.items():
-                found, took = asked_by_clients(ask, seconds / ROUNDS if turn else 0.5)
+        requests = {name: open_for(stack, batching) for name, batching in MODES.items()}
+        latencies: Mapping[str, list[float]] = {name: [] for name in requests}
+        spent = dict.fromkeys(requests, 0.0)
+        for turn in range(ROUNDS + 1):  # the first turn is short, a warm-up
+            for name, request in requests.items():
+                found, took = run_clients(request, seconds / ROUNDS if turn else 0.5)
                 if turn:
                     latencies[name].extend(found)
                     spent[name] += took
@@ -171,7 +171,7 @@ def _percentiles(values: list[float]) -> dict[str, float]:
 
 
 def peak_memory(bundle: Path, streamed: int) -> dict[str, float]:
-    """MiB."""
+    """Return the peak memory in MiB after each stage."""
     done = subprocess.run([sys.executable, "-c", MEMORY, str(bundle), str(streamed)], check=True, capture_output=True, text=True)
     return {name: round(value, 1) for name, value in json.loads(done.stdout).items()}
 
@@ -185,12 +185,12 @@ def main() -> None:
         bundles = {name: export(path, Path(folder) / f"{path.stem}.scm", verify=False, steps=()).path for name, path in checkpoints.items()}
         digits, xxs = bundles
         figures = {
-            "call": {digits: above_the_graphs(bundles[digits], 500)},  # of larger graphs, noise hides it
-            "threads": {digits: shared_by_threads(bundles[digits], 40), xxs: shared_by_threads(bundles[xxs], 8)},
-            "clients": {name: served_to_clients(bundle, seconds) for name, bundle in bundles.items()},
+            "call": {digits: call_overhead(bundles[digits], 500)},  # for larger graphs the noise is larger than the overhead
+            "threads": {digits: measure_threads(bundles[digits], 40), xxs: measure_threads(bundles[xxs], 8)},
+            "clients": {name: measure_clients(bundle, seconds) for name, bundle in bundles.items()},
             "memory, MiB": {digits: peak_memory(bundles[digits], 1000), xxs: peak_memory(bundles[xxs], 64)},
         }
-    keep("host", figures)
+    save_and_print("host", figures)
 
 
 if __name__ == "__main__":

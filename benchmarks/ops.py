@@ -3,10 +3,10 @@
     python benchmarks/ops.py [--device cpu|cuda] [--only operators|steps] [--size XXS] [--size S]
 
 Operators: the same single-node graph runs in ONNX Runtime with the library (kernel) and without (body); PyTorch runs the reference function.
-Bandwidth counts inputs and outputs once, as a share of what copying a tensor of 256 MB reaches. Steps: EDM2 with sCM's changes and random
-weights, batch 1: the exported step with the library and without, a plain export of the same network that knows no scm operators, PyTorch eager.
-XXS, or the sizes that are named: S takes minutes. Rows that are not asked for stay in the results. All candidates are interleaved; ratios are of
-medians, "x" means so many times faster with the library.
+Bandwidth counts inputs and outputs once, relative to the bandwidth of copying a tensor of 256 MB. Steps: EDM2 with sCM's changes and random
+weights, batch 1: the exported step with the library and without, a plain export of the same network without scm operators, PyTorch eager. By
+default only XXS; S takes minutes. Rows that are not measured stay in the results. All candidates are interleaved; ratios are of medians, and
+"x" is the time of the other candidate divided by that of the library.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from _common import earlier, interleaved, keep
+from _common import interleaved, save_and_print, stored_figures
 from _peers.models import random_checkpoint
 from onnx import helper
 
@@ -45,7 +45,7 @@ BIG = 64 << 20  # bytes of one tensor: far larger than any cache
 
 @dataclass(frozen=True)
 class Case:
-    """One operator on inputs of one size: what the graph takes and what PyTorch calls."""
+    """One operator on inputs of one size: inputs and attributes of the node, and the PyTorch function."""
 
     operator: str
     size: str
@@ -56,7 +56,7 @@ class Case:
 
 
 def cases(device: str) -> list[Case]:
-    """Every operator on the tensors of a batch-1 step and on tensors of 64 MB; attention on the lengths the networks have."""
+    """Return every operator with the tensors of a step at batch 1 and with tensors of 64 MB; attention with the lengths of the networks."""
     dtype = torch.float32 if device == "cpu" else torch.float16
     found = []
     for size, (n, side, c) in {"step": (1, 32, 128), "64 MB": (1, 256, BIG // (256 * 256 * dtype.itemsize))}.items():
@@ -110,11 +110,11 @@ def cases(device: str) -> list[Case]:
 def session(model: onnx.ModelProto | Path, device: str, *, native: bool) -> Any:
     options = ort.SessionOptions()
     options.log_severity_level = 4
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # or it takes the cores of whatever runs next
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # spinning threads would slow down the next candidate
     if native:
         library = find_library()
         if library is None:
-            raise SystemExit("there is no library of operators: make ops")
+            raise SystemExit("the native library is not installed: make ops")
         options.register_custom_ops_library(str(library.path))
     data = str(model) if isinstance(model, Path) else model.SerializeToString()
     provider = "CUDAExecutionProvider" if device == "cuda" else "CPUExecutionProvider"
@@ -125,7 +125,7 @@ def session(model: onnx.ModelProto | Path, device: str, *, native: bool) -> Any:
 
 
 def bound(run: Any, inputs: dict[str, torch.Tensor], device: str) -> Callable[[], None]:
-    """The session on inputs that lie where it works; outputs are allocated there too, as inside a larger graph."""
+    """Return a run of the session with inputs on its device. Outputs are allocated there too, as inside a larger graph."""
     binding = run.io_binding()
     for name, tensor in inputs.items():
         element = helper.np_dtype_to_tensor_dtype(np.dtype(str(tensor.dtype).removeprefix("torch.")))
@@ -141,7 +141,7 @@ def bound(run: Any, inputs: dict[str, torch.Tensor], device: str) -> Callable[[]
 
 
 def node_model(case: Case) -> onnx.ModelProto:
-    """A graph of the operator alone, with its function body."""
+    """Return a model with a single node of the operator, and its function body."""
     name = case.operator.split(",")[0]
     inputs, outputs = [f"i{k}" for k in range(len(case.inputs))], [f"o{k}" for k in range(case.outputs)]
     types = [helper.np_dtype_to_tensor_dtype(np.dtype(str(x.dtype).removeprefix("torch."))) for x in case.inputs]
@@ -166,7 +166,7 @@ def torch_call(run: Callable[..., object], inputs: tuple[torch.Tensor, ...], dev
 
 
 def copy_bandwidth(device: str) -> float:
-    """GB/s of reading and writing one large tensor."""
+    """Return the bandwidth of copying a large tensor in GB/s, bytes read and written."""
     a = torch.ones(COPY_BYTES, dtype=torch.uint8, device=device)
     b = torch.empty_like(a)
     times = []
@@ -214,12 +214,12 @@ SIZES: dict[str, tuple[UNetConfig, int]] = {
     "XXS 32x32x4": (replace(PRESETS["XXS"], img_resolution=32, time_embedding="positional", modulation="scale-shift"), 20),
     "S 64x64x4": (replace(PRESETS["S"], time_embedding="positional", modulation="scale-shift"), 10),
 }
-"""Of the steps: the network, and how often each candidate runs."""
+"""Sizes of the steps: the network, and the number of runs of each candidate."""
 
 
 def steps(device: str, sizes: list[str]) -> dict[str, Any]:
-    """Whole steps. "plain" is what torch.onnx.export makes of the network when its operators are traced through."""
-    figures = earlier(f"ops-steps-{device}")
+    """Time whole steps. "plain" is the result of torch.onnx.export if it traces through the operators."""
+    figures = stored_figures(f"ops-steps-{device}")
     for name, (config, repeats) in SIZES.items():
         if name.split()[0] not in sizes:
             continue
@@ -259,9 +259,9 @@ def main() -> None:
     parser.add_argument("--size", choices=[name.split()[0] for name in SIZES], action="append")
     chosen = parser.parse_args()
     if chosen.only != "steps":
-        keep(f"ops-{chosen.device}", operators(chosen.device))
+        save_and_print(f"ops-{chosen.device}", operators(chosen.device))
     if chosen.only != "operators":
-        keep(f"ops-steps-{chosen.device}", steps(chosen.device, chosen.size or ["XXS"]))
+        save_and_print(f"ops-steps-{chosen.device}", steps(chosen.device, chosen.size or ["XXS"]))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""What does one of ONNX Runtime's session options gain on the CPU? Two steps with our default and with the option set.
+"""What is the effect of one of ONNX Runtime's session options on the CPU? Two steps with scm_runtime's default and with the option set.
 
-Times are taken in turns in one process, peak memory in one process each.
+Times are measured in turns in one process, peak memory in one process each.
 
     python benchmarks/session_options.py                                                    enable_mem_pattern=true on the small consistency model
     python benchmarks/session_options.py enable_mem_pattern=true --sizes XXS,SANA-Sprint,CM,LCM
 
-The value is JSON; the figures go to ``session_options.json``.
+The value is JSON; the results are written to ``session_options.json``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from _common import earlier, interleaved, keep
+from _common import interleaved, save_and_print, stored_figures
 from _peers.case import Case
 from _peers.ours import open_generator
 from _peers.sizes import SIZES
@@ -25,7 +25,7 @@ from peers import prepared
 
 THREADS = 2
 CALLS = 4
-# VmHWM, since ru_maxrss begins with the size of the process that started this one.
+# VmHWM, because ru_maxrss includes the size of the parent process.
 PEAK = f"""
 import json, pathlib, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
@@ -39,13 +39,13 @@ print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.st
 
 
 def peak_mb(folder: Path, n: int, options: dict[str, object]) -> int:
-    """Of a process that opens the model and draws a few times."""
+    """Return the peak memory in MB of a process that opens the model and samples a few times."""
     command = [sys.executable, "-c", PEAK, str(folder), str(n), json.dumps(options)]
     return round(int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1]) * 1024 / 1e6)
 
 
 def measure(case: Case, n: int, changed: dict[str, object], seconds: float) -> dict[str, Any]:
-    """Milliseconds and megabytes, by default and changed."""
+    """Return milliseconds and megabytes with the default and with the changed option."""
     candidates: dict[str, dict[str, object]] = {"default": {}, "changed": changed}
     draws = {name: open_generator(case, n, THREADS, "cpu", session_options=options) for name, options in candidates.items()}
     once = sum(times["median_ms"] for times in interleaved(draws, repeats=2).values()) / 1e3
@@ -55,9 +55,9 @@ def measure(case: Case, n: int, changed: dict[str, object], seconds: float) -> d
 
 @click.command(help=__doc__.split("\n")[0])
 @click.argument("option", default="enable_mem_pattern=true")
-@click.option("--sizes", default="CM", show_default=True, help=f"Of {', '.join(SIZES)}.")
+@click.option("--sizes", default="CM", show_default=True, help=f"Any of {', '.join(SIZES)}.")
 @click.option("--batch-sizes", default="1,8", show_default=True)
-@click.option("--seconds", default=10.0, show_default=True, help="For the time of each model and batch size.")
+@click.option("--seconds", default=10.0, show_default=True, help="Duration of the timing of each model and batch size.")
 def main(option: str, sizes: str, batch_sizes: str, seconds: float) -> None:
     name, _, value = option.partition("=")
     try:
@@ -67,13 +67,13 @@ def main(option: str, sizes: str, batch_sizes: str, seconds: float) -> None:
     batches = [int(n) for n in batch_sizes.split(",")]
     if unknown := set(sizes.split(",")) - set(SIZES):
         raise click.BadParameter(f"there is no size {', '.join(sorted(unknown))}; there are: {', '.join(SIZES)}")
-    figures = earlier("session_options")
+    figures = stored_figures("session_options")
     rows = figures.setdefault(option, {})
     for size in sizes.split(","):
         with prepared(size, max(batches), 2, "cpu", None) as case:
             for n in batches:
                 rows[f"{size}, batch {n}"] = measure(case, n, changed, seconds)
-    keep("session_options", figures)
+    save_and_print("session_options", figures)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How long does a host wait? The import on top of numpy and ONNX Runtime, and from process start to the first digit on disk."""
+"""How long does a host wait? The import in addition to NumPy and ONNX Runtime, and the time from process start to the first digit on disk."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from _common import keep
+from _common import save_and_print
 
 ROUNDS = 15
 BASE = "import numpy, onnxruntime"
@@ -28,7 +28,7 @@ def main() -> None:
         programs = {name: [sys.executable, "-c", code.format(out=out)] for name, code in PROGRAMS.items()}
         programs["scm-runtime generate"] = [sys.executable, "-m", "scm_runtime.cli", "generate", "digits", "-o", str(out), "--labels", "3"]
         times: dict[str, list[float]] = {name: [] for name in programs}
-        # As pip leaves it: compiled. The first round fills the disk cache.
+        # With compiled bytecode, as pip installs it. The first round fills the disk cache.
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
         for _ in range(ROUNDS + 1):
             for name, command in programs.items():
@@ -37,7 +37,7 @@ def main() -> None:
                 times[name].append((time.perf_counter() - start) * 1e3)
         medians = {name: statistics.median(values[1:]) for name, values in times.items()}
     with_ours, base = medians["numpy + onnxruntime + scm_runtime"], medians["numpy + onnxruntime"]
-    keep("startup", {"median_ms": medians, "import scm_runtime adds, ms": with_ours - base})
+    save_and_print("startup", {"median_ms": medians, "import scm_runtime adds, ms": with_ours - base})
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""How much sooner is a picture there than from the diffusion teacher? One and two steps against its 63 evaluations, same machine, same runtime.
+"""How much faster is the student than its diffusion teacher? One and two steps against 63 evaluations, on the same machine, in the same runtime.
 
     python benchmarks/teacher.py                 digits and XXS
-    python benchmarks/teacher.py S XXL           half a minute and four a sample of the teacher; XXL takes 18 GB of memory
+    python benchmarks/teacher.py S XXL           0.5 and 4 minutes per sample of the teacher; XXL takes 18 GB of memory
 
-The student is an EDM2 network with sCM's changes, the teacher one of the same size as published; weights are random, but of digits, whose student stands in
-for its own teacher. Both are bundles in scm_runtime, drawn in turn, seeds to pixels or latents at batch 1. The teacher's sampler is DPM-Solver-2S in 32
-steps: 63 evaluations. Where it is guided it evaluates two networks, and takes twice the time again. Rows that are not asked for stay in the results.
+The student is an EDM2 network with sCM's changes, the teacher an EDM2 network of the same size. The weights are random, except for digits, whose student's
+weights serve as the teacher's too. Both are bundles in scm_runtime and run in turn, from seeds to pixels or latents, at batch 1. The teacher's sampler is
+DPM-Solver-2S in 32 steps: 63 evaluations. With guidance it would evaluate two networks and take twice as long. Rows that are not measured stay in the
+results.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from typing import Any
 
 import msgspec
 import torch
-from _common import earlier, keep
+from _common import save_and_print, stored_figures
 from _peers.models import DIGITS, edm2_config, random_checkpoint
-from _peers.sizes import BASE_BYTES, SIZES, available_bytes, lacking, preparing_bytes
+from _peers.sizes import BASE_BYTES, SIZES, available_bytes, memory_shortage, preparing_bytes
 
 from export import in_a_process
 from scm_export import export
@@ -36,7 +37,7 @@ from scm_runtime import Generator
 SAMPLER, STEPS = "dpm-solver-2s", 32
 EVALUATIONS = 2 * STEPS - 1
 KNOWN, USUAL = ("digits", "XXS", "S", "XXL"), ("digits", "XXS")
-SECONDS = 12.0  # of rounds; one at least
+SECONDS = 12.0  # duration of the rounds; at least one round
 
 
 def write_student(size: str, folder: Path) -> Path:
@@ -44,7 +45,7 @@ def write_student(size: str, folder: Path) -> Path:
 
 
 def write_teacher(size: str, folder: Path) -> Path:
-    """A diffusion model of the same size."""
+    """Write a diffusion model of the same size."""
     path = folder / "teacher.pt"
     if size == "digits":
         student = load_checkpoint(DIGITS)
@@ -60,7 +61,7 @@ def write_teacher(size: str, folder: Path) -> Path:
 
 
 def make_bundle(write: Callable[[str, Path], Path], size: str, folder: Path, name: str) -> Path:
-    """Write a checkpoint and export it; in a process of its own."""
+    """Write a checkpoint and export it. Runs in a separate process."""
     checkpoint = write(size, folder)
     bundle = export(checkpoint, folder / f"{name}.scm", verify=False, steps=()).path
     if checkpoint.parent == folder:
@@ -69,20 +70,20 @@ def make_bundle(write: Callable[[str, Path], Path], size: str, folder: Path, nam
 
 
 def measure(student: Generator, teacher: Generator, seconds: float) -> dict[str, Any]:
-    """Milliseconds of one sample, by the number of evaluations."""
-    ways: dict[str, Callable[[], Any]] = {
+    """Return the milliseconds of one sample by number of evaluations, and the speed-ups."""
+    samplers: dict[str, Callable[[], Any]] = {
         "1 step": partial(student, 3, seed=0, num_inference_steps=1, output_type="np"),
         "2 steps": partial(student, 3, seed=0, num_inference_steps=2, output_type="np"),
         f"{EVALUATIONS} evaluations": partial(teacher, 3, seed=0, num_inference_steps=STEPS, sampler=SAMPLER, output_type="np"),
     }
     one_evaluation = partial(teacher, 3, seed=0, timesteps=teacher.manifest.times["8"][:1], output_type="np")
-    warm_up = ways | {f"{EVALUATIONS} evaluations": one_evaluation}
+    warm_up = samplers | {f"{EVALUATIONS} evaluations": one_evaluation}
     for draw in warm_up.values():
         draw()
-    times: dict[str, list[float]] = {name: [] for name in ways}
+    times: dict[str, list[float]] = {name: [] for name in samplers}
     end = time.perf_counter() + seconds
     while not times["1 step"] or time.perf_counter() < end:
-        for name, draw in ways.items():
+        for name, draw in samplers.items():
             warm_up[name]()
             start = time.perf_counter()
             drawn = draw()
@@ -101,10 +102,10 @@ def measure(student: Generator, teacher: Generator, seconds: float) -> dict[str,
 
 
 def row(size: str) -> dict[str, Any]:
-    """The figures of one size, or the reason why there are none."""
+    """Return the figures of one size, or the reason why there are none."""
     title, weights = SIZES[size].title, SIZES[size].weights_bytes
     need = max(preparing_bytes(SIZES[size]), 2.4 * weights + BASE_BYTES)
-    if reason := lacking(need, f"the teacher and the student of {title}", available_bytes()):
+    if reason := memory_shortage(need, f"the teacher and the student of {title}", available_bytes()):
         return {"title": title, "status": "skipped", "reason": reason}
     with tempfile.TemporaryDirectory(prefix="teacher-") as temporary:
         bundles = [in_a_process(make_bundle, write, size, Path(temporary), name) for name, write in (("student", write_student), ("teacher", write_teacher))]
@@ -118,10 +119,10 @@ def main() -> None:
     sizes = sys.argv[1:] or USUAL
     if unknown := sorted(set(sizes) - set(KNOWN)):
         sys.exit(f"no size {', '.join(unknown)}; there are {', '.join(KNOWN)}")
-    figures = earlier("teacher")
+    figures = stored_figures("teacher")
     for size in sizes:
         figures[size] = row(size)
-        keep("teacher", figures)
+        save_and_print("teacher", figures)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The benchmarks report peers that are missing, fail, hang or return wrong results, and continue with the others. No test depends on a measured time."""
+"""The benchmarks report what happened: a peer that is missing, fails, hangs or computes something else stops no other. No test checks a time."""
 
 from __future__ import annotations
 
@@ -78,8 +78,8 @@ def case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Case:
     return Case.load(folder)
 
 
-def measure(case: Case, peers: list[Peer], size: Size = TINY, patience: float = 60.0) -> dict[str, dict[str, Any]]:
-    plan = Plan("cpu", 1, seconds=0.0, rounds=2, least_rounds=1, patience=patience)
+def measure(case: Case, peers: list[Peer], size: Size = TINY, timeout: float = 60.0) -> dict[str, dict[str, Any]]:
+    plan = Plan("cpu", 1, seconds=0.0, rounds=2, min_rounds=1, timeout=timeout)
     return Row(case, size, 2, plan, case.folder / "scratch", lambda line: None).measure(peers)
 
 
@@ -120,7 +120,7 @@ def test_peers_that_cannot_run_are_reported_and_stop_nobody(case: Case) -> None:
 
 
 def test_a_peer_that_never_answers_is_given_up(case: Case) -> None:
-    found = measure(case, [fake("hanging", "hanging"), fake("scm_runtime", "steady")], patience=5.0)
+    found = measure(case, [fake("hanging", "hanging"), fake("scm_runtime", "steady")], timeout=5.0)
     assert found["hanging"] == {"status": "failed", "reason": "no answer within 5 s", "dtype": "fp32"}
     assert found["scm_runtime"]["status"] == "ok"
 
@@ -181,7 +181,7 @@ def test_without_a_gpu_the_script_says_so(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_names_with_commas_are_understood() -> None:
     names = list(PEERS["cpu"])
-    assert peers._with_commas(["scm_runtime", "function bodies", "PyTorch eager"], names) == ["scm_runtime, function bodies", "PyTorch eager"]
+    assert peers._join_names(["scm_runtime", "function bodies", "PyTorch eager"], names) == ["scm_runtime, function bodies", "PyTorch eager"]
     assert set(SIZES) >= {"digits", "XXS", "S", "XXL"}
 
 
@@ -202,7 +202,7 @@ def test_the_digits_are_drawn_by_ours_and_by_a_plain_export(tmp_path: Path, monk
 
 
 # ----------------------------------------------------------------------------
-# README's tables and plots.
+# The tables and plots of docs/benchmarks.md.
 
 
 def peer(status: str = "ok", median: float = 10.0, **fields: Any) -> dict[str, Any]:
@@ -231,7 +231,7 @@ FIGURES = ("recognised", "frechet", "precision", "recall", "near", "copies")
 
 @pytest.fixture
 def results(tmp_path: Path) -> Path:
-    """A folder of results next to a README with placeholders for the tables."""
+    """A folder of results, next to a page with markers for their tables."""
     row = {"date": "2026-11-23", "size": "XXS", "title": "EDM2-XXS", "batch_size": 1, "steps": 2, "threads": 2}
     found = {
         "scm_runtime": peer(),
@@ -253,26 +253,28 @@ def results(tmp_path: Path) -> Path:
     quality = {"samples": 10_000, "real": dict.fromkeys(FIGURES, 0.75), "rows": rows, "export_changes": changes}
     (folder / "quality.json").write_text(json.dumps(quality))
     places = "\n".join(f"<!-- {name}:begin -->\n<!-- {name}:end -->" for name in ("peers", "peers-costs", "teacher", "quality"))
-    (tmp_path / "README.md").write_text(f"# Title\n\n{places}\n\nThe end\n")
+    (tmp_path / "benchmarks.md").write_text(f"# Title\n\n{places}\n\nThe end\n")
     return folder
 
 
 def run_figures(results: Path, *arguments: str) -> Any:
     folder = results.parent
-    return CliRunner().invoke(figures.main, ["--readme", str(folder / "README.md"), "--images", str(folder / "images"), "--results", str(results), *arguments])
+    return CliRunner().invoke(
+        figures.main, ["--page", str(folder / "benchmarks.md"), "--images", str(folder / "images"), "--results", str(results), *arguments]
+    )
 
 
 def test_tables_and_plots_are_written_and_a_change_is_noticed(results: Path) -> None:
     assert run_figures(results, "--check").exit_code == 1
     done = run_figures(results)
     assert done.exit_code == 0, done.output
-    readme = results.parent / "README.md"
-    text = readme.read_text()
+    page = results.parent / "benchmarks.md"
+    text = page.read_text()
     assert "| EDM2-XXS | 1 | 10.0 ms | 1.50 s | **8.00 ms** | 150.00 |" in text
     assert "Not measured: torch.compile, EDM2-XXS, batch 1: it is not here." in text
     assert "| digits | 315 ms | 10.0 ms (32×) | 5.00 ms (63×) |" in text
     assert "EDM2-XXL: needs memory." in text
-    assert "| 10 000 samples a set | sets, from |" in text
+    assert "| 10 000 samples per set | sets, source |" in text
     assert "| teacher | 3, fp32 bundle | 0.250 ± 0.125 |" in text
     assert "fp32 0.21% (recall)." in text
     assert text.startswith("# Title")
@@ -283,12 +285,12 @@ def test_tables_and_plots_are_written_and_a_change_is_noticed(results: Path) -> 
     assert run_figures(results).exit_code == 0
     assert {path.name: path.read_bytes() for path in (results.parent / "images").iterdir()} == drawn  # the output is reproducible
 
-    readme.write_text(text.replace("1.50 s", "1.40 s"))
+    page.write_text(text.replace("1.50 s", "1.40 s"))
     done = run_figures(results, "--check")
     assert done.exit_code == 1
-    assert "README.md" in done.output
-    assert "Renew them: python benchmarks/figures.py" in done.output
-    readme.write_text(text)
+    assert "benchmarks.md" in done.output
+    assert "Write them again: python benchmarks/figures.py" in done.output
+    page.write_text(text)
     (results / "teacher.json").write_text((results / "teacher.json").read_text().replace('"date"', '"day": 1, "date"'))
     done = run_figures(results, "--check")
     assert done.exit_code == 1
@@ -296,8 +298,8 @@ def test_tables_and_plots_are_written_and_a_change_is_noticed(results: Path) -> 
     assert "peers-dark.svg" not in done.output
 
 
-def test_a_table_without_a_place_is_an_error(results: Path) -> None:
-    (results.parent / "README.md").write_text("no places\n")
+def test_a_page_without_markers_is_an_error(results: Path) -> None:
+    (results.parent / "benchmarks.md").write_text("no markers\n")
     done = run_figures(results)
     assert done.exit_code == 1
     assert "<!-- peers:begin -->" in done.output

@@ -1,1 +1,1 @@
-"""What figures.py writes: tables and plots."""
+"""Tables and plots that figures.py writes."""

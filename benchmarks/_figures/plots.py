@@ -1,4 +1,4 @@
-"""Results as plots, by matplotlib, which is imported only to draw."""
+"""Plots of the results. matplotlib is imported only when a plot is drawn."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from _figures.tables import OURS, milliseconds, ran
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PANELS, COLUMNS = 9, 3  # a plot shows so many models at most
+PANELS, COLUMNS = 9, 3  # maximum number of models per plot, and per row of it
 COLOURS = {
     "light": {"text": "#1f2328", "muted": "#59636e", "line": "#d1d9e0", "ours": "#0a6fd6", "bodies": "#7db3ec", "fp32": "#b4bcc6", "half": "#d9a441"},
     "dark": {"text": "#e6edf3", "muted": "#9198a1", "line": "#3d444d", "ours": "#4a9eff", "bodies": "#2f5f93", "fp32": "#656c76", "half": "#b08130"},
@@ -19,7 +19,7 @@ COLOURS = {
 
 
 def peers(result: Mapping[str, Any], theme: str, path: Path, stamp: str) -> None:
-    """A panel a model, one sample at a time: how long each peer takes."""
+    """Plot the latency of each peer at batch 1: one panel per model."""
     colours = COLOURS[theme]
     rows = [row for row in result["figures"]["rows"].values() if row["batch_size"] == 1 and row["steps"] == 2 and ran(row)][:PANELS]
     lines = [rows[start : start + COLUMNS] for start in range(0, len(rows), COLUMNS)] or [[]]
@@ -27,7 +27,7 @@ def peers(result: Mapping[str, Any], theme: str, path: Path, stamp: str) -> None
     figure = _figure(3.1 * min(COLUMNS, len(rows) or 1) + 1.5, 0.3 + sum(0.4 + 0.26 * len(line) for line in names))
     grid = figure.add_gridspec(len(lines), min(COLUMNS, len(rows) or 1), height_ratios=[1 + len(line) for line in names])
     figure.suptitle(
-        "Two steps, one sample: time, shorter is better. Blue: ours, pale with function bodies or in bf16. Amber: others in half precision",
+        "Latency of two steps, batch 1; shorter is better. Blue: scm_runtime (pale: function bodies, bf16). Amber: others in half precision",
         x=0.01,
         ha="left",
         fontsize=8,
@@ -42,15 +42,13 @@ def peers(result: Mapping[str, Any], theme: str, path: Path, stamp: str) -> None
 def _panel(axes: Any, row: Mapping[str, Any], names: list[str], colours: Mapping[str, str], *, labelled: bool) -> None:
     found = ran(row)
     top = max(one["median_ms"] for one in found.values())
-    for place, name in enumerate(names):
+    for y, name in enumerate(names):
         if name not in found:
-            axes.text(0.01 * top, place, "–", va="center", color=colours["muted"], fontsize=8)
+            axes.text(0.01 * top, y, "–", va="center", color=colours["muted"], fontsize=8)
             continue
         value = found[name]["median_ms"]
-        axes.barh(place, value, height=0.72, color=colours[_kind(name, found[name]["dtype"])])
-        axes.text(
-            value + 0.02 * top, place, milliseconds(value), va="center", color=colours["text"], fontsize=8, fontweight="bold" if name == OURS else "normal"
-        )
+        axes.barh(y, value, height=0.72, color=colours[_kind(name, found[name]["dtype"])])
+        axes.text(value + 0.02 * top, y, milliseconds(value), va="center", color=colours["text"], fontsize=8, fontweight="bold" if name == OURS else "normal")
     axes.set_title(row["title"], fontsize=9, color=colours["text"], loc="left")
     axes.set_yticks(range(len(names)), names if labelled else [""] * len(names), fontsize=8)
     axes.set_ylim(len(names) - 0.4, -0.6)
@@ -59,7 +57,7 @@ def _panel(axes: Any, row: Mapping[str, Any], names: list[str], colours: Mapping
 
 
 def teacher(result: Mapping[str, Any], theme: str, path: Path, stamp: str) -> None:
-    """A sample's time, as a share of the teacher's: its evaluations, two steps, one step."""
+    """Plot the time of one sample relative to the teacher's: teacher, two steps, one step."""
     colours = COLOURS[theme]
     rows = [row for row in result["figures"].values() if row["status"] == "ok"]
     figure = _figure(7.2, 0.3 + 0.8 * max(1, len(rows)))
@@ -67,10 +65,10 @@ def teacher(result: Mapping[str, Any], theme: str, path: Path, stamp: str) -> No
     for index, row in enumerate(rows):
         whole = next(name for name in row["median_ms"] if name.endswith("evaluations"))
         for line, (name, colour) in enumerate(((whole, "fp32"), ("2 steps", "bodies"), ("1 step", "ours"))):
-            place, value = 3.7 * index + line, row["median_ms"][name]
+            y, value = 3.7 * index + line, row["median_ms"][name]
             what = f"teacher, {whole}" if name == whole else f"{name}, {row['times_as_fast'][name]:.0f}× as fast"
-            axes.barh(place, value / row["median_ms"][whole], height=0.8, color=colours[colour])
-            axes.text(value / row["median_ms"][whole] + 0.01, place, f"{milliseconds(value)}   {what}", va="center", fontsize=8, color=colours["text"])
+            axes.barh(y, value / row["median_ms"][whole], height=0.8, color=colours[colour])
+            axes.text(value / row["median_ms"][whole] + 0.01, y, f"{milliseconds(value)}   {what}", va="center", fontsize=8, color=colours["text"])
     axes.set_xlim(0, 1.45)
     axes.set_ylim(3.7 * len(rows) - 1.2, -0.8)
     axes.set_yticks([3.7 * index + 1 for index in range(len(rows))], [row["title"] for row in rows], fontsize=9)
@@ -102,7 +100,7 @@ def _bare(axes: Any, colours: Mapping[str, str]) -> None:
 
 
 def _save(figure: Figure, path: Path, stamp: str) -> None:
-    """The same bytes for the same results: no date, no random names. A PNG, which is only to be looked at, gets a page to stand on."""
+    """Write the same bytes for the same results: no date, no random names. A PNG gets an opaque background."""
     import matplotlib as mpl
 
     if path.suffix == ".png":
@@ -117,4 +115,4 @@ PLOTS: dict[str, tuple[str, Callable[[Mapping[str, Any], str, Path, str], None]]
     "peers-cuda": ("peers-cuda", peers),
     "teacher": ("teacher", teacher),
 }
-"""By the name of their files: the results they come from, and what draws them."""
+"""By file name: the results that a plot shows, and the function that draws it."""

@@ -6,36 +6,36 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 OURS = "scm_runtime"
-COSTS_OF = ("XXS, batch 1", "digits, batch 1")  # the row whose memory and start are shown: the first there is
+COSTS_OF = ("XXS, batch 1", "digits, batch 1")  # rows whose memory and start-up are shown, by preference
 
 
 def milliseconds(value: float) -> str:
-    """To three figures, in the unit that fits."""
+    """Format milliseconds with three significant digits, in ms or s."""
     if value >= 1000:
         return f"{value / 1000:.{0 if value >= 100_000 else 1 if value >= 10_000 else 2}f} s"
     return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f} ms"
 
 
 def size_of(count: float | None) -> str:
-    """Bytes, in the unit that fits."""
+    """Format a number of bytes in MB or GB."""
     if count is None:
         return "–"
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table; numbers are better read to the right."""
+    """Return a Markdown table. The first column is left-aligned, the others right-aligned."""
     aligned = ["---", *["---:"] * (len(header) - 1)]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, aligned, *rows))
 
 
 def ran(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The peers of a row that have figures."""
+    """Return the peers of a row that were measured."""
     return {name: found for name, found in row["peers"].items() if found["status"] == "ok"}
 
 
 def fastest_other(row: Mapping[str, Any], dtype: str | None = None) -> tuple[str, float] | None:
-    """The fastest peer that is not ours, of a dtype or of all, and how many times as long as ours it takes."""
+    """Return the fastest peer of a dtype (None for any) other than scm_runtime, and its time divided by that of scm_runtime."""
     others = {
         name: found["times_as_long"]
         for name, found in ran(row).items()
@@ -48,7 +48,7 @@ def fastest_other(row: Mapping[str, Any], dtype: str | None = None) -> tuple[str
 
 
 def machine_line(result: Mapping[str, Any]) -> str:
-    """What the figures belong to."""
+    """Return the machine, package versions and dates of the results as one line."""
     about, rows = result["machine"], result["figures"]["rows"].values()
     versions: dict[str, str] = {}
     for row in rows:
@@ -63,7 +63,7 @@ def machine_line(result: Mapping[str, Any]) -> str:
 
 
 def latency(result: Mapping[str, Any]) -> str:
-    """Median latencies: a row a model and batch size, a column a peer."""
+    """Table of median latencies: one row per model and batch size, one column per peer."""
     rows = result["figures"]["rows"]
     names = [name for name in _all_peers(rows) if any(name in ran(row) for row in rows.values())]
     header = ["model", "batch", *names, f"fastest fp32 peer / {OURS}"]
@@ -83,7 +83,7 @@ def latency(result: Mapping[str, Any]) -> str:
 
 
 def costs(result: Mapping[str, Any]) -> str:
-    """What each peer takes beside time, for one model."""
+    """Table of memory, start-up time, install size and error of each peer, for one model."""
     rows = result["figures"]["rows"]
     name = next((name for name in COSTS_OF if name in rows), next(iter(rows)))
     lines = [
@@ -100,12 +100,21 @@ def costs(result: Mapping[str, Any]) -> str:
         for peer, found in ran(rows[name]).items()
     ]
     row = rows[name]
-    header = [f"{row['title']}, batch {row['batch_size']}", "median", "95th percentile", "peak memory", "first result after", "install", "error", "settings"]
+    header = [
+        f"{row['title']}, batch {row['batch_size']}",
+        "median",
+        "95th percentile",
+        "peak memory",
+        "time to first result",
+        "install size",
+        "error",
+        "settings",
+    ]
     return markdown(header, lines)
 
 
 def teacher(result: Mapping[str, Any]) -> str:
-    """The teacher's evaluations against one and two steps."""
+    """Table of the teacher's sampler against one and two steps of the student."""
     lines, reasons = [], []
     for row in result["figures"].values():
         if row["status"] != "ok":
@@ -119,12 +128,15 @@ def teacher(result: Mapping[str, Any]) -> str:
     dates = sorted({row["date"] for row in result["figures"].values() if row["status"] == "ok"})
     cores = f"{about['cores']} core{'s' * (about['cores'] > 1)}"
     line = f"{about['cpu'].replace('(R)', '')}, {cores}; onnxruntime {about.get('onnxruntime', '?')}; {', '.join(dates)}."
-    return "\n".join([markdown(["a sample", "teacher, 63 evaluations", "2 steps", "1 step"], lines), "", line, *reasons])
+    return "\n".join([markdown(["one sample", "teacher, 63 evaluations", "2 steps", "1 step"], lines), "", line, *reasons])
 
 
 def quality(record: Mapping[str, Any]) -> str:
-    """What examples/digits/evaluate.py found: a row a sampler, from the way it was drawn most often, PyTorch where that is even."""
-    figures = {"recognised": "recognised as asked", "frechet": "Fréchet distance", "precision": "precision", "recall": "recall", "copies": "copies"}
+    """Table of the results of examples/digits/evaluate.py: one row per sampler.
+
+    Of the ways in which a sampler was run (PyTorch or a bundle), the row shows the one with the most sets; PyTorch if there are equally many.
+    """
+    figures = {"recognised": "classified as requested", "frechet": "Fréchet distance", "precision": "precision", "recall": "recall", "copies": "copies"}
     digits = {name: 4 if name == "copies" else 3 for name in figures}
     lines = [["real digits (1 000 against the other 3 000)", "", *(f"{record['real'][name]:.{digits[name]}f}" for name in figures)]]
     for sampler in dict.fromkeys(row["sampler"] for row in record["rows"]):
@@ -135,8 +147,8 @@ def quality(record: Mapping[str, Any]) -> str:
             cells.append(f"{mean}" if half is None else f"{mean} ± {half}")
         lines.append([sampler, f"{row['sets']}, {'PyTorch' if row['through'] == 'PyTorch' else row['through'] + ' bundle'}", *cells])
     changes = "; ".join(f"{dtype} {max(found.values()):.2%} ({max(found, key=found.__getitem__)})" for dtype, found in record["export_changes"].items())
-    line = f"Largest change of a figure by the export, of all rows and all figures but the count of copies: {changes}."
-    return "\n".join([markdown([f"{record['samples']:,} samples a set".replace(",", " "), "sets, from", *figures.values()], lines), "", line])
+    line = f"Largest relative change of a metric by the export, over all rows and all metrics except copies: {changes}."
+    return "\n".join([markdown([f"{record['samples']:,} samples per set".replace(",", " "), "sets, source", *figures.values()], lines), "", line])
 
 
 def _all_peers(rows: Mapping[str, Any]) -> list[str]:
@@ -144,7 +156,7 @@ def _all_peers(rows: Mapping[str, Any]) -> list[str]:
 
 
 def _notes(result: Mapping[str, Any]) -> list[str]:
-    """Who has no figures, and why."""
+    """Return one line for each peer that was not measured, with the reason."""
     missing: dict[str, None] = {}
     batch_sizes: dict[tuple[str, str, str], list[str]] = {}
     for row in result["figures"]["rows"].values():
@@ -166,4 +178,4 @@ TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "quality-sct": ("quality-sct", quality),
     "peers-zen4": ("amd-zen4/peers", latency),
 }
-"""By the name of their markers: the results they come from, and what writes them."""
+"""By marker name: the results that a table shows, and the function that formats it."""

@@ -1,1 +1,1 @@
-"""What peers.py and teacher.py run: models, candidates, and the processes that hold them. Each file says what it is for."""
+"""Shared by peers.py and teacher.py: models, peers, and the processes that run them."""

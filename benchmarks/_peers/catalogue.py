@@ -1,6 +1,6 @@
-"""The peers: what a user could run the same weights with, each at the best settings that its documentation names.
+"""The peers: alternatives for running the same weights, each with the best settings in its documentation.
 
-Where those differ from machine to machine a peer has several variants: all are tried for a moment, and the fastest is measured.
+If the best settings depend on the machine, a peer has several variants: all are tried briefly, and the fastest is measured.
 """
 
 from __future__ import annotations
@@ -14,30 +14,30 @@ from scm_runtime.ort.options import MATMUL_PRECISION
 
 @dataclass(frozen=True, kw_only=True)
 class Peer:
-    """One way of drawing."""
+    """One way to run a model."""
 
     name: str
     opener: str
     """``module:function``; the function takes (case, batch size, threads, device) and a variant's options, and returns a ``Draw``."""
     dtype: str
-    """What it computes in: decides how far it may be from PyTorch in float32."""
+    """Dtype it computes in, which determines its tolerance relative to PyTorch in float32."""
     needs: str
-    """The module that must be there."""
+    """Module that must be importable."""
     install: str
-    """What a user installs for it."""
+    """Arguments of the pip command that installs it."""
     distributions: tuple[str, ...]
-    """The same as requirements: their files and those of what they require are the install size."""
+    """The same as requirements. The install size is that of their files and of all their dependencies."""
     variants: tuple[dict[str, Any], ...] = ({},)
     families: tuple[str, ...] | None = None
-    """Of models; None for all."""
+    """Families of models it can run; None for all."""
     memory: float = 1.2
-    """As a multiple of the weights in float32, about."""
+    """Approximate memory as a multiple of the float32 weights."""
     always: bool = True
-    """Whether it runs without being asked for."""
+    """Whether it runs by default."""
     environment: dict[str, str] = field(default_factory=dict)
 
     def missing(self) -> str | None:
-        """Why it cannot run here, or None."""
+        """Return why it cannot run on this machine, or None."""
         if find_spec(self.needs) is None:
             return f"{self.needs} is not installed: pip install {self.install}"
         return None
@@ -52,7 +52,7 @@ OURS = Peer(
     distributions=("scm-runtime[cpu]",),
     variants=({"native_ops": True},),
 )
-# A thread that spins gives an answer sooner on some machines, and takes another's core on some.
+# Spinning threads reduce the latency on some machines, and take cores from other threads on others.
 PLAIN = Peer(
     name="ONNX Runtime, plain export",
     opener="_peers.plain:open_onnxruntime",
@@ -80,7 +80,7 @@ OPENVINO = Peer(
     install="openvino",
     distributions=("openvino",),
     variants=({"precision": "f32", "hint": "LATENCY"}, {"precision": "f32", "hint": "THROUGHPUT"}),
-    memory=1.4,  # beside the file, which it maps
+    memory=1.4,  # in addition to the memory-mapped file
 )
 DIFFUSERS = replace(
     EAGER,
@@ -94,7 +94,7 @@ DIFFUSERS = replace(
 
 
 def _in(dtype: str, peer: Peer, name: str, **changes: Any) -> Peer:
-    """A peer that computes in another dtype, which its variants name."""
+    """Return the peer with another dtype, which is also set in its variants."""
     variants = tuple({**variant, ("precision" if "precision" in variant else "dtype"): dtype} for variant in changes.pop("variants", peer.variants))
     return replace(peer, name=name, dtype=dtype, variants=variants, **changes)
 
@@ -143,8 +143,8 @@ CUDA_PEERS = (
 )
 
 PEERS = {"cpu": {peer.name: peer for peer in CPU_PEERS}, "cuda": {peer.name: peer for peer in CUDA_PEERS}}
-ANCHOR = "scm_runtime"  # with which every other one is compared, round by round
+ANCHOR = "scm_runtime"  # every other peer is compared with it, round by round
 
-# Largest root mean square of the difference from PyTorch in float32, as a share of the reference's, by what a peer computes in. The weights are
-# random: a trained network forgives more. A peer that is further off has computed something else, and gets no figures.
+# Largest allowed error (Case.error) by the dtype that a peer computes in. The weights are random; trained networks are less sensitive. A peer with a
+# larger error has computed something else and is not timed.
 LARGEST_ERROR = {"fp32": 2e-3, "fp16": 3e-2, "bf16": 1.5e-1}

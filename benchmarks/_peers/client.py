@@ -1,4 +1,4 @@
-"""The side of the benchmark that starts workers, tells them to draw, and outlives them."""
+"""The benchmark's side of the protocol: starts workers, sends commands, and ends them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 PACKAGE = Path(__file__).parent
-# The benchmarks' folder must not be on a worker's path: scripts in it have names of other packages (cuda).
+# The benchmarks folder must not be on a worker's path: some of its scripts have the names of packages (cuda).
 PROGRAM = """
 import sys, types
 package = types.ModuleType("_peers")
@@ -25,26 +25,26 @@ main()
 
 
 class WorkerFailedError(RuntimeError):
-    """A worker ended, fell silent, or said why it cannot go on."""
+    """A worker ended, did not answer in time, or reported an error."""
 
 
 class Worker:
-    """One process that holds one peer."""
+    """A process that runs one peer."""
 
-    def __init__(self, spec: dict[str, Any], scratch: Path, patience: float, environment: dict[str, str] | None = None) -> None:
-        """Start it and wait for its first draw.
+    def __init__(self, spec: dict[str, Any], scratch: Path, timeout: float, environment: dict[str, str] | None = None) -> None:
+        """Start the process and wait for its first result.
 
         Args:
-            spec: what ``worker.py`` reads.
-            scratch: an empty folder for its log and its caches: every start is the first on its machine.
-            patience: seconds to wait for an answer before the worker is given up.
-            environment: of the process, beside ours.
+            spec: the argument of ``worker.py``.
+            scratch: an empty folder for its log and its caches, so that every start is a cold start.
+            timeout: seconds to wait for an answer.
+            environment: additional environment variables of the process.
 
         Raises:
-            WorkerFailedError: it does not come to its first draw.
+            WorkerFailedError: there is no first result.
         """
         scratch.mkdir(parents=True)
-        self._log, self._patience = scratch / "log.txt", patience
+        self._log, self._timeout = scratch / "log.txt", timeout
         start = time.perf_counter()
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
@@ -54,22 +54,22 @@ class Worker:
                 stderr=log,
                 bufsize=0,
                 env={**os.environ, **worker_environment(scratch, spec["threads"]), **(environment or {})},
-                start_new_session=True,  # its compilers end with it
+                start_new_session=True,  # to end its compiler processes too
             )
         try:
             ready = self._answer()
         except BaseException:
-            self.close(patience=0)
+            self.close(timeout=0)
             raise
         self.cold_start_s = time.perf_counter() - start
         self.error_share = float(ready["error_share"])
 
     def draw(self, warm: int, count: int) -> list[float]:
-        """Milliseconds of each of ``count`` draws, after ``warm`` more."""
+        """Return the milliseconds of each of ``count`` calls, after ``warm`` untimed ones."""
         return [float(value) for value in self._ask(f"draw {warm} {count}")["ms"]]
 
     def memory(self) -> dict[str, int]:
-        """Bytes: peak and now."""
+        """Return the peak and the current memory in bytes."""
         return {name: int(value) for name, value in self._ask("memory").items()}
 
     def _ask(self, command: str) -> dict[str, Any]:
@@ -84,8 +84,8 @@ class Worker:
         assert self._process.stdout is not None
         with selectors.DefaultSelector() as selector:
             selector.register(self._process.stdout, selectors.EVENT_READ)
-            if not selector.select(self._patience):
-                raise WorkerFailedError(f"no answer within {self._patience:.0f} s")
+            if not selector.select(self._timeout):
+                raise WorkerFailedError(f"no answer within {self._timeout:.0f} s")
         line = self._process.stdout.readline()
         if not line:
             raise WorkerFailedError(self._how_it_ended())
@@ -98,16 +98,16 @@ class Worker:
         code = self._process.wait()
         said = [line for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
         what = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        why = " (as a system does that has no memory left)" if code == -signal.SIGKILL else ""
+        why = " (the system may have run out of memory)" if code == -signal.SIGKILL else ""
         return f"the process ended with {what}{why}{': ' + said[-1].strip()[:300] if said else ''}"
 
-    def close(self, patience: float = 20) -> None:
-        """End it, and whatever it started; by force if it has not ended itself within some seconds."""
+    def close(self, timeout: float = 20) -> None:
+        """End the process and its children; kill them if they have not ended within ``timeout`` seconds."""
         for stream in (self._process.stdin, self._process.stdout):
             if stream is not None:
                 stream.close()
         try:
-            self._process.wait(patience)  # its input has ended
+            self._process.wait(timeout)  # it ends when its input is closed
         except subprocess.TimeoutExpired:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
@@ -120,7 +120,7 @@ class Worker:
 
 
 def worker_environment(scratch: Path, threads: int) -> dict[str, str]:
-    """Where it keeps what it compiles, and how many threads the libraries take that have no argument for it."""
+    """Return the variables for compiler caches, and for the threads of libraries that have no argument for their number."""
     return {
         "SCM_CACHE_DIR": str(scratch / "scm"),
         "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor"),

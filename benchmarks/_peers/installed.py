@@ -1,4 +1,4 @@
-"""How much disk an install takes: the files of a distribution and of all that it requires here."""
+"""Size of an installation on disk: the files of a distribution and of all its dependencies in this environment."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-EDITABLE = {"scm-runtime": ("scm_runtime",)}  # whose record names no modules; the exporter is no part of what runs a bundle
+EDITABLE = {"scm-runtime": ("scm_runtime",)}  # its RECORD lists no modules; the exporter is not needed to run a bundle
 
 
 def install_bytes(requirements: tuple[str, ...]) -> int | None:
-    """Of everything that the requirements bring; None if one of them is not installed."""
+    """Return the size of the requirements and their dependencies; None if one of them is not installed."""
     try:
         return sum(map(_own_bytes, sorted(_closure(requirements))))
     except metadata.PackageNotFoundError:
@@ -22,7 +22,7 @@ def install_bytes(requirements: tuple[str, ...]) -> int | None:
 
 
 def versions(requirements: tuple[str, ...]) -> dict[str, str]:
-    """Of the requirements themselves, as far as they are installed."""
+    """Return the versions of the requirements that are installed."""
     found = {}
     for text in requirements:
         name = Requirement(text).name
@@ -34,7 +34,7 @@ def versions(requirements: tuple[str, ...]) -> dict[str, str]:
 
 
 def _closure(requirements: tuple[str, ...]) -> set[str]:
-    """Names of the distributions, without those that the environment has no use for."""
+    """Return the names of all required distributions whose markers apply to this environment."""
     seen: set[tuple[str, frozenset[str]]] = set()
     waiting = [Requirement(text) for text in requirements]
     while waiting:

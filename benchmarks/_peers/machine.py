@@ -1,4 +1,4 @@
-"""What the machine has for a benchmark: cores, memory of a GPU, and the rates that bound any program."""
+"""Properties of the machine: cores, memory of a GPU, and peak rates."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ GPU_FIELDS = "name,memory.total,driver_version"
 
 
 def physical_cores() -> int:
-    """Cores that this process may use; hyperthreads of one core count once."""
+    """Return the number of physical cores that this process may use."""
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
     cores = set()
     for cpu in allowed:
@@ -25,13 +25,13 @@ def physical_cores() -> int:
 
 
 def gpu() -> dict[str, str] | None:
-    """Name, memory and driver of the first GPU; None without one."""
+    """Return name, memory and driver of the first GPU; None without a GPU."""
     rows = _nvidia_smi(GPU_FIELDS)
     return dict(zip(("gpu", "gpu_memory", "driver"), rows[0].split(", "), strict=True)) if rows else None
 
 
 def gpu_bytes_used() -> int | None:
-    """Of the first GPU, by all processes together."""
+    """Return the memory used on the first GPU by all processes; None without a GPU."""
     rows = _nvidia_smi("memory.used")
     return int(rows[0].split()[0]) << 20 if rows else None
 
@@ -43,8 +43,11 @@ def _nvidia_smi(fields: str) -> list[str]:
     return done.stdout.splitlines() if done.returncode == 0 else []
 
 
-def roof(device: str, threads: int) -> dict[str, float]:
-    """What PyTorch reaches: a matrix product by dtype, operations a second, and a copy, bytes read and written a second. Run it in a process of its own."""
+def peak_rates(device: str, threads: int) -> dict[str, float]:
+    """Measure PyTorch's peak rates: operations per second in matrix products by dtype, bytes read and written per second in a copy.
+
+    Run it in a separate process.
+    """
     import torch
 
     torch.set_num_threads(threads)

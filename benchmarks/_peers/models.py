@@ -1,4 +1,4 @@
-"""Checkpoints of the sizes, with random weights: neither time nor memory depends on their values."""
+"""Checkpoints of all sizes. The weights are random, because neither time nor memory depends on their values."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SANA = {
     "qk_norm": "rms_norm_across_heads",
     "timestep_scale": 1.0,
 }
-# OpenAI's blocks, narrower.
+# OpenAI's blocks, with fewer channels.
 CM = {
     "sample_size": 32,
     "block_out_channels": (64, 128, 192),
@@ -60,7 +60,7 @@ LCM = {
 
 
 def random_checkpoint(config: UNetConfig, path: Path) -> Path:
-    """An EDM2 network as a scm-checkpoint."""
+    """Write an EDM2 network with random weights as a scm-checkpoint, and return its path."""
     torch.manual_seed(0)
     net = UNet(config)
     torch.nn.init.ones_(net.out_gain)
@@ -69,13 +69,13 @@ def random_checkpoint(config: UNetConfig, path: Path) -> Path:
 
 
 def edm2_config(size: str) -> UNetConfig:
-    """An EDM2 network with sCM's changes."""
+    """Return the configuration of an EDM2 network with sCM's changes."""
     resolution = 32 if size == "XXS" else 64
     return replace(PRESETS[size], img_resolution=resolution, **SCM)
 
 
 def write_checkpoint(size: str, folder: Path) -> str:
-    """Write a size's checkpoint, and return its name in the folder."""
+    """Write the checkpoint of a size, and return its name in the folder."""
     torch.manual_seed(0)
     if size == "digits":
         (folder / DIGITS.name).symlink_to(DIGITS)
@@ -109,7 +109,7 @@ def _lcm(folder: Path) -> None:
 
 @torch.no_grad()
 def _randomised(network: Any) -> Any:
-    """Every weight random, scaled so that signals keep their size."""
+    """Randomize every weight, scaled so that the magnitude of the signals is preserved."""
     for name, parameter in network.named_parameters():
         values = torch.randn_like(parameter)
         if parameter.ndim > 1:

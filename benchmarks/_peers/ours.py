@@ -1,4 +1,4 @@
-"""scm_runtime itself: the public Generator, which also draws the noise of the later steps."""
+"""scm_runtime: the public Generator, which also draws the noise of the later steps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ARGUMENTS = ("class_labels", "guidance_scale", "prompt_embeds", "prompt_attentio
 
 
 def open_generator(case: Case, n: int, threads: int, device: str, **options: Any) -> Draw:
-    """Options are Generator's."""
+    """Open a Generator. ``options`` are passed to it."""
     from scm_runtime import Generator
 
     generate = Generator(case.bundle, device=device, threads=threads if device == "cpu" else None, **options)

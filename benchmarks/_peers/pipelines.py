@@ -1,4 +1,4 @@
-"""diffusers' own pipelines, given the same noise: what the text model and the autoencoder do is left out, as it is of the other peers."""
+"""diffusers' pipelines with the same noise, without text encoder and autoencoder, as for the other peers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def open_pipeline(case: Case, n: int, threads: int, device: str, *, channels_last: bool, dtype: str = "fp32") -> Draw:
-    """``channels_last`` is the layout of weights and feature maps."""
+    """Open a pipeline. ``channels_last`` is the memory format of weights and feature maps."""
     torch.set_num_threads(threads)
     family = case.facts.family
     opened = {"sana-sprint": _sana_sprint, "consistency": _consistency, "latent-consistency": _latent_consistency}[family]
@@ -89,7 +89,7 @@ def _consistency(case: Case, first: torch.Tensor, given: dict[str, torch.Tensor]
 
 
 def _levels(scheduler: Any, times: list[float]) -> list[int]:
-    """Indices of the noise levels that the times are, in the order that the pipeline takes."""
+    """Return the indices of the noise levels that equal the times, in the order that the pipeline expects."""
     scheduler.set_timesteps(scheduler.config.num_train_timesteps)
     sigmas = np.asarray(scheduler.sigmas)
     return sorted((int(np.abs(sigmas - t).argmin()) for t in times[:-1]), reverse=True)

@@ -1,4 +1,4 @@
-"""The plain export, which knows no ``scm`` operators, on other runtimes: ONNX Runtime with its own settings, TensorRT through it, OpenVINO."""
+"""The plain export, without ``scm`` operators, in other runtimes: ONNX Runtime, TensorRT through ONNX Runtime, OpenVINO."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Arrays = Mapping[str, NDArray[Any]]
 
 
 def open_onnxruntime(case: Case, n: int, threads: int, device: str, *, spinning: bool = False, prefer_nhwc: bool = False, tensorrt: bool = False) -> Draw:
-    """All graph optimisations, the batch size told, on a GPU the search for the fastest convolutions."""
+    """Open it in ONNX Runtime with all graph optimizations and a fixed batch size; on a GPU with exhaustive search for convolution algorithms."""
     ort: Any = import_module("onnxruntime")
     options = ort.SessionOptions()
     options.log_severity_level = 3
@@ -24,7 +24,7 @@ def open_onnxruntime(case: Case, n: int, threads: int, device: str, *, spinning:
     if device == "cpu":
         options.intra_op_num_threads = threads
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
-        options.add_session_config_entry("session.force_spinning_stop", "1")  # or it would take the cores of whatever runs next
+        options.add_session_config_entry("session.force_spinning_stop", "1")  # spinning threads would slow down the next peer
         session = ort.InferenceSession(str(case.plain("fp32")), options, providers=["CPUExecutionProvider"])
         return _on_host(case, n, lambda inputs: session.run(None, inputs)[0])
     cuda = ("CUDAExecutionProvider", {"cudnn_conv_algo_search": "EXHAUSTIVE", "prefer_nhwc": str(int(prefer_nhwc))})
@@ -37,7 +37,7 @@ def open_onnxruntime(case: Case, n: int, threads: int, device: str, *, spinning:
 
 
 def open_openvino(case: Case, n: int, threads: int, device: str, *, hint: str, precision: str) -> Draw:
-    """With the shapes told, as OpenVINO recommends."""
+    """Open it in OpenVINO with static shapes, as OpenVINO recommends."""
     openvino: Any = import_module("openvino")
     core = openvino.Core()
     model = core.read_model(str(case.plain("fp32")))
@@ -54,7 +54,7 @@ def open_openvino(case: Case, n: int, threads: int, device: str, *, hint: str, p
 
 
 def _inputs(case: Case, n: int) -> Callable[[int], dict[str, NDArray[Any]]]:
-    """The inputs of the k-th step."""
+    """Return a function that returns the inputs of the k-th step."""
     (first, *noises), conditioning = case.noises(n), case.conditioning(n)
     x = (first * case.facts.initial_scale).astype(np.float32)
     times = [[np.full(n, value, np.float32) for value in pair] for pair in case.pairs()]
@@ -79,7 +79,7 @@ def _on_host(case: Case, n: int, run: Callable[[Arrays], NDArray[np.float32]]) -
 
 
 def _on_gpu(case: Case, n: int, ort: Any, session: Any) -> Draw:
-    """The state stays on the device; only the last one comes back."""
+    """Run with the state on the device; only the final state is copied back."""
     inputs = _inputs(case, n)
     steps = [{name: ort.OrtValue.ortvalue_from_numpy(value, "cuda", 0) for name, value in inputs(k).items()} for k in range(len(case.facts.times) - 1)]
     states = [steps[0]["x"], *(ort.OrtValue.ortvalue_from_shape_and_type(list(inputs(0)["x"].shape), np.float32, "cuda", 0) for _ in steps)]

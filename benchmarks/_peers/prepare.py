@@ -1,4 +1,4 @@
-"""Make the models of one size, a stage a process, so that memory of one stage is given back before the next.
+"""Prepare the models of one size, with one process per stage, so that the memory of a stage is freed before the next one.
 
 python -m _peers.prepare checkpoint|bundle|plain FOLDER SIZE --samples N --steps K --device cpu|cuda
 """
@@ -28,23 +28,23 @@ from scm_runtime.bundle.manifest import Dtype
 
 OPSET = 20
 FIRST_SEED = 20261123
-TOKENS = 64  # of a text
-HALF: dict[str, Dtype] = {"sana-sprint": "bf16"}  # on a GPU; others take fp16
+TOKENS = 64  # text length
+HALF: dict[str, Dtype] = {"sana-sprint": "bf16"}  # on a GPU; other families use fp16
 
 
 def checkpoint_of(folder: Path) -> Path:
-    """The one that the first stage wrote."""
+    """Return the checkpoint that the first stage wrote."""
     return next(path for path in folder.iterdir() if path.suffix == ".pt" or path.name == "diffusers")
 
 
 def make_bundle(size: str, folder: Path, device: str) -> None:
-    """Ours, as scm-export writes it; verification is other scripts' business."""
+    """Export the bundle, without verification."""
     dtype: Dtype = "fp32" if device == "cpu" else HALF.get(SIZES[size].family, "fp16")
     export(checkpoint_of(folder), folder / "bundle.scm", dtype=dtype, latents=SIZES[size].family in LATENTS, verify=False, steps=())
 
 
 def make_plain(size: str, folder: Path, samples: int, steps: int, device: str) -> None:
-    """The plain export, the inputs, and PyTorch's own result in float32."""
+    """Write the plain export, the inputs, and PyTorch's result in float32."""
     checkpoint = checkpoint_of(folder)
     model = build_model(load(checkpoint), BuildOptions(latents=SIZES[size].family in LATENTS))
     reference, flop = draw_reference(model, folder, samples, steps)
@@ -76,17 +76,17 @@ def seeds(samples: int) -> torch.Tensor:
 
 
 def draw_reference(model: Model, folder: Path, samples: int, steps: int) -> tuple[np.ndarray[Any, Any], float]:
-    """Write the inputs; return PyTorch's final state, and what it multiplied and added for it."""
+    """Write the inputs; return PyTorch's final state and the number of operations."""
     noises = [ops.philox_normal(seeds(samples), draw, model.sample_shape) for draw in range(steps + 1)]
     conditioning = {}
     for item in model.conditioning:
         value = example_conditioning(item, samples, {size: TOKENS for size in item.shape if isinstance(size, str)})
-        # The pipelines take one guidance scale for all, and no mask.
+        # The pipelines take one guidance scale for the whole batch, and no mask.
         conditioning[item.name] = torch.full((samples,), float(item.default or 1)) if item.kind == "scalar" else value
         if item.kind == "mask":
             conditioning[item.name] = torch.ones_like(value)
     arrays = {f"noise_{k}": noise.numpy() for k, noise in enumerate(noises)} | {name: value.numpy() for name, value in conditioning.items()}
-    np.savez(folder / INPUTS, **arrays)  # type: ignore[arg-type]  # NumPy's stub takes them for allow_pickle
+    np.savez(folder / INPUTS, **arrays)  # type: ignore[arg-type]  # NumPy's stub mistakes them for allow_pickle
     with FlopCounterMode(display=False) as counter:
         x = sample(model.step, noises, model.times[steps], model.initial_scale, conditioning)
     return x.numpy(), float(counter.get_total_flops())

@@ -1,4 +1,4 @@
-"""PyTorch: the network that was exported, weights folded, as it is and through torch.compile."""
+"""PyTorch: the exported network with folded weights, in eager mode and with torch.compile."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from scm_export.model import Model
 
 
 def open_eager(case: Case, n: int, threads: int, device: str, *, channels_last: bool, dtype: str = "fp32") -> Draw:
-    """``channels_last`` is the layout of the convolutions' weights; EDM2's feature maps are always so."""
+    """Run the network eagerly. ``channels_last`` is the memory format of the convolutions' weights; EDM2's feature maps always have it."""
     model = _model(case, threads, device, dtype, channels_last=channels_last)
     return _loop(case, n, device, model.step)
 
 
 def open_compiled(case: Case, n: int, threads: int, device: str, *, dtype: str = "fp32", channels_last: bool = False, **options: Any) -> Draw:
-    """``freezing`` lets the compiler rearrange the weights, which PyTorch recommends for inference on a CPU; ``mode`` is torch.compile's."""
+    """Compile the network. ``freezing`` lets the compiler reorder the weights, which PyTorch recommends on a CPU; ``mode`` is torch.compile's."""
     from torch._inductor import config
 
     config.freezing = bool(options.pop("freezing", False))
@@ -38,7 +38,7 @@ def _model(case: Case, threads: int, device: str, dtype: str, *, channels_last: 
     model.compute_in(dtype)
     model.step.eval().requires_grad_(False).to(device)
     if channels_last:
-        model.step.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # its stubs lack this one
+        model.step.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # the stubs lack this overload
     model.reference = None
     return model
 

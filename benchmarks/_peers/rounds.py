@@ -1,4 +1,4 @@
-"""The measurement: peers that are loaded side by side draw in turn, round after round, so that a noisy machine disturbs all alike."""
+"""The measurement: peers are loaded at the same time and run in turn, round after round, so that noise affects all alike."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from _peers.catalogue import ANCHOR, LARGEST_ERROR, Peer
 from _peers.client import Worker, WorkerFailedError
 from _peers.installed import install_bytes, versions
 from _peers.machine import gpu_bytes_used
-from _peers.sizes import BASE_BYTES, Size, available_bytes, lacking
+from _peers.sizes import BASE_BYTES, Size, available_bytes, memory_shortage
 
-PAUSE_S = 0.02  #       between turns: threads of the last one fall asleep
-TURN_MS = 250.0  #      that a turn lasts at least, where a draw is shorter
-MOST_DRAWS = 20  #      in a turn
-SHORT_MS = 1000.0  #    a draw this short is preceded by one that is not counted
+PAUSE_S = 0.02  #       between turns, so that the threads of the last peer go to sleep
+TURN_MS = 250.0  #      target duration of a turn, if a call is shorter
+MAX_CALLS_PER_TURN = 20  #      maximum number of calls per turn
+SHORT_MS = 1000.0  #    a turn of shorter calls begins with an untimed one
 TRIAL_ROUNDS = 3
 
-Tell = Callable[[str], None]
+Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -32,40 +32,40 @@ class Plan:
     device: str
     threads: int
     seconds: float
-    """For the rounds of one size and batch size, once all are loaded."""
+    """Duration of the rounds of one size and batch size, once all peers are loaded."""
     rounds: int | None
-    """Exactly so many instead."""
-    least_rounds: int
-    """However long they take."""
-    patience: float
-    """Seconds to wait for an answer."""
+    """Exact number of rounds, in place of ``seconds``."""
+    min_rounds: int
+    """Minimum number of rounds, however long they take."""
+    timeout: float
+    """Seconds to wait for a peer's answer."""
 
 
 @dataclass(eq=False)
 class Candidate:
-    """One peer with one of its variants, running."""
+    """A running peer with one of its variants."""
 
     peer: Peer
     options: dict[str, Any]
     worker: Worker
     gpu_bytes: int | None
     turns: list[list[float]] = field(default_factory=list)
-    """Milliseconds, by round."""
+    """Milliseconds of each call, by round."""
     ratios: list[float] = field(default_factory=list)
-    """Of its turns to the anchor's in the same round."""
+    """Median of its turn divided by that of the anchor in the same round, by round."""
     last_ms: float | None = None
-    """Of a draw, about."""
+    """Approximate milliseconds of a call."""
 
     @property
     def times(self) -> list[float]:
         return [value for turn in self.turns for value in turn]
 
     def turn(self) -> None:
-        """Draw for a moment."""
+        """Run for one turn."""
         if self.last_ms is None:
             self.last_ms = self.worker.draw(0, 1)[0]
         short = self.last_ms < SHORT_MS
-        count = max(1, min(MOST_DRAWS, round(TURN_MS / self.last_ms)))
+        count = max(1, min(MAX_CALLS_PER_TURN, round(TURN_MS / self.last_ms)))
         turn = self.worker.draw(int(short), count)
         self.last_ms = statistics.median(turn)
         self.turns.append(turn)
@@ -73,16 +73,16 @@ class Candidate:
 
 
 class Row:
-    """The figures of one size and batch size."""
+    """Measures one size and batch size."""
 
-    def __init__(self, case: Case, size: Size, n: int, plan: Plan, scratch: Path, tell: Tell) -> None:
-        self.case, self.size, self.n, self.plan, self.scratch, self.tell = case, size, n, plan, scratch, tell
+    def __init__(self, case: Case, size: Size, n: int, plan: Plan, scratch: Path, show_progress: Progress) -> None:
+        self.case, self.size, self.n, self.plan, self.scratch, self.show_progress = case, size, n, plan, scratch, show_progress
         self.peers: dict[str, dict[str, Any]] = {}
         self._anchor: Candidate | None = None
         self._starts = 0
 
     def measure(self, peers: Sequence[Peer]) -> dict[str, dict[str, Any]]:
-        """Figures by the peer's name; of one that cannot run, its status and the reason."""
+        """Return the figures by name of the peer; for a peer that cannot run, its status and the reason."""
         waiting = [peer for peer in peers if self._is_here(peer)]
         try:
             while waiting:
@@ -102,21 +102,21 @@ class Row:
         return False
 
     def _report(self, peer: Peer, status: str, reason: str) -> None:
-        self.tell(f"  {peer.name}: {status}: {reason}")
+        self.show_progress(f"  {peer.name}: {status}: {reason}")
         self.peers[peer.name] = {"status": status, "reason": reason, "dtype": peer.dtype}
 
-    # -- A group: the anchor and as many others as there is memory for --------------------------------------------------
+    # -- A group: the anchor and as many others as fit into memory ----------------------------------------------------------
 
     def _group(self, waiting: list[Peer]) -> list[Peer]:
-        """Measure the first of them, and return the rest."""
+        """Measure the first peers that fit into memory together, and return the rest."""
         running: list[Candidate] = [self._anchor] if self._anchor is not None else []
         group: list[Candidate] = []
         try:
             while waiting:
                 need = waiting[0].memory * self.size.weights_bytes + BASE_BYTES
-                if reason := lacking(need, waiting[0].name, available_bytes()):
+                if reason := memory_shortage(need, waiting[0].name, available_bytes()):
                     if group:
-                        break  # when those of this group have ended
+                        break  # it is measured after this group has ended
                     self._report(waiting.pop(0), "skipped", reason)
                     continue
                 peer = waiting.pop(0)
@@ -133,7 +133,7 @@ class Row:
         return waiting
 
     def _start(self, peer: Peer) -> Candidate | None:
-        """The peer with the variant that is fastest here."""
+        """Start the peer with the variant that is fastest on this machine."""
         found: list[Candidate] = []
         reason = "nothing to run"
         for options in peer.variants if self.size.trial else peer.variants[:1]:
@@ -148,7 +148,7 @@ class Row:
             if peer.name not in self.peers:
                 self._report(peer, "failed", reason)
             return None
-        self.peers.pop(peer.name, None)  # another variant failed
+        self.peers.pop(peer.name, None)  # remove the report of a variant that failed
         best = min(found, key=lambda candidate: min(map(statistics.median, candidate.turns), default=0.0))
         for candidate in found:
             if candidate is not best:
@@ -158,7 +158,7 @@ class Row:
             best.worker.close()
             self._report(peer, "wrong", f"its result is off by {best.worker.error_share:.2g} of the reference, more than {LARGEST_ERROR[peer.dtype]:.2g}")
             return None
-        self.tell(f"  {peer.name}: ready, first result after {best.worker.cold_start_s:.1f} s, {_settings(best.options)}")
+        self.show_progress(f"  {peer.name}: ready, first result after {best.worker.cold_start_s:.1f} s, {_settings(best.options)}")
         return best
 
     def _open(self, peer: Peer, options: Mapping[str, Any]) -> Candidate:
@@ -172,13 +172,13 @@ class Row:
         }
         self._starts += 1
         before = gpu_bytes_used() if self.plan.device == "cuda" else None
-        worker = Worker(spec, self.scratch / str(self._starts), self.plan.patience, peer.environment)
+        worker = Worker(spec, self.scratch / str(self._starts), self.plan.timeout, peer.environment)
         after = gpu_bytes_used() if before is not None else None
         return Candidate(peer, dict(options), worker, after - before if before is not None and after is not None else None)
 
     def _rounds(self, running: list[Candidate]) -> None:
         end, done = time.perf_counter() + self.plan.seconds, 0
-        while running and (done < self.plan.rounds if self.plan.rounds is not None else done < self.plan.least_rounds or time.perf_counter() < end):
+        while running and (done < self.plan.rounds if self.plan.rounds is not None else done < self.plan.min_rounds or time.perf_counter() < end):
             self._turns(running)
             done += 1
             anchor = next((candidate for candidate in running if candidate.peer.name == ANCHOR), None)
@@ -187,7 +187,7 @@ class Row:
                     candidate.ratios.append(statistics.median(candidate.turns[-1]) / statistics.median(anchor.turns[-1]))
 
     def _turns(self, running: list[Candidate]) -> None:
-        """One turn of each; those that fail are taken out of the list."""
+        """Run one turn of each candidate, and remove those that fail from the list."""
         for candidate in list(running):
             try:
                 candidate.turn()
@@ -200,10 +200,10 @@ class Row:
                 self._report(candidate.peer, "failed", f"while drawing: {error}")
 
     def _finish(self, candidate: Candidate) -> None:
-        """Its figures, and the end of its process."""
+        """Record the figures of a candidate, and end its process."""
         peer = candidate.peer
         try:
-            if peer.name in self.peers:  # it failed
+            if peer.name in self.peers:  # it has failed
                 return
             memory = candidate.worker.memory()
             self.peers[peer.name] = {
@@ -227,7 +227,7 @@ class Row:
 
 
 def summary(times: Sequence[float], n: int) -> dict[str, float]:
-    """Of draws of n samples each, in milliseconds."""
+    """Summarize the milliseconds of calls that generate n samples each."""
     ordered = sorted(times)
     median = statistics.median(ordered)
     return {

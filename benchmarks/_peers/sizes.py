@@ -1,4 +1,4 @@
-"""The models that are compared: how large they are, and what memory they need. Nothing heavy is imported here."""
+"""The models that are compared: size and memory. Nothing heavy is imported here."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ GB = 10**9
 
 @dataclass(frozen=True)
 class Size:
-    """One model."""
+    """A model of the comparison."""
 
     title: str
-    """As tables say it."""
+    """Name in tables."""
     family: str
-    """How it is read: the keys of ``scm_export.families.FAMILIES``."""
+    """A key of ``scm_export.families.FAMILIES``."""
     parameters: int
-    """About so many."""
+    """Approximate number of parameters."""
     trial: bool = True
-    """Whether opening it several times, to find a peer's best settings, is cheap."""
+    """Whether variants of a peer are tried. False for models that are expensive to open."""
     cpu_batch_sizes: tuple[int, ...] = (1, 8)
-    """Measured on a CPU with ``--all``."""
+    """Batch sizes on a CPU with ``--all``."""
 
     @property
     def weights_bytes(self) -> int:
-        """Of the weights in float32."""
+        """Size of the weights in float32."""
         return 4 * self.parameters
 
 
@@ -39,16 +39,16 @@ SIZES: dict[str, Size] = {
     "LCM": Size("small latent consistency model 32x32x4", "latent-consistency", 10_000_000),
 }
 
-# Memory beside the weights: Python, libraries, feature maps.
+# Memory in addition to the weights: Python, libraries, feature maps.
 BASE_BYTES = 1_200_000_000
-# While a checkpoint is exported the weights are in memory once, and then some (results/export.json).
+# Peak memory of an export as a multiple of the weights (results/export.json).
 EXPORT_WEIGHTS = 1.5
-# On disk: the checkpoint, the bundle, and the plain export.
+# Disk space as a multiple of the weights: the checkpoint, the bundle, and the plain export.
 DISK_WEIGHTS = 3.2
 
 
 def available_bytes() -> int | None:
-    """Memory that processes can still have; None where the system does not say."""
+    """Return the available memory; None if the system does not report it."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -56,13 +56,13 @@ def available_bytes() -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
 
 
-def lacking(need: float, what: str, available: int | None) -> str | None:
-    """Why something does not fit into the memory there is, or None."""
+def memory_shortage(need: float, what: str, available: int | None) -> str | None:
+    """Return why something does not fit into the available memory, or None."""
     if available is None or need <= available:
         return None
     return f"{what} needs about {need / GB:.1f} GB of memory, and {available / GB:.1f} GB are available: close other programs, or leave it out"
 
 
 def preparing_bytes(size: Size) -> float:
-    """Memory that making a size's models takes at its peak."""
+    """Return the peak memory of preparing the models of a size."""
     return EXPORT_WEIGHTS * size.weights_bytes + BASE_BYTES

@@ -1,8 +1,8 @@
-"""A process that holds one peer with its model, and draws when it is told to. The other side is client.py.
+"""A process that loads one peer with its model and runs it on command. The other side of the protocol is client.py.
 
 Its argument is JSON: ``{"opener": "module:function", "folder": ..., "batch_size": 1, "threads": 2, "device": "cpu", "options": {}}``. It writes one line of
-JSON when the first draw is done, and reads commands, a line each, which it answers with one: ``draw WARM COUNT``, ``memory``. It
-ends when its input does, so that none outlives the benchmark. Libraries may print what they like: their standard output is the error output.
+JSON after the first result, then reads one command per line and answers each with one line: ``draw WARM COUNT``, ``memory``. It ends when its
+input is closed, so that it does not outlive the benchmark. Output that libraries print is redirected to stderr.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from _peers.case import Case, Draw
 
 
 def memory() -> dict[str, int]:
-    """Of this process alone, bytes: the most it ever had in memory, and what it has now."""
+    """Return the peak and current memory of this process in bytes."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
@@ -34,7 +34,7 @@ def memory() -> dict[str, int]:
 
 
 def timed(draw: Draw, warm: int, count: int) -> dict[str, list[float]]:
-    """Milliseconds of each draw, after some that are not counted: caches and threads belonged to another process."""
+    """Return the milliseconds of each call, after some untimed ones, because another process has used the caches and cores before."""
     for _ in range(warm):
         draw()
     times = []
@@ -46,7 +46,7 @@ def timed(draw: Draw, warm: int, count: int) -> dict[str, list[float]]:
 
 
 def serve(spec: dict[str, Any], out: TextIO) -> None:
-    """Open the peer, draw, and answer until the input ends."""
+    """Open the peer, run it once, and answer commands until the input is closed."""
 
     def answer(**content: object) -> None:
         out.write(json.dumps(content) + "\n")
@@ -68,12 +68,12 @@ def serve(spec: dict[str, Any], out: TextIO) -> None:
 
 
 def main() -> None:
-    """Serve; say why where that fails."""
+    """Serve, and report the reason of a failure."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     try:
         serve(json.loads(sys.argv[1]), out)
-    except Exception as error:  # noqa: BLE001 - whatever a peer raises is a result
+    except Exception as error:  # noqa: BLE001 - any error of a peer is a result
         traceback.print_exc()
         lines = [line for line in str(error).splitlines() if line.strip()]
         reason = f"{type(error).__name__}: {lines[0].strip() if lines else ''}".strip()

@@ -1,4 +1,4 @@
-"""What is judged: teacher and students, each in plain PyTorch and through its bundles in fp32 and fp16, all from the same weights and the same noise."""
+"""The samplers that are evaluated: teacher and students, each in plain PyTorch and through bundles in fp32 and fp16, with the same weights and noise."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from scm_runtime.bundle.manifest import Dtype
 from train import as_checkpoint, new_network
 
 CPU = torch.device("cpu")
-CHUNK = 250  #            samples at once
+CHUNK = 250  #            samples per call
 SOLVER_STEPS = 32  #      63 evaluations
 GUIDANCE = 2.5
 DTYPES: tuple[Dtype, ...] = ("fp32", "fp16")
@@ -30,7 +30,7 @@ TEACHER, GUIDED = "teacher, 63 evaluations", "teacher with autoguidance, 63 eval
 UNDISTILLED = "teacher, not distilled, 2 steps"
 
 Draw = Callable[[Tensor, Tensor], Tensor]
-"""int64 labels and seeds ``[N]`` to levels ``[N, 1, 28, 28]``, whole numbers in float32."""
+"""Maps int64 labels and seeds ``[N]`` to pixel levels ``[N, 1, 28, 28]``, whole numbers in float32."""
 
 
 @dataclass(frozen=True)
@@ -39,19 +39,21 @@ class Candidate:
 
     name: str
     through: str
-    """PyTorch, or a bundle's dtype."""
+    """What runs the sampler: "PyTorch", or the dtype of a bundle."""
     checkpoint_sha256: str
     weights_sha256: str
-    """Of the checkpoint and of the guide behind it."""
+    """SHA-256 of the checkpoint followed by the guide, if there is one."""
     draw: Draw
 
 
 def find_candidates(folder: Path, student: Path) -> list[Candidate]:
-    """The rows that the files allow: the student's always; the teacher's with the training folder's ``teacher.state.pt``, sCT's with ``digits-sct.pt``.
+    """Return the rows for which there are checkpoints.
+
+    Those are the student of sCD; the teacher if the training folder has ``teacher.state.pt``; sCT if it has ``digits-sct.pt``.
 
     Args:
-        folder: of the training. Bundles and the teacher's checkpoints are written into its folder ``bundles``.
-        student: checkpoint of sCD.
+        folder: the training folder. Bundles and the teacher's checkpoints are written to its subfolder ``bundles``.
+        student: the checkpoint of sCD.
     """
     work = folder / "bundles"
     work.mkdir(parents=True, exist_ok=True)
@@ -76,7 +78,7 @@ def _teachers(folder: Path, work: Path) -> Iterator[Candidate]:
     guided = autoguided(teacher, _network(bad), GUIDANCE)
     yield from _rows(GUIDED, good, bad, work, lambda labels, noise: solve(guided, labels, noise=noise), {**options, "guidance_scale": GUIDANCE})
     (row, *_) = _rows(UNDISTILLED, good, None, work, lambda labels, noise: sample_consistency(teacher, labels, TWO_STEPS, noise), {})
-    yield row  # in PyTorch alone: no bundle samples a diffusion model so
+    yield row  # only in PyTorch: a bundle of a diffusion model has no consistency sampling
 
 
 def _students(method: str, path: Path, work: Path) -> Iterator[Candidate]:
@@ -92,7 +94,7 @@ def _consistency(network: Network, times: Sequence[float], labels: Tensor, noise
 
 
 def _rows(name: str, path: Path, guide: Path | None, work: Path, sample: Callable[[Tensor, Noise], Tensor], options: dict[str, Any]) -> Iterator[Candidate]:
-    """The same sampler in PyTorch and through bundles of each dtype."""
+    """Yield the rows of one sampler: in PyTorch and through a bundle of each dtype."""
 
     def in_pytorch(labels: Tensor, seeds: Tensor) -> Tensor:
         return to_pixels(torch.cat([sample(*chunk) for chunk in ((x, bundle_noise(s)) for x, s in _chunks(labels, seeds))]))
@@ -121,7 +123,7 @@ def _chunks(labels: Tensor, seeds: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _network(path: Path) -> Network:
-    """In float32, with the checkpoint's half-precision weights: those that the bundles have."""
+    """Return the network in float32, with the half-precision weights of the checkpoint, which the bundles have too."""
     checkpoint: Checkpoint = load_checkpoint(path)
     network = new_network(CPU, {name: tensor.float() for name, tensor in checkpoint.weights.items()})
     network.compute_dtype = torch.float32

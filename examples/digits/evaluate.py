@@ -1,14 +1,15 @@
-"""How good are the digits? Teacher and students, in PyTorch and through their bundles, judged by a classifier that was trained on other digits.
+"""How good are the digits? Evaluates teacher and students, in PyTorch and through bundles, with a classifier that was trained on other digits.
 
-    python examples/digits/evaluate.py                             # three sets of 10 000 samples a row: hours; stop and start it as you like
-    python examples/digits/evaluate.py --only "teacher" --seeds 1  # draw for these rows alone, and show all that was drawn so far
-    python examples/digits/evaluate.py --out benchmarks/results/quality.json  # then benchmarks/figures.py: README's table
+    python examples/digits/evaluate.py                             # three sets of 10 000 samples per row: hours; can be stopped and resumed
+    python examples/digits/evaluate.py --only "teacher" --seeds 1  # sample only these rows, and show all results so far
+    python examples/digits/evaluate.py --out benchmarks/results/quality.json  # then benchmarks/figures.py: the table in docs/benchmarks.md
     python examples/digits/evaluate.py --quick                     # one set of 100: does it run?
 
-Recognition: the share of samples classified as the class asked for. Distance, precision and recall: between the classifier's features of the samples and
-of the 4 000 digits the generator was trained on, which the classifier has never seen. Copies: samples nearer to a training digit than 99 % of held-out
-digits are. No figure alone tells: an undistilled teacher at two steps draws blurred averages, which are easy to recognise. Distances over different
-numbers of samples do not compare. Intervals are Student's, 95 %, over the sets. Rows whose checkpoint is not here stay as an earlier run wrote them.
+Recognized: the share of samples that are classified as the requested class. Distance, precision and recall compare the classifier's features of the
+samples with those of the 4 000 digits that the generator was trained on and the classifier was not. Copies: samples closer to a training digit than 99 %
+of held-out digits are. No metric is sufficient alone: a teacher at two steps, not distilled, generates blurred averages, which are easy to classify.
+Distances over different numbers of samples are not comparable. Intervals are Student's, 95 %, over the sets. Rows without a checkpoint here keep the
+values of an earlier run.
 """
 
 from __future__ import annotations
@@ -37,28 +38,28 @@ EXPORT_FIGURES = ("recognised", "frechet", "precision", "recall", "near")  # cop
 MOST_SETS = 5
 
 Figures = dict[str, float]
-"""Of a set of samples, by the names above."""
+"""Metrics of one set of samples, by the names above."""
 
-# What the student must reach: a share of samples recognised as asked, by steps; and a distance, as a share of the undistilled teacher's.
+# Targets of the student: the share of samples classified as requested, and the distance as a share of that of the teacher that was not distilled.
 RECOGNISED = {"sCD, 1 step": 0.80, "sCD, 2 steps": 0.85}
 DISTANCE = 0.5
 
 
 def gate_misses(means: dict[str, Figures]) -> list[str]:
-    """What is below the gate, in words; an empty list when the student passes. Rows that were not drawn are not judged."""
+    """Return a message for each target that the student misses. Rows that were not sampled are not checked."""
     missed = [
-        f"{name}: {means[name]['recognised']:.3f} recognised, at least {least} asked"
+        f"{name}: {means[name]['recognised']:.3f} recognized, at least {least} required"
         for name, least in RECOGNISED.items()
         if name in means and means[name]["recognised"] < least
     ]
     student, teacher = means.get("sCD, 2 steps"), means.get(UNDISTILLED)
     if student is not None and teacher is not None and student["frechet"] > DISTANCE * teacher["frechet"]:
-        missed.append(f"sCD, 2 steps: distance {student['frechet']:.3f}, at most {DISTANCE} of the undistilled teacher's {teacher['frechet']:.3f} asked")
+        missed.append(f"sCD, 2 steps: distance {student['frechet']:.3f}, at most {DISTANCE} of the undistilled teacher's {teacher['frechet']:.3f} allowed")
     return missed
 
 
 def measure(judge: Judge, levels: Tensor, labels: Tensor, training: Tensor | None = None) -> Figures:
-    """All figures of one set of samples, against all training digits or those given."""
+    """Return all metrics of one set of samples, compared with all training digits or those given."""
     (digits, _), (held_out, _) = load_digits()
     training = digits if training is None else training
     real, _ = assess(judge, training)
@@ -76,7 +77,7 @@ def measure(judge: Judge, levels: Tensor, labels: Tensor, training: Tensor | Non
 
 
 def measure_real(judge: Judge) -> Figures:
-    """What no sampler can beat: 1 000 training digits against the other 3 000. Held-out digits cannot stand for it, since the judge knows them."""
+    """Return the metrics of real digits: 1 000 training digits against the other 3 000. Held-out digits do not qualify: the judge was trained on them."""
     (training, targets), _ = load_digits()
     first = torch.cat([(targets == digit).nonzero()[:100, 0] for digit in range(10)])
     rest = torch.ones(len(targets), dtype=torch.bool).index_fill(0, first, False)
@@ -84,7 +85,7 @@ def measure_real(judge: Judge) -> Figures:
 
 
 def export_changes(drawn: dict[tuple[str, str], list[Figures]]) -> dict[str, Figures]:
-    """By how much each bundle's figures differ from PyTorch's over the sets that both have, as a share; the largest of all rows, by dtype and figure."""
+    """Return the largest relative difference between bundles and PyTorch over all rows, by dtype and metric, for the sets that both have."""
     changes: dict[str, Figures] = {}
     for (name, through), sets in drawn.items():
         pairs = list(zip(sets, drawn.get((name, "PyTorch"), []), strict=False))
@@ -99,13 +100,13 @@ def export_changes(drawn: dict[tuple[str, str], list[Figures]]) -> dict[str, Fig
 
 
 def absent_rows(record: dict[str, Any], samples: int, candidates: list[Candidate]) -> list[dict[str, Any]]:
-    """What an earlier run judged and this one cannot, for its checkpoint is not here: these rows stay as they were."""
+    """Return the rows of an earlier run whose checkpoints are not here. They are kept unchanged."""
     here = {one.name for one in candidates}
     return [row for row in record.get("rows", []) if record["samples"] == samples and row["sampler"] not in here]
 
 
 def draw_side_by_side(candidates: list[Candidate], path: Path) -> None:
-    """Teacher and students from PyTorch, a row each, columns from the same noise: seeds 0 to 19, classes 0 to 9 twice."""
+    """Save an image of the PyTorch samplers, one row each; columns have the same noise: seeds 0 to 19, classes 0 to 9 twice."""
     labels, seeds = torch.arange(10).repeat(2), torch.arange(20)
     rows = [candidate.draw(labels, seeds) for candidate in candidates if candidate.through == "PyTorch" and candidate.name not in (TEACHER, UNDISTILLED)]
     if not rows:  # left out by --only
@@ -115,7 +116,7 @@ def draw_side_by_side(candidates: list[Candidate], path: Path) -> None:
 
 
 def show(record: dict[str, Any]) -> None:
-    table = Table("sampler", "through", "sets", *FIGURES.values(), title=f"{record['samples']:,} samples a set".replace(",", " "))
+    table = Table("sampler", "through", "sets", *FIGURES.values(), title=f"{record['samples']:,} samples per set".replace(",", " "))
     table.add_row("real digits", "", "", *(f"{record['real'][figure]:.3f}" for figure in FIGURES))
     for row in record["rows"]:
         shown = (f"{mean:.3f}" + (f" ± {half:.3f}" if half is not None else "") for mean, half in map(row["figures"].__getitem__, FIGURES))
@@ -126,24 +127,24 @@ def show(record: dict[str, Any]) -> None:
 
 
 @click.command(help=__doc__)
-@click.option("--student", type=click.Path(dir_okay=False, path_type=Path), default=DIGITS_PT, help="Checkpoint of sCD; by default the one that is shipped.")
-@click.option("--folder", type=click.Path(path_type=Path), default=Path("runs/digits"), show_default=True, help="Of the training: teacher, sCT.")
-@click.option("--out", type=click.Path(path_type=Path), help="JSON; by default results.json in the folder. Sets of samples that it has are not drawn again.")
-@click.option("--samples", type=click.IntRange(100), default=10_000, show_default=True, help="Of a set; as many of each class.")
-@click.option("--seeds", type=click.IntRange(1, MOST_SETS), default=3, show_default=True, help="Number of sets to draw.")
-@click.option("--only", default="", help="Draw for the rows that have this in their name and way, as in 'sCD, 2 steps/fp16'.")
-@click.option("--quick", is_flag=True, help="One set of 100 samples of the students: for tests.")
+@click.option("--student", type=click.Path(dir_okay=False, path_type=Path), default=DIGITS_PT, help="Checkpoint of sCD; by default the shipped one.")
+@click.option("--folder", type=click.Path(path_type=Path), default=Path("runs/digits"), show_default=True, help="Training folder, with teacher and sCT.")
+@click.option("--out", type=click.Path(path_type=Path), help="JSON file; by default results.json in the folder. Sets it already has are not sampled again.")
+@click.option("--samples", type=click.IntRange(100), default=10_000, show_default=True, help="Samples per set, equally many of each class.")
+@click.option("--seeds", type=click.IntRange(1, MOST_SETS), default=3, show_default=True, help="Number of sets.")
+@click.option("--only", default="", help="Sample only rows whose name contains this text, as in 'sCD, 2 steps/fp16'.")
+@click.option("--quick", is_flag=True, help="One set of 100 samples of the students, for tests.")
 def main(student: Path, folder: Path, out: Path | None, samples: int, seeds: int, only: str, quick: bool) -> None:
     if quick:
         samples, seeds, only = 100, 1, only or "sC"
     if samples % 10:
-        raise click.UsageError(f"--samples must be a multiple of 10, as many of each class, got {samples}")
+        raise click.UsageError(f"--samples must be a multiple of 10 (the number of classes), got {samples}")
     folder.mkdir(parents=True, exist_ok=True)
     out = out or folder / "results.json"
     judge = load_judge()
     candidates = find_candidates(folder, student)
     if not any(one.name == GUIDED for one in candidates):
-        click.echo(f"no teacher in {folder}: its rows, and the gate on the distance, are left out or as they were (train.py makes one)")
+        click.echo(f"no teacher in {folder}: its rows and the check of the distance are skipped or kept from an earlier run (train.py makes one)")
 
     earlier = json.loads(out.read_text()) if out.exists() else {}
     kept: dict[str, Figures] = earlier.get("sets", {})
@@ -175,7 +176,7 @@ def main(student: Path, folder: Path, out: Path | None, samples: int, seeds: int
     click.echo(f"wrote {out}")
     torchs = {row["sampler"]: {figure: mean for figure, (mean, _) in row["figures"].items()} for row in record["rows"] if row["through"] == "PyTorch"}
     if missed := gate_misses(torchs):
-        raise click.ClickException("below the gate: " + "; ".join(missed))
+        raise click.ClickException("below the targets: " + "; ".join(missed))
 
 
 if __name__ == "__main__":

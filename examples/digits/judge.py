@@ -1,6 +1,6 @@
-"""The judge of generated digits: a small classifier, trained on digits that no generator here has seen.
+"""The evaluator of generated digits: a small classifier, trained on digits that are not in the generators' training data.
 
-It says how many samples are recognised as the class asked for, and gives the features that metrics.py measures in.
+It classifies samples, and provides the features for metrics.py.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.nn import functional
 from data import load_digits
 
 FEATURES = 64
-JUDGE = Path(__file__).with_name("judge.pt")  # the one that all figures here come from; another one measures in other units
+JUDGE = Path(__file__).with_name("judge.pt")  # all published figures use this one; another classifier has other units
 
 
 class Judge(nn.Module):
@@ -36,7 +36,7 @@ class Judge(nn.Module):
 
 
 def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Random small rotations, scalings and shifts, so that 1 000 digits are enough to learn from."""
+    """Apply small random rotations, scalings and shifts, so that 1 000 digits are enough to train on."""
     n = len(pixels)
     angle, scale = ((torch.rand(2, n, generator=generator) - 0.5) * torch.tensor([[0.5], [0.3]])).unbind()
     shift = (torch.rand(n, 2, 1, generator=generator) - 0.5) * 0.3
@@ -46,7 +46,7 @@ def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def load_judge(path: Path = JUDGE, steps: int = 1500) -> Judge:
-    """The classifier stored at ``path``; trained there first (a minute or two on two cores) where there is none."""
+    """Load the classifier at ``path``. If there is none, train it (one or two minutes on two cores) and save it there."""
     judge = Judge()
     if path.exists():
         judge.load_state_dict(torch.load(path, weights_only=True))
@@ -71,6 +71,6 @@ def load_judge(path: Path = JUDGE, steps: int = 1500) -> Judge:
 
 @torch.no_grad()
 def assess(judge: Judge, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Features ``[N, 64]`` and the recognised classes ``[N]`` of float levels ``[N, 1, 28, 28]``."""
+    """Return features ``[N, 64]`` and predicted classes ``[N]`` of float levels ``[N, 1, 28, 28]``."""
     features, logits = zip(*(judge(chunk) for chunk in pixels.split(500)), strict=True)
     return torch.cat(features), torch.cat(logits).argmax(1)

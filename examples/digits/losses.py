@@ -1,4 +1,4 @@
-"""What the stages minimise: the teacher's diffusion, the student's way along the teacher's trajectories, its consistency, and the last two together."""
+"""The losses of the stages: diffusion (teacher), regression on trajectories, consistency, and the last two combined (students)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trajectories import Trajectories
 
 
 def noise_levels(n: int, mean: float, std: float, device: torch.device) -> Tensor:
-    """Proposal of t: ln sigma ~ N(mean, std^2), t = arctan(sigma / sigma_d), kept below t_max."""
+    """Sample times from the proposal distribution: ln sigma ~ N(mean, std^2), t = arctan(sigma / sigma_d), at most t_max."""
     sigma = (torch.randn(n, device=device) * std + mean).exp()
     return torch.atan(sigma / SIGMA_DATA).clamp(max=T_MAX)
 
@@ -40,7 +40,7 @@ class Diffusion:
 
 
 class Following:
-    """The student's first loss: from any state of the teacher's trajectories to where it ends, |F - F'|^2 with F' the F that jumps there."""
+    """The student's first loss: from any state of a trajectory of the teacher to its end, |F - F'|^2 with F' the F that jumps there."""
 
     def __init__(self, net: UNet, trajectories: Trajectories, compile: Callable[..., Any], from_start: float = 0.35) -> None:
         self.net, self.trajectories, self.from_start = net, trajectories, from_start
@@ -50,22 +50,22 @@ class Following:
         return list(self.net.parameters())
 
     def loss(self, x0: Tensor, labels: Tensor, progress: float) -> Tensor:
-        """Of as many states as there are digits in x0."""
+        """Return the loss over as many states as there are digits in x0."""
         del labels, progress
         n, (x, t, classes) = len(x0), self.trajectories
         sample = torch.randint(len(x), (n,))
-        # Without the last few states, where next to nothing is left to do and float16 shows.
-        place = torch.where(torch.rand(n) < self.from_start, 0, torch.randint(x.shape[1] - 3, (n,)))
-        state, end, time = (value.float().to(x0.device) for value in (x[sample, place], x[sample, -1], t[sample, place]))
+        # Without the last few states, where the target is dominated by the rounding of float16.
+        position = torch.where(torch.rand(n) < self.from_start, 0, torch.randint(x.shape[1] - 3, (n,)))
+        state, end, time = (value.float().to(x0.device) for value in (x[sample, position], x[sample, -1], t[sample, position]))
         wanted = (per_sample(time.cos()) * state - end) / (per_sample(time.sin()) * SIGMA_DATA)
         error: Tensor = self.forward(state / SIGMA_DATA, time, classes[sample].to(x0.device)) - wanted
         return error.square().mean()
 
 
 class Consistency:
-    """Algorithm 1 of the paper, with tangent normalisation, tangent warm-up (over a share of the steps, or none) and adaptive weighting.
+    """Algorithm 1 of the paper, with tangent normalization, tangent warm-up (over a fraction of the steps, or none) and adaptive weighting.
 
-    Tangents are computed in float32: the student stands still at what their errors allow.
+    Tangents are computed in float32, because their errors limit how good the student becomes.
     """
 
     def __init__(self, net: UNet, velocity: Network | None, compile: Callable[..., Any], warmup: float = 0.2) -> None:
@@ -82,7 +82,7 @@ class Consistency:
 
     @torch.no_grad()
     def _jvp(self, x: Tensor, t: Tensor, labels: Tensor, dx: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
-        """F and its directional derivative along (dx, dt)."""
+        """Return F and its directional derivative along (dx, dt)."""
         F, tangent = torch.func.jvp(lambda x, t: self.net(x, t, labels), (x, t), (dx, dt))[:2]
         return F, tangent
 
@@ -98,7 +98,7 @@ class Consistency:
             self.net.compute_dtype = dtype
             r = min(1.0, progress / self.warmup) if self.warmup else 1.0
             g = -(cos**2) * (SIGMA_DATA * F_frozen - dxdt) - r * (cos * sin * x + SIGMA_DATA * tangent)
-            # The paper divides by |g| + c; by the root mean square instead, c keeps its meaning whatever the number of pixels.
+            # The paper divides by |g| + c. With the root mean square instead, c does not depend on the number of pixels.
             g = g / (g.square().mean((1, 2, 3), keepdim=True).sqrt() + 0.1)
         F = self.forward(x / SIGMA_DATA, t, labels)
         weight: Tensor = self.log_weight(t)[:, 0]
@@ -107,7 +107,7 @@ class Consistency:
 
 
 class Distilling:
-    """sCD's loss, of a student that knows its trajectories: Algorithm 1's beside Following's, whose target is not the student itself."""
+    """sCD's loss for a student trained on trajectories: Algorithm 1's combined with Following's, whose target is not the student itself."""
 
     def __init__(self, following: Following, consistency: Consistency, share: float = 0.4) -> None:
         self.net, self.following, self.consistency, self.share = consistency.net, following, consistency, share

@@ -1,4 +1,4 @@
-"""What is measured of generated digits beyond recognition: distance, precision and recall in the judge's features, and whether training digits come back."""
+"""Metrics of generated digits besides classification: Fréchet distance, precision and recall of features, and memorization of training digits."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-NEIGHBOURS = 3  #       whose distance is the radius of a point of a manifold
+NEIGHBOURS = 3  #       k: the radius of a point of a manifold is the distance to its k-th nearest neighbor
 CLOSE = 0.01  #         quantile of held-out digits' distances below which a sample counts as a copy
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # two-sided 95 % quantile of Student's t, by the number of values
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """Fréchet distance between Gaussians fitted to two sets of features, ``[Na, D]`` and ``[Nb, D]``."""
+    """Return the Fréchet distance between Gaussians fitted to two sets of features, ``[Na, D]`` and ``[Nb, D]``."""
     mean_a, mean_b = a.double().mean(0).numpy(), b.double().mean(0).numpy()
     cov_a, cov_b = torch.cov(a.double().T).numpy(), torch.cov(b.double().T).numpy()
-    # The trace of the root of a product of covariances is the sum of the roots of its eigenvalues, which rounding may make negative.
+    # The trace of the square root of the product is the sum of the square roots of its eigenvalues, which rounding may make negative.
     roots = np.sqrt(np.linalg.eigvals(cov_a @ cov_b).real.clip(min=0))
     return float(((mean_a - mean_b) ** 2).sum() + np.trace(cov_a + cov_b) - 2 * roots.sum())
 
@@ -27,8 +27,8 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 def precision_recall(real: Tensor, drawn: Tensor, neighbours: int = NEIGHBOURS) -> tuple[float, float]:
     """Improved precision and recall (arXiv 1904.06991, equations 1 and 2).
 
-    Precision is the share of drawn features within the manifold of the real ones, recall the reverse; a manifold is all that lies as near to one of its
-    points as that point's k-th nearest neighbour. Features are ``[Nr, D]`` and ``[Nd, D]``.
+    Precision is the share of generated features within the manifold of the real ones, recall the reverse. A manifold is the union of balls around its
+    points, each with the distance to the point's k-th nearest neighbor as its radius. Features are ``[Nr, D]`` and ``[Nd, D]``.
     """
     return _share_within(drawn, real, neighbours), _share_within(real, drawn, neighbours)
 
@@ -39,28 +39,28 @@ def _share_within(points: Tensor, manifold: Tensor, neighbours: int) -> float:
 
 
 class Memorised(NamedTuple):
-    """How near to the training digits something is, compared with how near digits are that no training has seen."""
+    """Distance of samples to the training digits, compared with that of held-out digits."""
 
     median_ratio: float
-    """Of the distances to the nearest training digit: the samples' median over the held-out digits'. Copies would make it small."""
+    """Median distance to the nearest training digit: that of the samples divided by that of held-out digits. Copies make it small."""
     copies: float
-    """Share of samples that are nearer than all but one in a hundred of the held-out digits; 0.01 if samples are as far as those."""
+    """Share of samples that are closer than 99 % of the held-out digits; 0.01 if samples are as far away as those."""
 
 
 def memorised(drawn: Tensor, training: Tensor, held_out: Tensor) -> Memorised:
-    """From levels ``[N, ...]``, by Euclidean distance of pixels."""
+    """Return the statistics of pixel levels ``[N, ...]``, by Euclidean distance."""
     near, far = nearest(drawn, training), nearest(held_out, training)
     return Memorised(float(near.median() / far.median()), (near < far.quantile(CLOSE)).float().mean().item())
 
 
 def nearest(points: Tensor, others: Tensor) -> Tensor:
-    """Distance of each point ``[N, ...]`` to the nearest of the others ``[M, ...]``: ``[N]``."""
+    """Return the distance ``[N]`` of each point ``[N, ...]`` to the nearest of the others ``[M, ...]``."""
     flat = others.flatten(1)
     return torch.cat([torch.cdist(chunk, flat).min(1).values for chunk in points.flatten(1).split(500)])
 
 
 def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and half of its 95 % confidence interval by Student's t; NaN for a single value."""
+    """Return the mean and the half-width of its 95 % confidence interval by Student's t, which is NaN for a single value."""
     mean = sum(values) / len(values)
     if len(values) == 1:
         return mean, math.nan

@@ -1,4 +1,4 @@
-"""Samplers in plain PyTorch, to judge networks while they train and bundles afterwards. They share no code with the exporter but the noise and the times."""
+"""Samplers in plain PyTorch, to evaluate networks during training and bundles afterwards. They share only the noise and the times with the exporter."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ SHAPE = (1, 28, 28)
 
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]
 Noise = Callable[[int], Tensor]
-"""Index of the draw to standard normal numbers, ``[N, 1, 28, 28]``."""
+"""Maps the index of a draw to standard normal numbers, ``[N, 1, 28, 28]``."""
 
 
 def bundle_noise(seeds: Tensor) -> Noise:
-    """The runtime's own, for int64 seeds ``[N]``."""
+    """Return the noise of the runtime for int64 seeds ``[N]``."""
     return lambda draw: philox_normal(seeds, draw, SHAPE)
 
 
 def torch_noise(n: int, seed: int, device: torch.device) -> Noise:
-    """PyTorch's, which is faster; one draw after the other."""
+    """Return noise of PyTorch's generator, which is faster. The draws must be requested in order."""
     generator = torch.Generator(device).manual_seed(seed)
     return lambda draw: torch.randn(n, *SHAPE, generator=generator, device=device)
 
@@ -46,7 +46,10 @@ def ddim(network: Network, labels: Tensor, steps: int, noise: Noise) -> Tensor:
 
 @torch.no_grad()
 def dpm_solver_2s(network: Network, labels: Tensor, steps: int, noise: Noise) -> Tensor:
-    """DPM-Solver-2 (arXiv 2206.00927, algorithm 1) along EDM's noise levels: two evaluations a step, one for the last. 32 steps are the usual teacher."""
+    """DPM-Solver-2 (arXiv 2206.00927, algorithm 1) along EDM's noise levels: two evaluations per step, one for the last.
+
+    32 steps are the usual teacher.
+    """
     levels = torch.linspace(80 ** (1 / 7), 0.002 ** (1 / 7), steps, dtype=torch.float64) ** 7
     times = [*torch.atan(levels / SIGMA_DATA).tolist(), 0.0]
     x = noise(0).double() * SIGMA_DATA
@@ -56,9 +59,9 @@ def dpm_solver_2s(network: Network, labels: Tensor, steps: int, noise: Noise) ->
 
 
 def second_order_step(network: Network, x: Tensor, t: Tensor, s: Tensor, labels: Tensor) -> Tensor:
-    """A step of DPM-Solver-2 from times t to s, float64 ``[N]``; to s = 0 one of first order. x is float64, for x - sin t z cancels where t is near pi/2.
+    """A step of DPM-Solver-2 from times t to s, float64 ``[N]``; first-order if s = 0. x is float64, because x - sin t z cancels for t near pi/2.
 
-    With z the noise that F predicts, a step of first order is ``x_s = cos s (x_t - sin t z) / cos t + sin s z``; one of second order takes z half-way in the
+    With z the noise that F predicts, a first-order step is ``x_s = cos s (x_t - sin t z) / cos t + sin s z``; a second-order step uses z half-way in the
     logarithm of the signal-to-noise ratio, at ``tan m = sqrt(tan t tan s)``.
     """
 
@@ -77,13 +80,13 @@ def second_order_step(network: Network, x: Tensor, t: Tensor, s: Tensor, labels:
 
 
 def per_sample(values: Tensor) -> Tensor:
-    """``[N]`` as ``[N, 1, 1, 1]``, to multiply pictures with."""
+    """Reshape ``[N]`` to ``[N, 1, 1, 1]``, to multiply images with."""
     return values[:, None, None, None]
 
 
 @torch.no_grad()
 def sample_consistency(network: Network, labels: Tensor, times: Sequence[float], noise: Noise) -> Tensor:
-    """Multistep consistency sampling: jump to the data from each time, with fresh noise in between."""
+    """Multistep consistency sampling: jump to the data from each time, and add fresh noise in between."""
     x = noise(0) * SIGMA_DATA
     for draw, t in enumerate(times):
         if draw:
@@ -94,7 +97,7 @@ def sample_consistency(network: Network, labels: Tensor, times: Sequence[float],
 
 
 def autoguided(good: Network, bad: Network, weight: float) -> Network:
-    """Guide a network by an earlier snapshot of itself (arXiv 2406.02507): F = F_bad + w (F_good - F_bad)."""
+    """Guide a network with an earlier snapshot of itself (arXiv 2406.02507): F = F_bad + w (F_good - F_bad)."""
 
     @torch.no_grad()
     def velocity(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:

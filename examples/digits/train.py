@@ -3,9 +3,9 @@
     python examples/digits/train.py                    # sCD: distil the teacher
     python examples/digits/train.py --method sct       # sCT: no teacher in the student's loss, only its weights as a start
 
-The student of sCD first learns where the teacher's trajectories lead (trajectories.py), which saves it most of its way. Then Algorithm 1 of the sCM paper
-(arXiv 2410.11081) is a part of its loss, as it is all of sCT's; its weights are the mean of those before and after. Every stage resumes from where it was
-stopped.
+The student of sCD first learns the end points of the teacher's trajectories (trajectories.py), which saves most of its training. Then Algorithm 1 of the
+sCM paper (arXiv 2410.11081) is a part of its loss; for sCT it is the whole loss. The weights of sCD are the mean of those before and after the last stage.
+Every stage can be stopped and resumed.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ CONFIG = UNetConfig(
     model_channels=48,
     channel_mult=(1, 2),
     num_blocks=1,
-    attn_resolutions=(),  # the first decoder block has attention all the same
+    attn_resolutions=(),  # the first decoder block has attention in any case
     channels_per_head=32,
     patch_size=2,
     time_scale=4.0,
@@ -48,7 +48,7 @@ CONFIG = UNetConfig(
 
 
 def save(value: object, path: Path) -> None:
-    """Write beside the destination and rename: an interrupted save leaves the earlier file."""
+    """Write to a temporary file and rename it: an interrupted save keeps the earlier file."""
     beside = path.with_name(path.name + ".part")
     torch.save(value, beside)
     beside.replace(path)
@@ -73,7 +73,7 @@ def train_stage(
     compile: Callable[..., Any],
     snapshot_at: float = 0.0,
 ) -> UNet:
-    """Run one stage to its end, or on from its last save, and return its network under an exponential moving average."""
+    """Run one stage from its last saved state, or from the start, and return the exponential moving average of its network."""
     state_path, log_path = folder / f"{name}.state.pt", folder / f"{name}.jsonl"
     net, parameters = stage.net, stage.parameters()
     ema = copy.deepcopy(net).requires_grad_(False)
@@ -104,7 +104,7 @@ def train_stage(
             optimizer.zero_grad()
             loss.backward()
             for parameter in parameters:
-                if parameter.grad is not None:  # a step that overflows in half precision is left out, not spread
+                if parameter.grad is not None:  # ignore a step that overflows in half precision
                     torch.nan_to_num_(parameter.grad, nan=0.0, posinf=0.0, neginf=0.0)
             optimizer.step()
             net.normalize_weights_()
@@ -130,7 +130,7 @@ def train_stage(
 
 
 def load_trajectories(path: Path, velocity: Network, count: int, device: torch.device) -> Trajectories:
-    """Those that were drawn before, or new ones."""
+    """Load the trajectories at ``path``; compute and save them if there are none."""
     if not path.exists():
         (images, labels), _ = load_digits()
         save(draw_trajectories(velocity, to_model(images), labels, count, device)._asdict(), path)
@@ -146,7 +146,7 @@ def new_network(device: torch.device, weights: dict[str, Tensor] | None = None) 
 
 
 def as_checkpoint(net: UNet) -> Checkpoint:
-    """The network in the form that scm-export reads, with half-precision weights."""
+    """Return the network as a checkpoint for scm-export, with half-precision weights."""
     trained = {name for name, _ in net.named_parameters()}
     return Checkpoint(
         family="edm2",
@@ -162,16 +162,18 @@ def as_checkpoint(net: UNet) -> Checkpoint:
 @click.option("--folder", type=click.Path(file_okay=False, path_type=Path), default=Path("runs/digits"), show_default=True)
 @click.option("--method", type=click.Choice(["scd", "sct"]), default="scd", show_default=True)
 @click.option("--teacher-steps", type=click.IntRange(1), default=3700, show_default=True)
-@click.option("--trajectories", type=click.IntRange(1), default=20_000, show_default=True, help="Of the teacher, for sCD: half a gigabyte.")
-@click.option("--following-steps", type=click.IntRange(1), default=16_000, show_default=True, help="On the trajectories.")
-@click.option("--student-steps", type=click.IntRange(1), default=500, show_default=True, help="Of sCD or sCT.")
+@click.option(
+    "--trajectories", type=click.IntRange(1), default=20_000, show_default=True, help="Number of the teacher's trajectories, for sCD: half a gigabyte."
+)
+@click.option("--following-steps", type=click.IntRange(1), default=16_000, show_default=True, help="Steps on the trajectories.")
+@click.option("--student-steps", type=click.IntRange(1), default=500, show_default=True, help="Steps of sCD or sCT.")
 @click.option("--batch-size", type=click.IntRange(1, 4000), default=128, show_default=True)
 @click.option(
-    "--learning-rate", type=click.FloatRange(0, min_open=True), help="Of sCD (4e-4) or sCT (1e-3); the teacher's is 8e-3, on the trajectories it is 2e-3."
+    "--learning-rate", type=click.FloatRange(0, min_open=True), help="For sCD (default 4e-4) or sCT (1e-3). The teacher uses 8e-3, the trajectories 2e-3."
 )
 @click.option("--guidance", type=float, default=2.5, show_default=True, help="Weight of the teacher's autoguidance.")
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
-@click.option("--compile/--no-compile", default=True, show_default=True, help="torch.compile the losses: minutes to start, a third faster.")
+@click.option("--compile/--no-compile", default=True, show_default=True, help="torch.compile the losses: starts minutes later, a third faster.")
 @click.option("--seed", type=int, default=0, show_default=True)
 def main(
     folder: Path,
@@ -190,7 +192,7 @@ def main(
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     compiler: Callable[..., Any] = torch.compile if compile else lambda function: function
-    place = torch.device(device)
+    torch_device = torch.device(device)
     judge = load_judge()
     (images, _), _ = load_digits()
     real, _ = assess(judge, images)
@@ -201,7 +203,7 @@ def main(
 
     def evaluate(sampler: Callable[[UNet, Tensor], Tensor]) -> Callable[[UNet], dict[str, float]]:
         def run(net: UNet) -> dict[str, float]:
-            features, found = assess(judge, to_pixels(sampler(net, labels.to(place)).cpu()))
+            features, found = assess(judge, to_pixels(sampler(net, labels.to(torch_device)).cpu()))
             return {"accuracy": (found == labels).float().mean().item(), "frechet_500": frechet_distance(features, real)}
 
         return run
@@ -209,7 +211,7 @@ def main(
     teacher = train_stage(
         "teacher",
         folder,
-        Diffusion(new_network(place)),
+        Diffusion(new_network(torch_device)),
         teacher_steps,
         learning_rate=8e-3,
         batch_size=batch_size,
@@ -218,13 +220,13 @@ def main(
         compile=compiler,
         snapshot_at=1 / 8,
     )
-    student = follower = new_network(place, teacher.state_dict())
+    student = follower = new_network(torch_device, teacher.state_dict())
     stage: Consistency | Distilling
     if method == "scd":
-        snapshot = new_network(place, torch.load(folder / "teacher.snapshot.pt", weights_only=True)).requires_grad_(False)
+        snapshot = new_network(torch_device, torch.load(folder / "teacher.snapshot.pt", weights_only=True)).requires_grad_(False)
         velocity = compiler(autoguided(teacher, snapshot, guidance))
-        ways = load_trajectories(folder / "trajectories.pt", velocity, trajectories, place)
-        following = Following(student, ways, compiler)
+        trajectory_set = load_trajectories(folder / "trajectories.pt", velocity, trajectories, torch_device)
+        following = Following(student, trajectory_set, compiler)
         follower = train_stage(
             "following", folder, following, following_steps, 2e-3, batch_size, ema_decay=0.999, evaluate=evaluate(two_steps), compile=compiler
         )
@@ -243,7 +245,7 @@ def main(
         evaluate=evaluate(two_steps),
         compile=compiler,
     )
-    if method == "scd":  # two steps are better before, one step after; the mean has most of both
+    if method == "scd":  # two steps are better before, one step is better after; the mean keeps most of both
         with torch.no_grad():
             for after, before in zip(ema.parameters(), follower.parameters(), strict=True):
                 after.lerp_(before, 0.5)

@@ -1,7 +1,7 @@
-"""Where the guided teacher leads: states on its way from noise to a digit, and the digit at the end.
+"""Trajectories of the guided teacher: states on the way from noise to a digit, and the digit at the end.
 
-A student that has learnt these (Luhman and Luhman, arXiv 2101.02388, here from every state on the way) starts its consistency training near the goal: the
-loss has no bias of its own, since what it aims at does not come from the student, and a step costs a quarter.
+A student that was trained on them (Luhman and Luhman, arXiv 2101.02388, here from every state of a trajectory) starts its consistency training near the
+goal. The loss has no bias of its own, because its target does not come from the student, and a step costs a quarter.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from torch import Tensor
 from data import SIGMA_DATA
 from samplers import SHAPE, T_MAX, Network, second_order_step
 
-STEPS = 16  # of DPM-Solver-2, two evaluations each but for the last
-FROM_NOISE = 0.6  # share that begins at t_max; the others at a digit with noise of ln sigma/sigma_d ~ N(0.6, 0.9^2), where a second step begins
+STEPS = 16  # of DPM-Solver-2, two evaluations each except the last
+FROM_NOISE = 0.6  # share that starts at t_max; the others start at a digit plus noise of ln sigma/sigma_d ~ N(0.6, 0.9^2), as a second step does
 LEAST_SIGMA = 0.005
 CHUNK = 250
 
 
 class Trajectories(NamedTuple):
-    """Of N samples, states in float16."""
+    """Trajectories of N samples, with states in float16."""
 
     x: Tensor
-    """``[N, STEPS + 1, 1, 28, 28]``; the last is the end, at time 0."""
+    """``[N, STEPS + 1, 1, 28, 28]``; the last state is the digit, at time 0."""
     t: Tensor
     """``[N, STEPS + 1]``, float32."""
     labels: Tensor
@@ -34,7 +34,7 @@ class Trajectories(NamedTuple):
 
 
 def draw_trajectories(network: Network, digits: Tensor, labels: Tensor, count: int, device: torch.device) -> Trajectories:
-    """Follow the probability-flow ODE from ``count`` starts. ``digits`` are the training data in the model's scale, ``[M, 1, 28, 28]``."""
+    """Solve the probability-flow ODE from ``count`` starting points. ``digits`` are the training data in the model's scale, ``[M, 1, 28, 28]``."""
     found = Trajectories(torch.empty(count, STEPS + 1, *SHAPE, dtype=torch.float16), torch.empty(count, STEPS + 1), torch.empty(count, dtype=torch.int64))
     for first in track(range(0, count, CHUNK), "trajectories"):
         n = min(CHUNK, count - first)
@@ -52,7 +52,7 @@ def draw_trajectories(network: Network, digits: Tensor, labels: Tensor, count: i
 
 @torch.no_grad()
 def _solve(network: Network, x: Tensor, start: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """States and times from each sample's start to 0, along EDM's noise levels."""
+    """Return states and times from each sample's start to time 0, along EDM's noise levels."""
     first, share = start.double().tan()[:, None] * SIGMA_DATA, torch.linspace(0, 1, STEPS, dtype=torch.float64, device=x.device)
     levels = (first ** (1 / 7) * (1 - share) + LEAST_SIGMA ** (1 / 7) * share) ** 7
     times = torch.cat([torch.atan(levels / SIGMA_DATA), torch.zeros(len(x), 1, dtype=torch.float64, device=x.device)], dim=1)

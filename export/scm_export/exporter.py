@@ -43,7 +43,7 @@ def export(checkpoint: StrPath, out: StrPath | None, options: Options) -> Export
     """Turn a checkpoint into a bundle. The fields of :class:`Options` are the keyword arguments: ``export("model.pt", dtype="fp16", steps=(1, 2))``.
 
     Args:
-        checkpoint: a file or folder, or a repository of the Hugging Face hub, ``"org/name"``; README lists the formats. No code from it is run
+        checkpoint: a file or folder, or a repository of the Hugging Face hub, ``"org/name"``; docs/exporting.md lists the formats. No code from it is run
             unless ``trust`` is True.
         out: folder of the bundle; by default the checkpoint's path with the ending ``.scm``, or a repository's name in the current folder.
         options: passed as keyword arguments; see :class:`Options`.

@@ -105,7 +105,7 @@ def test_the_library_has_one_export_and_needs_the_system_alone(wheel: Path, tmp_
 def test_a_required_library_that_cannot_be_built(tmp_path: Path) -> None:
     done = build(tmp_path, IMPOSSIBLE | {"SCM_REQUIRE_OPS": "1"}, check=False)
     assert done.returncode != 0
-    assert "SCM_REQUIRE_OPS is set, and the library of kernels in cpp_ops/ could not be built" in done.stdout + done.stderr
+    assert "SCM_REQUIRE_OPS is set, and the native library in cpp_ops/ could not be built" in done.stdout + done.stderr
     assert "/nonexistent" in done.stdout + done.stderr, "the reason"
     assert not list(tmp_path.glob("*.whl"))
 

@@ -339,5 +339,5 @@ def test_a_factory_alone_asks_for_the_config_and_no_more(tmp_path: Path) -> None
 
 
 def test_the_documents_describe_the_choice() -> None:
-    for document in ("README.md", "docs/checkpoint-format.md"):
+    for document in ("docs/exporting.md", "docs/checkpoint-format.md"):
         assert "--weights" in (ROOT / document).read_text("utf-8")

@@ -370,9 +370,9 @@ def main() -> None:
         if not reopening and soak.growth() > FLAT:  # new Generators have arenas of other sizes, which depend on coinciding evaluations
             failures.append(f"{name}: memory grew by {soak.growth():.2%}")
     sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-    from _common import keep
+    from _common import save_and_print
 
-    keep("soak", figures)
+    save_and_print("soak", figures)
     if failures:
         sys.exit("\n".join(failures))
 
