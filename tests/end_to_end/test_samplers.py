@@ -252,8 +252,8 @@ def test_a_guided_bundle_is_the_two_networks(tiny_guided: tuple[Path, Path, Path
     ("checkpoint", "guide", "said"),
     [
         ({}, {"diffusion": True}, "a guide leads a diffusion model"),
-        ({"diffusion": True}, {"diffusion": True, "img_resolution": 16}, "the img_resolution of what it guides, 8, got 16"),
-        ({"diffusion": True}, {"diffusion": True, "label_dim": 3}, "the label_dim of what it guides, 4, got 3"),
+        ({"diffusion": True}, {"diffusion": True, "img_resolution": 16}, "the img_resolution of the guided model, 8, got 16"),
+        ({"diffusion": True}, {"diffusion": True, "label_dim": 3}, "the label_dim of the guided model, 4, got 3"),
     ],
 )
 def test_guides_that_do_not_fit(tmp_path: Path, checkpoint: dict[str, Any], guide: dict[str, Any], said: str) -> None:

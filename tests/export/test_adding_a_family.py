@@ -1,4 +1,4 @@
-"""docs/adding-a-family.md does what it says: its blocks are the family's file, its line in the dictionary, and its test."""
+"""Runs the code blocks of docs/adding-a-family.md: the family's file, its line in the dict, and its test."""
 
 from __future__ import annotations
 

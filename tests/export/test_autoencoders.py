@@ -1,4 +1,4 @@
-"""Between latents and images: small random autoencoders of diffusers' classes, in PyTorch and on ONNX Runtime, against diffusers' own decode and encode."""
+"""Autoencoders: small random ones of diffusers' classes, in PyTorch and in ONNX Runtime, compared with diffusers' decode and encode."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def make_kl(**config: Any) -> Any:
-    """Three levels, attention in the middle."""
+    """Three levels with attention in the middle."""
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
     return AutoencoderKL(**blocks, block_out_channels=(8, 12, 16), norm_num_groups=4, latent_channels=4, **config)
 
@@ -68,7 +68,7 @@ MAKE = {"kl": make_kl, "kl-statistics": make_kl, "kl-shift": lambda: make_kl(shi
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of an autoencoder by its name above, saved by diffusers."""
+    """Save an autoencoder, by its name above, with diffusers; return its folder."""
     root = tmp_path_factory.mktemp("autoencoders")
 
     def folder(name: str) -> Path:
@@ -102,7 +102,7 @@ def column(values: tuple[float, ...]) -> Tensor:
 
 
 def scale(network: Any, x: Tensor, statistics: LatentStatistics | None) -> Any:
-    """From a state to the autoencoder's latents, as the paper or diffusers' pipelines write it."""
+    """Convert a state to the autoencoder's latents, as in the paper or in diffusers' pipelines."""
     if statistics is not None:
         return x / SIGMA_DATA * column(statistics.std) + column(statistics.mean)
     return x / SIGMA_DATA / network.config.scaling_factor + (network.config.get("shift_factor") or 0.0)
@@ -110,13 +110,13 @@ def scale(network: Any, x: Tensor, statistics: LatentStatistics | None) -> Any:
 
 @torch.no_grad()
 def decoded(network: Any, x: Tensor, statistics: LatentStatistics | None) -> Tensor:
-    """By diffusers: pixels of about [-1, 1]."""
+    """Decode with diffusers, to pixels of about [-1, 1]."""
     pixels: Tensor = network.decode(scale(network, x, statistics)).sample
     return pixels
 
 
 def levels(pixels: Tensor) -> NDArray[np.float64]:
-    """As diffusers' pipelines make pictures of pixels, before they are rounded."""
+    """Convert pixels to levels as diffusers' pipelines do, without rounding."""
     return ((pixels / 2 + 0.5).clamp(0, 1) * 255).permute(0, 2, 3, 1).double().numpy()
 
 
@@ -175,7 +175,7 @@ def test_the_graphs_are_the_originals_in_any_batch(folders: Callable[[str], Path
 
 
 def test_a_preview_decoder_takes_the_latents_of_the_large_one(folders: Callable[[str], Path]) -> None:
-    """TAESD takes Stable Diffusion's latents as diffusers scales them, whatever scale the model itself was trained on."""
+    """TAESD expects Stable Diffusion's latents as scaled by diffusers, regardless of the scale that the model was trained with."""
     x, small, large = states(2, 4), original(folders("tiny")), original(folders("kl"))
     for statistics in (None, SCM_STATISTICS):
         found = made(folders("kl"), 4, statistics, preview_decoder=folders("tiny"))
@@ -189,7 +189,7 @@ def test_a_preview_decoder_takes_the_latents_of_the_large_one(folders: Callable[
 
 
 def test_old_names_of_attention_are_read(folders: Callable[[str], Path], tmp_path: Path) -> None:
-    """As in sd-vae-ft-mse, which is older than today's names."""
+    """Use the old names of attention layers, as in sd-vae-ft-mse."""
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     weights = load_file(folders("kl") / WEIGHTS)
     for new, name in old.items():
@@ -202,7 +202,7 @@ def test_old_names_of_attention_are_read(folders: Callable[[str], Path], tmp_pat
 
 
 def test_an_epsilon_in_a_denominator_stays_in_the_graph() -> None:
-    """onnxscript's optimizer takes 1e-15 for 0, and linear attention would divide by it where no query is positive."""
+    """onnxscript's optimizer replaces 1e-15 by 0, and linear attention would divide by it where no query is positive."""
 
     class Ratio(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -224,7 +224,7 @@ def test_an_autoencoder_that_does_not_fit_is_refused(folders: Callable[[str], Pa
         (tmp_path / "nowhere", 4, None, "--decoder must be the folder of an autoencoder"),
         (tmp_path / "text", 4, None, "--decoder must hold one of AutoencoderKL, AutoencoderDC, AutoencoderTiny, got .*UNet2DModel"),
         (folders("dc"), 4, None, r"AutoencoderDC in .* does not fit the model's latents, \[4, 6, 10\]"),
-        (folders("dc"), 8, SCM_STATISTICS, "one value a channel, 8"),
+        (folders("dc"), 8, SCM_STATISTICS, "one value per channel, 8"),
     ]
     for folder, channels, statistics, message in refused:
         with pytest.raises(CheckpointError, match=message):
@@ -256,10 +256,10 @@ def test_an_edm2_checkpoint_of_latents_needs_its_decoder_and_becomes_images(fold
         weight = checkpoint.weights[name]
         checkpoint.weights[name] = torch.cat([weight, weight.narrow(axis, 0, 1).flip(2)], dim=axis)
     save_checkpoint(checkpoint, tmp_path / "pixels.pt")
-    assert build_model(load_checkpoint(tmp_path / "pixels.pt")).output.shape == (8, 8, 4)  # without statistics four channels are pixels, RGBA
+    assert build_model(load_checkpoint(tmp_path / "pixels.pt")).output.shape == (8, 8, 4)  # without statistics, four channels are RGBA pixels
     assert build_model(load_checkpoint(tmp_path / "pixels.pt"), BuildOptions(decoder=folders("kl"))).output.shape == (32, 32, 3)
 
-    # As EDM2's own latents are: statistics of its own, of an autoencoder that was fed images in [0, 1].
+    # Like EDM2's latents: separate statistics, for an autoencoder that gets images in [0, 1].
     checkpoint.sampler = SamplerSpec(latent_mean=(5.81, 3.25, 0.12, -2.15), latent_std=(4.17, 4.62, 3.71, 3.28), pixel_scale=255.0, pixel_offset=0.0)
     save_checkpoint(checkpoint, tmp_path / "latents.pt")
     with pytest.raises(CheckpointError, match="missing decoder"):

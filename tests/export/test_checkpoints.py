@@ -1,4 +1,4 @@
-"""The project's own checkpoint in its two containers."""
+"""The scm-checkpoint format in its two containers, .pt and .safetensors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_a_checkpoint_comes_back_as_it_was_saved(tiny_checkpoint: Path, tmp_path
 def test_loading_a_pt_file_runs_no_code(tmp_path: Path) -> None:
     class Evil:
         def __reduce__(self) -> tuple[object, tuple[str]]:
-            return Path.touch, (tmp_path / "ran",)  # type: ignore[return-value]  # what an attacker writes
+            return Path.touch, (tmp_path / "ran",)  # type: ignore[return-value]  # a malformed file may hold any object
 
     torch.save({"format": "scm-checkpoint", "weights": Evil()}, tmp_path / "evil.pt")
     with pytest.raises(ValueError, match="run code"):

@@ -1,4 +1,4 @@
-"""The family consistency: bundles of small random U-Nets against diffusers' own scheduler and pipeline, with the same noise."""
+"""The family consistency: bundles of small random U-Nets, compared with diffusers' scheduler and pipeline for the same noise."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ RANDN = "diffusers.schedulers.scheduling_consistency_models.randn_tensor"
 
 
 def save(folder: Path, **config: Any) -> Path:
-    """A folder of a pipeline with random weights: three levels, several heads; by default with the blocks of OpenAI's networks."""
+    """Write the folder of a pipeline with random weights: three levels, several heads; by default with the blocks of OpenAI's networks."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         openai = {
@@ -57,7 +57,7 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Unconditional and square, with convolutions that resample."""
+    """An unconditional pipeline for square images, with resampling convolutions."""
     blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
     resampling = {"downsample_type": "conv", "upsample_type": "conv", "resnet_time_scale_shift": "default"}
     return save(tmp_path_factory.mktemp("plain") / "cm", sample_size=16, block_out_channels=(8, 16), **blocks, **resampling)
@@ -77,7 +77,7 @@ def noises(seeds: Sequence[int], shape: tuple[int, ...], count: int) -> list[Ten
 
 @torch.no_grad()
 def with_scheduler(folder: Path, seeds: Sequence[int], timesteps: list[int], shape: tuple[int, ...], **conditioning: Tensor) -> list[NDArray[np.float32]]:
-    """diffusers' loop, with the U-Net as diffusers loads it: the states after each step."""
+    """Run diffusers' loop with the U-Net as diffusers loads it; return the states after each step."""
     unet, scheduler = (
         UNet2DModel.from_pretrained(folder / "unet", low_cpu_mem_usage=False),
         CMStochasticIterativeScheduler.from_pretrained(folder / "scheduler"),
@@ -183,7 +183,7 @@ def test_what_the_pipeline_cannot_run_is_refused(plain: Path, tmp_path: Path) ->
         ("unet", {"out_channels": 6}, "out_channels of the UNet2DModel .* must be 3 .* got 6"),
         ("unet", {"time_embedding_type": "fourier"}, "must be 'positional'"),
         ("unet", {"block_out_channels": [8, 12]}, "wrong shape"),
-        ("unet", {"down_block_types": ["NoBlock", "DownBlock2D"]}, "diffusers .* cannot make a UNet2DModel .*NoBlock"),
+        ("unet", {"down_block_types": ["NoBlock", "DownBlock2D"]}, "diffusers .* cannot create a UNet2DModel .*NoBlock"),
         ("unet", {"sample_size": None}, "--size"),
         ("scheduler", {"sigma_min": -0.002}, "0 < sigma_min < sigma_max, got -0.002"),
     ]

@@ -1,4 +1,4 @@
-"""One wrong byte is found by the checksum of its entry, in every kind of archive that torch writes. Unnoticed, it would make a wrong network."""
+"""A single wrong byte is detected by its entry's checksum, in every kind of archive that torch writes. Undetected, it would change the network."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FACTORY = "own_networks:plain"
 
 
 def damaged(path: Path, entry: zipfile.ZipInfo, offset: int = 0) -> Path:
-    """A copy of an archive in which one byte of an entry differs."""
+    """Copy an archive and change one byte of an entry."""
     data = bytearray(path.read_bytes())
     name, extra = struct.unpack_from("<HH", data, entry.header_offset + 26)
     data[entry.header_offset + 30 + name + extra + offset] ^= 0x10
@@ -166,7 +166,7 @@ def test_other_damage_of_a_zip_archive(break_it: Callable[[Path], None], tmp_pat
 
 
 # ----------------------------------------------------------------------------
-# What would take minutes or gigabytes, and numbers that no network has.
+# Files that would take minutes or gigabytes, and sizes that no network has.
 
 
 def test_a_pickle_of_hundreds_of_millions_of_opcodes(tmp_path: Path) -> None:

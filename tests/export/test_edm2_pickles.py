@@ -1,4 +1,4 @@
-"""Pickles of EDM2 and edm2_sCM: what is read from them, and that the network made of it computes what theirs does."""
+"""Pickles of EDM2 and edm2_sCM: what is read from them, and that the resulting network computes the same as the original."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from scm_runtime import Generator
 
 T_MAX = math.atan(80 / 0.5)
 
-# Three levels, widths that are no powers of two, several heads, and every number off its default at least once.
+# Three levels, widths that are not powers of two, several heads, and every number differs from its default at least once.
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "edm2": lambda: Precond(16, 3, 5, model_channels=12, channel_mult=[1, 3, 2], num_blocks=1, attn_resolutions=[8], channels_per_head=12),
     "scm": lambda: TrigFlowPrecond(16, 3, 5, model_channels=12, channel_mult=[3, 1, 2], num_blocks=1, attn_resolutions=[8, 16], channels_per_head=12),
@@ -71,7 +71,7 @@ def original(name: str) -> Any:
 
 
 def through_a_pickle(network: nn.Module, folder: Path, protocol: int = 4, **others: Any) -> Checkpoint:
-    """The network's checkpoint; the network itself is left as it was stored, in float32 again."""
+    """Save a network as a pickle and read it; the network gets the stored (rounded) weights, as float32."""
     path = write_pickle(snapshot(network, **others), folder / "network.pkl", protocol=protocol)
     network.float()
     return load_edm2_pickle(path)
@@ -86,7 +86,7 @@ def our_network(checkpoint: Checkpoint) -> Any:
 
 
 def inputs(network: Any, n: int = 3) -> tuple[Tensor, Tensor, Tensor | None]:
-    """A state that is not square, a time each, and labels."""
+    """Return a non-square state, one time per sample, and labels."""
     generator = torch.Generator().manual_seed(1)
     x = 0.5 * torch.randn(n, network.img_channels, 16, 8, generator=generator)
     return x, torch.linspace(0.3, 1.5, n), torch.arange(n) % network.label_dim if network.label_dim else None
@@ -101,7 +101,7 @@ def conditioning(labels: Tensor | None) -> dict[str, Tensor]:
 
 
 # ----------------------------------------------------------------------------
-# The same function.
+# The network computes the same function.
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -186,7 +186,7 @@ def test_a_diffusion_teacher_samples_as_edm_samples_it_in_its_own_scale(tmp_path
             x = x + (sigma_next - sigma) * (x - denoised) / sigma
     assert model.times.keys() == {8, 16, 32}
     found = sample(model.step, drawn, model.times[8], model.initial_scale, {"class_labels": labels})
-    torch.testing.assert_close(found, x, rtol=0, atol=2e-4)  # of a state that began at 80
+    torch.testing.assert_close(found, x, rtol=0, atol=2e-4)  # the initial state had sigma 80
 
 
 def test_segments_are_sampled_as_they_were_trained(tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ def test_segments_are_sampled_as_they_were_trained(tmp_path: Path) -> None:
 def test_an_exported_pickle_samples_as_the_original_and_its_source_does_not_run(name: str, loss: str, count: int, tmp_path: Path) -> None:
     network, ran = original(name), tmp_path / "the-source-has-run"
     source = f"open({str(ran)!r}, 'w').close()\n"
-    exec(source)  # as the usual loader does
+    exec(source)  # as EDM2's loader does
     ran.unlink()
     path = write_pickle(snapshot(network, loss_fn=Recorded(loss, num_segments=4)), tmp_path / "network.pkl", source=source)
     bundle = export(path, steps=(), verify=name == "segments").path
@@ -230,7 +230,7 @@ def test_an_exported_pickle_samples_as_the_original_and_its_source_does_not_run(
 
 
 def edm_euler(network: Any, x: Tensor, t: Tensor, end: Tensor, labels: Tensor | None) -> Tensor:
-    """EDM's step from sigma = sigma_d tan t on, whose state is x / cos t."""
+    """EDM's step from sigma = sigma_d tan t; its state is x / cos t."""
     sigma, sigma_end, x = 0.5 * t.tan(), 0.5 * end.tan(), x / t.cos()
     x_end: Tensor = (x + (sigma_end - sigma) * (x - network(x, sigma, labels)) / sigma) * end.cos()
     return x_end
@@ -244,7 +244,7 @@ TO_THE_END: dict[str, Callable[[Any, Tensor, Tensor, Tensor, Tensor | None], Ten
 
 
 # ----------------------------------------------------------------------------
-# What is in the file.
+# Contents of the file.
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
@@ -311,9 +311,9 @@ def test_where_the_network_lay_is_recorded(place: Callable[[Any], Any], key: str
 
 
 def test_reading_takes_the_memory_of_the_network_alone(tmp_path: Path) -> None:
-    """Not of the file's bytes beside it, nor of the teacher that a distillation's loss was made with."""
+    """No memory for other bytes in the file, nor for the teacher in a distillation loss."""
     network = original("edm2").half()
-    network.unet.emb_noise = MPConv(12, 100_000, kernel=[])  # larger than what Python takes for names
+    network.unet.emb_noise = MPConv(12, 100_000, kernel=[])  # large compared with the memory that Python needs for names
     network.unet.emb_label = MPConv(5, 200_000, kernel=[])
     teacher = copy.deepcopy(network)
     loss = Recorded("EDMConsistencyDistillLoss", S=2)
@@ -330,7 +330,7 @@ def test_reading_takes_the_memory_of_the_network_alone(tmp_path: Path) -> None:
 
 
 # ----------------------------------------------------------------------------
-# How it is sampled, and what its pixels are.
+# Sampler and pixels.
 
 
 def uniform(m: int) -> list[float]:
@@ -380,7 +380,7 @@ def test_the_loss_says_how_a_network_is_sampled(
 
 
 def test_the_noise_levels_are_edms() -> None:
-    """The values that EDM's formula gives for 4 steps, computed elsewhere with 30 digits."""
+    """Values of EDM's formula for 4 steps, computed independently with 30 digits."""
     assert karras_sigmas(4) == pytest.approx([80.0, 9.7232013552601, 0.4699790579977, 0.002, 0.0], rel=1e-10)
 
 
@@ -395,7 +395,7 @@ def test_the_statistics_of_latents_come_from_the_encoder(protocol: int, tmp_path
     assert sampler.latent_std == pytest.approx(std.tolist(), rel=1e-5)
     assert sampler.pixel_scale == 255
     assert through_a_pickle(network, tmp_path, encoder=None).sampler.latent_std == pytest.approx(std.tolist())
-    assert through_a_pickle(network, tmp_path).sampler.latent_std is None  # pixels, as snapshot() says
+    assert through_a_pickle(network, tmp_path).sampler.latent_std is None  # snapshot() has a pixel model
 
 
 def test_decoded_pixels_are_cut_to_whole_levels_as_edm2_cuts_them(tmp_path: Path) -> None:
@@ -408,7 +408,7 @@ def test_decoded_pixels_are_cut_to_whole_levels_as_edm2_cuts_them(tmp_path: Path
 
 
 # ----------------------------------------------------------------------------
-# What cannot be exported.
+# Networks that cannot be exported.
 
 
 def renamed(name: str, module: str = "") -> Callable[[Any], None]:
@@ -434,14 +434,14 @@ def spoiled(network: Any) -> None:
         (renamed("TrigFlowDDPMPPPrecond"), "The closest known one is 'TrigFlowPrecond'; known are Precond, TrigFlowPrecond"),
         (renamed("DhariwalUNet", "unet"), "unet is of the unknown class 'DhariwalUNet'. The closest known one is 'TrigFlowUNet'"),
         (renamed("MPConv3D", "unet.dec.4x4_in0.conv_res1"), "unet.dec.4x4_in0.conv_res1 is of the unknown class 'MPConv3D'. The closest known one is 'MPConv'"),
-        (without_a_unet, "a Precond must have a part 'unet'"),
-        (argument(window_size=8), "the Precond was built with window_size, which no Precond known here has"),
+        (without_a_unet, "a Precond must have a submodule 'unet'"),
+        (argument(window_size=8), "the Precond was built with window_size, which the known class Precond does not have"),
         (argument(num_blocks="two"), "num_blocks"),
         (argument(num_blocks=10**9), "num_blocks must be at least 1 and at most 100, got 1000000000"),
         (lambda network: network.__dict__.update(label_dim=2**62), f"label_dim must be 0 or from 2 to 1000000, got {2**62}"),
         (argument(num_blocks=10**5000), "an integer must have at most 128 bits, got 16610"),
         (argument(channel_mult=[{}]), "channel_mult must be a number, text or a short list of numbers, got list"),
-        (argument(channels_per_head=18), "unet.enc.8x8_block0 has 3 heads for 36 channels, which channels_per_head = 18 does not give"),
+        (argument(channels_per_head=18), "unet.enc.8x8_block0 has 3 heads for 36 channels, which does not match channels_per_head = 18"),
         (argument(channel_mult=[1, 1, 1]), "the weights do not match the config"),
         (lambda network: network.__dict__.update(sigma_data=0.0), "sigma_data must be above 0 and finite, got 0.0"),
         (lambda network: network.unet.enc["8x8_down"].__dict__.update(res_balance=0.5), "all blocks must have the same res_balance"),
@@ -497,5 +497,5 @@ def test_what_goes_with_the_network_must_be_known_too(others: dict[str, Any], sa
 
 def test_a_network_of_more_elements_than_torch_can_count_is_refused() -> None:
     config = {"img_resolution": 100_000, "patch_size": 100_000, "img_channels": 100_000, "model_channels": 100_000, "channel_mult": [1000], "label_dim": 0}
-    with pytest.raises(CheckpointError, match="makes a network that torch cannot hold"):
+    with pytest.raises(CheckpointError, match="describes a network too large for torch"):
         build_model(Checkpoint(family="edm2", config=config | {"channels_per_head": 100_000}, sampler=SamplerSpec(), weights={}))

@@ -1,4 +1,4 @@
-"""A ``.pt2`` file is data: no name in it becomes code, no operator in it runs that could crash or reach outside, and nothing runs before all was checked."""
+"""A ``.pt2`` file is data: no name in it becomes code, no unsafe operator runs, and nothing runs before everything has been checked."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from scm_export.errors import CheckpointError
 
 Raw = dict[str, Any]
 
-# Each makes a folder if it ends a line, a text or a bracket of generated source: torch.fx writes names into it.
+# Each creates a folder if it can end a line, string or bracket in generated source, into which torch.fx writes names.
 CODE = "getattr(__import__('os'), 'mkdir')('EXECUTED')"
 NAMES = {
     "carriage return": f'w")\r{CODE}\rdef g(self):\r    x = ("w',
@@ -48,7 +48,7 @@ SAFE = ("quotes", "double quotes", "brackets", "braces", "semicolon", "a dunder"
 
 
 class Small(nn.Module):
-    """A parameter, a buffer and a constant; everything a program names."""
+    """A network with a parameter, a buffer and a constant: every kind of name in a program."""
 
     shift: Tensor
 
@@ -74,7 +74,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rewritten(saved: Path, target: Path, change: Callable[[str, Any], Any] = lambda name, raw: raw, rename: Mapping[str, str] | None = None) -> Path:
-    """The archive with its JSON files changed and parts of the paths in it renamed."""
+    """Copy an archive with changed JSON files and renamed entries."""
     with zipfile.ZipFile(saved) as archive, zipfile.ZipFile(target, "w") as out:
         for name in archive.namelist():
             data = archive.read(name)
@@ -82,13 +82,13 @@ def rewritten(saved: Path, target: Path, change: Callable[[str, Any], Any] = lam
                 data = json.dumps(change(name, json.loads(data))).encode()
             parts = [(rename or {}).get(part, part) for part in name.split("/")]
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # about two of one name
+                warnings.simplefilter("ignore")  # zipfile warns about duplicate names
                 out.writestr("/".join(parts), data)
     return target
 
 
 def replaced(raw: Any, old: str, new: str) -> Any:
-    """JSON with a text, where it is all of a value or a key, in another's place."""
+    """Replace a text in JSON wherever it is a whole value or key."""
     if isinstance(raw, dict):
         return {replaced(key, old, new): replaced(value, old, new) for key, value in raw.items()}
     if isinstance(raw, list):
@@ -100,7 +100,7 @@ def replacing(old: str, new: str) -> Callable[[str, Any], Any]:
     return lambda _, raw: replaced(raw, old, new)
 
 
-# What a name in the file names, and the name that the saved program has there.
+# What a name in the file is used for, and its value in the saved program.
 PLACES = {
     "a parameter": "conv.weight",
     "a buffer": "shift",
@@ -117,7 +117,7 @@ PLACES = {
 
 
 def load_and_trace(path: Path, folder: Path) -> Program | None:
-    """What ``load`` returns, once it has been traced, for then torch makes source; None where the file is refused."""
+    """Load a program and trace it, since tracing generates source code. Return None if the file is refused."""
     try:
         program = load(path, config=folder / "config.json")
     except CheckpointError as error:
@@ -172,7 +172,7 @@ def test_a_name_that_ends_a_line_is_refused_by_the_exporter(saved: Path, tmp_pat
 
 
 def nodes(raw: Raw) -> list[Raw]:
-    return raw["graph_module"]["graph"]["nodes"]  # type: ignore[no-any-return]  # of JSON
+    return raw["graph_module"]["graph"]["nodes"]  # type: ignore[no-any-return]  # parsed JSON has no known type
 
 
 def node(raw: Raw, operator: str) -> Raw:
@@ -188,7 +188,7 @@ def changed(saved: Path, target: Path, change: Callable[[Raw], object]) -> Path:
     return rewritten(saved, target, edit)
 
 
-# Of each kind that crashes, reaches outside, draws random numbers, or has no translation to ONNX.
+# Examples of operators that crash, have side effects, draw random numbers, or have no translation to ONNX.
 FORBIDDEN = """
     max_pool2d_with_indices_backward adaptive_max_pool2d_backward max_unpool2d fractional_max_pool2d segment_reduce _segment_reduce_backward
     ctc_loss.IntList _sparse_csr_tensor_unsafe sparse_csr_tensor.crow_col_value_size _sparse_coo_tensor_unsafe to_sparse to_dense to_sparse_csr
@@ -208,7 +208,7 @@ def test_an_operator_that_is_not_on_the_list_is_refused_by_name(name: str, saved
 
 
 def argument(name: str, **value: object) -> Callable[[Raw], object]:
-    """Gives the convolution another argument."""
+    """Replace an argument of the convolution."""
 
     def change(raw: Raw) -> None:
         given = node(raw, "conv2d")["inputs"]
@@ -267,7 +267,7 @@ def test_arguments_that_an_operator_does_not_take_are_refused(case: str, saved: 
 
 def test_weight_normalisation_is_exact_and_refuses_what_crashes_torch(tmp_path: Path) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # the older of torch's two functions of this name, which checkpoints still hold
+        warnings.simplefilter("ignore", FutureWarning)  # the older of torch's two functions with this name, still used by checkpoints
         network = nn.Sequential(nn.utils.weight_norm(nn.Conv2d(3, 5, 3)), nn.utils.weight_norm(nn.Conv2d(5, 3, 3), dim=1)).eval()
 
     class Normalised(nn.Module):
@@ -281,7 +281,7 @@ def test_weight_normalisation_is_exact_and_refuses_what_crashes_torch(tmp_path: 
 
     batch = torch.export.Dim("batch", max=1024)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of the weight that the normalisation assigns
+        warnings.simplefilter("ignore", UserWarning)  # torch warns that the normalisation reassigns the weight
         exported = torch.export.export(Normalised(), (torch.randn(2, *SHAPE), torch.rand(2)), dynamic_shapes=({0: batch}, {0: batch}))
     torch.export.save(exported, tmp_path / "net.pt2")
     (tmp_path / "config.json").write_text(json.dumps({"config": {"sample_shape": SHAPE}}))
@@ -303,7 +303,7 @@ def test_weight_normalisation_is_exact_and_refuses_what_crashes_torch(tmp_path: 
 
 
 def test_every_operator_on_the_list_has_a_translation() -> None:
-    """Directly, or by what torch makes of it: a decomposition, or an implementation in terms of other operators."""
+    """Directly, after decomposition, or because torch implements it in terms of other operators."""
     from torch.onnx._internal.exporter._decomp import create_onnx_friendly_decomposition_table, get_onnx_implemented_overloads
     from torch.onnx._internal.exporter._registration import ONNXRegistry
 
@@ -314,7 +314,7 @@ def test_every_operator_on_the_list_has_a_translation() -> None:
     for entry in OPERATORS:
         name, _, overload = entry.partition(".")
         if name.endswith("_") and not name.startswith("__"):
-            continue  # torch.export makes the other form of it
+            continue  # torch.export emits the other overload
         operator = getattr(getattr(torch.ops.aten, name), overload or "default")
         if operator not in known and not operator.has_kernel_for_dispatch_key(composite):
             without.append(entry)

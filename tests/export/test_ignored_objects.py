@@ -1,4 +1,4 @@
-"""What stands in a file beside its tensors, or is done to them there, is neither run nor kept."""
+"""Objects beside the tensors in a file, and attributes set on them, are neither run nor kept."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ def test_a_set_of_weights_may_be_a_defaultdict(tmp_path: Path) -> None:
 
 
 class Named(argparse.Namespace):
-    """A class of the user's own."""
+    """A user-defined class."""
 
 
 class Attack:
-    """Pickled as a call."""
+    """An object that is pickled as a call."""
 
     def __init__(self, function: Callable[..., object], *arguments: object) -> None:
         self.call = function, arguments
@@ -83,7 +83,7 @@ def test_code_beside_the_weights_is_still_refused_by_name(beside: Callable[[Path
 NAMESPACE, ORDERED = b"cargparse\nNamespace\n", b"ccollections\nOrderedDict\n"
 
 HOSTILE: dict[str, tuple[tuple[bytes, ...], str | None]] = {
-    # The opcodes, and what the message names; None: it is read, and nothing comes of it.
+    # The opcodes, and the name in the message; None if the file is read without an error.
     "a shell under pathlib": ((b"cpathlib\nos.system\n", text("mkdir ran"), b"\x85R"), "pathlib.os.system"),
     "a method of a path": ((b"cpathlib\nPath.mkdir\n", text("ran"), b"\x85R"), "pathlib.Path.mkdir"),
     "a shell under argparse": ((b"cargparse\n_os.system\n", text("mkdir ran"), b"\x85R"), "argparse._os.system"),
@@ -123,11 +123,11 @@ def test_what_stands_beside_the_weights_is_inert(name: str, tmp_path: Path, monk
 
 @pytest.mark.parametrize("method", ["items", "keys", "values", "get", "__getitem__", "_metadata"])
 def test_a_file_cannot_replace_the_methods_of_the_weights(method: str, tmp_path: Path) -> None:
-    """The state that a pickle gives an OrderedDict becomes its attributes, which go before its methods."""
+    """The state of an OrderedDict in a pickle becomes its attributes, which hide its methods."""
     state: Any = OrderedDict(weights(AVERAGE))
     outer: Any = OrderedDict(ema=state)
     for changed in (state, outer):
-        setattr(changed, method.upper(), argparse.Namespace)  # which, called, is an object that is not what the method returns
+        setattr(changed, method.upper(), argparse.Namespace)  # calling it gives an object of another type than the method's result
     path = save(tmp_path, outer)
     rezip(path, lambda data: data.replace(text(method.upper()), text(method)))
     assert same(taken(path)[0], AVERAGE)
@@ -156,10 +156,17 @@ def test_torchs_own_list_of_safe_globals_is_left_as_it_was(tmp_path: Path) -> No
 
 
 def test_threads_read_at_once(tmp_path: Path) -> None:
-    """torch's list of safe globals is the process's: a thread that leaves it must not take it from another."""
-    path = save(tmp_path, {"ema": weights(AVERAGE), "args": [argparse.Namespace(lr=np.float64(n)) for n in range(200)]})
+    """torch's list of safe globals is shared by the process: a thread that restores it must not affect another thread."""
+    expected = weights(AVERAGE)  # not in the threads: it seeds torch's global random generator
+    path = save(tmp_path, {"ema": expected, "args": [argparse.Namespace(lr=np.float64(n)) for n in range(200)]})
     read: list[bool] = []
-    threads = [threading.Thread(target=lambda: read.extend(same(taken(path)[0], AVERAGE) for _ in range(5))) for _ in range(6)]
+
+    def read_five_times() -> None:
+        for _ in range(5):
+            found, _said = taken(path)
+            read.append(all(torch.equal(found[name], tensor) for name, tensor in expected.items()))
+
+    threads = [threading.Thread(target=read_five_times) for _ in range(6)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -1,4 +1,4 @@
-"""The family ``module`` on networks with torch.compile in them, and on networks that keep a table made at their first call."""
+"""The family ``module`` with networks that use torch.compile, and with networks that cache a table at their first call."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from scm_runtime.errors import ScmError
 from support import ROOT, run_python
 
 SIGMA_DATA = 0.5
-HALF = ("late_buffer", "lru_cache")  # whose tables are of the dtype of what they are added to, or cast with the weights
+HALF = ("late_buffer", "lru_cache")  # networks whose tables have the dtype of the other summand, or are cast with the weights
 
 
 @pytest.fixture(autouse=True)
 def nothing_kept() -> Iterator[None]:
-    """No table of an earlier test, and none for a later one."""
+    """Clear the cached tables before and after a test."""
     for clear in (line.cache_clear, LINES.clear, keeping_networks.held.clear):
         clear()
     yield
@@ -38,7 +38,7 @@ def nothing_kept() -> Iterator[None]:
 
 
 def write(folder: Path, kind: str, weights: dict[str, Tensor] | None = None) -> dict[str, Any]:
-    """A checkpoint and its config in a folder, as keywords of ``load`` and ``export``."""
+    """Write a checkpoint and its config; return the keywords for ``load`` and ``export``."""
     torch.save(NETWORKS[kind]().state_dict() if weights is None else weights, folder / "weights.pt")
     config = {
         "config": {"sample_shape": SHAPE, "arguments": {"kind": kind}, "keep_fp32": ["enter"]},
@@ -61,13 +61,13 @@ def eager(network: nn.Module, n: int) -> Tensor:
 
 
 def check_samples(bundle: Path, kind: str) -> None:
-    """Assert that a bundle steps as a fresh network does, at batches of 1 to 5."""
+    """Assert that a bundle's step matches a newly created network, for batch sizes 1 to 5."""
     fresh = NETWORKS[kind]()
     with Generator(bundle) as generate:
         for n in (1, 2, 3, 5):
             x, level, labels = inputs(n)
             found = generate(labels.tolist(), latents=x.numpy(), timesteps=[level[0].item()], output_type="latent").array
-            expected = SIGMA_DATA * (math.cos(1.2) * x - math.sin(1.2) * eager(fresh, n))  # x is the state over sigma_d already
+            expected = SIGMA_DATA * (math.cos(1.2) * x - math.sin(1.2) * eager(fresh, n))  # x is already divided by sigma_d
             np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
 
 
@@ -128,5 +128,5 @@ def test_the_command_line_exports_a_compiled_network(tmp_path: Path) -> None:
     options = write(tmp_path, "compiled")
     (tmp_path / "keeping_networks.py").write_text((ROOT / "tests" / "keeping_networks.py").read_text())
     command = ["weights.pt", "--config", options["config"], "--factory", options["factory"], "--steps", ""]
-    run_python("from scm_export.cli import main; main()", *command, cwd=tmp_path)  # a segmentation fault ends it with a negative code
+    run_python("from scm_export.cli import main; main()", *command, cwd=tmp_path)  # a segmentation fault gives a negative exit code
     check_samples(tmp_path / "weights.scm", "compiled")

@@ -1,4 +1,4 @@
-"""The family latent-consistency: bundles of small random U-Nets against diffusers' own scheduler and pipeline, with the same noise and embeddings."""
+"""The family latent-consistency: bundles of small random U-Nets, compared with diffusers' scheduler and pipeline for the same noise and embeddings."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from scm_runtime.errors import InvalidArgumentError
 pytest.importorskip("diffusers", reason="diffusers is in the test extra")
 from diffusers import AutoencoderKL, LatentConsistencyModelPipeline, LCMScheduler, UNet2DConditionModel
 
-SIZE = (6, 10)  #  of the latents
+SIZE = (6, 10)  #  height and width of the latents
 TEXT = 24
 RANDN = "diffusers.schedulers.scheduling_lcm.randn_tensor"
 INDEX = {
@@ -39,7 +39,7 @@ INDEX = {
 
 
 def save(folder: Path, scheduler: dict[str, Any] | None = None, *, vae: bool = True, **config: Any) -> Path:
-    """A folder of a pipeline with random weights: two levels, two heads; its text model is not there, as nobody reads it."""
+    """Write the folder of a pipeline with random weights: two levels, two heads. It has no text encoder, which the exporter does not read."""
     blocks = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
     sizes = {"sample_size": SIZE, "block_out_channels": (8, 16), "layers_per_block": 1, "attention_head_dim": 2, "norm_num_groups": 4}
     with torch.random.fork_rng():
@@ -61,7 +61,7 @@ def save(folder: Path, scheduler: dict[str, Any] | None = None, *, vae: bool = T
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its states keep the size that trained models' have: from a random prediction of the noise, those of one step have some 15 times it."""
+    """A model whose states have the magnitude of a trained model's. With random noise predictions, one step gives states about 15 times larger."""
     return save(tmp_path_factory.mktemp("lcm") / "lcm", {"prediction_type": "v_prediction"})
 
 
@@ -82,7 +82,7 @@ def embeddings(n: int, tokens: int) -> Tensor:
 
 @torch.no_grad()
 def with_scheduler(folder: Path, seeds: Sequence[int], steps: int, text: Tensor, guidance: Sequence[float]) -> list[NDArray[np.float32]]:
-    """diffusers' loop, with the U-Net as diffusers loads it: the states after each step."""
+    """Run diffusers' loop with the U-Net as diffusers loads it; return the states after each step."""
     unet = UNet2DConditionModel.from_pretrained(folder / "unet", low_cpu_mem_usage=False).eval()
     scheduler = LCMScheduler.from_pretrained(folder / "scheduler")
     scheduler.set_timesteps(steps)
@@ -131,9 +131,9 @@ def test_the_guidance_scale_is_the_pipelines_by_default_and_has_effect(bundle: P
 
 
 def test_the_pipeline_of_diffusers_makes_the_same_latents(tmp_path: Path) -> None:
-    folder = save(tmp_path / "lcm")  # predicts the noise, as published models do
+    folder = save(tmp_path / "lcm")  # predicts the noise, like published models
     assert find_family(load(folder)) == "latent-consistency"
-    model = build_model(load(folder), BuildOptions(size=(16, 24)))  # the pipeline wants multiples of 8
+    model = build_model(load(folder), BuildOptions(size=(16, 24)))  # the pipeline requires multiples of 8
     assert (model.sample_shape, model.output.shape) == ((4, 8, 12), (16, 24, 3))
     parts = {
         "unet": UNet2DConditionModel.from_pretrained(folder / "unet", low_cpu_mem_usage=False),

@@ -1,4 +1,4 @@
-"""The family ``module``: a network of the user's own in every form it comes in, against the network itself in eager PyTorch."""
+"""The family ``module``: a user-defined network in every supported format, compared with the network itself in eager PyTorch."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ shape = ["tokens"]
 
 @pytest.fixture(scope="module")
 def network() -> nn.Module:
-    """The original."""
+    """The original network."""
     return randomised(OwnNetwork())
 
 
@@ -106,7 +106,7 @@ def write_exported(network: nn.Module, path: Path) -> None:
 
 @contextmanager
 def deprecated() -> Iterator[None]:
-    """TorchScript is, in torch 2.13; its files are still about."""
+    """Ignore that TorchScript is deprecated in torch 2.13: such files are still in use."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -138,7 +138,7 @@ FORMS: dict[str, tuple[str, Callable[[nn.Module, Path], None], dict[str, Any]]] 
 
 @pytest.fixture(params=FORMS)
 def written(request: pytest.FixtureRequest, network: nn.Module, tmp_path: Path) -> tuple[Path, dict[str, Any]]:
-    """A file of one form, and how it is read."""
+    """Write a file in one format; return the keywords for reading it."""
     name, write, options = FORMS[request.param]
     write(network, tmp_path / name)
     (tmp_path / "config.toml").write_text(CONFIG)
@@ -146,7 +146,7 @@ def written(request: pytest.FixtureRequest, network: nn.Module, tmp_path: Path) 
 
 
 def eager_samples(network: nn.Module, seeds: list[int], times: tuple[float, ...], given: Mapping[str, Tensor]) -> Tensor:
-    """Multistep consistency sampling with the original, as sCM writes it."""
+    """Multistep consistency sampling with the original network, as in the sCM paper."""
     noise = [philox_normal(torch.tensor(seeds), draw, SHAPE) for draw in range(len(times))]
     x = SIGMA_DATA * noise[0]
     for k, (t, t_next) in enumerate(pairwise(times)):
@@ -184,7 +184,7 @@ def test_half_precision_is_verified_and_close(form: str, dtype: Any, network: nn
 
 def test_a_named_module_computes_in_float32(tmp_path: Path) -> None:
     network = randomised(Sensitive())
-    network.time_embed.angles.weight.data.fill_(1.0)  # the same in any dtype: what counts here is what it is multiplied with
+    network.time_embed.angles.weight.data.fill_(1.0)  # the same in any dtype: only the other factor matters here
     torch.save(network.state_dict(), tmp_path / "weights.pt")
 
     def worst_psnr(keep_fp32: list[str]) -> float:
@@ -227,17 +227,17 @@ def test_a_network_of_diffusers_is_sampled_in_any_batch(tmp_path: Path) -> None:
         for n in (1, 3):
             x = torch.randn(n, *shape, generator=torch.Generator().manual_seed(n))
             found = generate(latents=x.numpy(), timesteps=[1.2], output_type="latent").array
-            F = -network(x, torch.full((n,), 1.2)).sample  # x is the state over sigma_d already
+            F = -network(x, torch.full((n,), 1.2)).sample  # x is already divided by sigma_d
             np.testing.assert_allclose(found, SIGMA_DATA * (math.cos(1.2) * x - math.sin(1.2) * F), rtol=0, atol=1e-4)
 
 
 # ----------------------------------------------------------------------------
-# What the config says, and how a network may be. Nothing is exported.
+# Configs and forms of networks. Nothing is exported.
 
 
 @pytest.fixture
 def plain(tmp_path: Path) -> Callable[..., Any]:
-    """Builds the model of a small network: (weights as saved, keywords of ``load``, header, options) to the model."""
+    """Return a function that builds the model of a small network from saved weights, keywords of ``load``, header fields and options."""
 
     def build(weights: object = None, header: Mapping[str, Any] | None = None, options: BuildOptions | None = None, **keywords: Any) -> Any:
         torch.save(randomised(Plain()).state_dict() if weights is None else weights, tmp_path / "weights.pt")
@@ -273,7 +273,7 @@ def test_the_first_of_what_a_network_returns_counts(plain: Callable[..., Any], h
 def test_what_wrappers_put_before_names_is_taken_off(plain: Callable[..., Any], prefix: str, caplog: pytest.LogCaptureFixture) -> None:
     weights = {f"{prefix}{name}": tensor.half() for name, tensor in randomised(Plain()).state_dict().items()}
     torch.testing.assert_close(stepped(plain(weights)), expected_step(), rtol=0, atol=2e-2)
-    assert f"took {prefix!r} off" in caplog.text
+    assert f"removed the prefix {prefix!r}" in caplog.text
 
 
 @pytest.mark.parametrize("key", ["state_dict", "ema", "model"])
@@ -282,7 +282,7 @@ def test_the_only_tensors_of_a_training_state_are_taken(plain: Callable[..., Any
     optimizer = {"exp_avg": torch.zeros(3), "exp_avg_sq": torch.zeros(3)}
     model = plain({"epoch": 3, key: randomised(Plain()).state_dict(), "optimizer": optimizer}, progress=said.append)
     torch.testing.assert_close(stepped(model), expected_step(), rtol=0, atol=1e-6)
-    assert said == [f"taking the tensors under {key!r}"]
+    assert said == [f"using the tensors under {key!r}"]
 
 
 def test_a_parametrisation_given_goes_before_the_configs(plain: Callable[..., Any]) -> None:

@@ -1,4 +1,4 @@
-"""The EDM2 U-Net: sizes as published, folding exact, every option in effect."""
+"""The EDM2 U-Net: published sizes, exact folding, and the effect of every option."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_impossible_configurations_are_refused(change: dict[str, int], named: st
 
 
 def test_torch_compile_sees_one_graph() -> None:
-    """Training compiles it; each operator would be a break in the graph if it asked, in a way the compiler cannot follow, whether it is being exported."""
+    """Training compiles the network. Each operator checks whether it is being exported; this must not break the compiled graph."""
     net, given = network(TINY), inputs()
     compiled = torch.compile(net, fullgraph=True, backend="eager")
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""No operator that a ``.pt2`` file may use crashes the process, whatever tensors and numbers its schema admits."""
+"""No operator that a ``.pt2`` file may use crashes the process, for any tensors and numbers that its schema allows."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import torch
 from scm_export.checkpoints.operator_list import OPERATORS
 from scm_export.checkpoints.operators import ATEN, SUBSTITUTES, check_arguments, find_operator
 
-CALLS = int(os.environ.get("SCM_FUZZ_CALLS", "12"))  # of each operator
+CALLS = int(os.environ.get("SCM_FUZZ_CALLS", "12"))  # calls of each operator
 DTYPES = (*[torch.float32] * 6, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int64, torch.int32, torch.uint8, torch.bool, torch.complex64)
 TEXTS = ("tanh", "none", "floor", "trunc", "reflect", "constant", "circular", "same", "valid", "ij", "xy", "ortho", "")
-MEMORY = 6 << 30  # bytes of address space: what asks for more is an error and no burden
+MEMORY = 6 << 30  # bytes of address space: larger allocations fail and do not burden the machine
 
 
 def tensor(chance: random.Random) -> torch.Tensor:
@@ -28,7 +28,7 @@ def tensor(chance: random.Random) -> torch.Tensor:
 
 
 def value(chance: random.Random, type: str, length: int | None = None) -> Any:
-    """A value of a type of torch's schemas."""
+    """Draw a random value of a type in torch's schemas."""
     if type.startswith("Optional["):
         return None if chance.random() < 0.5 else value(chance, type[9:-1], length)
     if type.startswith("List["):
@@ -53,7 +53,7 @@ def value(chance: random.Random, type: str, length: int | None = None) -> Any:
 
 
 def call(name: str, number: int) -> None:
-    """One call of an operator, as a program makes it. What torch refuses is no fault."""
+    """Call an operator as a program does. An exception from torch is not a failure."""
     chance = random.Random(f"{name} {number}")
     torch.manual_seed(number)
     operator: Any = find_operator(ATEN + name)
@@ -73,12 +73,12 @@ def call(name: str, number: int) -> None:
         if not name.partition(".")[0].endswith("_"):
             check_arguments(operator, tuple(args), kwargs, {}, set())
         SUBSTITUTES.get(operator, operator)(*args, **kwargs)
-    except Exception:  # noqa: BLE001 - whatever torch raises
+    except Exception:  # noqa: BLE001 - torch may raise any exception
         return
 
 
 def crash(names: list[str]) -> str | None:
-    """What a child process was at when a signal ended it; None where it came to its end."""
+    """Return what a child process was doing when a signal ended it; None if it finished."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
@@ -99,7 +99,7 @@ def crash(names: list[str]) -> str | None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_no_operator_on_the_list_crashes() -> None:
-    torch.set_num_threads(1)  # a forked child has no other
+    torch.set_num_threads(1)  # a forked child must not continue the test run
     names, crashes = sorted(OPERATORS), []
     while names:
         found = crash(names)
@@ -110,7 +110,7 @@ def test_no_operator_on_the_list_crashes() -> None:
     assert not crashes
 
 
-# What crashed torch 2.13 when it was called as it is.
+# Calls that crashed torch 2.13 without the replacements.
 ATTENTION = "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default"
 
 

@@ -1,4 +1,4 @@
-"""Formats are told apart by what is in them, nothing in them is run unless it is trusted, and what is wrong with one is said."""
+"""Checkpoint readers detect formats by contents, run no code from untrusted files, and report what is wrong with a file."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_torchscript_rounds_as_torch_does(tmp_path: Path) -> None:
 
 
 # ----------------------------------------------------------------------------
-# What is told apart.
+# Detecting formats.
 
 
 def test_a_file_is_known_by_what_is_in_it_not_by_its_name(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -90,9 +90,9 @@ def test_a_program_is_read_with_its_buffers_its_constants_and_its_tied_weights(t
 
         def forward(self, x: Tensor, level: Tensor) -> Tensor:
             high, low = torch.chunk(x, 2, dim=2)
-            value, index = torch.cat([low, high], dim=2).max(dim=1, keepdim=True)  # an operator of two outputs
+            value, index = torch.cat([low, high], dim=2).max(dim=1, keepdim=True)  # an operator with two outputs
             x = torch.relu_(self.norm(self.second(self.first(x)))) + self.hidden + value * torch.tensor([1.0, -1.0, float("inf")])[:2].sum() + index
-            x[:, 0] = 0.5  # torch.export keeps what is done in place
+            x[:, 0] = 0.5  # torch.export keeps in-place operators
             return x * x.shape[0] + level.reshape(-1, 1, 1, 1)
 
     network = Tied().eval()
@@ -119,11 +119,11 @@ def test_the_documents_example_is_valid(tmp_path: Path) -> None:
 
 
 # ----------------------------------------------------------------------------
-# What would run code.
+# Files that would run code.
 
 
 class Evil:
-    """Makes a folder when it is unpickled."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -133,7 +133,7 @@ class Evil:
 
 
 def rezipped(path: Path, change: Callable[[str, bytes], bytes], compression: int = zipfile.ZIP_STORED) -> None:
-    """The archive with changed contents."""
+    """Rewrite an archive with changed contents."""
     with zipfile.ZipFile(path) as archive:
         entries = {name: archive.read(name) for name in archive.namelist()}
     with zipfile.ZipFile(path, "w", compression) as archive:
@@ -144,7 +144,7 @@ def rezipped(path: Path, change: Callable[[str, bytes], bytes], compression: int
 def exported_with(
     change: Callable[[dict[str, Any]], object], file: str = "models/model.json", network: Callable[[], nn.Module] = Plain, **options: Any
 ) -> Make:
-    """A .pt2 with one of its JSON files changed."""
+    """Copy a .pt2 file with one of its JSON files changed."""
 
     def make(folder: Path) -> Made:
         path = folder / "net.pt2"
@@ -164,7 +164,7 @@ def exported_with(
 
 
 def node(raw: dict[str, Any]) -> Any:
-    """The program's last operator."""
+    """Return the program's last operator."""
     return raw["graph_module"]["graph"]["nodes"][-1]
 
 
@@ -177,7 +177,7 @@ def described(folder: Path, header: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_what_torch_would_run_of_a_program_is_not_even_read(tmp_path: Path) -> None:
-    """torch.export.load evaluates sizes and guards, imports what a tree names, and unpickles the sample inputs."""
+    """torch.export.load evaluates sizes and guards, imports classes named by a pytree, and unpickles the sample inputs."""
     code = f"__import__('pathlib').Path({str(tmp_path / 'ran')!r}).mkdir()"
 
     def poison(raw: dict[str, Any]) -> None:
@@ -231,7 +231,7 @@ def conditional() -> nn.Module:
 
 
 # ----------------------------------------------------------------------------
-# What is damaged, or would fill the memory.
+# Files that are damaged or would exhaust the memory.
 
 
 def bomb(folder: Path) -> Made:
@@ -244,7 +244,7 @@ def bomb(folder: Path) -> Made:
 
 
 def overlapping(folder: Path) -> Made:
-    """Many entries of one stretch of the file: each of its size is stored, all of them are not."""
+    """Create an archive of many entries that share the same bytes: each size is valid, but their sum exceeds the file."""
     path, options = bare(folder)
     with zipfile.ZipFile(path, "a") as archive:
         largest = max(archive.infolist(), key=lambda entry: entry.file_size)
@@ -338,11 +338,11 @@ class Dropping(Plain):
 
 
 DOCUMENT = "docs/checkpoint-format.md"
-TRUST = "--trust loads it all the same"
+TRUST = "--trust loads it anyway"
 AGAIN = "Copy or save it again"
 
 ROWS: list[tuple[str, Make, type[ScmError], str, str]] = [
-    # What only trusted loading can open.
+    # Files that only trusted loading can open.
     ("TorchScript", scripted, CheckpointError, "is a TorchScript program", TRUST),
     ("a pickled module", pickled(Plain()), CheckpointError, "wants to run code (own_networks.Plain)", TRUST),
     ("code beside a state dict", evil_state, CheckpointError, "wants to run code (getattr", TRUST),
@@ -360,7 +360,7 @@ ROWS: list[tuple[str, Make, type[ScmError], str, str]] = [
     ("overlapping entries", overlapping, CheckpointError, "refused as a zip bomb", "save it again"),
     ("compressed tensors", compressed, CheckpointError, "holds compressed tensors", "Save it again"),
     ("another zip", foreign_zip, CheckpointError, "it holds chapter1.tex", "torch.export.save"),
-    ("a short storage", short_storage, CheckpointError, "shape and storage of a tensor disagree, 324 bytes wanted, 8 stored", AGAIN),
+    ("a short storage", short_storage, CheckpointError, "shape and storage of a tensor disagree, 324 bytes required, 8 stored", AGAIN),
     ("a truncated program", truncated(program()), CheckpointError, "net.pt2' is not a readable .pt2 file: truncated", AGAIN),
     (
         "a shape beyond its storage",
@@ -416,7 +416,7 @@ ROWS: list[tuple[str, Make, type[ScmError], str, str]] = [
     ("conditioning of another", header({"family": "edm2", "conditioning": [{"name": "c", "kind": "scalar"}]}), CheckpointError, "'edm2'", "leave it out"),
     ("unknown module", header({"config": {"sample_shape": SHAPE, "keep_fp32": ["con"]}}), CheckpointError, "got 'con'", "did you mean 'conv'?"),
     ("unknown module of a program", program(config={"sample_shape": SHAPE, "keep_fp32": ["con"]}), CheckpointError, "got 'con'", "did you mean 'conv'?"),
-    ("one statistic", header({"sampler": {"latent_mean": [0, 0, 0]}}), CheckpointError, "got one of them", "go together"),
+    ("one statistic", header({"sampler": {"latent_mean": [0, 0, 0]}}), CheckpointError, "got one of them", "given together"),
     (
         "config for a scm-checkpoint",
         lambda folder: native(folder, **described(folder, HEADER)),
@@ -444,9 +444,9 @@ ROWS: list[tuple[str, Make, type[ScmError], str, str]] = [
     ("returns no module", factory("own_networks:a_state_dict"), CheckpointError, "got OrderedDict", "must return a torch.nn.Module"),
     ("other weights", factory("own_networks:sensitive"), CheckpointError, "missing: time_embed.angles.weight", "wrong shape"),
     ("other shapes", factory("own_networks:plain", {"channels": 4}), CheckpointError, "conv.weight must have [4, 3, 3, 3], got [3, 3, 3, 3]", "wrong shape"),
-    ("no factory", lambda folder: bare(folder, factory=None), CheckpointError, "has weights alone", "give --factory package.module:function"),
+    ("no factory", lambda folder: bare(folder, factory=None), CheckpointError, "has only weights", "give --factory package.module:function"),
     ("factory for a program", program(options=FACTORY), InvalidArgumentError, "holds its network", "leave out the factory"),
-    ("factory for edm2", header({"family": "edm2"}), InvalidArgumentError, "is of the family 'edm2'", "networks of your own"),
+    ("factory for edm2", header({"family": "edm2"}), InvalidArgumentError, "is of the family 'edm2'", "user-defined networks"),
     (
         "returns nothing",
         factory("own_networks:plain", {"how": "nothing"}),
@@ -454,7 +454,7 @@ ROWS: list[tuple[str, Make, type[ScmError], str, str]] = [
         "it must return a tensor, got NoneType",
         "cannot be called as network(x",
     ),
-    # Networks that are not what the config says.
+    # Networks that do not match the config.
     (
         "a static batch",
         program(dynamic=False),
@@ -478,7 +478,7 @@ ROWS: list[tuple[str, Make, type[ScmError], str, str]] = [
         "cannot be called as network(x, level, c=)",
     ),
     ("another number of channels", header({"config": {"sample_shape": [1, 8, 8]}}), CheckpointError, "[2, 1, 8, 8]", "cannot be called as network(x, level)"),
-    ("another output", program(lambda: Plain(channels=6)), CheckpointError, "got [2, 6, 10, 14]", "must return a tensor shaped as x, [2, 3, 10, 14]"),
+    ("another output", program(lambda: Plain(channels=6)), CheckpointError, "got [2, 6, 10, 14]", "must return a tensor with the shape of x, [2, 3, 10, 14]"),
     ("latents without a decoder", header({"config": {"sample_shape": [5, 8, 8]}}), CheckpointError, "missing decoder", "--latents"),
     ("a size", lambda folder: bare(folder, size=(8, 8)), CheckpointError, "leave out the size", "sample_shape of its config"),
 ]

@@ -1,4 +1,4 @@
-"""SANA-Sprint: a bundle draws what diffusers' own SanaSprintPipeline draws from the same noise and text embeddings."""
+"""SANA-Sprint: a bundle generates the same images as diffusers' SanaSprintPipeline from the same noise and text embeddings."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ TRANSFORMER = {
 
 
 def transformer(**config: Any) -> Any:
-    """With random but fixed weights, whose output is about as large as its input and depends on every one of them."""
+    """A transformer with fixed random weights. Its output has about the magnitude of its input and depends on every weight."""
     network = SanaTransformer2DModel(**{**TRANSFORMER, **config}).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -59,7 +59,7 @@ def transformer(**config: Any) -> Any:
             match name.split(".")[-1]:
                 case "scale_shift_table":
                     parameter.copy_(random * 0.7)
-                case "weight" if parameter.ndim == 1:  # of a norm
+                case "weight" if parameter.ndim == 1:  # weight of a norm
                     parameter.copy_(1 + random * 0.2)
                 case "weight":
                     parameter.copy_(random * 1.5 / math.sqrt(parameter[0].numel()))
@@ -69,7 +69,7 @@ def transformer(**config: Any) -> Any:
 
 
 def autoencoder() -> Any:
-    channels = (5, 20, 20, 20)  # three halvings: 8 pixels a latent
+    channels = (5, 20, 20, 20)  # three halvings: 8 pixels per latent
     blocks = ("ResBlock", "ResBlock", "ResBlock", "EfficientViTBlock")
     scales = ((), (), (), (5,))
     with torch.random.fork_rng():
@@ -91,7 +91,7 @@ def autoencoder() -> Any:
 
 
 class Original:
-    """diffusers' pipeline, given this project's noise."""
+    """Run diffusers' pipeline with this project's noise."""
 
     def __init__(self, folder: Path) -> None:
         self.pipeline = SanaSprintPipeline.from_pretrained(folder, tokenizer=None, text_encoder=None)
@@ -118,7 +118,7 @@ class Original:
 
 
 def conditioning(n: int, tokens: int) -> dict[str, Any]:
-    """Texts of different lengths, none as long as the array."""
+    """Embeddings of texts of different lengths, all shorter than the array."""
     embeds = np.random.default_rng(n * tokens).standard_normal((n, tokens, CAPTION_CHANNELS), np.float32)
     lengths = tokens - 1 - np.arange(n)[:, None]
     return {"prompt_embeds": embeds, "prompt_attention_mask": (np.arange(tokens) < lengths).astype(np.int64), "guidance_scale": 3.0}
@@ -126,7 +126,7 @@ def conditioning(n: int, tokens: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pipeline's folder without its text model."""
+    """Write the folder of a pipeline without its text encoder."""
     path = tmp_path_factory.mktemp("sana") / "tiny"
     parts = {"transformer": transformer(), "vae": autoencoder(), "scheduler": SCMScheduler(sigma_data=SIGMA_DATA)}
     SanaSprintPipeline(tokenizer=None, text_encoder=None, **parts).save_pretrained(path)
@@ -145,7 +145,7 @@ def bundle(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def generate(bundle: Path) -> Iterator[Generator]:
-    with Generator(bundle, session_options={"scm.float32_matmul_precision": "highest"}) as generator:  # torch's own default
+    with Generator(bundle, session_options={"scm.float32_matmul_precision": "highest"}) as generator:  # torch's default
         yield generator
 
 
@@ -240,7 +240,7 @@ def test_variants_of_the_transformer_step_as_diffusers_samples(tmp_path: Path, c
 
 @torch.no_grad()
 def _loop(network: Any, noises: Sequence[Tensor], given: dict[str, Tensor]) -> Tensor:
-    """SANA-Sprint's two steps by hand (arXiv 2503.09641, algorithm 2), in units of sigma_data: x0 = cos t x - sin t F."""
+    """SANA-Sprint's two steps written out (arXiv 2503.09641, algorithm 2), in units of sigma_data: x0 = cos t x - sin t F."""
     x = noises[0]
     for t, t_next, noise in ((1.5708, 1.3, noises[1]), (1.3, 0.0, noises[2])):
         sin, cos = math.sin(t), math.cos(t)

@@ -1,4 +1,4 @@
-"""Training checkpoints with several sets of weights: which one is exported, and what is said of it."""
+"""Training checkpoints with several sets of weights: which one is exported, and which messages appear."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from training_checkpoints import AVERAGE, HEADER, RAW, SIGMA_DATA, T, network, s
 
 
 def training_state(**sets: object) -> dict[str, object]:
-    """What training scripts save: the sets of weights, and everything else."""
+    """Return what training scripts save: the sets of weights, and everything else."""
     trained = Plain()
     optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-3)
     trained.conv.weight.sum().backward()
@@ -55,7 +55,7 @@ def scm_export(*arguments: object, code: int = 0) -> tuple[str, str]:
 
 
 def eager_pixels(seed: int, seeds: list[int]) -> np.ndarray[Any, Any]:
-    """One step of a consistency model, as its paper writes it."""
+    """Generate pixels with one step of a consistency model, as in the paper."""
     x = SIGMA_DATA * philox_normal(torch.tensor(seeds), 0, SHAPE)
     F: Any = network(seed)(x / SIGMA_DATA, torch.full((len(seeds),), T))
     data = math.cos(T) * x - math.sin(T) * SIGMA_DATA * F
@@ -67,7 +67,7 @@ def test_a_training_checkpoint_is_exported_from_its_moving_average(tmp_path: Pat
     path = save(tmp_path, training_state(model=weights(RAW), ema=weights(AVERAGE), args=args))
     config = ("--config", tmp_path / "config.json", "--factory", "own_networks:plain")
     shown, said = scm_export(path, "-o", tmp_path / "out.scm", *config)
-    assert "taking the moving average under 'ema', one of 2 sets of weights" in said
+    assert "using the moving average under 'ema', one of 2 sets of weights" in said
     assert "--weights" in said
     assert "weights: 'ema'" in shown
     manifest = read_manifest(tmp_path / "out.scm")
@@ -99,7 +99,7 @@ def test_the_only_moving_average_is_taken(key: str, tmp_path: Path) -> None:
     content.pop("decay")
     found, said = taken(save(tmp_path, training_state(model=weights(RAW), **content)))
     assert same(found, AVERAGE)
-    assert f"taking the moving average under {key!r}, one of 2 sets of weights (--weights KEY takes another)" in said
+    assert f"using the moving average under {key!r}, one of 2 sets of weights (choose another with --weights KEY)" in said
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_of_several_moving_averages_none_is_guessed(tmp_path: Path) -> None:
     assert re.search(r"^  --weights ema_0\.999 +2 tensors, 84 parameters$", str(refused.value), re.MULTILINE)
     found, said = taken(path, weights="ema_0.9999")
     assert same(found, 3)
-    assert said == ["taking the tensors under 'ema_0.9999'"]
+    assert said == ["using the tensors under 'ema_0.9999'"]
 
 
 def test_several_sets_under_one_moving_average_are_several_averages(tmp_path: Path) -> None:
@@ -167,6 +167,7 @@ def test_the_state_of_a_class_of_averages_is_its_weights(tmp_path: Path) -> None
             **{f"online_model.{name}": tensor for name, tensor in weights(RAW).items()},
             **{f"ema_model.{name}": tensor for name, tensor in weights(AVERAGE).items()},
         },
+        "one dict": {f"{prefix}.{name}": tensor for prefix, seed in (("model", RAW), ("ema_model", AVERAGE)) for name, tensor in weights(seed).items()},
         "LitEma": {**weights(AVERAGE), "decay": torch.tensor(0.999), "num_updates": torch.tensor(5)},
     }
     (tmp_path / "config.json").write_text(json.dumps({"config": {"sample_shape": SHAPE}}))
@@ -193,7 +194,7 @@ def test_states_of_optimizers_and_of_random_numbers_are_no_weights(tmp_path: Pat
     scores = {"callbacks": {"ModelCheckpoint{'monitor': 'loss'}": {"best_k_models": {"a.ckpt": torch.tensor(0.1)}}}}
     found, said = taken(save(tmp_path, {**training_state(net=weights(RAW)), **scores}))
     assert same(found, RAW)
-    assert said == ["taking the tensors under 'net'"]
+    assert said == ["using the tensors under 'net'"]
 
 
 @pytest.mark.parametrize("key", ["state_dict", "weights", None])
@@ -210,7 +211,7 @@ def test_a_manifest_without_a_key_stays_as_it_was() -> None:
 
 
 # ----------------------------------------------------------------------------
-# Keys that are not there, files without a choice, and files without a config.
+# Unknown keys, files with a single set, and files without a config.
 
 
 def written(name: str, make: Callable[[Path], object], **options: object) -> Any:
@@ -310,7 +311,7 @@ def test_the_config_that_an_error_prints_exports(name: str, make: Callable[[Path
 
     (tmp_path / "model.toml").write_text(block)
     factory = () if name == "run.pt2" else ("--factory", "own_networks:plain")
-    if name not in ("run.pt", "run.pt2"):  # the others differ in how their weights are found
+    if name not in ("run.pt", "run.pt2"):  # the others differ only in how their weights are found
         scm_export(name, "--config", "model.toml", *factory, "--dry-run")
         return
     scm_export(name, "-o", "out.scm", "--config", "model.toml", *factory, "--no-verify", "--steps", "")

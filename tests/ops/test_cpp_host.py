@@ -1,4 +1,4 @@
-"""A host in C++: it opens graphs of a bundle through ONNX Runtime's own interface, without the library of native kernels and with it."""
+"""A C++ host: opens graphs of a bundle through ONNX Runtime's C++ API, with and without the native library."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ int main(int count, char** arguments) {  // the library, and graphs
 
 
 def headers() -> Path:
-    """Where the library's build found ONNX Runtime's headers, which no wheel has."""
+    """Return where the native library's build found ONNX Runtime's headers, which no wheel contains."""
     named = os.environ.get("ONNXRUNTIME_INCLUDE_DIR")
     places = [Path(named)] if named else [path.parent for path in (ROOT / "build").glob("**/onnxruntime_cxx_api.h")]
     places += [Path("/usr/include/onnxruntime"), Path("/usr/local/include/onnxruntime")]
@@ -56,7 +56,7 @@ def test_a_host_in_cpp_opens_every_graph_bare_and_with_the_native_library(tmp_pa
     if runtime is None:
         pytest.skip("this ONNX Runtime has no shared library to link to")
     (tmp_path / "host.cc").write_text(HOST)
-    (tmp_path / "libonnxruntime.so.1").symlink_to(runtime)  # the name that its wheel leaves out
+    (tmp_path / "libonnxruntime.so.1").symlink_to(runtime)  # the file name that ONNX Runtime's wheel lacks
     run([compiler, "-std=c++17", "-isystem", include, tmp_path / "host.cc", runtime, f"-Wl,-rpath,{tmp_path}", "-o", tmp_path / "host"])
     graphs = sorted(BUNDLE.glob("*.onnx"))
     opened = run([tmp_path / "host", library, *graphs]).stdout.splitlines()

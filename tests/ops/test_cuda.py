@@ -1,4 +1,4 @@
-"""The CUDA kernels on a GPU, beyond the row they have in test_operators.py: bfloat16, the large attention, graphs, torch's own noise."""
+"""CUDA kernels on a GPU, in addition to test_operators.py: bfloat16, large attention, CUDA graphs, torch's noise."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Run = Callable[[], None]
 
 
 def kernel(op: str, inputs: tuple[Tensor, ...], like: tuple[Tensor, ...], *, graph: bool = False, **attributes: Any) -> tuple[Run, tuple[Tensor, ...]]:
-    """One node on CUDA tensors, bound to them and to outputs shaped as ``like``: what runs it, and the outputs."""
+    """Bind a graph of one node to CUDA tensors and to outputs with the shapes of ``like``; return the run and the outputs."""
     names, results = [f"i{k}" for k in range(len(inputs))], [f"o{k}" for k in range(len(like))]
     given = [helper.make_tensor_value_info(name, ELEMENTS[x.dtype], list(x.shape)) for name, x in zip(names, inputs, strict=True)]
     asked = [helper.make_tensor_value_info(name, ELEMENTS[x.dtype], list(x.shape)) for name, x in zip(results, like, strict=True)]

@@ -1,4 +1,4 @@
-"""The library of kernels in ONNX Runtime: who runs, what it gives, and what it says of bad input."""
+"""The native library in ONNX Runtime: which kernels run, their results, and their errors for bad input."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_the_same_pictures_with_the_kernels_and_without() -> None:
 
 
 def test_the_half_precision_graphs_run_with_the_kernels() -> None:
-    """Two samplers of half precision drift apart; each must stay as near to the one in float32."""
+    """Two half-precision samplers diverge; each must stay equally close to the float32 sampler."""
     errors = {}
     with Generator("digits", native_ops=False) as exact:
         wanted = exact(seed=range(20), output_type="latent").array
@@ -63,7 +63,7 @@ def test_a_picture_does_not_depend_on_its_batch() -> None:
 
 @pytest.mark.skipif(not BFLOAT16, reason="needs a processor with AMX or AVX512-BF16")
 def test_products_have_the_precision_asked_for(tiny_bundle: Path) -> None:
-    """More than rounding tells them apart, or the kernels did not run; and no more than the precision allows."""
+    """The results differ by more than rounding, which shows that the kernels ran, and by no more than the precision allows."""
 
     def latents(precision: str, batch_size: int) -> NDArray[np.float32]:
         with Generator(tiny_bundle, native_ops=True, session_options={MATMUL_PRECISION: precision}, cache_dir=False) as generate:
@@ -72,7 +72,7 @@ def test_products_have_the_precision_asked_for(tiny_bundle: Path) -> None:
     exact = latents("highest", 3)
     errors = {precision: np.abs(latents(precision, 3) - exact).max() for precision in ("high", "medium")}
     assert errors["high"] < 1e-4 < errors["medium"] < 0.1
-    assert (errors["high"] > 1e-7) == MATRIX_UNITS  # which alone are faster so
+    assert (errors["high"] > 1e-7) == MATRIX_UNITS  # only these are faster this way
     for precision in errors:
         np.testing.assert_array_equal(latents(precision, 1), latents(precision, 3)[:1])
 
@@ -91,7 +91,7 @@ def test_a_precision_that_is_not_torchs_is_named(tiny_bundle: Path, value: objec
 
 @pytest.mark.parametrize("op", ["MPSum", "NormModulateSiLU", "ConsistencyStep"])
 def test_a_planted_difference_shows_who_runs(op: str, tiny_bundle: Path, tmp_path: Path) -> None:
-    """The function body of one operator is made to give something else: only who runs bodies may notice."""
+    """The function body of one operator is changed to give another result. Only a session that runs function bodies shows it."""
     planted = tmp_path / "planted.scm"
     shutil.copytree(tiny_bundle, planted)
     model = onnx.load(planted / "step.fp32.onnx", load_external_data=False)
@@ -142,8 +142,8 @@ FLOAT, DOUBLE, INT64 = TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.INT64
 )
 @pytest.mark.parametrize("known", [True, False], ids=["at load", "at run"])
 def test_bad_input_is_named(op: str, inputs: dict[str, tuple[int, ...]], attributes: Mapping[str, float], message: str, known: bool) -> None:
-    """Where the sizes are written in the graph its session does not open; where they are not, its run fails."""
-    with pytest.raises(Exception, match=message):  # ONNX Runtime has an exception for each of its codes
+    """With static sizes in the graph the session does not open; with dynamic sizes the run fails."""
+    with pytest.raises(Exception, match=message):  # ONNX Runtime has a different exception class for each error code
         _run(op, {name: (FLOAT, shape) for name, shape in inputs.items()}, attributes, known=known)
 
 
@@ -158,7 +158,7 @@ def test_a_draw_out_of_range_is_named() -> None:
 
 
 def _run(op: str, inputs: Mapping[str, tuple[int, tuple[int, ...]]], attributes: Mapping[str, Any], *, known: bool, fill: int = 1) -> None:
-    """One node without a function body, its inputs' sizes known when the session is opened or not."""
+    """A graph of one node without a function body, with static or dynamic input sizes."""
     given = [helper.make_tensor_value_info(name, kind, shape if known else [None] * len(shape)) for name, (kind, shape) in inputs.items()]
     node = helper.make_node(op, list(inputs), ["result"], domain=OPS_DOMAIN)
     node.attribute.extend(helper.make_attribute(name, value) for name, value in attributes.items())

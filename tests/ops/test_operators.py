@@ -1,4 +1,4 @@
-"""Every operator in every form it has, against its PyTorch reference in float32, over dtypes, odd sizes and empty ones."""
+"""Every implementation of every operator, compared with its PyTorch reference in float32, over dtypes, odd sizes and empty batches."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Implementation = Callable[[str, Arrays, Mapping[str, Attribute], int], Arrays]
 """From an operator's name, inputs, attributes and number of outputs to its outputs."""
 
 # ----------------------------------------------------------------------------
-# Cases. An input is a shape, filled with normal numbers, or the values themselves.
+# Cases. An input is given by its shape, filled with normal noise, or by its values.
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ LEVELS = np.array([-math.inf, -3, -1.9921875, -1.0, -0.0078125, 0.0, 0.0078125, 
 
 
 def weights(*shape: int) -> NDArray[Any]:
-    """So that what is multiplied with them stays of the order of 1."""
+    """Weights scaled so that products stay of order 1."""
     return np.random.default_rng(1).standard_normal(shape) / math.sqrt(math.prod(shape[:-1]))
 
 
@@ -70,7 +70,7 @@ CASES: dict[str, list[Case]] = {
         Case(((n, length, 3 * channels),), {"heads": heads, "eps": 1e-4})
         for n, length, channels, heads in [
             *((1, 1, 1, 1), (3, 5, 3, 3), (3, 64, 64, 2), (1, 77, 65, 1), (3, 77, 24, 3), (0, 5, 8, 2), (3, 0, 8, 2)),
-            *((1, 64, 64, 1), (1, 77, 64, 1), (3, 256, 128, 2), (1, 1024, 64, 1)),  # heads of 64 channels, the networks' own
+            *((1, 64, 64, 1), (1, 77, 64, 1), (3, 256, 128, 2), (1, 1024, 64, 1)),  # heads of 64 channels, as in the networks
         ]
     ],
     "ConsistencyStep": [
@@ -115,7 +115,7 @@ def arrays(op: str, case: Case, dtype: str) -> Arrays:
 
 
 def _name(kind: str, dtype: str) -> str:
-    """NumPy's name of a type in an operator's schema."""
+    """Return the NumPy dtype of a type in an operator's schema."""
     return {"T": dtype, "float": "float32"}.get(kind, kind)
 
 
@@ -148,7 +148,7 @@ def in_onnxruntime(opset: int, *, kernel: bool = False, provider: str = "CPUExec
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
         if kernel:
-            options.add_session_config_entry(MATMUL_PRECISION, "high")  # for the CPU alone: products have no other kernels
+            options.add_session_config_entry(MATMUL_PRECISION, "high")  # CPU only: products have no other kernels
             options.register_custom_ops_library(str(native_library()))
         model = _model(op, inputs, attributes, outputs, opset).SerializeToString()
         session = onnxruntime.InferenceSession(model, options, providers=[provider])
@@ -160,13 +160,13 @@ def in_onnxruntime(opset: int, *, kernel: bool = False, provider: str = "CPUExec
 
 def in_reference_evaluator(op: str, inputs: Arrays, attributes: Mapping[str, Attribute], outputs: int) -> Arrays:
     evaluator = ReferenceEvaluator(_model(op, inputs, attributes, outputs, opset=20))
-    with np.errstate(all="ignore"):  # NumPy warns where the others are silent
+    with np.errstate(all="ignore"):  # NumPy warns, the others do not
         found = evaluator.run(None, dict(zip(OPERATORS[op].inputs, inputs, strict=True)))
     return tuple(np.asarray(array) for array in found)
 
 
 def _model(op: str, inputs: Arrays, attributes: Mapping[str, Attribute], outputs: int, opset: int) -> ModelProto:
-    """A graph of one node. The batch is open, the other sizes are known, as in an exported step: both steer what ONNX Runtime does with it."""
+    """Build a graph of one node. As in an exported step, the batch is dynamic and the other sizes are static; ONNX Runtime's choices depend on both."""
     operator = OPERATORS[op]
     element = next((array.dtype.name for array, kind in zip(inputs, operator.inputs.values(), strict=True) if kind == "T"), "")
     result = helper.np_dtype_to_tensor_dtype(np.dtype(_name(operator.output_type, element)))

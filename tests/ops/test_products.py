@@ -1,4 +1,4 @@
-"""Convolutions and linear layers of other people's networks: the traced step has them as operators that matrix units take."""
+"""Convolutions and linear layers of third-party networks become operators with native kernels in the traced step."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LAST, FIRST = "scm.channels_last", "scm.channels_first"
 
 
 class Network(nn.Module):
-    """Products that become operators, and convolutions that are none of them."""
+    """A network with products that become operators and convolutions that do not."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Network(nn.Module):
                 nn.Sequential(nn.Conv2d(32, 32, 3), nn.ZeroPad2d(1)),
             ]
         )
-        self.padded = nn.Sequential(nn.ZeroPad2d(1), nn.Conv2d(32, 32, 3))  # the exporter makes one node of the two
+        self.padded = nn.Sequential(nn.ZeroPad2d(1), nn.Conv2d(32, 32, 3))  # the exporter merges the two into one node
         self.last = nn.Conv2d(32, 3, 3, padding=1)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ def inputs() -> dict[str, Tensor]:
 
 
 def run(model: ModelProto, precision: str | None = None) -> NDArray[Any]:
-    """In a session that has the kernels at a precision, or knows nothing of the operators."""
+    """Run a model in a session with native kernels at a precision, or in one without the native library."""
     options = onnxruntime.SessionOptions()
     if precision is not None:
         options.add_session_config_entry(MATMUL_PRECISION, precision)
@@ -92,7 +92,7 @@ def test_what_can_be_an_operator_is_one(model: Model, traced: ModelProto) -> Non
     assert (nodes[FIRST, "Conv"], nodes[LAST, "MatMul"]) == (3, 2)
     plain = Counter(node.op_type for node in ir.to_proto(trace_step(model, 20, operators=False)).graph.node)
     assert nodes["", "Conv"] == plain["Conv"] - 3 > 0
-    assert nodes["", "MatMul"] == plain["MatMul"] - 2 == 3  # two of maps alone, one in float64
+    assert nodes["", "MatMul"] == plain["MatMul"] - 2 == 3  # two without a weight, one in float64
 
 
 def test_without_the_kernels_they_are_the_nodes_they_were(model: Model, traced: ModelProto) -> None:
@@ -110,5 +110,5 @@ def test_without_the_kernels_they_are_the_nodes_they_were(model: Model, traced: 
 @pytest.mark.skipif(not BFLOAT16, reason="needs a processor with AMX or AVX512-BF16")
 def test_the_kernels_compute_them_where_there_are_any(traced: ModelProto) -> None:
     error = np.abs(run(traced, "medium") - run(traced)).max()
-    assert 1e-4 < error < 0.05  # more than float32's rounding: they ran
+    assert 1e-4 < error < 0.05  # more than float32 rounding: the kernels ran
     assert np.abs(run(traced, "high") - run(traced)).max() < 1e-4

@@ -1,4 +1,4 @@
-"""The elementary functions against torch's own, and against what their papers promise."""
+"""The PyTorch references, compared with torch's functions and with the properties stated in the papers."""
 
 from __future__ import annotations
 

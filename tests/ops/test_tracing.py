@@ -1,4 +1,4 @@
-"""Operators in exported graphs: as nodes with bodies, as their bodies alone, and not at all."""
+"""Operators in exported graphs: as nodes with function bodies, inlined, and traced through."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ GRAPHS = {
 
 
 def of_a_network(function: Callable[[Tensor], Tensor]) -> ModelProto:
-    """The traced step of a network without weights: the function of x, ``[N, 3, 4, 5]``."""
+    """Trace the step of a network without weights, a function of x, ``[N, 3, 4, 5]``."""
 
     class Network(nn.Module):
         def forward(self, x: Tensor, t: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ def inputs() -> dict[str, Tensor]:
 
 
 def run(model: ModelProto | Path, **values: Tensor) -> NDArray[Any]:
-    """In a session that knows nothing of the operators."""
+    """Run a model in a session without the native library."""
     session = onnxruntime.InferenceSession(model if isinstance(model, Path) else model.SerializeToString(), providers=["CPUExecutionProvider"])
     return np.asarray(session.run(None, {name: value.numpy() for name, value in values.items()})[0])
 
@@ -79,7 +79,7 @@ def test_a_graph_holds_operators_with_all_attributes_and_their_bodies(tiny_bundl
     assert {entry.domain: entry.version for entry in model.opset_import} == {"": 20} | dict.fromkeys(domains, OPS_VERSION)
     for node in nodes:
         assert {attribute.name for attribute in node.attribute} == set(OPERATORS[node.op_type].attributes)
-        # Networks of this family read both outputs of every norm and concatenation, and one of every sum.
+        # Networks of this family use both outputs of every norm and concatenation, and one output of every sum.
         assert len(node.output) == (2 if node.op_type in ("PixelNorm", "MPCat") else 1)
     if name in ("noise.onnx", "decode.fp32.onnx"):
         assert list(model.graph.node) == nodes
@@ -107,7 +107,7 @@ def test_without_custom_ops_the_same_samples_come_from_standard_onnx(tiny_checkp
         assert {node.domain for node in model.graph.node} == {""}
         assert [entry.domain for entry in model.opset_import] == [""]
     sizes = [read_manifest(bundle).files["weights.onnx.data"].size for bundle in (out, tiny_bundle)]
-    assert sizes[0] == sizes[1]  # no constant came to lie beside the weights
+    assert sizes[0] == sizes[1]  # no constant was stored beside the weights
     with Generator(out) as plain, Generator(tiny_bundle) as usual:
         found, expected = (generate([0, 1, 2, 3], seed=0, output_type="latent").array for generate in (plain, usual))
     np.testing.assert_allclose(found, expected, atol=1e-4)

@@ -1,4 +1,4 @@
-"""A look at a zip archive before anything in it is used: which of torch's formats it is, that it is no larger than it seems, and that it is undamaged."""
+"""Checks a zip archive before anything in it is used: which of torch's formats it is, that it is not a zip bomb, and that it is not damaged."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from scm_export.checkpoints.inert_pickle import ForbiddenPickleError, Global, MalformedPickleError, OversizedPickleError, StandIn, read_small_pickle
-from scm_export.checkpoints.printable import printable
+from scm_export.checkpoints.message_text import printable
 from scm_export.checkpoints.stored_tensors import STORAGE_DTYPES
 from scm_export.errors import CheckpointError
 
-MAX_COMPRESSED = 256 << 20  # bytes that compressed entries may unpack to; torch compresses source code and nothing else
+MAX_COMPRESSED = 256 << 20  # bytes that compressed entries may unpack to; torch compresses only source code
 
 CHUNK = 1 << 20  # bytes
-MAX_PICKLE = 64 << 20  # bytes; the pickle of the largest published network has 2 MB, for its tensors lie beside it
+MAX_PICKLE = 64 << 20  # bytes; the pickle of the largest published network has 2 MB, since tensors are stored separately
 
 logger = logging.getLogger("scm_export")
 
@@ -26,10 +26,10 @@ ArchiveKind = Literal["torch.save", "TorchScript", "torch.export"]
 
 
 def archive_kind(source: Path) -> ArchiveKind:
-    """Which of torch's formats an archive is, by the names in it.
+    """Detect which of torch's formats an archive has, from the names of its entries.
 
     Raises:
-        CheckpointError: damaged, a zip bomb, or none of them.
+        CheckpointError: the archive is damaged, is a zip bomb, or has none of these formats.
     """
     names = {name for entry in check_archive(source) for name in (entry.filename, entry.filename.partition("/")[2])}
     if {"archive_format", "serialized_exported_program.json"} & names:
@@ -46,11 +46,11 @@ def archive_kind(source: Path) -> ArchiveKind:
 
 
 def check_archive(source: Path) -> list[zipfile.ZipInfo]:
-    """The entries of an archive.
+    """Return the entries of an archive.
 
     Raises:
-        CheckpointError: damaged, or its entries claim more than a file of this size holds: torch stores tensors uncompressed; or its pickle is larger than
-            one that holds names and sizes.
+        CheckpointError: the archive is damaged; its entries claim more bytes than a file of this size can hold, since torch stores tensors
+            uncompressed; or its pickle is too large to hold only names and sizes.
     """
     try:
         with zipfile.ZipFile(source) as archive:
@@ -76,14 +76,14 @@ def check_archive(source: Path) -> list[zipfile.ZipInfo]:
 
 
 def check_contents(source: Path) -> None:
-    """Compare every entry of an archive with its CRC-32, which torch writes and does not look at when it reads.
+    """Verify the CRC-32 of every entry of an archive. torch writes these checksums but does not verify them.
 
     Raises:
         CheckpointError: an entry is damaged; the message names it.
     """
     entries = check_archive(source)
     if not any(entry.CRC for entry in entries if entry.file_size):
-        logger.warning("'%s' was saved without checksums (torch.serialization.set_crc32_options): damage to it would not be seen", source)
+        logger.warning("'%s' was saved without checksums (torch.serialization.set_crc32_options): damage to it would not be detected", source)
         return
     with zipfile.ZipFile(source) as archive:
         for entry in entries:
@@ -97,17 +97,17 @@ def check_contents(source: Path) -> None:
 
 
 def check_storages(source: Path) -> None:
-    """Compare what a torch.save archive says of its storages with the bytes that are there: torch, mapping the file, would read on into the next one.
+    """Check that the storages of a torch.save archive are as long as its pickle claims. torch maps the file and would read past the end of a short one.
 
     Raises:
-        CheckpointError: a storage is missing or shorter than its tensors, or the pickle has more opcodes than one that holds data.
+        CheckpointError: a storage is missing or shorter than its tensors, or the pickle has too many opcodes.
     """
     entries = {entry.filename.partition("/")[2]: entry for entry in check_archive(source)}
     sizes = {name: entry.file_size for name, entry in entries.items()}
     pickle = b""
     if "data.pkl" in entries:
         entry = entries["data.pkl"]
-        del entry.CRC  # so that zipfile does not compare it: check_contents has, where the file has checksums
+        del entry.CRC  # keeps zipfile from comparing it: check_contents already has, and some files have no checksums
         with zipfile.ZipFile(source) as archive:
             pickle = archive.read(entry)
 
@@ -116,37 +116,37 @@ def check_storages(source: Path) -> None:
     def check(persistent_id: Any) -> object:
         match persistent_id:
             case ("storage", Global(name=kind), str(key), _, int(count)) if kind in STORAGE_DTYPES:
-                wanted, held = count * STORAGE_DTYPES[kind].itemsize, sizes.get(f"data/{key}", 0)
-                if wanted > held:
-                    short.append((wanted, held))
-        return _Nothing()
+                required, stored = count * STORAGE_DTYPES[kind].itemsize, sizes.get(f"data/{key}", 0)
+                if required > stored:
+                    short.append((required, stored))
+        return _Placeholder()
 
     try:
-        read_small_pickle(io.BytesIO(pickle), _Anything(), check)
+        read_small_pickle(io.BytesIO(pickle), _AnyGlobal(), check)
     except OversizedPickleError as error:
-        raise CheckpointError(f"'{source}' does not hold tensors and plain values alone: {error}. Save it again.") from error
+        raise CheckpointError(f"'{source}' does not hold only tensors and plain values: {error}. Save it again.") from error
     except (ForbiddenPickleError, MalformedPickleError):
-        return  # more than tensors and plain values: torch says what
+        return  # more than tensors and plain values: torch.load names it
     if short:
-        wanted, held = short[0]
+        required, stored = short[0]
         raise CheckpointError(
             f"'{source}' is not a readable {source.suffix or '.pt'} file: shape and storage of a tensor disagree, "
-            f"{wanted} bytes wanted, {held} stored. Copy or save it again."
+            f"{required} bytes required, {stored} stored. Copy or save it again."
         )
 
 
-class _Nothing(dict[Any, Any]):
-    """Stands for every object of a pickle that is only walked through."""
+class _Placeholder(dict[Any, Any]):
+    """Replaces every object of a pickle of which only the persistent ids are read."""
 
     def build(self, state: object) -> None:
-        """Take no state."""
+        """Ignore the state."""
 
 
-class _Anything(Mapping[str, StandIn]):
-    """Knows every global, and makes nothing of it."""
+class _AnyGlobal(Mapping[str, StandIn]):
+    """Maps every global to a placeholder."""
 
     def __getitem__(self, name: str) -> StandIn:
-        return StandIn(call=lambda *_: _Nothing(), new=_Nothing)
+        return StandIn(call=lambda *_: _Placeholder(), new=_Placeholder)
 
     def __contains__(self, name: object) -> bool:
         return True

@@ -1,6 +1,6 @@
-"""A diffusers folder: a pipeline (``model_index.json`` and a folder a component) or one model (``config.json`` and weights).
+"""A diffusers folder: a pipeline (``model_index.json`` and one folder per component) or one model (``config.json`` and weights).
 
-Configurations are JSON, weights are safetensors or, in older folders, ``.bin`` files read with ``weights_only``: no code from either is run.
+Configurations are JSON. Weights are safetensors or, in older folders, ``.bin`` files read with ``weights_only``. No code from either is run.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from scm_export.checkpoints.message_text import first_line
 from scm_export.checkpoints.torch_file import read_torch_file
 from scm_export.errors import CheckpointError
 from scm_runtime.bundle.checksums import sha256
@@ -24,7 +25,7 @@ WEIGHTS_NAMES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model
 
 
 def is_diffusers_folder(path: Path) -> bool:
-    """Whether a path is a folder of a pipeline or of one model."""
+    """Return True if a path is the folder of a pipeline or of one model."""
     try:
         return any((path / name).is_file() for name in (PIPELINE, MODEL))
     except OSError:  # a name too long
@@ -32,57 +33,57 @@ def is_diffusers_folder(path: Path) -> bool:
 
 
 class DiffusersFolder:
-    """The components of a folder, read when asked for. A folder of one model has one component, whose name is ``""``."""
+    """The components of a folder, read on demand. The folder of a single model has one component, named ``""``."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._read: set[Path] = set()
 
     def fingerprint(self) -> str:
-        """SHA-256 over the names and sums of the files that were read so far."""
+        """SHA-256 over the names and checksums of all files read so far."""
         lines = (f"{file.relative_to(self.path).as_posix()} {sha256(file)}\n" for file in sorted(self._read))
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def describe(self) -> str:
-        """A few words for messages."""
+        """Short description for error messages."""
         return f"the diffusers folder '{self.path}' ({', '.join(name for name in (self.pipeline, *self.classes.values()) if name)})"
 
     @cached_property
     def index(self) -> dict[str, Any]:
-        """``model_index.json``; empty for a folder of one model."""
+        """Contents of ``model_index.json``; empty for the folder of a single model."""
         return self._json(self.path / PIPELINE) if (self.path / PIPELINE).is_file() else {}
 
     @property
     def pipeline(self) -> str:
-        """Class name of the pipeline, "" where there is none."""
+        """Class name of the pipeline, or "" if there is none."""
         return str(self.index.get("_class_name", ""))
 
     @cached_property
     def classes(self) -> dict[str, str]:
-        """Class name of each component that is there, by the component's name."""
+        """Class names of the components that exist in the folder, by component name."""
         if not self.index:
             return {"": str(self._json(self.path / MODEL).get("_class_name", ""))}
         pairs = {name: value for name, value in self.index.items() if isinstance(value, list) and len(value) == 2}
         return {name: str(value[1]) for name, value in pairs.items() if value[1] is not None and (self.path / name).is_dir()}
 
     def find(self, *classes: str) -> str | None:
-        """Name of the first component of one of these classes."""
+        """Name of the first component of one of these classes, or None if there is none."""
         return next((name for name, found in self.classes.items() if found in classes), None)
 
     def config(self, component: str) -> dict[str, Any]:
-        """A component's configuration.
+        """Read the configuration of a component.
 
         Raises:
-            CheckpointError: it cannot be read.
+            CheckpointError: the file cannot be read.
         """
         folder = self.path / component
         return self._json(folder / (SCHEDULER if (folder / SCHEDULER).is_file() else MODEL))
 
     def weights(self, component: str) -> dict[str, Tensor]:
-        """A model's tensors by name, in the dtype they are stored in.
+        """Read the tensors of a model by name, in their stored dtype.
 
         Raises:
-            CheckpointError: there are none, or a file is damaged or would run code.
+            CheckpointError: there is no file of weights, or one is damaged or would run code.
         """
         files = self._files(component)
         self._read.update(files)
@@ -116,7 +117,7 @@ def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
     try:
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 - safe_open is no mapping
+                for name in opened.keys():  # noqa: SIM118 - safe_open is not a mapping
                     yield name, opened.get_tensor(name)
         else:
             raw = read_torch_file(file)
@@ -129,5 +130,4 @@ def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
     except CheckpointError:
         raise
     except (SafetensorError, OSError, ValueError, RuntimeError, EOFError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"'{file}' is not a readable file of weights: {reason}. Download it again.") from error
+        raise CheckpointError(f"'{file}' is not a readable file of weights: {first_line(error)}. Download it again.") from error

@@ -1,6 +1,6 @@
-"""From a pickle of NVIDIA's EDM2 or of edm2_sCM to a Checkpoint of the family edm2: which class it is, how it was built, how it is to be sampled.
+"""Converts a pickle of NVIDIA's EDM2 or of edm2_sCM to a Checkpoint of the family edm2: the network's class, its configuration and its sampler.
 
-What a class computes is known by its name: a file whose author changed a class without renaming it is exported as what the name stands for.
+A class is identified by its name. If the author of a file changed a class without renaming it, the file is exported as the original class.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from scm_export.checkpoints.header import SamplerSpec
-from scm_export.checkpoints.native import Checkpoint
-from scm_export.checkpoints.persistence import Saved, pickle_errors, read_persistent
-from scm_export.checkpoints.printable import printable
+from scm_export.checkpoints.message_text import printable
+from scm_export.checkpoints.persistence import PersistentObject, pickle_errors, read_persistent
+from scm_export.checkpoints.scm_checkpoint import Checkpoint
 from scm_export.checkpoints.stored_tensors import as_floats
 from scm_export.errors import CheckpointError
 from scm_export.parametrisation import default_times
 from scm_export.samplers import RHO, SIGMA_MAX, SIGMA_MIN, angles, karras_sigmas, teacher_times
 
-# What the classes are named, and what they are built with, in the constructors' order.
+# Names of the known classes, and the arguments of their constructors in order.
 NETWORKS = ("Precond", "TrigFlowPrecond")
 UNETS = ("UNet", "TrigFlowUNet")
 LAYERS = ("Block", "MPConv", "MPFourier", "PositionalEmbedding", "ModuleDict", "Linear")
@@ -33,53 +33,53 @@ UNET_ARGUMENTS = (
     *("num_blocks", "attn_resolutions", "label_balance", "concat_balance", "segment_conditioning"),
 )
 BLOCK_ARGUMENTS = ("channels_per_head", "res_balance", "attn_balance", "clip_act", "resample_filter")
-WITHOUT_EFFECT = ("use_fp16", "logvar_channels", "dropout", "dout_resolutions", "segment_conditioning")  #  on samples, or seen from the weights
+WITHOUT_EFFECT = ("use_fp16", "logvar_channels", "dropout", "dout_resolutions", "segment_conditioning")  # on samples, or visible in the weights
 
-# The network's estimate of its own loss, for training.
-UNCERTAINTY = ("logvar_fourier.", "logvar_pos.", "logvar_linear.")
+# Layers with which the network estimates its own loss in training.
+UNCERTAINTY_PREFIXES = ("logvar_fourier.", "logvar_pos.", "logvar_linear.")
 
-# EDM2's latents of sd-vae-ft-mse, by its encoder's defaults: of an autoencoder that is fed images in [0, 1], not in [-1, 1] as it was trained.
+# EDM2's statistics for latents of sd-vae-ft-mse, the defaults of its encoder. EDM2 feeds the autoencoder images in [0, 1], although it was trained on [-1, 1].
 LATENT_MEAN: tuple[float, ...] = (5.81, 3.25, 0.12, -2.15)
 LATENT_STD: tuple[float, ...] = (4.17, 4.62, 3.71, 3.28)
-# EDM2 cuts 255 times the decoded image down to whole levels; here levels are rounded, and 255 itself must stay 255.
+# EDM2 truncates 255 times the decoded image to an integer. Here levels are rounded, so the offset is nearly -0.5; 255 itself must stay 255.
 PIXELS_FROM_ZERO_TO_ONE = {"pixel_scale": 255.0, "pixel_offset": -0.499}
 
-SIGMAS = (1e-6, 1e6)  # bounds of noise levels
-SEGMENTS = (1, 2, 4)  #  where the file does not say how many
+SIGMAS = (1e-6, 1e6)  # allowed range of noise levels
+SEGMENTS = (1, 2, 4)  # numbers of segments to offer if the file does not specify it
 
 
 def load_edm2_pickle(path: str | os.PathLike[str], network: str | None = None) -> Checkpoint:
-    """The network in an EDM2-style pickle, ready to be built. Nothing from the file is run.
+    """Read the network in an EDM2-style pickle as a checkpoint. No code from the file is run.
 
     Args:
         path: a snapshot, a post-hoc EMA, or a pickled network.
-        network: which one, by its name in the error, where the file holds several.
+        network: name of the network if the file holds several; the error without it lists the names.
 
     Raises:
-        CheckpointError: the file wants more than data, or is damaged; it holds no network, several, or one of an unknown class or architecture.
+        CheckpointError: the file is damaged or needs more than data; or it holds no network, several, or one of an unknown class or architecture.
     """
     return read_edm2_pickle(Path(path), network)[0]
 
 
 def read_edm2_pickle(source: Path, network: str | None = None) -> tuple[Checkpoint, str | None]:
-    """The same, and the name of the network that was taken, None where the file is the network itself. Raises what it raises."""
+    """Like :func:`load_edm2_pickle`, but also return the name of the selected network; None if the file is the network itself."""
     content = read_persistent(source)
-    with pickle_errors(source):  # its tensors are only read now
+    with pickle_errors(source):  # the tensors are read here
         return _checkpoint(content, network, f"'{source}'")
 
 
 def is_plain_pickle(start: bytes) -> bool:
-    """Whether a file that begins with these 16 bytes is a pickle of protocol 2 or later, and not one of torch.save's, which begin with its magic number."""
+    """Return True if a file with these first 16 bytes is a pickle of protocol 2 or later, but not from torch.save, which starts with a magic number."""
     return start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05") and not start.startswith(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.")
 
 
 def _checkpoint(content: object, network: str | None, where: str) -> tuple[Checkpoint, str | None]:
-    """The same from what :func:`~scm_export.checkpoints.persistence.read_persistent` returned; ``where`` begins the messages."""
+    """Convert the result of :func:`~scm_export.checkpoints.persistence.read_persistent`; ``where`` is the start of error messages."""
     snapshot = _snapshot(content)
     name, found = _choose(dict(_networks(snapshot.get("ema", content), "ema")), network, where)
     _check_classes(found, where)
     config, sigma_data = _config(found, where)
-    stored = {name.removeprefix("unet."): tensor for name, tensor in found.named_tensors().items() if not name.startswith(UNCERTAINTY)}
+    stored = {name.removeprefix("unet."): tensor for name, tensor in found.named_tensors().items() if not name.startswith(UNCERTAINTY_PREFIXES)}
     config |= {
         "time_embedding": "fourier" if "emb_fourier.freqs" in stored else "positional",
         "modulation": "scale" if any(name.endswith(".emb_gain") for name in stored) else "scale-shift",
@@ -94,26 +94,26 @@ def _checkpoint(content: object, network: str | None, where: str) -> tuple[Check
     except ValueError as error:
         raise CheckpointError(f"{where}: the loss does not describe how to sample: {error}") from error
     checkpoint = Checkpoint(family="edm2", config=config, sampler=sampler, weights={key: tensor.load() for key, tensor in stored.items()})
-    return checkpoint, None if isinstance(content, Saved) else name
+    return checkpoint, None if isinstance(content, PersistentObject) else name
 
 
 # ----------------------------------------------------------------------------
-# Where in the file the network is.
+# Finding the network in the file.
 
 
 def _snapshot(content: object) -> dict[Any, Any]:
-    """The dict with the network under "ema", wherever it is nested; empty if there is none."""
+    """Return the dict with the key "ema", at any depth; an empty dict if there is none."""
     return next((value for _, value in _walk(content, "") if isinstance(value, dict) and "ema" in value), {})
 
 
-def _networks(content: object, name: str) -> Iterator[tuple[str, Saved]]:
+def _networks(content: object, name: str) -> Iterator[tuple[str, PersistentObject]]:
     for path, value in _walk(content, name):
-        if isinstance(value, Saved):
+        if isinstance(value, PersistentObject):
             yield path, value
 
 
 def _walk(content: object, name: str) -> Iterator[tuple[str, object]]:
-    """Everything in nested containers, each thing once, outer things first."""
+    """Yield every object in nested containers once, outermost first, with its dotted path."""
     waiting, seen = deque([(name, content)]), set[int]()
     while waiting:
         path, value = waiting.popleft()
@@ -122,10 +122,12 @@ def _walk(content: object, name: str) -> Iterator[tuple[str, object]]:
         seen.add(id(value))
         yield path, value
         items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
-        waiting.extend((f"{path[:200]}.{printable(key)[:100]}".lstrip("."), item) for key, item in items if isinstance(item, dict | list | tuple | Saved))
+        waiting.extend(
+            (f"{path[:200]}.{printable(key)[:100]}".lstrip("."), item) for key, item in items if isinstance(item, dict | list | tuple | PersistentObject)
+        )
 
 
-def _choose(networks: dict[str, Saved], name: str | None, where: str) -> tuple[str, Saved]:
+def _choose(networks: dict[str, PersistentObject], name: str | None, where: str) -> tuple[str, PersistentObject]:
     if not networks:
         raise CheckpointError(f"{where} holds no network: a snapshot of EDM2 is a dict with one under 'ema'")
     if name is None and len(networks) == 1:
@@ -134,31 +136,31 @@ def _choose(networks: dict[str, Saved], name: str | None, where: str) -> tuple[s
         return name, networks[name]
     raise CheckpointError(
         f"{where} holds {len(networks)} networks: {', '.join(networks)}; got {name!r}. "
-        "Choose one with --weights NAME; of a guide, with load_edm2_pickle(path, network=NAME) and save_checkpoint, both in scm_export.checkpoints."
+        "Choose one with --weights NAME; for a guide, use load_edm2_pickle(path, network=NAME) and save_checkpoint, both in scm_export.checkpoints."
     )
 
 
 # ----------------------------------------------------------------------------
-# What the network is.
+# The network's class and configuration.
 
 
-def _check_classes(network: Saved, where: str) -> None:
-    """Every part must be of a class that the family's network has in that place."""
+def _check_classes(network: PersistentObject, where: str) -> None:
+    """Check that every module is of a class that the family's network has there. Raises CheckpointError."""
     for name, module in network.named_modules():
         known = NETWORKS if not name else UNETS if name == "unet" else LAYERS
         _check_class(module, known, f"{where}: {name or 'the network'}")
     if "unet" not in network.modules:
-        raise CheckpointError(f"{where}: a {network.class_name} must have a part 'unet', got {', '.join(network.modules) or 'none'}")
+        raise CheckpointError(f"{where}: a {network.class_name} must have a submodule 'unet', got {', '.join(network.modules) or 'none'}")
 
 
-def _check_class(saved: Saved, known: Sequence[str], what: str) -> None:
+def _check_class(saved: PersistentObject, known: Sequence[str], what: str) -> None:
     if saved.class_name not in known:
         closest = difflib.get_close_matches(saved.class_name, known, n=1, cutoff=0)[0]
         raise CheckpointError(f"{what} is of the unknown class {saved.class_name[:100]!r}. The closest known one is {closest!r}; known are {', '.join(known)}.")
 
 
-def _config(network: Saved, where: str) -> tuple[dict[str, Any], float]:
-    """Fields of UNetConfig that the file gives, and sigma_data. What was changed after construction counts as it is now."""
+def _config(network: PersistentObject, where: str) -> tuple[dict[str, Any], float]:
+    """Return the fields of UNetConfig from the file, and sigma_data. Attributes override the constructor's arguments."""
     unet = network.modules["unet"]
     arguments = {
         **_bound(network, NETWORK_ARGUMENTS, where),
@@ -168,7 +170,9 @@ def _config(network: Saved, where: str) -> tuple[dict[str, Any], float]:
         **_block_attributes(unet, where),
     }
     if unknown := sorted(set(arguments) - {*NETWORK_ARGUMENTS, *UNET_ARGUMENTS, *BLOCK_ARGUMENTS, *WITHOUT_EFFECT}):
-        raise CheckpointError(f"{where}: the {network.class_name} was built with {', '.join(unknown)}, which no {network.class_name} known here has")
+        raise CheckpointError(
+            f"{where}: the {network.class_name} was built with {', '.join(unknown)}, which the known class {network.class_name} does not have"
+        )
     if missing := [name for name in ("img_resolution", "img_channels", "label_dim") if name not in arguments]:
         raise CheckpointError(f"{where}: the {network.class_name} must have {', '.join(missing)} among its arguments or attributes, got none")
     arguments = {name: _plain(value, f"{where}: {name}") for name, value in arguments.items()}
@@ -183,25 +187,25 @@ def _config(network: Saved, where: str) -> tuple[dict[str, Any], float]:
     return {name: value for name, value in arguments.items() if name not in WITHOUT_EFFECT}, float(sigma_data)
 
 
-def _bound(saved: Saved, names: Sequence[str], where: str) -> dict[str, Any]:
-    """The constructor's arguments by name."""
+def _bound(saved: PersistentObject, names: Sequence[str], where: str) -> dict[str, Any]:
+    """Constructor arguments by name."""
     if len(saved.args) > len(names):
         raise CheckpointError(f"{where}: a {saved.class_name} takes at most {len(names)} arguments by position, got {len(saved.args)}")
     return {**dict(zip(names, saved.args, strict=False)), **{str(name): value for name, value in saved.kwargs.items()}}
 
 
-def _check_heads(unet: Saved, channels_per_head: object, where: str) -> None:
-    """The one part of the architecture that shows in no tensor's shape."""
+def _check_heads(unet: PersistentObject, channels_per_head: object, where: str) -> None:
+    """Check the numbers of attention heads, the only part of the architecture that no tensor shape shows. Raises CheckpointError."""
     for name, module in unet.named_modules():
         heads, channels = (module.attributes.get(key) for key in ("num_heads", "out_channels"))
         if heads and isinstance(channels, int) and isinstance(channels_per_head, int) and heads != channels // max(channels_per_head, 1):
             raise CheckpointError(
-                f"{where}: unet.{name} has {heads!r:.20} heads for {channels} channels, which channels_per_head = {channels_per_head} does not give"
+                f"{where}: unet.{name} has {heads!r:.20} heads for {channels} channels, which does not match channels_per_head = {channels_per_head}"
             )
 
 
 def _plain(value: object, what: str) -> object:
-    """A constructor's argument: one value, or some numbers as a tuple."""
+    """Check a constructor argument and return it: a single value, or a short tuple of numbers."""
     if value is None or isinstance(value, int | float | str):
         return value
     if isinstance(value, list | tuple) and len(value) <= 64 and all(isinstance(number, int | float) for number in value):
@@ -209,36 +213,39 @@ def _plain(value: object, what: str) -> object:
     raise CheckpointError(f"{what} must be a number, text or a short list of numbers, got {type(value).__name__}")
 
 
-def _block_attributes(unet: Saved, where: str) -> dict[str, Any]:
-    """What all blocks have in common."""
+def _block_attributes(unet: PersistentObject, where: str) -> dict[str, Any]:
+    """Attributes of the blocks, which must be the same in all blocks."""
     blocks = {name: module.attributes for name, module in unet.named_modules() if module.class_name == "Block"}
     common: dict[str, Any] = {}
     for name, attributes in blocks.items():
         for key in BLOCK_ARGUMENTS:
             if key in attributes and common.setdefault(key, _plain(attributes[key], name)) != _plain(attributes[key], name):
-                raise CheckpointError(f"{where}: all blocks must have the same {key}, got another in {name}")
+                raise CheckpointError(f"{where}: all blocks must have the same {key}, got a different one in {name}")
     return common
 
 
 # ----------------------------------------------------------------------------
-# How it is sampled.
+# The sampler.
 
 
 def _sampling(class_name: str, loss: object, sigma_data: float, *, segments: bool) -> dict[str, Any]:
-    """Fields of SamplerSpec. The loss, where the file has it, says what a network was trained to do; without it an EDM network is a diffusion model,
-    a TrigFlow network a consistency model."""
-    trained_with = loss.class_name if isinstance(loss, Saved) else ""
-    said = loss.attributes if isinstance(loss, Saved) else {}
-    sigma_max = _number(said, "sigma_max", SIGMA_MAX, *SIGMAS)
+    """Fields of SamplerSpec for parametrisation, solver and times.
+
+    The loss tells how the network was trained. If the file has none, an EDM network counts as a diffusion model and a TrigFlow network as a
+    consistency model.
+    """
+    trained_with = loss.class_name if isinstance(loss, PersistentObject) else ""
+    loss_attributes = loss.attributes if isinstance(loss, PersistentObject) else {}
+    sigma_max = _number(loss_attributes, "sigma_max", SIGMA_MAX, *SIGMAS)
     start = math.atan(sigma_max / sigma_data)
     solver, diffusion = "ddim", False
     if segments:
-        count, schedule = _number(said, "num_segments", 0, 0, 64), said.get("boundary_schedule", "uniform_t")
+        count, schedule = _number(loss_attributes, "num_segments", 0, 0, 64), loss_attributes.get("boundary_schedule", "uniform_t")
         times = {n: segment_times(start, n, schedule) for n in ([int(count)] if count >= 1 else SEGMENTS)}
     elif trained_with == "EDMConsistencyDistillLoss":
-        between, steps = as_floats(said.get("student_sigma_mids")), int(min(max(_number(said, "S", 8, 1, 1e6), 2), 64))
-        sigma_min, rho = _number(said, "sigma_min", SIGMA_MIN, *SIGMAS), _number(said, "rho", RHO, 0.1, 100)
-        sigmas = (sigma_max, *between, 0.0) if between else karras_sigmas(steps, sigma_min, sigma_max, rho)
+        middle_sigmas, steps = as_floats(loss_attributes.get("student_sigma_mids")), int(min(max(_number(loss_attributes, "S", 8, 1, 1e6), 2), 64))
+        sigma_min, rho = _number(loss_attributes, "sigma_min", SIGMA_MIN, *SIGMAS), _number(loss_attributes, "rho", RHO, 0.1, 100)
+        sigmas = (sigma_max, *middle_sigmas, 0.0) if middle_sigmas else karras_sigmas(steps, sigma_min, sigma_max, rho)
         times = {len(sigmas) - 1: angles(sigmas, sigma_data)}
     elif class_name == "Precond" or trained_with == "TrigFlowLoss":
         times, diffusion = teacher_times(sigma_data), True
@@ -255,7 +262,7 @@ def _sampling(class_name: str, loss: object, sigma_data: float, *, segments: boo
 
 
 def segment_times(start: float, segments: int, schedule: str = "uniform_t") -> tuple[float, ...]:
-    """Boundaries of edm2_sCM's segments from ``start`` down to 0, radians: evenly spaced in t, or in the logarithm of tan t."""
+    """Boundaries of edm2_sCM's segments in radians, from ``start`` down to 0: evenly spaced in t, or in the logarithm of tan t."""
     shares = [1 - k / segments for k in range(segments)]
     if schedule == "uniform_log_snr":
         low, high = math.log(math.tan(1e-6)), math.log(math.tan(start))
@@ -264,7 +271,7 @@ def segment_times(start: float, segments: int, schedule: str = "uniform_t") -> t
 
 
 def _number(attributes: dict[str, Any], name: str, default: float, least: float, most: float) -> float:
-    """A number that the loss has, or the default where it has none. Raises CheckpointError where it is out of range."""
+    """Return a numeric attribute of the loss, or the default if it is missing. Raises CheckpointError if it is out of range."""
     value = attributes.get(name)
     if value is None:
         return default
@@ -274,13 +281,13 @@ def _number(attributes: dict[str, Any], name: str, default: float, least: float,
 
 
 def _pixels(encoder: object, channels: object, sigma_data: float, where: str) -> dict[str, Any]:
-    """Fields of SamplerSpec that lead from the state to pixels."""
-    if isinstance(encoder, Saved):
+    """Fields of SamplerSpec for the conversion of the state to pixels."""
+    if isinstance(encoder, PersistentObject):
         _check_class(encoder, ENCODERS, f"{where}: the encoder")
-    if (channels != 4) if not isinstance(encoder, Saved) else encoder.class_name == "StandardRGBEncoder":
+    if (channels != 4) if not isinstance(encoder, PersistentObject) else encoder.class_name == "StandardRGBEncoder":
         return {}
     mean, std = LATENT_MEAN, LATENT_STD
-    if isinstance(encoder, Saved):  # x = z * scale + bias
+    if isinstance(encoder, PersistentObject):  # x = z * scale + bias
         scale, bias = as_floats(encoder.attributes.get("scale")), as_floats(encoder.attributes.get("bias"))
         if not scale or not bias or not len(scale) == len(bias) == channels or not all(scale):
             raise CheckpointError(f"{where}: the encoder must have a scale other than 0 and a bias for each of the {channels} channels of its latents")

@@ -1,4 +1,4 @@
-"""What a checkpoint says besides its tensors: in the file itself, or in a small TOML or JSON file beside it (``--config``)."""
+"""A checkpoint's description without its tensors. It is in the checkpoint file, or in a TOML or JSON file (``--config``)."""
 
 from __future__ import annotations
 
@@ -29,27 +29,28 @@ AnyStruct = TypeVar("AnyStruct", bound=Struct)
 
 
 class SamplerSpec(Struct, kw_only=True, forbid_unknown_fields=True):
-    """How the network was trained to be sampled."""
+    """How to sample from the network."""
 
     parametrisation: ParametrisationName = "trigflow"
     solver: Literal["consistency", "ddim"] = "consistency"
-    """How a step moves: to the data and back into fresh noise, or along the ODE without noise (diffusion teachers, segments)."""
+    """What a step does: jump to the data and add fresh noise, or follow the ODE without noise (diffusion teachers, segments)."""
     diffusion: bool | None = None
-    """Whether the network is a diffusion model, whose ODE any solver may follow; None = whatever has the solver "ddim" and no segments."""
+    """True if the network is a diffusion model, whose ODE any solver can follow; None = True for solver "ddim" without segments."""
     sigma_data: PositiveNumber = 0.5
     initial_scale: PositiveNumber | None = None
-    """The state starts as this times standard normal noise; None = sigma_data."""
+    """Standard deviation of the initial state, which is normal noise; None = sigma_data."""
     times: dict[str, tuple[float, ...]] | None = None
-    """Times by step count, each with its end; None = the paper's for one and two steps, of a diffusion model EDM's noise levels for 8, 16 and 32."""
+    """Times by step count, end time included; None = those of the sCM paper for one and two steps, or EDM's noise levels for 8, 16 and 32 steps if
+    the network is a diffusion model."""
     pixel_scale: float = 127.5
-    """Pixel level = x * pixel_scale + pixel_offset, x in the model's own scale; the defaults are for data in [-1, 1]."""
+    """Pixel level = x * pixel_scale + pixel_offset, with x in the scale of the model; the defaults are for data in [-1, 1]."""
     pixel_offset: float = 127.5
     latent_mean: tuple[float, ...] | None = None
     latent_std: tuple[float, ...] | None = None
-    """Of the autoencoder's latents, by channel, before they were scaled to sigma_data: z = x * latent_std / sigma_data + latent_mean."""
+    """Mean and standard deviation per channel of the autoencoder's latents z: z = x * latent_std / sigma_data + latent_mean."""
 
     def validate(self) -> None:
-        """Check what the types alone cannot say. Raises ValueError."""
+        """Check constraints that the types do not express. Raises ValueError."""
         for name in ("sigma_data", "initial_scale", "pixel_scale", "pixel_offset"):
             value = getattr(self, name)
             if value is not None and (not math.isfinite(value) or (name == "pixel_scale" and value == 0)):
@@ -60,13 +61,13 @@ class SamplerSpec(Struct, kw_only=True, forbid_unknown_fields=True):
         for count, times in (self.times or {}).items():
             steps = int(count) if count.isdecimal() else 0
             if steps < 1 or len(times) != steps + 1:
-                raise ValueError(f"sampler.times must give a step count of at least 1 one time more than steps, got {count!r} with {len(times)}")
+                raise ValueError(f"sampler.times must have step counts of at least 1, each with one time more than steps, got {count!r} with {len(times)}")
             if not all(0 <= t <= T_LIMIT for t in times) or any(a <= b for a, b in pairwise(times)):
                 raise ValueError(f"sampler.times must be TrigFlow's, decreasing and in [0, {T_LIMIT:.4f}], got {list(times)} for {count} steps")
             if self.parametrisation == "edm" and times[0] >= math.pi / 2 - 1e-6:
                 raise ValueError(f"sampler.times of the parametrisation edm must be below pi/2, where sigma is infinite, got {list(times)} for {count} steps")
         if len({times[-1] for times in (self.times or {}).values()}) > 1:
-            raise ValueError("sampler.times must have the same end for every step count")
+            raise ValueError("sampler.times must have the same end time for every step count")
         if self.diffusion and self.solver != "ddim":
             raise ValueError(f"sampler.solver of a diffusion model must be 'ddim', got {self.solver!r}")
         if self.times == {}:
@@ -74,7 +75,7 @@ class SamplerSpec(Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class ConditioningSpec(Struct, kw_only=True, forbid_unknown_fields=True):
-    """One input of the network beyond state and level, passed by name; the fields are those of :class:`~scm_runtime.bundle.Conditioning`."""
+    """One input of the network besides state and level, passed by name. The fields are those of :class:`~scm_runtime.bundle.Conditioning`."""
 
     name: str
     kind: Literal["class", "scalar", "embedding", "mask"]
@@ -84,7 +85,7 @@ class ConditioningSpec(Struct, kw_only=True, forbid_unknown_fields=True):
     default: int | float | None = None
 
     def conditioning(self) -> Conditioning:
-        """As it stands in the manifest; the dtype follows from the kind.
+        """Convert to the manifest's description of this input; the dtype follows from the kind.
 
         Raises:
             ValueError: the fields do not fit together.
@@ -98,7 +99,7 @@ class ConditioningSpec(Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class Header(Struct, kw_only=True, forbid_unknown_fields=True):
-    """A scm-checkpoint without its weights: what ``--config`` says of tensors or of a program that cannot say it themselves."""
+    """A scm-checkpoint without its weights: the contents of a ``--config`` file, for tensors or programs that have no description."""
 
     family: str = "module"
     config: dict[str, Any] = {}
@@ -136,17 +137,21 @@ def read_header(path: Path) -> Header:
 
 
 def example_config(inputs: tuple[str, ...] = ()) -> str:
-    """A ``--config`` file to fill in, valid as it is. ``inputs`` are the names of a program's inputs besides state and level, where they are known."""
+    """Return a valid ``--config`` file as a template.
+
+    Args:
+        inputs: names of the program's inputs besides state and level, if they are known.
+    """
     blocks = [
         f"# [[conditioning]]\n"
         f'# name = "{name}"  # the keyword of the network\n'
         f'# kind = "class"  # or one of: {", ".join(kind for kind in CONDITIONING_DTYPES if kind != "class")}\n'
-        f"# num_classes = 10  # of the kind class; an embedding and a mask have a shape, such as [77, 768]\n"
+        f"# num_classes = 10  # for the kind class; an embedding and a mask have a shape instead, such as [77, 768]\n"
         for name in inputs or ("class_labels",)
     ]
     others = ", ".join(name for name in PARAMETRISATION_NAMES if name != "trigflow")
     return (
-        'family = "module"  # a network of your own; bare weights of an EDM2 network have "edm2" and its [config]\n'
+        'family = "module"  # a user-defined network; for bare weights of an EDM2 network, use "edm2" and its [config]\n'
         "\n"
         "[config]\n"
         "sample_shape = [3, 32, 32]  # fill in: channels, height and width of what the network denoises\n"
@@ -161,10 +166,10 @@ def example_config(inputs: tuple[str, ...] = ()) -> str:
 
 
 def validate(family: str, sampler: SamplerSpec, conditioning: tuple[ConditioningSpec, ...]) -> None:
-    """Check what the types of a header alone cannot say. Raises ValueError."""
+    """Check constraints of a header that its types do not express. Raises ValueError."""
     sampler.validate()
     if conditioning and family != "module":
-        raise ValueError(f"conditioning is for networks of your own, of the family 'module'; the family {family!r} knows its inputs: leave it out")
+        raise ValueError(f"conditioning is for user-defined networks, of the family 'module'; the family {family!r} defines its inputs: leave it out")
     for item in conditioning:
         item.conditioning()
     names = [item.name for item in conditioning]
@@ -173,21 +178,21 @@ def validate(family: str, sampler: SamplerSpec, conditioning: tuple[Conditioning
 
 
 def convert(raw: object, struct: type[AnyStruct]) -> AnyStruct:
-    """Check plain values against a struct.
+    """Convert plain values to a struct.
 
     Raises:
-        ValueError: they do not fit; of an unknown key it names the closest known one.
+        ValueError: a value has the wrong type, or a key is unknown; the message then suggests the closest known key.
     """
     try:
         return msgspec.convert(raw, struct)
     except msgspec.ValidationError as error:
-        raise ValueError(explain(error, struct)) from error
-    except OverflowError as error:  # an integer where a float is wanted
+        raise ValueError(explain_error(error, struct)) from error
+    except OverflowError as error:  # an integer for a float field
         raise ValueError(f"a number is too large: {error}") from error
 
 
-def explain(error: msgspec.ValidationError, struct: type[Struct]) -> str:
-    """The error's text, and for an unknown key the closest known one."""
+def explain_error(error: msgspec.ValidationError, struct: type[Struct]) -> str:
+    """Text of the error; for an unknown key, with the closest known key."""
     text = str(error)
     found = re.match(r"Object contains unknown field `(.*?)`(?: - at `\$(.*)`)?$", text, re.DOTALL)
     if not found:
@@ -204,7 +209,7 @@ def explain(error: msgspec.ValidationError, struct: type[Struct]) -> str:
 
 
 def _struct_in(hint: Any) -> type[Struct] | None:
-    """The struct that a field's type is, or is a container of."""
+    """Return the struct in a field's type, which may be a container of it; None if there is none."""
     if isinstance(hint, type) and not isinstance(hint, types.GenericAlias) and issubclass(hint, Struct):
         return hint
     return next(filter(None, map(_struct_in, typing.get_args(hint))), None)

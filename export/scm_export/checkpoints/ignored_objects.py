@@ -1,6 +1,6 @@
-"""What a training run saves beside its tensors (arguments, NumPy's values, paths), read by torch's loader as objects that hold nothing.
+"""Empty placeholders for objects that a training run saves beside its tensors (arguments, NumPy values, paths), for torch's ``weights_only`` loader.
 
-Only for :mod:`~scm_export.checkpoints.torch_file`: what is in such objects is never looked at, so it is neither constructed nor kept.
+Only for :mod:`~scm_export.checkpoints.torch_file`. The contents of such objects are never used, so they are neither constructed nor kept.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scm_export.checkpoints.printable import printable
+from scm_export.checkpoints.message_text import printable
 
 
 class IgnoredObject:
-    """Takes the place of an object. It accepts any arguments and any state, and keeps none of them."""
+    """Placeholder for an object. It accepts any arguments and any state and discards them."""
 
     __slots__ = ()
 
@@ -26,11 +26,11 @@ class IgnoredObject:
         return super().__new__(cls)
 
     def __setstate__(self, state: object) -> None:
-        """Without it the loader would set attributes that the file names."""
+        """Discard the state. Without this method the loader would set attributes named by the file."""
 
 
 def _empty_dict(*default_factory: object) -> dict[Any, Any]:
-    """In place of a ``defaultdict``, which would call its factory for a missing key. Its items follow."""
+    """Replacement for ``defaultdict``, which would call its factory for a missing key. The loader adds the items afterwards."""
     return {}
 
 
@@ -40,26 +40,26 @@ IGNORED = (
     "argparse.Namespace",
     *(f"{module}.{name}" for module in ("pathlib", "pathlib._local") for name in PATHS),  # the second in Python 3.13
     *(f"numpy.{core}.{name}" for core in ("core", "_core") for name in NUMPY),  # NumPy 2 made its core private
-    *("numpy.ndarray", "numpy.dtype", "builtins.bytes"),  # the last is how protocol 2 writes the bytes of an empty array
+    *("numpy.ndarray", "numpy.dtype", "builtins.bytes"),  # protocol 2 writes the bytes of an empty array as a call of builtins.bytes
     *(f"builtins.{name}" for name in ("list", "dict", "int", "float", "str")),  # factories of a defaultdict
 )
 STAND_INS = [("collections.defaultdict", _empty_dict), *((name, IgnoredObject) for name in IGNORED)]
 
-_one_at_a_time = threading.Lock()  # torch's list of safe globals is the process's, and is left as it was
+_one_at_a_time = threading.Lock()  # torch's list of safe globals is shared by the whole process
 
 
 @contextmanager
 def ignoring_objects() -> Iterator[None]:
-    """Within the block ``torch.load(weights_only=True)`` knows the stand-ins by the names of what they stand for."""
+    """Within the block, ``torch.load(weights_only=True)`` accepts the objects in ``IGNORED`` and replaces them by placeholders."""
     with _one_at_a_time, torch.serialization.safe_globals([(stand_in, name) for name, stand_in in STAND_INS]):
         yield
 
 
 def without_attributes(content: object) -> object:
-    """Make what torch's loader returned plain, in place, and return it.
+    """Remove instance attributes from everything torch's loader returned, in place, and return the content.
 
-    The loader lets a file give dicts and tensors attributes of any name, which Python finds before the methods of that name. Here
-    dicts lose their attributes, and tensors in dicts and lists are replaced by plain ones over the same memory.
+    The loader lets a file set attributes of any name on dicts and tensors, and these hide the methods of the same name. Dicts lose their
+    attributes here; tensors in dicts and lists are replaced by plain tensors over the same memory.
 
     Raises:
         ValueError: a tensor is sparse, nested, quantized or without data.

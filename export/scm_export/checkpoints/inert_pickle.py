@@ -1,7 +1,7 @@
-"""Reads a pickle without running anything: an interpreter of the opcodes that data needs, over the parser of the standard library.
+"""Reads a pickle without running code from it: an interpreter of the opcodes that data needs, on top of the standard library's parser.
 
-Not a subclass of ``pickle.Unpickler``: that one calls whatever REDUCE finds on its stack, sets attributes of whatever BUILD finds there, and allocates
-gigabytes for a nine-byte file that asks for a high memo index. Here a global stays a name until the reader's table says what it stands for.
+It is not a subclass of ``pickle.Unpickler``, which calls whatever REDUCE finds on the stack, sets attributes of whatever BUILD finds there, and allocates
+gigabytes for a nine-byte file with a high memo index. Here a global is only a name, which the caller's table maps to a stand-in.
 """
 
 from __future__ import annotations
@@ -12,39 +12,39 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, runtime_checkable
 
-from scm_export.checkpoints.printable import printable
+from scm_export.checkpoints.message_text import printable
 
-# A snapshot of the largest published network has some 50 000 opcodes. Each can make an object many times its own size in the file.
+# A snapshot of the largest published network has some 50 000 opcodes. Each can create an object many times larger than its bytes in the file.
 MAX_OPCODES = 2_000_000
 MAX_LINE = 1 << 16
 MAX_INTEGER_BITS = 128  # torch's magic number has 80
-INLINE = 1 << 12  #  bytes; what is longer stays in the file until it is wanted
+INLINE = 1 << 12  # bytes; longer byte strings stay in the file until they are used
 
 
 class ForbiddenPickleError(Exception):
-    """The pickle wants more than data; the text names what it wants."""
+    """The pickle needs more than data. The message names what it needs."""
 
 
 class MalformedPickleError(Exception):
-    """The pickle is damaged, or holds something that no pickler writes."""
+    """The pickle is damaged, or was not written by a pickler."""
 
 
 class OversizedPickleError(MalformedPickleError):
-    """The pickle has more opcodes than any that holds data: reading it would take minutes and gigabytes."""
+    """The pickle has too many opcodes: reading it would take minutes and gigabytes."""
 
 
 @dataclass(frozen=True)
 class Blob:
-    """A long string of bytes of a pickle: in a file, or as the text that protocol 2 writes in its place, a character a byte."""
+    """A long byte string of a pickle: in a file, or as the text that protocol 2 writes for it, one character per byte."""
 
     source: Path | str
     start: int
     size: int
 
     def read(self, start: int, size: int) -> bytearray:
-        """A copy of ``size`` bytes from ``start`` on."""
+        """Return a copy of ``size`` bytes starting at ``start``."""
         if start < 0 or size < 0 or start + size > self.size:
-            raise MalformedPickleError(f"{size} bytes wanted at {start} of {self.size}")
+            raise MalformedPickleError(f"{size} bytes required at {start} of {self.size}")
         first = self.start + start
         if isinstance(self.source, str):
             return bytearray(self.source[first : first + size].encode("latin-1"))
@@ -58,7 +58,7 @@ class Blob:
 
 @dataclass(frozen=True)
 class StandIn:
-    """What a global of a pickle is replaced by. ``call`` answers REDUCE with the same arguments, ``new`` answers NEWOBJ with none."""
+    """Replacement for a global of a pickle. REDUCE calls ``call`` with its arguments; NEWOBJ calls ``new`` without arguments."""
 
     call: Callable[..., object] | None = None
     new: Callable[[], object] | None = None
@@ -66,14 +66,14 @@ class StandIn:
 
 @runtime_checkable
 class Buildable(Protocol):
-    """An object of ours that takes the state a pickle gives it."""
+    """A stand-in's object that accepts the state from the pickle."""
 
     def build(self, state: object) -> None: ...
 
 
 @dataclass(frozen=True)
 class Global:
-    """A name that the reader knows, as it lies on the stack."""
+    """A global on the stack. It has a stand-in."""
 
     name: str
 
@@ -82,11 +82,11 @@ StandIns = Mapping[str, StandIn]
 
 
 def read_pickle(path: Path, stand_ins: StandIns) -> object:
-    """What the pickle in a file holds: containers, plain values and what the stand-ins made. Long byte strings are :class:`Blob`.
+    """Read the pickle in a file: containers, plain values and objects from the stand-ins. Long byte strings are returned as :class:`Blob`.
 
     Raises:
-        ForbiddenPickleError: it names a global without a stand-in, or uses an opcode that data needs no use of.
-        MalformedPickleError: damaged, or too long to be data.
+        ForbiddenPickleError: the pickle names a global without a stand-in, or uses an opcode that data does not need.
+        MalformedPickleError: the pickle is damaged, or too long.
         OSError: the file cannot be read.
     """
     with path.open("rb") as file:
@@ -94,12 +94,18 @@ def read_pickle(path: Path, stand_ins: StandIns) -> object:
 
 
 def read_small_pickle(data: BinaryIO, stand_ins: StandIns, persistent: Callable[[object], object] | None = None) -> object:
-    """The same for one in memory, of which the position is left behind its end. ``persistent`` answers persistent ids."""
+    """Read a pickle from memory and leave the stream's position at its end. Raises the errors of :func:`read_pickle`.
+
+    Args:
+        data: stream to read from.
+        stand_ins: replacements for globals, by dotted name.
+        persistent: converts a persistent id to an object; None refuses persistent ids.
+    """
     return Interpreter(data, stand_ins, None, persistent).run()
 
 
 class _Bounded:
-    """A file for pickletools, which asks for as many bytes as the pickle claims: never more than there are."""
+    """A file for pickletools that limits reads to its size. pickletools reads as many bytes as the pickle claims."""
 
     def __init__(self, file: BinaryIO, size: int) -> None:
         self.file, self.size = file, size
@@ -118,7 +124,7 @@ class Interpreter:
     def __init__(self, source: Any, stand_ins: StandIns, path: Path | None, persistent: Callable[[object], object] | None = None) -> None:
         self.source, self.stand_ins, self.path, self.persistent = source, stand_ins, path, persistent
         self.stack: list[Any] = []
-        self.below: list[list[Any]] = []  # the stacks below each mark
+        self.below: list[list[Any]] = []  # stacks below the marks, innermost last
         self.memo: dict[int, object] = {}
 
     def run(self) -> object:
@@ -133,7 +139,7 @@ class Interpreter:
                 elif opcode.name not in IGNORED:
                     raise ForbiddenPickleError(_forbidden(opcode.name, argument))
             return self.stack.pop()
-        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, MemoryError) as error:  # from pickletools, and from odd operands
+        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, MemoryError) as error:  # from pickletools, and from unexpected operands
             raise MalformedPickleError(str(error) or type(error).__name__) from error
 
     # Containers.
@@ -174,7 +180,7 @@ class Interpreter:
         items = [self.stack.pop() for _ in range(count)]
         self.stack.append(tuple(reversed(items)))
 
-    # Long byte strings stay in the file; pickletools has just read past them.
+    # Long byte strings stay in the file. pickletools has just read past this one.
 
     def byte_string(self, data: bytes) -> None:
         if self.path is None or len(data) <= INLINE:
@@ -182,7 +188,7 @@ class Interpreter:
         else:
             self.stack.append(Blob(self.path, self.source.tell() - len(data), len(data)))
 
-    # What in an unpickler would import, call and set.
+    # Opcodes with which an unpickler imports, calls and sets attributes.
 
     def import_name(self, argument: str) -> None:
         self._push_global(*argument.split(" ", 1))
@@ -215,7 +221,7 @@ class Interpreter:
         state, target = self.stack.pop(), self.stack[-1]
         if isinstance(target, Buildable):
             target.build(state)
-        elif not (isinstance(target, dict) and (state is None or isinstance(state, dict))):  # attributes of a dictionary are not kept
+        elif not (isinstance(target, dict) and (state is None or isinstance(state, dict))):  # attributes of a dict are discarded
             raise ForbiddenPickleError(f"the state of {_what(target)}")
 
     def persistent_id(self, _: object) -> None:
@@ -229,7 +235,7 @@ def _as_is(argument: Any) -> object:
 
 
 def _integer(argument: int) -> int:
-    """A number that can be printed, and made a float."""
+    """Check that an integer is short enough to be printed and converted to a float."""
     if argument.bit_length() > MAX_INTEGER_BITS:
         raise MalformedPickleError(f"an integer must have at most {MAX_INTEGER_BITS} bits, got {argument.bit_length()}")
     return argument
@@ -281,7 +287,7 @@ HANDLERS: dict[str, Callable[[Interpreter, Any], object]] = {
 
 def _of(value: Any, kind: type) -> Any:
     if not isinstance(value, kind):
-        raise MalformedPickleError(f"a {kind.__name__} must stand where there is a {type(value).__name__}")
+        raise MalformedPickleError(f"expected a {kind.__name__}, got a {type(value).__name__}")
     return value
 
 
@@ -292,14 +298,14 @@ def _set_items(target: object, items: list[Any]) -> object:
 
 
 def _key(value: Any) -> str | float | None:
-    """A key of a plain kind: the hash of a deeply nested tuple overflows the C stack."""
+    """Check that a key is a plain value: hashing a deeply nested tuple overflows the C stack."""
     if value is None or isinstance(value, str | float | int):
         return value
     raise MalformedPickleError(f"a key must be text or a number, got {type(value).__name__}")
 
 
 def _forbidden(opcode: str, argument: object) -> str:
-    """What an opcode that is not followed wants, by name where it gives one."""
+    """Describe an unsupported opcode, with the name of its global if it has one."""
     if opcode == "INST" and isinstance(argument, str):
         return printable(argument.replace(" ", ".", 1))
     if opcode.startswith("EXT"):

@@ -1,8 +1,8 @@
-"""The operators of a ``.pt2`` file that are run without trust: of ``torch.ops.aten``, by name and, but for "default", overload.
+"""Allowlist of the operators that an untrusted ``.pt2`` file may use: names in ``torch.ops.aten``, with the overload unless it is "default".
 
-A list and not a rule: some of torch's operators write files, some crash the process on odd arguments. Each one here has a translation to ONNX or decomposes
-into operators that have one. Random operators are left out, since a bundle draws its own noise; so are operators on sparse and nested tensors, and
-gradients.
+It is a list and not a rule because some torch operators write files and some crash the process on unusual arguments. Every operator here has a translation
+to ONNX or decomposes into operators that have one. Random operators are left out, since a bundle draws its noise itself; so are operators on sparse and
+nested tensors, and gradients.
 """
 
 ACTIVATIONS = "celu elu gelu hardsigmoid hardswish hardtanh leaky_relu mish relu relu6 selu sigmoid silu tanh"
@@ -68,13 +68,13 @@ SIZES = """
     sym_numel sym_size.int
 """
 
-# torch.export keeps what a network does in place: activations, sums, and the assignment to a part of a tensor.
+# In-place operators, which torch.export keeps: activations, sums, and assignments to parts of a tensor.
 ASSIGNMENTS = "abs_ addcdiv_ addcmul_ copy_ detach_ fill_.Scalar fill_.Tensor index_put_ masked_fill_.Scalar masked_fill_.Tensor pow_.Scalar pow_.Tensor"
 ASSIGNMENTS += " scatter_.src scatter_.value scatter_add_ squeeze_.dim unsqueeze_ zero_"
 
 
 def _in_place(names: str) -> list[str]:
-    """``add.Tensor`` as ``add_.Tensor``."""
+    """Names of the in-place variants: ``add_.Tensor`` for ``add.Tensor``."""
     return [f"{name}_{dot}{overload}" for name, dot, overload in (entry.partition(".") for entry in names.split())]
 
 

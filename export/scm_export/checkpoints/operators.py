@@ -1,4 +1,4 @@
-"""Finds the operators of a ``.pt2`` file and checks their arguments against what they take, before anything runs."""
+"""Looks up the operators of a ``.pt2`` file and checks their arguments against their schemas, before anything runs."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from scm_export.checkpoints.operator_graph import MAX_SIZE, Ref
 from scm_export.checkpoints.operator_list import OPERATORS
 
 Kind = Literal["tensor", "tensors", "number", "other"]
-"""What a value of a program is; "other" is None, a text, a dtype, a list of numbers."""
+"""Kind of a value in a program. "other" is None, a string, a dtype or a list of numbers."""
 
 ATEN = "torch.ops.aten."
 WITHOUT_IN_PLACE = "Without operators that work in place: torch.export.export(…).run_decompositions()"
-TEXT = re.compile(r"[a-z_]{0,32}")  # modes, such as "tanh" and "floor"
+TEXT = re.compile(r"[a-z_]{0,32}")  # string arguments: modes such as "tanh" and "floor"
 
-# Operators on sizes. "**" is left out: its results can be astronomically long.
-FUNCTIONS: dict[str, Callable[..., Any]] = {
+# Operators on sizes. "**" is left out because its results can have an arbitrary number of digits.
+SIZE_FUNCTIONS: dict[str, Callable[..., Any]] = {
     **{f"_operator.{name}": getattr(operator, name) for name in ("add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "getitem")},
     **{f"_operator.{name}": getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge", "and_", "or_", "not_")},
     **{f"math.{name}": getattr(math, name) for name in ("ceil", "floor", "trunc")},
@@ -30,7 +30,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 
 
 def _weight_norm(v: torch.Tensor, g: torch.Tensor, dim: int = 0) -> torch.Tensor:
-    """``torch.ops.aten._weight_norm``, which crashes where the shapes of v and g do not fit (arXiv 1602.07868, equation 2)."""
+    """Replacement for ``torch.ops.aten._weight_norm``, which crashes if the shapes of v and g do not match (arXiv 1602.07868, equation 2)."""
     axes = None if dim == -1 else [axis for axis in range(v.ndim) if axis != dim % v.ndim]
     norm: torch.Tensor = torch.linalg.vector_norm(v, dim=axes, keepdim=True)
     return v * (g / norm)
@@ -45,7 +45,10 @@ def _batch_norm(
     momentum: float,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``_native_batch_norm_legit_no_training``, which reads beyond a mean or a variance that is shorter than the channels. The other two results are empty."""
+    """Replacement for ``_native_batch_norm_legit_no_training``, which reads past the end of a mean or variance shorter than the channels.
+
+    The second and third result are empty.
+    """
     y: torch.Tensor = torch.batch_norm(x, weight, bias, mean, variance, False, momentum, eps, False)
     return y, x.new_zeros(0), x.new_zeros(0)
 
@@ -59,9 +62,11 @@ def _attention(
     is_causal: bool = False,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """``scaled_dot_product_attention``, which divides by sizes that may be 0."""
+    """Replacement for ``scaled_dot_product_attention``, which divides by sizes that may be 0."""
     if min(query.ndim, key.ndim, value.ndim) < 2 or any(size == 0 for tensor in (query, key, value) for size in tensor.shape):
-        raise ValueError(f"attention takes queries, keys and values of at least 1, got {[tuple(tensor.shape) for tensor in (query, key, value)]}")
+        raise ValueError(
+            f"attention takes queries, keys and values of two or more dimensions, none empty, got {[tuple(tensor.shape) for tensor in (query, key, value)]}"
+        )
     y: torch.Tensor = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **kwargs)
     return y
 
@@ -69,7 +74,7 @@ def _attention(
 def _flash_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout_p: float = 0.0, is_causal: bool = False, **kwargs: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``_scaled_dot_product_flash_attention_for_cpu``, which trusts its callers in all sizes. Its second result is empty."""
+    """Replacement for ``_scaled_dot_product_flash_attention_for_cpu``, which does not check any size. The second result is empty."""
     return _attention(query, key, value, dropout_p=dropout_p, is_causal=is_causal, **kwargs), query.new_zeros(0)
 
 
@@ -79,21 +84,21 @@ SUBSTITUTES: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.aten._weight_norm.default: _weight_norm,
     torch.ops.aten.scaled_dot_product_attention.default: _attention,
 }
-"""What is called in place of operators that crash on tensors of some sizes."""
+"""Replacements for operators that crash on tensors of some sizes."""
 
 
 class ForbiddenOperatorError(Exception):
-    """The operator is not one that is run; the text names it."""
+    """The operator is not in the allowlist. The message is its name."""
 
 
 def find_operator(target: str) -> Callable[..., Any]:
-    """The operator of a name in a file.
+    """Return the operator with a name from a file.
 
     Raises:
-        ForbiddenOperatorError: it is not in the list, or this torch does not have it.
+        ForbiddenOperatorError: the operator is not in the allowlist, or this version of torch does not have it.
     """
-    if target in FUNCTIONS:
-        return FUNCTIONS[target]
+    if target in SIZE_FUNCTIONS:
+        return SIZE_FUNCTIONS[target]
     name, _, overload = target.removeprefix(ATEN).partition(".")
     entry = name if overload in ("", "default") else f"{name}.{overload}"
     found = None
@@ -105,21 +110,23 @@ def find_operator(target: str) -> Callable[..., Any]:
     return operator
 
 
-def check_arguments(operator: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], kinds: dict[int, Kind], fixed: set[int]) -> tuple[Kind, ...]:
-    """Compare an operator's arguments with what it takes.
+def check_arguments(
+    operator: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], kinds: dict[int, Kind], read_only: set[int]
+) -> tuple[Kind, ...]:
+    """Check an operator's arguments against its schema.
 
     Args:
-        operator: of :func:`find_operator`.
-        args: values and, for results of other operators, :class:`~scm_export.checkpoints.operator_graph.Ref`.
-        kwargs: the same by name.
-        kinds: of the values that a Ref can mean, by their number.
-        fixed: numbers of the values that must not change: inputs and weights.
+        operator: a result of :func:`find_operator`.
+        args: positional arguments: plain values and, for values of the program, :class:`~scm_export.checkpoints.operator_graph.Ref`.
+        kwargs: keyword arguments, of the same types.
+        kinds: kinds of the program's values by id.
+        read_only: ids of the values that must not change: inputs and weights.
 
     Returns:
-        The kinds of what it returns.
+        The kinds of the operator's results.
 
     Raises:
-        ValueError: an argument is missing, unknown, of another type, or would be changed in place.
+        ValueError: an argument is missing, unknown or of the wrong type, or the operator would change a read-only value in place.
     """
     if not isinstance(operator, torch._ops.OpOverload):
         return (_check_function(operator, args, kwargs, kinds),)
@@ -137,7 +144,7 @@ def check_arguments(operator: Callable[..., Any], args: tuple[Any, ...], kwargs:
         if name in given and not _fits(str(parameter.real_type), given[name], kinds, parameter.N):
             raise ValueError(f"{operator} takes {parameter.real_type} as {name}, got {_described(given[name], kinds)}")
         changes = parameter.alias_info is not None and parameter.alias_info.is_write
-        if changes and not (isinstance(given[name], Ref) and given[name].number not in fixed):
+        if changes and not (isinstance(given[name], Ref) and given[name].value_id not in read_only):
             raise ValueError(f"{operator} would change {name}, an input or a weight of the network, in place. {WITHOUT_IN_PLACE}")
     return tuple(_kind_of_type(str(result.real_type)) for result in operator._schema.returns)
 
@@ -154,16 +161,23 @@ def _check_function(function: Callable[..., Any], args: tuple[Any, ...], kwargs:
 
 
 def kind_of(value: Any, kinds: dict[int, Kind]) -> Kind:
-    """What a value is, or what the one that a Ref means will be."""
+    """Kind of a value; for a Ref, of the value that it refers to."""
     if isinstance(value, Ref):
-        return kinds[value.number]
+        return kinds[value.value_id]
     if isinstance(value, torch.Tensor):
         return "tensor"
     return "number" if isinstance(value, bool | int | float) else "other"
 
 
 def _fits(type: str, value: Any, kinds: dict[int, Kind], length: int | None = None) -> bool:
-    """Whether a value is of a type of an operator's schema. ``length``: a single number stands for that many."""
+    """Return True if a value has a type of an operator's schema.
+
+    Args:
+        type: type as the schema prints it, such as ``Optional[List[int]]``.
+        value: a plain value or a Ref.
+        kinds: kinds of the program's values by id.
+        length: fixed length of a list type; a single value is then accepted for the whole list.
+    """
     if wanted := re.fullmatch(r"Optional\[(.*)\]", type):
         return value is None or _fits(wanted[1], value, kinds, length)
     if wanted := re.fullmatch(r"List\[(.*)\]", type):
@@ -173,7 +187,7 @@ def _fits(type: str, value: Any, kinds: dict[int, Kind], length: int | None = No
     kind = kind_of(value, kinds)
     match type:
         case "Tensor":
-            return kind in ("tensor", "number")  # torch makes tensors of numbers
+            return kind in ("tensor", "number")  # torch converts numbers to tensors
         case "number" | "float":
             return kind == "number" or (type == "number" and isinstance(value, Ref) and kind == "tensor")
         case "int":
@@ -200,4 +214,4 @@ def _kind_of_type(type: str) -> Kind:
 
 
 def _described(value: Any, kinds: dict[int, Kind]) -> str:
-    return f"a {kinds[value.number]}" if isinstance(value, Ref) else repr(value)[:60]
+    return f"a {kinds[value.value_id]}" if isinstance(value, Ref) else repr(value)[:60]

@@ -1,7 +1,7 @@
-"""Reads the pickles of NVIDIA's EDM2 and of its descendants: class names, constructor arguments and tensors. Nothing from the file is run.
+"""Reads pickles of NVIDIA's EDM2 and of projects derived from it: class names, constructor arguments and tensors. No code from the file is run.
 
-Such a file is a plain pickle in which every network object is the record ``torch_utils.persistence._reconstruct_persistent_obj(meta)``. The usual
-loader executes the Python source in ``meta``; here it is not looked at. What a class computes is known by its name (``edm2_pickles.py``).
+Such a file is a plain pickle in which every network object is the record ``torch_utils.persistence._reconstruct_persistent_obj(meta)``. EDM2's loader
+executes the Python source in ``meta``; here it is ignored. A class is identified by its name (``edm2_pickles.py``).
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ MAX_NAME = 300
 
 
 @dataclass
-class Saved:
-    """A network, a layer or another object as the file describes it."""
+class PersistentObject:
+    """A network, layer or other object as described in the file."""
 
     class_name: str
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
-    """What the constructor was called with, as ``args`` is."""
+    """Keyword arguments of the constructor; ``args`` are the positional ones."""
     attributes: dict[str, Any] = field(default_factory=dict)
-    """Its other attributes, which may have changed since."""
+    """Public attributes at the time of saving; they may differ from the constructor's arguments."""
     tensors: dict[str, StoredTensor] = field(default_factory=dict)
-    """Its own parameters and buffers."""
-    modules: dict[str, Saved] = field(default_factory=dict)
+    """Parameters and buffers of this module, without those of submodules."""
+    modules: dict[str, PersistentObject] = field(default_factory=dict)
 
     def build(self, state: object) -> None:
-        """Take an object's ``__dict__``, laid out as torch's modules do. Raises MalformedPickleError."""
+        """Set the fields from an object's ``__dict__``, which has the layout of a torch module. Raises MalformedPickleError."""
         if not isinstance(state, dict):
             raise MalformedPickleError(f"the state of a {self.class_name} must be a dict, got {type(state).__name__}")
         self.args = tuple(_part(state, "_init_args", (list, tuple)))
@@ -44,24 +44,24 @@ class Saved:
         tensors = {**_part(state, "_parameters", (dict,)), **_part(state, "_buffers", (dict,))}
         modules = _part(state, "_modules", (dict,))
         self.tensors = {_name(name): value for name, value in tensors.items() if _holds(value, StoredTensor)}
-        self.modules = {_name(name): value for name, value in modules.items() if _holds(value, Saved)}
+        self.modules = {_name(name): value for name, value in modules.items() if _holds(value, PersistentObject)}
 
-    def named_modules(self) -> Iterator[tuple[str, Saved]]:
-        """This object, with the name "", and every module in it by its dotted name. Raises MalformedPickleError where one is held twice."""
+    def named_modules(self) -> Iterator[tuple[str, PersistentObject]]:
+        """Yield this object, named "", and every submodule with its dotted name. Raises MalformedPickleError if one occurs twice."""
         waiting, seen = [("", self)], set[int]()
         while waiting:
             name, module = waiting.pop()
             if id(module) in seen or len(name) > MAX_NAME:
-                raise MalformedPickleError(f"the module {name[:MAX_NAME]!r} is held twice, or too deep in others")
+                raise MalformedPickleError(f"the module {name[:MAX_NAME]!r} occurs twice, or is nested too deeply")
             seen.add(id(module))
             yield name, module
             waiting += reversed([(f"{name}.{child}" if name else child, part) for child, part in module.modules.items()])
 
     def named_tensors(self) -> dict[str, StoredTensor]:
-        """All parameters and buffers in it by their dotted names, as in a state_dict.
+        """All parameters and buffers by their dotted names, as in a state_dict.
 
         Raises:
-            MalformedPickleError: a module is held twice, or tensors overlap, which in memory would be larger than in the file without end.
+            MalformedPickleError: a module occurs twice, or tensors overlap: loaded, they could be arbitrarily larger than the file.
         """
         named = {f"{name}.{own}" if name else own: tensor for name, module in self.named_modules() for own, tensor in module.tensors.items()}
         in_file = [tensor for tensor in named.values() if isinstance(tensor.data, Blob)]
@@ -71,10 +71,10 @@ class Saved:
 
 
 def read_persistent(path: str | os.PathLike[str]) -> object:
-    """What an EDM2-style pickle holds: containers and plain values, with :class:`Saved` for networks. Its tensors stay in the file until loaded.
+    """Read an EDM2-style pickle: containers and plain values, with :class:`PersistentObject` for networks. Tensors stay in the file until loaded.
 
     Raises:
-        CheckpointError: the file wants more than data, which is named; or it is damaged.
+        CheckpointError: the file is damaged, or needs more than data; the message then names what it needs.
     """
     source = Path(path)
     with pickle_errors(source):
@@ -83,7 +83,7 @@ def read_persistent(path: str | os.PathLike[str]) -> object:
 
 @contextmanager
 def pickle_errors(source: Path) -> Iterator[None]:
-    """Turns what reading a pickle raises into a CheckpointError that names the file."""
+    """Within the block, convert errors of reading a pickle into a CheckpointError that names the file."""
     try:
         yield
     except ForbiddenPickleError as error:
@@ -95,32 +95,32 @@ def pickle_errors(source: Path) -> Iterator[None]:
 
 
 # ----------------------------------------------------------------------------
-# What the globals of such files are replaced by.
+# Stand-ins for the globals of such files.
 
 
-def _record(meta: object) -> Saved:
-    """``_reconstruct_persistent_obj``: the record of an object. Its ``module_src`` is not looked at."""
+def _record(meta: object) -> PersistentObject:
+    """Stand-in for ``_reconstruct_persistent_obj``, the record of an object. Its source, ``module_src``, is ignored."""
     if not isinstance(meta, dict) or meta.get("type") != "class" or not isinstance(meta.get("class_name"), str):
         raise MalformedPickleError("a persistent object must be recorded as a dict with type = 'class', a class_name and a state")
-    saved = Saved(meta["class_name"])
+    saved = PersistentObject(meta["class_name"])
     saved.build(meta.get("state"))
     return saved
 
 
 def _empty() -> dict[Any, Any]:
-    """``OrderedDict``: its items follow."""
+    """Stand-in for ``OrderedDict``. The pickle adds the items afterwards."""
     return {}
 
 
 def _names(items: object = ()) -> set[str]:
-    """``set``: torch's modules keep names of buffers in one."""
+    """Stand-in for ``set``, in which torch modules keep names of buffers."""
     if not isinstance(items, list | tuple) or not all(isinstance(item, str) for item in items):
         raise MalformedPickleError("a set must hold names")
     return set(items)
 
 
 def _part(state: dict[Any, Any], name: str, kinds: tuple[type, ...]) -> Any:
-    """A part of an object's state, empty where there is none."""
+    """Return one entry of an object's state, or an empty container if it is missing."""
     value = state.get(name)
     if value is None:
         return kinds[0]()
@@ -136,7 +136,7 @@ def _name(name: object) -> str:
 
 
 def _holds(value: object, kind: type) -> bool:
-    """Whether there is one: a module without a bias holds None."""
+    """Check the type of a module's entry and return False for None, as for the bias of a module without one."""
     if value is not None and not isinstance(value, kind):
         raise MalformedPickleError(f"a module must hold tensors and modules, got {type(value).__name__} for a {kind.__name__}")
     return value is not None
@@ -147,7 +147,7 @@ STAND_INS: dict[str, StandIn] = {
     "torch_utils.persistence._reconstruct_persistent_obj": StandIn(call=_record),
     "dnnlib.util.EasyDict": StandIn(new=dict),
     "collections.OrderedDict": StandIn(call=_empty),
-    "torch.nn.modules.container.ModuleDict": StandIn(new=lambda: Saved("ModuleDict")),
-    "torch.nn.modules.linear.Linear": StandIn(new=lambda: Saved("Linear")),
+    "torch.nn.modules.container.ModuleDict": StandIn(new=lambda: PersistentObject("ModuleDict")),
+    "torch.nn.modules.linear.Linear": StandIn(new=lambda: PersistentObject("Linear")),
     **{f"{builtins}.set": StandIn(call=_names) for builtins in ("builtins", "__builtin__")},
 }

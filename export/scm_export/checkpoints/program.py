@@ -1,4 +1,4 @@
-"""A network that is code: somebody's ``nn.Module``, made by a factory or read from a program, and what a ``--config`` file says of it."""
+"""A user's network as code: an ``nn.Module`` from a factory or a program file, and its description from a ``--config`` file."""
 
 from __future__ import annotations
 
@@ -13,39 +13,41 @@ from typing import Any
 from torch import Tensor, nn
 
 from scm_export.checkpoints.header import Header
-from scm_export.checkpoints.torch_file import current_folder_importable, first_line
+from scm_export.checkpoints.message_text import first_line
+from scm_export.checkpoints.torch_file import current_folder_importable
 from scm_export.errors import CheckpointError
 from scm_runtime.errors import InvalidArgumentError
 
 
 @dataclass(frozen=True)
 class Program:
-    """A network as a module, ``(x, level, **conditioning) -> Tensor``, and how it is sampled."""
+    """A network as a module, ``(x, level, **conditioning) -> Tensor``, and how to sample from it."""
 
     header: Header
     network: nn.Module
     description: str
     weights: dict[str, Tensor] | None = None
-    """To be loaded into the network; None: it has its own."""
+    """Tensors to load into the network; None if it already has its weights."""
     inputs: tuple[str, ...] | None = None
-    """Names of the network's inputs, state and level first, where they are known."""
+    """Names of the network's inputs, state and level first; None if they are not known."""
     original: nn.Module | None = None
-    """What the network is this project's reading of, for verification, where there is such."""
+    """The network as torch itself runs it, for verification; None if ``network`` is the original."""
 
     def describe(self) -> str:
-        """A few words for messages."""
+        """Short description for error messages."""
         return self.description
 
 
-def make_network(factory: str, arguments: dict[str, Any]) -> nn.Module:
-    """Call ``package.module:function``, looked for in the current folder too, as ``python -m`` does.
+def call_factory(factory: str, arguments: dict[str, Any]) -> nn.Module:
+    """Call ``package.module:function``, which may also be in the current folder, as with ``python -m``.
 
     Returns:
-        A copy of what it returns, where that can be copied: an export changes its network and empties it in the end, and the factory's may be in use elsewhere.
+        A copy of the network if it can be copied, else the network itself. An export modifies its network and finally releases the weights, and
+        the factory's network may be in use elsewhere.
 
     Raises:
-        InvalidArgumentError: no such function.
-        CheckpointError: it fails, or returns no module.
+        InvalidArgumentError: there is no such function.
+        CheckpointError: the function fails, or does not return a module.
     """
     if not (found := re.fullmatch(r"([A-Za-z_][\w.]*):([A-Za-z_][\w.]*)", factory)):
         raise InvalidArgumentError(f"factory must be package.module:function, got {factory!r}")
@@ -62,13 +64,13 @@ def make_network(factory: str, arguments: dict[str, Any]) -> nn.Module:
 
 
 def _copy(network: nn.Module) -> nn.Module:
-    """A network of its own over the same parameters' memory, which nobody writes to; or itself, where its class does not allow a copy."""
+    """Copy a network but share the memory of its parameters, which is never written to. Return the network itself if its class cannot be copied."""
     try:
         memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in network.parameters() if type(p) is nn.Parameter}
         copied: nn.Module = copy.deepcopy(network, memo)
-    except Exception:  # noqa: BLE001 - the code that copies may be the user's, and a copy is not needed for a right bundle
+    except Exception:  # noqa: BLE001 - copying may run the user's code, and a correct bundle does not need a copy
         return network
-    return copied if all(parameter.is_leaf for parameter in copied.parameters()) else network  # TorchScript's are not
+    return copied if all(parameter.is_leaf for parameter in copied.parameters()) else network  # TorchScript's parameters are not leaves
 
 
 def _find(module_name: str, function_name: str) -> Callable[..., Any]:
@@ -85,4 +87,4 @@ def _find(module_name: str, function_name: str) -> Callable[..., Any]:
         value = getattr(value, part)
     if not callable(value):
         raise InvalidArgumentError(f"factory: {module_name}:{function_name} must be a function, got {type(value).__name__}")
-    return value  # type: ignore[no-any-return]  # a callable of the user's
+    return value  # type: ignore[no-any-return]  # the user's function has no known type

@@ -1,4 +1,4 @@
-"""Names of the tensors in a ``state_dict``."""
+"""Maps the tensor names of a ``state_dict`` to those of a network."""
 
 from __future__ import annotations
 
@@ -8,54 +8,57 @@ from typing import Any
 
 logger = logging.getLogger("scm_export")
 
-PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.", "unet.", "ema_model.")  # DistributedDataParallel, torch.compile, and wrappers by custom
-COMPILED = "_orig_mod"  # the name of the module inside a compiled one
+AVERAGED_MODEL = "ema_model."
+TRAINED_MODELS = ("online_model.", "model.")  # prefixes of the network in training beside AVERAGED_MODEL: ema-pytorch's, and Lightning modules with both
+PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.", "unet.", AVERAGED_MODEL)  # DistributedDataParallel, torch.compile, common wrappers
+COMPILED = "_orig_mod"  # name of the original module inside a compiled one
 
-
-# What classes of moving averages keep beside the weights: torch's AveragedModel, LDM's LitEma, ema-pytorch.
+# Bookkeeping that moving averages store beside the weights: torch's AveragedModel, LDM's LitEma, ema-pytorch.
 COUNTERS = ("n_averaged", "decay", "num_updates", "initted", "step")
-OTHER_MODEL = "online_model."  # of ema-pytorch, beside "ema_model."
 
 
 def drop_bookkeeping(weights: dict[str, Any], expected: Collection[str]) -> None:
-    """Leave out, in place, what a moving average's class keeps beside its weights: counters, and the network that it follows."""
-    averaged = any(name.startswith("ema_model.") for name in weights)
+    """Remove, in place, what a moving average stores beside its weights: counters, and the network that it averages."""
+    averaged = any(name.startswith(AVERAGED_MODEL) for name in weights)
     for name in [name for name in weights if name not in expected]:
-        if name in COUNTERS or (averaged and name.startswith(OTHER_MODEL)):
+        if name in COUNTERS or (averaged and name.startswith(TRAINED_MODELS)):
             del weights[name]
 
 
 def strip_prefixes(weights: dict[str, Any], expected: Collection[str]) -> str:
-    """Rename tensors in place to a network's names, where a wrapper put its own before them all; returns what was taken off, "" where nothing fits.
+    """Remove the prefixes that wrappers put before all tensor names, in place, if the names then are those of the network.
 
-    Where that does not do, layers may be compiled in the one and not in the other: names are matched without what torch.compile puts in their middle.
+    Otherwise names are also matched without the parts that torch.compile inserts, since layers may be compiled in the checkpoint or in the network only.
+
+    Returns:
+        The removed prefix; "" if no prefix was removed or the names do not match.
     """
-    taken = _prefix(weights, expected)
-    if taken is None:
+    removed = _prefix(weights, expected)
+    if removed is None:
         own, names = {uncompiled(name): name for name in expected}, {uncompiled(name) for name in weights}
-        taken = _prefix(names, own)
-        if taken is None or len(names) < len(weights):
+        removed = _prefix(names, own)
+        if removed is None or len(names) < len(weights):
             return ""
         for name in list(weights):
-            weights[taken + own[uncompiled(name).removeprefix(taken)]] = weights.pop(name)
-    if taken:
+            weights[removed + own[uncompiled(name).removeprefix(removed)]] = weights.pop(name)
+    if removed:
         for name in list(weights):
-            weights[name.removeprefix(taken)] = weights.pop(name)
-        logger.info("took %r off the names of all tensors", taken)
-    return taken
+            weights[name.removeprefix(removed)] = weights.pop(name)
+        logger.info("removed the prefix %r from the names of all tensors", removed)
+    return removed
 
 
 def uncompiled(name: str) -> str:
-    """The name of a tensor or module as it would be if nothing was compiled."""
+    """Remove the parts that torch.compile inserts into the name of a tensor or module."""
     return ".".join(part for part in name.split(".") if part != COMPILED)
 
 
 def _prefix(given: Collection[str], expected: Collection[str]) -> str | None:
-    """What wrappers put before all names; None where none of theirs makes them a network's."""
-    names, taken = list(given), ""
+    """Return the prefix of wrappers before all names; None if removing known prefixes does not give the expected names."""
+    names, removed = list(given), ""
     while names and not set(names) <= set(expected):
         prefix = next((prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in names)), None)
         if prefix is None:
             return None
-        names, taken = [name.removeprefix(prefix) for name in names], taken + prefix
-    return taken
+        names, removed = [name.removeprefix(prefix) for name in names], removed + prefix
+    return removed

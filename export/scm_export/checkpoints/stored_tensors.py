@@ -1,4 +1,4 @@
-"""Tensors and NumPy arrays as ``pickle.dump`` writes them, checked and left in the file until they are wanted. Not for torch.save's archives."""
+"""Tensors and NumPy arrays as ``pickle.dump`` writes them: checked, and left in the file until they are loaded. Not for torch.save archives."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ Bytes = Blob | bytes
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor that is still in the file. ``offset`` and ``stride`` count elements of its storage, ``data``."""
+    """A tensor that is still in the file. ``offset`` and ``stride`` are in elements of its storage, ``data``."""
 
     dtype: torch.dtype
     data: Bytes
@@ -56,7 +56,7 @@ class StoredTensor:
     def __post_init__(self) -> None:
         _check_sizes((self.offset,), self.shape, self.stride)
         if len(self.shape) != len(self.stride):
-            raise MalformedPickleError(f"a tensor must have one stride a size, got {list(self.shape)} and {list(self.stride)}")
+            raise MalformedPickleError(f"a tensor must have one stride per dimension, got {list(self.shape)} and {list(self.stride)}")
         elements = size_of(self.data) // self.dtype.itemsize
         if self.numel and max(self.last + 1, self.numel) > elements:
             raise MalformedPickleError(
@@ -74,11 +74,11 @@ class StoredTensor:
 
     @property
     def last(self) -> int:
-        """Index of its last element in the storage."""
+        """Index of the tensor's last element in the storage."""
         return self.offset + sum((size - 1) * stride for size, stride in zip(self.shape, self.stride, strict=True))
 
     def load(self) -> Tensor:
-        """Read it: contiguous, in memory of its own. Raises MalformedPickleError or OSError if the file has changed since."""
+        """Read the tensor into new, contiguous memory. Raises MalformedPickleError or OSError if the file has changed."""
         if not self.numel:
             return torch.empty(self.shape, dtype=self.dtype)
         start, end = self.offset * self.dtype.itemsize, (self.last + 1) * self.dtype.itemsize
@@ -87,12 +87,12 @@ class StoredTensor:
 
 
 def size_of(data: Bytes) -> int:
-    """Number of bytes."""
+    """Size in bytes."""
     return data.size if isinstance(data, Blob) else len(data)
 
 
 def as_floats(value: object) -> tuple[float, ...] | None:
-    """Numbers from a list, a tuple or a NumPy array of them, at most 1024; None for anything else."""
+    """Convert a list, tuple or NumPy array of at most 1024 numbers; return None for anything else."""
     if isinstance(value, _NumpyArray):
         value = value.value
     if isinstance(value, StoredTensor) and len(value.shape) == 1 and value.numel <= 1024:
@@ -103,7 +103,7 @@ def as_floats(value: object) -> tuple[float, ...] | None:
 
 
 # ----------------------------------------------------------------------------
-# torch: a tensor is made of a storage, which is a small file of torch's own.
+# torch: a tensor is a view of a storage, which is saved as a small file in torch's format.
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,10 @@ class _Storage:
 
 
 def _storage(blob: object) -> _Storage:
-    """``torch.storage._load_from_bytes``: torch.save's old format, five pickles and then the elements. The pickles are read as strictly as the file."""
+    """Stand-in for ``torch.storage._load_from_bytes``: torch.save's old format, five pickles followed by the elements.
+
+    The pickles are read as strictly as the file itself.
+    """
     if not isinstance(blob, Blob | bytes):
         raise MalformedPickleError(f"a storage must be made of bytes, got {type(blob).__name__}")
     head = blob.read(0, min(blob.size, STORAGE_HEADER)) if isinstance(blob, Blob) else blob
@@ -148,19 +151,19 @@ def _persistent_storage(key: object) -> _StorageHeader:
 def _tensor(
     storage: object, offset: object, shape: object, stride: object, requires_grad: object = False, hooks: object = None, metadata: object = None
 ) -> StoredTensor:
-    """``torch._utils._rebuild_tensor_v2``."""
+    """Stand-in for ``torch._utils._rebuild_tensor_v2``."""
     if not isinstance(storage, _Storage) or not isinstance(offset, int) or not isinstance(shape, tuple) or not isinstance(stride, tuple):
         raise MalformedPickleError("a tensor must be made of a storage, an offset, a shape and strides")
     return StoredTensor(storage.dtype, storage.data, offset, shape, stride)
 
 
 def _parameter(data: object, requires_grad: object = False, hooks: object = None) -> object:
-    """``torch._utils._rebuild_parameter``."""
+    """Stand-in for ``torch._utils._rebuild_parameter``."""
     return data
 
 
 # ----------------------------------------------------------------------------
-# NumPy: the statistics of EDM2's latents.
+# NumPy: EDM2 stores the statistics of its latents as arrays.
 
 
 @dataclass
@@ -168,7 +171,7 @@ class _NumpyDtype:
     name: str
 
     def build(self, state: object) -> None:
-        """``(version, byte order, ...)``."""
+        """Check the state, ``(version, byte order, ...)``."""
         if not (isinstance(state, tuple) and state[1:2] and state[1] in ("<", "|", "=")):
             raise MalformedPickleError("NumPy arrays must be little-endian")
 
@@ -178,7 +181,7 @@ class _NumpyArray:
     value: StoredTensor | None = None
 
     def build(self, state: object) -> None:
-        """``(version, shape, dtype, Fortran order, data)``."""
+        """Set the array from the state, ``(version, shape, dtype, Fortran order, data)``."""
         match state:
             case (_, shape, kind, False, data):
                 self.value = _dense(kind, shape, data)
@@ -193,12 +196,12 @@ def _numpy_dtype(name: object, align: object = False, copy: object = True) -> _N
 
 
 def _numpy_array(cls: object, shape: object, kind: object) -> _NumpyArray:
-    """Empty: its state follows."""
+    """Stand-in for ``numpy.core.multiarray._reconstruct``: an empty array, whose state follows in the pickle."""
     return _NumpyArray()
 
 
 def _numpy_from_buffer(data: object, kind: object, shape: object, order: object) -> _NumpyArray:
-    """What protocol 5 has in place of the two above."""
+    """Stand-in for ``numpy.core.numeric._frombuffer``, which pickle protocol 5 uses for arrays."""
     if order != "C":
         raise MalformedPickleError("NumPy arrays must be in C order")
     return _NumpyArray(_dense(kind, shape, data))
@@ -218,14 +221,14 @@ def _dense(kind: object, shape: object, data: object) -> StoredTensor:
 
 
 def _latin_text(text: object, encoding: object) -> Bytes:
-    """``_codecs.encode``: the bytes of protocol 2, which has no opcode for them."""
+    """Stand-in for ``_codecs.encode``, with which protocol 2 writes bytes, since it has no opcode for them."""
     if not isinstance(text, str) or encoding != "latin1":
         raise MalformedPickleError("bytes must be written as latin1 text")
     return text.encode("latin-1") if len(text) <= STORAGE_HEADER else Blob(text, 0, len(text))
 
 
 def _check_sizes(*sizes: tuple[object, ...]) -> None:
-    """Bounded, for what is computed with them."""
+    """Check that sizes, strides and offsets are small enough for computations with them. Raises MalformedPickleError."""
     for numbers in sizes:
         if len(numbers) > MAX_DIMENSIONS or not all(type(n) is int and 0 <= n < MAX_ELEMENTS for n in numbers):
             raise MalformedPickleError(f"a tensor must have at most {MAX_DIMENSIONS} dimensions, and integers of at least 0 as sizes and strides")

@@ -1,4 +1,4 @@
-"""Reads what ``torch.save`` wrote, without running code from it, or, when the user trusts the file, as torch itself would."""
+"""Reads files that ``torch.save`` wrote: without running code from them, or as torch itself does if the user trusts the file."""
 
 from __future__ import annotations
 
@@ -15,25 +15,26 @@ import torch
 
 from scm_export.checkpoints.archive import check_contents, check_storages
 from scm_export.checkpoints.ignored_objects import ignoring_objects, without_attributes
+from scm_export.checkpoints.message_text import first_line
 from scm_export.errors import CheckpointError
 
-TRUST = "Only if you trust whoever made it: --trust loads it all the same, running its code."
+TRUST_HINT = "If you trust its author: --trust loads it anyway and runs its code."
 
 
 def read_torch_file(source: Path, *, trust: bool = False) -> object:
-    """The object in a ``.pt`` file: plain containers, plain values and tensors; with ``trust``, anything.
+    """Read the object in a ``.pt`` file: plain containers, plain values and tensors; with ``trust``, any object.
 
-    What training scripts save beside them (``argparse.Namespace``, NumPy's values, paths) is there as objects that hold nothing.
+    Other objects that training scripts save (``argparse.Namespace``, NumPy values, paths) are replaced by empty placeholders.
 
     Raises:
-        CheckpointError: damaged, or without ``trust`` more than tensors and plain values.
+        CheckpointError: the file is damaged or, without ``trust``, holds more than tensors and plain values.
     """
     if is_zip(source):
         check_contents(source)
         check_storages(source)
     try:
         with warnings.catch_warnings(), ignoring_objects():
-            warnings.simplefilter("ignore")  # about pickles that it then refuses
+            warnings.simplefilter("ignore")  # torch warns about pickles that it then refuses
             content = torch.load(source, map_location="cpu", weights_only=True, mmap=is_zip(source))
     except pickle.UnpicklingError as error:
         if not (name := _callable_in(source, error)):
@@ -41,7 +42,7 @@ def read_torch_file(source: Path, *, trust: bool = False) -> object:
         if trust:
             return _read_trusted(source, name)
         raise CheckpointError(
-            f"'{source}' is a pickle that wants to run code ({name}), and was not loaded: it must hold tensors and plain values only. {TRUST}"
+            f"'{source}' is a pickle that wants to run code ({name}), and was not loaded: it must hold tensors and plain values only. {TRUST_HINT}"
         ) from error
     except Exception as error:
         raise CheckpointError(f"'{source}' is not a readable .pt file: truncated or of another format ({first_line(error)}). Copy or save it again.") from error
@@ -54,7 +55,7 @@ def read_torch_file(source: Path, *, trust: bool = False) -> object:
 def _read_trusted(source: Path, name: str) -> object:
     try:
         with current_folder_importable(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of code that has changed since
+            warnings.simplefilter("ignore")  # torch warns if the code has changed since the file was saved
             return torch.load(source, map_location="cpu", weights_only=False)
     except Exception as error:
         raise CheckpointError(
@@ -65,7 +66,7 @@ def _read_trusted(source: Path, name: str) -> object:
 
 @contextmanager
 def current_folder_importable() -> Iterator[None]:
-    """Within the block modules are also looked for in the current folder, as ``python -m`` does."""
+    """Within the block, also import modules from the current folder, as ``python -m`` does."""
     here = str(Path.cwd())
     sys.path.insert(0, here)
     try:
@@ -75,18 +76,16 @@ def current_folder_importable() -> Iterator[None]:
 
 
 def is_zip(source: Path) -> bool:
-    """Whether a file begins as a zip archive."""
+    """Return True if a file starts with the signature of a zip archive."""
     with source.open("rb") as file:
         return file.read(4) == b"PK\x03\x04"
 
 
-def first_line(error: BaseException) -> str:
-    """What an error says, in short."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def _callable_in(source: Path, error: pickle.UnpicklingError) -> str | None:
-    """What a refused pickle would have called, if it is a pickle: torch names it, except in newer protocols, which are searched without running them."""
+    """Name of the function that a refused pickle would have called; None if the file is not a pickle.
+
+    torch names it in its error, except for newer pickle protocols. Their opcodes are searched without running them.
+    """
     if named := re.search(r"unsupported (?:global: )?(?:GLOBAL|class) (\S+)", str(error), re.IGNORECASE):
         return named[1]
     try:
@@ -94,6 +93,6 @@ def _callable_in(source: Path, error: pickle.UnpicklingError) -> str | None:
             for operation, argument, _ in pickletools.genops(file):
                 if operation.name in ("GLOBAL", "STACK_GLOBAL", "INST", "REDUCE"):
                     return str(argument or "a function of its own choice")
-    except Exception:  # noqa: BLE001 - not a pickle, then
+    except Exception:  # noqa: BLE001 - any failure to parse means that the file is not a pickle
         return None
     return None

@@ -1,5 +1,7 @@
-"""A TorchScript program run from Python, operator by operator, so that torch.export can trace it with a free batch. Only for files that are trusted:
-TorchScript's own operators write files, and its loader runs methods of the program."""
+"""Runs a TorchScript program from Python, operator by operator, so that torch.export can trace it with a dynamic batch size.
+
+Only for trusted files: some TorchScript operators write files, and torch's loader runs methods of the program.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from scm_export.checkpoints.archive import check_contents
-from scm_export.checkpoints.torch_file import TRUST, first_line
+from scm_export.checkpoints.message_text import first_line
+from scm_export.checkpoints.torch_file import TRUST_HINT
 from scm_export.errors import CheckpointError
 
 DTYPES = {
@@ -30,25 +33,28 @@ DTYPES = {
     11: torch.bool,
     15: torch.bfloat16,
 }
-NUMBERS: dict[torch.dtype, int] = {dtype: number for number, dtype in DTYPES.items()}
+SCALAR_TYPES: dict[torch.dtype, int] = {dtype: number for number, dtype in DTYPES.items()}
 MEMORY_FORMATS = {0: torch.contiguous_format, 1: torch.preserve_format, 2: torch.channels_last, 3: torch.channels_last_3d}
 
 
 def read_torchscript(source: Path, *, trust: bool = False) -> tuple[ScriptedNetwork, torch.jit.ScriptModule]:
-    """The network in a TorchScript archive, as it can be traced with a free batch, and as torch itself runs it, over the same tensors.
+    """Read the network in a TorchScript archive.
+
+    Returns:
+        The network in a form that can be traced with a dynamic batch size, and torch's own module for it, both over the same tensors.
 
     Raises:
-        CheckpointError: not trusted, damaged, or it uses what cannot be exported.
+        CheckpointError: the file is not trusted, is damaged, or uses something that cannot be exported.
     """
     if not trust:
         raise CheckpointError(
-            f"'{source}' is a TorchScript program, which torch can only load by running code from it, and was not loaded. {TRUST} "
+            f"'{source}' is a TorchScript program, which torch can only load by running code from it, and was not loaded. {TRUST_HINT} "
             "A .pt2 of torch.export.save, or weights with --factory, need no trust."
         )
     check_contents(source)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # TorchScript is deprecated; its files are still about
+            warnings.simplefilter("ignore")  # TorchScript is deprecated, but such files are still in use
             script = torch.jit.load(source, map_location="cpu").eval()
             return ScriptedNetwork(script), script
     except Exception as error:
@@ -56,16 +62,16 @@ def read_torchscript(source: Path, *, trust: bool = False) -> tuple[ScriptedNetw
 
 
 class ScriptedNetwork(nn.Module):
-    """Runs a program: ``(x, level, **conditioning)``, the conditioning by the names of the further arguments of the program's ``forward``."""
+    """Runs a program as ``network(x, level, **conditioning)``. Conditioning is passed by the names of the remaining arguments of the program's ``forward``."""
 
     def __init__(self, script: torch.jit.ScriptModule) -> None:
         super().__init__()
         parameters = {name: tensor.detach() for name, tensor in script.named_parameters()}
-        hold_tensors(self, parameters, {name: tensor.detach() for name, tensor in script.named_buffers()})
+        register_tensors(self, parameters, {name: tensor.detach() for name, tensor in script.named_buffers()})
         forward: Any = script.forward
         self.inputs = [argument.name for argument in forward.schema.arguments[1:]]
         self.graph = script.inlined_graph
-        self._paths: dict[str, str] = {next(self.graph.inputs()).debugName(): ""}  # values that are modules, by their dotted names
+        self._paths: dict[str, str] = {next(self.graph.inputs()).debugName(): ""}  # dotted attribute names, by value
         self._attributes: dict[str, Any] = {}
         self._read_attributes(script, self.graph)
 
@@ -76,7 +82,7 @@ class ScriptedNetwork(nn.Module):
                 value: Any = reduce(getattr, [*filter(None, base.split(".")), node.s("name")], script)
                 self._paths[output] = f"{base}.{node.s('name')}".lstrip(".")
                 if isinstance(value, Tensor) and self._paths[output] not in self.state_dict():
-                    hold_tensors(self, {}, {self._paths[output]: value.detach()})
+                    register_tensors(self, {}, {self._paths[output]: value.detach()})
                 elif not isinstance(value, Tensor | torch.jit.ScriptModule):
                     self._attributes[output] = value
             for inner in node.blocks():
@@ -101,7 +107,7 @@ class ScriptedNetwork(nn.Module):
         if kind == "prim::GetAttr":
             name = node.output().debugName()
             path = self._paths[name]
-            return [self._attributes[name] if name in self._attributes else tensor_named(self, path) if self._is_tensor(path) else None]
+            return [self._attributes[name] if name in self._attributes else get_tensor(self, path) if self._is_tensor(path) else None]
         arguments = [values[value.debugName()] for value in node.inputs()]
         if kind == "prim::If":
             return self._run(next(iter(node.blocks())) if arguments[0] else list(node.blocks())[1], values)
@@ -120,21 +126,21 @@ class ScriptedNetwork(nn.Module):
         return last in holder._parameters or last in holder._buffers
 
     def _loop(self, body: Any, arguments: list[Any], values: dict[str, Any]) -> list[Any]:
-        most, condition, *carried = arguments
+        max_count, condition, *carried = arguments
         inputs = [value.debugName() for value in body.inputs()]
         index = 0
-        while condition and index < most:
+        while condition and index < max_count:
             values.update(zip(inputs, [index, *carried], strict=True))
             condition, *carried = self._run(body, values)
             index += 1
         return carried
 
 
-def hold_tensors(module: nn.Module, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
-    """Give a module tensors under dotted names, in modules of these names, so that its ``state_dict`` is that of the network it stands for.
+def register_tensors(module: nn.Module, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
+    """Register tensors under dotted names, creating submodules as needed, so that the ``state_dict`` has the names of the original network.
 
     Raises:
-        ValueError: a name cannot be one, or is another's beginning.
+        ValueError: a name is not valid for a tensor, or is the prefix of another one.
     """
     tied: dict[tuple[Any, ...], nn.Parameter] = {}
     for name, tensor in {**parameters, **buffers}.items():
@@ -154,8 +160,8 @@ def hold_tensors(module: nn.Module, parameters: Mapping[str, Tensor], buffers: M
             raise ValueError(f"no tensor can be named {name!r}: {error}") from error
 
 
-def tensor_named(module: nn.Module, name: str) -> Tensor:
-    """The tensor of a dotted name."""
+def get_tensor(module: nn.Module, name: str) -> Tensor:
+    """Return the tensor with a dotted name."""
     path, _, last = name.rpartition(".")
     tensor: Tensor = getattr(module.get_submodule(path), last)
     return tensor
@@ -176,7 +182,7 @@ PRIMITIVES: dict[str, Callable[[list[Any]], list[Any]]] = {
     "prim::unchecked_cast": lambda items: [items[0]],
     "prim::unchecked_unwrap_optional": lambda items: [items[0]],
     "prim::RaiseException": _raise,
-    "prim::dtype": lambda items: [NUMBERS[items[0].dtype]],
+    "prim::dtype": lambda items: [SCALAR_TYPES[items[0].dtype]],
     "prim::device": lambda items: [items[0].device],
     "prim::layout": lambda items: [0],
     "prim::is_cuda": lambda items: [False],
@@ -192,12 +198,12 @@ def _append(items: list[Any], item: object) -> list[Any]:
     return items
 
 
-def _whole(rounding: Callable[[Any], Any], value: Any) -> Any:
+def _round_value(rounding: Callable[[Any], Any], value: Any) -> Any:
     return rounding(value) if isinstance(value, float | torch.SymFloat) else value
 
 
-# Operators of TorchScript on numbers, lists and sizes. In Python, since sizes are symbols while the graph is traced.
-ON_VALUES: dict[str, Callable[..., Any]] = {
+# TorchScript operators on numbers, lists and sizes, written in Python because sizes are symbolic during tracing.
+VALUE_OPERATORS: dict[str, Callable[..., Any]] = {
     **{name: getattr(operator, name) for name in ("add", "sub", "mul", "floordiv", "truediv", "neg", "eq", "ne", "lt", "le", "gt", "ge")},
     **{f"__{name}__": getattr(operator, f"{name}_") for name in ("and", "or", "not", "is")},
     "__isnot__": operator.is_not,
@@ -209,19 +215,19 @@ ON_VALUES: dict[str, Callable[..., Any]] = {
     "div": operator.truediv,
     "pow": operator.pow,
     "len": len,
-    "Int": lambda value: _whole(math.trunc, value),
+    "Int": lambda value: _round_value(math.trunc, value),
     "Float": lambda value: value if isinstance(value, torch.SymFloat) else float(value),
     "Bool": bool,
     "ScalarImplicit": lambda value: value,
     "IntImplicit": lambda value: value,
     "FloatImplicit": lambda value: value,
-    "ceil": lambda value: _whole(math.ceil, value),
-    "floor": lambda value: _whole(math.floor, value),
+    "ceil": lambda value: _round_value(math.ceil, value),
+    "floor": lambda value: _round_value(math.floor, value),
     "sqrt": lambda value: value**0.5,
     "format": lambda text, *items: text.format(*items),
     "warn": lambda *_: None,
 }
-ON_LISTS: dict[str, Callable[..., Any]] = {
+LIST_OPERATORS: dict[str, Callable[..., Any]] = {
     "__getitem__": operator.getitem,
     "slice": lambda items, start=None, end=None, step=1: items[start:end:step],
     "add": operator.add,
@@ -229,7 +235,7 @@ ON_LISTS: dict[str, Callable[..., Any]] = {
     "len": len,
     "list": list,
 }
-ON_TENSORS: dict[str, Callable[..., Any]] = {
+TENSOR_OPERATORS: dict[str, Callable[..., Any]] = {
     "size": lambda tensor, *axis: tensor.shape[axis[0]] if axis else list(tensor.shape),
     "len": lambda tensor: tensor.shape[0],
     "dim": lambda tensor: tensor.dim(),
@@ -241,13 +247,13 @@ ON_TENSORS: dict[str, Callable[..., Any]] = {
     "Float": float,
     "Bool": bool,
     "detach": lambda tensor: tensor.detach(),
-    "_convolution": lambda *arguments: torch.ops.aten.convolution(*arguments[:9]),  # as traces have it, with four settings of cuDNN
+    "_convolution": lambda *arguments: torch.ops.aten.convolution(*arguments[:9]),  # recorded by torch.jit.trace with four extra cuDNN settings
 }
 
 
 def _aten(node: Any, arguments: list[Any]) -> Any:
     name, _, overload = node.schema().partition("(")[0].removeprefix("aten::").partition(".")
-    kinds = ([ON_LISTS] if arguments and isinstance(arguments[0], list) else []) + [ON_TENSORS if _holds_tensors(arguments) else ON_VALUES]
+    kinds = ([LIST_OPERATORS] if arguments and isinstance(arguments[0], list) else []) + [TENSOR_OPERATORS if _holds_tensors(arguments) else VALUE_OPERATORS]
     for table in kinds:
         if name in table:
             return table[name](*arguments)
@@ -267,7 +273,7 @@ def _holds_tensors(value: Any) -> bool:
 
 
 def _typed(type: str, value: Any) -> Any:
-    """TorchScript has numbers where torch has types of its own; and a program for a GPU is exported on the CPU."""
+    """Convert an argument: TorchScript has integers for dtypes, memory formats and layouts, and a program saved for a GPU is exported on the CPU."""
     if isinstance(value, torch.device):
         return torch.device("cpu")
     if not isinstance(value, int) or isinstance(value, bool):

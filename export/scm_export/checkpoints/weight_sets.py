@@ -1,4 +1,4 @@
-"""The sets of weights in a training checkpoint, and the one to export: the one asked for, the only one, or the only moving average."""
+"""Finds the sets of weights in a training checkpoint and selects the one to export: the requested one, the only one, or the only moving average."""
 
 from __future__ import annotations
 
@@ -12,42 +12,48 @@ from pathlib import Path
 
 from torch import Tensor
 
-from scm_export.checkpoints.printable import printable
+from scm_export.checkpoints.message_text import printable
 from scm_export.errors import CheckpointError
 from scm_runtime.errors import InvalidArgumentError
 
-MAX_DEPTH = 4  # of dicts in dicts: Lightning's callbacks keep an average at callbacks.NAME.ema_state_dict
+MAX_DEPTH = 4  # nesting of dicts; Lightning callbacks store an average at callbacks.NAME.ema_state_dict
 MAX_LISTED = 20
 
-# Words in the key of a moving average: "model_ema", "netEMA", "ema_0.9999"; and those that say that it is none: "non_ema".
-AVERAGE = {"ema", "average", "averaged", "avg", "shadow", "swa"}
-NO_AVERAGE = {"non", "no", "not", "grad", "grads", "gradient", "loss", "disc", "discriminator", "critic"}
+# Words in the key of a moving average, such as "model_ema", "netEMA" and "ema_0.9999"; and words in keys of other things, such as "non_ema".
+AVERAGE_WORDS = {"ema", "average", "averaged", "avg", "shadow", "swa"}
+NON_AVERAGE_WORDS = {"non", "no", "not", "grad", "grads", "gradient", "loss", "disc", "discriminator", "critic"}
 
 
 @dataclass(frozen=True)
 class WeightSet:
-    """A dict of tensors by name, and where in the file it is."""
+    """A dict of tensors by name, and its location in the file."""
 
     path: tuple[str, ...]
     tensors: dict[str, Tensor]
 
     @property
     def key(self) -> str:
-        """Its dotted key, as ``--weights`` takes it; "" for the file itself."""
+        """Dotted key, the value of ``--weights`` that selects this set; "" if the set is the whole file."""
         return ".".join(self.path)
 
     def describe(self) -> str:
-        """Its size, in words."""
+        """Description of the size for listings: number of tensors and parameters."""
         count = len(self.tensors)
         return f"{count:,} tensor{'s' * (count != 1)}, {sum(tensor.numel() for tensor in self.tensors.values()):,} parameters"
 
 
 def choose_weights(raw: object, source: Path, key: str | None, progress: Callable[[str], None]) -> WeightSet:
-    """The set of weights with a key; without one, the only set, or the only moving average among several.
+    """Select a set of weights: by key, or if key is None the only set, or the only moving average among several.
+
+    Args:
+        raw: contents of the file.
+        source: path of the file, for messages.
+        key: dotted key of the set, or None.
+        progress: called with a message that names the selected set.
 
     Raises:
-        CheckpointError: there is none, or none of several is the only moving average.
-        InvalidArgumentError: no set has this key, or the file has no choice.
+        CheckpointError: there is no set of weights, or several and not exactly one of them is a moving average.
+        InvalidArgumentError: no set has this key, or the file is a single set without a key.
     """
     sets = list(_weight_sets(raw))
     if not sets:
@@ -57,23 +63,23 @@ def choose_weights(raw: object, source: Path, key: str | None, progress: Callabl
         chosen = _with_key(sets, key, source)
     elif average := _unreadable_average(raw, sets):
         raise CheckpointError(
-            f"'{source}' keeps a moving average under {average!r} in a form without names, such as a list of tensors, which cannot be put into the network. "
+            f"'{source}' keeps a moving average under {average!r} in a form without names, such as a list of tensors, which cannot be loaded into the network. "
             f"Save its state_dict, or choose another set:\n{_listing(sets)}"
         )
     elif len(sets) == 1:
         chosen = sets[0]
     else:
         chosen = _only_average(sets, source)
-        progress(f"taking the moving average under {chosen.key!r}, one of {len(sets)} sets of weights (--weights KEY takes another)")
+        progress(f"using the moving average under {chosen.key!r}, one of {len(sets)} sets of weights (choose another with --weights KEY)")
         return chosen
     if chosen.key:
-        progress(f"taking the tensors under {chosen.key!r}")
+        progress(f"using the tensors under {chosen.key!r}")
     return chosen
 
 
 def _with_key(sets: Sequence[WeightSet], key: str, source: Path) -> WeightSet:
     if not sets[0].path:
-        raise InvalidArgumentError(f"'{source}' is one set of weights and has no choice of them: leave out the weights, got {key!r}")
+        raise InvalidArgumentError(f"'{source}' is a single set of weights: leave out the weights, got {key!r}")
     chosen = [one for one in sets if one.key == key]
     if len(chosen) == 1:
         return chosen[0]
@@ -96,13 +102,13 @@ def _only_average(sets: Sequence[WeightSet], source: Path) -> WeightSet:
 
 
 def _names_average(part: str) -> bool:
-    """Whether a part of a key, read word by word, names a moving average."""
+    """Return True if the words of one part of a key name a moving average."""
     words = {word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", part)}
-    return bool(words & AVERAGE) and not words & NO_AVERAGE
+    return bool(words & AVERAGE_WORDS) and not words & NON_AVERAGE_WORDS
 
 
 def _listing(sets: Sequence[WeightSet]) -> str:
-    """A line a set, each with the option that chooses it."""
+    """List the sets, one per line, each with the option that selects it."""
     options = [f"--weights {shlex.quote(one.key)}" for one in sets[:MAX_LISTED]]
     width = max(map(len, options))
     lines = [f"  {option:{width}}  {one.describe()}" for option, one in zip(options, sets, strict=False)]
@@ -110,11 +116,11 @@ def _listing(sets: Sequence[WeightSet]) -> str:
 
 
 # ----------------------------------------------------------------------------
-# What in a file is a set of weights.
+# Finding the sets of weights in a file.
 
 
 def _weight_sets(raw: object) -> Iterator[WeightSet]:
-    """Every dict of tensors that may be a network's, in the file's order. A dict in several places is looked through in the first."""
+    """Yield every dict of tensors that may belong to a network, in file order. A dict that occurs several times is searched only once."""
     opened = set[int]()
     checked: dict[int, dict[str, Tensor] | None] = {}
     waiting: list[tuple[tuple[str, ...], object]] = [((), raw)]
@@ -132,14 +138,15 @@ def _weight_sets(raw: object) -> Iterator[WeightSet]:
 
 
 def _is_optimizer(path: tuple[str, ...], value: dict[object, object]) -> bool:
-    """Whether a dict is the state of an optimizer, whose tensors are named as it likes."""
+    """Return True if a dict is the state of an optimizer, whose tensor names are arbitrary."""
     return bool(path and "optim" in path[-1].lower()) or {"state", "param_groups"} <= value.keys()
 
 
 def _as_weights(value: dict[object, object], *, beside_others: bool) -> dict[str, Tensor] | None:
-    """The tensors of a dict that holds tensors by name, and perhaps numbers; None for another.
+    """Return the tensors of a dict that holds tensors by name, and possibly plain values; None for any other dict.
 
-    Beside other things one tensor at least must be an array of real numbers: states of random generators and lists of scores are not weights.
+    If the file or the dict holds other things too, at least one tensor must be an array of real numbers: random generator states and lists of scores
+    are not weights.
     """
     named = {name: tensor for name, tensor in dict.items(value) if isinstance(name, str) and isinstance(tensor, Tensor)}
     if not named or not all(isinstance(other, Tensor | int | float | str | None) and isinstance(name, str) for name, other in dict.items(value)):
@@ -149,7 +156,7 @@ def _as_weights(value: dict[object, object], *, beside_others: bool) -> dict[str
 
 
 def _unreadable_average(raw: object, sets: Sequence[WeightSet]) -> str | None:
-    """Key of a moving average that holds tensors and no set of weights; None where there is none."""
+    """Key of a moving average whose tensors have no names; None if there is none."""
     waiting: list[tuple[tuple[str, ...], object]] = [((), raw)]
     seen = set[int]()
     while waiting:
@@ -163,7 +170,7 @@ def _unreadable_average(raw: object, sets: Sequence[WeightSet]) -> str | None:
 
 
 def _holds_array(value: object, depth: int = 0) -> bool:
-    """Whether there is a tensor with axes in nested containers."""
+    """Return True if nested containers hold a tensor that is not a scalar."""
     if isinstance(value, Tensor):
         return value.ndim > 0
     items = list(dict.values(value)) if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()

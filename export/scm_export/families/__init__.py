@@ -19,11 +19,11 @@ FAMILIES: dict[str, Family] = {
 
 
 def find_family(loaded: Loaded, name: str | None = None) -> str:
-    """Name of the family a checkpoint belongs to: the one given, or the one that recognises it.
+    """Return the name of the family that a checkpoint belongs to: ``name`` if given, else the first family that recognises it.
 
     Raises:
-        InvalidArgumentError: there is no family of the name given.
-        CheckpointError: none recognises the checkpoint; the message lists what was looked for.
+        InvalidArgumentError: there is no family of this name.
+        CheckpointError: no family recognises the checkpoint; the message lists what each family expects.
     """
     if name is not None:
         if name not in FAMILIES:
@@ -33,9 +33,9 @@ def find_family(loaded: Loaded, name: str | None = None) -> str:
         if family.recognises(loaded):
             return known
     looked_for = "".join(f"\n  {known}: {family.looks_for}" for known, family in FAMILIES.items())
-    raise CheckpointError(f"{loaded.describe()} belongs to no known family. Looked for:{looked_for}\n--family chooses one all the same.")
+    raise CheckpointError(f"{loaded.describe()} belongs to no known family. Looked for:{looked_for}\n--family chooses one anyway.")
 
 
 def build_model(loaded: Loaded, options: BuildOptions | None = None, family: str | None = None) -> Model:
-    """Make the model of a checkpoint; see :func:`find_family`."""
+    """Build the model of a checkpoint. Raises the errors of :func:`find_family` and of the family's ``build``."""
     return FAMILIES[find_family(loaded, family)].build(loaded, options or BuildOptions())

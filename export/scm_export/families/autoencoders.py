@@ -1,6 +1,6 @@
-"""Between latents and images: diffusers' autoencoders as a model's decoder, encoder and preview decoder.
+"""Conversion between latents and images: diffusers' autoencoders as a model's decoder, encoder and preview decoder.
 
-What a family calls is :func:`image_networks`. An autoencoder comes from ``--decoder FOLDER``, or from the checkpoint's own pipeline folder.
+Families call :func:`image_networks`. The autoencoder comes from ``--decoder FOLDER`` or from the checkpoint's pipeline folder.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from scm_export.checkpoints import DiffusersFolder
 from scm_export.checkpoints.diffusers_folder import is_diffusers_folder
+from scm_export.checkpoints.message_text import first_line
 from scm_export.errors import CheckpointError
-from scm_export.families.diffusers_networks import free_batch, make_network, read_weights
+from scm_export.families.diffusers_networks import make_batch_dynamic, make_network, read_weights
 from scm_export.families.family import BuildOptions
 from scm_export.families.weights import load_weights
 from scm_export.model import Decoder, ImageDecoder, ImageNetwork, Latents
@@ -24,7 +25,7 @@ from scm_export.precision import Precision
 
 TINY = "AutoencoderTiny"
 
-# The children that decode and those that encode, in the order they are applied in. The convolutions round the latents are not in every one.
+# Submodules for decoding and encoding, in order of application. Not every autoencoder has the convolutions next to the latents.
 AUTOENCODERS: dict[str, dict[str, tuple[str, ...]]] = {
     "AutoencoderKL": {"decode": ("post_quant_conv", "decoder"), "encode": ("encoder", "quant_conv")},
     "AutoencoderDC": {"decode": ("decoder",), "encode": ("encoder",)},
@@ -33,30 +34,33 @@ AUTOENCODERS: dict[str, dict[str, tuple[str, ...]]] = {
 
 
 class Factors(NamedTuple):
-    """How diffusers scales an autoencoder's latents: ``scaled = (latent - shift) * scale``."""
+    """diffusers' scaling of an autoencoder's latents: ``scaled = (latent - shift) * scale``."""
 
     scale: float
     shift: float
 
 
-SD_FACTORS = Factors(0.18215, 0.0)  # of Stable Diffusion's autoencoder
+SD_FACTORS = Factors(0.18215, 0.0)  # Stable Diffusion's autoencoder
 PIXELS = (127.5, 127.5)  # pixels in [-1, 1]
 
 
 @dataclass(frozen=True)
 class LatentStatistics:
-    """Of an autoencoder's latents, by channel, for models trained on latents of zero mean: ``latent = x * std / sigma_data + mean``."""
+    """Mean and standard deviation of an autoencoder's latents per channel, for models trained on normalized latents.
+
+    ``latent = x * std / sigma_data + mean``.
+    """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
 
 SCM_STATISTICS = LatentStatistics((1.56, -0.695, 0.483, 0.729), (5.27, 5.91, 4.21, 4.31))
-"""sCM's, of sd-vae-ft-mse on images in [-1, 1] (arXiv 2410.11081, appendix on ImageNet 512x512)."""
+"""sCM's statistics for latents of sd-vae-ft-mse, for images in [-1, 1] (arXiv 2410.11081, appendix on ImageNet 512x512)."""
 
 
 class ImageNetworks(NamedTuple):
-    """A model's ways between its state and images."""
+    """The networks that convert between a model's state and images."""
 
     decoder: Decoder
     encoder: ImageNetwork | None
@@ -72,79 +76,84 @@ def image_networks(
     statistics: LatentStatistics | None = None,
     pixels: tuple[float, float] = PIXELS,
 ) -> ImageNetworks:
-    """Decoder, and as the options ask encoder and preview decoder, of a model of latents.
+    """Build the decoder of a latent model and, if requested, its encoder and preview decoder.
 
     Args:
-        options: ``decoder``, ``latents``, ``with_encoder`` and ``preview_decoder`` are read.
-        sample_shape: of the state, ``[C, H, W]``.
-        sigma_data: the state is this times latents of about unit variance.
-        folder: the checkpoint's own; its autoencoder is taken where the options give none.
-        statistics: how the latents were made to have unit variance; None for diffusers' way, ``(latent - shift_factor) * scaling_factor`` with the
-            autoencoder's own factors.
-        pixels: scale and offset from the autoencoder's pixels to levels; the default is for pixels in [-1, 1].
+        options: only ``decoder``, ``latents``, ``with_encoder`` and ``preview_decoder`` are used.
+        sample_shape: shape of the state of one sample, ``[C, H, W]``.
+        sigma_data: the state is sigma_data times latents of about unit variance.
+        folder: the checkpoint's folder; its autoencoder is used if the options have none.
+        statistics: mean and standard deviation with which the latents were normalized; None for diffusers' normalization,
+            ``(latent - shift_factor) * scaling_factor``, with the factors of the autoencoder.
+        pixels: scale and offset from the autoencoder's pixels to uint8 levels; the default is for pixels in [-1, 1].
 
     Raises:
-        CheckpointError: there is no decoder, or one does not fit the state.
+        CheckpointError: there is no decoder, or an autoencoder does not fit the state.
     """
     own = folder if folder is not None and folder.find(*AUTOENCODERS) is not None else None
-    source = own if options.decoder is None else _open(options.decoder, "--decoder")
+    source = own if options.decoder is None else _open_autoencoder(options.decoder, "--decoder")
     if source is None and (options.with_encoder or not options.latents):
         what, instead = ("encoder", "") if options.latents else ("decoder", ", or export a sampler of latents with --latents")
         raise CheckpointError(
-            f"missing {what}: this is a model of latents, {list(sample_shape)}, and its checkpoint has no autoencoder. "
+            f"missing {what}: this is a latent model, {list(sample_shape)}, and its checkpoint has no autoencoder. "
             f"Give the autoencoder's folder, as diffusers saves it, with --decoder FOLDER{instead}."
         )
     if statistics is not None and not len(statistics.mean) == len(statistics.std) == sample_shape[0]:
-        raise CheckpointError(f"latent_mean and latent_std must have one value a channel, {sample_shape[0]}, got {statistics.mean} and {statistics.std}")
+        raise CheckpointError(f"latent_mean and latent_std must have one value per channel, {sample_shape[0]}, got {statistics.mean} and {statistics.std}")
     trained_on = None if source is None else _Autoencoder(source)
     decoder: Decoder = Latents()
     encoder = preview = None
     if trained_on is not None:
-        latents, image_shape = _latents(trained_on, trained_on, sigma_data, statistics, sample_shape[0]), trained_on.image_shape(sample_shape)
+        latents, image_shape = _latent_affine(trained_on, trained_on, sigma_data, statistics, sample_shape[0]), trained_on.image_shape(sample_shape)
         if not options.latents:
-            decoder = ImageNetwork(LatentsToImage(trained_on.part("decode"), latents, pixels), image_shape)
+            decoder = ImageNetwork(LatentsToImage(trained_on.half("decode"), latents, pixels), image_shape)
         if options.with_encoder:
-            encoder = ImageNetwork(ImageToLatents(trained_on.part("encode"), latents, pixels), image_shape)
+            encoder = ImageNetwork(ImageToLatents(trained_on.half("encode"), latents, pixels), image_shape)
     if options.preview_decoder is not None:
-        small = _Autoencoder(_open(options.preview_decoder, "--preview-decoder"))
-        latents, image_shape = _latents(small, trained_on, sigma_data, statistics, sample_shape[0]), small.image_shape(sample_shape)
-        preview = ImageNetwork(LatentsToImage(small.part("decode"), latents, pixels), image_shape)
+        small = _Autoencoder(_open_autoencoder(options.preview_decoder, "--preview-decoder"))
+        latents, image_shape = _latent_affine(small, trained_on, sigma_data, statistics, sample_shape[0]), small.image_shape(sample_shape)
+        preview = ImageNetwork(LatentsToImage(small.half("decode"), latents, pixels), image_shape)
     return ImageNetworks(decoder, encoder, preview)
 
 
 def pixel_networks(options: BuildOptions, sample_shape: tuple[int, ...], pixels: tuple[float, float] = PIXELS) -> ImageNetworks:
-    """The same for a model whose state is an image, ``level = x * scale + offset`` with ``pixels = (scale, offset)``.
+    """Build the decoder, and if requested the encoder, of a model whose state is an image.
+
+    Args:
+        options: only ``latents`` and ``with_encoder`` are used.
+        sample_shape: shape of the state of one sample, ``[C, H, W]``.
+        pixels: scale and offset of ``level = x * scale + offset``.
 
     Raises:
         CheckpointError: the options name an autoencoder.
     """
     for option, given in (("--decoder", options.decoder), ("--preview-decoder", options.preview_decoder)):
         if given is not None:
-            raise CheckpointError(f"{option} is for models of latents; this one samples pixels, {list(sample_shape)}: leave it out")
+            raise CheckpointError(f"{option} is for latent models; this one samples pixels, {list(sample_shape)}: leave it out")
     channels, height, width = sample_shape
     encoder = ImageNetwork(ImageToPixels(pixels), (height, width, channels)) if options.with_encoder else None
     return ImageNetworks(Latents() if options.latents else ImageDecoder(*pixels), encoder, None)
 
 
 def downsampling(options: BuildOptions, folder: DiffusersFolder, default: int) -> int:
-    """Pixels a latent, along each side; the default where there is no autoencoder yet.
+    """Return the number of pixels per latent along each axis, or ``default`` if there is no autoencoder.
 
     Raises:
-        CheckpointError: ``--decoder`` is no autoencoder.
+        CheckpointError: ``--decoder`` is not an autoencoder.
     """
-    source = folder if options.decoder is None else _open(options.decoder, "--decoder")
+    source = folder if options.decoder is None else _open_autoencoder(options.decoder, "--decoder")
     return default if source.find(*AUTOENCODERS) is None else _Autoencoder(source).downsampling
 
 
 class Affine(NamedTuple):
-    """From a state to an autoencoder's latents, by channel: ``latent = x * scale + shift``; float64 ``[C]``."""
+    """Conversion of a state to an autoencoder's latents per channel, ``latent = x * scale + shift``. Both are float64 ``[C]``."""
 
     scale: Tensor
     shift: Tensor
 
 
 class LatentsToImage(nn.Module):
-    """x, float32 ``[N, C, H, W]``, to an image, uint8 ``[N, H', W', C']``."""
+    """Decodes x, float32 ``[N, C, H, W]``, to images, uint8 ``[N, H', W', C']``."""
 
     scale: Tensor
     shift: Tensor
@@ -160,7 +169,7 @@ class LatentsToImage(nn.Module):
 
 
 class ImageToLatents(nn.Module):
-    """An image, uint8 ``[N, H', W', C']``, to x, float32 ``[N, C, H, W]``: the mean, where the autoencoder gives a distribution."""
+    """Encodes images, uint8 ``[N, H', W', C']``, to x, float32 ``[N, C, H, W]``; the mean if the autoencoder predicts a distribution."""
 
     scale: Tensor
     shift: Tensor
@@ -178,7 +187,7 @@ class ImageToLatents(nn.Module):
 
 
 class ImageToPixels(nn.Module):
-    """An image, uint8 ``[N, H, W, C]``, to x, float32 ``[N, C, H, W]``, where x are pixels."""
+    """Converts images, uint8 ``[N, H, W, C]``, to pixels x, float32 ``[N, C, H, W]``."""
 
     def __init__(self, pixels: tuple[float, float]) -> None:
         super().__init__()
@@ -189,7 +198,7 @@ class ImageToPixels(nn.Module):
         return (image.permute(0, 3, 1, 2).float() - offset) / scale
 
 
-def _open(path: Path, option: str) -> DiffusersFolder:
+def _open_autoencoder(path: Path, option: str) -> DiffusersFolder:
     if not is_diffusers_folder(path):
         raise CheckpointError(f"{option} must be the folder of an autoencoder as diffusers saves it, with config.json and weights; got '{path}'")
     folder = DiffusersFolder(path)
@@ -199,48 +208,53 @@ def _open(path: Path, option: str) -> DiffusersFolder:
 
 
 class _Autoencoder:
-    """An autoencoder in a folder, its weights still there."""
+    """An autoencoder in a folder. Its weights are read by :meth:`half`."""
 
     def __init__(self, folder: DiffusersFolder) -> None:
         component = folder.find(*AUTOENCODERS)
         assert component is not None
         self.folder, self.component, self.kind = folder, component, folder.classes[component]
         self.network = make_network(folder, component)
-        free_batch(self.network)
+        make_batch_dynamic(self.network)
         config: Any = self.network.config
         self.latent_channels = int(config.latent_channels)
         self.factors = Factors(float(config.scaling_factor), float(config.get("shift_factor") or 0.0))
 
     @property
     def downsampling(self) -> int:
-        """Pixels a latent, along each side."""
+        """Number of pixels per latent along each axis."""
         return self.image_shape((self.latent_channels, 8, 8))[0] // 8
 
-    def part(self, way: Literal["encode", "decode"]) -> nn.Module:
-        """One half with its weights, on the CPU."""
-        part = _Half(self.network, AUTOENCODERS[self.kind][way])
+    def half(self, direction: Literal["encode", "decode"]) -> nn.Module:
+        """Return the encoder or the decoder with its weights, on the CPU. Raises CheckpointError."""
+        half = _Half(self.network, AUTOENCODERS[self.kind][direction])
         try:
-            load_weights(part, read_weights(self.folder, self.component, *part.names))
+            load_weights(half, read_weights(self.folder, self.component, *half.names))
         except CheckpointError as error:
             raise CheckpointError(f"the {self.kind} in '{self.folder.path}': {error}") from error
-        return part
+        return half
 
     def image_shape(self, sample_shape: tuple[int, ...]) -> tuple[int, int, int]:
-        """Of an image with latents of this shape, ``(H, W, C)``; found by running both halves without weights. Raises CheckpointError: none has."""
+        """Return the shape ``(H, W, C)`` of an image whose latents have this shape, by running both halves on the meta device.
+
+        Raises:
+            CheckpointError: no image has latents of this shape.
+        """
         try:
             image = _Half(self.network, AUTOENCODERS[self.kind]["decode"])(torch.empty(1, *sample_shape, device="meta"))
             latents = _Half(self.network, AUTOENCODERS[self.kind]["encode"])(image)[0, : sample_shape[0]]
             if latents.shape != sample_shape:
                 raise ValueError(f"an image of {list(image.shape[1:])} has latents of {list(latents.shape)}")
         except (RuntimeError, ValueError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise CheckpointError(f"the {self.kind} in '{self.folder.path}' does not fit the model's latents, {list(sample_shape)}: {reason}") from error
+            raise CheckpointError(
+                f"the {self.kind} in '{self.folder.path}' does not fit the model's latents, {list(sample_shape)}: {first_line(error)}"
+            ) from error
         channels, height, width = image.shape[1:]
         return height, width, channels
 
 
 class _Half(nn.Module):
-    """Children of an autoencoder, under their names there, one applied after the other."""
+    """Submodules of an autoencoder, applied in order. They keep their names, so that the state_dict matches the file."""
 
     def __init__(self, autoencoder: nn.Module, names: tuple[str, ...]) -> None:
         super().__init__()
@@ -255,15 +269,18 @@ class _Half(nn.Module):
         return x
 
 
-def _latents(autoencoder: _Autoencoder, trained_on: _Autoencoder | None, sigma_data: float, statistics: LatentStatistics | None, channels: int) -> Affine:
-    """The latents of an autoencoder for a model that was trained on those of this or another one."""
+def _latent_affine(autoencoder: _Autoencoder, trained_on: _Autoencoder | None, sigma_data: float, statistics: LatentStatistics | None, channels: int) -> Affine:
+    """Return the conversion of a model's state to the latents of an autoencoder.
+
+    The model was trained on the latents of ``trained_on``, which may be another autoencoder or None if it is unknown.
+    """
     own = autoencoder.factors
     if statistics is None:
         return Affine(*(torch.full((channels,), value, dtype=torch.float64) for value in (1 / (sigma_data * own.scale), own.shift)))
     std, mean = torch.tensor(statistics.std, dtype=torch.float64) / sigma_data, torch.tensor(statistics.mean, dtype=torch.float64)
     if autoencoder.kind != TINY:
-        return Affine(std, mean)  # the statistics are of these very latents
-    # A small autoencoder takes latents as diffusers scales them, of the autoencoder that it imitates.
+        return Affine(std, mean)  # the statistics are those of this autoencoder's latents
+    # A small autoencoder expects the latents of the autoencoder that it imitates, as scaled by diffusers.
     original = SD_FACTORS if trained_on is None or trained_on.kind == TINY else trained_on.factors
     factor = original.scale / own.scale
     return Affine(std * factor, (mean - original.shift) * factor + own.shift)

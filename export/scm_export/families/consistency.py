@@ -1,6 +1,6 @@
-"""The family ``consistency``: consistency models as OpenAI published them (arXiv 2303.01469), from a folder of diffusers' ConsistencyModelPipeline.
+"""The family ``consistency``: OpenAI's consistency models (arXiv 2303.01469), from a folder of diffusers' ConsistencyModelPipeline.
 
-The state is EDM's, data plus noise of standard deviation sigma, and a time is a sigma. It ends at sigma_min, where the network is the identity.
+The state is data plus noise of standard deviation sigma, as in EDM, and times are sigmas. Sampling ends at sigma_min, where the network is the identity.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from scm_export.errors import CheckpointError
 from scm_export.families.autoencoders import pixel_networks
 from scm_export.families.diffusers_networks import (
     check_size,
-    free_batch,
+    find_component,
     injected_noise,
-    keep_times,
+    keep_time_features_fp32,
+    make_batch_dynamic,
     make_network,
     make_scheduler,
     read_weights,
     sample_size,
     share_weights,
-    unet_islands,
+    unet_keeps_fp32,
 )
 from scm_export.families.family import BuildOptions, Family
 from scm_export.families.weights import load_weights
@@ -35,8 +36,8 @@ from scm_runtime.bundle.manifest import Conditioning
 
 PIPELINE, UNET, SCHEDULER = "ConsistencyModelPipeline", "UNet2DModel", "CMStochasticIterativeScheduler"
 
-# Where the second of two steps begins, by the number of noise levels in training and the size of the images: the authors' search
-# (scripts/launch.sh of openai/consistency_models) for ImageNet 64 and LSUN bedroom 256, distilled (40 levels) and trained alone.
+# Index of the noise level at which the second of two steps starts, by number of noise levels in training and image size. Found by the authors' search
+# (scripts/launch.sh of openai/consistency_models) for ImageNet 64 and LSUN bedroom 256; 40 levels are distilled models, the others trained in isolation.
 SECOND_LEVEL = {(40, 64): 22, (40, 256): 17, (201, 64): 106, (151, 256): 67}
 
 
@@ -47,14 +48,14 @@ class ConsistencyStep(nn.Module):
     """
 
     def __init__(self, unet: nn.Module, config: Any) -> None:
-        """From a U-Net and the configuration of its scheduler."""
+        """Create the step from a U-Net and the configuration of its scheduler."""
         super().__init__()
-        self.network = Precision(unet, unet_islands)
+        self.network = Precision(unet, unet_keeps_fp32)
         self.sigma_data, self.s_noise, self.clip = float(config.sigma_data), float(config.s_noise), bool(config.clip_denoised)
         self.sigma_min, self.sigma_max = _single(config.sigma_min), _single(config.sigma_max)
 
     def forward(self, x: Tensor, t: Tensor, t_next: Tensor, noise: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
-        # In float64: next to the ends small differences of squares decide, and a logarithm times 250 has few digits left in float32.
+        # In float64: near the ends, small differences of squares matter, and 250 ln sigma has few accurate digits in float32.
         sigma, sigma_next = t.double(), t_next.double().clamp(self.sigma_min, self.sigma_max)
         variance = sigma**2 + self.sigma_data**2
         c_in, c_out = 1 / variance.sqrt(), (sigma - self.sigma_min) * self.sigma_data / variance.sqrt()
@@ -63,7 +64,7 @@ class ConsistencyStep(nn.Module):
         D = _per_sample(c_skip) * x + _per_sample(c_out) * F
         if self.clip:
             D = D.clamp(-1, 1)
-        # Not as a difference of squares: constants are float32 in a graph, and a rounded square would leave less than 0 at the end.
+        # Not a difference of squares: graph constants are float32, and a rounded square would give a value below 0 at the end.
         fresh = ((sigma_next - self.sigma_min) * (sigma_next + self.sigma_min)).clamp(min=0).sqrt()
         return D + _per_sample(self.s_noise * fresh) * noise
 
@@ -75,25 +76,23 @@ def recognises_consistency(loaded: Loaded) -> bool:
 
 
 def build_consistency(loaded: Loaded, options: BuildOptions) -> Model:
-    """A Model from a folder of ConsistencyModelPipeline.
+    """Build the Model of a folder of ConsistencyModelPipeline.
 
     Raises:
-        CheckpointError: the folder is another model's, lacks a part, or its weights do not fit its configuration.
-        InvalidArgumentError: the network cannot make images of the size asked for.
+        CheckpointError: the folder holds another model, lacks a component, or its weights do not fit its configuration.
+        InvalidArgumentError: the network cannot generate images of the requested size.
     """
-    component = loaded.find(UNET) if isinstance(loaded, DiffusersFolder) else None
-    if not isinstance(loaded, DiffusersFolder) or component is None:
-        raise CheckpointError(f"the family consistency is read from a diffusers folder with a {UNET}, got {loaded.describe()}")
-    scheduler = make_scheduler(loaded, SCHEDULER)
-    unet, original = make_network(loaded, component), make_network(loaded, component)
+    folder, component = find_component(loaded, "consistency", UNET)
+    scheduler = make_scheduler(folder, SCHEDULER)
+    unet, original = make_network(folder, component), make_network(folder, component)
     config: Any = unet.config
-    _check(config, scheduler.config, loaded)
+    _check(config, scheduler.config, folder)
     sample_shape = (config.in_channels, *sample_size(config, options.size))
     labelled = {} if config.num_class_embeds is None else {"class_labels": torch.zeros(1, dtype=torch.int64, device="meta")}
-    free_batch(unet)
+    make_batch_dynamic(unet)
     check_size(unet, sample_shape, **labelled)
-    keep_times(unet)
-    load_weights(unet, read_weights(loaded, component))
+    keep_time_features_fp32(unet)
+    load_weights(unet, read_weights(folder, component))
     share_weights(original, unet)
     step = ConsistencyStep(unet, scheduler.config)
     images = pixel_networks(options, sample_shape)
@@ -114,7 +113,7 @@ def build_consistency(loaded: Loaded, options: BuildOptions) -> Model:
 
 
 def _check(unet: Any, scheduler: Any, folder: DiffusersFolder) -> None:
-    """Refuse what ConsistencyModelPipeline cannot run either. Raises CheckpointError."""
+    """Check for configurations that ConsistencyModelPipeline does not support. Raises CheckpointError."""
     expected = {"class_embed_type": None, "time_embedding_type": "positional", "out_channels": unet.in_channels}
     for name, value in expected.items():
         if unet[name] != value:
@@ -129,7 +128,7 @@ def _check(unet: Any, scheduler: Any, folder: DiffusersFolder) -> None:
 
 
 def _times(scheduler: Any, size: int) -> dict[int, tuple[float, ...]]:
-    """Sigmas for one and two steps, by the scheduler itself."""
+    """Sigmas for one and two steps, computed by the scheduler."""
     levels = scheduler.config.num_train_timesteps
     times = {}
     for indices in ([0], [SECOND_LEVEL.get((levels, size), round(levels * 22 / 40)), 0]):
@@ -139,7 +138,7 @@ def _times(scheduler: Any, size: int) -> dict[int, tuple[float, ...]]:
 
 
 def cm_scheduler(unet: nn.Module, scheduler: Any) -> Reference:
-    """diffusers' scheduler over diffusers' U-Net, as in the loop of ConsistencyModelPipeline."""
+    """Reference sampler: diffusers' scheduler and U-Net, in the loop of ConsistencyModelPipeline."""
     import diffusers
     from diffusers.schedulers import scheduling_consistency_models
 
@@ -147,7 +146,7 @@ def cm_scheduler(unet: nn.Module, scheduler: Any) -> Reference:
     def sample(noises: Sequence[Tensor], times: tuple[float, ...], conditioning: dict[str, Tensor]) -> Tensor:
         steps = len(times) - 1
         scheduler.set_timesteps(steps)
-        scheduler.sigmas = torch.tensor(times)  # the scheduler itself knows none but those of its training
+        scheduler.sigmas = torch.tensor(times)  # by itself the scheduler only offers the levels of its training
         scheduler.timesteps = torch.from_numpy(scheduler.sigma_to_t(scheduler.sigmas[:-1].double().numpy()))
         x: Tensor = noises[0] * scheduler.init_noise_sigma
         with injected_noise(scheduling_consistency_models, noises[1:]):
@@ -160,7 +159,7 @@ def cm_scheduler(unet: nn.Module, scheduler: Any) -> Reference:
 
 
 def _single(value: float) -> float:
-    """As float32, which is what a time comes in: so that at the end the difference from sigma_min is 0."""
+    """Round to float32, the dtype of times, so that the last time equals sigma_min exactly."""
     return float(torch.tensor(value, dtype=torch.float32))
 
 

@@ -1,4 +1,4 @@
-"""diffusers' own model classes, made from a folder's configuration and weights, and made fit for tracing with a dynamic batch."""
+"""Builds diffusers' model classes from a folder's configuration and weights, and prepares them for tracing with a dynamic batch size."""
 
 from __future__ import annotations
 
@@ -14,25 +14,38 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from scm_export.checkpoints import DiffusersFolder
+from scm_export.checkpoints import DiffusersFolder, Loaded
+from scm_export.checkpoints.message_text import first_line
 from scm_export.errors import CheckpointError
 from scm_export.precision import is_norm
 from scm_runtime.errors import InvalidArgumentError, MissingDependencyError
 
-# What the layers of attention were called in folders saved before diffusers 0.17, sd-vae-ft-mse among them.
+# Names of attention layers in folders saved before diffusers 0.17, such as sd-vae-ft-mse.
 OLD_ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _OLD_ATTENTION = re.compile(rf"(attentions\.\d+)\.({'|'.join(OLD_ATTENTION_NAMES)})\.(weight|bias)$")
 
 
-def make_network(folder: DiffusersFolder, component: str) -> nn.Module:
-    """The network of a folder's component, of diffusers' own class, on the meta device: its weights are still to come.
+def find_component(loaded: Loaded, family: str, class_name: str) -> tuple[DiffusersFolder, str]:
+    """Return a diffusers folder and the name of its component of one class.
 
     Raises:
-        CheckpointError: diffusers has no such class, or refuses the configuration.
+        CheckpointError: the checkpoint is not a diffusers folder, or has no such component.
+    """
+    component = loaded.find(class_name) if isinstance(loaded, DiffusersFolder) else None
+    if not isinstance(loaded, DiffusersFolder) or component is None:
+        raise CheckpointError(f"the family {family} is read from a diffusers folder with a {class_name}, got {loaded.describe()}")
+    return loaded, component
+
+
+def make_network(folder: DiffusersFolder, component: str) -> nn.Module:
+    """Create the network of a folder's component, an instance of diffusers' class, on the meta device, without weights.
+
+    Raises:
+        CheckpointError: diffusers has no such class, or rejects the configuration.
         MissingDependencyError: diffusers is not installed.
     """
     try:
-        import diffusers  # takes seconds: not for families that do not need it
+        import diffusers  # takes seconds, so only where it is needed
     except ImportError as error:
         raise MissingDependencyError(f"reading a diffusers folder needs diffusers ({error}):\n  pip install 'scm-runtime[export]'") from error
     name, config = folder.classes[component], folder.config(component)
@@ -40,16 +53,16 @@ def make_network(folder: DiffusersFolder, component: str) -> nn.Module:
         with torch.device("meta"), _quiet():
             network = getattr(diffusers, name).from_config(config)
     except Exception as error:
-        raise CheckpointError(f"diffusers {diffusers.__version__} cannot make a {name} from '{folder.path / component}': {_reason(error)}") from error
+        raise CheckpointError(f"diffusers {diffusers.__version__} cannot create a {name} from '{folder.path / component}': {first_line(error)}") from error
     assert isinstance(network, nn.Module)
     return network.eval().requires_grad_(False)
 
 
 def read_weights(folder: DiffusersFolder, component: str, *parts: str) -> dict[str, Tensor]:
-    """A component's tensors, under the names that diffusers uses today; with ``parts``, only those of these children.
+    """Read the tensors of a component, under the names that current diffusers uses; with ``parts``, only those of these submodules.
 
     Raises:
-        CheckpointError: there are none, or a file is damaged.
+        CheckpointError: there is no file of weights, or one is damaged.
     """
     weights = folder.weights(component)
     kept = (name for name in weights if not parts or name.split(".")[0] in parts)
@@ -57,15 +70,15 @@ def read_weights(folder: DiffusersFolder, component: str, *parts: str) -> dict[s
 
 
 def share_weights(network: nn.Module, other: nn.Module) -> None:
-    """Give a network made by :func:`make_network` the weights of another of the same configuration: not copies, the same."""
+    """Give a network from :func:`make_network` the weights of another one with the same configuration, without copying them."""
     network.load_state_dict(dict(other.named_parameters()), assign=True)
 
 
 def make_scheduler(folder: DiffusersFolder, name: str) -> Any:
-    """The folder's scheduler, of diffusers' class ``name``; with that class's defaults where the folder has none.
+    """Create the folder's scheduler, an instance of diffusers' class ``name``; with the defaults of the class if the folder has no scheduler.
 
     Raises:
-        CheckpointError: it is of another class, or diffusers refuses its configuration.
+        CheckpointError: the folder's scheduler is of another class, or diffusers rejects its configuration.
     """
     import diffusers
 
@@ -77,15 +90,20 @@ def make_scheduler(folder: DiffusersFolder, name: str) -> Any:
         with _quiet():
             return getattr(diffusers, name).from_config(config)
     except Exception as error:
-        raise CheckpointError(f"diffusers {diffusers.__version__} cannot make a {name} from '{folder.path / 'scheduler'}': {_reason(error)}") from error
+        raise CheckpointError(f"diffusers {diffusers.__version__} cannot create a {name} from '{folder.path / 'scheduler'}': {first_line(error)}") from error
 
 
 def sample_size(config: Any, size: tuple[int, int] | None, unit: int = 1) -> tuple[int, int]:
-    """Height and width of the state of a U-Net, from its configuration, or from a size in pixels that is ``unit`` times as large.
+    """Return height and width of the state of a U-Net.
+
+    Args:
+        config: configuration of the U-Net.
+        size: requested height and width of the images in pixels; None for the size in the configuration.
+        unit: pixels per latent along each axis.
 
     Raises:
-        CheckpointError: the configuration has none.
-        InvalidArgumentError: the size asked for is no multiple of the unit.
+        CheckpointError: the configuration has no size.
+        InvalidArgumentError: the requested size is not a multiple of ``unit``.
     """
     if size is not None:
         if any(side <= 0 or side % unit for side in size):
@@ -96,22 +114,24 @@ def sample_size(config: Any, size: tuple[int, int] | None, unit: int = 1) -> tup
             return side, side
         case [int(height), int(width)]:
             return height, width
-    raise CheckpointError(f"sample_size of the U-Net must be a size or a height and a width, got {config.sample_size!r}. Say the size with --size.")
+    raise CheckpointError(f"sample_size of the U-Net must be a size or a height and a width, got {config.sample_size!r}. Give the size with --size.")
 
 
 def check_size(unet: nn.Module, sample_shape: tuple[int, ...], **conditioning: Tensor) -> None:
-    """Run a U-Net once on the meta device, before its weights are read. Raises InvalidArgumentError: it has no output of its input's shape."""
+    """Run a U-Net once on the meta device, before its weights are read. Raises InvalidArgumentError if the output does not have the shape of the input."""
     x = torch.empty(1, *sample_shape, device="meta")
     try:
         found = unet(x, torch.zeros(1, device="meta"), return_dict=False, **conditioning)[0].shape
     except (RuntimeError, ValueError) as error:
-        raise InvalidArgumentError(f"the {type(unet).__name__} cannot take a state of {list(sample_shape)}: {_reason(error)}. Try another --size.") from error
+        raise InvalidArgumentError(
+            f"the {type(unet).__name__} cannot take a state of {list(sample_shape)}: {first_line(error)}. Try another --size."
+        ) from error
     if found != x.shape:
-        raise InvalidArgumentError(f"the {type(unet).__name__} makes {list(found[1:])} of a state of {list(sample_shape)}. Try another --size.")
+        raise InvalidArgumentError(f"the {type(unet).__name__} returns {list(found[1:])} for a state of {list(sample_shape)}. Try another --size.")
 
 
-def free_batch(network: nn.Module) -> None:
-    """Let the batch be dynamic: diffusers' upsampling asks for its size, to go round a limit of a CUDA kernel that no traced graph has."""
+def make_batch_dynamic(network: nn.Module) -> None:
+    """Make the batch size dynamic. diffusers' upsampling compares it with the limit of a CUDA kernel, which a traced graph does not have."""
     from diffusers.models.resnet import ResnetBlock2D, ResnetBlockCondNorm2D
     from diffusers.models.upsampling import Upsample2D
 
@@ -119,20 +139,20 @@ def free_batch(network: nn.Module) -> None:
         if isinstance(module, Upsample2D) and not module.use_conv_transpose and module.norm is None and module.interpolate:
             module.forward = partial(_upsample, module)
         elif isinstance(module, ResnetBlock2D | ResnetBlockCondNorm2D) and module.upsample is not None:
-            # Both are applied at the same place to the same tensors; only before upsample is the batch looked at.
+            # Both are applied at the same place to the same tensors, but diffusers checks the batch size only before upsample.
             module.upsample, module.downsample = None, module.upsample
 
 
 def _upsample(module: Any, hidden_states: Tensor, output_size: tuple[int, int] | None = None) -> Tensor:
-    """``Upsample2D.forward``."""
+    """Replacement for ``Upsample2D.forward`` that does not read the batch size."""
     y = nn.functional.interpolate(hidden_states, size=output_size, scale_factor=2.0 if output_size is None else None, mode="nearest")
     if module.use_conv:
         y = (module.conv if module.name == "conv" else module.Conv2d_0)(y)
     return y
 
 
-def keep_times(unet: nn.Module) -> None:
-    """Give a U-Net's time embedding the sinusoids as they are computed, in float32: diffusers rounds them to the dtype of the weights in between."""
+def keep_time_features_fp32(unet: nn.Module) -> None:
+    """Pass the sinusoids to a U-Net's time embedding in float32, as they were computed. diffusers rounds them to the dtype of the weights."""
     sinusoids: list[Tensor] = []
 
     def remember(_module: nn.Module, _args: Any, output: Tensor) -> None:
@@ -142,26 +162,22 @@ def keep_times(unet: nn.Module) -> None:
     unet.get_submodule("time_embedding").register_forward_pre_hook(lambda _module, args: (sinusoids.pop(), *args[1:]))
 
 
-def unet_islands(name: str, module: nn.Module) -> bool:
-    """What computes in float32 in a U-Net of diffusers: times and norms."""
+def unet_keeps_fp32(name: str, module: nn.Module) -> bool:
+    """Return True for the modules of a diffusers U-Net that compute in float32: time embeddings and norms."""
     return name.endswith("time_embedding") or is_norm(name, module)
 
 
 @contextmanager
 def injected_noise(scheduler: ModuleType, noises: Sequence[Tensor]) -> Iterator[None]:
-    """Within the block the scheduler of this module draws these, in turn, in the place of random numbers of its own."""
+    """Within the block, the scheduler in this module uses these tensors, in order, instead of random numbers."""
     draws = iter(noises)
     with patch.object(scheduler, "randn_tensor", lambda *_args, **_kwargs: next(draws)):
         yield
 
 
-def _reason(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without diffusers' warnings of configuration fields that it does not know: folders are older or newer than it."""
+    """Within the block, suppress diffusers' warnings about unknown configuration fields: folders may be older or newer than diffusers."""
     log = logging.getLogger("diffusers")
     level = log.level
     log.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""The family ``edm2``: the EDM2 U-Net with sCM's changes, in TrigFlow's parametrisation."""
+"""The family ``edm2``: the EDM2 U-Net with sCM's changes, in the TrigFlow parametrisation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from scm_export.networks.edm2 import UNet, UNetConfig
 from scm_export.parametrisation import Step
 from scm_runtime.bundle.manifest import Conditioning
 
-AUTOGUIDANCE = 2.0  # the scale where a call gives none: about what is best at 512 x 512 (arXiv 2406.02507, table 1)
+AUTOGUIDANCE = 2.0  # default guidance scale, close to the best one at 512 x 512 (arXiv 2406.02507, table 1)
 
 
 def recognises_edm2(loaded: Loaded) -> bool:
@@ -25,7 +25,7 @@ def recognises_edm2(loaded: Loaded) -> bool:
 
 
 def build_edm2(loaded: Loaded, options: BuildOptions) -> Model:
-    """A Model from a checkpoint whose config has the fields of :class:`~scm_export.networks.edm2.UNetConfig`.
+    """Build the Model of a checkpoint whose config has the fields of :class:`~scm_export.networks.edm2.UNetConfig`.
 
     Raises:
         CheckpointError: config or weights do not fit the network.
@@ -34,18 +34,18 @@ def build_edm2(loaded: Loaded, options: BuildOptions) -> Model:
         raise CheckpointError(f"the family edm2 is read from scm-checkpoints and EDM2's pickles, got {loaded.describe()}")
     checkpoint, config, sampler = loaded, _config(loaded), loaded.sampler
     if config.segment_embedding and sampler.diffusion:
-        raise CheckpointError("config of the family edm2: with segment_embedding the network is no diffusion model, got sampler.diffusion = true")
+        raise CheckpointError("config of the family edm2: a network with segment_embedding is not a diffusion model, got sampler.diffusion = true")
     if config.segment_embedding and sampler.solver != "ddim":
         raise CheckpointError(f"config of the family edm2: with segment_embedding, sampler.solver must be 'ddim', got {sampler.solver!r}")
 
-    if options.size is not None and options.latents:  # of images the exporter compares it with what the model makes
+    if options.size is not None and options.latents:  # for images, the exporter checks the size
         raise CheckpointError(f"an EDM2 network has the resolution of its config, {config.img_resolution}: leave out the size")
     sample_shape = (config.img_channels, config.img_resolution, config.img_resolution)
     images = _images(sample_shape, sampler, options)  # before the weights are read: the decoder may be missing
     sampling = sampling_fields(sampler, segments=config.segment_embedding)
     own = _network(config, checkpoint)
     if options.guide is not None and (not sampling["samplers"] or config.guidance_embedding):
-        raise CheckpointError("a guide leads a diffusion model that takes no guidance scale itself, and this checkpoint is none. Leave it out.")
+        raise CheckpointError("a guide is for a diffusion model without a guidance scale as input, which this checkpoint is not. Leave out the guide.")
     network = own if options.guide is None else Autoguided(own, _guide(options.guide, config, sampler))
 
     conditioning = []
@@ -85,15 +85,15 @@ def _network(config: UNetConfig, checkpoint: Checkpoint) -> UNet:
     try:
         with torch.device("meta"):
             network = UNet(config)
-    except RuntimeError as error:  # numbers that are each in range can still make a tensor of more than 2^63 elements
-        raise CheckpointError(f"config of the family edm2 makes a network that torch cannot hold: {error}") from error
+    except RuntimeError as error:  # values that are each in range can still give a tensor of more than 2^63 elements
+        raise CheckpointError(f"config of the family edm2 describes a network too large for torch: {error}") from error
     load_weights(network, checkpoint.weights)
     network.eval().fold()
     return network
 
 
 def _guide(loaded: Loaded, own: UNetConfig, sampler: SamplerSpec) -> UNet:
-    """The guide's network; raises CheckpointError unless it predicts the same of the same."""
+    """Build the guide's network. Raises CheckpointError if its inputs or parametrisation differ from those of the guided network."""
     if not recognises_edm2(loaded):
         raise CheckpointError(f"the guide must be of the family edm2 too, got {loaded.describe()}")
     assert isinstance(loaded, Checkpoint)
@@ -101,23 +101,23 @@ def _guide(loaded: Loaded, own: UNetConfig, sampler: SamplerSpec) -> UNet:
     for name in ("img_resolution", "img_channels", "label_dim"):
         theirs, ours = getattr(config, name), getattr(own, name)
         if theirs != ours and (name != "label_dim" or theirs != 0):
-            raise CheckpointError(f"the guide must have the {name} of what it guides, {ours}, got {theirs}")
+            raise CheckpointError(f"the guide must have the {name} of the guided model, {ours}, got {theirs}")
     for name in ("parametrisation", "sigma_data"):
         theirs, ours = getattr(loaded.sampler, name), getattr(sampler, name)
         if theirs != ours:
-            raise CheckpointError(f"the guide must have the {name} of what it guides, {ours!r}, got {theirs!r}")
+            raise CheckpointError(f"the guide must have the {name} of the guided model, {ours!r}, got {theirs!r}")
     if config.guidance_embedding or config.segment_embedding:
         raise CheckpointError("the guide must be a diffusion model, without inputs for a guidance scale or for segments")
     return _network(config, loaded)
 
 
 def _images(sample_shape: tuple[int, ...], sampler: SamplerSpec, options: BuildOptions) -> ImageNetworks:
-    """Latents are what a checkpoint says to be so, by their statistics, or what a user gives a decoder for; anything else is pixels, RGBA too."""
+    """Create the image networks. The state is latents if the checkpoint has latent statistics or the user gives a decoder; otherwise it is pixels."""
     pixels, mean, std = (sampler.pixel_scale, sampler.pixel_offset), sampler.latent_mean, sampler.latent_std
     if mean is None and std is None and options.decoder is None:
         return pixel_networks(options, sample_shape, pixels)
     if (mean is None) != (std is None):
-        raise CheckpointError("sampler.latent_mean and sampler.latent_std go together, got one of them")
+        raise CheckpointError("sampler.latent_mean and sampler.latent_std must be given together, got one of them")
     statistics = SCM_STATISTICS if mean is None or std is None else LatentStatistics(mean, std)
     return image_networks(options, sample_shape, sampler.sigma_data, statistics=statistics, pixels=pixels)
 

@@ -1,4 +1,4 @@
-"""What a family is: how its checkpoints are known, and how one becomes a :class:`~scm_export.model.Model`."""
+"""The definition of a family: how to recognise its checkpoints, and how to build a :class:`~scm_export.model.Model` from one."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from scm_runtime.bundle.manifest import Dtype
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What a user may say about a model beyond its checkpoint."""
+    """User options for building a model from its checkpoint."""
 
     decoder: Path | None = None
-    """Folder of an autoencoder (diffusers), for models of latents whose checkpoint brings none."""
+    """Folder of an autoencoder (diffusers), for latent models whose checkpoint has none."""
     latents: bool = False
-    """Leave the decoder out: samples are latents."""
+    """Leave out the decoder: samples are latents."""
     with_encoder: bool = False
+    """Also export the autoencoder's encoder."""
     preview_decoder: Path | None = None
     """Folder of a small autoencoder (diffusers' AutoencoderTiny)."""
     guide: Loaded | None = None
-    """A worse version of a diffusion model, to lead it away from (autoguidance)."""
+    """A weaker version of a diffusion model, for autoguidance."""
     size: tuple[int, int] | None = None
-    """Height and width of the images, pixels; None for the checkpoint's own."""
+    """Height and width of the images in pixels; None for the size in the checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,12 @@ class Family:
     """One kind of model."""
 
     looks_for: str
-    """What its checkpoints hold, for people: "a diffusers folder with a SanaTransformer2DModel"."""
+    """Description of its checkpoints for error messages, such as "a diffusers folder with a SanaTransformer2DModel"."""
     recognises: Callable[[Loaded], bool]
+    """Returns True if a checkpoint belongs to the family."""
     build: Callable[[Loaded, BuildOptions], Model]
-    """Raises CheckpointError for contents that do not fit the family."""
+    """Builds the model; raises CheckpointError for contents that do not fit the family."""
     dtype: Dtype = "fp32"
-    """To store the weights in unless the user says otherwise."""
+    """Default dtype of the stored weights."""
     refuses: Mapping[Dtype, str] = field(default_factory=dict)
-    """Dtypes that its models cannot be exported in, each with the reason and what to use."""
+    """Dtypes in which its models cannot be exported, each with the reason and an alternative."""

@@ -1,7 +1,7 @@
 """The family ``latent-consistency``: latent consistency models (arXiv 2310.04378) from a folder of diffusers' LatentConsistencyModelPipeline.
 
-The state is Stable Diffusion's, ``sqrt(alpha_t) latents + sqrt(1 - alpha_t) noise``, and a time is a timestep of its training, a whole number; 0 stands for
-the end, without noise. The text model is no part of a bundle: its embeddings are an input.
+The state is Stable Diffusion's, ``sqrt(alpha_t) latents + sqrt(1 - alpha_t) noise``. Times are training timesteps, which are integers; 0 is the end,
+without noise. The text encoder is not part of a bundle: its embeddings are an input.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from scm_export.errors import CheckpointError
 from scm_export.families.autoencoders import downsampling, image_networks
 from scm_export.families.diffusers_networks import (
     check_size,
-    free_batch,
+    find_component,
     injected_noise,
-    keep_times,
+    keep_time_features_fp32,
+    make_batch_dynamic,
     make_network,
     make_scheduler,
     read_weights,
     sample_size,
     share_weights,
-    unet_islands,
+    unet_keeps_fp32,
 )
 from scm_export.families.family import BuildOptions, Family
 from scm_export.families.weights import load_weights
@@ -37,20 +38,20 @@ PIPELINES = ("LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPip
 UNET, SCHEDULER = "UNet2DConditionModel", "LCMScheduler"
 STEPS = (1, 2, 4, 8)
 GUIDANCE_SCALE = 8.5  # the pipeline's default
-DOWNSAMPLING = 8  #     of Stable Diffusion's autoencoder, pixels a latent
+DOWNSAMPLING = 8  #     pixels per latent of Stable Diffusion's autoencoder
 SIGMA_DATA = 1.0  #     diffusers scales latents to unit variance
 
 
 class GuidedUNet(nn.Module):
-    """diffusers' U-Net under this project's names: ``(x, timestep, prompt_embeds, guidance_scale)`` to its prediction, ``[N, C, H, W]``."""
+    """diffusers' U-Net with this project's input names: ``(x, timestep, prompt_embeds, guidance_scale)`` to its prediction, ``[N, C, H, W]``."""
 
     def __init__(self, unet: nn.Module) -> None:
         super().__init__()
         self.unet = unet
         config: Any = unet.config
         half = config.time_cond_proj_dim // 2
-        # No buffer, whose dtype would follow the network's: the sines' arguments are in the thousands. And no exponential in the graph, for the same reason:
-        # its last bit differs between libraries.
+        # Not a buffer, whose dtype would follow the network's: the angles are in the thousands and need float32. Computed here and not in the graph, because
+        # the last bit of an exponential differs between libraries.
         self.frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * -(torch.log(torch.tensor(10000.0)) / (half - 1)))
         self.padding = config.time_cond_proj_dim % 2
 
@@ -62,22 +63,22 @@ class GuidedUNet(nn.Module):
 
 
 class LatentConsistencyStep(nn.Module):
-    """One step from timestep t to t_next, whole numbers in float32: Algorithm 3 of arXiv 2310.04378, as LCMScheduler has it."""
+    """One step from timestep t to t_next, integers in float32: Algorithm 3 of arXiv 2310.04378, as LCMScheduler implements it."""
 
     coefficients: Tensor
     renoising: Tensor
 
     def __init__(self, unet: nn.Module, scheduler: Any) -> None:
-        """From a U-Net and its scheduler, whose table of alphas becomes part of the step."""
+        """Create the step from a U-Net and its scheduler, whose table of alphas becomes part of the step."""
         super().__init__()
-        self.network = Precision(GuidedUNet(unet), unet_islands)
+        self.network = Precision(GuidedUNet(unet), unet_keeps_fp32)
         config = scheduler.config
         self.prediction, self.clip = config.prediction_type, float(config.clip_sample_range) if config.clip_sample else None
         alphas = scheduler.alphas_cumprod
         c_skip, c_out = scheduler.get_scalings_for_boundary_condition_discrete(torch.arange(len(alphas)))
-        self.register_buffer("coefficients", torch.stack([c_skip, c_out, alphas.sqrt(), (1 - alphas).sqrt()], dim=1))  # of t: [T, 4]
+        self.register_buffer("coefficients", torch.stack([c_skip, c_out, alphas.sqrt(), (1 - alphas).sqrt()], dim=1))  # [T, 4], indexed by t
         after = torch.cat([torch.ones(1), alphas[1:]])
-        self.register_buffer("renoising", torch.stack([after.sqrt(), (1 - after).sqrt()], dim=1))  # of t_next: [T, 2]
+        self.register_buffer("renoising", torch.stack([after.sqrt(), (1 - after).sqrt()], dim=1))  # [T, 2], indexed by t_next
 
     def forward(self, x: Tensor, t: Tensor, t_next: Tensor, noise: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
         t, t_next = t.round(), t_next.round()
@@ -104,25 +105,23 @@ def recognises_latent_consistency(loaded: Loaded) -> bool:
 
 
 def build_latent_consistency(loaded: Loaded, options: BuildOptions) -> Model:
-    """A Model from a folder of LatentConsistencyModelPipeline.
+    """Build the Model of a folder of LatentConsistencyModelPipeline.
 
     Raises:
-        CheckpointError: the folder is another model's, lacks a part, or its weights do not fit its configuration.
-        InvalidArgumentError: the network cannot make images of the size asked for.
+        CheckpointError: the folder holds another model, lacks a component, or its weights do not fit its configuration.
+        InvalidArgumentError: the network cannot generate images of the requested size.
     """
-    component = loaded.find(UNET) if isinstance(loaded, DiffusersFolder) else None
-    if not isinstance(loaded, DiffusersFolder) or component is None:
-        raise CheckpointError(f"the family latent-consistency is read from a diffusers folder with a {UNET}, got {loaded.describe()}")
-    scheduler = make_scheduler(loaded, SCHEDULER)
-    unet, original = make_network(loaded, component), make_network(loaded, component)
+    folder, component = find_component(loaded, "latent-consistency", UNET)
+    scheduler = make_scheduler(folder, SCHEDULER)
+    unet, original = make_network(folder, component), make_network(folder, component)
     config: Any = unet.config
-    _check(config, scheduler.config, loaded)
-    sample_shape = (config.in_channels, *sample_size(config, options.size, downsampling(options, loaded, DOWNSAMPLING)))
-    free_batch(unet)
+    _check(config, scheduler.config, folder)
+    sample_shape = (config.in_channels, *sample_size(config, options.size, downsampling(options, folder, DOWNSAMPLING)))
+    make_batch_dynamic(unet)
     check_size(unet, sample_shape, encoder_hidden_states=torch.empty(1, 1, config.cross_attention_dim, device="meta"))
-    keep_times(unet)
-    images = image_networks(options, sample_shape, SIGMA_DATA, folder=loaded)  # before the weights are read: it may be missing
-    load_weights(unet, read_weights(loaded, component))
+    keep_time_features_fp32(unet)
+    images = image_networks(options, sample_shape, SIGMA_DATA, folder=folder)  # before the weights are read: the autoencoder may be missing
+    load_weights(unet, read_weights(folder, component))
     share_weights(original, unet)
     return Model(
         family="latent-consistency",
@@ -144,7 +143,7 @@ def build_latent_consistency(loaded: Loaded, options: BuildOptions) -> Model:
 
 
 def _check(unet: Any, scheduler: Any, folder: DiffusersFolder) -> None:
-    """Refuse what LatentConsistencyModelPipeline cannot run either. Raises CheckpointError."""
+    """Check for configurations that LatentConsistencyModelPipeline does not support. Raises CheckpointError."""
     if unet.time_cond_proj_dim is None:
         raise CheckpointError(
             f"the {UNET} of {folder.describe()} must have time_cond_proj_dim, the embedding of the guidance scale, as distilled U-Nets have; "
@@ -157,7 +156,7 @@ def _check(unet: Any, scheduler: Any, folder: DiffusersFolder) -> None:
                 f"{name} of the {UNET} in {folder.describe()} must be {value!r}, got {unet[name]!r}: models with more inputs are not supported"
             )
     if not isinstance(unet.cross_attention_dim, int):
-        raise CheckpointError(f"cross_attention_dim of the {UNET} in {folder.describe()} must be a whole number, got {unet.cross_attention_dim!r}")
+        raise CheckpointError(f"cross_attention_dim of the {UNET} in {folder.describe()} must be an integer, got {unet.cross_attention_dim!r}")
     if scheduler.thresholding:
         raise CheckpointError(f"the {SCHEDULER} of {folder.describe()} must have thresholding = false: dynamic thresholding is not for latents")
     predictions = ("epsilon", "sample", "v_prediction")
@@ -171,7 +170,7 @@ def _times(scheduler: Any, count: int) -> tuple[float, ...]:
 
 
 def lcm_scheduler(unet: nn.Module, scheduler: Any) -> Reference:
-    """diffusers' scheduler over diffusers' U-Net, as in the loop of LatentConsistencyModelPipeline."""
+    """Reference sampler: diffusers' scheduler and U-Net, in the loop of LatentConsistencyModelPipeline."""
     import diffusers
     from diffusers.models.embeddings import get_timestep_embedding
     from diffusers.schedulers import scheduling_lcm
@@ -179,7 +178,7 @@ def lcm_scheduler(unet: nn.Module, scheduler: Any) -> Reference:
     @torch.no_grad()
     def sample(noises: Sequence[Tensor], times: tuple[float, ...], conditioning: dict[str, Tensor]) -> Tensor:
         scheduler.set_timesteps(len(times) - 1)
-        scheduler.timesteps = torch.tensor(times[:-1]).long()  # the same, or others that a caller chose
+        scheduler.timesteps = torch.tensor(times[:-1]).long()  # the scheduler's timesteps, or others that the caller chose
         config: Any = unet.config
         w = get_timestep_embedding((conditioning["guidance_scale"] - 1) * 1000, config.time_cond_proj_dim)
         x: Tensor = noises[0] * scheduler.init_noise_sigma
@@ -193,7 +192,7 @@ def lcm_scheduler(unet: nn.Module, scheduler: Any) -> Reference:
 
 
 def _rows(table: Tensor, t: Tensor) -> list[Tensor]:
-    """The rows of a table ``[T, K]`` for timesteps ``[N]``: K tensors, each ready to be multiplied with the state."""
+    """Look up the rows of a table ``[T, K]`` for timesteps ``[N]``: K tensors ``[N, 1, 1, 1]``, which broadcast to the state."""
     rows = table[t.long().clamp(0, len(table) - 1)]
     return [column.reshape(-1, 1, 1, 1) for column in rows.unbind(1)]
 

@@ -1,4 +1,4 @@
-"""The family ``module``: a network of the user's own, from a factory, an exported program, TorchScript or a pickled module."""
+"""The family ``module``: a user-defined network from a factory, an exported program, TorchScript or a pickled module."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from scm_export.checkpoints import Checkpoint, Loaded, Program, SamplerSpec
 from scm_export.checkpoints.header import PositiveInteger, convert
+from scm_export.checkpoints.message_text import first_line
 from scm_export.checkpoints.operator_graph import OperatorGraph
 from scm_export.checkpoints.state_dict import uncompiled
 from scm_export.errors import CheckpointError
 from scm_export.example_inputs import example_conditioning
 from scm_export.families.autoencoders import ImageNetworks, LatentStatistics, image_networks, pixel_networks
-from scm_export.families.diffusers_networks import free_batch
+from scm_export.families.diffusers_networks import make_batch_dynamic
 from scm_export.families.family import BuildOptions, Family
 from scm_export.families.sampling import sampling_fields
 from scm_export.families.weights import load_weights
@@ -32,12 +33,12 @@ PIXEL_CHANNELS = (1, 3, 4)
 
 
 class ModuleConfig(Struct, kw_only=True, forbid_unknown_fields=True):
-    """``[config]`` of the family."""
+    """The section ``[config]`` of the family."""
 
     sample_shape: tuple[PositiveInteger, ...]
-    """Of the state, [C, H, W] for pictures and latents of pictures."""
+    """Shape of the state of one sample, [C, H, W] for images and their latents."""
     keep_fp32: tuple[str, ...] = ()
-    """Names of modules that compute in float32 whatever the dtype, "*" for any part: the time embedding, norms written by hand."""
+    """Names of modules that compute in float32 in every graph, with "*" as a wildcard: the time embedding, custom norms."""
     arguments: dict[str, Any] = {}
     """Keyword arguments of the factory."""
 
@@ -47,14 +48,16 @@ def recognises_module(loaded: Loaded) -> bool:
 
 
 def build_module(loaded: Loaded, options: BuildOptions) -> Model:
-    """A Model of a network that takes ``(x, level, **conditioning)`` and returns a tensor shaped as x, or something whose first element is one.
+    """Build the Model of a network that takes ``(x, level, **conditioning)``.
+
+    The network returns a tensor with the shape of x, or a container whose first element is one.
 
     Raises:
-        CheckpointError: the network is missing, does not take what the config says, or its weights do not fit it.
+        CheckpointError: the network is missing, does not accept the inputs in the config, or its weights do not fit it.
     """
     if not isinstance(loaded, Program):
         raise CheckpointError(
-            f"the family module needs the network itself, {loaded.describe()} has weights alone: give --factory package.module:function, which returns it"
+            f"the family module needs the network itself, {loaded.describe()} has only weights: give --factory package.module:function, which returns it"
         )
     header, sampler = loaded.header, loaded.header.sampler
     try:
@@ -69,7 +72,7 @@ def build_module(loaded: Loaded, options: BuildOptions) -> Model:
     _check_inputs(loaded, conditioning)
     network = loaded.network.eval().requires_grad_(False)
     if any(type(module).__module__.startswith("diffusers.") for module in network.modules()):
-        free_batch(network)
+        make_batch_dynamic(network)
     if loaded.weights is not None:
         try:
             load_weights(network, loaded.weights)
@@ -78,8 +81,8 @@ def build_module(loaded: Loaded, options: BuildOptions) -> Model:
     else:
         _check_weights(network, loaded.describe())
     images = _images(config.sample_shape, sampler, options)
-    kept = _kept(network, config.keep_fp32)
-    own = FirstOutput(Precision(network, _islands(kept), promote_dtypes=True, fp32_parameters=_weights_in(network, kept)))
+    kept = _modules_in_fp32(network, config.keep_fp32)
+    own = FirstOutput(Precision(network, _keeps_fp32(kept), promote_dtypes=True, fp32_parameters=_weights_in(network, kept)))
     model = Model(
         family="module",
         step=Step(own, sampler.sigma_data, sampler.parametrisation, sampler.solver),
@@ -91,7 +94,7 @@ def build_module(loaded: Loaded, options: BuildOptions) -> Model:
         preview=images.preview,
         licence=header.licence,
     )
-    _try(own, model, loaded)
+    _check_call(own, model, loaded)
     if loaded.original is not None:
         step = Step(FirstOutput(loaded.original), sampler.sigma_data, sampler.parametrisation, sampler.solver)
         model.reference = Reference(
@@ -102,14 +105,14 @@ def build_module(loaded: Loaded, options: BuildOptions) -> Model:
 
 
 class FirstOutput(nn.Module):
-    """A network that may return a tuple or a diffusers output: the first of it."""
+    """Returns the first element of a network's output, which may be a tuple or a diffusers output."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, x: Tensor, level: Tensor, **conditioning: Tensor) -> Tensor:
-        # What torch.compile would make of the network is not what is traced, and it cannot compile PromoteDtypes.
+        # The network is traced without torch.compile, which could not compile PromoteDtypes.
         with torch.compiler.set_stance("force_eager"):
             output: Any = self.network(x, level, **conditioning)
         while not isinstance(output, Tensor):
@@ -123,7 +126,7 @@ class FirstOutput(nn.Module):
 
 
 def _with_label_names(conditioning: tuple[Conditioning, ...], names: tuple[str, ...]) -> tuple[Conditioning, ...]:
-    """The header's names belong to the one input of classes."""
+    """Assign the header's label_names to the only input of kind "class". Raises ValueError if there is not exactly one."""
     classes = [item for item in conditioning if item.kind == "class"]
     if len(classes) != 1:
         raise ValueError(f"label_names need one conditioning of kind 'class', got {len(classes)}; give each its own label_names")
@@ -151,8 +154,8 @@ def _check_weights(network: nn.Module, what: str) -> None:
     network.float()
 
 
-def _kept(network: nn.Module, keep_fp32: tuple[str, ...]) -> set[str]:
-    """Names of the modules that the patterns name. Raises CheckpointError for a pattern that names none."""
+def _modules_in_fp32(network: nn.Module, keep_fp32: tuple[str, ...]) -> set[str]:
+    """Names of the modules that match the patterns in keep_fp32. Raises CheckpointError for a pattern without a match."""
     names = _module_names(network)
     kept = {name for name in names if any(fnmatchcase(name, pattern) for pattern in keep_fp32)}
     for pattern in keep_fp32:
@@ -163,7 +166,7 @@ def _kept(network: nn.Module, keep_fp32: tuple[str, ...]) -> set[str]:
 
 
 def _module_names(network: nn.Module) -> list[str]:
-    """Dotted names of a network's modules; of a program, which has none, those that the names of its tensors had in the file."""
+    """Dotted names of a network's modules. A program has no modules: theirs are derived from the names of its tensors in the file."""
     if isinstance(network, OperatorGraph):
         paths = [name.split(".")[:-1] for name in network.original_names.values()]
         return list(dict.fromkeys(".".join(path[:depth]) for path in paths for depth in range(1, len(path) + 1)))
@@ -171,14 +174,14 @@ def _module_names(network: nn.Module) -> list[str]:
 
 
 def _weights_in(network: nn.Module, kept: set[str]) -> set[str]:
-    """Names of a program's tensors that lie in the modules named."""
+    """Names of a program's tensors that belong to these modules; empty for other networks."""
     if not isinstance(network, OperatorGraph):
         return set()
     return {own for own, original in network.original_names.items() if any(original.startswith(f"{name}.") for name in kept)}
 
 
-def _islands(kept: set[str]) -> Callable[[str, nn.Module], bool]:
-    """Norms, and the modules named; what lies inside a named one is left to it."""
+def _keeps_fp32(kept: set[str]) -> Callable[[str, nn.Module], bool]:
+    """Return the predicate for Precision: norms and the named modules compute in float32; submodules of a named module follow it."""
 
     def inside(name: str) -> bool:
         return any(name.startswith(f"{outer}.") for outer in kept)
@@ -187,20 +190,20 @@ def _islands(kept: set[str]) -> Callable[[str, nn.Module], bool]:
 
 
 def _images(sample_shape: tuple[int, ...], sampler: SamplerSpec, options: BuildOptions) -> ImageNetworks:
-    """Latents are what the config gives statistics of, what a decoder is given for, or what has no number of channels of a picture."""
+    """Create the image networks. The state is latents if the config has latent statistics, a decoder is given, or it does not have 1, 3 or 4 channels."""
     pixels, mean, std = (sampler.pixel_scale, sampler.pixel_offset), sampler.latent_mean, sampler.latent_std
     if (mean is None) != (std is None):
-        raise CheckpointError("sampler.latent_mean and sampler.latent_std go together, got one of them")
+        raise CheckpointError("sampler.latent_mean and sampler.latent_std must be given together, got one of them")
     statistics = None if mean is None or std is None else LatentStatistics(mean, std)
     if len(sample_shape) == 3 and statistics is None and options.decoder is None and (sample_shape[0] in PIXEL_CHANNELS or options.latents):
         return pixel_networks(options, sample_shape, pixels)
     return image_networks(options, sample_shape, sampler.sigma_data, statistics=statistics, pixels=pixels)
 
 
-def _try(network: nn.Module, model: Model, loaded: Program) -> None:
-    """Call the network at two batch sizes: what does not fit together shows in its own words.
+def _check_call(network: nn.Module, model: Model, loaded: Program) -> None:
+    """Call the network with two batch sizes. Raises CheckpointError with the network's own message if a call fails.
 
-    Really, and in float32, before any tracing: a table that the network makes at its first call and keeps is then a real one.
+    The calls are real ones in float32, before tracing, so that a table that the network caches at its first call holds real tensors.
     """
     for n in (TRACE_BATCH, TRACE_BATCH + 1):
         x, level = torch.zeros(n, *model.sample_shape), torch.full((n,), 0.5)
@@ -210,16 +213,15 @@ def _try(network: nn.Module, model: Model, loaded: Program) -> None:
                 output = network(x, level, **conditioning)
         except Exception as error:
             asked = ", ".join(["x", "level", *(f"{item.name}=" for item in model.conditioning)])
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise CheckpointError(
-                f"{loaded.describe()} cannot be called as network({asked}) with x of {[n, *model.sample_shape]}: {type(error).__name__}: {reason}"
+                f"{loaded.describe()} cannot be called as network({asked}) with x of {[n, *model.sample_shape]}: {type(error).__name__}: {first_line(error)}"
             ) from error
         if output.shape != x.shape:
-            raise CheckpointError(f"{loaded.describe()} must return a tensor shaped as x, {list(x.shape)}, got {list(output.shape)}")
+            raise CheckpointError(f"{loaded.describe()} must return a tensor with the shape of x, {list(x.shape)}, got {list(output.shape)}")
 
 
 FAMILY = Family(
-    looks_for="a network of your own: --factory package.module:function, a .pt2, or TorchScript; described by --config FILE.toml",
+    looks_for="a user-defined network: --factory package.module:function, a .pt2, or TorchScript; described by --config FILE.toml",
     recognises=recognises_module,
     build=build_module,
 )

@@ -1,4 +1,4 @@
-"""What a checkpoint's header says of its sampler, as the fields of a Model."""
+"""Converts the sampler section of a checkpoint's header to fields of a Model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ from scm_export.samplers import make_tables, teacher_times
 
 
 def sampling_fields(sampler: SamplerSpec, *, segments: bool = False) -> dict[str, Any]:
-    """The keyword arguments of :class:`~scm_export.model.Model` that say how to sample. ``segments``: the network is told where a step ends."""
+    """Return the keyword arguments of :class:`~scm_export.model.Model` for sampling.
+
+    Args:
+        sampler: the sampler section of the header.
+        segments: True if the network has the end time of a step as an input.
+    """
     diffusion = sampler.diffusion if sampler.diffusion is not None else sampler.solver == "ddim" and not segments
     times = (teacher_times if diffusion else default_times)(sampler.sigma_data)
     if sampler.times is not None:

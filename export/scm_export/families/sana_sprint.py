@@ -1,7 +1,7 @@
 """The family ``sana-sprint``: SANA-Sprint (arXiv 2503.09641) as diffusers saves it, text to image in 1 to 4 steps.
 
-The text model is no part of a bundle: its embeddings are an input. The transformer is diffusers' own class, a flow-matching network that TrigFlow's
-sampler drives.
+The text encoder is not part of a bundle: its embeddings are an input. The transformer is diffusers' class, a flow-matching network that is sampled with
+the TrigFlow sampler.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from scm_export.checkpoints import DiffusersFolder, Loaded
 from scm_export.errors import CheckpointError
 from scm_export.families.autoencoders import downsampling, image_networks
-from scm_export.families.diffusers_networks import injected_noise, make_network, make_scheduler, read_weights, sample_size, share_weights
+from scm_export.families.diffusers_networks import find_component, injected_noise, make_network, make_scheduler, read_weights, sample_size, share_weights
 from scm_export.families.family import BuildOptions, Family
 from scm_export.families.weights import load_weights
 from scm_export.model import Model, Reference
@@ -27,8 +27,8 @@ from scm_runtime.errors import InvalidArgumentError
 
 PIPELINES = ("SanaSprintPipeline", "SanaSprintImg2ImgPipeline")
 TRANSFORMER, SCHEDULER = "SanaTransformer2DModel", "SCMScheduler"
-DOWNSAMPLING = 32  #  pixels a latent, of SANA's autoencoder
-T_MAX = 1.5708  #     SANA-Sprint's, a little over pi/2: there cos t < 0, and u = sin t / (cos t + sin t) > 1
+DOWNSAMPLING = 32  #  pixels per latent of SANA's autoencoder
+T_MAX = 1.5708  #     SANA-Sprint's value, slightly above pi/2: there cos t < 0, and u = sin t / (cos t + sin t) > 1
 TIMES = {
     1: (T_MAX, 0.0),
     2: (T_MAX, 1.3, 0.0),
@@ -38,12 +38,12 @@ GUIDANCE_SCALE = 4.5  # SanaSprintPipeline's default
 
 
 class SanaSprint(nn.Module):
-    """diffusers' transformer under this project's names: ``(x, u, the conditioning)`` to the velocity, float32 ``[N, C, H, W]``."""
+    """diffusers' transformer with this project's input names: ``(x, u, **conditioning)`` to the velocity, float32 ``[N, C, H, W]``."""
 
     def __init__(self, transformer: nn.Module, guidance_unit: float) -> None:
-        """Wrap a transformer; ``guidance_unit`` is what its embedding takes for a guidance scale of one."""
+        """Wrap a transformer. ``guidance_unit`` is the input of its guidance embedding for a guidance scale of 1."""
         super().__init__()
-        self.transformer, self.guidance_unit = Precision(transformer, _islands), guidance_unit
+        self.transformer, self.guidance_unit = Precision(transformer, _keeps_fp32), guidance_unit
         own: Any = transformer
         for block in own.transformer_blocks:
             block.attn2.set_processor(_CrossAttention())
@@ -62,10 +62,10 @@ class SanaSprint(nn.Module):
 
 
 class _CrossAttention:
-    """Attention from pixels to text in diffusers' ``Attention`` module, with one mask ``[N, 1, tokens]`` for all heads.
+    """Processor for diffusers' ``Attention`` module: attention from pixels to text, with one mask ``[N, 1, tokens]`` for all heads.
 
-    diffusers' own repeats the mask for each head and views that as ``[batch, heads, -1, tokens]``: to the tracer the third size is then a quotient of two
-    batches, which need not be 1. ONNX Runtime's Attention (opset 23) takes a mask of the scores' own size only, so it is expanded over the pixels.
+    diffusers' processor repeats the mask for each head and views it as ``[batch, heads, -1, tokens]``. For the tracer, the third size is then a quotient of
+    two batch sizes, which it cannot prove to be 1. ONNX Runtime's Attention (opset 23) requires a mask of the full size, so it is expanded over the pixels.
     """
 
     def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, attention_mask: Tensor) -> Tensor:
@@ -80,12 +80,12 @@ class _CrossAttention:
 
 
 def _keep_sinusoids(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Let the embedding of u and guidance have its sinusoids in float32: what it is told is the dtype of the feature maps, and rounds them to that."""
+    """Keep the sinusoids of u and guidance in float32. diffusers rounds them to ``hidden_dtype``, the dtype of the feature maps."""
     return args, {**kwargs, "hidden_dtype": torch.float32}
 
 
-def _islands(name: str, module: nn.Module) -> bool:
-    """Time and guidance, and norms. Linear attention sums over all pixels, and diffusers' own code does that in float32."""
+def _keeps_fp32(name: str, module: nn.Module) -> bool:
+    """Return True for the time and guidance embedding and for norms. diffusers already computes the sums of linear attention in float32."""
     return name == "time_embed" or is_norm(name, module)
 
 
@@ -97,31 +97,29 @@ def recognises_sana_sprint(loaded: Loaded) -> bool:
 
 
 def build_sana_sprint(loaded: Loaded, options: BuildOptions) -> Model:
-    """A Model from a folder of SanaSprintPipeline, or of its transformer alone.
+    """Build the Model of a folder of SanaSprintPipeline, or of its transformer alone.
 
     Raises:
-        CheckpointError: the folder is another model's, lacks a part, or its weights do not fit its configuration.
-        InvalidArgumentError: the size asked for is not a whole number of latents.
+        CheckpointError: the folder holds another model, lacks a component, or its weights do not fit its configuration.
+        InvalidArgumentError: the requested size is not a whole number of latents.
     """
-    component = loaded.find(TRANSFORMER) if isinstance(loaded, DiffusersFolder) else None
-    if not isinstance(loaded, DiffusersFolder) or component is None:
-        raise CheckpointError(f"the family sana-sprint is read from a diffusers folder with a {TRANSFORMER}, got {loaded.describe()}")
-    if not loaded.config(component).get("guidance_embeds"):
-        raise CheckpointError(f"the {TRANSFORMER} of {loaded.describe()} must have guidance_embeds, as SANA-Sprint's do: without them it is SANA, for 20 steps")
-    scheduler = make_scheduler(loaded, SCHEDULER)
-    # Twice the modules but one set of weights: the second stays as diffusers made it.
-    transformer, original = make_network(loaded, component), make_network(loaded, component)
+    folder, component = find_component(loaded, "sana-sprint", TRANSFORMER)
+    if not folder.config(component).get("guidance_embeds"):
+        raise CheckpointError(f"the {TRANSFORMER} of {folder.describe()} must have guidance_embeds, as SANA-Sprint's do: without them it is SANA, for 20 steps")
+    scheduler = make_scheduler(folder, SCHEDULER)
+    # Two modules that share one set of weights: the second stays unmodified, for the reference sampler.
+    transformer, original = make_network(folder, component), make_network(folder, component)
     config: Any = transformer.config
     _check(config, scheduler.config)
     sigma_data = float(scheduler.config.sigma_data)
-    height, width = sample_size(config, options.size, downsampling(options, loaded, DOWNSAMPLING))
+    height, width = sample_size(config, options.size, downsampling(options, folder, DOWNSAMPLING))
     if height % config.patch_size or width % config.patch_size:
         raise InvalidArgumentError(f"the latents must be whole patches of {config.patch_size}x{config.patch_size}, got {height}x{width}. Try another --size.")
     for network in (transformer, original):
-        _place(network, height, width)
+        _set_positional_embedding(network, height, width)
     sample_shape = (config.in_channels, height, width)
-    images = image_networks(options, sample_shape, sigma_data, folder=loaded)  # before the large weights: the decoder may be missing
-    load_weights(transformer, read_weights(loaded, component))
+    images = image_networks(options, sample_shape, sigma_data, folder=folder)  # before the large weights: the decoder may be missing
+    load_weights(transformer, read_weights(folder, component))
     share_weights(original, transformer)
     return Model(
         family="sana-sprint",
@@ -143,7 +141,7 @@ def build_sana_sprint(loaded: Loaded, options: BuildOptions) -> Model:
 
 
 def _check(config: Any, scheduler: Any) -> None:
-    """Refuse what SanaSprintPipeline cannot run either. Raises CheckpointError."""
+    """Check for configurations that SanaSprintPipeline does not support. Raises CheckpointError."""
     if config.out_channels not in (None, config.in_channels):
         raise CheckpointError(f"the {TRANSFORMER} must have as many out_channels as in_channels, {config.in_channels}, got {config.out_channels}")
     if scheduler.prediction_type != "trigflow":
@@ -152,8 +150,8 @@ def _check(config: Any, scheduler: Any) -> None:
         raise CheckpointError(f"sigma_data of the {SCHEDULER} must be a number above 0, got {scheduler.sigma_data!r}")
 
 
-def _place(transformer: nn.Module, height: int, width: int) -> None:
-    """Compute the positional embedding of the networks that have one (SANA-Sprint's do without): no file holds it, and it depends on the size."""
+def _set_positional_embedding(transformer: nn.Module, height: int, width: int) -> None:
+    """Compute the positional embedding, which depends on the size and is not in the file. Published SANA-Sprint networks have none."""
     config: Any = transformer.config
     if config.interpolation_scale is None:
         return
@@ -172,11 +170,11 @@ def _place(transformer: nn.Module, height: int, width: int) -> None:
 
 
 # ----------------------------------------------------------------------------
-# The authors' sampler, for verification.
+# The authors' sampler, as the reference for verification.
 
 
 def scm_scheduler(transformer: nn.Module, scheduler: Any) -> Reference:
-    """diffusers' scheduler over diffusers' transformer, as in the loop of SanaSprintPipeline, which itself needs the text model's package."""
+    """Reference sampler: diffusers' scheduler and transformer, in the loop of SanaSprintPipeline. The pipeline itself needs the text encoder's package."""
     import diffusers
     from diffusers.schedulers import scheduling_scm
 
@@ -214,6 +212,6 @@ FAMILY = Family(
     recognises=recognises_sana_sprint,
     build=build_sana_sprint,
     dtype="bf16",
-    # Reported of SANA's published weights (diffusers, issue 10336): 5e5 to 1.3e6 behind attention, where diffusers clips in float16 and in no other dtype.
-    refuses={"fp16": "SANA's attention overflows it, with outputs of a million where float16 ends at 65504; use bf16 or fp32"},
+    # Reported for SANA's published weights (diffusers issue 10336): 5e5 to 1.3e6 after attention, which diffusers clips in float16 only.
+    refuses={"fp16": "SANA's attention overflows it: outputs reach a million, and the largest float16 number is 65504; use bf16 or fp32"},
 )

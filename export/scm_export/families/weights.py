@@ -1,4 +1,4 @@
-"""Put a checkpoint's tensors into a network made on the meta device."""
+"""Loads a checkpoint's tensors into a network on the meta device."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from scm_export.errors import CheckpointError
 
 
 def load_weights(network: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Give the network exactly these tensors, as float32, and leave the dictionary empty.
+    """Load exactly these tensors into the network as float32, and empty the dict.
 
-    A tensor that is float32 already becomes the network's own, which may change it in place; where it lies in a mapped file, the pages that change are
-    copied and the file stays as it is. Others are converted and given back one at a time.
+    A float32 tensor is used without a copy, and the network may then change it in place. If it is in a memory-mapped file, changed pages are
+    copied on write and the file stays unchanged. Other tensors are converted and freed one at a time.
 
     Raises:
-        CheckpointError: names or shapes differ; the message gives the first three keys of each kind.
+        CheckpointError: names or shapes differ, or a weight is not finite; the message lists the first three names of each kind.
     """
     own = network.state_dict()
     expected = {name: tuple(tensor.shape) for name, tensor in own.items()}
@@ -26,20 +26,20 @@ def load_weights(network: nn.Module, weights: dict[str, Tensor]) -> None:
     strip_prefixes(weights, expected)
     problems = []
     if missing := [name for name in expected if name not in weights]:
-        problems.append(_three("missing", missing))
+        problems.append(_first_three("missing", missing))
     if unexpected := [name for name in weights if name not in expected]:
-        problems.append(_three("not in the network", unexpected))
+        problems.append(_first_three("not in the network", unexpected))
     shapes = [
         f"{name} must have {list(shape)}, got {list(weights[name].shape)}"
         for name, shape in expected.items()
         if name in weights and tuple(weights[name].shape) != shape
     ]
     if shapes:
-        problems.append(_three("wrong shape", shapes))
+        problems.append(_first_three("wrong shape", shapes))
     if problems:
         raise CheckpointError("the weights do not match the config: " + "; ".join(problems))
     if strange := [f"{name} ({weights[name].dtype})" for name in expected if own[name].is_floating_point() and not weights[name].is_floating_point()]:
-        raise CheckpointError(_three("weights must be of a floating dtype, got", strange))
+        raise CheckpointError(_first_three("weights must be of a floating dtype, got", strange))
     owned, storages = {}, set[int]()
     for name in expected:
         tensor = weights.pop(name)
@@ -47,22 +47,22 @@ def load_weights(network: nn.Module, weights: dict[str, Tensor]) -> None:
         owned[name] = tensor if _is_plain(tensor, storages) else tensor.to("cpu", dtype, copy=True, memory_format=torch.contiguous_format)
         storages.add(tensor.untyped_storage().data_ptr())
     if broken := [name for name, tensor in owned.items() if not _is_finite(tensor)]:
-        raise CheckpointError(_three("weights must be finite, got NaN or infinity in", broken))
+        raise CheckpointError(_first_three("weights must be finite, got NaN or infinity in", broken))
     network.load_state_dict(owned, assign=True)
 
 
 def _is_plain(tensor: Tensor, storages: set[int]) -> bool:
-    """Whether a tensor can become a parameter as it is. Two that share memory cannot: each will be scaled in place."""
+    """Return True if a tensor can become a parameter without a copy. Tensors that share memory cannot, since each is scaled in place later."""
     storage = tensor.untyped_storage()
     whole = tensor.is_contiguous() and storage.nbytes() == tensor.nbytes
     return whole and tensor.dtype == torch.float32 and tensor.device.type == "cpu" and storage.data_ptr() not in storages
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Its extremes are NaN where any element is; they take no memory, as torch.isfinite of all elements does."""
+    """Return True if all elements are finite. The extremes are NaN if any element is, and unlike torch.isfinite they take no memory."""
     return not tensor.numel() or not tensor.is_floating_point() or all(math.isfinite(extreme) for extreme in tensor.aminmax())
 
 
-def _three(what: str, names: list[str]) -> str:
+def _first_three(what: str, names: list[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"{what}: {', '.join(names[:3])}{more}"

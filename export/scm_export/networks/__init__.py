@@ -1,1 +1,1 @@
-"""The networks this project defines, with the papers' names and equation numbers."""
+"""Networks defined by this project. Names and equation numbers are those of the papers."""

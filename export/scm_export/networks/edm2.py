@@ -1,7 +1,7 @@
 """The EDM2 U-Net (arXiv 2312.02696, figure 21 and config G) with sCM's changes (arXiv 2410.11081, section 4.1), channels last.
 
-It computes F(x / sigma_d, c_noise(t)) and nothing else: the parametrisation round it is ``scm_export.parametrisation``. Feature maps are
-``[N, H, W, C]`` inside; only the 3x3 convolutions see ``[N, C, H, W]``, as a view. Module names are those of the published checkpoints.
+It computes only F(x / sigma_d, c_noise(t)); the parametrisation is in ``scm_export.parametrisation``. Feature maps are ``[N, H, W, C]``;
+the 3x3 convolutions use ``[N, C, H, W]`` views. Module names are those of the published checkpoints.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["PRESETS", "PositionalEmbedding", "UNet", "UNetConfig"]
 
 
 class Block(nn.Module):
-    """What encoder and decoder blocks share. ``in_channels`` go into the skip branch, ``res_channels`` into the residual branch."""
+    """Base class of encoder and decoder blocks. The skip branch takes ``in_channels``, the residual branch ``res_channels``."""
 
     def __init__(
         self,
@@ -88,7 +88,7 @@ class DecoderBlock(Block):
         super().__init__(in_channels, in_channels, out_channels, emb_channels, config, resample=resample, attention=attention)
 
     def forward(self, x: Tensor, activated: Tensor, emb: Tensor) -> Tensor:
-        """``activated`` is ``mp_silu(x)``."""
+        """Apply the block. ``activated`` is ``mp_silu(x)``."""
         if self.resample:
             x, activated = upsample(x), upsample(activated)
         y = self.residual(activated, emb)
@@ -100,9 +100,9 @@ class DecoderBlock(Block):
 
 
 class UNet(nn.Module):
-    """F(x / sigma_d, c_noise, class, guidance scale, end time), channels last inside.
+    """F(x / sigma_d, c_noise, class, guidance scale, end time), with channels-last feature maps.
 
-    ``compute_dtype`` is the dtype of the feature maps; the embeddings' sines and cosines, the norms and the result are float32.
+    ``compute_dtype`` is the dtype of the feature maps. Sines and cosines of the embeddings, norms and the result are float32.
     """
 
     def __init__(self, config: UNetConfig) -> None:
@@ -156,13 +156,13 @@ class UNet(nn.Module):
         self.out_gain = nn.Parameter(torch.zeros(()))
 
     def normalize_weights_(self) -> None:
-        """Forced weight normalisation of every layer (equation 66); part of each training step."""
+        """Normalize the weights of every layer in place (equation 66); part of each training step."""
         for module in self.modules():
             if isinstance(module, MPConv):
                 module.normalize_()
 
     def fold(self) -> UNet:
-        """Turn weight normalisation and gains into constants, in place; for inference and export."""
+        """Fold weight normalisation and gains into the weights, in place, for inference and export. Returns the network."""
         gains = {id(self.out_conv): float(self.out_gain.detach())}
         for module in self.modules():
             if isinstance(module, Block) and self.config.modulation == "scale":
@@ -203,10 +203,10 @@ class UNet(nn.Module):
 
         Args:
             x: ``[N, img_channels, H, W]``, float32: the state divided by sigma_d.
-            c_noise: ``[N]``, float32: the noise level as the network was trained to read it (TrigFlow: t in radians).
-            class_labels: ``[N]``, int64 in [0, label_dim); -1 is not a class. None exactly when label_dim is 0.
-            guidance_scale: ``[N]``, float32; only with a guidance embedding.
-            t_end: ``[N]``, float32: end of the segment that c_noise lies in; only with a segment embedding.
+            c_noise: ``[N]``, float32: the noise level in the unit that the network was trained with (TrigFlow: t in radians).
+            class_labels: ``[N]``, int64 in [0, label_dim); -1 is not allowed. None if and only if label_dim is 0.
+            guidance_scale: ``[N]``, float32; only for networks with a guidance embedding.
+            t_end: ``[N]``, float32: end of the segment that contains c_noise; only for networks with a segment embedding.
 
         Returns:
             F, ``[N, img_channels, H, W]``, float32.
@@ -216,7 +216,7 @@ class UNet(nn.Module):
         if config.patch_size > 1:
             x = functional.pixel_unshuffle(x, config.patch_size)
         x = x.permute(0, 2, 3, 1).to(self.compute_dtype)
-        x = functional.pad(x, (0, 1), value=1.0)  # a channel of ones, in place of biases
+        x = functional.pad(x, (0, 1), value=1.0)  # a channel of ones replaces the biases
         skips = []
         for block in self.enc.values():
             x = block(x) if isinstance(block, MPConv) else block(x, emb)

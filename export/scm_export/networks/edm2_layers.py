@@ -1,4 +1,4 @@
-"""What EDM2's blocks are made of: embeddings of a number, layers with normalised weights, resampling. Feature maps are ``[N, H, W, C]``."""
+"""Layers of the EDM2 blocks: embeddings of a scalar, layers with normalised weights, resampling. Feature maps are ``[N, H, W, C]``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn import functional
 from scm_export.ops import conv3x3, matmul
 
 # ----------------------------------------------------------------------------
-# Embeddings of a number as cosines (and sines).
+# Embeddings of one scalar per sample as cosines (and sines).
 
 
 class PositionalEmbedding(nn.Module):
@@ -25,7 +25,7 @@ class PositionalEmbedding(nn.Module):
         self.register_buffer("freqs", scale * 10.0 ** (-4 * torch.arange(half) / (half - 1)))
 
     def forward(self, t: Tensor) -> Tensor:
-        angle = (t.float()[:, None] * self.freqs).double()  # float32 sines differ in the last bit with the place in the batch
+        angle = (t.float()[:, None] * self.freqs).double()  # the last bit of a float32 sine depends on the position in the batch
         return torch.cat([angle.cos(), angle.sin()], dim=-1).float() * math.sqrt(2)
 
 
@@ -50,7 +50,7 @@ class MPFourier(nn.Module):
 
 
 class MPConv(nn.Module):
-    """Stored as in EDM2's checkpoints. ``groups`` outputs that are stored interleaved (EDM2's q, k, v) are computed one group after the other."""
+    """The weight is stored as in EDM2's checkpoints. Outputs of ``groups`` interleaved groups (EDM2's q, k, v) are computed group by group."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel: tuple[int, ...] = (), groups: int = 1) -> None:
         super().__init__()
@@ -59,24 +59,24 @@ class MPConv(nn.Module):
         self.folded = False
 
     def normalized_weight(self) -> Tensor:
-        """The weight with every output's vector at magnitude sqrt(fan_in)."""
+        """Weight in which the vector of every output has magnitude sqrt(fan_in)."""
         w = self.weight.float()
         norm: Tensor = torch.linalg.vector_norm(w, dim=tuple(range(1, w.ndim)), keepdim=True)
         return w / (1e-4 + norm / math.sqrt(w[0].numel()))
 
     @torch.no_grad()
     def normalize_(self) -> None:
-        """Forced weight normalisation (equation 66): call it after every optimiser step."""
+        """Normalize the weight in place (equation 66). Call this after every optimizer step."""
         self.weight.copy_(self.normalized_weight())
 
     def applied_weight(self, gain: Tensor | float = 1.0) -> Tensor:
-        """The weight that inputs are multiplied with."""
+        """Weight by which inputs are multiplied."""
         w = self.normalized_weight() * (gain / math.sqrt(self.weight[0].numel()))
         return w.unflatten(0, (-1, self.groups)).transpose(0, 1).flatten(0, 1) if self.groups > 1 else w
 
     @torch.no_grad()
     def fold(self, gain: float = 1.0) -> None:
-        """Replace the weight by the one that is applied. The layer can no longer be trained."""
+        """Replace the weight by :meth:`applied_weight`. The layer can no longer be trained."""
         self.weight.copy_(self.applied_weight(gain))
         self.folded = True
 
@@ -88,7 +88,7 @@ class MPConv(nn.Module):
 
 
 def plain_linear(x: Tensor, layer: nn.Linear) -> Tensor:
-    """A layer without weight normalisation, in the dtype of its input whatever the one its weight is stored in."""
+    """Apply a linear layer without weight normalisation, in the dtype of its input."""
     return functional.linear(x, layer.weight.to(x.dtype))
 
 
@@ -97,11 +97,11 @@ def plain_linear(x: Tensor, layer: nn.Linear) -> Tensor:
 
 
 def downsample(x: Tensor) -> Tensor:
-    """Mean of each 2x2 square: ``[N, 2H, 2W, C]`` to ``[N, H, W, C]``."""
+    """Average each 2x2 block: ``[N, 2H, 2W, C]`` to ``[N, H, W, C]``."""
     return functional.avg_pool2d(x.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
 
 
 def upsample(x: Tensor) -> Tensor:
-    """Nearest neighbour: ``[N, H, W, C]`` to ``[N, 2H, 2W, C]``."""
+    """Upsample by nearest neighbour: ``[N, H, W, C]`` to ``[N, 2H, 2W, C]``."""
     n, h, w, c = x.shape
     return x[:, :, None, :, None, :].expand(n, h, 2, w, 2, c).reshape(n, 2 * h, 2 * w, c)

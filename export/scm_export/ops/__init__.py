@@ -1,12 +1,13 @@
-"""The operators of docs/custom-ops.md, one file each: the PyTorch reference, the operator's schema and its ONNX function body.
+"""The operators of docs/custom-ops.md, one per file: PyTorch reference, operator schema and ONNX function body.
 
-Networks and samplers call the functions, in training as in export; while a step is traced they become nodes of the domain ``scm``.
-Feature maps are channels last, ``[N, ..., C]``. EDM2 is arXiv 2312.02696, sCM is arXiv 2410.11081. Norms are taken in float32 whatever the
-input's dtype; functions that state no other dtype return their input's.
+Networks and samplers call the functions in training and in export. While a step is traced, each call becomes a node of the domain ``scm``.
+Feature maps are channels last, ``[N, ..., C]``. EDM2 is arXiv 2312.02696, sCM is arXiv 2410.11081. Norms are always computed in float32.
+Unless stated otherwise, a function returns the dtype of its input.
 """
 
 from scm_export.ops.consistency_step import CONSISTENCY_STEP, consistency_step
 from scm_export.ops.cosine_attention import COSINE_ATTENTION, cosine_attention
+from scm_export.ops.dense import CONV, CONV3X3, MATMUL, conv, conv3x3, matmul
 from scm_export.ops.modulate_silu import MODULATE_SILU, modulate_silu
 from scm_export.ops.mp_cat import MP_CAT, mp_cat, mp_cat_silu
 from scm_export.ops.mp_silu import MP_SILU, mp_silu
@@ -15,7 +16,6 @@ from scm_export.ops.norm_modulate_silu import NORM_MODULATE_SILU, norm_modulate_
 from scm_export.ops.operator import Operator, operators_as_nodes
 from scm_export.ops.philox_normal import PHILOX_NORMAL, philox_normal
 from scm_export.ops.pixel_norm import PIXEL_NORM, pixel_norm, pixel_norm_silu
-from scm_export.ops.products import CONV, CONV3X3, MATMUL, conv, conv3x3, matmul
 from scm_export.ops.to_image import TO_IMAGE, to_image
 
 OPERATORS: dict[str, Operator] = {

@@ -7,23 +7,23 @@ import math
 import torch
 from torch import Tensor
 
-from scm_export.ops.operator import Operator, as_nodes
+from scm_export.ops.operator import Operator, emits_nodes
 from scm_export.ops.pixel_norm import pixel_norm, pixel_norm_statements
 
 
 def cosine_attention(qkv: Tensor, heads: int, eps: float = 1e-4) -> Tensor:
-    """``softmax(q k^T / sqrt(d)) v``, q, k and v pixel-normalised per head of ``d = C / heads`` channels.
+    """``softmax(q k^T / sqrt(d)) v``, with q, k and v pixel-normalised per head of ``d = C / heads`` channels.
 
     Args:
-        qkv: ``[N, L, 3 C]``; the channels are laid out ``[3, heads, C / heads]``.
+        qkv: ``[N, L, 3 C]``; the channels have the layout ``[3, heads, C / heads]``.
         heads: number of heads; divides C.
-        eps: of the normalisation.
+        eps: epsilon of the normalisation.
 
     Returns:
         ``[N, L, C]``.
     """
     n, length, channels = qkv.shape
-    if as_nodes():
+    if emits_nodes():
         return COSINE_ATTENTION.node(qkv, shape=(n, length, channels // 3), heads=heads, eps=eps)[0]
     head_size = channels // (3 * heads)
     qkv = pixel_norm(qkv.reshape(n, length, 3, heads, head_size), eps)
@@ -38,7 +38,7 @@ COSINE_ATTENTION = Operator(
     attributes=("heads", "eps"),
     output="y",
     output_type="T",
-    # All sizes are computed. One -1 in a shape has no answer for an empty batch, and ONNX Runtime puts it where one size is not constant.
+    # All sizes are computed: a -1 in a shape is undefined for an empty batch, and ONNX Runtime inserts one where a single size is not constant.
     body=f"""
         three = Constant <value_ints = [3]> ()
         heads_scalar = Constant <value_int: int = @heads> ()

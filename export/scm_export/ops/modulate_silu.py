@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from scm_export.ops.mp_silu import mp_silu
-from scm_export.ops.operator import Operator, as_nodes, silu_statements
+from scm_export.ops.operator import Operator, emits_nodes, silu_statements
 
 
 def modulate_silu(y: Tensor, scale: Tensor) -> Tensor:
@@ -13,15 +13,15 @@ def modulate_silu(y: Tensor, scale: Tensor) -> Tensor:
 
     Args:
         y: ``[N, ..., C]``.
-        scale: ``[N, C]``, of the same dtype.
+        scale: ``[N, C]``, with the dtype of ``y``.
     """
-    if as_nodes():
+    if emits_nodes():
         return MODULATE_SILU.node(y, scale)[0]
     return mp_silu(y * per_pixel(scale, y))
 
 
 def per_pixel(scale: Tensor, y: Tensor) -> Tensor:
-    """``[N, C]`` as ``[N, 1, ..., 1, C]``, to be broadcast over y, ``[N, ..., C]``."""
+    """Reshape ``[N, C]`` to ``[N, 1, ..., 1, C]``, which broadcasts over y, ``[N, ..., C]``."""
     return scale[(slice(None), *[None] * (y.ndim - 2))]
 
 

@@ -8,37 +8,37 @@ import torch
 from torch import Tensor
 
 from scm_export.ops.mp_silu import mp_silu
-from scm_export.ops.operator import Operator, as_nodes, balance_statements
+from scm_export.ops.operator import Operator, balance_statements, emits_nodes
 
 
 def mp_cat(a: Tensor, b: Tensor, t: float = 0.5) -> Tensor:
-    """Concatenate so that ``a`` and ``b`` contribute in the ratio ``1-t : t`` whatever their widths.
+    """Concatenate along channels so that ``a`` and ``b`` contribute in the ratio ``1-t : t``, regardless of their numbers of channels.
 
     Args:
         a: ``[..., A]``.
-        b: ``[..., B]``, of the same dtype.
-        t: share of ``b`` in the magnitude of the result, in [0, 1].
+        b: ``[..., B]``, with the dtype of ``a``.
+        t: weight of ``b`` in the magnitude of the result, in [0, 1].
 
     Returns:
         ``[..., A + B]``: with ``s = sqrt((A + B) / ((1-t)^2 + t^2))``, ``[a s (1-t) / sqrt(A), b s t / sqrt(B)]``.
     """
-    if as_nodes():
-        return MP_CAT.node(a, b, shape=_joined(a, b), t=t)[0]
+    if emits_nodes():
+        return MP_CAT.node(a, b, shape=_joined_shape(a, b), t=t)[0]
     channels_a, channels_b = a.shape[-1], b.shape[-1]
     scale = math.sqrt((channels_a + channels_b) / ((1 - t) ** 2 + t**2))
     return torch.cat([a * (scale * (1 - t) / math.sqrt(channels_a)), b * (scale * t / math.sqrt(channels_b))], dim=-1)
 
 
 def mp_cat_silu(a: Tensor, b: Tensor, t: float = 0.5) -> tuple[Tensor, Tensor]:
-    """``y = mp_cat(a, b, t)`` and ``mp_silu(y)``."""
-    if as_nodes():
-        y, activated = MP_CAT.node(a, b, outputs=2, shape=_joined(a, b), t=t)
+    """Return ``y = mp_cat(a, b, t)`` and ``mp_silu(y)``."""
+    if emits_nodes():
+        y, activated = MP_CAT.node(a, b, outputs=2, shape=_joined_shape(a, b), t=t)
         return y, activated
     y = mp_cat(a, b, t)
     return y, mp_silu(y)
 
 
-def _joined(a: Tensor, b: Tensor) -> tuple[int, ...]:
+def _joined_shape(a: Tensor, b: Tensor) -> tuple[int, ...]:
     return (*a.shape[:-1], a.shape[-1] + b.shape[-1])
 
 
@@ -49,7 +49,7 @@ MP_CAT = Operator(
     output="y",
     output_type="T",
     activated=True,
-    # sqrt(A + B) / sqrt(A) = sqrt(1 + B / A) takes the fewest nodes: they run at every call, for the batch keeps shapes from being constants.
+    # sqrt(A + B) / sqrt(A) = sqrt(1 + B / A) needs the fewest nodes. They run at every call, since a dynamic batch keeps shapes from being constants.
     body=f"""
         {balance_statements("share_a", "share_b")}
         shape_a = Shape <start = -1> (a)

@@ -7,7 +7,7 @@ import math
 from torch import Tensor
 
 from scm_export.ops.mp_silu import mp_silu
-from scm_export.ops.operator import Operator, as_nodes, balance_statements
+from scm_export.ops.operator import Operator, balance_statements, emits_nodes
 
 
 def mp_sum(a: Tensor, b: Tensor, t: float, clip: float = math.inf) -> Tensor:
@@ -15,11 +15,11 @@ def mp_sum(a: Tensor, b: Tensor, t: float, clip: float = math.inf) -> Tensor:
 
     Args:
         a: any shape.
-        b: the same shape and dtype.
+        b: with the shape and dtype of ``a``.
         t: weight of ``b``, in [0, 1].
-        clip: bound on the magnitude of the result; infinity bounds nothing.
+        clip: bound on the magnitude of the result; infinity = no bound.
     """
-    if as_nodes():
+    if emits_nodes():
         return MP_SUM.node(a, b, t=t, clip=clip)[0]
     scale = 1 / math.hypot(1 - t, t)
     y = a * ((1 - t) * scale) + b * (t * scale)
@@ -27,8 +27,8 @@ def mp_sum(a: Tensor, b: Tensor, t: float, clip: float = math.inf) -> Tensor:
 
 
 def mp_sum_silu(a: Tensor, b: Tensor, t: float, clip: float = math.inf) -> tuple[Tensor, Tensor]:
-    """``y = mp_sum(a, b, t, clip)`` and ``mp_silu(y)``."""
-    if as_nodes():
+    """Return ``y = mp_sum(a, b, t, clip)`` and ``mp_silu(y)``."""
+    if emits_nodes():
         y, activated = MP_SUM.node(a, b, outputs=2, t=t, clip=clip)
         return y, activated
     y = mp_sum(a, b, t, clip)

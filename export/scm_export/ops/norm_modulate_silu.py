@@ -6,7 +6,7 @@ from torch import Tensor
 
 from scm_export.ops.modulate_silu import per_pixel
 from scm_export.ops.mp_silu import mp_silu
-from scm_export.ops.operator import Operator, as_nodes, silu_statements
+from scm_export.ops.operator import Operator, emits_nodes, silu_statements
 from scm_export.ops.pixel_norm import pixel_norm, pixel_norm_statements
 
 
@@ -15,10 +15,10 @@ def norm_modulate_silu(y: Tensor, modulation: Tensor, eps: float = 1e-4) -> Tens
 
     Args:
         y: ``[N, ..., C]``.
-        modulation: ``[N, 2 C]``, of the same dtype.
-        eps: of the normalisations.
+        modulation: ``[N, 2 C]``, with the dtype of ``y``.
+        eps: epsilon of the normalisations.
     """
-    if as_nodes():
+    if emits_nodes():
         return NORM_MODULATE_SILU.node(y, modulation, eps=eps)[0]
     scale, shift = (per_pixel(pixel_norm(half, eps), y) for half in modulation.chunk(2, dim=-1))
     return mp_silu(pixel_norm(y, eps) * scale + shift)

@@ -1,6 +1,6 @@
-"""What the operators of the domain ``scm`` have in common: how they appear in a trace, and how their ONNX function bodies are made.
+"""Common parts of the operators of the domain ``scm``: their nodes in a trace, and their ONNX function bodies.
 
-The contract of all of them is docs/custom-ops.md.
+The operators are specified in docs/custom-ops.md.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ from torch import Tensor
 
 from scm_runtime.bundle.manifest import OPS_DOMAIN, OPS_VERSION
 
-_as_nodes = ContextVar("as_nodes", default=False)
+_emits_nodes = ContextVar("emits_nodes", default=False)
 
 
 @contextmanager
 def operators_as_nodes() -> Iterator[None]:
-    """Within the block the functions of ``scm_export.ops`` become nodes of their operators; for torch.onnx.export, not for results."""
-    token = _as_nodes.set(True)
+    """Within the block, the functions of ``scm_export.ops`` emit nodes of their operators. For torch.onnx.export only: the nodes do not compute anything."""
+    token = _emits_nodes.set(True)
     try:
         yield
     finally:
-        _as_nodes.reset(token)
+        _emits_nodes.reset(token)
 
 
-def as_nodes() -> bool:
-    """Whether a function of ``scm_export.ops`` is to become a node."""
-    # torch.compile cannot read a ContextVar, and would break the graph at every operator.
-    return not torch.compiler.is_dynamo_compiling() and _as_nodes.get()
+def emits_nodes() -> bool:
+    """Return True if functions of ``scm_export.ops`` must emit nodes."""
+    # torch.compile cannot read a ContextVar and would break the graph at every operator.
+    return not torch.compiler.is_dynamo_compiling() and _emits_nodes.get()
 
 
 def silu_statements(x: str, y: str) -> str:
-    """``y = silu(x) / 0.596``, in ONNX's textual syntax: what MPSiLU and every second output are."""
+    """Statements for ``y = silu(x) / 0.596`` in ONNX's textual syntax, used for MPSiLU and for every second output."""
     return f"""
         {y}_sigmoid = Sigmoid ({x})
         {y}_silu = Mul ({x}, {y}_sigmoid)
@@ -47,7 +47,7 @@ def silu_statements(x: str, y: str) -> str:
 
 
 def balance_statements(a: str, b: str) -> str:
-    """``a = (1-t) / sqrt((1-t)^2 + t^2)`` and ``b = t / sqrt((1-t)^2 + t^2)``, from the attribute t; leaves ``one`` behind."""
+    """Statements for ``a = (1-t) / sqrt((1-t)^2 + t^2)`` and ``b = t / sqrt((1-t)^2 + t^2)``, from the attribute t. Also defines ``one``."""
     return f"""
         one = Constant <value_float = 1.0> ()
         t = Constant <value_float: float = @t> ()
@@ -65,26 +65,26 @@ def balance_statements(a: str, b: str) -> str:
 class Operator:
     """One operator: its schema and the statements of its ONNX function body.
 
-    The statements are ONNX's textual syntax; attributes are referred to as ``@name``. ``{inner_axes}`` stands for the axes between the first
-    and the last of the first input and ``{sample_axes}`` for all but the first: computed in the graph, they would cost ONNX Runtime the
-    shapes behind them and a copy of the feature map, so a body is made for one rank.
+    The statements are in ONNX's textual syntax, with attributes written as ``@name``. ``{inner_axes}`` stands for the axes of the first input
+    between the first and the last one, ``{sample_axes}`` for all axes but the first. A body is generated for one rank, because axes that the graph
+    computes would keep ONNX Runtime from inferring shapes and cost a copy of the feature map.
     """
 
     domain: str = OPS_DOMAIN
     name: str
     inputs: dict[str, str]
-    """Their types: T, which is one type in a node, or an ONNX type's name."""
+    """Types of the inputs by name: T, which is the same type for all inputs of a node, or the name of an ONNX type."""
     output: str
     output_type: str
     body: str
     attributes: tuple[str, ...] = ()
     activated: bool = False
-    """Whether there is an optional second output, ``mp_silu`` of the first."""
+    """True if the operator has an optional second output, ``mp_silu`` of the first."""
 
     def node(
         self, *inputs: Tensor, outputs: int = 1, shape: Sequence[int] | None = None, dtype: torch.dtype | None = None, **attributes: float
     ) -> Sequence[Tensor]:
-        """A node in the graph that is being traced; its outputs have the first input's dtype and shape unless others are given."""
+        """Emit a node in the traced graph. Unless given, shape and dtype of its outputs are those of the first input."""
         like = inputs[0]
         shapes = [like.shape if shape is None else shape] * outputs
         return torch.onnx.ops.symbolic_multi_out(
@@ -92,11 +92,11 @@ class Operator:
         )
 
     def output_names(self, outputs: int) -> list[str]:
-        """Names of the first one or two outputs."""
+        """Names of the first ``outputs`` outputs, 1 or 2."""
         return [self.output, "activated"][:outputs]
 
     def function(self, opset: int, rank: int, outputs: int = 1) -> FunctionProto:
-        """The function body for nodes of one rank and number of outputs."""
+        """Return the function body for an operator set, a rank of the first input and a number of outputs."""
         names = self.output_names(outputs)
         body = self.body + (silu_statements(names[0], "activated") if outputs == 2 else "")
         for placeholder, axes in (("{inner_axes}", range(1, rank - 1)), ("{sample_axes}", range(1, rank))):

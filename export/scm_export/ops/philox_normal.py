@@ -1,7 +1,7 @@
-"""``PhiloxNormal``: counter-based normal noise, by Philox4x32-10 (Salmon et al., SC 2011) and the Box-Muller transform, as cuRAND and torch.randn on CUDA.
+"""``PhiloxNormal``: counter-based normal noise by Philox4x32-10 (Salmon et al., SC 2011) and the Box-Muller transform, as in cuRAND and torch.randn on CUDA.
 
-Element e of draw d for a seed: counter (d, 0, e low, e high), key (seed low, seed high), 32 bits each; of the four words r the first two
-give u = r0 / 2^32 + 2^-33, v = 2 pi (r1 / 2^32 + 2^-33) and z = sqrt(-2 ln u) sin v. A number depends on (seed, draw, element) and nothing else.
+Element e of draw d for a seed has the counter (d, 0, e low, e high) and the key (seed low, seed high), 32 bits each. The first two of the four result words
+give u = r0 / 2^32 + 2^-33, v = 2 pi (r1 / 2^32 + 2^-33) and z = sqrt(-2 ln u) sin v. Each value depends only on (seed, draw, element).
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ LOW32 = 0xFFFFFFFF
 
 
 def philox_normal(seeds: Tensor, draw: int, shape: Sequence[int], scale: float = 1.0) -> Tensor:
-    """Normal noise of standard deviation ``scale``. Exported models have a graph of this operator alone: it is never traced.
+    """Generate normal noise with standard deviation ``scale``. This function is never traced: bundles have a separate graph with this operator.
 
     Args:
         seeds: int64 ``[N]``, any value.
         draw: index of the draw, in [0, 2^32).
-        shape: of one sample.
-        scale: what the standard normal numbers are multiplied with.
+        shape: shape of one sample.
+        scale: standard deviation of the noise.
 
     Returns:
         float32 ``[N, *shape]``.
@@ -38,15 +38,15 @@ def philox_normal(seeds: Tensor, draw: int, shape: Sequence[int], scale: float =
     r0, r1, _, _ = philox((zero + draw, zero, element & LOW32, element >> 32), key0, key1)
     u = r0.float() * 2.0**-32 + 2.0**-33
     v = r1.float() * (2 * math.pi * 2.0**-32) + 2 * math.pi * 2.0**-33
-    u, v = u.double(), v.double()  # so that the last bit does not depend on an element's place in the batch
+    u, v = u.double(), v.double()  # so that the last bit does not depend on the position in the batch
     return ((-2 * u.log()).sqrt() * v.sin()).float().reshape(len(seeds), *shape) * scale
 
 
 def philox(counter: tuple[Tensor, ...], key0: Tensor, key1: Tensor) -> tuple[Tensor, ...]:
-    """Philox4x32-10: four 32-bit words of counter and two of key, each in an int64 tensor, to four random words."""
+    """Philox4x32-10: convert a counter of four 32-bit words and a key of two, all in int64 tensors, to four random words."""
     c0, c1, c2, c3 = counter
     for i in range(ROUNDS):
-        # The 64-bit product wraps to the bits wanted; an arithmetic shift needs its sign bits masked off.
+        # The wrapped 64-bit product has the required bits; the sign bits of the arithmetic shift are masked off.
         product0, product1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
         c0 = (product1 >> 32 & LOW32) ^ c1 ^ (key0 + i * WEYL[0] & LOW32)
         c2 = (product0 >> 32 & LOW32) ^ c3 ^ (key1 + i * WEYL[1] & LOW32)
@@ -55,7 +55,7 @@ def philox(counter: tuple[Tensor, ...], key0: Tensor, key1: Tensor) -> tuple[Ten
 
 
 def _high(word: str, result: str) -> str:
-    """Bits 32 to 63: shifts need unsigned numbers, what follows signed ones."""
+    """Statements for bits 32 to 63 of a word. ONNX shifts need unsigned integers; the other operators need signed ones."""
     return f"""
         {result}_unsigned = Cast <to = 13> ({word})
         {result}_shifted = BitShift <direction = "RIGHT"> ({result}_unsigned, thirty_two)
@@ -64,7 +64,7 @@ def _high(word: str, result: str) -> str:
 
 
 def _round(i: int) -> str:
-    """Round i of :func:`philox`, from the words ``r<i>_<word>`` to ``r<i+1>_<word>``; the 64-bit product wraps to the bits wanted."""
+    """Statements for round i of :func:`philox`, from the words ``r<i>_<word>`` to ``r<i+1>_<word>``."""
     old, new = f"r{i}", f"r{i + 1}"
     return f"""
         {new}_weyl0 = Constant <value_int = {i * WEYL[0] & LOW32}> ()
@@ -87,7 +87,7 @@ def _round(i: int) -> str:
 
 
 def _uniform(word: str, result: str, unit: float) -> str:
-    """A word as a number in (0, unit), computed in float32, in float64."""
+    """Statements that convert a word to a float64 value in (0, unit), computed in float32."""
     return f"""
         {result}_word = Cast <to = 1> ({word})
         {result}_unit = Constant <value_float = {unit * 2.0**-32!r}> ()
@@ -104,7 +104,7 @@ PHILOX_NORMAL = Operator(
     attributes=("shape",),
     output="noise",
     output_type="float",
-    # The function above; words travel in int64.
+    # The same algorithm as philox_normal(); words are int64.
     body=f"""
         low32 = Constant <value_int = {LOW32}> ()
         thirty_two_signed = Constant <value_int = 32> ()

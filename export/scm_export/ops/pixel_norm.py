@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from scm_export.ops.mp_silu import mp_silu
-from scm_export.ops.operator import Operator, as_nodes
+from scm_export.ops.operator import Operator, emits_nodes
 
 
 def pixel_norm(x: Tensor, eps: float = 1e-4) -> Tensor:
@@ -16,17 +16,17 @@ def pixel_norm(x: Tensor, eps: float = 1e-4) -> Tensor:
 
     Args:
         x: ``[..., C]``, any floating dtype.
-        eps: added to the norm, which is taken in float32.
+        eps: added to the norm, which is computed in float32.
     """
-    if as_nodes():
+    if emits_nodes():
         return PIXEL_NORM.node(x, eps=eps)[0]
     norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     return x / (eps + norm * (1 / math.sqrt(x.shape[-1]))).to(x.dtype)
 
 
 def pixel_norm_silu(x: Tensor, eps: float = 1e-4) -> tuple[Tensor, Tensor]:
-    """``y = pixel_norm(x)`` and ``mp_silu(y)``."""
-    if as_nodes():
+    """Return ``y = pixel_norm(x)`` and ``mp_silu(y)``."""
+    if emits_nodes():
         y, activated = PIXEL_NORM.node(x, outputs=2, eps=eps)
         return y, activated
     y = pixel_norm(x, eps)
@@ -34,8 +34,8 @@ def pixel_norm_silu(x: Tensor, eps: float = 1e-4) -> tuple[Tensor, Tensor]:
 
 
 def pixel_norm_statements(x: str, y: str) -> str:
-    """``y = pixel_norm(x)`` in ONNX's textual syntax, with the attribute eps."""
-    # No ReduceL2: the number of channels would have to be computed in the graph. No Mul (x, x): ONNX Runtime lays the two x out differently.
+    """Statements for ``y = pixel_norm(x)`` in ONNX's textual syntax, with the attribute eps."""
+    # Not ReduceL2: the graph would have to compute the number of channels. Not Mul (x, x): ONNX Runtime uses different layouts for the two x.
     return f"""
         {y}_axis = Constant <value_ints = [-1]> ()
         {y}_wide = Cast <to = 1> ({x})

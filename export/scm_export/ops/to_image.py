@@ -1,15 +1,15 @@
-"""``ToImage``: from a decoded float image to pixels."""
+"""``ToImage``: converts decoded float images to uint8."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from scm_export.ops.operator import Operator, as_nodes
+from scm_export.ops.operator import Operator, emits_nodes
 
 
 def to_image(x: Tensor, scale: float, offset: float) -> Tensor:
-    """``round(clamp(x * scale + offset, 0, 255))`` as uint8, channels last; rounds to nearest even, NaN gives 0.
+    """``round(clamp(x * scale + offset, 0, 255))`` as uint8, channels last. Rounds half to even; NaN gives 0.
 
     Args:
         x: ``[N, C, H, W]``, any floating dtype.
@@ -19,7 +19,7 @@ def to_image(x: Tensor, scale: float, offset: float) -> Tensor:
     Returns:
         uint8 ``[N, H, W, C]``.
     """
-    if as_nodes():
+    if emits_nodes():
         n, channels, height, width = x.shape
         return TO_IMAGE.node(x, shape=(n, height, width, channels), dtype=torch.uint8, scale=scale, offset=offset)[0]
     level = (x.float() * scale + offset).nan_to_num(nan=0.0).clamp(0, 255)

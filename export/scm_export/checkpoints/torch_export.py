@@ -1,7 +1,8 @@
-"""Reads what ``torch.export.save`` wrote without loading it as torch does, which would run what the file says.
+"""Reads ``.pt2`` files that ``torch.export.save`` wrote, without ``torch.export.load``, which runs code from the file.
 
-``torch.export.load`` evaluates the file's size expressions with sympy's ``sympify``, looks operators up as attributes from ``torch`` on (``torch.os.system`` is
-one), makes Python source of the file's names, and unpickles. Here the JSON is read as data: operators by a table, tensors by their bytes.
+``torch.export.load`` evaluates size expressions from the file with sympy's ``sympify``, resolves operators as attributes of ``torch`` (``torch.os.system``
+is one), generates Python source from names in the file, and unpickles. Here the JSON is read as data: operators come from an allowlist and tensors
+from their bytes.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ import torch
 from torch import Tensor
 
 from scm_export.checkpoints.archive import check_contents
-from scm_export.checkpoints.operator_graph import Call, Operations, OperatorGraph, Outputs, Ref, Weight, checked_name, from_exported_program, is_assertion
+from scm_export.checkpoints.message_text import first_line
+from scm_export.checkpoints.operator_graph import Call, OperatorGraph, Outputs, ParsedProgram, Ref, Weight, checked_name, from_exported_program, is_assertion
 from scm_export.checkpoints.operators import ATEN, SUBSTITUTES, WITHOUT_IN_PLACE, ForbiddenOperatorError, Kind, check_arguments, find_operator, kind_of
-from scm_export.checkpoints.torch_file import TRUST, current_folder_importable, first_line
+from scm_export.checkpoints.torch_file import TRUST_HINT, current_folder_importable
 from scm_export.errors import CheckpointError
 
 SCHEMA_MAJOR = 8  # of torch 2.9 to 2.13
@@ -40,16 +42,17 @@ LAYOUTS = {7: torch.strided}
 MEMORY_FORMATS = {1: torch.contiguous_format, 2: torch.channels_last, 3: torch.channels_last_3d, 4: torch.preserve_format}
 
 
-def read_exported(source: Path, *, trust: bool = False) -> OperatorGraph:
-    """The network in a ``.pt2`` file. Without ``trust`` nothing of it is run.
+def read_torch_export(source: Path, *, trust: bool = False) -> OperatorGraph:
+    """Read the network in a ``.pt2`` file. Without ``trust``, no code from it is run.
 
     Raises:
-        CheckpointError: damaged, of another version, with operators or objects that only trusted loading can open, or for one batch size alone.
+        CheckpointError: the file is damaged or of another version, has operators or objects that only trusted loading can open, or was exported
+            with a fixed batch size.
     """
     check_contents(source)
     try:
-        operations = _load(source) if trust else _read(source)
-        network = OperatorGraph(operations)
+        program = _load(source) if trust else _read(source)
+        network = OperatorGraph(program)
     except CheckpointError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, msgspec.DecodeError, zipfile.BadZipFile) as error:
@@ -60,14 +63,14 @@ def read_exported(source: Path, *, trust: bool = False) -> OperatorGraph:
     if static := [name for name, shape in network.shapes.items() if not shape or shape[0] is not None]:
         shapes = ", ".join(f"{name!r}: {{0: batch}}" for name in network.inputs)
         raise CheckpointError(
-            f"'{source}' was exported for one batch size ({static[0]} has the shape {list(network.shapes[static[0]])}). Export it with a free one: "
+            f"'{source}' was exported for one batch size ({static[0]} has the shape {list(network.shapes[static[0]])}). Export it with a dynamic one: "
             f"batch = torch.export.Dim('batch'); torch.export.export(network, args, kwargs, dynamic_shapes={{{shapes}}})"
         )
     return network
 
 
-def _load(source: Path) -> Operations:
-    """As torch does, running what the file says."""
+def _load(source: Path) -> ParsedProgram:
+    """Load the program with torch itself, which may run code from the file."""
     try:
         with current_folder_importable(), source.open("rb") as file:
             return from_exported_program(torch.export.load(file))
@@ -75,7 +78,7 @@ def _load(source: Path) -> Operations:
         raise CheckpointError(f"'{source}' cannot be loaded by torch.export.load: {type(error).__name__}: {first_line(error)}") from error
 
 
-def _read(source: Path) -> Operations:
+def _read(source: Path) -> ParsedProgram:
     with zipfile.ZipFile(source) as archive:
         names = {name.partition("/")[2]: name for name in archive.namelist()}
         models = [name for name in names if name.startswith("models/") and name.endswith(".json")]
@@ -86,7 +89,9 @@ def _read(source: Path) -> Operations:
             raise CheckpointError(f"'{source}' was saved on a big-endian machine. Save it again on another.")
         raw = msgspec.json.decode(archive.read(names[models[0]]))
         if (version := raw["schema_version"]["major"]) != SCHEMA_MAJOR:
-            raise CheckpointError(f"'{source}' has version {version!r} of the format of torch.export, this scm-export reads version {SCHEMA_MAJOR}. {TRUST}")
+            raise CheckpointError(
+                f"'{source}' has version {version!r} of the format of torch.export, this scm-export reads version {SCHEMA_MAJOR}. {TRUST_HINT}"
+            )
         stem = models[0].removeprefix("models/").removesuffix(".json")
         tensors: dict[str, Tensor] = {}
         for kind in ("constants", "weights"):
@@ -97,7 +102,7 @@ def _read(source: Path) -> Operations:
 
 
 def _tensors(source: Path, archive: zipfile.ZipFile, config: Mapping[str, Any], folder: str) -> dict[str, Tensor]:
-    storages: dict[str, bytearray] = {}  # tied weights share one
+    storages: dict[str, bytearray] = {}  # tied weights share a storage
     found = {}
     for name, payload in config.items():
         checked_name(name)
@@ -119,44 +124,44 @@ def _tensors(source: Path, archive: zipfile.ZipFile, config: Mapping[str, Any], 
 
 
 class _Reader:
-    """From the JSON of a graph to a program."""
+    """Converts the JSON of a graph to a :class:`ParsedProgram`."""
 
     def __init__(self, source: Path, raw: Mapping[str, Any], stored: Mapping[str, Tensor]) -> None:
-        self.source, self.raw, self.stored, self.operations = source, raw, stored, Operations()
+        self.source, self.raw, self.stored, self.program = source, raw, stored, ParsedProgram()
         self.kinds: dict[int, Kind] = {}
 
-    def read(self) -> Operations:
-        graph, operations = self.raw["graph"], self.operations
+    def read(self) -> ParsedProgram:
+        graph, program = self.raw["graph"], self.program
         for spec in self.raw["signature"]["input_specs"]:
             self.input(*_only(spec))
-        fixed = set(self.kinds)
+        read_only = set(self.kinds)
         for node in graph["nodes"]:
             if not is_assertion(node["target"].removeprefix(ATEN)):
-                self.call(node, fixed)
+                self.call(node, read_only)
         outputs = [spec["user_output"]["arg"] for spec in self.raw["signature"]["output_specs"] if "user_output" in spec]
-        operations.output = operations.numbers[outputs[0]["as_tensor"]["name"]]
-        return operations
+        program.output = program.value_ids[outputs[0]["as_tensor"]["name"]]
+        return program
 
     def input(self, kind: str, spec: Mapping[str, Any]) -> None:
-        operations = self.operations
+        program = self.program
         match kind:
             case "user_input":
                 if "as_tensor" not in spec["arg"]:
                     raise CheckpointError(f"'{self.source}': the program's inputs must be tensors, got one {_only(spec['arg'])[0].removeprefix('as_')!r:.100}")
                 name = spec["arg"]["as_tensor"]["name"]
                 sizes = self.raw["graph"]["tensor_values"][name]["sizes"]
-                self.kinds[operations.define_input(name, tuple(size.get("as_int") for size in sizes))] = "tensor"
+                self.kinds[program.define_input(name, tuple(size.get("as_int") for size in sizes))] = "tensor"
             case "parameter" | "buffer" | "tensor_constant":
                 target = checked_name(spec[f"{kind}_name"])
-                number = operations.define(spec["arg"]["name"])
-                operations.weights[number], self.kinds[number] = Weight(target, self.stored[target], kind == "parameter"), "tensor"
+                value_id = program.define(spec["arg"]["name"])
+                program.weights[value_id], self.kinds[value_id] = Weight(target, self.stored[target], kind == "parameter"), "tensor"
             case "constant_input":
-                number, value = operations.define(spec["name"]), self.argument(spec["value"])
-                operations.constants[number], self.kinds[number] = value, kind_of(value, {})
+                value_id, value = program.define(spec["name"]), self.argument(spec["value"])
+                program.constants[value_id], self.kinds[value_id] = value, kind_of(value, {})
             case _:
                 raise _refused(self.source, f"an input of the kind {kind[:200]!r}")
 
-    def call(self, node: Mapping[str, Any], fixed: set[int]) -> None:
+    def call(self, node: Mapping[str, Any], read_only: set[int]) -> None:
         target = node["target"]
         try:
             operator = find_operator(target)
@@ -170,22 +175,22 @@ class _Reader:
             raise CheckpointError(f"'{self.source}' was exported in training mode ({target}). Call .eval() on the network and export it again.")
         kwargs = {checked_name(name): value for name, value, kind in given if kind == 2}
         try:
-            returned = check_arguments(operator, args, kwargs, self.kinds, fixed)
+            returned = check_arguments(operator, args, kwargs, self.kinds, read_only)
         except ValueError as error:
-            raise CheckpointError(f"'{self.source}' is damaged, or not as torch.export.save writes it: {error}. Export the network again.") from error
+            raise CheckpointError(f"'{self.source}' is damaged, or was not written by torch.export.save: {error}. Export the network again.") from error
         outputs = [self.define(item, kind) for item, kind in zip(node["outputs"], returned, strict=True)]
-        self.operations.calls.append(Call(SUBSTITUTES.get(operator, operator), args, kwargs, outputs[0] if len(outputs) == 1 else tuple(outputs)))
+        self.program.calls.append(Call(SUBSTITUTES.get(operator, operator), args, kwargs, outputs[0] if len(outputs) == 1 else tuple(outputs)))
 
     def define(self, raw: Mapping[str, Any], kind: Kind) -> Outputs:
-        """Number what an operator returns."""
+        """Assign ids to the values that an operator returns."""
         named, value = _only(raw)
         match named:
             case "as_none":
                 return None
             case "as_tensor" | "as_optional_tensor" | "as_sym_int" | "as_sym_float" | "as_sym_bool":
-                number = self.operations.define(value.get("name") or value["as_name"])
-                self.kinds[number] = kind
-                return number
+                value_id = self.program.define(value.get("name") or value["as_name"])
+                self.kinds[value_id] = kind
+                return value_id
             case "as_tensors":
                 if kind != "tensors":
                     raise ValueError("an operator returns a list of tensors where it should return one")
@@ -206,7 +211,7 @@ class _Reader:
             case "as_int" | "as_bool" | "as_string" | "as_ints" | "as_bools" | "as_strings" | "as_int_lists":
                 return value
             case "as_float":
-                return float(value)  # infinity is a string
+                return float(value)  # the file has infinity as a string
             case "as_floats":
                 return [float(one) for one in value]
             case "as_sym_int" | "as_sym_float" | "as_sym_bool" | "as_optional_tensor":
@@ -220,19 +225,19 @@ class _Reader:
             case "as_layout":
                 return LAYOUTS[value]
             case "as_device":
-                return torch.device("cpu")  # whatever it was exported on
+                return torch.device("cpu")  # regardless of the device it was exported on
         raise _refused(self.source, f"an argument of the kind {kind.removeprefix('as_')[:200]!r}")
 
     def ref(self, name: str) -> Ref:
-        """A value that is there already."""
-        return Ref(self.operations.numbers[name])
+        """Reference to a value that is already defined."""
+        return Ref(self.program.value_ids[name])
 
 
 def _only(raw: Mapping[str, Any]) -> tuple[str, Any]:
-    """Key and value of a tagged union."""
+    """Return the only key and value of a tagged union in the JSON."""
     ((kind, value),) = raw.items()
     return kind, value
 
 
 def _refused(source: Path, what: str, why: str = "which could run code") -> CheckpointError:
-    return CheckpointError(f"'{source}' holds {what}, {why}, and was not loaded. {TRUST}")
+    return CheckpointError(f"'{source}' holds {what}, {why}, and was not loaded. {TRUST_HINT}")

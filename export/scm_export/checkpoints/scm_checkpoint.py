@@ -1,7 +1,7 @@
-"""This project's own checkpoint: one file with everything a sampler needs. Documented in docs/checkpoint-format.md.
+"""The scm-checkpoint format: one file with everything a sampler needs. Documented in docs/checkpoint-format.md.
 
-``.pt`` is a ``torch.save`` of plain containers and tensors, read with ``weights_only``; ``.safetensors`` holds the same, the header as JSON
-in its metadata under the key "scm".
+A ``.pt`` file is a ``torch.save`` of plain containers and tensors, read with ``weights_only``. A ``.safetensors`` file has the same contents,
+with the header as JSON in the metadata under the key "scm".
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from scm_export.checkpoints.header import ConditioningSpec, SamplerSpec, convert, validate
-from scm_export.checkpoints.torch_file import first_line, read_torch_file
+from scm_export.checkpoints.message_text import first_line
+from scm_export.checkpoints.torch_file import read_torch_file
 from scm_export.errors import CheckpointError, CheckpointNotFoundError
 from scm_runtime.bundle import hub
 from scm_runtime.common.files import whole_file
@@ -29,7 +30,7 @@ FORMAT, VERSION = "scm-checkpoint", 1
 
 
 class Checkpoint(Struct, kw_only=True, forbid_unknown_fields=True):
-    """A checkpoint's contents. ``weights`` are the ones to sample with: the moving average, where training kept one."""
+    """Contents of a scm-checkpoint. ``weights`` are the ones to sample with: the moving average if training kept one."""
 
     format: str = FORMAT
     version: int = VERSION
@@ -39,25 +40,25 @@ class Checkpoint(Struct, kw_only=True, forbid_unknown_fields=True):
     label_names: tuple[str, ...] | None = None
     licence: str | None = None
     conditioning: tuple[ConditioningSpec, ...] = ()
-    """Of a network of the user's own; the other families know theirs."""
+    """Inputs of a user-defined network (family "module"); the other families define theirs."""
     weights: dict[str, Any]
 
     def describe(self) -> str:
-        """A few words for messages."""
+        """Short description for error messages."""
         return f"the checkpoint of the family {self.family!r}"
 
 
 def save_checkpoint(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> None:
-    """Write a checkpoint whole or not at all; the ending, ``.pt`` or ``.safetensors``, chooses the format.
+    """Write a checkpoint atomically. The file extension, ``.pt`` or ``.safetensors``, selects the format.
 
     Raises:
-        CheckpointError: another ending.
+        CheckpointError: the path has another extension.
         OutputError: the file cannot be written.
     """
     target = Path(path)
     if target.suffix not in (".pt", ".safetensors"):
         raise CheckpointError(f"'{target}' must end in .pt or .safetensors")
-    left_out = ("weights",) if checkpoint.conditioning else ("weights", "conditioning")  # unknown to version 1's first readers
+    left_out = ("weights",) if checkpoint.conditioning else ("weights", "conditioning")  # early readers of version 1 do not know "conditioning"
     header = {name: msgspec.to_builtins(getattr(checkpoint, name)) for name in checkpoint.__struct_fields__ if name not in left_out}
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.weights.items()}
     try:
@@ -71,22 +72,22 @@ def save_checkpoint(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> Non
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Read a checkpoint. No code from the file is run.
+    """Read a scm-checkpoint. No code from the file is run.
 
     Raises:
-        CheckpointNotFoundError: no such file.
-        CheckpointError: no such format, damaged, or more than tensors and plain values in it.
+        CheckpointNotFoundError: there is no such file.
+        CheckpointError: the file has another format, is damaged, or holds more than tensors and plain values.
     """
     source = Path(path)
     return checkpoint_from(read_safetensors(source) if is_safetensors(source, read_start(source)) else read_torch_file(source), source)
 
 
 def read_start(source: Path) -> bytes:
-    """The first bytes of a checkpoint's file, by which formats are told apart.
+    """Read the first 16 bytes of a checkpoint file, which identify its format.
 
     Raises:
-        CheckpointNotFoundError: no such file.
-        CheckpointError: it cannot be read, or is empty.
+        CheckpointNotFoundError: there is no such file.
+        CheckpointError: the file cannot be read, or is empty.
     """
     try:
         with source.open("rb") as file:
@@ -104,15 +105,15 @@ def read_start(source: Path) -> bytes:
 
 
 def is_safetensors(source: Path, start: bytes) -> bool:
-    """Whether a file is one of safetensors, by its ending or its first bytes."""
+    """Return True if a file is in the safetensors format, by its extension or its first bytes."""
     return source.suffix == ".safetensors" or start[8:9] == b"{"
 
 
 def checkpoint_from(raw: object, source: Path) -> Checkpoint:
-    """Check what a file holds.
+    """Validate the contents of a file as a scm-checkpoint.
 
     Raises:
-        CheckpointError: it is no scm-checkpoint, or its contents do not fit together.
+        CheckpointError: it is not a scm-checkpoint, or its contents are inconsistent.
     """
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         raise CheckpointError(
@@ -135,15 +136,15 @@ def checkpoint_from(raw: object, source: Path) -> Checkpoint:
 
 
 def read_safetensors(source: Path) -> Mapping[str, object]:
-    """The header and, under "weights", the tensors of a .safetensors file; no header where it is not one of ours.
+    """Read a .safetensors file: its tensors under the key "weights" and, if it is a scm-checkpoint, the fields of its header.
 
     Raises:
-        CheckpointError: damaged.
+        CheckpointError: the file is damaged.
     """
     try:
         with safe_open(source, framework="pt") as file:
             metadata = file.metadata() or {}
             header = msgspec.json.decode(metadata["scm"]) if "scm" in metadata else {}
-            return {**header, "weights": {name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118 - safe_open is no mapping
+            return {**header, "weights": {name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118 - safe_open is not a mapping
     except (SafetensorError, OSError, msgspec.DecodeError, TypeError, RecursionError) as error:
         raise CheckpointError(f"'{source}' is not a readable .safetensors file: {first_line(error)}. Copy or save it again.") from error

@@ -1,0 +1,17 @@
+"""Text from files and exceptions, made safe and short for messages."""
+
+from __future__ import annotations
+
+MAX_SHOWN = 200  # characters
+
+
+def printable(text: object) -> str:
+    """Shorten a name or key from a file and escape characters that a terminal would interpret or cannot print."""
+    named = str(text) if isinstance(text, str | int | float) else f"a {type(text).__name__}"
+    shown = named if named.isprintable() else named.encode("unicode_escape").decode()
+    return shown if len(shown) <= MAX_SHOWN else f"{shown[:MAX_SHOWN]}…"
+
+
+def first_line(error: BaseException) -> str:
+    """First line of an exception's message, or its class name if the message is empty."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
