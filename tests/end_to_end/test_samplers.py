@@ -251,7 +251,7 @@ def test_a_guided_bundle_is_the_two_networks(tiny_guided: tuple[Path, Path, Path
 @pytest.mark.parametrize(
     ("checkpoint", "guide", "said"),
     [
-        ({}, {"diffusion": True}, "a guide leads a diffusion model"),
+        ({}, {"diffusion": True}, "a guide is for a diffusion model"),
         ({"diffusion": True}, {"diffusion": True, "img_resolution": 16}, "the img_resolution of the guided model, 8, got 16"),
         ({"diffusion": True}, {"diffusion": True, "label_dim": 3}, "the label_dim of the guided model, 4, got 3"),
     ],

@@ -164,7 +164,7 @@ def test_the_family_is_found_and_images_can_be_encoded(labelled: Path, tmp_path:
     assert model.encoder is not None
     image = torch.arange(3 * 12 * 20).reshape(1, *SIZE, 3).to(torch.uint8)
     assert torch.equal(model.decode(model.encoder.network(image)), image)
-    with pytest.raises(CheckpointError, match="--decoder is for models of latents"):
+    with pytest.raises(CheckpointError, match="--decoder is for latent models"):
         build_model(load(labelled), BuildOptions(decoder=tmp_path))
 
 
