@@ -112,7 +112,7 @@ class FirstOutput(nn.Module):
         self.network = network
 
     def forward(self, x: Tensor, level: Tensor, **conditioning: Tensor) -> Tensor:
-        # The network is traced without torch.compile, which could not compile MatchDtypes.
+        # The network is traced without torch.compile, which could not compile PromoteDtypes.
         with torch.compiler.set_stance("force_eager"):
             output: Any = self.network(x, level, **conditioning)
         while not isinstance(output, Tensor):

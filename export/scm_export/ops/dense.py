@@ -39,7 +39,7 @@ def matmul(x: Tensor, w: Tensor) -> Tensor:
 def conv(x: Tensor, w: Tensor, b: Tensor, pads: Sequence[int]) -> Tensor:
     """Convolution that keeps the size of the feature map.
 
-    This is the reference of the operator ``Conv``. No network calls it: :mod:`scm_export.products` replaces convolutions of traced networks.
+    This is the reference of the operator ``Conv``. No network calls it: :mod:`scm_export.graphs.dense_layers` replaces convolutions of traced networks.
 
     Args:
         x: ``[N, I, H, W]``, any floating dtype.
