@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import msgspec
 from torch import nn
@@ -61,8 +61,19 @@ class OpenedCheckpoint(NamedTuple):
     """Dotted key of the set of weights in the file; None if the file has only one and no key for it."""
 
 
-def load(path: str | os.PathLike[str], **options: Any) -> Loaded:
-    """Read a checkpoint of any format; see :func:`open_checkpoint` for the options and errors."""
+class ReadOptions(TypedDict, total=False):
+    """The options of :func:`open_checkpoint`, which describes them."""
+
+    trust: bool
+    config: str | os.PathLike[str] | None
+    factory: str | None
+    weights: str | None
+    parametrisation: ParametrisationName | None
+    progress: Callable[[str], None]
+
+
+def load(path: str | os.PathLike[str], **options: Unpack[ReadOptions]) -> Loaded:
+    """Read a checkpoint of any format. The options and errors are those of :func:`open_checkpoint`."""
     return open_checkpoint(path, **options).checkpoint
 
 
