@@ -38,7 +38,7 @@ demo: $(LIGHT) ## draw twenty digits with the embedded model; installs no torch
 	@echo "The digits are in $(CURDIR)/$(DEMO)"
 
 test: $(FULL) $(OPS) ## run the tests, a process a core (ARGS="-k noise" to choose)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(FULL) ## ruff: rules and format; import-linter: which package may import which
 	$(BIN)/ruff check
