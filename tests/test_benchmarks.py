@@ -19,7 +19,6 @@ import _common
 import figures
 import peers
 from _figures.tables import milliseconds
-from _peers import prepare
 from _peers.case import INPUTS, REFERENCE, Case, Facts
 from _peers.catalogue import PEERS, Peer
 from _peers.installed import install_bytes
@@ -193,6 +192,8 @@ def test_rows_stand_in_the_order_of_sizes_whenever_they_were_measured() -> None:
 
 
 def test_the_digits_are_drawn_by_ours_and_by_a_plain_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from _peers import prepare  # imports torch
+
     in_a_process = peers._run_stage
 
     def run_stage(stage: str, folder: Path, size: str, *options: Any) -> None:
