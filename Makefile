@@ -38,7 +38,7 @@ demo: $(LIGHT) ## generate twenty digits with the embedded model; does not insta
 	@echo "The digits are in $(CURDIR)/$(DEMO)"
 
 test: $(FULL) $(OPS) ## run the tests, one process per core (ARGS="-k noise" selects)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(FULL) ## ruff (rules and format), import-linter, tables of docs/benchmarks.md
 	$(BIN)/ruff check

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import logging
 import os
 import platform
-from collections.abc import Iterator
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,26 @@ from scm_runtime.common.load_onnxruntime import load_onnxruntime
 complete_click()  # before test modules import CliRunner
 TINY_LABELS = ("ant", "bee", "cat", "dog")
 
+# Files that take longest, in this order. pytest-xdist gives whole files to its workers: a slow one that starts last leaves the other worker idle.
+SLOWEST_FIRST = (
+    "end_to_end/test_readme.py",
+    "export/test_export.py",
+    "export/test_sana_sprint.py",
+    "export/test_consistency.py",
+    "test_benchmarks.py",
+    "end_to_end/test_wheel.py",
+    "export/test_verify.py",
+    "export/test_latent_consistency.py",
+    "end_to_end/test_samplers.py",
+    "end_to_end/test_digits_quality.py",
+    "export/test_module_family.py",
+    "export/test_edm2_pickles.py",
+    "export/test_autoencoders.py",
+    "export/test_kept_and_compiled.py",
+    "export/test_report.py",
+    "export/test_memory.py",
+)
+
 
 def pytest_configure() -> None:
     os.environ["SCM_CACHE_DIR"] = ""  # no test depends on a cache of an earlier run; the tests of the cache set their own folder
@@ -32,6 +55,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if marked and (reason := _no_gpu()):
         for item in marked:
             item.add_marker(pytest.mark.skip(reason=f"needs a GPU: {reason}"))
+    ranks = {Path(__file__).parent / name: rank for rank, name in enumerate(SLOWEST_FIRST)}
+    sizes = Counter(item.path for item in items)
+    items.sort(key=lambda item: (ranks.get(item.path, len(ranks)), -sizes[item.path]))  # stable: the order within a file stays
 
 
 def _no_gpu() -> str | None:
@@ -67,10 +93,35 @@ def _onnxruntime() -> str:
     return f"onnxruntime {ort.__version__}: {', '.join(ort.get_available_providers())}"
 
 
+def make_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """Return a folder that ``make`` has filled, shared by all workers of pytest-xdist: the first that needs it makes it, the others wait."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        folder = tmp_path_factory.mktemp(name)
+        make(folder)
+        return folder
+    shared = tmp_path_factory.getbasetemp().parent
+    folder, done = shared / name, shared / f"{name}.done"
+    with (shared / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # left by a worker that failed
+            folder.mkdir()
+            make(folder)
+            done.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A scm-checkpoint of a small edm2 network with random but fixed weights: four classes, 8x8 RGB pixels."""
-    return write_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny.pt")
+    return make_once(tmp_path_factory, "checkpoint", lambda folder: write_tiny_checkpoint(folder / "tiny.pt")) / "tiny.pt"
+
+
+@pytest.fixture(scope="session")
+def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with half as many layers, for exports whose network does not matter. Image size and classes are those of ``tiny_checkpoint``."""
+    network: dict[str, Any] = {"model_channels": 8, "channels_per_head": 8, "channel_mult": (1,)}
+    return make_once(tmp_path_factory, "small", lambda folder: write_tiny_checkpoint(folder / "tiny.pt", **network)) / "tiny.pt"
 
 
 def write_tiny_checkpoint(path: Path, *, seed: int = 0, diffusion: bool = False, **config: Any) -> Path:
@@ -103,10 +154,13 @@ def tiny_guided(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, P
     """The verified bundle of a diffusion model guided by a smaller one without classes, and the two checkpoints."""
     from scm_export import export
 
-    folder = tmp_path_factory.mktemp("guided")
-    teacher = write_tiny_checkpoint(folder / "teacher.pt", diffusion=True)
-    guide = write_tiny_checkpoint(folder / "guide.pt", seed=1, diffusion=True, label_dim=0, channel_mult=(1,))
-    return export(teacher, folder / "guided.scm", guide=guide).path, teacher, guide
+    def make(folder: Path) -> None:
+        teacher = write_tiny_checkpoint(folder / "teacher.pt", diffusion=True)
+        guide = write_tiny_checkpoint(folder / "guide.pt", seed=1, diffusion=True, label_dim=0, channel_mult=(1,))
+        export(teacher, folder / "guided.scm", guide=guide)
+
+    folder = make_once(tmp_path_factory, "guided", make)
+    return folder / "guided.scm", folder / "teacher.pt", folder / "guide.pt"
 
 
 @pytest.fixture(scope="session")
@@ -114,7 +168,7 @@ def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
     """The verified bundle of the tiny checkpoint. Shared by all tests: copy it before you modify it."""
     from scm_export import export
 
-    return export(tiny_checkpoint, tmp_path_factory.mktemp("bundle") / "tiny.scm").path
+    return make_once(tmp_path_factory, "bundle", lambda folder: export(tiny_checkpoint, folder / "tiny.scm")) / "tiny.scm"
 
 
 @pytest.fixture(scope="session")

@@ -192,6 +192,19 @@ def test_rows_stand_in_the_order_of_sizes_whenever_they_were_measured() -> None:
 
 
 def test_the_digits_are_drawn_by_ours_and_by_a_plain_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from _peers import prepare  # imports torch
+
+    in_a_process = peers._run_stage
+
+    def run_stage(stage: str, folder: Path, size: str, *options: Any) -> None:
+        """Run one stage in a process of its own, as the script does, and the others here: each process takes seconds to import torch."""
+        if stage == "checkpoint":
+            in_a_process(stage, folder, size, *options)
+        else:
+            named = zip(("--samples", "--steps", "--device"), map(str, options), strict=True)
+            prepare.main([stage, str(folder), size, *(word for pair in named for word in pair)], standalone_mode=False)
+
+    monkeypatch.setattr(peers, "_run_stage", run_stage)
     monkeypatch.setattr(_common, "RESULTS", tmp_path)
     chosen = ["scm_runtime, function bodies", "ONNX Runtime, plain export"]
     done = CliRunner().invoke(peers.main, ["--sizes", "digits", "--batch-sizes", "2", "--rounds", "1", "--peers", ",".join(chosen)])

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import platform
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,8 @@ def gate_misses(means: dict[str, Figures]) -> list[str]:
 def measure(judge: Judge, levels: Tensor, labels: Tensor, training: Tensor | None = None) -> Figures:
     """Return all metrics of one set of samples, compared with all training digits or those given."""
     (digits, _), (held_out, _) = load_digits()
+    real = training_features(judge) if training is None else assess(judge, training)[0]
     training = digits if training is None else training
-    real, _ = assess(judge, training)
     features, classes = assess(judge, levels)
     precision, recall = precision_recall(real, features)
     near = memorised(levels, training, held_out)
@@ -74,6 +75,13 @@ def measure(judge: Judge, levels: Tensor, labels: Tensor, training: Tensor | Non
         "near": near.median_ratio,
         "copies": near.copies,
     }
+
+
+@cache
+def training_features(judge: Judge) -> Tensor:
+    """Features ``[4000, 64]`` of the training digits, the same for every set of samples."""
+    (digits, _), _ = load_digits()
+    return assess(judge, digits)[0]
 
 
 def measure_real(judge: Judge) -> Figures:

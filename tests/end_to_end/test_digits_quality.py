@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,10 @@ from scm_export.verification.ode_reference import sample_ode
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "digits"))
 
+import evaluate
 from data import SIGMA_DATA
-from evaluate import FIGURES, main
+from evaluate import FIGURES, main, measure_real
+from judge import load_judge
 from losses import Following
 from metrics import frechet_distance, mean_and_interval, memorised, nearest, precision_recall
 from samplers import T_MAX, bundle_noise, dpm_solver_2s, per_sample
@@ -107,7 +110,10 @@ class Step(torch.nn.Module):
         return self.function(*arguments)
 
 
-def test_quick_evaluation_runs_draws_no_set_twice_and_keeps_what_it_cannot_judge(tmp_path: Path) -> None:
+def test_quick_evaluation_runs_draws_no_set_twice_and_keeps_what_it_cannot_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for slow in (load_judge, measure_real):  # the same in both runs
+        monkeypatch.setattr(evaluate, slow.__name__, cache(slow))
+
     def run(*arguments: str) -> tuple[str, Any]:
         done = CliRunner().invoke(main, ["--folder", str(tmp_path), "--quick", *arguments])
         assert done.exit_code == 0, done.output

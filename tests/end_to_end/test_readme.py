@@ -75,13 +75,13 @@ def edm2_pickle(network: nn.Module, name: str) -> Callable[[Path, Path], None]:
 
 def guided_pickle(here: Path, tiny: Path) -> None:
     edm2_pickle(Precond(8, 4, 3, **EDM2), "edm2-img512-s.pkl")(here, tiny)
-    write_pickle(snapshot(filled(Precond(8, 4, 3, **{**EDM2, "channel_mult": [1]}))), here / "edm2-img512-xs.pkl")
+    write_pickle(snapshot(filled(Precond(8, 4, 3, **{**EDM2, "model_channels": 4, "channels_per_head": 4}))), here / "edm2-img512-xs.pkl")
 
 
 def autoencoder(folder: Path) -> None:
-    AutoencoderKL(down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",), block_out_channels=(8,), norm_num_groups=4).save_pretrained(
-        folder
-    )
+    """Without attention: test_autoencoders.py has it, and each layer takes seconds to trace."""
+    blocks = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}
+    AutoencoderKL(**blocks, block_out_channels=(8,), norm_num_groups=4, mid_block_add_attention=False).save_pretrained(folder)
 
 
 def sana_sprint(folder: Path) -> None:
@@ -91,7 +91,8 @@ def sana_sprint(folder: Path) -> None:
 
 
 def latent_consistency(folder: Path) -> None:
-    blocks = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
+    """With attention to the text in its middle block alone: test_latent_consistency.py has the other blocks."""
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
     sizes = {"sample_size": 8, "block_out_channels": (8,), "layers_per_block": 1, "attention_head_dim": 2, "norm_num_groups": 4}
     network = UNet2DConditionModel(**blocks, **sizes, cross_attention_dim=6, time_cond_proj_dim=8)
     pipeline(folder, "LatentConsistencyModelPipeline", unet=network, scheduler=LCMScheduler())
@@ -107,8 +108,9 @@ def pipeline(folder: Path, name: str, **parts: Any) -> None:
 
 
 def consistency(folder: Path) -> None:
-    blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
-    network = UNet2DModel(**blocks, sample_size=8, block_out_channels=(8, 8), layers_per_block=1, attention_head_dim=4, norm_num_groups=4, num_class_embeds=3)
+    """With one level: test_consistency.py has several."""
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    network = UNet2DModel(**blocks, sample_size=8, block_out_channels=(8,), layers_per_block=1, attention_head_dim=4, norm_num_groups=4, num_class_embeds=3)
     ConsistencyModelPipeline(network, CMStochasticIterativeScheduler()).save_pretrained(folder)
 
 
@@ -121,7 +123,7 @@ def on_the_hub(repository: str, save: Callable[[Path], None]) -> Callable[[Path,
 
 
 def edm2_tensors(here: Path, tiny: Path) -> None:
-    config: dict[str, Any] = {"img_resolution": 8, "img_channels": 3, "label_dim": 0, "model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1}
+    config: dict[str, Any] = {"img_resolution": 8, "img_channels": 3, "label_dim": 0, "model_channels": 8, "channel_mult": [1], "num_blocks": 1}
     config |= {"attn_resolutions": [], "channels_per_head": 8}
     weights = UNet(UNetConfig(**config)).state_dict()
     save_file({**weights, "out_gain": torch.ones(())}, here / "weights.safetensors")
@@ -143,7 +145,7 @@ def own_network(here: Path, tiny: Path) -> None:
         torch.jit.trace(network, arguments).save(str(here / "network.ts"))
 
 
-EDM2: dict[str, Any] = {"model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [], "channels_per_head": 8}
+EDM2: dict[str, Any] = {"model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": [], "channels_per_head": 8}
 MAKE: dict[str, Callable[[Path, Path], None]] = {
     "model.pt": own_checkpoint,
     "edm2_scm-img512.pkl": edm2_pickle(TrigFlowPrecond(8, 4, 3, **EDM2), "edm2_scm-img512.pkl"),

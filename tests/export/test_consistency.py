@@ -37,8 +37,8 @@ def save(folder: Path, **config: Any) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         openai = {
-            "down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
-            "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+            "down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D"),
+            "up_block_types": ("AttnUpBlock2D", "ResnetUpsampleBlock2D", "ResnetUpsampleBlock2D"),
             "downsample_type": "resnet",
             "upsample_type": "resnet",
             "resnet_time_scale_shift": "scale_shift",
@@ -58,7 +58,7 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An unconditional pipeline for square images, with resampling convolutions."""
-    blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
+    blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("UpBlock2D", "UpBlock2D")}
     resampling = {"downsample_type": "conv", "upsample_type": "conv", "resnet_time_scale_shift": "default"}
     return save(tmp_path_factory.mktemp("plain") / "cm", sample_size=16, block_out_channels=(8, 16), **blocks, **resampling)
 

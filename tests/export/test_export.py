@@ -111,27 +111,27 @@ def test_an_unconditional_guided_model_has_the_inputs_it_needs(tiny_checkpoint: 
     assert np.abs(strong - weak).max() > 1e-4
 
 
-def test_over_tolerance_there_is_no_bundle_and_the_exit_code_is_1(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_over_tolerance_there_is_no_bundle_and_the_exit_code_is_1(small_checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "tiny.scm"
-    result = CliRunner().invoke(cli.main, [str(tiny_checkpoint), "-o", str(out), "--atol", "1e-12"])
+    result = CliRunner().invoke(cli.main, [str(small_checkpoint), "-o", str(out), "--atol", "1e-12"])
     assert result.exit_code == 1
     assert "over tolerance" in result.output
     assert "1.00e-12" in result.output  # the table of cases
     assert list(tmp_path.iterdir()) == []
 
 
-def test_json_goes_to_stdout_and_progress_elsewhere(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_json_goes_to_stdout_and_progress_elsewhere(small_checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "tiny.scm"
-    result = CliRunner().invoke(cli.main, [str(tiny_checkpoint), "-o", str(out), "--steps", "", "--no-verify", "--json"])
+    result = CliRunner().invoke(cli.main, [str(small_checkpoint), "-o", str(out), "--steps", "", "--no-verify", "--json"])
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout) == json.loads((out / "scm.json").read_text())
     assert "tracing" in result.stderr
 
 
-def test_force_replaces_a_bundle_and_leaves_nothing_else(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_force_replaces_a_bundle_and_leaves_nothing_else(small_checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "tiny.scm"
     out.mkdir()
     (out / "scm.json").write_text("an earlier bundle")
-    export(tiny_checkpoint, out, steps=(), verify=False, force=True)
+    export(small_checkpoint, out, steps=(), verify=False, force=True)
     assert read_manifest(out).composed_steps == ()
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.scm"]

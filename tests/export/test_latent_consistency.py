@@ -18,6 +18,7 @@ from both_ways import check_both_ways
 from scm_export import export, ops
 from scm_export.checkpoints import load
 from scm_export.errors import CheckpointError
+from scm_export.exporter import Exported
 from scm_export.families import BuildOptions, build_model, find_family
 from scm_export.parametrisation import sample
 from scm_runtime import Generator
@@ -39,9 +40,12 @@ INDEX = {
 
 
 def save(folder: Path, scheduler: dict[str, Any] | None = None, *, vae: bool = True, **config: Any) -> Path:
-    """Write the folder of a pipeline with random weights: two levels, two heads. It has no text encoder, which the exporter does not read."""
+    """Write the folder of a pipeline with random weights: two levels, two heads. It has no text encoder, which the exporter does not read.
+
+    Only the outer level of the U-Net has attention. test_readme.py has attention in the middle block, test_autoencoders.py in the autoencoder.
+    """
     blocks = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
-    sizes = {"sample_size": SIZE, "block_out_channels": (8, 16), "layers_per_block": 1, "attention_head_dim": 2, "norm_num_groups": 4}
+    sizes = {"sample_size": SIZE, "block_out_channels": (8, 16), "layers_per_block": 1, "attention_head_dim": 2, "norm_num_groups": 4, "mid_block_type": None}
     with torch.random.fork_rng():
         torch.manual_seed(0)
         unet = UNet2DConditionModel(**{**blocks, **sizes, "cross_attention_dim": TEXT, "time_cond_proj_dim": 15, **config})
@@ -50,7 +54,10 @@ def save(folder: Path, scheduler: dict[str, Any] | None = None, *, vae: bool = T
             up_block_types=("UpDecoderBlock2D",) * 2,
             block_out_channels=(8, 16),
             norm_num_groups=4,
+            mid_block_add_attention=False,
         )
+    for network in (unet, autoencoder):  # float16 holds these weights exactly: a bundle in half precision is compared as one in float32 is
+        network.half().float()
     unet.save_pretrained(folder / "unet")
     LCMScheduler(**(scheduler or {})).save_pretrained(folder / "scheduler")
     if vae:
@@ -66,10 +73,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def bundle(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    done = export(folder, tmp_path_factory.mktemp("bundle") / "lcm.scm", dtype="fp32", steps=(), verify=False)
-    assert done.manifest.time_unit == "timestep"
-    return done.path
+def exported(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """The bundle in the family's default dtype, verified."""
+    return export(folder, tmp_path_factory.mktemp("bundle") / "lcm.scm", steps=(2,))
+
+
+@pytest.fixture(scope="module")
+def bundle(exported: Exported) -> Path:
+    assert exported.manifest.time_unit == "timestep"
+    return exported.path
 
 
 def noises(seeds: Sequence[int], count: int, size: tuple[int, int] = SIZE) -> list[Tensor]:
@@ -101,7 +113,7 @@ def with_scheduler(folder: Path, seeds: Sequence[int], steps: int, text: Tensor,
 def test_the_bundle_equals_the_scheduler_for_any_batch_and_length_of_text(folder: Path, bundle: Path, n: int, tokens: int, steps: int) -> None:
     seeds, text, guidance = list(range(3, 3 + n)), embeddings(n, tokens), [8.5, 1.0, 4.25, 7.0, 2.5][:n]
     states: list[NDArray[np.float32]] = []
-    with Generator(bundle) as generate:
+    with Generator(bundle, dtype="fp32") as generate:
         found = generate(
             prompt_embeds=text.numpy(),
             guidance_scale=guidance,
@@ -124,7 +136,7 @@ def test_the_bundle_equals_the_scheduler_for_any_batch_and_length_of_text(folder
 
 def test_the_guidance_scale_is_the_pipelines_by_default_and_has_effect(bundle: Path) -> None:
     text = embeddings(1, 5).numpy()
-    with Generator(bundle) as generate:
+    with Generator(bundle, dtype="fp32") as generate:
         default, same, other = (generate(prompt_embeds=text, guidance_scale=scale, seed=1, output_type="latent").array for scale in (None, 8.5, 3.0))
     np.testing.assert_array_equal(default, same)
     assert np.abs(other - same).max() > 1e-3
@@ -162,8 +174,8 @@ def test_other_schedulers_settings_are_followed(tmp_path: Path, changes: dict[st
     np.testing.assert_allclose(found, with_scheduler(folder, [4, 5], 2, text, guidance)[-1], atol=1e-4)
 
 
-def test_half_precision_stays_above_40_db(folder: Path, tmp_path: Path) -> None:
-    done = export(folder, tmp_path / "lcm.scm", steps=(2,))
+def test_half_precision_stays_above_40_db(exported: Exported) -> None:
+    done = exported
     assert done.manifest.dtypes == ("fp16", "fp32")  # the family's default
     assert done.manifest.verification is not None
     assert "LCMScheduler" in done.manifest.verification.reference

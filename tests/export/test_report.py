@@ -78,9 +78,9 @@ def test_images_show_the_reference_the_bundle_and_their_difference(reported: tup
         assert 64 <= difference.max() <= 255 or gain == 64
 
 
-def test_a_bundle_that_fails_leaves_its_report_and_nothing_else(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_bundle_that_fails_leaves_its_report_and_nothing_else(small_checkpoint: Path, tmp_path: Path) -> None:
     report = tmp_path / "report.html"
-    arguments = [str(tiny_checkpoint), "-o", str(tmp_path / "tiny.scm"), "--steps", "", "--atol", "1e-12", "--report", str(report)]
+    arguments = [str(small_checkpoint), "-o", str(tmp_path / "tiny.scm"), "--steps", "", "--atol", "1e-12", "--report", str(report)]
     result = CliRunner(catch_exceptions=False).invoke(cli.main, arguments)
     assert result.exit_code == 1
     assert "over tolerance" in result.stderr
@@ -91,7 +91,7 @@ def test_a_bundle_that_fails_leaves_its_report_and_nothing_else(tiny_checkpoint:
     assert len(images_of(page)) == 2 * 3 * 3
 
 
-def test_a_bundle_that_does_not_run_is_reported_too(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bundle_that_does_not_run_is_reported_too(small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def damaged(folder: Path, *arguments: Any) -> VerificationResult:
         (folder / "decode.fp32.onnx").write_bytes(b"<no> graph")
         return verify_bundle(folder, *arguments)
@@ -99,7 +99,7 @@ def test_a_bundle_that_does_not_run_is_reported_too(tiny_checkpoint: Path, tmp_p
     monkeypatch.setattr(exporter, "verify_bundle", damaged)
     report = tmp_path / "report.html"
     result = CliRunner(catch_exceptions=False).invoke(
-        cli.main, [str(tiny_checkpoint), "-o", str(tmp_path / "tiny.scm"), "--steps", "", "--report", str(report)]
+        cli.main, [str(small_checkpoint), "-o", str(tmp_path / "tiny.scm"), "--steps", "", "--report", str(report)]
     )
     assert result.exit_code == 1
     assert "does not run" in result.stderr

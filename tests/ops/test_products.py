@@ -71,6 +71,12 @@ def traced(model: Model) -> ModelProto:
     return ir.to_proto(trace_step(model, 20))
 
 
+@pytest.fixture(scope="module")
+def plain(model: Model) -> ModelProto:
+    """The same step with no operators of ours."""
+    return ir.to_proto(trace_step(model, 20, operators=False))
+
+
 def inputs() -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     x, noise = torch.randn(2, 2, 3, 6, 8, generator=generator)
@@ -87,17 +93,16 @@ def run(model: ModelProto, precision: str | None = None) -> NDArray[Any]:
     return np.asarray(session.run(None, {name: value.numpy() for name, value in inputs().items()})[0])
 
 
-def test_supported_layers_become_operators(model: Model, traced: ModelProto) -> None:
+def test_supported_layers_become_operators(traced: ModelProto, plain: ModelProto) -> None:
     nodes = Counter((node.domain, node.op_type) for node in traced.graph.node)
     assert (nodes[FIRST, "Conv"], nodes[LAST, "MatMul"]) == (3, 2)
-    plain = Counter(node.op_type for node in ir.to_proto(trace_step(model, 20, operators=False)).graph.node)
-    assert nodes["", "Conv"] == plain["Conv"] - 3 > 0
-    assert nodes["", "MatMul"] == plain["MatMul"] - 2 == 3  # two products of activations only, one in float64
+    before = Counter(node.op_type for node in plain.graph.node)
+    assert nodes["", "Conv"] == before["Conv"] - 3 > 0
+    assert nodes["", "MatMul"] == before["MatMul"] - 2 == 3  # two products of activations only, one in float64
 
 
-def test_without_the_kernels_the_function_bodies_equal_the_original_nodes(model: Model, traced: ModelProto) -> None:
+def test_without_the_kernels_the_function_bodies_equal_the_original_nodes(model: Model, traced: ModelProto, plain: ModelProto) -> None:
     inlined = inliner.inline_local_functions(traced)
-    plain = ir.to_proto(trace_step(model, 20, operators=False))
     pads_of_both = [
         sorted(list(attribute.ints) for node in graph.graph.node if node.op_type == "Conv" for attribute in node.attribute if attribute.name == "pads")
         for graph in (inlined, plain)

@@ -113,8 +113,8 @@ def test_without_custom_ops_the_same_samples_come_from_standard_onnx(tiny_checkp
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
-def test_a_step_can_be_traced_through_the_operators(tiny_checkpoint: Path) -> None:
-    model = build_model(load_checkpoint(tiny_checkpoint))
+def test_a_step_can_be_traced_through_the_operators(small_checkpoint: Path) -> None:
+    model = build_model(load_checkpoint(small_checkpoint))
     plain = ir.to_proto(trace_step(model, 20, operators=False))
     assert not plain.functions
     assert not scm_nodes(plain)
