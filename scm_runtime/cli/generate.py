@@ -1,4 +1,4 @@
-"""``scm-runtime generate``: sample with an open Generator, and write one image of all samples or a file for each."""
+"""``scm-runtime generate``: sample with an open Generator, and write one image of all samples or a file for each. ``commands.py`` has its options."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from scm_export.checkpoints.header import SamplerSpec
 from scm_export.checkpoints.message_text import printable
-from scm_export.checkpoints.persistence import PersistentObject, pickle_errors, read_persistent
+from scm_export.checkpoints.persistent_objects import PersistentObject, pickle_errors, read_persistent
 from scm_export.checkpoints.scm_checkpoint import Checkpoint
 from scm_export.checkpoints.stored_tensors import as_floats
 from scm_export.errors import CheckpointError
@@ -74,7 +74,7 @@ def is_plain_pickle(start: bytes) -> bool:
 
 
 def _checkpoint(content: object, network: str | None, where: str) -> tuple[Checkpoint, str | None]:
-    """Convert the result of :func:`~scm_export.checkpoints.persistence.read_persistent`; ``where`` is the start of error messages."""
+    """Convert the result of :func:`~scm_export.checkpoints.persistent_objects.read_persistent`; ``where`` is the start of error messages."""
     snapshot = _snapshot(content)
     name, found = _choose(dict(_networks(snapshot.get("ema", content), "ema")), network, where)
     _check_classes(found, where)
