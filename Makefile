@@ -108,7 +108,7 @@ constraints: ## resolve all extras again and rewrite constraints.txt
 	rm -rf build/constraints
 
 clean: ## remove build products and generated files; keep .venv
-	rm -rf build dist demo .mypy_cache .ruff_cache .pytest_cache
+	rm -rf build dist demo .import_linter_cache .mypy_cache .ruff_cache .pytest_cache
 	find scm_runtime export tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 # -- The native library ------------------------------------------------------------------------------------------------
