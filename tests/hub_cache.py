@@ -59,8 +59,8 @@ class Hub:
     def __init__(self) -> None:
         self.commits: dict[str, dict[str, Files]] = {}  #  by repository and commit
         self.refs: dict[str, dict[str, str]] = {}  #       commits by repository and ref
-        self.refusals: dict[str, tuple[int, str]] = {}  #  status and error code of failures, by repository
-        self.asked: list[str] = []  #                      methods and paths
+        self.failures: dict[str, tuple[int, str]] = {}  #  status and error code of failures, by repository
+        self.requests: list[str] = []  #                      methods and paths
         self.url = ""
 
     def add(self, repo: str, commit: str, files: Files, *, refs: Sequence[str] = ("main",)) -> None:
@@ -70,7 +70,7 @@ class Hub:
 
     def downloaded(self) -> set[str]:
         """Return the names of the downloaded files."""
-        return {path.rsplit("/", 1)[1] for path in self.asked if path.startswith("GET ") and "/resolve/" in path}
+        return {path.rsplit("/", 1)[1] for path in self.requests if path.startswith("GET ") and "/resolve/" in path}
 
     def answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
         """Return status, headers and body of the response to a path."""
@@ -79,8 +79,8 @@ class Hub:
             repo, verb, rest = "/".join(parts[2:4]), parts[4] if len(parts) > 4 else "revision", parts[5:]
         else:
             repo, verb, rest = "/".join(parts[:2]), parts[2], parts[3:]
-        if repo in self.refusals:
-            status, code = self.refusals[repo]
+        if repo in self.failures:
+            status, code = self.failures[repo]
             return status, {"X-Error-Code": code} if code else {}, b""
         if repo not in self.commits:
             return 401, {"X-Error-Code": "RepoNotFound"}, b""
@@ -107,7 +107,7 @@ def serving(hub: Hub) -> Iterator[Hub]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             path = urlsplit(self.path).path
-            hub.asked.append(f"{self.command} {path}")
+            hub.requests.append(f"{self.command} {path}")
             status, headers, body = hub.answer(path)
             self.send_response(status)
             for name, value in {**headers, "Content-Length": str(len(body))}.items():

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-import handmade
+import toy_bundle
 from scm_runtime import Generator, InferenceError
 from scm_runtime.bundle.checksums import ChecksumCache, FileStat, sha256, stat_fingerprint
 from scm_runtime.bundle.manifest import WEIGHTS
@@ -27,12 +27,12 @@ from scm_runtime.ort import open_session as opening
 
 STEP = "step.fp32.onnx"
 SEEDS = (7, 8)
-EMBEDS = np.random.default_rng(0).standard_normal((len(SEEDS), 3, handmade.WIDTH)).astype(np.float32)
+EMBEDS = np.random.default_rng(0).standard_normal((len(SEEDS), 3, toy_bundle.WIDTH)).astype(np.float32)
 
 
 @pytest.fixture
 def honest(tmp_path: Path) -> Path:
-    return handmade.write_text_bundle(tmp_path / "honest")
+    return toy_bundle.write_text_bundle(tmp_path / "honest")
 
 
 @pytest.fixture(params=[STEP, WEIGHTS])
@@ -45,7 +45,7 @@ def evil(honest: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Path:
         assert graph.count(half) == 1
         (folder / STEP).write_bytes(graph.replace(half, quarter))
     else:
-        (folder / WEIGHTS).write_bytes((handmade.projection() * 2).tobytes() + bytes(64))
+        (folder / WEIGHTS).write_bytes((toy_bundle.weights() * 2).tobytes() + bytes(64))
     return folder
 
 
@@ -56,7 +56,7 @@ def draw(bundle: Path, cache: Path, *, verify_integrity: bool = True) -> NDArray
 
 
 def is_right(latents: NDArray[np.float32]) -> bool:
-    return np.allclose(latents, handmade.sample(SEEDS, EMBEDS), atol=1e-5)
+    return np.allclose(latents, toy_bundle.sample(SEEDS, EMBEDS), atol=1e-5)
 
 
 def exchange(one: Path, other: Path) -> None:

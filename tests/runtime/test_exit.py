@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import handmade
+import toy_bundle
 from support import ROOT, run_python
 
 PRELUDE = f"""
 import sys, threading, time
 sys.path.insert(0, {str(ROOT / "tests")!r})
 import numpy as np
-from holding import engine_of, stepping
+from scheduler_control import engine_of, step_started_event
 from scm_runtime import Generator
 from scm_runtime.common import process
 
@@ -32,15 +32,15 @@ def slow_teardown():
     sys.teardown = Teardown()  # goes late, and in any case
 
 process.CALLBACK_WAIT_S = 0.1
-EMBEDS = np.ones((2, {handmade.WIDTH}), np.float32)
-SPIN = {{"prompt_embeds": EMBEDS, "guidance_scale": {handmade.SPIN}}}
-BLOCK = {{"prompt_embeds": EMBEDS, "conditioning": {{"score": {handmade.BLOCK}}}}}
+EMBEDS = np.ones((2, {toy_bundle.WIDTH}), np.float32)
+LONG_LOOP = {{"prompt_embeds": EMBEDS, "guidance_scale": {toy_bundle.SLOW_GUIDANCE}}}
+LONG_OPERATOR = {{"prompt_embeds": EMBEDS, "conditioning": {{"score": {toy_bundle.SLOW_SCORE}}}}}
 
 def opened():
     return Generator(sys.argv[1], threads=1, cache_dir=False)
 
 def begins(generator):
-    stepped = stepping(engine_of(generator))
+    stepped = step_started_event(engine_of(generator))
     def wait():
         assert stepped.wait(60)
         time.sleep(0.2)  # to the middle of the step
@@ -53,7 +53,7 @@ def in_daemon(call):
 
 @pytest.fixture(scope="module")
 def slow_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return handmade.write_text_bundle(tmp_path_factory.mktemp("slow") / "slow.scm", graphs={"step": handmade.SLOW_STEP})
+    return toy_bundle.write_text_bundle(tmp_path_factory.mktemp("slow") / "slow.scm", graphs={"step": toy_bundle.SLOW_STEP})
 
 
 def ends_quietly(program: str, *arguments: str | Path) -> str:
@@ -63,16 +63,16 @@ def ends_quietly(program: str, *arguments: str | Path) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("request_", ["SPIN", "BLOCK"])
+@pytest.mark.parametrize("request_", ["LONG_LOOP", "LONG_OPERATOR"])
 @pytest.mark.parametrize("how", ["generator.submit(**{})", "in_daemon(lambda: generator(**{}))", "in_daemon(lambda: generator.submit(**{}).exception())"])
 def test_a_process_may_end_within_a_step(request_: str, how: str, slow_bundle: Path) -> None:
     """Also where one operator takes longer than the end of the process has patience for code of the user's."""
-    slow = "slow_teardown(); " * (request_ == "BLOCK")
+    slow = "slow_teardown(); " * (request_ == "LONG_OPERATOR")
     ends_quietly(f"{slow}generator = opened(); wait = begins(generator); kept = {how.format(request_)}; wait()", slow_bundle)
 
 
 def test_a_process_may_end_within_a_step_of_a_generator_that_nobody_keeps(slow_bundle: Path) -> None:
-    ends_quietly("generator = opened(); wait = begins(generator); generator.submit(**SPIN); del generator; wait()", slow_bundle)
+    ends_quietly("generator = opened(); wait = begins(generator); generator.submit(**LONG_LOOP); del generator; wait()", slow_bundle)
 
 
 @pytest.mark.parametrize("how", ["generator.submit(seed=0, batch_size=256)", "in_daemon(lambda: generator(seed=0, batch_size=256))"])
@@ -164,7 +164,7 @@ def test_futures_hear_of_the_end(slow_bundle: Path) -> None:
         """
 generator = opened()
 wait = begins(generator)
-futures = [generator.submit(**SPIN) for _ in range(2)] + [generator.submit(prompt_embeds=np.ones((3, 5), np.float32))]
+futures = [generator.submit(**LONG_LOOP) for _ in range(2)] + [generator.submit(prompt_embeds=np.ones((3, 5), np.float32))]
 for future in futures:
     future.add_done_callback(lambda future: print(type(future.exception()).__name__, flush=True))
 wait()
@@ -201,7 +201,7 @@ import os, warnings
 warnings.simplefilter("ignore", DeprecationWarning)  # of fork, where there are threads
 generator = opened()
 wait = begins(generator)
-running = generator.submit(**BLOCK, output_type="latent", num_inference_steps=1)
+running = generator.submit(**LONG_OPERATOR, output_type="latent", num_inference_steps=1)
 wait()
 for close in (True, False):
     pid = os.fork()
@@ -235,7 +235,7 @@ def announced(self, **inputs):
 session.Session.__call__ = announced
 main()
 """
-    np.save(tmp_path / "embeds.npy", np.ones((2, handmade.WIDTH), np.float32))
+    np.save(tmp_path / "embeds.npy", np.ones((2, toy_bundle.WIDTH), np.float32))
     out = tmp_path / "out.png"
     arguments = [
         "generate",
@@ -245,7 +245,7 @@ main()
         "--prompt-embeds",
         tmp_path / "embeds.npy",
         "--guidance-scale",
-        str(handmade.SPIN),
+        str(toy_bundle.SLOW_GUIDANCE),
         "--threads",
         "1",
         *more,

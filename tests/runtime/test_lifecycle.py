@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from holding import PATIENCE_S, engine_of, eventually, held, schedulers
+from scheduler_control import TIMEOUT_S, engine_of, scheduler_blocked, scheduler_threads, wait_until
 from scm_runtime import DevicePool, ForkedError, GenerationCancelledError, Generator, GeneratorClosedError, Samples
 from support import run, run_python
 
@@ -33,7 +33,7 @@ def digits() -> Iterator[Generator]:
 
 
 def works(generator: Generator) -> None:
-    np.testing.assert_array_equal(generator.submit(seed=1, output_type="np").result(PATIENCE_S).array, generator(seed=1, output_type="np").array)
+    np.testing.assert_array_equal(generator.submit(seed=1, output_type="np").result(TIMEOUT_S).array, generator(seed=1, output_type="np").array)
 
 
 # ----------------------------------------------------------------------------
@@ -48,7 +48,7 @@ def test_many_threads_share_one_generator(digits: Generator) -> None:
         if i % 3 == 0:
             drawn = digits(seed=seed, output_type="np")
         elif i % 3 == 1:
-            drawn = digits.submit(seed=seed, output_type="np").result(PATIENCE_S)
+            drawn = digits.submit(seed=seed, output_type="np").result(TIMEOUT_S)
         else:
             drawn = asyncio.run(digits.async_(seed=seed, output_type="np"))
         np.testing.assert_array_equal(drawn.array, expected[seed])
@@ -58,21 +58,21 @@ def test_many_threads_share_one_generator(digits: Generator) -> None:
 
 
 def test_threads_end_with_their_generator() -> None:
-    before = set(schedulers())
+    before = set(scheduler_threads())
     with Generator("digits") as generator:
         works(generator)
-        assert set(schedulers()) - before
-    eventually(lambda: set(schedulers()) <= before)
+        assert set(scheduler_threads()) - before
+    wait_until(lambda: set(scheduler_threads()) <= before)
 
 
 def test_threads_end_with_a_generator_that_nobody_closed() -> None:
-    before = set(schedulers())
+    before = set(scheduler_threads())
     generator = Generator("digits")
     works(generator)
-    assert set(schedulers()) - before
+    assert set(scheduler_threads()) - before
     del generator
     gc.collect()
-    eventually(lambda: set(schedulers()) <= before)
+    wait_until(lambda: set(scheduler_threads()) <= before)
 
 
 @pytest.mark.parametrize("closed", [True, False])
@@ -86,7 +86,7 @@ def test_memory_is_given_back_at_once(closed: bool) -> None:
 
     works(generator)
     failed = generator.submit(seed=1, callback_on_step_end=stumble)
-    assert isinstance(failed.exception(PATIENCE_S), KeyError)
+    assert isinstance(failed.exception(TIMEOUT_S), KeyError)
     with pytest.raises(KeyError):
         generator(seed=1, callback_on_step_end=stumble)
     gc.disable()
@@ -96,7 +96,7 @@ def test_memory_is_given_back_at_once(closed: bool) -> None:
             generator.close()
         else:
             del generator
-        eventually(lambda: session() is None)
+        wait_until(lambda: session() is None)
     finally:
         gc.enable()
 
@@ -104,11 +104,11 @@ def test_memory_is_given_back_at_once(closed: bool) -> None:
 def test_what_was_submitted_to_a_generator_that_nobody_keeps_is_computed() -> None:
     generator = Generator("digits")
     expected = generator(seed=3, output_type="np").array
-    with held(generator):
+    with scheduler_blocked(generator):
         future = generator.submit(seed=3, output_type="np")
         del generator
         gc.collect()
-    np.testing.assert_array_equal(future.result(PATIENCE_S).array, expected)
+    np.testing.assert_array_equal(future.result(TIMEOUT_S).array, expected)
 
 
 # ----------------------------------------------------------------------------
@@ -131,18 +131,18 @@ def test_closing_refuses_what_waits_and_ends_what_has_begun() -> None:
 
     def callback(*_: object) -> None:
         entered.set()
-        assert release.wait(PATIENCE_S)
+        assert release.wait(TIMEOUT_S)
 
     begun = generator.submit(seed=2, output_type="np", callback_on_step_end=callback)  # of two steps
-    assert entered.wait(PATIENCE_S)
+    assert entered.wait(TIMEOUT_S)
     waiting = [generator.submit(seed=seed) for seed in (3, 4)]
     generator.close()  # and it does not wait for the callback
     release.set()
     with pytest.raises(GeneratorClosedError, match="while this call ran"):
-        begun.result(PATIENCE_S)
+        begun.result(TIMEOUT_S)
     for future in waiting:
         with pytest.raises(GeneratorClosedError, match="before this request's turn"):
-            future.result(PATIENCE_S)
+            future.result(TIMEOUT_S)
 
 
 def test_closing_while_a_request_waits_for_company_refuses_it() -> None:
@@ -150,7 +150,7 @@ def test_closing_while_a_request_waits_for_company_refuses_it() -> None:
     future = generator.submit(seed=1)
     generator.close()
     with pytest.raises(GeneratorClosedError):
-        future.result(PATIENCE_S)
+        future.result(TIMEOUT_S)
 
 
 def test_a_session_that_cannot_be_closed_leaves_no_future_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +161,7 @@ def test_a_session_that_cannot_be_closed_leaves_no_future_waiting(monkeypatch: p
 
     monkeypatch.setattr(engine_of(generator), "close", close)
     future = generator.submit(seed=1, callback_on_step_end=lambda closing, *_: closing.close(wait=True))
-    assert len(future.result(PATIENCE_S)) == 1
+    assert len(future.result(TIMEOUT_S)) == 1
 
 
 @pytest.mark.parametrize("submitted", [False, True])
@@ -175,7 +175,7 @@ def test_closing_from_a_callback(submitted: bool, tmp_path: Path) -> None:
 
     arguments: dict[str, Any] = {"seed": 2, "output_type": "np", "callback_on_step_end": callback}
     with pytest.raises(GeneratorClosedError, match="while this call ran"):
-        generator.submit(**arguments).result(PATIENCE_S) if submitted else generator(**arguments)
+        generator.submit(**arguments).result(TIMEOUT_S) if submitted else generator(**arguments)
     assert any("Run" in path.read_text() or "run" in path.read_text() for path in tmp_path.iterdir()), "the profile is written when the last request has ended"
     with pytest.raises(GeneratorClosedError):
         generator(seed=2)
@@ -191,8 +191,8 @@ def test_closing_while_other_threads_call() -> None:
         def callback(*_: object) -> None:
             if not first:
                 first.append(None)
-                inside.wait(PATIENCE_S)  # all are inside
-                inside.wait(PATIENCE_S)  # it is closed
+                inside.wait(TIMEOUT_S)  # all are inside
+                inside.wait(TIMEOUT_S)  # it is closed
 
         with pytest.raises(GeneratorClosedError, match="while this call ran") as caught:
             generator(seed=2, output_type="np", callback_on_step_end=callback)
@@ -200,9 +200,9 @@ def test_closing_while_other_threads_call() -> None:
 
     with ThreadPoolExecutor(4) as pool:
         drawn = pool.map(draw, range(4))
-        inside.wait(PATIENCE_S)
+        inside.wait(TIMEOUT_S)
         generator.close()
-        inside.wait(PATIENCE_S)
+        inside.wait(TIMEOUT_S)
         assert len({id(error) for error in drawn}) == 4
     with pytest.raises(GeneratorClosedError):
         generator(seed=2)
@@ -214,7 +214,7 @@ def test_closing_and_submitting_at_once_leaves_no_future_waiting() -> None:
         futures: list[Future[Samples]] = []
 
         def submit(generator: Generator = generator, start: threading.Barrier = start, futures: list[Future[Samples]] = futures) -> None:
-            start.wait(PATIENCE_S)
+            start.wait(TIMEOUT_S)
             try:
                 while True:
                     futures.append(generator.submit(seed=1, num_inference_steps=1, output_type="np"))
@@ -224,12 +224,12 @@ def test_closing_and_submitting_at_once_leaves_no_future_waiting() -> None:
         threads = [threading.Thread(target=submit) for _ in range(2)]
         for thread in threads:
             thread.start()
-        start.wait(PATIENCE_S)
+        start.wait(TIMEOUT_S)
         generator.close()
         for thread in threads:
-            thread.join(PATIENCE_S)
+            thread.join(TIMEOUT_S)
         for future in futures:
-            assert isinstance(future.exception(PATIENCE_S), GeneratorClosedError | None)
+            assert isinstance(future.exception(TIMEOUT_S), GeneratorClosedError | None)
 
 
 # ----------------------------------------------------------------------------
@@ -265,21 +265,21 @@ def test_an_interrupt_while_waiting_for_a_request_leaves_all_usable(digits: Gene
 
     def callback(*_: object) -> None:
         signal.pthread_kill(main, signal.SIGINT)
-        assert release.wait(PATIENCE_S)
+        assert release.wait(TIMEOUT_S)
 
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     futures: list[Future[Samples]] = []
     try:
         with pytest.raises(KeyboardInterrupt):  # noqa: PT012 - it may come between the two
             futures.append(digits.submit(seed=1, num_inference_steps=1, output_type="np", callback_on_step_end=callback))
-            deadline = time.monotonic() + PATIENCE_S
+            deadline = time.monotonic() + TIMEOUT_S
             while time.monotonic() < deadline:  # a signal that comes just before Python goes to sleep does not wake it
                 with contextlib.suppress(TimeoutError):
                     futures[0].result(0.05)
     finally:
         signal.signal(signal.SIGINT, previous)
         release.set()
-    assert len(futures[0].result(PATIENCE_S)) == 1
+    assert len(futures[0].result(TIMEOUT_S)) == 1
     works(digits)
 
 
@@ -498,7 +498,7 @@ def test_a_stream_begun_before_the_fork(tiny_bundle: Path) -> None:
     def wait(_generator: Generator, step: int, _t: float, _values: object) -> None:
         calls.append(step)
         if len(calls) > 2:  # in the second batch
-            hold.wait(PATIENCE_S)
+            hold.wait(TIMEOUT_S)
 
     with Generator(tiny_bundle, max_batch_size=2) as generate:
         stream = generate.stream(4, 2, seed=5, callback_on_step_end=wait)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch.utils.dlpack
 
-import handmade
+import toy_bundle
 from scm_runtime import DeviceError, Generator, InvalidArgumentError, OutOfMemoryError, Span
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
 from scm_runtime.ort.open_session import open_session
@@ -136,11 +136,11 @@ def test_out_of_memory_leaves_the_generator_usable() -> None:
 
 def test_warmup_runs_every_size_and_makes_up_what_a_model_of_text_needs(tmp_path: Path) -> None:
     spans: list[Span] = []
-    with Generator(handmade.write_text_bundle(tmp_path / "text.scm"), device="cpu", on_span=spans.append) as generate:
+    with Generator(toy_bundle.write_text_bundle(tmp_path / "text.scm"), device="cpu", on_span=spans.append) as generate:
         generate.warmup(batch_sizes=(1, 4), num_inference_steps=1)
         whole = [span.attributes for span in spans if span.name == "generate"]
         assert [(call["batch_size"], call["num_inference_steps"]) for call in whole] == [(4, 1), (1, 1)]
-        generate.warmup(conditioning={"prompt_embeds": np.zeros((9, handmade.WIDTH))})
+        generate.warmup(conditioning={"prompt_embeds": np.zeros((9, toy_bundle.WIDTH))})
 
 
 @pytest.mark.parametrize("sizes", [(), (0,), (1.5,), ("1",), 4, None], ids=repr)

@@ -15,21 +15,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-import handmade
-from holding import PATIENCE_S, engine_of, held, schedulers, stepping
+import toy_bundle
+from scheduler_control import TIMEOUT_S, engine_of, scheduler_blocked, scheduler_threads, step_started_event
 from scm_runtime import DevicePool, Generator, GeneratorClosedError, InferenceError
 from scm_runtime.engines.engine import Trajectory
 from scm_runtime.sampling.nonfinite import NonFiniteHandler
 
-EMBEDS = np.ones((2, handmade.WIDTH), np.float32)
+EMBEDS = np.ones((2, toy_bundle.WIDTH), np.float32)
 FAST: dict[str, Any] = {"prompt_embeds": EMBEDS, "seed": 1, "output_type": "latent"}
-SPIN: dict[str, Any] = {**FAST, "guidance_scale": handmade.SPIN}
-BLOCK: dict[str, Any] = {**FAST, "conditioning": {"score": handmade.BLOCK}, "num_inference_steps": 1}
+LONG_LOOP: dict[str, Any] = {**FAST, "guidance_scale": toy_bundle.SLOW_GUIDANCE}
+LONG_OPERATOR: dict[str, Any] = {**FAST, "conditioning": {"score": toy_bundle.SLOW_SCORE}, "num_inference_steps": 1}
 
 
 @pytest.fixture(scope="module")
 def slow_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return handmade.write_text_bundle(tmp_path_factory.mktemp("slow") / "slow.scm", graphs={"step": handmade.SLOW_STEP})
+    return toy_bundle.write_text_bundle(tmp_path_factory.mktemp("slow") / "slow.scm", graphs={"step": toy_bundle.SLOW_STEP})
 
 
 @pytest.fixture
@@ -72,13 +72,13 @@ def in_thread(call: Callable[[], object]) -> Future[object]:
 
 
 def test_closing_terminates_the_step_and_refuses_what_waits(slow: Generator) -> None:
-    before, stepped = set(schedulers()), stepping(engine_of(slow))
-    running = slow.submit(**SPIN)
-    assert stepped.wait(PATIENCE_S)
+    before, stepped = set(scheduler_threads()), step_started_event(engine_of(slow))
+    running = slow.submit(**LONG_LOOP)
+    assert stepped.wait(TIMEOUT_S)
     waiting = [slow.submit(**FAST) for _ in range(3)]
     slow.close()
     assert all(future.done() for future in (running, *waiting))
-    assert set(schedulers()) <= before, "the thread has ended when close() returns"
+    assert set(scheduler_threads()) <= before, "the thread has ended when close() returns"
     terminated(running.exception())
     errors = [future.exception() for future in waiting]
     assert all(isinstance(error, GeneratorClosedError) for error in errors)
@@ -86,21 +86,21 @@ def test_closing_terminates_the_step_and_refuses_what_waits(slow: Generator) -> 
 
 
 def test_requests_that_share_a_step_get_an_error_each(slow: Generator) -> None:
-    stepped = stepping(engine_of(slow))
-    with held(slow, prompt_embeds=EMBEDS):
+    stepped = step_started_event(engine_of(slow))
+    with scheduler_blocked(slow, prompt_embeds=EMBEDS):
         stepped.clear()
-        futures = [slow.submit(**SPIN) for _ in range(4)]
-    assert stepped.wait(PATIENCE_S)
+        futures = [slow.submit(**LONG_LOOP) for _ in range(4)]
+    assert stepped.wait(TIMEOUT_S)
     slow.close()
-    assert len({id(terminated(future.exception(PATIENCE_S))) for future in futures}) == 4
+    assert len({id(terminated(future.exception(TIMEOUT_S))) for future in futures}) == 4
 
 
 def test_closing_terminates_the_calls_of_other_threads(slow: Generator) -> None:
-    stepped = stepping(engine_of(slow))
-    called = in_thread(lambda: slow(**SPIN))
-    assert stepped.wait(PATIENCE_S)
+    stepped = step_started_event(engine_of(slow))
+    called = in_thread(lambda: slow(**LONG_LOOP))
+    assert stepped.wait(TIMEOUT_S)
     slow.close()
-    terminated(called.exception(PATIENCE_S))
+    terminated(called.exception(TIMEOUT_S))
 
 
 def test_an_exception_that_ends_a_with_block_terminates_what_runs(slow_bundle: Path) -> None:
@@ -108,9 +108,9 @@ def test_an_exception_that_ends_a_with_block_terminates_what_runs(slow_bundle: P
 
     def fail() -> None:
         with Generator(slow_bundle, threads=1) as generator:
-            stepped = stepping(engine_of(generator))
-            futures.append(generator.submit(**SPIN))
-            assert stepped.wait(PATIENCE_S)
+            stepped = step_started_event(engine_of(generator))
+            futures.append(generator.submit(**LONG_LOOP))
+            assert stepped.wait(TIMEOUT_S)
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -120,22 +120,22 @@ def test_an_exception_that_ends_a_with_block_terminates_what_runs(slow_bundle: P
 
 def test_closing_a_pool_terminates_the_runs_of_all_its_devices(slow_bundle: Path) -> None:
     pool = DevicePool(slow_bundle, devices=("cpu", "cpu"), threads=1)
-    steps = [stepping(engine_of(generator)) for generator in pool.generators]
-    futures = [pool.submit(**SPIN) for _ in range(2)]
-    assert all(stepped.wait(PATIENCE_S) for stepped in steps)
+    steps = [step_started_event(engine_of(generator)) for generator in pool.generators]
+    futures = [pool.submit(**LONG_LOOP) for _ in range(2)]
+    assert all(stepped.wait(TIMEOUT_S) for stepped in steps)
     pool.close()
     for future in futures:
         terminated(future.exception(0))
 
 
 def test_closing_while_another_thread_waits_for_the_end_terminates_too(slow: Generator) -> None:
-    stepped = stepping(engine_of(slow))
-    running = slow.submit(**SPIN)
-    assert stepped.wait(PATIENCE_S)
+    stepped = step_started_event(engine_of(slow))
+    running = slow.submit(**LONG_LOOP)
+    assert stepped.wait(TIMEOUT_S)
     waiting = in_thread(lambda: slow.close(wait=True))
     slow.close()
     terminated(running.exception(0))
-    waiting.result(PATIENCE_S)
+    waiting.result(TIMEOUT_S)
 
 
 @pytest.mark.parametrize("submitted", [False, True])
@@ -147,7 +147,7 @@ def test_closing_terminates_the_steps_that_are_done_again_in_fp32(submitted: boo
     def opened(guard: NonFiniteHandler) -> Any:
         first, engine = guard._fp32 is None, open_once(guard)
         if first:
-            stepped.append(stepping(engine))
+            stepped.append(step_started_event(engine))
             begun.set()
         return engine
 
@@ -161,28 +161,28 @@ def test_closing_terminates_the_steps_that_are_done_again_in_fp32(submitted: boo
         engine = engine_of(generator)
         monkeypatch.setattr(engine, "dtype", "fp16")
         monkeypatch.setattr(engine, "step", overflow)
-        call = generator.submit(**SPIN) if submitted else in_thread(lambda: generator(**SPIN))
-        assert begun.wait(PATIENCE_S)
-        assert stepped[0].wait(PATIENCE_S)
+        call = generator.submit(**LONG_LOOP) if submitted else in_thread(lambda: generator(**LONG_LOOP))
+        assert begun.wait(TIMEOUT_S)
+        assert stepped[0].wait(TIMEOUT_S)
         generator.close()
-        terminated(call.exception(PATIENCE_S))
+        terminated(call.exception(TIMEOUT_S))
 
 
 @pytest.mark.parametrize("graph", ["encode", "decode", "preview"])
 def test_closing_terminates_encode_and_decode(graph: str, tmp_path: Path) -> None:
-    slow = {"encode": handmade.SLOW_ENCODE, "decode": handmade.SLOW_DECODE, "preview": handmade.SLOW_PREVIEW}[graph]
-    generator = Generator(handmade.write_text_bundle(tmp_path / "slow.scm", graphs={graph: slow}), threads=1)
+    slow = {"encode": toy_bundle.SLOW_ENCODE, "decode": toy_bundle.SLOW_DECODE, "preview": toy_bundle.SLOW_PREVIEW}[graph]
+    generator = Generator(toy_bundle.write_text_bundle(tmp_path / "slow.scm", graphs={graph: slow}), threads=1)
     calls: dict[str, Callable[[float], object]] = {
-        "encode": lambda value: generator.encode(np.full((1, *handmade.PICTURE), value, np.uint8)),
-        "decode": lambda value: generator.decode(np.full((1, *handmade.SAMPLE), value)),
-        "preview": lambda value: generator.decode(np.full((1, *handmade.SAMPLE), value), preview=True),
+        "encode": lambda value: generator.encode(np.full((1, *toy_bundle.IMAGE_SHAPE), value, np.uint8)),
+        "decode": lambda value: generator.decode(np.full((1, *toy_bundle.SAMPLE_SHAPE), value)),
+        "preview": lambda value: generator.decode(np.full((1, *toy_bundle.SAMPLE_SHAPE), value), preview=True),
     }
     calls[graph](0)
     called = in_thread(lambda: calls[graph](200))
     with pytest.raises(TimeoutError):
         called.result(0.2)
     generator.close()
-    terminated(called.exception(PATIENCE_S))
+    terminated(called.exception(TIMEOUT_S))
 
 
 # ----------------------------------------------------------------------------
@@ -191,25 +191,25 @@ def test_closing_terminates_encode_and_decode(graph: str, tmp_path: Path) -> Non
 
 def test_other_generators_go_on(slow_bundle: Path, slow: Generator) -> None:
     with Generator(slow_bundle, threads=1) as other:
-        steps = [stepping(engine_of(slow)), stepping(engine_of(other))]
-        ended, finished = slow.submit(**SPIN), other.submit(**BLOCK)
-        assert all(stepped.wait(PATIENCE_S) for stepped in steps)
+        steps = [step_started_event(engine_of(slow)), step_started_event(engine_of(other))]
+        ended, finished = slow.submit(**LONG_LOOP), other.submit(**LONG_OPERATOR)
+        assert all(stepped.wait(TIMEOUT_S) for stepped in steps)
         slow.close()
         terminated(ended.exception(0))
-        np.testing.assert_allclose(finished.result(PATIENCE_S).array, expected(), atol=1e-5)
+        np.testing.assert_allclose(finished.result(TIMEOUT_S).array, expected(), atol=1e-5)
 
 
 def expected() -> Any:
-    return handmade.sample([1], EMBEDS, score=handmade.BLOCK, steps=1)
+    return toy_bundle.sample([1], EMBEDS, score=toy_bundle.SLOW_SCORE, steps=1)
 
 
 def test_another_generator_over_the_same_cache_works_after_a_termination(slow_bundle: Path, tmp_path: Path) -> None:
     for _ in range(2):
         generator = Generator(slow_bundle, threads=1, cache_dir=tmp_path)
-        np.testing.assert_allclose(generator(**FAST).array, handmade.sample([1], EMBEDS), atol=1e-6)
-        stepped = stepping(engine_of(generator))
-        future = generator.submit(**SPIN)
-        assert stepped.wait(PATIENCE_S)
+        np.testing.assert_allclose(generator(**FAST).array, toy_bundle.sample([1], EMBEDS), atol=1e-6)
+        stepped = step_started_event(engine_of(generator))
+        future = generator.submit(**LONG_LOOP)
+        assert stepped.wait(TIMEOUT_S)
         generator.close()
         terminated(future.exception(0))
 
@@ -232,7 +232,7 @@ def test_a_call_that_closes_its_own_generator_ends_before_its_next_step(submitte
 
     arguments: dict[str, Any] = {"seed": 2, "num_inference_steps": steps, "output_type": output_type, "callback_on_step_end": callback}
     with pytest.raises(GeneratorClosedError, match="closed while this call ran"):
-        generator.submit(**arguments).result(PATIENCE_S) if submitted else generator(**arguments)
+        generator.submit(**arguments).result(TIMEOUT_S) if submitted else generator(**arguments)
     assert seen == [0]
 
 
@@ -241,7 +241,7 @@ def test_a_call_whose_callback_closes_and_waits_is_finished(submitted: bool) -> 
     generator = Generator("digits")
     expected = generator(seed=2, output_type="np").array
     arguments: dict[str, Any] = {"seed": 2, "output_type": "np", "callback_on_step_end": lambda closing, *_: closing.close(wait=True)}
-    samples = generator.submit(**arguments).result(PATIENCE_S) if submitted else generator(**arguments)
+    samples = generator.submit(**arguments).result(TIMEOUT_S) if submitted else generator(**arguments)
     np.testing.assert_array_equal(samples.array, expected)
 
 
@@ -251,13 +251,13 @@ def test_closing_does_not_wait_for_a_callback_that_waits_for_whoever_closes(digi
 
     def callback(*_: object) -> None:
         entered.set()
-        assert closed.wait(PATIENCE_S)
+        assert closed.wait(TIMEOUT_S)
 
     future = digits.submit(seed=1, callback_on_step_end=callback)
-    assert entered.wait(PATIENCE_S)
+    assert entered.wait(TIMEOUT_S)
     digits.close()
     closed.set()
-    assert isinstance(future.exception(PATIENCE_S), GeneratorClosedError)
+    assert isinstance(future.exception(TIMEOUT_S), GeneratorClosedError)
 
 
 def test_a_signal_handler_may_close_what_it_interrupts(digits: Generator) -> None:
@@ -285,13 +285,13 @@ def text_of(error: BaseException) -> str:
 
 def test_the_errors_of_many_refused_requests_stay_small() -> None:
     generator = Generator("digits")
-    with held(generator):
+    with scheduler_blocked(generator):
         futures = [generator.submit(seed=1, num_inference_steps=1) for _ in range(2000)]
         generator.close()
     errors = []
     for future in futures:
         with pytest.raises(GeneratorClosedError) as caught:
-            future.result(PATIENCE_S)
+            future.result(TIMEOUT_S)
         errors.append(caught.value)
     assert len({id(error) for error in errors}) == 2000
     assert max(len(text_of(error)) for error in errors) < 4000
@@ -300,9 +300,9 @@ def test_the_errors_of_many_refused_requests_stay_small() -> None:
 def test_the_errors_of_terminated_requests_keep_no_memory(slow_bundle: Path) -> None:
     generator = Generator(slow_bundle, threads=1)
     session = weakref.ref(engine_of(generator).graphs().noise)
-    stepped = stepping(engine_of(generator))
-    futures = [generator.submit(**SPIN) for _ in range(3)]
-    assert stepped.wait(PATIENCE_S)
+    stepped = step_started_event(engine_of(generator))
+    futures = [generator.submit(**LONG_LOOP) for _ in range(3)]
+    assert stepped.wait(TIMEOUT_S)
     generator.close()
     del generator
     gc.collect()

@@ -12,13 +12,13 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 
-import handmade
+import toy_bundle
 from scm_runtime import Generator, InvalidArgumentError, NonFiniteError
 from scm_runtime.bundle.checksums import sha256
 from scm_runtime.bundle.manifest import MANIFEST, FileEntry, read_manifest
 
 SEEDS = [3, 4, 5, 6]
-EMBEDS = np.random.default_rng(0).standard_normal((4, 3, handmade.WIDTH), np.float32)
+EMBEDS = np.random.default_rng(0).standard_normal((4, 3, toy_bundle.WIDTH), np.float32)
 FINE, OVERFLOW = 4.5, 66.0  # guidance scales
 
 # In the step from 1.0, a sample with a guidance scale over 65 becomes what {hole} says.
@@ -37,12 +37,12 @@ HOLE = """
 
 
 def step_with(hole: str) -> str:
-    body = handmade.STEP.replace("x_next = Add(abcd, gt4)", "whole = Add(abcd, gt4)")
+    body = toy_bundle.STEP.replace("x_next = Add(abcd, gt4)", "whole = Add(abcd, gt4)")
     return body.rstrip().removesuffix("}") + HOLE.format(hole=hole)
 
 
 # Pictures of samples with a value over 9 come out black.
-BLACK_DECODE = handmade.DECODE.replace(
+BLACK_DECODE = toy_bundle.DECODE.replace(
     "pixels = Cast<to=2>(clipped)",
     """
     axes = Constant<value_ints=[1, 2, 3]>()
@@ -56,12 +56,12 @@ BLACK_DECODE = handmade.DECODE.replace(
 
 @pytest.fixture
 def write(tmp_path: Path) -> Any:
-    def write(*, hole: str = "nan", decode: str = handmade.DECODE) -> Path:
-        folder = handmade.write_text_bundle(tmp_path / "half.scm")
+    def write(*, hole: str = "nan", decode: str = toy_bundle.DECODE) -> Path:
+        folder = toy_bundle.write_text_bundle(tmp_path / "half.scm")
         for graph, text in {"step": step_with(hole), "decode": decode}.items():
-            model = onnx.parser.parse_model(handmade.HEADER + text)
+            model = onnx.parser.parse_model(toy_bundle.HEADER + text)
             if graph == "step":
-                model.graph.initializer.append(handmade.external("weights", [handmade.WIDTH, 2]))
+                model.graph.initializer.append(toy_bundle.external_tensor("weights", [toy_bundle.WIDTH, 2]))
             (folder / f"{graph}.fp16.onnx").write_bytes(model.SerializeToString())
         manifest = read_manifest(folder)
         files = {path.name: FileEntry(size=path.stat().st_size, sha256=sha256(path)) for path in sorted(folder.iterdir()) if path.name != MANIFEST}
@@ -77,7 +77,7 @@ def draw(generate: Generator, guidance: list[float], **arguments: Any) -> NDArra
 
 
 def expected(guidance: list[float]) -> NDArray[np.float32]:
-    return handmade.sample(SEEDS, EMBEDS, guidance=guidance)
+    return toy_bundle.sample(SEEDS, EMBEDS, guidance=guidance)
 
 
 MIXED = [FINE, OVERFLOW, FINE, OVERFLOW]
@@ -99,12 +99,12 @@ def test_fp32_does_those_samples_again(write: Any, caplog: pytest.LogCaptureFixt
     caplog.set_level(logging.INFO, "scm_runtime")
     with Generator(write(), dtype="fp16", on_nonfinite="fp32") as generate:
         np.testing.assert_allclose(draw(generate, MIXED, output_type="latent"), expected(MIXED), rtol=1e-6, atol=1e-5)
-        np.testing.assert_array_equal(draw(generate, MIXED), handmade.pictures(expected(MIXED)))
+        np.testing.assert_array_equal(draw(generate, MIXED), toy_bundle.decode(expected(MIXED)))
     assert "Computed again in fp32" in caplog.text
 
 
 def test_fp32_goes_on_from_what_a_callback_put_there(write: Any) -> None:
-    other = np.random.default_rng(1).standard_normal((4, *handmade.SAMPLE), np.float32)
+    other = np.random.default_rng(1).standard_normal((4, *toy_bundle.SAMPLE_SHAPE), np.float32)
 
     def callback(_generator: Generator, step: int, _t: float, _values: object) -> dict[str, Any] | None:
         return {"latents": other} if step == 0 else None
@@ -116,7 +116,7 @@ def test_fp32_goes_on_from_what_a_callback_put_there(write: Any) -> None:
 
 
 def test_fp32_starts_from_given_latents(write: Any) -> None:
-    latents = np.random.default_rng(2).standard_normal((4, *handmade.SAMPLE), np.float32)
+    latents = np.random.default_rng(2).standard_normal((4, *toy_bundle.SAMPLE_SHAPE), np.float32)
     folder = write()
     with Generator(folder) as whole, Generator(folder, dtype="fp16", on_nonfinite="fp32") as half:
         np.testing.assert_array_equal(draw(half, MIXED, latents=latents, output_type="latent"), draw(whole, MIXED, latents=latents, output_type="latent"))
@@ -131,7 +131,7 @@ def test_warn_says_it_once_a_call_and_goes_on(write: Any, caplog: pytest.LogCapt
 
 
 def test_fp32_that_is_not_finite_either_is_an_error_under_every_policy_but_warn(write: Any) -> None:
-    folder = handmade.write_text_bundle(write().parent / "wild.scm", gain=1e38)
+    folder = toy_bundle.write_text_bundle(write().parent / "wild.scm", gain=1e38)
     for policy in ("raise", "fp32"):
         with (
             Generator(folder, on_nonfinite=cast(Any, policy)) as generate,
@@ -145,7 +145,7 @@ def test_black_pictures_of_a_half_precision_decoder(write: Any, caplog: pytest.L
     bright = [60.0] * 4
     lost = [seed for seed, x in zip(SEEDS, expected(bright), strict=True) if x.max() > 9]
     assert 0 < len(lost) < 4, "the case must have both"
-    whole = handmade.pictures(expected(bright))
+    whole = toy_bundle.decode(expected(bright))
     with Generator(folder, dtype="fp16") as generate, pytest.raises(NonFiniteError, match="decoder overflowed in fp16 and made black images") as caught:
         draw(generate, bright)
     assert caught.value.seeds == tuple(lost)
@@ -158,7 +158,7 @@ def test_black_pictures_of_a_half_precision_decoder(write: Any, caplog: pytest.L
 
 
 def test_a_picture_that_is_black_in_fp32_too_is_no_error(write: Any) -> None:
-    dark = handmade.DECODE.replace("value_float=128.0", "value_float=-900.0")
+    dark = toy_bundle.DECODE.replace("value_float=128.0", "value_float=-900.0")
     folder = write(decode=dark)
     model = onnx.load(folder / "decode.fp16.onnx")
     (folder / "decode.fp32.onnx").write_bytes(model.SerializeToString())

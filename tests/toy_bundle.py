@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scm_runtime.bundle.checksums import sha256
 from scm_runtime.bundle.manifest import MANIFEST, WEIGHTS, Conditioning, FileEntry, Manifest, OutputSpec, SampleSpec, Source
 
-SAMPLE, PICTURE, SMALL = (2, 4, 6), (8, 12, 3), (4, 6, 3)
+SAMPLE_SHAPE, IMAGE_SHAPE, PREVIEW_SHAPE = (2, 4, 6), (8, 12, 3), (4, 6, 3)
 WIDTH = 5  # size of an embedding
 TIMES: dict[str, tuple[float, ...]] = {"1": (1.5, 0.0), "2": (1.5, 1.0, 0.0)}
 INITIAL_SCALE = 0.5
@@ -129,7 +129,7 @@ ENCODE = """encode (uint8[batch,8,12,3] image) => (float[batch,2,4,6] x) {
 # ----------------------------------------------------------------------------
 # Variants of the graphs that are slow for some inputs.
 
-SPIN, BLOCK = 1100.0, 3100.0  # a guidance scale and a score that make SLOW_STEP slow
+SLOW_GUIDANCE, SLOW_SCORE = 1100.0, 3100.0  # a guidance scale and a score that make SLOW_STEP slow
 
 
 def spin(amount: str) -> str:
@@ -150,7 +150,7 @@ def spin(amount: str) -> str:
 """
 
 
-# With SPIN it takes minutes in a loop of short operators; with BLOCK, about a second in a single operator.
+# With SLOW_GUIDANCE it takes minutes in a loop of short operators; with SLOW_SCORE, about a second in a single operator.
 SLOW_STEP = STEP.replace(
     "    x_next = Add(abcd, gt4)\n",
     f"""
@@ -186,7 +186,7 @@ SLOW_PREVIEW, SLOW_DECODE = (
 )
 
 
-def projection() -> NDArray[np.float32]:
+def weights() -> NDArray[np.float32]:
     """Return the bundle's only weights, ``[WIDTH, 2]``."""
     return np.linspace(-0.2, 0.3, WIDTH * 2, dtype=np.float32).reshape(WIDTH, 2)
 
@@ -209,13 +209,13 @@ def write_text_bundle(
         graphs: Replacements of graphs by name, such as ``{"step": SLOW_STEP}``.
     """
     folder.mkdir(parents=True)
-    (folder / WEIGHTS).write_bytes((projection() * np.float32(gain)).tobytes() + bytes(64))
+    (folder / WEIGHTS).write_bytes((weights() * np.float32(gain)).tobytes() + bytes(64))
     texts = {"noise": NOISE, "step.fp32": STEP, "decode.fp32": DECODE if decoder else LATENT}
     texts |= {f"{extra}.fp32": {"encode": ENCODE, "preview": PREVIEW}[extra] for extra in extras}
     for graph, text in (texts | {f"{graph}.fp32": text for graph, text in (graphs or {}).items()}).items():
         model = onnx.parser.parse_model(HEADER + text)
         if graph.startswith("step"):
-            model.graph.initializer.append(external("weights", [WIDTH, 2]))
+            model.graph.initializer.append(external_tensor("weights", [WIDTH, 2]))
         (folder / f"{graph}.onnx").write_bytes(model.SerializeToString())
     conditioning = (
         Conditioning(name="prompt_embeds", kind="embedding", dtype="float32", shape=("tokens", WIDTH)),
@@ -227,12 +227,12 @@ def write_text_bundle(
         schema_version=1,
         name=name,
         producer="hand",
-        family="handmade",
+        family="toy",
         licence=None,
         source=Source(file="none", sha256="0" * 64),
         parameters=WIDTH * 2,
-        sample=SampleSpec(shape=SAMPLE),
-        output=OutputSpec(kind="image", shape=PICTURE) if decoder else OutputSpec(kind="latent", shape=SAMPLE),
+        sample=SampleSpec(shape=SAMPLE_SHAPE),
+        output=OutputSpec(kind="image", shape=IMAGE_SHAPE) if decoder else OutputSpec(kind="latent", shape=SAMPLE_SHAPE),
         sigma_data=0.5,
         initial_scale=INITIAL_SCALE,
         times=TIMES,
@@ -248,7 +248,7 @@ def write_text_bundle(
     return folder
 
 
-def external(name: str, dims: list[int]) -> onnx.TensorProto:
+def external_tensor(name: str, dims: list[int]) -> onnx.TensorProto:
     """Return a tensor whose data are external, at offset 0 of the weights file."""
     tensor = onnx.TensorProto(name=name, data_type=onnx.TensorProto.FLOAT, dims=dims, data_location=onnx.TensorProto.EXTERNAL)
     for key, value in {"location": WEIGHTS, "offset": "0", "length": str(4 * int(np.prod(dims)))}.items():
@@ -262,17 +262,17 @@ def external(name: str, dims: list[int]) -> onnx.TensorProto:
 
 def noise(seeds: NDArray[np.int64], draw: int) -> NDArray[np.float32]:
     """Compute the noise graph at scale 1."""
-    index = np.arange(np.prod(SAMPLE), dtype=np.float32).reshape(1, *SAMPLE)
+    index = np.arange(np.prod(SAMPLE_SHAPE), dtype=np.float32).reshape(1, *SAMPLE_SHAPE)
     drawn: NDArray[np.float32] = np.sin(seeds.astype(np.float32).reshape(-1, 1, 1, 1) * np.float32(1.7) + index + np.float32(draw))
     return drawn
 
 
 def sample(seeds: Any, embeds: Any, mask: Any = None, guidance: Any = GUIDANCE, score: Any = SCORE, steps: int = 2, gain: float = 1.0) -> NDArray[np.float32]:
-    """Compute the sampler up to the latents ``[N, *SAMPLE]``. Each argument is either one for all samples or one per sample."""
+    """Compute the sampler up to the latents ``[N, *SAMPLE_SHAPE]``. Each argument is either one for all samples or one per sample."""
     seeds = np.asarray(seeds, np.int64)
     embeds = np.broadcast_to(np.asarray(embeds, np.float32), (len(seeds), *np.shape(embeds)[-2:]))
     counts = np.broadcast_to(np.float32(1) if mask is None else np.asarray(mask, np.float32), embeds.shape[:2])[..., None]
-    text = (embeds * counts).sum(1) / counts.sum(1) @ (projection() * np.float32(gain))
+    text = (embeds * counts).sum(1) / counts.sum(1) @ (weights() * np.float32(gain))
     guided = (np.reshape(np.asarray(guidance, np.float32), (-1, 1)) * text)[:, :, None, None]
     x = noise(seeds, 0) * np.float32(INITIAL_SCALE)
     for k, (t, t_next) in enumerate(pairwise(TIMES[str(steps)])):
@@ -280,12 +280,12 @@ def sample(seeds: Any, embeds: Any, mask: Any = None, guidance: Any = GUIDANCE, 
     return x.astype(np.float32)
 
 
-def small_pictures(x: NDArray[np.float32]) -> NDArray[np.uint8]:
+def preview(x: NDArray[np.float32]) -> NDArray[np.uint8]:
     """Compute the preview graph."""
     rgb = np.stack([x[:, 0], x[:, 1], x[:, 0] + x[:, 1]], axis=-1)
     return np.clip(np.round(rgb * np.float32(32) + 128), 0, 255).astype(np.uint8)
 
 
-def pictures(x: NDArray[np.float32]) -> NDArray[np.uint8]:
+def decode(x: NDArray[np.float32]) -> NDArray[np.uint8]:
     """Compute the decode graph."""
-    return small_pictures(x).repeat(2, axis=1).repeat(2, axis=2)
+    return preview(x).repeat(2, axis=1).repeat(2, axis=2)

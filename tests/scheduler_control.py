@@ -16,11 +16,11 @@ from scm_runtime.engines.engine import Trajectory
 from scm_runtime.ort.session import Session
 from scm_runtime.sampling.scheduler import THREAD_NAME
 
-PATIENCE_S = 60.0
+TIMEOUT_S = 60.0
 
 
 @contextmanager
-def held(generator: Generator, **arguments: Any) -> Iterator[Future[Samples]]:
+def scheduler_blocked(generator: Generator, **arguments: Any) -> Iterator[Future[Samples]]:
     """Block the scheduler in a callback of a one-step request with seed 0, until the block ends.
 
     Requests submitted within the block wait in the queue and then start together. Yields the future of the blocking request.
@@ -29,10 +29,10 @@ def held(generator: Generator, **arguments: Any) -> Iterator[Future[Samples]]:
 
     def callback(*_: object) -> None:
         entered.set()
-        assert release.wait(PATIENCE_S)
+        assert release.wait(TIMEOUT_S)
 
     future = generator.submit(seed=0, num_inference_steps=1, output_type="np", callback_on_step_end=callback, **arguments)
-    assert entered.wait(PATIENCE_S)
+    assert entered.wait(TIMEOUT_S)
     try:
         yield future
     finally:
@@ -45,7 +45,7 @@ def engine_of(generator: Generator) -> Any:
     return generator._loop.resource.engine
 
 
-def stepping(engine: Any) -> threading.Event:
+def step_started_event(engine: Any) -> threading.Event:
     """Return an event that is set when the engine next runs its step graph. For the host engine only."""
     graphs, begins = engine.graphs(), threading.Event()
     graphs.step = _Stepping(graphs.step, begins)
@@ -64,7 +64,7 @@ class _Stepping:
         return getattr(self._session, name)
 
 
-def recorded(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[int, int]]]:
+def record_batches(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[int, int]]]:
     """Return a list that records the evaluations from now on: for each one, the first seed and the current step of each request in it."""
     rounds: list[list[tuple[int, int]]] = []
     engine = engine_of(generator)
@@ -78,14 +78,14 @@ def recorded(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> list[list
     return rounds
 
 
-def schedulers() -> list[threading.Thread]:
+def scheduler_threads() -> list[threading.Thread]:
     """Return the scheduler threads that are alive."""
     return [thread for thread in threading.enumerate() if thread.name == THREAD_NAME]
 
 
-def eventually(what: Callable[[], object]) -> None:
+def wait_until(what: Callable[[], object]) -> None:
     """Wait until ``what()`` is true. For state that another thread changes after everything that can be waited for."""
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + TIMEOUT_S
     while not what():
-        assert time.monotonic() < deadline, f"not true within {PATIENCE_S:.0f} s"
+        assert time.monotonic() < deadline, f"not true within {TIMEOUT_S:.0f} s"
         time.sleep(0.001)

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from handmade import WIDTH, write_text_bundle
-from holding import PATIENCE_S, engine_of, held, recorded, schedulers
+from scheduler_control import TIMEOUT_S, engine_of, record_batches, scheduler_blocked, scheduler_threads
 from scm_runtime import (
     GenerationCancelledError,
     Generator,
@@ -28,6 +27,7 @@ from scm_runtime import (
 )
 from scm_runtime.sampling import scheduler
 from support import native_library, run_python
+from toy_bundle import WIDTH, write_text_bundle
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def embeds(tokens: int, seed: int = 0) -> NDArray[np.float32]:
 
 
 def result(future: Future[Samples]) -> Samples:
-    return future.result(PATIENCE_S)
+    return future.result(TIMEOUT_S)
 
 
 def three_times(generator: Generator) -> list[float]:
@@ -81,7 +81,7 @@ def test_company_at_other_steps_changes_no_bit(bundle: str, native_ops: bool, ti
     with Generator(path, max_batch_size=8, native_ops=native_ops) as generator:
         several: list[dict[str, Any]] = [{"num_inference_steps": 1}, {"num_inference_steps": 2}, {"timesteps": three_times(generator)}]
         requests = [{"seed": 100 * n + 10 * i, "batch_size": n, **steps} for n in (1, 2, 3) for i, steps in enumerate(several)]
-        rounds = recorded(generator, monkeypatch)
+        rounds = record_batches(generator, monkeypatch)
         futures: list[Future[Samples]] = []
 
         def join(_: Generator, step: int, *__: object) -> None:
@@ -89,7 +89,7 @@ def test_company_at_other_steps_changes_no_bit(bundle: str, native_ops: bool, ti
             if step < 2:
                 futures.append(generator.submit(output_type="latent", **requests[len(futures)], **given))
 
-        with held(generator, **given):
+        with scheduler_blocked(generator, **given):
             futures += [generator.submit(output_type="latent", **request, **given) for request in requests[:-2]]
             first = generator.submit(seed=7, output_type="latent", callback_on_step_end=join, **several[2], **given)
         alone = generator(seed=7, output_type="latent", **several[2], **given)
@@ -105,7 +105,7 @@ def test_company_at_other_steps_changes_no_bit(bundle: str, native_ops: bool, ti
 
 
 def test_pictures_are_those_of_a_call(digits: Generator) -> None:
-    with held(digits):
+    with scheduler_blocked(digits):
         futures = [digits.submit([3, 1], seed=7), digits.submit([4], seed=9)]
     for future, called in zip(futures, (digits([3, 1], seed=7), digits([4], seed=9)), strict=True):
         merged = result(future)
@@ -116,7 +116,7 @@ def test_pictures_are_those_of_a_call(digits: Generator) -> None:
 
 @pytest.mark.parametrize("output_type", ["np", "latent", "dlpack"])
 def test_samples_of_one_batch_do_not_keep_each_other_alive(digits: Generator, output_type: Any) -> None:
-    with held(digits):
+    with scheduler_blocked(digits):
         futures = [digits.submit(seed=i, output_type=output_type) for i in range(3)]
     for i, future in enumerate(futures):
         array = result(future).array
@@ -128,7 +128,7 @@ def test_a_state_that_a_callback_puts_in_place_counts(digits: Generator) -> None
     def callback(_: Generator, step: int, t: float, state: dict[str, NDArray[np.float32]]) -> dict[str, Any] | None:
         return {"latents": state["latents"] * 0.5} if step == 0 else None
 
-    with held(digits):
+    with scheduler_blocked(digits):
         changed, other = digits.submit(seed=1, output_type="latent", callback_on_step_end=callback), digits.submit(seed=2, output_type="latent")
     np.testing.assert_array_equal(result(changed).array, digits(seed=1, output_type="latent", callback_on_step_end=callback).array)
     np.testing.assert_array_equal(result(other).array, digits(seed=2, output_type="latent").array)
@@ -137,7 +137,7 @@ def test_a_state_that_a_callback_puts_in_place_counts(digits: Generator) -> None
 def test_timings_and_spans_of_a_request() -> None:
     spans: list[Span] = []
     with Generator("digits", on_span=spans.append) as generator:
-        with held(generator):
+        with scheduler_blocked(generator):
             future = generator.submit(seed=5, num_inference_steps=2)
         samples = result(future)
     spans = [span for span in spans if spans.index(span) > next(i for i, one in enumerate(spans) if one.name == "generate")]
@@ -161,8 +161,8 @@ def test_an_error_of_on_span_reaches_the_future() -> None:
 
 
 def test_requests_that_wait_share_evaluations_and_leave_when_they_are_done(digits: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    rounds = recorded(digits, monkeypatch)
-    with held(digits):
+    rounds = record_batches(digits, monkeypatch)
+    with scheduler_blocked(digits):
         futures = [digits.submit(seed=10 + steps, num_inference_steps=steps) for steps in (1, 2)]
         futures.append(digits.submit(seed=13, timesteps=three_times(digits)))
     for future in futures:
@@ -171,7 +171,7 @@ def test_requests_that_wait_share_evaluations_and_leave_when_they_are_done(digit
 
 
 def test_a_newcomer_joins_at_the_next_step(digits: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    rounds = recorded(digits, monkeypatch)
+    rounds = record_batches(digits, monkeypatch)
     late: list[Future[Samples]] = []
 
     def callback(_: Generator, step: int, *__: object) -> None:
@@ -192,7 +192,7 @@ def test_without_callbacks_a_round_is_one_job_of_the_engine(digits: Generator, m
         jobs.append(job)
         return run(job)
 
-    with held(digits):
+    with scheduler_blocked(digits):
         futures = [digits.submit(seed=seed) for seed in (1, 2)]
         monkeypatch.setattr(engine, "run", count)
     for future in futures:
@@ -201,8 +201,8 @@ def test_without_callbacks_a_round_is_one_job_of_the_engine(digits: Generator, m
 
 
 def test_a_batch_holds_max_batch_size_samples(pair: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    rounds = recorded(pair, monkeypatch)
-    with held(pair):
+    rounds = record_batches(pair, monkeypatch)
+    with scheduler_blocked(pair):
         futures = [pair.submit(seed=i, num_inference_steps=1) for i in (1, 2, 3)]
     for future in futures:
         result(future)
@@ -210,8 +210,8 @@ def test_a_batch_holds_max_batch_size_samples(pair: Generator, monkeypatch: pyte
 
 
 def test_a_larger_request_runs_alone_and_is_not_put_off(pair: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    rounds = recorded(pair, monkeypatch)
-    with held(pair):
+    rounds = record_batches(pair, monkeypatch)
+    with scheduler_blocked(pair):
         futures = [pair.submit(seed=1), pair.submit(seed=50, batch_size=5), *(pair.submit(seed=i) for i in (2, 3, 4))]
     sizes = [len(result(future)) for future in futures]
     assert sizes == [1, 5, 1, 1, 1]
@@ -219,8 +219,8 @@ def test_a_larger_request_runs_alone_and_is_not_put_off(pair: Generator, monkeyp
 
 
 def test_texts_of_different_lengths_do_not_merge(text: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    rounds = recorded(text, monkeypatch)
-    with held(text, prompt_embeds=embeds(2)):
+    rounds = record_batches(text, monkeypatch)
+    with scheduler_blocked(text, prompt_embeds=embeds(2)):
         futures = [text.submit(prompt_embeds=embeds(tokens, i), seed=i, num_inference_steps=1, output_type="np") for i, tokens in ((1, 3), (2, 4), (3, 3))]
     drawn = [result(future).array for future in futures]
     assert rounds[1:] == [[(1, 0), (3, 0)], [(2, 0)]]
@@ -231,7 +231,7 @@ def test_texts_of_different_lengths_do_not_merge(text: Generator, monkeypatch: p
 
 def test_max_wait_ms_waits_for_company(monkeypatch: pytest.MonkeyPatch) -> None:
     with Generator("digits", max_batch_size=2, max_wait_ms=1e6) as generator:
-        rounds = recorded(generator, monkeypatch)
+        rounds = record_batches(generator, monkeypatch)
         first = generator.submit(seed=1, num_inference_steps=1)
         assert not wait([first], timeout=0.05).done, "it must wait for another"
         result(generator.submit(seed=2, num_inference_steps=1))
@@ -266,21 +266,21 @@ def test_arguments_are_checked_by_submit_itself(digits: Generator) -> None:
 
 
 def test_a_request_cancelled_before_its_turn_is_never_computed(digits: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    rounds = recorded(digits, monkeypatch)
-    with held(digits):
+    rounds = record_batches(digits, monkeypatch)
+    with scheduler_blocked(digits):
         unwanted, wanted = digits.submit(seed=1), digits.submit(seed=2)
         assert unwanted.cancel()
     assert len(result(wanted)) == 1
     assert all(seed != 1 for batch in rounds for seed, _ in batch)
     with pytest.raises(CancelledError):
         unwanted.result()
-    assert wait([unwanted], timeout=PATIENCE_S).done, "those that wait for it must hear of it"
+    assert wait([unwanted], timeout=TIMEOUT_S).done, "those that wait for it must hear of it"
 
 
 def test_a_request_cancelled_between_its_steps_stops_there(digits: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    rounds = recorded(digits, monkeypatch)
+    rounds = record_batches(digits, monkeypatch)
     futures: list[Future[Samples]] = []
-    with held(digits):
+    with scheduler_blocked(digits):
         futures.append(digits.submit(seed=1, callback_on_step_end=lambda *_: futures[0].cancel() and None))
         futures.append(digits.submit(seed=2))
     assert len(result(futures[1])) == 1
@@ -298,9 +298,9 @@ def test_a_request_cancelled_after_its_last_step_is_not_decoded(digits: Generato
 
     monkeypatch.setattr(engine_of(digits), "decode", note)
     futures: list[Future[Samples]] = []
-    with held(digits):
+    with scheduler_blocked(digits):
         futures.append(digits.submit(seed=1, num_inference_steps=1, callback_on_step_end=lambda *_: futures[0].cancel() and None))
-    assert wait(futures, timeout=PATIENCE_S).done
+    assert wait(futures, timeout=TIMEOUT_S).done
     assert len(result(digits.submit(seed=2))) == 1
     assert decoded == [1, 1], "of the one that held the scheduler, and of the last"
 
@@ -312,7 +312,7 @@ def test_samples_that_are_there_cannot_be_cancelled(digits: Generator) -> None:
 
 
 def test_a_callback_that_returns_false_ends_its_request_alone(digits: Generator) -> None:
-    with held(digits):
+    with scheduler_blocked(digits):
         ended, other = digits.submit(seed=1, callback_on_step_end=lambda *_: False), digits.submit(seed=2, output_type="np")
     with pytest.raises(GenerationCancelledError):
         result(ended)
@@ -328,7 +328,7 @@ def test_an_error_of_a_callback_reaches_its_future_alone(digits: Generator, erro
     def callback(*_: object) -> None:
         raise error
 
-    with held(digits):
+    with scheduler_blocked(digits):
         failed, other = digits.submit(seed=1, callback_on_step_end=callback), digits.submit(seed=2, output_type="np")
     with pytest.raises(error):
         result(failed)
@@ -358,7 +358,7 @@ def test_an_evaluation_that_fails_takes_down_the_guilty_request_alone(digits: Ge
         return InferenceError("the thirteenth") if any(one.call.seeds[0] == 13 for one in trajectories) else None
 
     fail(digits, method, monkeypatch, wrong)
-    with held(digits):
+    with scheduler_blocked(digits):
         futures = [digits.submit(seed=i, output_type="np") for i in (0, 1, 13, 3, 4)]
     for i, future in enumerate(futures):
         if i == 2:
@@ -370,7 +370,7 @@ def test_an_evaluation_that_fails_takes_down_the_guilty_request_alone(digits: Ge
 
 def test_a_sample_that_is_not_finite_takes_down_its_request_alone(digits: Generator) -> None:
     hopeless = np.full((1, *digits.manifest.sample.shape), 3e38, np.float32)
-    with held(digits):
+    with scheduler_blocked(digits):
         failed, other = digits.submit(seed=1, latents=hopeless), digits.submit(seed=2, output_type="np")
     with pytest.raises(NonFiniteError) as caught:
         result(failed)
@@ -382,7 +382,7 @@ def test_a_sample_that_is_not_finite_takes_down_its_request_alone(digits: Genera
 def test_where_memory_runs_out_batches_are_halved(digits: Generator, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = [digits(seed=i, output_type="np").array for i in range(8)]
     tried = fail(digits, method, monkeypatch, lambda trajectories: OutOfMemoryError("full") if sum(map(len, trajectories)) > 2 else None)
-    with held(digits):
+    with scheduler_blocked(digits):
         futures = [digits.submit(seed=i, output_type="np") for i in range(8)]
     for future, called in zip(futures, expected, strict=True):
         np.testing.assert_array_equal(result(future).array, called)
@@ -402,7 +402,7 @@ def test_if_the_scheduler_dies_every_future_hears_of_it_and_the_next_request_sta
             raise death
         return real(*arguments)
 
-    with held(digits):
+    with scheduler_blocked(digits):
         futures = [digits.submit(seed=i) for i in range(3)]
         monkeypatch.setattr(scheduler, "schedule", choose)
     errors = []
@@ -428,9 +428,9 @@ def test_a_callback_of_a_future_may_submit_call_and_close(digits: Generator) -> 
         digits.close()
         following.add_done_callback(lambda future: (seen.append(future.exception()), done.set()))  # type: ignore[arg-type, func-returns-value]  # brevity
 
-    with held(digits) as first:
+    with scheduler_blocked(digits) as first:
         first.add_done_callback(callback)
-    assert done.wait(PATIENCE_S)
+    assert done.wait(TIMEOUT_S)
     assert seen[0].seeds == (3,)
     assert isinstance(seen[1], GeneratorClosedError), "it waited when the Generator was closed"
 
@@ -439,7 +439,7 @@ def test_a_callback_of_a_future_that_raises_harms_nobody(digits: Generator) -> N
     def callback(_: Future[Samples]) -> None:
         raise SystemExit
 
-    with held(digits) as first:
+    with scheduler_blocked(digits) as first:
         first.add_done_callback(callback)
         other = digits.submit(seed=1)
     assert len(result(other)) == 1
@@ -469,10 +469,10 @@ def test_async_requests_merge(digits: Generator, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_cancelled_task_cancels_its_request(digits: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    rounds = recorded(digits, monkeypatch)
+    rounds = record_batches(digits, monkeypatch)
 
     async def main() -> None:
-        with held(digits):
+        with scheduler_blocked(digits):
             task = asyncio.ensure_future(digits.async_(seed=1))
             await asyncio.sleep(0)  # it is submitted
             task.cancel()
@@ -517,7 +517,7 @@ def test_a_stream_with_arguments_for_each_image(text: Generator) -> None:
 
 
 def test_a_stream_computes_one_batch_ahead(digits: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    rounds = recorded(digits, monkeypatch)
+    rounds = record_batches(digits, monkeypatch)
 
     def begun() -> int:
         return len({seed for batch in rounds for seed, _ in batch})
@@ -532,10 +532,10 @@ def test_a_stream_computes_one_batch_ahead(digits: Generator, monkeypatch: pytes
 
 
 def test_closing_a_stream_cancels_what_is_ahead(digits: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    rounds = recorded(digits, monkeypatch)
+    rounds = record_batches(digits, monkeypatch)
     stream = digits.stream(50, 1, seed=100, output_type="np", callback_on_step_end=lambda *_: None)
     next(stream)
-    with held(digits):
+    with scheduler_blocked(digits):
         next(stream)  # the one ahead; another is in the line now
         stream.close()
     result(digits.submit(seed=0))
@@ -544,10 +544,10 @@ def test_closing_a_stream_cancels_what_is_ahead(digits: Generator, monkeypatch: 
 
 
 def test_a_stream_that_is_dropped_cancels_what_is_ahead(digits: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    rounds = recorded(digits, monkeypatch)
+    rounds = record_batches(digits, monkeypatch)
     stream = digits.stream(50, 1, seed=100, output_type="np")
     next(stream)
-    with held(digits):
+    with scheduler_blocked(digits):
         next(stream)
         del stream
     result(digits.submit(seed=0))
@@ -606,12 +606,12 @@ assert not new, new
 
 
 def test_no_thread_before_the_first_request() -> None:
-    before = set(schedulers())
+    before = set(scheduler_threads())
     with Generator("digits") as generator:
         generator(seed=1)
-        assert set(schedulers()) <= before
+        assert set(scheduler_threads()) <= before
         result(generator.submit(seed=1))
-        assert len(set(schedulers()) - before) == 1
+        assert len(set(scheduler_threads()) - before) == 1
 
 
 def test_the_calling_thread_is_the_one_of_its_callback(digits: Generator) -> None:
