@@ -1,4 +1,4 @@
-"""Controls a Generator's scheduler in tests without sleeping: holds it, and records what it computes."""
+"""Helpers that block and observe a Generator's scheduler in tests, so that no test depends on sleeping."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ TIMEOUT_S = 60.0
 
 @contextmanager
 def scheduler_blocked(generator: Generator, **arguments: Any) -> Iterator[Future[Samples]]:
-    """Block the scheduler in a callback of a one-step request with seed 0, until the block ends.
+    """Context manager: block the scheduler inside a callback of a one-step request with seed 0.
 
-    Requests submitted within the block wait in the queue and then start together. Yields the future of the blocking request.
+    Requests submitted within the with block wait in the queue and start together at its end. Yields the future of the blocking request.
     """
     entered, release = threading.Event(), threading.Event()
 
@@ -46,18 +46,18 @@ def engine_of(generator: Generator) -> Any:
 
 
 def step_started_event(engine: Any) -> threading.Event:
-    """Return an event that is set when the engine next runs its step graph. For the host engine only."""
-    graphs, begins = engine.graphs(), threading.Event()
-    graphs.step = _Stepping(graphs.step, begins)
-    return begins
+    """Return an event that is set when the engine next runs its step graph. Works with the host engine only."""
+    graphs, started = engine.graphs(), threading.Event()
+    graphs.step = _ObservedSession(graphs.step, started)
+    return started
 
 
-class _Stepping:
-    def __init__(self, session: Session, begins: threading.Event) -> None:
-        self._session, self._begins = session, begins
+class _ObservedSession:
+    def __init__(self, session: Session, started: threading.Event) -> None:
+        self._session, self._started = session, started
 
     def __call__(self, **inputs: Any) -> Any:
-        self._begins.set()
+        self._started.set()
         return self._session(**inputs)
 
     def __getattr__(self, name: str) -> Any:
@@ -65,27 +65,30 @@ class _Stepping:
 
 
 def record_batches(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[int, int]]]:
-    """Return a list that records the evaluations from now on: for each one, the first seed and the current step of each request in it."""
-    rounds: list[list[tuple[int, int]]] = []
+    """Record the engine's evaluations from now on.
+
+    Returns a list that grows by one batch per evaluation. A batch lists ``(first seed, steps done)`` for each request in it.
+    """
+    batches: list[list[tuple[int, int]]] = []
     engine = engine_of(generator)
-    advance: Callable[[Sequence[Trajectory]], None] = engine.step
+    original: Callable[[Sequence[Trajectory]], None] = engine.step
 
-    def note(trajectories: Sequence[Trajectory]) -> None:
-        rounds.append([(int(one.call.seeds[0]), one.evaluations_done) for one in trajectories])
-        advance(trajectories)
+    def step(trajectories: Sequence[Trajectory]) -> None:
+        batches.append([(int(one.call.seeds[0]), one.evaluations_done) for one in trajectories])
+        original(trajectories)
 
-    monkeypatch.setattr(engine, "step", note)
-    return rounds
+    monkeypatch.setattr(engine, "step", step)
+    return batches
 
 
 def scheduler_threads() -> list[threading.Thread]:
-    """Return the scheduler threads that are alive."""
+    """Return the scheduler threads of this process that are alive."""
     return [thread for thread in threading.enumerate() if thread.name == THREAD_NAME]
 
 
-def wait_until(what: Callable[[], object]) -> None:
-    """Wait until ``what()`` is true. For state that another thread changes after everything that can be waited for."""
+def wait_until(condition: Callable[[], object]) -> None:
+    """Poll until ``condition()`` is true. Use it for state that another thread changes without signaling it."""
     deadline = time.monotonic() + TIMEOUT_S
-    while not what():
+    while not condition():
         assert time.monotonic() < deadline, f"not true within {TIMEOUT_S:.0f} s"
         time.sleep(0.001)
