@@ -1,4 +1,7 @@
-"""Never a silent black picture. The bundle's "fp16" graphs are float32 ones with holes planted in them: where half precision would overflow."""
+"""Non-finite samples never become black images silently.
+
+The "fp16" graphs in these tests compute in float32 and return non-finite values for some inputs, as if half precision overflowed.
+"""
 
 from __future__ import annotations
 
@@ -19,29 +22,30 @@ from scm_runtime.bundle.manifest import MANIFEST, FileEntry, read_manifest
 
 SEEDS = [3, 4, 5, 6]
 EMBEDS = np.random.default_rng(0).standard_normal((4, 3, toy_bundle.WIDTH), np.float32)
-FINE, OVERFLOW = 4.5, 66.0  # guidance scales
+FINITE, OVERFLOW = 4.5, 66.0  # guidance scales
 
-# In the step from 1.0, a sample with a guidance scale over 65 becomes what {hole} says.
-HOLE = """
+# In the step from t = 1, a sample with a guidance scale above 65 becomes {value}.
+PLANTED_VALUE = """
     limit = Constant<value_float=65.0>()
     over = Greater(guidance_scale, limit)
     late = Constant<value_float=1.2>()
     second = Less(t, late)
     both = And(over, second)
-    hole = Constant<value_float={hole}>()
+    value = Constant<value_float={value}>()
     none = Constant<value_float=0.0>()
-    lost = Where(both, hole, none)
-    lost4 = Reshape(lost, one)
-    x_next = Add(whole, lost4)
+    planted = Where(both, value, none)
+    planted4 = Reshape(planted, one)
+    x_next = Add(whole, planted4)
 }}"""
 
 
-def step_with(hole: str) -> str:
+def step_with(value: str) -> str:
+    """Return the step graph with a planted value."""
     body = toy_bundle.STEP.replace("x_next = Add(abcd, gt4)", "whole = Add(abcd, gt4)")
-    return body.rstrip().removesuffix("}") + HOLE.format(hole=hole)
+    return body.rstrip().removesuffix("}") + PLANTED_VALUE.format(value=value)
 
 
-# Pictures of samples with a value over 9 come out black.
+# Images of samples with a value above 9 are black.
 BLACK_DECODE = toy_bundle.DECODE.replace(
     "pixels = Cast<to=2>(clipped)",
     """
@@ -55,10 +59,12 @@ BLACK_DECODE = toy_bundle.DECODE.replace(
 
 
 @pytest.fixture
-def write(tmp_path: Path) -> Any:
-    def write(*, hole: str = "nan", decode: str = toy_bundle.DECODE) -> Path:
+def write_bundle(tmp_path: Path) -> Any:
+    """A function that writes a bundle with fp32 and fp16 graphs. The fp16 step has a planted value."""
+
+    def write(*, value: str = "nan", decode: str = toy_bundle.DECODE) -> Path:
         folder = toy_bundle.write_text_bundle(tmp_path / "half.scm")
-        for graph, text in {"step": step_with(hole), "decode": decode}.items():
+        for graph, text in {"step": step_with(value), "decode": decode}.items():
             model = onnx.parser.parse_model(toy_bundle.HEADER + text)
             if graph == "step":
                 model.graph.initializer.append(toy_bundle.external_tensor("weights", [toy_bundle.WIDTH, 2]))
@@ -71,102 +77,103 @@ def write(tmp_path: Path) -> Any:
     return write
 
 
-def draw(generate: Generator, guidance: list[float], **arguments: Any) -> NDArray[Any]:
+def sample(generate: Generator, guidance: list[float], **arguments: Any) -> NDArray[Any]:
     samples = generate(seed=SEEDS, prompt_embeds=EMBEDS, guidance_scale=guidance, **{"output_type": "np", **arguments})
     return samples.array
 
 
 def expected(guidance: list[float]) -> NDArray[np.float32]:
+    """Return the latents that the float32 graphs produce."""
     return toy_bundle.sample(SEEDS, EMBEDS, guidance=guidance)
 
 
-MIXED = [FINE, OVERFLOW, FINE, OVERFLOW]
+MIXED = [FINITE, OVERFLOW, FINITE, OVERFLOW]
 
 
-@pytest.mark.parametrize("hole", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
 @pytest.mark.parametrize("output_type", ["np", "pil", "latent", "dlpack"])
-def test_it_raises_and_names_step_time_dtype_seeds_and_remedy(write: Any, hole: str, output_type: str) -> None:
-    with Generator(write(hole=hole), dtype="fp16") as generate:
+def test_the_error_names_step_time_dtype_seeds_and_remedy(write_bundle: Any, value: str, output_type: str) -> None:
+    with Generator(write_bundle(value=value), dtype="fp16") as generate:
         with pytest.raises(
             NonFiniteError, match=r"2 of 4 samples .* after step 2 of 2 \(t = 1\) in fp16, seeds 4, 6\..*on_nonfinite='fp32'.*dtype='fp32'"
         ) as caught:
-            draw(generate, MIXED, output_type=output_type)
+            sample(generate, MIXED, output_type=output_type)
         assert (caught.value.seeds, caught.value.step, caught.value.dtype) == ((4, 6), 1, "fp16")
-        np.testing.assert_allclose(draw(generate, [FINE] * 4, output_type="latent"), expected([FINE] * 4), atol=1e-5)
+        np.testing.assert_allclose(sample(generate, [FINITE] * 4, output_type="latent"), expected([FINITE] * 4), atol=1e-5)
 
 
-def test_fp32_does_those_samples_again(write: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_fp32_computes_the_nonfinite_samples_again(write_bundle: Any, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "scm_runtime")
-    with Generator(write(), dtype="fp16", on_nonfinite="fp32") as generate:
-        np.testing.assert_allclose(draw(generate, MIXED, output_type="latent"), expected(MIXED), rtol=1e-6, atol=1e-5)
-        np.testing.assert_array_equal(draw(generate, MIXED), toy_bundle.decode(expected(MIXED)))
+    with Generator(write_bundle(), dtype="fp16", on_nonfinite="fp32") as generate:
+        np.testing.assert_allclose(sample(generate, MIXED, output_type="latent"), expected(MIXED), rtol=1e-6, atol=1e-5)
+        np.testing.assert_array_equal(sample(generate, MIXED), toy_bundle.decode(expected(MIXED)))
     assert "Computed again in fp32" in caplog.text
 
 
-def test_fp32_goes_on_from_what_a_callback_put_there(write: Any) -> None:
-    other = np.random.default_rng(1).standard_normal((4, *toy_bundle.SAMPLE_SHAPE), np.float32)
+def test_fp32_continues_from_latents_returned_by_a_callback(write_bundle: Any) -> None:
+    replacement = np.random.default_rng(1).standard_normal((4, *toy_bundle.SAMPLE_SHAPE), np.float32)
 
     def callback(_generator: Generator, step: int, _t: float, _values: object) -> dict[str, Any] | None:
-        return {"latents": other} if step == 0 else None
+        return {"latents": replacement} if step == 0 else None
 
-    folder = write()
+    folder = write_bundle()
     with Generator(folder) as generate, Generator(folder, dtype="fp16", on_nonfinite="fp32") as half:
-        whole = draw(generate, MIXED, output_type="latent", callback_on_step_end=callback)
-        np.testing.assert_array_equal(draw(half, MIXED, output_type="latent", callback_on_step_end=callback), whole)
+        whole = sample(generate, MIXED, output_type="latent", callback_on_step_end=callback)
+        np.testing.assert_array_equal(sample(half, MIXED, output_type="latent", callback_on_step_end=callback), whole)
 
 
-def test_fp32_starts_from_given_latents(write: Any) -> None:
+def test_fp32_starts_from_given_latents(write_bundle: Any) -> None:
     latents = np.random.default_rng(2).standard_normal((4, *toy_bundle.SAMPLE_SHAPE), np.float32)
-    folder = write()
+    folder = write_bundle()
     with Generator(folder) as whole, Generator(folder, dtype="fp16", on_nonfinite="fp32") as half:
-        np.testing.assert_array_equal(draw(half, MIXED, latents=latents, output_type="latent"), draw(whole, MIXED, latents=latents, output_type="latent"))
+        np.testing.assert_array_equal(sample(half, MIXED, latents=latents, output_type="latent"), sample(whole, MIXED, latents=latents, output_type="latent"))
 
 
-def test_warn_says_it_once_a_call_and_goes_on(write: Any, caplog: pytest.LogCaptureFixture) -> None:
-    with Generator(write(), dtype="fp16", on_nonfinite="warn") as generate:
-        latents = draw(generate, MIXED, output_type="latent")
+def test_warn_logs_once_per_call_and_continues(write_bundle: Any, caplog: pytest.LogCaptureFixture) -> None:
+    with Generator(write_bundle(), dtype="fp16", on_nonfinite="warn") as generate:
+        latents = sample(generate, MIXED, output_type="latent")
     assert np.isfinite(latents).reshape(4, -1).all(axis=1).tolist() == [True, False, True, False]
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "seeds 4, 6" in caplog.text
 
 
-def test_fp32_that_is_not_finite_either_is_an_error_under_every_policy_but_warn(write: Any) -> None:
-    folder = toy_bundle.write_text_bundle(write().parent / "wild.scm", gain=1e38)
+def test_nonfinite_samples_in_fp32_raise_under_every_policy_except_warn(write_bundle: Any) -> None:
+    folder = toy_bundle.write_text_bundle(write_bundle().parent / "wild.scm", gain=1e38)
     for policy in ("raise", "fp32"):
         with (
             Generator(folder, on_nonfinite=cast(Any, policy)) as generate,
             pytest.raises(NonFiniteError, match=r"after step 1 of 2 .* in fp32, seeds 3, 4, 5, 6\. .*checkpoint"),
         ):
-            draw(generate, [1e3] * 4)
+            sample(generate, [1e3] * 4)
 
 
-def test_black_pictures_of_a_half_precision_decoder(write: Any, caplog: pytest.LogCaptureFixture) -> None:
-    folder = write(hole="0.0", decode=BLACK_DECODE)
+def test_black_images_of_a_half_precision_decoder(write_bundle: Any, caplog: pytest.LogCaptureFixture) -> None:
+    folder = write_bundle(value="0.0", decode=BLACK_DECODE)
     bright = [60.0] * 4
-    lost = [seed for seed, x in zip(SEEDS, expected(bright), strict=True) if x.max() > 9]
-    assert 0 < len(lost) < 4, "the case must have both"
+    black = [seed for seed, x in zip(SEEDS, expected(bright), strict=True) if x.max() > 9]
+    assert 0 < len(black) < 4, "some images must be black and some not"
     whole = toy_bundle.decode(expected(bright))
     with Generator(folder, dtype="fp16") as generate, pytest.raises(NonFiniteError, match="decoder overflowed in fp16 and made black images") as caught:
-        draw(generate, bright)
-    assert caught.value.seeds == tuple(lost)
+        sample(generate, bright)
+    assert caught.value.seeds == tuple(black)
     with Generator(folder, dtype="fp16", on_nonfinite="fp32") as generate:
-        np.testing.assert_array_equal(draw(generate, bright), whole)
+        np.testing.assert_array_equal(sample(generate, bright), whole)
     with Generator(folder, dtype="fp16", on_nonfinite="warn") as generate:
-        pictures = draw(generate, bright)
-    assert [picture.any() for picture in pictures] == [picture.any() and seed not in lost for seed, picture in zip(SEEDS, whole, strict=True)]
-    assert f"seeds {', '.join(map(str, lost))}." in caplog.text
+        images = sample(generate, bright)
+    assert [image.any() for image in images] == [image.any() and seed not in black for seed, image in zip(SEEDS, whole, strict=True)]
+    assert f"seeds {', '.join(map(str, black))}." in caplog.text
 
 
-def test_a_picture_that_is_black_in_fp32_too_is_no_error(write: Any) -> None:
+def test_an_image_that_is_black_in_fp32_too_is_not_an_error(write_bundle: Any) -> None:
     dark = toy_bundle.DECODE.replace("value_float=128.0", "value_float=-900.0")
-    folder = write(decode=dark)
+    folder = write_bundle(decode=dark)
     model = onnx.load(folder / "decode.fp16.onnx")
     (folder / "decode.fp32.onnx").write_bytes(model.SerializeToString())
     manifest = read_manifest(folder)
     entry = FileEntry(size=(folder / "decode.fp32.onnx").stat().st_size, sha256=sha256(folder / "decode.fp32.onnx"))
     (folder / MANIFEST).write_bytes(msgspec.structs.replace(manifest, files=manifest.files | {"decode.fp32.onnx": entry}).to_json())
     with Generator(folder, dtype="fp16") as generate:
-        assert not draw(generate, [FINE] * 4).any()
+        assert not sample(generate, [FINITE] * 4).any()
 
 
 def test_an_unknown_policy(tiny_bundle: Path) -> None:
