@@ -129,9 +129,8 @@ assert Generator("digits").info.native_ops
 
 def test_without_the_library(plain_wheel: Path, programs: Path, tmp_path: Path) -> None:
     scripts = create_environment(tmp_path / "venv", "--no-deps", plain_wheel)
-    (site_packages(scripts) / "others.pth").write_text(
-        str(site_packages(programs))
-    )  # its dependencies come from the first environment, after its own packages in the path
+    # The dependencies come from the first environment, which this line puts behind the packages of this one in sys.path.
+    (site_packages(scripts) / "others.pth").write_text(str(site_packages(programs)))
     run([scripts / "scm-runtime", "generate", "digits", "--seed", "0", "-o", "digit.png"], env=ENVIRONMENT, cwd=tmp_path)
     assert (tmp_path / "digit.png").is_file()
     done = run([scripts / "scm-runtime", "smoke", "digits"], env=ENVIRONMENT, cwd=tmp_path)

@@ -66,7 +66,7 @@ def exits_quietly(program: str, *arguments: str | Path) -> str:
 @pytest.mark.parametrize("request_", ["LONG_LOOP", "LONG_OPERATOR"])
 @pytest.mark.parametrize("how", ["generator.submit(**{})", "in_daemon(lambda: generator(**{}))", "in_daemon(lambda: generator.submit(**{}).exception())"])
 def test_a_process_can_exit_during_a_step(request_: str, how: str, slow_bundle: Path) -> None:
-    """LONG_OPERATOR takes longer than CALLBACK_WAIT_S, for which the exit waits for user code."""
+    """LONG_OPERATOR takes longer than CALLBACK_WAIT_S, the time limit for user code at exit."""
     slow = "slow_teardown(); " * (request_ == "LONG_OPERATOR")
     exits_quietly(f"{slow}generator = open_generator(); wait = wait_for_step(generator); kept = {how.format(request_)}; wait()", slow_bundle)
 

@@ -122,7 +122,7 @@ def test_a_command_does_not_turn_telemetry_on(arguments: list[str], tmp_path: Pa
 
 @linux
 def test_an_export_does_not_turn_telemetry_on(tmp_path: Path) -> None:
-    """An export must import ONNX Runtime before it opens the checkpoint, because that imports PyTorch and other packages that may import ONNX Runtime too."""
+    """An export imports ONNX Runtime before it opens the checkpoint and before PyTorch and other packages, which may import ONNX Runtime too."""
     check(COMMAND.replace("== 0", "== 2"), tmp_path / "home", "scm_export.cli", "missing.pt", "-o", "x.scm", folders=set())
 
 
@@ -133,9 +133,9 @@ from scm_runtime import DevicePool, Generator, MissingDependencyError, cli
 
 for device in ("cpu", "auto"):
     for cache_dir in (None, sys.argv[2], False):
-        for opener, where in ((Generator, {"device": device}), (DevicePool, {"devices": [device]})):
+        for opener, device_argument in ((Generator, {"device": device}), (DevicePool, {"devices": [device]})):
             try:
-                opener("digits", cache_dir=cache_dir, **where)
+                opener("digits", cache_dir=cache_dir, **device_argument)
             except MissingDependencyError as error:
                 assert "pip install 'scm-runtime[cpu]'" in str(error), error
             else:

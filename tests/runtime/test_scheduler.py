@@ -1,4 +1,4 @@
-"""``submit``, ``async_`` and ``stream``: which requests share a batch, samples do not depend on it, and errors reach only the request at fault."""
+"""``submit``, ``async_`` and ``stream``: which requests share a batch, samples do not depend on the batch, and errors reach only the request at fault."""
 
 from __future__ import annotations
 
@@ -75,28 +75,28 @@ def test_batching_with_requests_at_other_steps_does_not_change_a_bit(
 
     The difference measured over three steps is 2.4e-5 for digits, whose values reach 1.
     """
-    where: dict[str, str | Path] = {"digits": "digits", "tiny": tiny_bundle}
-    path = where.get(bundle) or write_text_bundle(tmp_path / "text")
+    paths: dict[str, str | Path] = {"digits": "digits", "tiny": tiny_bundle}
+    path = paths.get(bundle) or write_text_bundle(tmp_path / "text")
     if native_ops:
         native_library()
-    given: dict[str, Any] = {"prompt_embeds": embeds(3)} if bundle == "text" else {}
+    conditioning: dict[str, Any] = {"prompt_embeds": embeds(3)} if bundle == "text" else {}
     with Generator(path, max_batch_size=8, native_ops=native_ops) as generator:
-        several: list[dict[str, Any]] = [{"num_inference_steps": 1}, {"num_inference_steps": 2}, {"timesteps": three_timesteps(generator)}]
-        requests = [{"seed": 100 * n + 10 * i, "batch_size": n, **steps} for n in (1, 2, 3) for i, steps in enumerate(several)]
+        step_arguments: list[dict[str, Any]] = [{"num_inference_steps": 1}, {"num_inference_steps": 2}, {"timesteps": three_timesteps(generator)}]
+        requests = [{"seed": 100 * n + 10 * i, "batch_size": n, **steps} for n in (1, 2, 3) for i, steps in enumerate(step_arguments)]
         batches = record_batches(generator, monkeypatch)
         futures: list[Future[Samples]] = []
 
-        def join(_: Generator, step: int, *__: object) -> None:
+        def submit_next(_: Generator, step: int, *__: object) -> None:
             """Submit one more request after each of the first two steps, so that the requests of a batch are at different steps."""
             if step < 2:
-                futures.append(generator.submit(output_type="latent", **requests[len(futures)], **given))
+                futures.append(generator.submit(output_type="latent", **requests[len(futures)], **conditioning))
 
-        with scheduler_blocked(generator, **given):
-            futures += [generator.submit(output_type="latent", **request, **given) for request in requests[:-2]]
-            first = generator.submit(seed=7, output_type="latent", callback_on_step_end=join, **several[2], **given)
-        alone = generator(seed=7, output_type="latent", **several[2], **given)
+        with scheduler_blocked(generator, **conditioning):
+            futures += [generator.submit(output_type="latent", **request, **conditioning) for request in requests[:-2]]
+            first = generator.submit(seed=7, output_type="latent", callback_on_step_end=submit_next, **step_arguments[2], **conditioning)
+        alone = generator(seed=7, output_type="latent", **step_arguments[2], **conditioning)
         pairs = [(result(first), alone)]
-        pairs += [(result(future), generator(output_type="latent", **request, **given)) for future, request in zip(futures, requests, strict=True)]
+        pairs += [(result(future), generator(output_type="latent", **request, **conditioning)) for future, request in zip(futures, requests, strict=True)]
         assert any(len({k for _, k in batch}) > 1 for batch in batches), "requests at different steps must have shared an evaluation"
     for merged, called in pairs:
         assert merged.seeds == called.seeds

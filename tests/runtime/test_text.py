@@ -1,4 +1,4 @@
-"""Text-to-image models: embeddings and masks of dynamic length, an encoder, previews, and bundles without a decoder, with a handmade bundle."""
+"""Text-to-image models: embeddings and masks of dynamic length, an encoder, previews, and bundles without a decoder, with the toy bundle."""
 
 from __future__ import annotations
 
