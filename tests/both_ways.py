@@ -1,4 +1,4 @@
-"""Opens bundles as hosts other than scm-runtime do: in plain ONNX Runtime, and with the native kernel library registered."""
+"""Checks that bundles run outside scm-runtime: in plain ONNX Runtime, and in ONNX Runtime with the native kernel library registered."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from scm_runtime.common.load_onnxruntime import load_onnxruntime
 from scm_runtime.ort.options import MATMUL_PRECISION
 from support import native_library, run_python
 
-OWN_ARGUMENTS = ("class_labels", "guidance_scale", "prompt_embeds", "prompt_attention_mask")  # named arguments of Generator.__call__
+GENERATOR_ARGUMENTS = ("class_labels", "guidance_scale", "prompt_embeds", "prompt_attention_mask")  # named arguments of Generator.__call__
 SEEDS = [3, 4]
 
-# A host with stock ONNX Runtime and the default log level. Arguments: the graphs to open.
+# Program of a host that has plain ONNX Runtime at its default log level. Arguments: the graphs to open.
 OPEN_GRAPHS = """
 import sys
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
@@ -30,7 +30,7 @@ for path in sys.argv[1:]:
 
 
 def sessions(graph: Path) -> dict[str, Any]:
-    """Open a graph in each way that a host on the CPU can open it; sessions by the name of the way."""
+    """Open a graph in each way that a host can open it on the CPU. Returns the sessions by the name of the way."""
     ort = load_onnxruntime()
 
     def opened(*, library: bool, precision: str | None = None) -> Any:
@@ -46,7 +46,7 @@ def sessions(graph: Path) -> dict[str, Any]:
 
 
 def check_both_ways(bundle: Path) -> None:
-    """Assert that every graph opens in each way, and that the composed samplers return the samples that Generator returns.
+    """Assert that every graph opens in each way, and that the composed sampler graphs return the same samples as Generator.
 
     bfloat16 graphs are skipped: ONNX Runtime has no CPU kernels for them.
     """
@@ -73,7 +73,7 @@ def check_no_unused_initializers(bundle: Path) -> None:
 
 
 def unused_initializers(graph: onnx.GraphProto) -> set[str]:
-    """Names of a graph's initializers that none of its nodes or outputs reads, those of subgraphs included."""
+    """Return the names of a graph's initializers that no node and no output reads, nodes of subgraphs included."""
     return {tensor.name for tensor in graph.initializer} - _names_read(graph)
 
 
@@ -82,14 +82,14 @@ def _names_read(graph: onnx.GraphProto) -> set[str]:
     for node in graph.node:
         names.update(node.input)
         for attribute in node.attribute:
-            for subgraph in (attribute.g, *attribute.graphs):  # g is an empty graph where the attribute is of another type
+            for subgraph in (attribute.g, *attribute.graphs):  # g is an empty graph if the attribute has another type
                 names |= _names_read(subgraph)
     return names
 
 
 def _generate(bundle: Path, dtype: Any, count: int, conditioning: dict[str, NDArray[Any]]) -> NDArray[Any]:
-    arguments: dict[str, Any] = {name: value for name, value in conditioning.items() if name in OWN_ARGUMENTS}
-    others = {name: value for name, value in conditioning.items() if name not in OWN_ARGUMENTS}
+    arguments: dict[str, Any] = {name: value for name, value in conditioning.items() if name in GENERATOR_ARGUMENTS}
+    others = {name: value for name, value in conditioning.items() if name not in GENERATOR_ARGUMENTS}
     with Generator(bundle, dtype=dtype, device="cpu", native_ops=False) as generate:
         return np.asarray(generate(**arguments, conditioning=others, seed=SEEDS, num_inference_steps=count, output_type="np").array)
 

@@ -27,8 +27,9 @@ def commit_of(name: str) -> str:
 def add_snapshot(cache: Path, repo: str, commit: str, files: Files, *, refs: Sequence[str] = (), shared: bool = False) -> Path:
     """Add a commit of a repository to the cache. Returns its snapshot folder.
 
-    ``snapshots/<commit>/<file>`` are links to ``blobs/<hash>``. With ``shared``, the blobs are links to a store shared by the whole cache, with one folder per
-    file, as huggingface_hub 2 stores files that the hub sends in chunks (large files). A ref (branch or tag) is a file that contains the commit.
+    Each ``snapshots/<commit>/<file>`` is a link to ``blobs/<hash>``. With ``shared``, each blob is itself a link to a store for the whole cache, with one
+    folder per file. huggingface_hub 2 stores files this way if the hub sends them in chunks, as it does with large files. A ref (branch or tag) is a file that
+    contains the commit hash.
     """
     repository = cache / f"models--{repo.replace('/', '--')}"
     for name, data in files.items():
@@ -54,13 +55,13 @@ def add_snapshot(cache: Path, repo: str, commit: str, files: Files, *, refs: Seq
 
 
 class Hub:
-    """The published repositories of the server, and a log of its requests."""
+    """State of the local server: the published repositories, and a log of the requests."""
 
     def __init__(self) -> None:
-        self.commits: dict[str, dict[str, Files]] = {}  #  by repository and commit
-        self.refs: dict[str, dict[str, str]] = {}  #       commits by repository and ref
-        self.refusals: dict[str, tuple[int, str]] = {}  #  status and error code of failures, by repository
-        self.asked: list[str] = []  #                      methods and paths
+        self.commits: dict[str, dict[str, Files]] = {}  # files by repository and commit
+        self.refs: dict[str, dict[str, str]] = {}  # commits by repository and ref
+        self.failures: dict[str, tuple[int, str]] = {}  # HTTP status and error code by repository that fails
+        self.requests: list[str] = []  # method and path of each request
         self.url = ""
 
     def add(self, repo: str, commit: str, files: Files, *, refs: Sequence[str] = ("main",)) -> None:
@@ -69,18 +70,18 @@ class Hub:
         self.refs.setdefault(repo, {}).update(dict.fromkeys(refs, commit))
 
     def downloaded(self) -> set[str]:
-        """Return the names of the downloaded files."""
-        return {path.rsplit("/", 1)[1] for path in self.asked if path.startswith("GET ") and "/resolve/" in path}
+        """Return the names of the files that clients downloaded."""
+        return {path.rsplit("/", 1)[1] for path in self.requests if path.startswith("GET ") and "/resolve/" in path}
 
     def answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
-        """Return status, headers and body of the response to a path."""
+        """Return the HTTP status, headers and body of the response to a request for a path."""
         parts = unquote(path).strip("/").split("/")
         if parts[:2] == ["api", "models"]:
             repo, verb, rest = "/".join(parts[2:4]), parts[4] if len(parts) > 4 else "revision", parts[5:]
         else:
             repo, verb, rest = "/".join(parts[:2]), parts[2], parts[3:]
-        if repo in self.refusals:
-            status, code = self.refusals[repo]
+        if repo in self.failures:
+            status, code = self.failures[repo]
             return status, {"X-Error-Code": code} if code else {}, b""
         if repo not in self.commits:
             return 401, {"X-Error-Code": "RepoNotFound"}, b""
@@ -102,12 +103,12 @@ class Hub:
 
 @contextmanager
 def serving(hub: Hub) -> Iterator[Hub]:
-    """Run the server on a local port within the block. Sets ``hub.url``."""
+    """Context manager: run the server on a local port and set ``hub.url``."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             path = urlsplit(self.path).path
-            hub.asked.append(f"{self.command} {path}")
+            hub.requests.append(f"{self.command} {path}")
             status, headers, body = hub.answer(path)
             self.send_response(status)
             for name, value in {**headers, "Content-Length": str(len(body))}.items():

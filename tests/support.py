@@ -1,4 +1,4 @@
-"""Helpers for tests in several folders: a full disk, subprocesses, and the contents of a folder."""
+"""Helpers for tests in several folders: simulate a full disk, run subprocesses, read the contents of a folder."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from scm_runtime.ort.native_ops import find_library
 
 ROOT = Path(__file__).parents[1]
 
-# The processor's bfloat16 instructions, from the flags in /proc/cpuinfo.
+# Whether the processor has bfloat16 and matrix instructions, from the flags in /proc/cpuinfo.
 CPUINFO = Path("/proc/cpuinfo")
 FEATURES = set(CPUINFO.read_text().split()) if CPUINFO.exists() else set()
 BFLOAT16 = {"avx512_bf16", "avx512bw", "avx512cd", "avx512dq", "avx512vl"} <= FEATURES
 MATRIX_UNITS = BFLOAT16 and {"amx_tile", "amx_bf16"} <= FEATURES
 
-# Prefix of a program: any import of a module named in sys.argv[1] (comma-separated) fails.
+# Beginning of a program in which every import of a module named in sys.argv[1] (comma-separated) fails.
 BLOCK_IMPORTS = """
 import sys
 
@@ -40,7 +40,7 @@ sys.meta_path.insert(0, Block)
 
 
 def native_library() -> Path:
-    """Return the path of the native kernel library. Without one the test is skipped, or fails if SCM_REQUIRE_OPS is set."""
+    """Return the path of the native kernel library. If it is missing, skip the test, or fail it if SCM_REQUIRE_OPS is set."""
     library = find_library()
     if library is None:
         (pytest.fail if os.environ.get("SCM_REQUIRE_OPS") else pytest.skip)("the native kernel library is missing: run make ops")
@@ -49,9 +49,9 @@ def native_library() -> Path:
 
 @contextmanager
 def full_disk(room: int) -> Iterator[None]:
-    """Simulate a full disk: within the block no file can grow beyond ``room`` bytes. A write fails with EFBIG instead of ENOSPC."""
+    """Context manager that simulates a full disk: no file can grow beyond ``room`` bytes. Writes fail with EFBIG instead of ENOSPC."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))  # Python ignores SIGXFSZ, which the kernel sends too
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))  # the kernel also sends SIGXFSZ, which Python ignores
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Without weights: data N(mu, s^2) have a consistency function in closed form; exported and sampled, it must give that mean and deviation."""
+"""An export without trained weights. The consistency function of data N(mu, s^2) is known in closed form, so the samples must have that mean and deviation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SAMPLES = 10_000
 
 
 class GaussianConsistency(nn.Module):
-    """F of the exact solution of the probability-flow ODE for data N(MEAN, STD^2): the state's standard score is kept down to t = 0."""
+    """Network F of the exact solution of the probability-flow ODE for data N(MEAN, STD^2), which keeps the standard score of the state down to t = 0."""
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         x = x * SIGMA_DATA
@@ -46,7 +46,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("steps", [1, 2])
-def test_a_gaussian_is_sampled_with_its_mean_and_standard_deviation(bundle: Path, steps: int) -> None:
+def test_samples_have_the_mean_and_standard_deviation_of_the_data(bundle: Path, steps: int) -> None:
     with Generator(bundle) as generate:
         x = generate(seed=0, batch_size=SAMPLES, num_inference_steps=steps, output_type="latent").array.astype("float64").ravel()
     assert abs(x.mean() - MEAN) < 3 * STD / math.sqrt(SAMPLES)
@@ -57,6 +57,6 @@ def test_the_second_step_draws_fresh_noise(bundle: Path) -> None:
     with Generator(bundle) as generate:
         one, two = (generate(seed=0, batch_size=500, num_inference_steps=steps, output_type="latent").array.ravel() for steps in (1, 2))
     correlation = float(torch.corrcoef(torch.tensor([one.tolist(), two.tolist()]))[0, 1])
-    # At t = 1.1 the state keeps cos(t) s of its past and gets sin(t) sigma_d of new noise.
+    # At t = 1.1 the second step keeps cos(t) s of the first sample and adds sin(t) sigma_d of fresh noise.
     expected = math.cos(1.1) * STD / math.hypot(math.cos(1.1) * STD, math.sin(1.1) * SIGMA_DATA)
     assert correlation == pytest.approx(expected, abs=0.15)

@@ -1,4 +1,4 @@
-"""diffusers' SCMScheduler, stepping our PyTorch network with our noise, gives our samples."""
+"""diffusers' SCMScheduler, with this project's PyTorch network and noise, gives the same samples as this project's samplers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from diffusers import SCMScheduler
 SEEDS, LABELS = [11, 12, 13], [0, 2, 3]
 
 
-def with_scheduler(checkpoint: Path) -> Tensor:
+def sample_with_diffusers(checkpoint: Path) -> Tensor:
+    """Sample two steps with SCMScheduler. Returns the denoised samples."""
     model = build_model(load_checkpoint(checkpoint))
     network = model.step.get_submodule("network")
     noises = [ops.philox_normal(torch.tensor(SEEDS), draw, model.sample_shape) for draw in range(3)]
@@ -39,12 +40,12 @@ def with_scheduler(checkpoint: Path) -> Tensor:
     return denoised
 
 
-def test_two_steps_equal_the_scheduler_from_diffusers(tiny_checkpoint: Path, tiny_bundle: Path) -> None:
-    expected = with_scheduler(tiny_checkpoint)
+def test_two_steps_equal_diffusers_scm_scheduler(tiny_checkpoint: Path, tiny_bundle: Path) -> None:
+    expected = sample_with_diffusers(tiny_checkpoint)
     model = build_model(load_checkpoint(tiny_checkpoint))
     noises = [ops.philox_normal(torch.tensor(SEEDS), draw, model.sample_shape) for draw in range(3)]
-    ours = sample(model.step, noises, model.times[2], model.initial_scale, {"class_labels": torch.tensor(LABELS)})
-    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
+    in_pytorch = sample(model.step, noises, model.times[2], model.initial_scale, {"class_labels": torch.tensor(LABELS)})
+    torch.testing.assert_close(in_pytorch, expected, atol=1e-5, rtol=0)
     with Generator(tiny_bundle) as generate:
         found = generate(LABELS, seed=SEEDS, output_type="latent").array
     np.testing.assert_allclose(found, expected.numpy(), atol=sample_atol("fp32", "fp32"))

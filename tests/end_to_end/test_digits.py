@@ -1,4 +1,4 @@
-"""The embedded model: it is the one in the repository, and draws what it drew when it was looked at."""
+"""The embedded digits model: it matches the checkpoint in the repository and still generates the golden images."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ GOLDEN = ROOT / "tests" / "golden"
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
 
-def test_the_embedded_bundle_was_made_from_the_checkpoint_in_the_repository() -> None:
+def test_the_embedded_bundle_was_exported_from_the_checkpoint_in_the_repository() -> None:
     with Generator("digits") as generate:
         assert generate.manifest.source.sha256 == hashlib.sha256(CHECKPOINT.read_bytes()).hexdigest()
         assert generate.manifest.verification is not None
 
 
-def test_the_committed_figures_are_of_this_model_and_pass_the_gate() -> None:
+def test_the_committed_quality_figures_are_of_this_checkpoint_and_good_enough() -> None:
     record = json.loads((ROOT / "benchmarks" / "results" / "quality.json").read_text())
     rows = {(row["sampler"], row["through"]): row for row in record["rows"]}
     assert {row["checkpoint_sha256"] for row in rows.values() if row["sampler"].startswith("sCD")} == {hashlib.sha256(CHECKPOINT.read_bytes()).hexdigest()}
@@ -41,7 +41,7 @@ def test_the_committed_figures_are_of_this_model_and_pass_the_gate() -> None:
         assert two["frechet"][0] <= 1.1 * rows["teacher with autoguidance, 63 evaluations", "fp32"]["figures"]["frechet"][0]
 
 
-def test_every_graph_opens_bare_and_with_the_native_library() -> None:
+def test_every_graph_opens_with_and_without_the_native_library() -> None:
     check_both_ways(ROOT / "scm_runtime" / "bundles" / "digits.scm")
 
 
@@ -49,12 +49,12 @@ def test_every_graph_opens_bare_and_with_the_native_library() -> None:
 def test_golden_digits(steps: int) -> None:
     golden = np.array(Image.open(GOLDEN / f"digits-{steps}-step.png"))
     with Generator("digits") as generate:
-        drawn = generate(NAMES, seed=0, num_inference_steps=steps, output_type="np").array
-    # Rounding differs between processors: a level or two, nowhere more.
-    np.testing.assert_allclose(np.concatenate(drawn[..., 0], axis=1).astype(int), golden.astype(int), atol=2)
+        images = generate(NAMES, seed=0, num_inference_steps=steps, output_type="np").array
+    # Rounding differs between processors by at most two of 255 levels.
+    np.testing.assert_allclose(np.concatenate(images[..., 0], axis=1).astype(int), golden.astype(int), atol=2)
 
 
-def test_a_sample_is_the_same_to_the_bit_in_any_batch_and_order() -> None:
+def test_same_seed_same_bits_in_any_batch_and_order() -> None:
     with Generator("digits") as generate:
         alone = {seed: generate(seed=seed, output_type="latent").array[0] for seed in range(13)}
         for seeds in (list(range(7)), list(range(12, -1, -1)), [5, 5, 1]):
@@ -62,7 +62,7 @@ def test_a_sample_is_the_same_to_the_bit_in_any_batch_and_order() -> None:
             np.testing.assert_array_equal(together, np.stack([alone[seed] for seed in seeds]))
 
 
-def test_the_bundle_draws_what_the_checkpoint_draws_in_pytorch() -> None:
+def test_the_bundle_generates_the_same_images_as_the_checkpoint_in_pytorch() -> None:
     model = build_model(load_checkpoint(CHECKPOINT))
     seeds, labels = list(range(50, 60)), list(range(10))
     noises = [ops.philox_normal(torch.tensor(seeds), draw, model.sample_shape) for draw in range(3)]
@@ -70,7 +70,7 @@ def test_the_bundle_draws_what_the_checkpoint_draws_in_pytorch() -> None:
     expected = model.decode(x).numpy().astype(int)
     with Generator("digits") as generate:
         found = generate(labels, seed=seeds, output_type="np").array.astype(int)
-    # The bundle's weights are stored in half precision, after normalisation and gains are folded in.
+    # The bundle stores its weights in half precision, with normalization and gains folded in.
     difference = np.abs(found - expected)
     assert difference.max() <= 8
     assert difference.mean() < 0.1

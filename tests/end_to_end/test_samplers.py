@@ -1,4 +1,4 @@
-"""Samplers of diffusion models: diffusers' schedulers make the same samples, second order shows, and what is asked of the wrong bundle is refused."""
+"""Samplers of diffusion models: they match diffusers' schedulers and converge with second order. Also autoguidance, and errors for invalid requests."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Denoise = Callable[[Tensor, float], Tensor]
 
 @pytest.fixture(scope="module")
 def gaussian(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Generator]:
-    """A diffusion model of Gaussian data, whose posterior mean and whose ODE's end are known."""
+    """A diffusion model of Gaussian data, whose posterior mean and ODE solution are known in closed form."""
     folder = tmp_path_factory.mktemp("gaussian")
     torch.save({"mean": torch.tensor(MEAN), "std": torch.tensor(STD)}, folder / "weights.pt")
     config = {
@@ -62,16 +62,16 @@ def noise() -> Tensor:
 
 
 def denoised(X: Tensor, sigma: float) -> Tensor:
-    """The Gaussian's posterior mean of ``X = x0 + sigma noise``."""
+    """Return the posterior mean of the Gaussian data given ``X = x0 + sigma noise``."""
     return MEAN + (X - MEAN) * STD**2 / (STD**2 + sigma**2)
 
 
 # ----------------------------------------------------------------------------
-# diffusers' schedulers, their noise levels replaced by EDM's. Data of unit scale: state and noise levels are divided by sigma_d.
+# diffusers' schedulers with EDM's noise levels. They expect data of unit scale, so states and noise levels are divided by sigma_d.
 
 
-def by_dpm_solver(algorithm: str) -> Tensor:
-    """Its second order alternates with the first, over a grid that holds the evaluations between two steps too."""
+def sample_dpm_solver(algorithm: str) -> Tensor:
+    """Sample with DPMSolverSinglestepScheduler. It alternates order 1 and 2 over a grid that also contains the evaluations between two steps."""
     levels = [sigma / SIGMA_DATA for sigma in karras_sigmas(STEPS)[:-1]]
     grid = [levels[0], *(level for a, b in pairwise(levels) for level in (math.sqrt(a * b), b))]
     final = "zero" if algorithm == "dpmsolver++" else "sigma_min"
@@ -81,62 +81,65 @@ def by_dpm_solver(algorithm: str) -> Tensor:
     scheduler.set_begin_index(0)
     x = noise()  # variance-preserving: cos t data + sin t noise
     for level, t in zip(grid[:-1], scheduler.timesteps, strict=False):
-        x = scheduler.step(data_of_unit_scale(x * math.hypot(1, level), level), t, x).prev_sample
-    return data_of_unit_scale(x * math.hypot(1, grid[-1]), grid[-1]) * SIGMA_DATA
+        x = scheduler.step(unit_scale_denoised(x * math.hypot(1, level), level), t, x).prev_sample
+    return unit_scale_denoised(x * math.hypot(1, grid[-1]), grid[-1]) * SIGMA_DATA
 
 
-def by_heun() -> Tensor:
+def sample_heun() -> Tensor:
+    """Sample with HeunDiscreteScheduler."""
     levels = [sigma / SIGMA_DATA for sigma in karras_sigmas(STEPS)[:-1]]
     scheduler = diffusers.HeunDiscreteScheduler()
     scheduler.set_timesteps(STEPS)
     sigmas = [levels[0], *(level for level in levels[1:] for _ in range(2)), 0.0]
     scheduler.sigmas = torch.tensor(sigmas, dtype=torch.float64)
     scheduler.set_begin_index(0)
-    at = [levels[0], *(level for pair in pairwise(levels) for level in (pair[1], pair[1]))]
+    evaluated = [levels[0], *(level for pair in pairwise(levels) for level in (pair[1], pair[1]))]
     X = noise() * math.hypot(1, levels[0])
-    for level, t in zip(at, scheduler.timesteps, strict=True):
-        X = scheduler.step((X - data_of_unit_scale(X, level)) / level, t, X).prev_sample
+    for level, t in zip(evaluated, scheduler.timesteps, strict=True):
+        X = scheduler.step((X - unit_scale_denoised(X, level)) / level, t, X).prev_sample
     return X * SIGMA_DATA
 
 
-def data_of_unit_scale(X: Tensor, level: float) -> Tensor:
+def unit_scale_denoised(X: Tensor, level: float) -> Tensor:
+    """Return the posterior mean for data, state and noise level divided by SIGMA_DATA."""
     return denoised(X * SIGMA_DATA, level * SIGMA_DATA) / SIGMA_DATA
 
 
-DIFFUSERS = {"dpm-solver-2s": lambda: by_dpm_solver("dpmsolver"), "dpm-solver++-2s": lambda: by_dpm_solver("dpmsolver++"), "heun": by_heun}
+DIFFUSERS = {"dpm-solver-2s": lambda: sample_dpm_solver("dpmsolver"), "dpm-solver++-2s": lambda: sample_dpm_solver("dpmsolver++"), "heun": sample_heun}
 
 
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning", "ignore:.*:FutureWarning")
 @pytest.mark.parametrize("sampler", SOLVERS)
-def test_diffusers_schedulers_make_the_same_samples(gaussian: Generator, sampler: str) -> None:
+def test_samplers_match_diffusers_schedulers(gaussian: Generator, sampler: str) -> None:
     x = gaussian(seed=list(SEEDS), num_inference_steps=STEPS, sampler=sampler, output_type="latent").array
     np.testing.assert_allclose(x, DIFFUSERS[sampler]().numpy(), rtol=0, atol=2e-5)
 
 
 def exact() -> NDArray[np.float64]:
-    """The end of the ODE: its distance from the mean in standard deviations never changes."""
+    """Return the exact solution of the ODE: the distance from the mean, in standard deviations, is constant in time."""
     t = math.atan(80 / SIGMA_DATA)
     deviation = math.hypot(math.cos(t) * STD, math.sin(t) * SIGMA_DATA)
-    ended: NDArray[np.float64] = (MEAN + STD * (noise() * SIGMA_DATA - math.cos(t) * MEAN) / deviation).numpy()
-    return ended
+    solution: NDArray[np.float64] = (MEAN + STD * (noise() * SIGMA_DATA - math.cos(t) * MEAN) / deviation).numpy()
+    return solution
 
 
 def errors(generate: Generator, sampler: str | None, *counts: int) -> list[float]:
+    """Return the largest error of a sampler for each number of steps."""
     return [float(np.abs(generate(seed=list(SEEDS), num_inference_steps=n, sampler=sampler, output_type="latent").array - exact()).max()) for n in counts]
 
 
 @pytest.mark.parametrize("sampler", SOLVERS)
-def test_twice_the_steps_and_a_fourth_of_the_error(gaussian: Generator, sampler: str) -> None:
+def test_samplers_converge_with_second_order(gaussian: Generator, sampler: str) -> None:
     coarse, fine = errors(gaussian, sampler, 8, 16)
-    assert fine < coarse / 3
+    assert fine < coarse / 3  # second order divides the error by 4
     assert errors(gaussian, sampler, 32)[0] < errors(gaussian, None, 32)[0] / 3  # ddim
 
 
 # ----------------------------------------------------------------------------
-# As a user meets them.
+# Samplers in the interface of Generator and on the command line.
 
 
-def test_two_evaluations_a_step_but_the_last(gaussian: Generator) -> None:
+def test_two_evaluations_per_step_except_the_last(gaussian: Generator) -> None:
     for sampler in SOLVERS:
         for steps in gaussian.manifest.samplers[sampler]:
             samples = gaussian(seed=0, sampler=sampler, num_inference_steps=steps, output_type="latent")
@@ -146,44 +149,44 @@ def test_two_evaluations_a_step_but_the_last(gaussian: Generator) -> None:
     np.testing.assert_array_equal(gaussian(seed=0, sampler="ddim", output_type="latent").array, gaussian(seed=0, output_type="latent").array)
 
 
-def test_warming_up_for_a_sampler(guided: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
-    monkeypatch.setattr(Generator, "__call__", lambda _, **arguments: asked.append((arguments["sampler"], arguments["num_inference_steps"])))
+def test_warmup_passes_the_sampler_on(guided: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr(Generator, "__call__", lambda _, **arguments: calls.append((arguments["sampler"], arguments["num_inference_steps"])))
     guided.warmup((1, 2), sampler="heun", num_inference_steps=8)
-    assert asked == [("heun", 8)] * 2
+    assert calls == [("heun", 8)] * 2
 
 
-def test_the_callback_comes_once_a_step(gaussian: Generator) -> None:
+def test_the_callback_is_called_once_per_step(gaussian: Generator) -> None:
     seen: list[tuple[int, float]] = []
 
-    def look(_: Generator, step: int, t: float, state: dict[str, Any]) -> dict[str, Any] | None:
+    def callback(_: Generator, step: int, t: float, state: dict[str, Any]) -> dict[str, Any] | None:
         seen.append((step, t))
         return {"latents": np.zeros_like(state["latents"])} if step == 6 else None
 
-    changed = gaussian(seed=[1, 2], sampler="heun", num_inference_steps=8, output_type="latent", callback_on_step_end=look).array
+    changed = gaussian(seed=[1, 2], sampler="heun", num_inference_steps=8, output_type="latent", callback_on_step_end=callback).array
     assert [step for step, _ in seen] == list(range(8))
     np.testing.assert_allclose([t for _, t in seen], [math.atan(sigma / SIGMA_DATA) for sigma in karras_sigmas(8)[:-1]])
-    np.testing.assert_array_equal(changed[0], changed[1])  # from the same state on
+    np.testing.assert_array_equal(changed[0], changed[1])  # both continue from the same state
     with pytest.raises(GenerationCancelledError, match="after step 3"):
         gaussian(seed=1, sampler="heun", num_inference_steps=8, callback_on_step_end=lambda _, step, *__: False if step == 2 else None)
 
 
-def test_requests_of_different_samplers_merge_without_a_difference(guided: Generator) -> None:
-    asked = [(sampler, steps, seed) for seed, sampler in enumerate((None, "heun", "dpm-solver-2s", "dpm-solver++-2s")) for steps in (8, 16)]
-    futures = [guided.submit(seed=[seed, seed + 50], sampler=sampler, num_inference_steps=steps, output_type="latent") for sampler, steps, seed in asked]
-    for (sampler, steps, seed), future in zip(asked, futures, strict=True):
+def test_requests_with_different_samplers_share_batches_without_a_difference(guided: Generator) -> None:
+    requests = [(sampler, steps, seed) for seed, sampler in enumerate((None, "heun", "dpm-solver-2s", "dpm-solver++-2s")) for steps in (8, 16)]
+    futures = [guided.submit(seed=[seed, seed + 50], sampler=sampler, num_inference_steps=steps, output_type="latent") for sampler, steps, seed in requests]
+    for (sampler, steps, seed), future in zip(requests, futures, strict=True):
         alone = guided(seed=[seed, seed + 50], sampler=sampler, num_inference_steps=steps, output_type="latent").array
         np.testing.assert_array_equal(future.result(60).array, alone)
 
 
-def test_a_consistency_model_knows_no_other(tiny: Generator) -> None:
+def test_a_consistency_model_has_no_other_sampler(tiny: Generator) -> None:
     with pytest.raises(InvalidArgumentError, match=r"must be 'consistency', or None: 'tiny' is a consistency model.*Got 'heun'.*teacher"):
         tiny(sampler="heun")
     np.testing.assert_array_equal(tiny(seed=1, sampler="consistency").array, tiny(seed=1).array)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ({"sampler": "euler"}, "sampler must be one of ddim, dpm-solver-2s, .*, got 'euler'"),
         ({"sampler": 3}, "got 3"),
@@ -192,17 +195,17 @@ def test_a_consistency_model_knows_no_other(tiny: Generator) -> None:
         ({"sampler": "heun", "timesteps": [1.0]}, "timesteps are for the sampler 'ddim'"),
     ],
 )
-def test_samplers_that_there_are_not(gaussian: Generator, arguments: dict[str, Any], said: str) -> None:
-    with pytest.raises(InvalidArgumentError, match=said):
+def test_unknown_samplers_and_step_counts(gaussian: Generator, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=message):
         gaussian(**arguments)
 
 
 @pytest.mark.parametrize(
     "content",
     [b"{", b"{}", b'{"dpm-solver-2s": {"8": []}}', None],
-    ids=["no JSON", "empty", "no rows", "begins in the middle"],
+    ids=["no JSON", "empty", "no rows", "starts in the middle"],
 )
-def test_a_damaged_table(gaussian: Generator, tmp_path: Path, content: bytes | None) -> None:
+def test_a_damaged_table_of_coefficients(gaussian: Generator, tmp_path: Path, content: bytes | None) -> None:
     folder = shutil.copytree(gaussian.folder, tmp_path / "damaged.scm")
     if content is None:
         tables = json.loads((folder / "samplers.json").read_text())
@@ -213,10 +216,10 @@ def test_a_damaged_table(gaussian: Generator, tmp_path: Path, content: bytes | N
     with Generator(folder, verify_integrity=False) as generate:
         with pytest.raises(BundleSchemaError, match=r"samplers\.json' does not fit the bundle.*Export the checkpoint again"):
             generate(sampler="heun")
-        generate(seed=1, output_type="latent")  # needs no table
+        generate(seed=1, output_type="latent")  # ddim needs no table
 
 
-def test_on_the_command_line(tiny_guided: tuple[Path, Path, Path], tmp_path: Path) -> None:
+def test_sampler_option_of_the_command_line(tiny_guided: tuple[Path, Path, Path], tmp_path: Path) -> None:
     command = ["generate", str(tiny_guided[0]), "--sampler", "heun", "--steps", "8", "--seed", "1", "-o", str(tmp_path / "a.png")]
     done = CliRunner().invoke(scm_runtime, command)
     assert done.exit_code == 0, done.output
@@ -228,43 +231,43 @@ def test_on_the_command_line(tiny_guided: tuple[Path, Path, Path], tmp_path: Pat
 # Autoguidance.
 
 
-def test_a_guided_bundle_is_the_two_networks(tiny_guided: tuple[Path, Path, Path]) -> None:
+def test_a_guided_bundle_combines_the_two_networks(tiny_guided: tuple[Path, Path, Path]) -> None:
     bundle, teacher, guide = tiny_guided
     networks: Any = [build_model(load(path)).step.network for path in (teacher, guide)]
-    good, worse = networks
+    main, guide_network = networks
     scale, labels = torch.tensor([1.0, 2.0, 3.5]), torch.tensor([0, 1, 3])
     x, t = philox_normal(torch.tensor([5, 6, 7]), 0, (3, 8, 8)), 1.2
     with torch.no_grad():
-        F, G = good(x, torch.full((3,), t), labels), worse(x, torch.full((3,), t))
+        F, G = main(x, torch.full((3,), t), labels), guide_network(x, torch.full((3,), t))
     expected = math.cos(t) * 0.5 * x - math.sin(t) * 0.5 * (G + scale.reshape(-1, 1, 1, 1) * (F - G))
 
-    def look(_: Generator, __: int, ___: float, state: dict[str, Any]) -> None:
+    def check_latents(_: Generator, __: int, ___: float, state: dict[str, Any]) -> None:
         np.testing.assert_allclose(state["latents"], expected.numpy(), rtol=0, atol=1e-5)
 
-    guided = Generator(bundle, session_options={"scm.float32_matmul_precision": "highest"})  # torch's own default
-    guided(labels.tolist(), seed=[5, 6, 7], timesteps=[t], guidance_scale=scale.tolist(), callback_on_step_end=look)
+    guided = Generator(bundle, session_options={"scm.float32_matmul_precision": "highest"})  # the default of PyTorch
+    guided(labels.tolist(), seed=[5, 6, 7], timesteps=[t], guidance_scale=scale.tolist(), callback_on_step_end=check_latents)
     assert guided.manifest.source.guide is not None
     assert guided.manifest.source.guide.file == "guide.pt"
     np.testing.assert_array_equal(guided(seed=1).array, guided(seed=1, guidance_scale=2.0).array)
 
 
 @pytest.mark.parametrize(
-    ("checkpoint", "guide", "said"),
+    ("checkpoint", "guide", "message"),
     [
         ({}, {"diffusion": True}, "a guide is for a diffusion model"),
         ({"diffusion": True}, {"diffusion": True, "img_resolution": 16}, "the img_resolution of the guided model, 8, got 16"),
         ({"diffusion": True}, {"diffusion": True, "label_dim": 3}, "the label_dim of the guided model, 4, got 3"),
     ],
 )
-def test_guides_that_do_not_fit(tmp_path: Path, checkpoint: dict[str, Any], guide: dict[str, Any], said: str) -> None:
+def test_guides_that_do_not_match_the_model(tmp_path: Path, checkpoint: dict[str, Any], guide: dict[str, Any], message: str) -> None:
     teacher = write_tiny_checkpoint(tmp_path / "teacher.pt", **checkpoint)
-    worse = write_tiny_checkpoint(tmp_path / "guide.pt", **guide)
-    with pytest.raises(CheckpointError, match=said):
-        export(teacher, tmp_path / "out.scm", guide=worse)
+    guide_path = write_tiny_checkpoint(tmp_path / "guide.pt", **guide)
+    with pytest.raises(CheckpointError, match=message):
+        export(teacher, tmp_path / "out.scm", guide=guide_path)
     assert not (tmp_path / "out.scm").exists()
 
 
-def test_a_guide_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_guide(tmp_path: Path) -> None:
     teacher = write_tiny_checkpoint(tmp_path / "teacher.pt", diffusion=True)
     done = CliRunner().invoke(scm_export, [str(teacher), "--guide", str(tmp_path / "none.pt")])
     assert done.exit_code == 2

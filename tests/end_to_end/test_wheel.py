@@ -1,4 +1,4 @@
-"""The wheel, in a new environment that has never seen torch, draws digits: with the native library, and without where it cannot be built."""
+"""The wheel, installed into a new environment without PyTorch, generates digits: built with the native library, and without it for lack of a compiler."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from PIL import Image
 from scm_runtime.ort.native_ops import BUILD_INFO, LIBRARY
 from support import BLOCK_IMPORTS, ROOT, run
 
-# Nothing of this environment may leak into the new one; the build is the quick one.
+# No variable of this environment may leak into the new one. Building without CUDA is faster.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV", "SCM_"))} | {"SCM_OPS_CUDA": "OFF"}
-IMPOSSIBLE = ENVIRONMENT | {"CC": "/nonexistent", "CXX": "/nonexistent"}
+NO_COMPILER = ENVIRONMENT | {"CC": "/nonexistent", "CXX": "/nonexistent"}
 NATIVE = {f"scm_runtime/_native/{name}" for name in (LIBRARY, BUILD_INFO)}
 
 
 def build(folder: Path, env: dict[str, str], *, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Build a wheel from this checkout into a folder; what is compiled stays there too."""
+    """Build a wheel from this checkout in a folder, which also receives the compiled files."""
     pip: list[str | Path] = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"]
     return run([*pip, "--wheel-dir", folder, "--config-settings", f"build-dir={folder / 'build'}", ROOT], cwd=folder, env=env, check=check)
 
 
-def environment(folder: Path, *what: str | Path) -> Path:
-    """The programs of a new virtual environment, after ``pip install``."""
+def create_environment(folder: Path, *requirements: str | Path) -> Path:
+    """Create a virtual environment and install requirements into it with pip. Returns its folder of programs."""
     run([sys.executable, "-m", "venv", "--without-pip", folder], env=ENVIRONMENT)
     scripts = folder / ("Scripts" if os.name == "nt" else "bin")
     pip: list[str | Path] = [sys.executable, "-m", "pip", "--python", scripts / "python"]
-    run([*pip, "install", "--quiet", "--no-compile", "-c", ROOT / "constraints.txt", *what], env=ENVIRONMENT)
+    run([*pip, "install", "--quiet", "--no-compile", "-c", ROOT / "constraints.txt", *requirements], env=ENVIRONMENT)
     return scripts
 
 
@@ -46,7 +46,7 @@ def site_packages(programs: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With the library, or an error."""
+    """A wheel with the native library. The build fails if the library cannot be built."""
     folder = tmp_path_factory.mktemp("wheel")
     build(folder, ENVIRONMENT | {"SCM_REQUIRE_OPS": "1"})
     (path,) = folder.glob("scm_runtime-*.whl")
@@ -55,17 +55,17 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def plain_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built where there is no compiler."""
+    """A wheel without the native library, built without a compiler."""
     folder = tmp_path_factory.mktemp("plain-wheel")
-    build(folder, IMPOSSIBLE)
+    build(folder, NO_COMPILER)
     (path,) = folder.glob("scm_runtime-*.whl")
     return path
 
 
 @pytest.fixture(scope="module")
 def programs(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of an environment with the wheel and its extra [cpu]."""
-    return environment(tmp_path_factory.mktemp("environment") / "venv", f"{wheel}[cpu]")
+    """The folder of programs of an environment with the wheel and its extra [cpu]."""
+    return create_environment(tmp_path_factory.mktemp("environment") / "venv", f"{wheel}[cpu]")
 
 
 def contents(wheel: Path) -> set[str]:
@@ -74,7 +74,7 @@ def contents(wheel: Path) -> set[str]:
 
 
 def test_contents(wheel: Path, plain_wheel: Path) -> None:
-    """The two packages as they lie here, and nothing else but the library, which binds the wheel to a platform and to no Python."""
+    """A wheel contains the two packages of this checkout and the native library, which makes it platform-specific but not Python-specific."""
     packages = {"scm_runtime": ROOT, "scm_export": ROOT / "export"}
     here = {
         path.relative_to(parent).as_posix()
@@ -90,10 +90,10 @@ def test_contents(wheel: Path, plain_wheel: Path) -> None:
     assert wheel.name.endswith(f"-py3-none-{platform}.whl")
 
 
-def test_the_library_has_one_export_and_needs_the_system_alone(wheel: Path, tmp_path: Path) -> None:
+def test_the_library_exports_one_symbol_and_needs_only_system_libraries(wheel: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         library = archive.extract(f"scm_runtime/_native/{LIBRARY}", tmp_path)
-    ctypes.CDLL(library).RegisterCustomOps  # noqa: B018 - raises where it is missing
+    ctypes.CDLL(library).RegisterCustomOps  # noqa: B018 - raises if the symbol is missing
     if shutil.which("readelf"):
         listed = run(["readelf", "--dyn-syms", "--wide", library]).stdout.splitlines()
         defined = [line.split() for line in listed if len(line.split()) == 8 and line.split()[4] in ("GLOBAL", "WEAK", "UNIQUE") and line.split()[6] != "UND"]
@@ -103,14 +103,14 @@ def test_the_library_has_one_export_and_needs_the_system_alone(wheel: Path, tmp_
 
 
 def test_a_required_library_that_cannot_be_built(tmp_path: Path) -> None:
-    done = build(tmp_path, IMPOSSIBLE | {"SCM_REQUIRE_OPS": "1"}, check=False)
+    done = build(tmp_path, NO_COMPILER | {"SCM_REQUIRE_OPS": "1"}, check=False)
     assert done.returncode != 0
     assert "SCM_REQUIRE_OPS is set, and the native library in cpp_ops/ could not be built" in done.stdout + done.stderr
-    assert "/nonexistent" in done.stdout + done.stderr, "the reason"
+    assert "/nonexistent" in done.stdout + done.stderr, "the output must contain the reason"
     assert not list(tmp_path.glob("*.whl"))
 
 
-def test_with_and_without_the_kernels(programs: Path, tmp_path: Path) -> None:
+def test_kernels_and_function_bodies_give_the_same_images(programs: Path, tmp_path: Path) -> None:
     program = """
 import numpy as np
 from scm_runtime import Generator
@@ -128,8 +128,9 @@ assert Generator("digits").info.native_ops
 
 
 def test_without_the_library(plain_wheel: Path, programs: Path, tmp_path: Path) -> None:
-    scripts = environment(tmp_path / "venv", "--no-deps", plain_wheel)
-    (site_packages(scripts) / "others.pth").write_text(str(site_packages(programs)))  # what it needs is installed already; it comes first
+    scripts = create_environment(tmp_path / "venv", "--no-deps", plain_wheel)
+    # The dependencies come from the first environment, which this line puts behind the packages of this one in sys.path.
+    (site_packages(scripts) / "others.pth").write_text(str(site_packages(programs)))
     run([scripts / "scm-runtime", "generate", "digits", "--seed", "0", "-o", "digit.png"], env=ENVIRONMENT, cwd=tmp_path)
     assert (tmp_path / "digit.png").is_file()
     done = run([scripts / "scm-runtime", "smoke", "digits"], env=ENVIRONMENT, cwd=tmp_path)
@@ -139,7 +140,7 @@ def test_without_the_library(plain_wheel: Path, programs: Path, tmp_path: Path) 
     assert "SCM_REQUIRE_OPS=1" in refused.stderr
 
 
-def test_torch_is_not_there(programs: Path) -> None:
+def test_torch_and_onnx_are_not_installed(programs: Path) -> None:
     listed = run([sys.executable, "-m", "pip", "--python", programs / "python", "list", "--format=freeze"], env=ENVIRONMENT).stdout
     names = {line.split("==")[0].lower().replace("_", "-") for line in listed.splitlines()}
     assert {"scm-runtime", "onnxruntime", "numpy"} <= names
@@ -155,12 +156,12 @@ def test_command_line(programs: Path, tmp_path: Path) -> None:
         sheet = np.asarray(image)
     cells = sheet.reshape(2, 28, 3, 28).swapaxes(1, 2).reshape(6, 28, 28).astype(float)
     assert all(cell.std() > 30 for cell in cells), "each cell must hold bright strokes on black"
-    assert all(cell[[0, -1]].mean() < cell[4:24, 4:24].mean() for cell in cells), "in its middle"
+    assert all(cell[[0, -1]].mean() < cell[4:24, 4:24].mean() for cell in cells), "with the strokes in the middle"
     run([programs / "scm-runtime", "smoke", "digits"], env=ENVIRONMENT, cwd=tmp_path)
 
 
 def test_from_python(programs: Path, tmp_path: Path) -> None:
-    """README's lines, with every import of torch, onnx and scm_export forbidden."""
+    """Run the example of README. Every import of torch, onnx, onnxscript or scm_export fails."""
     program = """
 from importlib.util import find_spec
 from scm_runtime import Generator
@@ -180,7 +181,7 @@ assert not any(find_spec(name) for name in ("torch", "onnx", "onnxscript")), "in
     assert (tmp_path / "digits.png").is_file()
 
 
-def test_exporting_says_what_is_missing(programs: Path, tmp_path: Path) -> None:
+def test_scm_export_without_its_extra_names_the_pip_command(programs: Path, tmp_path: Path) -> None:
     (tmp_path / "digits.pt").touch()
     done = run([programs / "scm-export", "digits.pt"], env=ENVIRONMENT, cwd=tmp_path, check=False)
     assert done.returncode == 1
@@ -189,16 +190,16 @@ def test_exporting_says_what_is_missing(programs: Path, tmp_path: Path) -> None:
     assert run([programs / "scm-export", "--help"], env=ENVIRONMENT).stdout.startswith("Usage: ")
 
 
-def test_a_bare_onnxruntime_draws_the_same(programs: Path, tmp_path: Path) -> None:
-    """sample-2 in an InferenceSession, in a process that may import nothing of ours, gives the pixels of the Generator."""
+def test_plain_onnxruntime_gives_the_same_images(programs: Path, tmp_path: Path) -> None:
+    """The sample-2 graph in an InferenceSession, in a process that cannot import scm_runtime, gives the same pixels as Generator."""
     bundle = site_packages(programs) / "scm_runtime" / "bundles" / "digits.scm"
-    bare = """
+    plain = """
 import numpy as np, onnxruntime
 
 session = onnxruntime.InferenceSession(sys.argv[2], providers=["CPUExecutionProvider"])
-np.save("bare.npy", session.run(None, {"seeds": np.arange(20), "class_labels": np.arange(20) % 10})[0])
+np.save("plain.npy", session.run(None, {"seeds": np.arange(20), "class_labels": np.arange(20) % 10})[0])
 """
-    run([programs / "python", "-c", BLOCK_IMPORTS + bare, "scm_runtime,scm_export,torch,onnx", bundle / "sample-2.fp32.onnx"], env=ENVIRONMENT, cwd=tmp_path)
-    ours = "import numpy as np; from scm_runtime import Generator; np.save('ours.npy', Generator('digits', native_ops=False)(seed=range(20)).array)"
-    run([programs / "python", "-c", ours], env=ENVIRONMENT, cwd=tmp_path)
-    np.testing.assert_array_equal(np.load(tmp_path / "bare.npy"), np.load(tmp_path / "ours.npy"))
+    run([programs / "python", "-c", BLOCK_IMPORTS + plain, "scm_runtime,scm_export,torch,onnx", bundle / "sample-2.fp32.onnx"], env=ENVIRONMENT, cwd=tmp_path)
+    generator = "import numpy as np; from scm_runtime import Generator; np.save('generator.npy', Generator('digits', native_ops=False)(seed=range(20)).array)"
+    run([programs / "python", "-c", generator], env=ENVIRONMENT, cwd=tmp_path)
+    np.testing.assert_array_equal(np.load(tmp_path / "plain.npy"), np.load(tmp_path / "generator.npy"))

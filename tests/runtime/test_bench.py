@@ -14,7 +14,7 @@ import onnx
 import pytest
 from click.testing import CliRunner, Result
 
-import handmade
+import toy_bundle
 from scm_runtime.bench import cells as bench_cells
 from scm_runtime.bench import machine as bench_machine
 from scm_runtime.bench.cells import CellRun
@@ -127,16 +127,16 @@ def test_seconds_are_measured() -> None:
 
 
 def test_a_text_to_image_model_gets_placeholder_embeddings(tmp_path: Path) -> None:
-    bundle = handmade.write_text_bundle(tmp_path / "text.scm")
+    bundle = toy_bundle.write_text_bundle(tmp_path / "text.scm")
     document = measured(bundle, "--batch-sizes", "1,2", *QUICK)
     assert keys(document) == [(1, 1), (1, 2), (2, 1), (2, 2)]
-    assert document["work"]["step_gflop"] == 2 * handmade.WIDTH * 2 / 1e9  # its projection is its only product
+    assert document["work"]["step_gflop"] == 2 * toy_bundle.WIDTH * 2 / 1e9  # its projection is its only product
     assert document["work"]["uncounted"] == []
 
 
 def test_a_bundle_without_these_steps_is_measured_at_its_smallest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(handmade, "TIMES", {"3": (1.5, 1.0, 0.5, 0.0), "4": (1.5, 1.0, 0.5, 0.2, 0.0)})
-    document = measured(handmade.write_text_bundle(tmp_path / "text.scm"), "--batch-sizes", "1", *QUICK)
+    monkeypatch.setattr(toy_bundle, "TIMES", {"3": (1.5, 1.0, 0.5, 0.0), "4": (1.5, 1.0, 0.5, 0.2, 0.0)})
+    document = measured(toy_bundle.write_text_bundle(tmp_path / "text.scm"), "--batch-sizes", "1", *QUICK)
     assert keys(document) == [(3, 1)]
 
 
@@ -435,7 +435,7 @@ def test_ctrl_c_before_anything_was_measured(monkeypatch: pytest.MonkeyPatch, tm
 
 
 def test_samples_that_are_not_finite_fail_their_cell(tmp_path: Path) -> None:
-    bundle = handmade.write_text_bundle(tmp_path / "text.scm", gain=float("inf"))
+    bundle = toy_bundle.write_text_bundle(tmp_path / "text.scm", gain=float("inf"))
     document = measured(bundle, "--batch-sizes", "1", *QUICK, code=1)
     assert [cell["median_ms"] for cell in document["cells"]] == [None, None]
     assert all("not finite" in cell["error"] for cell in document["cells"])

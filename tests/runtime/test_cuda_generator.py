@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from handmade import BLOCK, SLOW_STEP, WIDTH, write_text_bundle
-from holding import PATIENCE_S, engine_of
 from runtime.fake_cuda import PLACEMENT, FakeSession, Machine
 from runtime.fake_cuda_driver import Capsule
+from scheduler_control import TIMEOUT_S, engine_of
 from scm_runtime import Generator, GeneratorClosedError, NonFiniteError, OutOfMemoryError, generator
 from scm_runtime.devices.placement import CPU
 from scm_runtime.engines.cuda import stream as cuda
@@ -23,6 +22,7 @@ from scm_runtime.engines.cuda.dlpack import DeviceArray
 from scm_runtime.engines.cuda.open_engine import open_cuda_engine
 from scm_runtime.ort.options import SessionSettings
 from scm_runtime.ort.session import Session
+from toy_bundle import SLOW_SCORE, SLOW_STEP, WIDTH, write_text_bundle
 
 SEEDS = [1, 2, 3]
 
@@ -210,14 +210,14 @@ def test_closing_ends_a_call_whose_work_is_on_the_stream(machine: Machine, submi
     monkeypatch.setattr(FakeSession, "__call__", announced)
     generate = opened(write_text_bundle(tmp_path / "slow.scm", graphs={"step": SLOW_STEP}))
     thread = engine_of(generate)._context._thread
-    arguments: dict[str, Any] = {"prompt_embeds": np.ones((3, WIDTH)), "conditioning": {"score": BLOCK}, "seed": SEEDS}
+    arguments: dict[str, Any] = {"prompt_embeds": np.ones((3, WIDTH)), "conditioning": {"score": SLOW_SCORE}, "seed": SEEDS}
     with ThreadPoolExecutor(1) as pool:
         future = generate.submit(**arguments) if submitted else pool.submit(lambda: generate(**arguments))
-        assert begins.wait(PATIENCE_S)
+        assert begins.wait(TIMEOUT_S)
         generate.close()
         with pytest.raises(GeneratorClosedError, match="while this call ran"):
-            future.result(PATIENCE_S)
-    thread.join(PATIENCE_S)
+            future.result(TIMEOUT_S)
+    thread.join(TIMEOUT_S)
     assert not thread.is_alive()
     del future
     gc.collect()

@@ -1,4 +1,4 @@
-"""``scm-runtime doctor`` reports what works and what does not, in any state of the machine."""
+"""``scm-runtime doctor`` reports which parts of an installation work, even if some are missing or broken."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ def call(*arguments: str) -> tuple[int, str]:
 
 
 def report() -> tuple[int, dict[str, Any]]:
+    """Run ``doctor --json`` and return its exit code and the document."""
     code, text = call("--json")
     return code, json.loads(text)
 
@@ -36,7 +37,7 @@ def provider(document: dict[str, Any], name: str) -> dict[str, Any]:
     return next(entry for entry in document["providers"] if entry["name"] == name)
 
 
-def test_a_machine_that_works() -> None:
+def test_a_working_installation() -> None:
     code, document = report()
     assert code == 0
     assert document["works"] is True
@@ -49,7 +50,7 @@ def test_a_machine_that_works() -> None:
     assert f"{CPU} can sample here." in " ".join(text.split())
 
 
-def test_the_keys_are_those_of_the_documentation() -> None:
+def test_every_json_key_is_documented() -> None:
     _, document = report()
     described = (ROOT / "docs" / "doctor.md").read_text(encoding="utf-8").partition("## JSON")[2]
     keys = {*document, *document["cuda"], *document["native_ops"], *document["cache"], *document["threads"], *document["providers"][0]}
@@ -59,14 +60,14 @@ def test_the_keys_are_those_of_the_documentation() -> None:
 def test_wrong_pixels_are_a_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with Image.open(doctor.GOLDEN) as image:
         golden = np.array(image)
-    for change, works in (
+    for image_data, works in (
         (golden, True),
         (np.where(golden < 250, golden + 2, golden), True),
         (np.where(golden < 250, golden + 3, golden), False),
         (golden[:, :-28], False),
     ):
         path = tmp_path / "golden.png"
-        Image.fromarray(change.astype(np.uint8)).save(path)
+        Image.fromarray(image_data.astype(np.uint8)).save(path)
         monkeypatch.setattr(doctor, "GOLDEN", path)
         code, document = report()
         assert provider(document, CPU)["works"] is works
@@ -79,10 +80,10 @@ def test_wrong_pixels_are_a_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert "Nothing here can sample" in text
 
 
-def test_a_provider_that_leaves_all_to_the_cpu_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_provider_that_runs_no_nodes_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     azure = "AzureExecutionProvider"
     if azure not in load_onnxruntime().get_available_providers():
-        pytest.skip(f"this ONNX Runtime has no {azure}, which opens sessions and runs no nodes")
+        pytest.skip(f"needs an ONNX Runtime with {azure}, which opens sessions but runs no nodes")
     _, document = report()
     assert provider(document, azure)["works"] is None
     monkeypatch.setattr(doctor, "REMOTE", {})
@@ -100,15 +101,15 @@ def test_a_provider_that_cannot_be_opened_is_a_failure(monkeypatch: pytest.Monke
     assert provider(document, "QNNExecutionProvider")["reason"]
 
 
-def test_a_build_for_cuda_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_onnxruntime_for_cuda_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     from scm_runtime.devices import cuda_driver as driver
     from scm_runtime.devices import placement as devices
 
-    def none() -> object:
+    def no_driver() -> object:
         raise OSError("libcuda.so.1: no such file")
 
     names = ("libcudart.so.99", "libcudnn.so.99")
-    monkeypatch.setattr(driver, "load_library", none)
+    monkeypatch.setattr(driver, "load_library", no_driver)
     monkeypatch.setattr(load_onnxruntime(), "get_available_providers", lambda: ["CUDAExecutionProvider", CPU])
     monkeypatch.setattr(devices, "needed_libraries", lambda _provider: names)
     monkeypatch.setattr(doctor, "needed_libraries", lambda: names)
@@ -124,7 +125,8 @@ def test_a_build_for_cuda_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> N
     assert document["cuda"]["install"] in text
 
 
-def without_onnxruntime(text: str) -> dict[str, Any]:
+def check_without_onnxruntime(text: str) -> dict[str, Any]:
+    """Assert that a JSON report says that ONNX Runtime cannot be used, and return the document."""
     document: dict[str, Any] = json.loads(text)
     assert document["works"] is False
     assert document["providers"] == []
@@ -132,35 +134,35 @@ def without_onnxruntime(text: str) -> dict[str, Any]:
     return document
 
 
-def test_no_onnxruntime() -> None:
+def test_without_onnxruntime() -> None:
     done = run_python(f"{BLOCK_IMPORTS}\nBlock.error = ImportError\n{RUN}", "onnxruntime", check=False)
     assert done.returncode == 1, done.stderr
-    assert "pip install 'scm-runtime[cpu]'" in without_onnxruntime(done.stdout)["problems"][0]["reason"]
+    assert "pip install 'scm-runtime[cpu]'" in check_without_onnxruntime(done.stdout)["problems"][0]["reason"]
     assert done.stderr == ""
 
 
 def test_a_broken_onnxruntime(tmp_path: Path) -> None:
-    (tmp_path / "onnxruntime.py").write_text("raise RuntimeError('half of it is missing')")
+    (tmp_path / "onnxruntime.py").write_text("raise RuntimeError('incomplete installation')")
     done = run_python(f"import sys; sys.path.insert(0, sys.argv[1])\n{RUN}", tmp_path, check=False)
     assert done.returncode == 1, done.stderr
-    reason = without_onnxruntime(done.stdout)["problems"][0]["reason"]
-    assert "half of it is missing" in reason
+    reason = check_without_onnxruntime(done.stdout)["problems"][0]["reason"]
+    assert "incomplete installation" in reason
     assert "--force-reinstall" in reason
 
 
-def test_both_wheels(tmp_path: Path) -> None:
+def test_two_onnxruntime_wheels(tmp_path: Path) -> None:
     for name in ("onnxruntime", "onnxruntime_gpu"):
         folder = tmp_path / f"{name}-1.31.0.dist-info"
         folder.mkdir()
         (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.31.0\n")
     done = run_python(f"import sys; sys.path.insert(0, sys.argv[1])\n{RUN}", tmp_path, check=False)
     assert done.returncode == 1, done.stderr
-    document = without_onnxruntime(done.stdout)
+    document = check_without_onnxruntime(done.stdout)
     assert document["onnxruntime_wheels"] == {"onnxruntime": "1.31.0", "onnxruntime-gpu": "1.31.0"}
     assert "pip uninstall -y onnxruntime onnxruntime-gpu" in document["problems"][0]["reason"]
 
 
-def test_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_report_of_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for folder, writable, size, problem in (("", False, 0, False), (tmp_path / "cache", True, 5, False), (tmp_path / "file", False, 0, True)):
         (tmp_path / "cache" / "graphs").mkdir(mode=0o700, parents=True, exist_ok=True)
         (tmp_path / "cache" / "graphs" / "five").write_bytes(b"bytes")
@@ -175,8 +177,8 @@ def test_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         assert ("none: SCM_CACHE_DIR is empty" if not folder else str(folder)) in text
 
 
-@pytest.mark.skipif(not hasattr(__import__("os"), "sched_setaffinity"), reason=f"{sys.platform} has no affinity")
-def test_the_cores_that_this_process_may_use() -> None:
+@pytest.mark.skipif(not hasattr(__import__("os"), "sched_setaffinity"), reason=f"{sys.platform} has no CPU affinity")
+def test_available_cores_follow_the_cpu_affinity() -> None:
     program = f"import os; os.sched_setaffinity(0, {{min(os.sched_getaffinity(0))}}); os.environ['OMP_NUM_THREADS'] = '3'\n{RUN}"
     document = json.loads(run_python(program).stdout)
     assert document["threads"]["available"] == 1

@@ -1,4 +1,4 @@
-"""The end of a process while graphs run: it ends with 0 and says nothing, whoever has the runs."""
+"""A process that exits while graphs run exits with code 0 and prints nothing, whichever thread runs them."""
 
 from __future__ import annotations
 
@@ -12,38 +12,38 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import handmade
+import toy_bundle
 from support import ROOT, run_python
 
 PRELUDE = f"""
 import sys, threading, time
 sys.path.insert(0, {str(ROOT / "tests")!r})
 import numpy as np
-from holding import engine_of, stepping
+from scheduler_control import engine_of, step_started_event
 from scm_runtime import Generator
 from scm_runtime.common import process
 
 class Teardown:
-    "Takes a while after daemon threads may not go on: one that comes back from ONNX Runtime then aborts the process."
+    "Delays the teardown of the interpreter. A daemon thread that returns from ONNX Runtime during that time would abort the process."
     def __del__(self, sleep=time.sleep):
         sleep(2)
 
 def slow_teardown():
-    sys.teardown = Teardown()  # goes late, and in any case
+    sys.teardown = Teardown()  # attributes of sys are deleted late, and always
 
 process.CALLBACK_WAIT_S = 0.1
-EMBEDS = np.ones((2, {handmade.WIDTH}), np.float32)
-SPIN = {{"prompt_embeds": EMBEDS, "guidance_scale": {handmade.SPIN}}}
-BLOCK = {{"prompt_embeds": EMBEDS, "conditioning": {{"score": {handmade.BLOCK}}}}}
+EMBEDS = np.ones((2, {toy_bundle.WIDTH}), np.float32)
+LONG_LOOP = {{"prompt_embeds": EMBEDS, "guidance_scale": {toy_bundle.SLOW_GUIDANCE}}}
+LONG_OPERATOR = {{"prompt_embeds": EMBEDS, "conditioning": {{"score": {toy_bundle.SLOW_SCORE}}}}}
 
-def opened():
+def open_generator():
     return Generator(sys.argv[1], threads=1, cache_dir=False)
 
-def begins(generator):
-    stepped = stepping(engine_of(generator))
+def wait_for_step(generator):
+    step_started = step_started_event(engine_of(generator))
     def wait():
-        assert stepped.wait(60)
-        time.sleep(0.2)  # to the middle of the step
+        assert step_started.wait(60)
+        time.sleep(0.2)  # until the middle of the step
     return wait
 
 def in_daemon(call):
@@ -53,32 +53,32 @@ def in_daemon(call):
 
 @pytest.fixture(scope="module")
 def slow_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return handmade.write_text_bundle(tmp_path_factory.mktemp("slow") / "slow.scm", graphs={"step": handmade.SLOW_STEP})
+    return toy_bundle.write_text_bundle(tmp_path_factory.mktemp("slow") / "slow.scm", graphs={"step": toy_bundle.SLOW_STEP})
 
 
-def ends_quietly(program: str, *arguments: str | Path) -> str:
-    """Run it, expect that it ends with 0 and prints nothing to stderr, and return what it printed."""
+def exits_quietly(program: str, *arguments: str | Path) -> str:
+    """Run a program, assert that it exits with code 0 and prints nothing to stderr, and return its stdout."""
     done = run_python(PRELUDE + program, *arguments)
     assert done.stderr == ""
     return done.stdout
 
 
-@pytest.mark.parametrize("request_", ["SPIN", "BLOCK"])
+@pytest.mark.parametrize("request_", ["LONG_LOOP", "LONG_OPERATOR"])
 @pytest.mark.parametrize("how", ["generator.submit(**{})", "in_daemon(lambda: generator(**{}))", "in_daemon(lambda: generator.submit(**{}).exception())"])
-def test_a_process_may_end_within_a_step(request_: str, how: str, slow_bundle: Path) -> None:
-    """Also where one operator takes longer than the end of the process has patience for code of the user's."""
-    slow = "slow_teardown(); " * (request_ == "BLOCK")
-    ends_quietly(f"{slow}generator = opened(); wait = begins(generator); kept = {how.format(request_)}; wait()", slow_bundle)
+def test_a_process_can_exit_during_a_step(request_: str, how: str, slow_bundle: Path) -> None:
+    """LONG_OPERATOR takes longer than CALLBACK_WAIT_S, the time limit for user code at exit."""
+    slow = "slow_teardown(); " * (request_ == "LONG_OPERATOR")
+    exits_quietly(f"{slow}generator = open_generator(); wait = wait_for_step(generator); kept = {how.format(request_)}; wait()", slow_bundle)
 
 
-def test_a_process_may_end_within_a_step_of_a_generator_that_nobody_keeps(slow_bundle: Path) -> None:
-    ends_quietly("generator = opened(); wait = begins(generator); generator.submit(**SPIN); del generator; wait()", slow_bundle)
+def test_a_process_can_exit_during_a_step_of_a_deleted_generator(slow_bundle: Path) -> None:
+    exits_quietly("generator = open_generator(); wait = wait_for_step(generator); generator.submit(**LONG_LOOP); del generator; wait()", slow_bundle)
 
 
 @pytest.mark.parametrize("how", ["generator.submit(seed=0, batch_size=256)", "in_daemon(lambda: generator(seed=0, batch_size=256))"])
-def test_a_process_may_end_while_the_thread_of_a_cuda_device_computes(how: str) -> None:
-    """On a device made of NumPy, whose work is done by sessions on the CPU."""
-    ends_quietly(
+def test_a_process_can_exit_while_the_thread_of_a_cuda_device_computes(how: str) -> None:
+    """Uses a fake CUDA device in NumPy, whose sessions run on the CPU."""
+    exits_quietly(
         f"""
 from runtime.fake_cuda import PLACEMENT, FakeSession, Machine
 slow_teardown()
@@ -103,39 +103,39 @@ time.sleep(0.5)
     )
 
 
-def test_a_job_of_a_cuda_device_is_done_before_the_process_ends() -> None:
-    """Also where it is not in ONNX Runtime but in CUDA itself."""
-    printed = ends_quietly(
+def test_a_process_exits_after_the_running_job_of_a_cuda_device() -> None:
+    """The exit also waits for a job that is in CUDA and not in ONNX Runtime."""
+    printed = exits_quietly(
         """
 from types import SimpleNamespace
 from scm_runtime.engines.cuda.thread import CudaContext
 
 def job():
-    begun.set()
+    started.set()
     time.sleep(1)
     print("done", flush=True)
 
-begun = threading.Event()
+started = threading.Event()
 context = CudaContext(0, open_stream=lambda *_: SimpleNamespace(stream_handle=0))
 in_daemon(lambda: context.run(job))
-assert begun.wait(60)
+assert started.wait(60)
 """
     )
     assert printed == "done\n"
 
 
-def test_a_process_may_end_while_a_thread_opens_generators(slow_bundle: Path) -> None:
-    ends_quietly(
+def test_a_process_can_exit_while_a_thread_opens_generators(slow_bundle: Path) -> None:
+    exits_quietly(
         """
 slow_teardown()
 
-def open_on():
+def open_repeatedly():
     while True:
         Generator("digits", threads=1, cache_dir=False)
         once.set()
 
 once = threading.Event()
-in_daemon(open_on)
+in_daemon(open_repeatedly)
 assert once.wait(60)
 time.sleep(0.1)
 """,
@@ -143,14 +143,14 @@ time.sleep(0.1)
     )
 
 
-def test_a_callback_that_hangs_does_not_hold_up_the_end(slow_bundle: Path) -> None:
-    ends_quietly(
+def test_a_callback_that_hangs_does_not_block_the_exit(slow_bundle: Path) -> None:
+    exits_quietly(
         """
 def hang(*_):
     hanging.set()
     threading.Event().wait()
 
-hanging, generator = threading.Event(), opened()
+hanging, generator = threading.Event(), open_generator()
 futures = [generator.submit(prompt_embeds=EMBEDS, callback_on_step_end=hang), generator.submit(prompt_embeds=EMBEDS)]
 in_daemon(lambda: generator(prompt_embeds=EMBEDS, callback_on_step_end=hang))
 assert hanging.wait(60)
@@ -159,12 +159,12 @@ assert hanging.wait(60)
     )
 
 
-def test_futures_hear_of_the_end(slow_bundle: Path) -> None:
-    printed = ends_quietly(
+def test_pending_futures_get_an_error_at_exit(slow_bundle: Path) -> None:
+    printed = exits_quietly(
         """
-generator = opened()
-wait = begins(generator)
-futures = [generator.submit(**SPIN) for _ in range(2)] + [generator.submit(prompt_embeds=np.ones((3, 5), np.float32))]
+generator = open_generator()
+wait = wait_for_step(generator)
+futures = [generator.submit(**LONG_LOOP) for _ in range(2)] + [generator.submit(prompt_embeds=np.ones((3, 5), np.float32))]
 for future in futures:
     future.add_done_callback(lambda future: print(type(future.exception()).__name__, flush=True))
 wait()
@@ -174,8 +174,8 @@ wait()
     assert printed.split() == ["GeneratorClosedError"] * 3
 
 
-def test_a_hook_at_exit_may_call_and_close() -> None:
-    """Also one that runs after ours."""
+def test_an_atexit_hook_may_call_and_close() -> None:
+    """The hook is registered before scm_runtime is imported, so it runs after the hook of scm_runtime."""
     printed = run_python(
         """
 import atexit
@@ -193,15 +193,15 @@ generator.submit(seed=1).result(60)
     assert (printed.stdout, printed.stderr) == ("3\n", "")
 
 
-def test_a_forked_child_leaves_the_runs_of_its_parent_alone(slow_bundle: Path) -> None:
-    """It neither waits for them nor terminates them, whether it closes the Generator or not."""
-    printed = ends_quietly(
+def test_a_forked_child_does_not_affect_the_runs_of_its_parent(slow_bundle: Path) -> None:
+    """The child neither waits for the runs nor terminates them, whether it closes the Generator or not."""
+    printed = exits_quietly(
         """
 import os, warnings
-warnings.simplefilter("ignore", DeprecationWarning)  # of fork, where there are threads
-generator = opened()
-wait = begins(generator)
-running = generator.submit(**BLOCK, output_type="latent", num_inference_steps=1)
+warnings.simplefilter("ignore", DeprecationWarning)  # os.fork() warns if there are threads
+generator = open_generator()
+wait = wait_for_step(generator)
+running = generator.submit(**LONG_OPERATOR, output_type="latent", num_inference_steps=1)
 wait()
 for close in (True, False):
     pid = os.fork()
@@ -218,7 +218,7 @@ print(running.result(60).array.shape)
 
 
 @pytest.mark.parametrize("more", [(), ("--num-images", "3")])
-def test_ctrl_c_ends_the_command_line_within_a_step(more: tuple[str, ...], slow_bundle: Path, tmp_path: Path) -> None:
+def test_ctrl_c_ends_the_command_during_a_step(more: tuple[str, ...], slow_bundle: Path, tmp_path: Path) -> None:
     program = """
 import sys
 sys.argv[0] = "scm-runtime"
@@ -229,13 +229,13 @@ run = session.Session.__call__
 
 def announced(self, **inputs):
     if self.path.name.startswith("step"):
-        print("begins", flush=True)
+        print("step", flush=True)
     return run(self, **inputs)
 
 session.Session.__call__ = announced
 main()
 """
-    np.save(tmp_path / "embeds.npy", np.ones((2, handmade.WIDTH), np.float32))
+    np.save(tmp_path / "embeds.npy", np.ones((2, toy_bundle.WIDTH), np.float32))
     out = tmp_path / "out.png"
     arguments = [
         "generate",
@@ -245,7 +245,7 @@ main()
         "--prompt-embeds",
         tmp_path / "embeds.npy",
         "--guidance-scale",
-        str(handmade.SPIN),
+        str(toy_bundle.SLOW_GUIDANCE),
         "--threads",
         "1",
         *more,
@@ -254,11 +254,11 @@ main()
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "SCM_CACHE_DIR": ""}) as process:
         try:
             assert process.stdout is not None
-            assert process.stdout.readline() == "begins\n"
+            assert process.stdout.readline() == "step\n"
             time.sleep(0.2)
             process.send_signal(signal.SIGINT)
-            _, said = process.communicate(timeout=60)
+            _, stderr = process.communicate(timeout=60)
         finally:
             process.kill()
-    assert (process.returncode, said) == (130, "Interrupted: nothing was written\n")
+    assert (process.returncode, stderr) == (130, "Interrupted: nothing was written\n")
     assert not out.exists()

@@ -1,4 +1,4 @@
-"""What a user of a Generator sees, and that it is no more than the loop over the bundle's graphs."""
+"""Calls of a Generator: seeds, conditioning, times, outputs, callbacks, threads. Its results equal a plain loop over the bundle's graphs."""
 
 from __future__ import annotations
 
@@ -35,28 +35,28 @@ def open_graph(bundle: Path, name: str) -> Any:
 # Seeds.
 
 
-def test_a_seed_draws_the_same_picture_alone_in_a_batch_and_in_another_order(tiny: Generator) -> None:
+def test_same_seed_same_image_in_any_batch_and_order(tiny: Generator) -> None:
     batch = pixels(tiny(seed=SEEDS, output_type="np"))
     reverse = pixels(tiny(seed=SEEDS[::-1], output_type="np"))
     np.testing.assert_array_equal(reverse, batch[::-1])
-    for seed, picture in zip(SEEDS, batch, strict=True):
-        np.testing.assert_array_equal(pixels(tiny(seed=seed, output_type="np"))[0], picture, err_msg=f"seed {seed} alone")
-    assert len({picture.tobytes() for picture in batch}) == len(SEEDS), "different seeds must draw different pictures"
+    for seed, image in zip(SEEDS, batch, strict=True):
+        np.testing.assert_array_equal(pixels(tiny(seed=seed, output_type="np"))[0], image, err_msg=f"seed {seed} alone")
+    assert len({image.tobytes() for image in batch}) == len(SEEDS), "different seeds must give different images"
 
 
-def test_one_seed_counts_up_over_the_batch(tiny: Generator) -> None:
+def test_one_seed_is_incremented_over_the_batch(tiny: Generator) -> None:
     samples = tiny([3, 1, 2], seed=7, output_type="np")
     assert samples.seeds == (7, 8, 9)
     np.testing.assert_array_equal(samples.array, tiny([3, 1, 2], seed=[7, 8, 9], output_type="np").array)
 
 
-def test_seeds_drawn_at_random_are_reported_and_redraw_the_samples(tiny: Generator) -> None:
+def test_random_seeds_are_reported_and_reproduce_the_samples(tiny: Generator) -> None:
     samples = tiny(batch_size=3, output_type="np")
     again = tiny(seed=samples.seeds, output_type="np")
     assert len(samples.seeds) == 3
     assert again.seeds == samples.seeds
     np.testing.assert_array_equal(again.array, samples.array)
-    assert tiny(output_type="np").seeds != tiny(output_type="np").seeds, "two calls without a seed must draw different ones"
+    assert tiny(output_type="np").seeds != tiny(output_type="np").seeds, "two calls without a seed must use different seeds"
 
 
 @pytest.mark.parametrize("seed", [np.int64(7), [7], (7,), np.array([7], np.int32)], ids=repr)
@@ -78,12 +78,12 @@ def test_labels_by_name_equal_labels_by_index(tiny: Generator) -> None:
     assert by_index.conditioning["class_labels"].tolist() == [2, 0, 3]
 
 
-def test_the_label_matters(tiny: Generator) -> None:
-    pictures = tiny([0, 1, 2, 3], seed=[5, 5, 5, 5], output_type="np").array
-    assert len({picture.tobytes() for picture in pictures}) == 4
+def test_each_label_gives_a_different_image(tiny: Generator) -> None:
+    images = tiny([0, 1, 2, 3], seed=[5, 5, 5, 5], output_type="np").array
+    assert len({image.tobytes() for image in images}) == 4
 
 
-def test_one_label_serves_the_whole_batch(tiny: Generator) -> None:
+def test_one_label_is_used_for_the_whole_batch(tiny: Generator) -> None:
     for label in ("bee", 1):
         samples = tiny(label, seed=1, batch_size=3, output_type="np")
         assert samples.conditioning["class_labels"].tolist() == [1, 1, 1]
@@ -96,7 +96,7 @@ def test_without_labels_the_seed_chooses_the_class(tiny: Generator) -> None:
     np.testing.assert_array_equal(samples.array, tiny([2, 3, 3, 0], seed=[6, -1, 3, 4], output_type="np").array)
 
 
-def test_a_guidance_scale_that_the_bundle_does_not_take(tiny: Generator) -> None:
+def test_a_guidance_scale_for_a_bundle_without_one(tiny: Generator) -> None:
     with pytest.raises(InvalidArgumentError, match=r"guidance_scale was given, but the bundle 'tiny' takes class_labels"):
         tiny(seed=0, guidance_scale=2.0)
 
@@ -105,7 +105,7 @@ def test_a_guidance_scale_that_the_bundle_does_not_take(tiny: Generator) -> None
 # Times.
 
 
-def test_the_manifests_times_given_as_timesteps(tiny: Generator) -> None:
+def test_timesteps_from_the_manifest_equal_num_inference_steps(tiny: Generator) -> None:
     for steps in (1, 2):
         counted = tiny(seed=SEEDS, num_inference_steps=steps, output_type="latent")
         timed = tiny(seed=SEEDS, timesteps=tiny.manifest.times[str(steps)][:-1], output_type="latent")
@@ -119,7 +119,7 @@ def test_two_steps_are_the_default(tiny: Generator) -> None:
     assert not np.array_equal(default, one)
 
 
-def test_other_times_and_counts(tiny: Generator) -> None:
+def test_custom_timesteps(tiny: Generator) -> None:
     largest = tiny.manifest.times["1"][0]
     samples = tiny(seed=1, timesteps=[largest, 1.2, 0.8], output_type="np")
     assert len(samples.timings.steps) == 3
@@ -127,14 +127,14 @@ def test_other_times_and_counts(tiny: Generator) -> None:
 
 
 # ----------------------------------------------------------------------------
-# Latents, outputs, callback.
+# Latents, output types, callbacks.
 
 
-def test_draw_0_of_the_noise_graph_as_latents(tiny: Generator, tiny_bundle: Path) -> None:
+def test_latents_from_the_noise_graph_give_the_same_samples(tiny: Generator, tiny_bundle: Path) -> None:
     noise = open_graph(tiny_bundle, "noise.onnx")
     (latents,) = noise.run(None, {"seeds": np.array(SEEDS, np.int64), "draw": np.array(0, np.int64), "scale": np.array(1, np.float32)})
-    given, drawn = (tiny(seed=SEEDS, latents=start, output_type="latent").array for start in (latents, None))
-    np.testing.assert_array_equal(given, drawn)
+    with_latents, without = (tiny(seed=SEEDS, latents=start, output_type="latent").array for start in (latents, None))
+    np.testing.assert_array_equal(with_latents, without)
 
 
 def test_latents_set_the_batch_size(tiny: Generator) -> None:
@@ -204,12 +204,12 @@ def test_the_callback_replaces_latents(tiny: Generator) -> None:
     ],
     ids=["wider", "more", "text", "NaN", "array", "True"],
 )
-def test_the_callback_returns_something_else(tiny: Generator, returned: Any) -> None:
+def test_invalid_return_values_of_the_callback(tiny: Generator, returned: Any) -> None:
     with pytest.raises(InvalidArgumentError, match=r"callback_on_step_end must .*, got"):
         tiny(seed=1, callback_on_step_end=lambda *_: returned)
 
 
-def test_the_callback_returns_a_name_that_there_is_not(tiny: Generator) -> None:
+def test_the_callback_returns_an_unknown_name(tiny: Generator) -> None:
     with pytest.raises(InvalidArgumentError, match="may return 'latents', got 'latentz'"):
         tiny(seed=1, callback_on_step_end=lambda *_: {"latentz": 1})
 
@@ -228,7 +228,7 @@ def test_an_exception_in_the_callback_reaches_the_caller(tiny: Generator) -> Non
 
 
 # ----------------------------------------------------------------------------
-# Threads, and the end.
+# Threads, closing, errors of ONNX Runtime.
 
 
 def test_one_thread(tiny: Generator, tiny_bundle: Path) -> None:
@@ -239,14 +239,14 @@ def test_one_thread(tiny: Generator, tiny_bundle: Path) -> None:
 def test_several_threads_call_one_generator(tiny: Generator) -> None:
     calls = [(seed, 1 + seed % 2, ["np", "latent"][seed // 2 % 2]) for seed in range(24)]
 
-    def draw(call: tuple[int, int, Any]) -> Samples:
+    def sample(call: tuple[int, int, Any]) -> Samples:
         seed, steps, output_type = call
         return tiny(seed=seed, batch_size=1 + seed % 3, num_inference_steps=steps, output_type=output_type)
 
     with ThreadPoolExecutor(6) as pool:
-        together = list(pool.map(draw, calls))
+        together = list(pool.map(sample, calls))
     for call, samples in zip(calls, together, strict=True):
-        alone = draw(call)
+        alone = sample(call)
         assert samples.seeds == alone.seeds
         assert len(samples.timings.steps) == call[1]
         np.testing.assert_array_equal(samples.array, alone.array)
@@ -255,7 +255,7 @@ def test_several_threads_call_one_generator(tiny: Generator) -> None:
 def test_a_closed_generator(tiny_bundle: Path) -> None:
     with Generator(tiny_bundle) as generator:
         generator(seed=1)
-    generator.close()  # again: allowed
+    generator.close()  # a second time, which is allowed
     with pytest.raises(InvalidArgumentError, match="closed: make a new one"):
         generator(seed=1)
 
@@ -264,7 +264,7 @@ def test_repr_names_the_bundle(tiny: Generator, tiny_bundle: Path) -> None:
     assert repr(tiny) == f"Generator('{tiny_bundle}', device='cpu', dtype='fp32')"
 
 
-def test_a_graph_that_onnxruntime_refuses(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_a_graph_that_onnxruntime_cannot_open(tiny_bundle: Path, tmp_path: Path) -> None:
     from scm_runtime.ort.open_session import open_session
 
     path = tmp_path / "step.fp32.onnx"
@@ -276,17 +276,17 @@ def test_a_graph_that_onnxruntime_refuses(tiny_bundle: Path, tmp_path: Path) -> 
 
 
 # ----------------------------------------------------------------------------
-# A bundle is a sampler: any host with ONNX Runtime gets the same pictures.
+# Any host with ONNX Runtime gets the same images from the bundle's graphs.
 
 
-def test_the_loop_written_by_hand(tiny_bundle: Path) -> None:
-    tiny = Generator(tiny_bundle, native_ops=False)  # as the sessions below
+def test_a_plain_loop_over_the_graphs_gives_the_same_images(tiny_bundle: Path) -> None:
+    tiny = Generator(tiny_bundle, native_ops=False)  # like the sessions below
     graphs = {name: open_graph(tiny_bundle, f"{name}.onnx") for name in ("noise", "step.fp32", "decode.fp32")}
     seeds, labels = np.array(SEEDS, np.int64), np.array([3, 1, 0, 2, 0, 1, 3], np.int64)
 
     def noise(draw: int) -> NDArray[np.float32]:
-        drawn: NDArray[np.float32] = graphs["noise"].run(None, {"seeds": seeds, "draw": np.array(draw, np.int64), "scale": np.array(1, np.float32)})[0]
-        return drawn
+        values: NDArray[np.float32] = graphs["noise"].run(None, {"seeds": seeds, "draw": np.array(draw, np.int64), "scale": np.array(1, np.float32)})[0]
+        return values
 
     for steps in (1, 2):
         x = noise(0) * np.float32(tiny.manifest.initial_scale)
@@ -299,16 +299,16 @@ def test_the_loop_written_by_hand(tiny_bundle: Path) -> None:
 
 
 @pytest.mark.parametrize("steps", [1, 2])
-def test_the_whole_sampler_in_one_graph(tiny_bundle: Path, steps: int) -> None:
+def test_the_composed_sampler_graph_gives_the_same_images(tiny_bundle: Path, steps: int) -> None:
     graph = open_graph(tiny_bundle, f"sample-{steps}.fp32.onnx")
     labels = np.array([3, 1, 0, 2, 0, 1, 3], np.int64)
     (image,) = graph.run(None, {"seeds": np.array(SEEDS, np.int64), "class_labels": labels})
     assert image.dtype == np.uint8
-    tiny = Generator(tiny_bundle, native_ops=False)  # as the session above
+    tiny = Generator(tiny_bundle, native_ops=False)  # like the session above
     np.testing.assert_array_equal(image, tiny(labels, seed=SEEDS, num_inference_steps=steps, output_type="np").array)
 
 
-def test_a_call_that_runs_while_another_thread_closes_and_waits_ends_well(tiny_bundle: Path) -> None:
+def test_a_call_is_finished_if_the_generator_closes_with_wait(tiny_bundle: Path) -> None:
     generate = Generator(tiny_bundle)
     samples = generate(seed=1, callback_on_step_end=lambda generator, *_: generator.close(wait=True))
     assert len(samples) == 1

@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 from numpy.typing import NDArray
 
-import handmade
+import toy_bundle
 from hub_cache import Hub, add_snapshot, commit_of, files_of, serving
 from scm_runtime import (
     BundleIntegrityError,
@@ -35,7 +35,7 @@ from support import BLOCK_IMPORTS, run_python, tree
 
 constants = pytest.importorskip("huggingface_hub.constants")
 
-EMBEDS = np.random.default_rng(0).standard_normal((3, 7, handmade.WIDTH)).astype(np.float32)
+EMBEDS = np.random.default_rng(0).standard_normal((3, 7, toy_bundle.WIDTH)).astype(np.float32)
 FIRST, SECOND = commit_of("first"), commit_of("second")
 
 
@@ -43,7 +43,7 @@ FIRST, SECOND = commit_of("first"), commit_of("second")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Two versions of a bundle, by commit: their weights differ."""
     folder = tmp_path_factory.mktemp("bundles")
-    return {commit: handmade.write_text_bundle(folder / commit, gain=gain) for commit, gain in ((FIRST, 1.0), (SECOND, 2.0))}
+    return {commit: toy_bundle.write_text_bundle(folder / commit, gain=gain) for commit, gain in ((FIRST, 1.0), (SECOND, 2.0))}
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def latents(generator: Generator) -> NDArray[np.float32]:
 
 
 def expected(gain: float) -> NDArray[np.float32]:
-    return handmade.sample([7, 8, 9], EMBEDS, gain=gain)
+    return toy_bundle.sample([7, 8, 9], EMBEDS, gain=gain)
 
 
 # ----------------------------------------------------------------------------
@@ -83,7 +83,7 @@ def test_a_bundle_of_any_revision(filled: Path, revision: str | None, gain: floa
     before = tree(filled)
     with Generator("org/text", revision=revision) as generator:
         np.testing.assert_allclose(latents(generator), expected(gain), atol=1e-5)
-        assert generator.encode(generator.decode(latents(generator), preview=False)).shape == (3, *handmade.SAMPLE)
+        assert generator.encode(generator.decode(latents(generator), preview=False)).shape == (3, *toy_bundle.SAMPLE_SHAPE)
         assert generator.folder.name == (FIRST if gain == 1 else SECOND)
     assert tree(filled) == before
 
@@ -304,7 +304,7 @@ def remote(bundles: dict[str, Path]) -> Iterator[Hub]:
     hub.add("org/text", FIRST, files_of(bundles[FIRST]) | {"sample-1.fp32.onnx": b"large", "README.md": b"mine"}, refs=["v1"])
     hub.add("org/text", SECOND, files_of(bundles[SECOND]))
     hub.add("org/model", commit_of("model"), {"model_index.json": b"{}", "unet/config.json": b"{}", "unet/weights.bin": b"1", "vae/config.json": b"{}"})
-    hub.refusals = {"org/gated": (403, "GatedRepo"), "org/hidden": (403, ""), "org/broken": (500, "")}
+    hub.failures = {"org/gated": (403, "GatedRepo"), "org/hidden": (403, ""), "org/broken": (500, "")}
     with serving(hub):
         yield hub
 
@@ -326,10 +326,10 @@ def test_fetching(remote: Hub, tmp_path: Path) -> None:
     needed = {"scm.json", "noise.onnx", "step.fp32.onnx", "decode.fp32.onnx", "encode.fp32.onnx", "preview.fp32.onnx", "weights.onnx.data"}
     assert remote.downloaded() == needed
 
-    remote.asked.clear()
+    remote.requests.clear()
     again = ask(remote, home, ("generator", ("org/text", "v1")), ("generator", ("org/text", FIRST)), HF_HUB_OFFLINE="1")
     assert again == [("", folder)] * 2
-    assert remote.asked == [], "HF_HUB_OFFLINE must keep the network out"
+    assert remote.requests == [], "HF_HUB_OFFLINE must keep the network out"
 
     ((error, second),) = ask(remote, home, ("generator", ("org/text", None)))
     assert (error, Path(second).name) == ("", SECOND)

@@ -1,4 +1,4 @@
-"""A Generator among threads and processes, from its opening to its end."""
+"""Generators with several threads and processes: sharing, closing, forking, interrupts, and the end of the process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from holding import PATIENCE_S, engine_of, eventually, held, schedulers
+from scheduler_control import TIMEOUT_S, engine_of, scheduler_blocked, scheduler_threads, wait_until
 from scm_runtime import DevicePool, ForkedError, GenerationCancelledError, Generator, GeneratorClosedError, Samples
 from support import run, run_python
 
@@ -32,8 +32,9 @@ def digits() -> Iterator[Generator]:
         yield generator
 
 
-def works(generator: Generator) -> None:
-    np.testing.assert_array_equal(generator.submit(seed=1, output_type="np").result(PATIENCE_S).array, generator(seed=1, output_type="np").array)
+def check_works(generator: Generator) -> None:
+    """Assert that ``submit`` and a call still return the same samples."""
+    np.testing.assert_array_equal(generator.submit(seed=1, output_type="np").result(TIMEOUT_S).array, generator(seed=1, output_type="np").array)
 
 
 # ----------------------------------------------------------------------------
@@ -43,52 +44,52 @@ def works(generator: Generator) -> None:
 def test_many_threads_share_one_generator(digits: Generator) -> None:
     expected = [digits(seed=seed, output_type="np").array for seed in range(8)]
 
-    def draw(i: int) -> None:
+    def sample(i: int) -> None:
         seed = i % 8
         if i % 3 == 0:
-            drawn = digits(seed=seed, output_type="np")
+            samples = digits(seed=seed, output_type="np")
         elif i % 3 == 1:
-            drawn = digits.submit(seed=seed, output_type="np").result(PATIENCE_S)
+            samples = digits.submit(seed=seed, output_type="np").result(TIMEOUT_S)
         else:
-            drawn = asyncio.run(digits.async_(seed=seed, output_type="np"))
-        np.testing.assert_array_equal(drawn.array, expected[seed])
+            samples = asyncio.run(digits.async_(seed=seed, output_type="np"))
+        np.testing.assert_array_equal(samples.array, expected[seed])
 
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(draw, range(96)))
+        list(pool.map(sample, range(96)))
 
 
-def test_threads_end_with_their_generator() -> None:
-    before = set(schedulers())
+def test_closing_a_generator_ends_its_scheduler_thread() -> None:
+    before = set(scheduler_threads())
     with Generator("digits") as generator:
-        works(generator)
-        assert set(schedulers()) - before
-    eventually(lambda: set(schedulers()) <= before)
+        check_works(generator)
+        assert set(scheduler_threads()) - before
+    wait_until(lambda: set(scheduler_threads()) <= before)
 
 
-def test_threads_end_with_a_generator_that_nobody_closed() -> None:
-    before = set(schedulers())
+def test_collecting_an_open_generator_ends_its_scheduler_thread() -> None:
+    before = set(scheduler_threads())
     generator = Generator("digits")
-    works(generator)
-    assert set(schedulers()) - before
+    check_works(generator)
+    assert set(scheduler_threads()) - before
     del generator
     gc.collect()
-    eventually(lambda: set(schedulers()) <= before)
+    wait_until(lambda: set(scheduler_threads()) <= before)
 
 
 @pytest.mark.parametrize("closed", [True, False])
-def test_memory_is_given_back_at_once(closed: bool) -> None:
-    """Not when the garbage collector comes: it sees a few small objects, not the gigabytes behind them."""
+def test_memory_is_freed_without_the_garbage_collector(closed: bool) -> None:
+    """The collector would run late, because it sees a few small objects and not the gigabytes that they hold."""
     generator = Generator("digits")
     session = weakref.ref(engine_of(generator).graphs().step)
 
-    def stumble(*_: object) -> None:
+    def raise_error(*_: object) -> None:
         raise KeyError
 
-    works(generator)
-    failed = generator.submit(seed=1, callback_on_step_end=stumble)
-    assert isinstance(failed.exception(PATIENCE_S), KeyError)
+    check_works(generator)
+    failed = generator.submit(seed=1, callback_on_step_end=raise_error)
+    assert isinstance(failed.exception(TIMEOUT_S), KeyError)
     with pytest.raises(KeyError):
-        generator(seed=1, callback_on_step_end=stumble)
+        generator(seed=1, callback_on_step_end=raise_error)
     gc.disable()
     try:
         del failed
@@ -96,26 +97,26 @@ def test_memory_is_given_back_at_once(closed: bool) -> None:
             generator.close()
         else:
             del generator
-        eventually(lambda: session() is None)
+        wait_until(lambda: session() is None)
     finally:
         gc.enable()
 
 
-def test_what_was_submitted_to_a_generator_that_nobody_keeps_is_computed() -> None:
+def test_a_submitted_request_is_computed_after_the_generator_is_deleted() -> None:
     generator = Generator("digits")
     expected = generator(seed=3, output_type="np").array
-    with held(generator):
+    with scheduler_blocked(generator):
         future = generator.submit(seed=3, output_type="np")
         del generator
         gc.collect()
-    np.testing.assert_array_equal(future.result(PATIENCE_S).array, expected)
+    np.testing.assert_array_equal(future.result(TIMEOUT_S).array, expected)
 
 
 # ----------------------------------------------------------------------------
 # Closing.
 
 
-def test_a_closed_generator_says_so() -> None:
+def test_a_closed_generator_raises() -> None:
     generator = Generator("digits")
     generator.close()
     generator.close()
@@ -125,35 +126,35 @@ def test_a_closed_generator_says_so() -> None:
     assert generator.info.device == "cpu"
 
 
-def test_closing_refuses_what_waits_and_ends_what_has_begun() -> None:
+def test_closing_rejects_waiting_requests_and_ends_running_ones() -> None:
     generator = Generator("digits")
     entered, release = threading.Event(), threading.Event()
 
     def callback(*_: object) -> None:
         entered.set()
-        assert release.wait(PATIENCE_S)
+        assert release.wait(TIMEOUT_S)
 
-    begun = generator.submit(seed=2, output_type="np", callback_on_step_end=callback)  # of two steps
-    assert entered.wait(PATIENCE_S)
+    running = generator.submit(seed=2, output_type="np", callback_on_step_end=callback)  # two steps
+    assert entered.wait(TIMEOUT_S)
     waiting = [generator.submit(seed=seed) for seed in (3, 4)]
-    generator.close()  # and it does not wait for the callback
+    generator.close()  # does not wait for the callback
     release.set()
     with pytest.raises(GeneratorClosedError, match="while this call ran"):
-        begun.result(PATIENCE_S)
+        running.result(TIMEOUT_S)
     for future in waiting:
         with pytest.raises(GeneratorClosedError, match="before this request's turn"):
-            future.result(PATIENCE_S)
+            future.result(TIMEOUT_S)
 
 
-def test_closing_while_a_request_waits_for_company_refuses_it() -> None:
+def test_closing_rejects_a_request_that_waits_for_its_batch_to_fill() -> None:
     generator = Generator("digits", max_wait_ms=1e6)
     future = generator.submit(seed=1)
     generator.close()
     with pytest.raises(GeneratorClosedError):
-        future.result(PATIENCE_S)
+        future.result(TIMEOUT_S)
 
 
-def test_a_session_that_cannot_be_closed_leaves_no_future_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_on_closing_the_engine_leaves_no_future_pending(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = Generator("digits")
 
     def close() -> None:
@@ -161,60 +162,60 @@ def test_a_session_that_cannot_be_closed_leaves_no_future_waiting(monkeypatch: p
 
     monkeypatch.setattr(engine_of(generator), "close", close)
     future = generator.submit(seed=1, callback_on_step_end=lambda closing, *_: closing.close(wait=True))
-    assert len(future.result(PATIENCE_S)) == 1
+    assert len(future.result(TIMEOUT_S)) == 1
 
 
 @pytest.mark.parametrize("submitted", [False, True])
-def test_closing_from_a_callback(submitted: bool, tmp_path: Path) -> None:
+def test_closing_from_a_callback_keeps_sessions_open_until_the_request_ends(submitted: bool, tmp_path: Path) -> None:
     generator = Generator("digits", profile_dir=tmp_path)
     generator(seed=2, output_type="np")
 
     def callback(closing: Generator, *_: object) -> None:
         closing.close()
-        assert not (sizes := [path for path in tmp_path.iterdir() if path.stat().st_size > 1000]), f"closed under a request that runs: {sizes}"
+        assert not (sizes := [path for path in tmp_path.iterdir() if path.stat().st_size > 1000]), f"profiles were written while a request runs: {sizes}"
 
     arguments: dict[str, Any] = {"seed": 2, "output_type": "np", "callback_on_step_end": callback}
     with pytest.raises(GeneratorClosedError, match="while this call ran"):
-        generator.submit(**arguments).result(PATIENCE_S) if submitted else generator(**arguments)
-    assert any("Run" in path.read_text() or "run" in path.read_text() for path in tmp_path.iterdir()), "the profile is written when the last request has ended"
+        generator.submit(**arguments).result(TIMEOUT_S) if submitted else generator(**arguments)
+    assert any("Run" in path.read_text() or "run" in path.read_text() for path in tmp_path.iterdir()), "the profile is written when the last request ends"
     with pytest.raises(GeneratorClosedError):
         generator(seed=2)
 
 
-def test_closing_while_other_threads_call() -> None:
+def test_closing_ends_calls_in_other_threads() -> None:
     generator = Generator("digits")
     inside = threading.Barrier(5)
 
-    def draw(_: int) -> BaseException:
+    def call(_: int) -> BaseException:
         first: list[None] = []
 
         def callback(*_: object) -> None:
             if not first:
                 first.append(None)
-                inside.wait(PATIENCE_S)  # all are inside
-                inside.wait(PATIENCE_S)  # it is closed
+                inside.wait(TIMEOUT_S)  # all calls are running
+                inside.wait(TIMEOUT_S)  # the generator is closed
 
         with pytest.raises(GeneratorClosedError, match="while this call ran") as caught:
             generator(seed=2, output_type="np", callback_on_step_end=callback)
         return caught.value
 
     with ThreadPoolExecutor(4) as pool:
-        drawn = pool.map(draw, range(4))
-        inside.wait(PATIENCE_S)
+        errors = pool.map(call, range(4))
+        inside.wait(TIMEOUT_S)
         generator.close()
-        inside.wait(PATIENCE_S)
-        assert len({id(error) for error in drawn}) == 4
+        inside.wait(TIMEOUT_S)
+        assert len({id(error) for error in errors}) == 4
     with pytest.raises(GeneratorClosedError):
         generator(seed=2)
 
 
-def test_closing_and_submitting_at_once_leaves_no_future_waiting() -> None:
+def test_submitting_during_close_leaves_no_future_pending() -> None:
     for _ in range(20):
         generator, start = Generator("digits", verify_integrity=False), threading.Barrier(3)
         futures: list[Future[Samples]] = []
 
         def submit(generator: Generator = generator, start: threading.Barrier = start, futures: list[Future[Samples]] = futures) -> None:
-            start.wait(PATIENCE_S)
+            start.wait(TIMEOUT_S)
             try:
                 while True:
                     futures.append(generator.submit(seed=1, num_inference_steps=1, output_type="np"))
@@ -224,12 +225,12 @@ def test_closing_and_submitting_at_once_leaves_no_future_waiting() -> None:
         threads = [threading.Thread(target=submit) for _ in range(2)]
         for thread in threads:
             thread.start()
-        start.wait(PATIENCE_S)
+        start.wait(TIMEOUT_S)
         generator.close()
         for thread in threads:
-            thread.join(PATIENCE_S)
+            thread.join(TIMEOUT_S)
         for future in futures:
-            assert isinstance(future.exception(PATIENCE_S), GeneratorClosedError | None)
+            assert isinstance(future.exception(TIMEOUT_S), GeneratorClosedError | None)
 
 
 # ----------------------------------------------------------------------------
@@ -237,13 +238,13 @@ def test_closing_and_submitting_at_once_leaves_no_future_waiting() -> None:
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
-def test_after_an_error_of_a_callback_the_generator_works(digits: Generator, error: type[BaseException]) -> None:
+def test_the_generator_works_after_an_error_in_a_callback(digits: Generator, error: type[BaseException]) -> None:
     def callback(*_: object) -> None:
         raise error
 
     with pytest.raises(error):
         digits(seed=1, callback_on_step_end=callback)
-    works(digits)
+    check_works(digits)
 
 
 def test_a_callback_that_returns_false_ends_the_call(digits: Generator) -> None:
@@ -256,35 +257,35 @@ def test_a_callback_that_returns_false_ends_the_call(digits: Generator) -> None:
     with pytest.raises(GenerationCancelledError, match="after step 1"):
         digits(seed=1, callback_on_step_end=callback)  # type: ignore[arg-type]  # bool for Literal[False]
     assert steps == [0]
-    works(digits)
+    check_works(digits)
 
 
-def test_an_interrupt_while_waiting_for_a_request_leaves_all_usable(digits: Generator) -> None:
+def test_the_generator_works_after_an_interrupt_while_waiting_for_a_future(digits: Generator) -> None:
     release, main = threading.Event(), threading.main_thread().ident
     assert main is not None
 
     def callback(*_: object) -> None:
         signal.pthread_kill(main, signal.SIGINT)
-        assert release.wait(PATIENCE_S)
+        assert release.wait(TIMEOUT_S)
 
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     futures: list[Future[Samples]] = []
     try:
-        with pytest.raises(KeyboardInterrupt):  # noqa: PT012 - it may come between the two
+        with pytest.raises(KeyboardInterrupt):  # noqa: PT012 - the interrupt may come during submit() or result()
             futures.append(digits.submit(seed=1, num_inference_steps=1, output_type="np", callback_on_step_end=callback))
-            deadline = time.monotonic() + PATIENCE_S
-            while time.monotonic() < deadline:  # a signal that comes just before Python goes to sleep does not wake it
+            deadline = time.monotonic() + TIMEOUT_S
+            while time.monotonic() < deadline:  # a signal that comes just before Python starts to wait does not wake it
                 with contextlib.suppress(TimeoutError):
                     futures[0].result(0.05)
     finally:
         signal.signal(signal.SIGINT, previous)
         release.set()
-    assert len(futures[0].result(PATIENCE_S)) == 1
-    works(digits)
+    assert len(futures[0].result(TIMEOUT_S)) == 1
+    check_works(digits)
 
 
 # ----------------------------------------------------------------------------
-# Processes.
+# Forks and processes.
 
 FORK = """
 import faulthandler, gc, os, sys, time
@@ -295,7 +296,7 @@ def in_child(child):
     pid = os.fork()
     if pid == 0:
         child()
-        os._exit(70)  # never come here
+        os._exit(70)  # not reached
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         ended, status = os.waitpid(pid, os.WNOHANG)
@@ -329,11 +330,11 @@ assert generator.submit(seed=1).result(60).array.tobytes() == generator(seed=1).
 
 
 @pytest.mark.parametrize("end", ["sys.exit(3)", "os._exit(3)", "del globals()['generator']; gc.collect(); sys.exit(3)"])
-def test_a_forked_child_is_told_and_ends(end: str) -> None:
+def test_a_forked_child_gets_an_error_and_can_exit(end: str) -> None:
     run_python(FORK + FORKED_CHILD.replace("END", end))
 
 
-def test_a_fork_while_requests_run() -> None:
+def test_forking_while_requests_run() -> None:
     run_python(
         FORK
         + """
@@ -344,13 +345,13 @@ assert {future.result(60).array.tobytes() for future in futures} == {expected}
     )
 
 
-def test_a_forked_child_may_make_its_own() -> None:
+def test_a_forked_child_can_create_a_generator() -> None:
     run_python(
         FORK
         + """
 def child():
-    with Generator("digits") as own:
-        sys.exit(3 if own.submit(seed=1).result(60).array.tobytes() == own(seed=1).array.tobytes() == expected else 4)
+    with Generator("digits") as new:
+        sys.exit(3 if new.submit(seed=1).result(60).array.tobytes() == new(seed=1).array.tobytes() == expected else 4)
 
 assert (ended := in_child(child)) == 3, ended
 """
@@ -366,15 +367,15 @@ import multiprocessing
 import sys
 from scm_runtime import Generator
 
-def draw(seed):
+def sample(seed):
     with Generator("digits") as generator:
         return generator.submit(seed=seed, output_type="np").result(60).array.tobytes()
 
 if __name__ == "__main__":
     context = multiprocessing.get_context(sys.argv[1])
     with Generator("digits") as generator, context.Pool(2) as pool:
-        drawn = pool.map_async(draw, range(3)).get(100)
-        assert drawn == [generator(seed=seed, output_type="np").array.tobytes() for seed in range(3)]
+        arrays = pool.map_async(sample, range(3)).get(100)
+        assert arrays == [generator(seed=seed, output_type="np").array.tobytes() for seed in range(3)]
         pool.close()
         pool.join()
 """
@@ -382,7 +383,7 @@ if __name__ == "__main__":
     run([sys.executable, program, method])
 
 
-def test_a_process_may_end_with_requests_under_way() -> None:
+def test_a_process_can_exit_while_requests_run() -> None:
     run_python(
         """
 from scm_runtime import Generator
@@ -394,7 +395,7 @@ futures[0].result(60)
     )
 
 
-def test_a_process_may_end_with_a_stream_half_taken() -> None:
+def test_a_process_can_exit_while_a_stream_is_unfinished() -> None:
     run_python(
         """
 from scm_runtime import Generator
@@ -405,13 +406,13 @@ next(stream)
     )
 
 
-def test_it_cannot_be_pickled_or_copied(digits: Generator) -> None:
+def test_a_generator_cannot_be_pickled_or_copied(digits: Generator) -> None:
     for attempt in (pickle.dumps, copy.copy, copy.deepcopy):
         with pytest.raises(TypeError, match=r"cannot be pickled: make one in each process, Generator\('.*digits"):
             attempt(digits)
 
 
-def test_the_end_of_a_with_block_lets_requests_come_to_their_end(tiny_bundle: Path) -> None:
+def test_the_end_of_a_with_block_waits_for_requests(tiny_bundle: Path) -> None:
     with Generator(tiny_bundle, max_batch_size=1) as generate:
         futures = [generate.submit(seed=seed) for seed in range(12)]
     assert generate.closed
@@ -421,7 +422,7 @@ def test_the_end_of_a_with_block_lets_requests_come_to_their_end(tiny_bundle: Pa
     assert [future.result(0).seeds for future in futures] == [(seed,) for seed in range(12)]
 
 
-def test_an_exception_that_ends_a_with_block_refuses_what_waits(tiny_bundle: Path) -> None:
+def test_an_exception_in_a_with_block_rejects_waiting_requests(tiny_bundle: Path) -> None:
     futures = []
 
     def fail() -> None:
@@ -434,36 +435,36 @@ def test_an_exception_that_ends_a_with_block_refuses_what_waits(tiny_bundle: Pat
     assert any(isinstance(future.exception(), GeneratorClosedError) for future in futures)
 
 
-def test_closing_from_a_callback_of_a_request_does_not_wait_for_itself(tiny_bundle: Path) -> None:
+def test_close_and_wait_from_a_callback_does_not_deadlock(tiny_bundle: Path) -> None:
     generate = Generator(tiny_bundle)
     samples = generate.submit(seed=1, callback_on_step_end=lambda generator, *_: generator.close(wait=True)).result(60)
     assert samples.seeds == (1,)
     assert generate.closed
 
 
-def test_a_lone_request_does_not_wait_for_company_that_cannot_come(tiny_bundle: Path) -> None:
+def test_the_end_of_a_with_block_does_not_wait_for_max_wait_ms(tiny_bundle: Path) -> None:
     start = time.monotonic()
     with Generator(tiny_bundle, max_wait_ms=600_000) as generate:
         future = generate.submit(seed=1)
     assert future.result(0).seeds == (1,)
-    assert time.monotonic() - start < 300, "not the ten minutes that it might have waited"
+    assert time.monotonic() - start < 300, "it must not wait for max_wait_ms, ten minutes"
 
 
-def test_a_thread_that_cannot_be_started_fails_that_request_alone(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(_thread: threading.Thread) -> None:
+def test_a_scheduler_thread_that_cannot_start_fails_only_that_request(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
     with Generator(tiny_bundle) as generate:
         with monkeypatch.context() as patch:
-            patch.setattr(threading.Thread, "start", refuse)
+            patch.setattr(threading.Thread, "start", fail)
             with pytest.raises(RuntimeError, match="can't start"):
                 generate.submit(seed=1)
         assert generate.submit(seed=1).result(60).seeds == (1,)
-    assert generate._loop.resource is None, "all was given back"
+    assert generate._loop.resource is None, "all resources are released"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_streams_and_pools_in_a_forked_child_raise_and_do_not_wait(tiny_bundle: Path) -> None:
+def test_streams_and_pools_raise_in_a_forked_child_instead_of_waiting(tiny_bundle: Path) -> None:
     pool = DevicePool(tiny_bundle, devices=("cpu",))
     generate = pool.generators[0]
     hold = threading.Event()
@@ -492,13 +493,13 @@ def test_streams_and_pools_in_a_forked_child_raise_and_do_not_wait(tiny_bundle: 
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_a_stream_begun_before_the_fork(tiny_bundle: Path) -> None:
+def test_a_stream_that_was_started_before_a_fork(tiny_bundle: Path) -> None:
     hold, calls = threading.Event(), []
 
     def wait(_generator: Generator, step: int, _t: float, _values: object) -> None:
         calls.append(step)
         if len(calls) > 2:  # in the second batch
-            hold.wait(PATIENCE_S)
+            hold.wait(TIMEOUT_S)
 
     with Generator(tiny_bundle, max_batch_size=2) as generate:
         stream = generate.stream(4, 2, seed=5, callback_on_step_end=wait)

@@ -1,4 +1,4 @@
-"""One function imports ONNX Runtime, with telemetry off. Each test runs a fresh process with an empty home folder.
+"""``load_onnxruntime`` imports ONNX Runtime with telemetry off. Each test runs a new process with an empty home folder.
 
 With telemetry on, ONNX Runtime starts a thread that reports to Microsoft, writes an identifier into the user's cache folder, and blocks the exit of
 forked children.
@@ -18,7 +18,7 @@ from support import BLOCK_IMPORTS, run_python
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="/proc lists the threads")
 
-# Watches the imports of ONNX Runtime while ACTION runs, looks at what is left of it, and forks two children that do nothing but end.
+# Records the imports of ONNX Runtime while ACTION runs, then the environment and threads that remain, and forks two children that exit at once.
 PROGRAM = """
 import json, os, signal, sys, time
 
@@ -33,7 +33,7 @@ ACTION
 report = {"seen": sorted(set(map(str, seen))), "after": os.environ.get("ORT_DISABLE_TELEMETRY"), "ended": {}}
 deadline = time.monotonic() + 20
 while (threads := len(os.listdir("/proc/self/task"))) > 1 and time.monotonic() < deadline:
-    time.sleep(0.01)  # a progress bar's thread may be about to end
+    time.sleep(0.01)  # the thread of a progress bar may need time to end
 report["threads"] = threads
 for way in ("exits", "returns"):
     pid = os.fork()
@@ -70,7 +70,7 @@ except SystemExit as end:
 
 
 def fresh_environment(home: Path) -> dict[str, str]:
-    """Environment of a user who has set no variables, with one BLAS thread, so that the test can count the others."""
+    """Return the environment of a user who has set no variables. It allows one BLAS thread, so that the test can count the other threads."""
     home.mkdir()
     dropped = {"SCM_CACHE_DIR", "ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME"}
     kept = {name: value for name, value in os.environ.items() if name not in dropped}
@@ -78,21 +78,21 @@ def fresh_environment(home: Path) -> dict[str, str]:
 
 
 def check(action: str, home: Path, *arguments: str | Path, folders: set[str], imported: bool = True) -> None:
-    """Run an action, and check that its process is as it would be without telemetry.
+    """Run an action in a new process, and assert that telemetry left no threads, files, environment variables or hanging children.
 
     Args:
-        action: Python code.
-        home: the home folder, which is created.
-        arguments: arguments of the code, from ``sys.argv[2]`` on.
-        folders: folders below the home folder that get files; others must not.
-        imported: whether the action imports ONNX Runtime.
+        action: Python code to run.
+        home: Home folder of the process. It is created.
+        arguments: Arguments of the code, from ``sys.argv[2]`` on.
+        folders: Folders below the home folder that must contain files afterwards. All others must stay empty.
+        imported: Whether the action must import ONNX Runtime.
     """
     run_python(PROGRAM.replace("ACTION", action), home.parent / "report.json", *arguments, env=fresh_environment(home), cwd=home.parent)
     report: dict[str, Any] = json.loads((home.parent / "report.json").read_bytes())
     assert report == {"seen": ["1"] if imported else [], "after": None, "threads": 1, "ended": {"exits": 3, "returns": 0}}
     files = [path.relative_to(home) for path in home.rglob("*") if path.is_file()]
     assert {file for file in files if not any(file.is_relative_to(folder) for folder in folders)} == set()
-    assert all(any(file.is_relative_to(folder) for file in files) for folder in folders), "each folder is used"
+    assert all(any(file.is_relative_to(folder) for file in files) for folder in folders), "each expected folder must contain files"
 
 
 @linux
@@ -115,27 +115,27 @@ def test_a_generator_does_not_turn_telemetry_on(device: str, cache: str, tmp_pat
     ids=lambda arguments: arguments[0],
 )
 def test_a_command_does_not_turn_telemetry_on(arguments: list[str], tmp_path: Path) -> None:
-    reads = arguments[0] == "inspect"
-    fills = arguments[0] not in ("inspect", "doctor")
-    check(COMMAND, tmp_path / "home", "scm_runtime.cli", *arguments, folders={".cache/scm-runtime"} if fills else set(), imported=not reads)
+    imports = arguments[0] != "inspect"
+    writes_cache = arguments[0] not in ("inspect", "doctor")
+    check(COMMAND, tmp_path / "home", "scm_runtime.cli", *arguments, folders={".cache/scm-runtime"} if writes_cache else set(), imported=imports)
 
 
 @linux
 def test_an_export_does_not_turn_telemetry_on(tmp_path: Path) -> None:
-    """An export imports ONNX Runtime before it opens the checkpoint, and PyTorch and others, which may import it too, afterwards."""
+    """An export imports ONNX Runtime before it opens the checkpoint and before PyTorch and other packages, which may import ONNX Runtime too."""
     check(COMMAND.replace("== 0", "== 2"), tmp_path / "home", "scm_export.cli", "missing.pt", "-o", "x.scm", folders=set())
 
 
-def test_without_onnxruntime_every_way_to_open_a_bundle_says_what_to_install(tmp_path: Path) -> None:
+def test_without_onnxruntime_every_way_to_open_a_bundle_names_the_pip_command(tmp_path: Path) -> None:
     program = """
 Block.error = ModuleNotFoundError
 from scm_runtime import DevicePool, Generator, MissingDependencyError, cli
 
 for device in ("cpu", "auto"):
     for cache_dir in (None, sys.argv[2], False):
-        for opener, where in ((Generator, {"device": device}), (DevicePool, {"devices": [device]})):
+        for opener, device_argument in ((Generator, {"device": device}), (DevicePool, {"devices": [device]})):
             try:
-                opener("digits", cache_dir=cache_dir, **where)
+                opener("digits", cache_dir=cache_dir, **device_argument)
             except MissingDependencyError as error:
                 assert "pip install 'scm-runtime[cpu]'" in str(error), error
             else:

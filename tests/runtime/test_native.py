@@ -1,6 +1,6 @@
-"""Which run, the kernels of the native library or the function bodies: with stub libraries, compiled here, in place of the real one.
+"""Whether sessions use the kernels of the native library or the function bodies. Stub libraries, compiled here, replace the real one.
 
-That kernels and bodies compute the same is tested in tests/ops and, for whole bundles, in tests/end_to_end.
+tests/ops and, for whole bundles, tests/end_to_end check that kernels and function bodies compute the same.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ onnxruntime = load_onnxruntime()
 
 BUILD_INFO = {"version": "9.8.7", "ops": {OPS_DOMAIN: OPS_VERSION}, "ort_api": 18, "ort_headers": "1.21", "cuda": None, "compiler": "cc"}
 
-# The first members of ONNX Runtime's interface, which never move: enough to make a status.
+# Declares only the first members of ONNX Runtime's C API, whose positions never change. They suffice to create a status.
 STUBS = {
     "accepts": "void *RegisterCustomOps(void *options, const void *base) { return 0; }",
     "refuses": """
@@ -52,7 +52,7 @@ Log = list[tuple[str, str]]
 
 @pytest.fixture(scope="session")
 def stubs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Shared libraries by name."""
+    """Compiled stub libraries by name."""
     compiler = shutil.which("cc")
     if compiler is None:
         pytest.skip("needs a C compiler")
@@ -66,18 +66,18 @@ def stubs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def install(stubs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> InstallStub:
-    """``install("accepts", version="…")`` puts a stub and its facts where the library is looked for; returns its path."""
+    """A function: ``install("accepts", version="…")`` installs a stub library with this build info and returns its path."""
 
-    def put(stub: str, **facts: Any) -> Path:
+    def install(stub: str, **build_info: Any) -> Path:
         folder = tmp_path / "site" / native.FOLDER
         folder.mkdir(parents=True)
         library = folder / native.LIBRARY
         shutil.copy(stubs[stub], library)
-        (folder / native.BUILD_INFO).write_bytes(msgspec.json.encode(BUILD_INFO | facts))
+        (folder / native.BUILD_INFO).write_bytes(msgspec.json.encode(BUILD_INFO | build_info))
         monkeypatch.setattr(scm_runtime, "__path__", [str(folder.parent), *scm_runtime.__path__])
         return library
 
-    return put
+    return install
 
 
 @pytest.fixture
@@ -87,12 +87,12 @@ def no_library(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
-    """The tiny bundle, which says that it holds operators of this version. The stubs have no kernels for them."""
+    """The tiny bundle, whose manifest declares operators of the current version. The stubs have no kernels for them."""
     return with_ops(tiny_bundle, tmp_path / "tiny.scm", {OPS_DOMAIN: OPS_VERSION})
 
 
 def with_ops(bundle: Path, copy: Path, ops: dict[str, int]) -> Path:
-    """A copy of a bundle whose manifest names these operators."""
+    """Copy a bundle and set the operator versions in its manifest."""
     shutil.copytree(bundle, copy, copy_function=lambda source, target: Path(target).hardlink_to(source))
     manifest = msgspec.json.decode((copy / "scm.json").read_bytes(), type=Manifest)
     manifest.ops = ops
@@ -103,25 +103,25 @@ def with_ops(bundle: Path, copy: Path, ops: dict[str, int]) -> Path:
 
 @pytest.fixture
 def log() -> Iterator[Log]:
-    """What the logger gets, as (level, message)."""
+    """Log records of scm_runtime as (level, message)."""
 
-    class Keep(logging.Handler):
+    class ListHandler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            if not record.getMessage().startswith("device 'auto'"):  # said once a process, by whichever test comes first
+            if not record.getMessage().startswith("device 'auto'"):  # logged once per process, in the first test that needs it
                 lines.append((record.levelname, record.getMessage()))
 
     lines: Log = []
-    logger, keep = logging.getLogger("scm_runtime"), Keep()
+    logger, handler = logging.getLogger("scm_runtime"), ListHandler()
     log_module._logged.clear()
     level = logger.level
     logger.setLevel(logging.DEBUG)
-    logger.addHandler(keep)
+    logger.addHandler(handler)
     yield lines
-    logger.removeHandler(keep)
+    logger.removeHandler(handler)
     logger.setLevel(level)
 
 
-def test_the_kernels_run_where_they_can(bundle: Path, install: InstallStub, log: Log) -> None:
+def test_native_kernels_are_used_if_possible(bundle: Path, install: InstallStub, log: Log) -> None:
     install("accepts")
     for native_ops in ("auto", True):
         with Generator(bundle, native_ops=native_ops) as generate:
@@ -139,7 +139,7 @@ def test_info(bundle: Path, install: InstallStub) -> None:
     assert (info.native_ops, info.native_ops_version, info.native_ops_reason) == (False, None, "native_ops=False")
 
 
-def test_false_never_registers(bundle: Path, install: InstallStub, log: Log) -> None:
+def test_native_ops_false_does_not_register_the_library(bundle: Path, install: InstallStub, log: Log) -> None:
     install("refuses")
     with Generator(bundle, native_ops=False) as generate:
         generate(seed=1, output_type="np")
@@ -152,7 +152,7 @@ def test_without_the_library(bundle: Path, no_library: None, log: Log, tiny: Gen
             assert generate.info.native_ops is False
             np.testing.assert_array_equal(generate(seed=1, output_type="np").array, tiny(seed=1, output_type="np").array)
     assert "this installation has no _native/libabsent.so" in str(generate.info.native_ops_reason)
-    ((level, message),) = log  # once, however many Generators
+    ((level, message),) = log  # logged once for both Generators
     assert (level, message) == ("DEBUG", f"the function bodies run instead of the native kernels: {generate.info.native_ops_reason}")
     with pytest.raises(NativeOpsError, match=r"native_ops=True, but this installation has no _native/libabsent\.so.*make ops") as caught:
         Generator(bundle, native_ops=True)
@@ -168,7 +168,9 @@ def test_without_the_library(bundle: Path, no_library: None, log: Log, tiny: Gen
     ],
     ids=["none", "newer", "another-domain"],
 )
-def test_a_bundle_that_the_library_does_not_fit(tiny_bundle: Path, tmp_path: Path, install: InstallStub, log: Log, ops: dict[str, int], message: str) -> None:
+def test_a_bundle_whose_operators_the_library_does_not_support(
+    tiny_bundle: Path, tmp_path: Path, install: InstallStub, log: Log, ops: dict[str, int], message: str
+) -> None:
     install("accepts")
     bundle = with_ops(tiny_bundle, tmp_path / "tiny.scm", ops)
     with Generator(bundle) as generate:
@@ -179,14 +181,14 @@ def test_a_bundle_that_the_library_does_not_fit(tiny_bundle: Path, tmp_path: Pat
         Generator(bundle, native_ops=True)
 
 
-def test_a_library_of_a_newer_operator_set(bundle: Path, install: InstallStub) -> None:
+def test_a_library_with_a_newer_operator_version(bundle: Path, install: InstallStub) -> None:
     install("accepts", ops={OPS_DOMAIN: 2})
     with pytest.raises(NativeOpsError, match=r"has operators of scm:: version 1, and '.*' kernels for scm:: version 2\. Export its checkpoint again"):
         Generator(bundle, native_ops=True)
     assert Generator(bundle).info.native_ops is False
 
 
-def test_a_library_with_further_domains(bundle: Path, install: InstallStub) -> None:
+def test_a_library_with_additional_domains(bundle: Path, install: InstallStub) -> None:
     install("accepts", ops={OPS_DOMAIN: OPS_VERSION, "other": 3})
     assert Generator(bundle, native_ops=True).info.native_ops is True
 
@@ -194,11 +196,11 @@ def test_a_library_with_further_domains(bundle: Path, install: InstallStub) -> N
 @pytest.mark.parametrize(
     ("stub", "message"),
     [
-        ("refuses", "scm_ops needs ONNX Runtime 1.99 or newer"),  # built for a newer one
+        ("refuses", "scm_ops needs ONNX Runtime 1.99 or newer"),  # built for a newer ONNX Runtime
         ("exports_nothing", "RegisterCustomOps"),
     ],
 )
-def test_a_library_that_is_refused(bundle: Path, install: InstallStub, log: Log, stub: str, message: str) -> None:
+def test_a_library_that_cannot_be_registered(bundle: Path, install: InstallStub, log: Log, stub: str, message: str) -> None:
     library = install(stub)
     with pytest.raises(NativeOpsError, match="native_ops=False") as caught:
         Generator(bundle, native_ops=True)
@@ -213,28 +215,28 @@ def test_a_library_that_is_refused(bundle: Path, install: InstallStub, log: Log,
     assert message in logged
 
 
-@pytest.mark.parametrize("damage", ["missing", "no JSON", "half"])
+@pytest.mark.parametrize("damage", ["missing", "no JSON", "incomplete"])
 def test_a_damaged_installation(bundle: Path, install: InstallStub, log: Log, damage: str) -> None:
-    facts = install("accepts").with_name(native.BUILD_INFO)
-    facts.unlink()
+    build_info = install("accepts").with_name(native.BUILD_INFO)
+    build_info.unlink()
     if damage != "missing":
-        facts.write_text("{" if damage == "no JSON" else '{"version": "1"}')
+        build_info.write_text("{" if damage == "no JSON" else '{"version": "1"}')
     with pytest.raises(NativeOpsError, match=r"scm_ops\.json', which describes the library of native kernels, cannot be read: .*Install scm-runtime again"):
         Generator(bundle, native_ops=True)
     assert Generator(bundle).info.native_ops is False
     assert [level for level, _ in log] == ["WARNING"]
 
 
-def test_graphs_that_open_without_the_library_only(bundle: Path, install: InstallStub, log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kernel is missing for a type, say: ONNX Runtime does not fall back to the body inside a session."""
+def test_a_graph_that_opens_only_without_the_library(bundle: Path, install: InstallStub, log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For example, a kernel is missing for a type: within a session ONNX Runtime does not fall back to the function body."""
     original = Session.__init__
 
-    def refuse(self: Session, path: Path, session: Any, settings: SessionSettings) -> None:
+    def init(self: Session, path: Path, session: Any, settings: SessionSettings) -> None:
         if settings.library is not None and path.name.startswith("decode"):
             raise InferenceError("no kernel")
         original(self, path, session, settings)
 
-    monkeypatch.setattr(Session, "__init__", refuse)
+    monkeypatch.setattr(Session, "__init__", init)
     install("accepts")
     with pytest.raises(InferenceError, match="no kernel"):
         Generator(bundle, native_ops=True)
@@ -244,7 +246,7 @@ def test_graphs_that_open_without_the_library_only(bundle: Path, install: Instal
     assert log == [("WARNING", "the function bodies run instead of the native kernels: no kernel")]
 
 
-def test_a_graph_that_opens_neither_way(bundle: Path, install: InstallStub, log: Log) -> None:
+def test_a_graph_that_opens_neither_with_nor_without_the_library(bundle: Path, install: InstallStub, log: Log) -> None:
     install("accepts")
     step = bundle / "step.fp32.onnx"
     size = step.stat().st_size
@@ -258,12 +260,12 @@ def test_a_graph_that_opens_neither_way(bundle: Path, install: InstallStub, log:
 
 
 @pytest.mark.parametrize("value", ["yes", None, 1, "on"], ids=repr)
-def test_other_values_of_native_ops(tiny_bundle: Path, value: Any) -> None:
+def test_invalid_values_of_native_ops(tiny_bundle: Path, value: Any) -> None:
     with pytest.raises(InvalidArgumentError, match=r"native_ops must be True, False or 'auto', got "):
         Generator(tiny_bundle, native_ops=value)
 
 
-def test_on_the_command_line(bundle: Path, install: InstallStub, tmp_path: Path) -> None:
+def test_native_ops_options_of_the_command_line(bundle: Path, install: InstallStub, tmp_path: Path) -> None:
     def call(*arguments: str | Path) -> Any:
         return CliRunner(catch_exceptions=False).invoke(main, [str(argument) for argument in arguments])
 
@@ -284,19 +286,19 @@ def test_on_the_command_line(bundle: Path, install: InstallStub, tmp_path: Path)
 
 
 def test_the_library_of_this_checkout() -> None:
-    """What was built from cpp_ops/ has kernels for the operators that scm-export writes."""
+    """The library built from cpp_ops/ has kernels for the operator version that scm-export writes."""
     library = native.find_library()
     if library is None:
-        pytest.skip("no library: make ops")
+        pytest.skip("the native library is missing: run make ops")
     assert library.info.ops == {OPS_DOMAIN: OPS_VERSION}
     assert library.info.ort_api <= int(onnxruntime.__version__.split(".")[1])
 
 
 # ----------------------------------------------------------------------------
-# On other devices than the CPU.
+# Devices other than the CPU.
 
-H200 = Placement("cuda:0", (("CUDAExecutionProvider", {}), ("CPUExecutionProvider", {})), "asked for")
-OPENVINO = Placement("openvino", (("OpenVINOExecutionProvider", {}), ("CPUExecutionProvider", {})), "asked for")
+H200 = Placement("cuda:0", (("CUDAExecutionProvider", {}), ("CPUExecutionProvider", {})), "requested")
+OPENVINO = Placement("openvino", (("OpenVINOExecutionProvider", {}), ("CPUExecutionProvider", {})), "requested")
 CUDA_KERNELS = {"version": "13.0", "architectures": ["80", "86", "89", "90"]}
 
 
@@ -304,13 +306,13 @@ CUDA_KERNELS = {"version": "13.0", "architectures": ["80", "86", "89", "90"]}
     ("placement", "cuda", "driver", "capability", "reason"),
     [
         (H200, CUDA_KERNELS, 13000, "9.0", None),
-        (H200, CUDA_KERNELS, 13010, "12.0", None),  # newer GPUs take the PTX
+        (H200, CUDA_KERNELS, 13010, "12.0", None),  # newer GPUs compile the PTX
         (H200, None, 13000, "9.0", r"built without CUDA kernels\. .*make ops SCM_OPS_CUDA=ON"),
         (H200, CUDA_KERNELS, 12040, "9.0", r"built with CUDA 13\.0, and the NVIDIA driver runs 12\.4 and older\. Update it"),
         (H200, CUDA_KERNELS, 13000, "7.5", r"kernels for compute capability 8\.0 and newer, and Some GPU has 7\.5"),
         (OPENVINO, CUDA_KERNELS, 13000, "9.0", "none for OpenVINOExecutionProvider"),
     ],
-    ids=["fits", "newer GPU", "no CUDA kernels", "old driver", "old GPU", "other provider"],
+    ids=["supported", "newer GPU", "no CUDA kernels", "old driver", "old GPU", "other provider"],
 )
 def test_kernels_on_other_devices(
     placement: Placement,

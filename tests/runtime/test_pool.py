@@ -1,4 +1,4 @@
-"""``DevicePool``: several Generators as one, here two on the CPU."""
+"""``DevicePool`` distributes work over several Generators. Here both run on the CPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from holding import PATIENCE_S, held, recorded, schedulers
+from scheduler_control import TIMEOUT_S, record_batches, scheduler_blocked, scheduler_threads
 from scm_runtime import DeviceError, DevicePool, Generator, GeneratorClosedError, InvalidArgumentError
 
 
@@ -21,72 +21,72 @@ def pool() -> Iterator[DevicePool]:
         yield opened
 
 
-def test_samples_are_those_of_a_generator(pool: DevicePool) -> None:
+def test_a_pool_returns_the_same_samples_as_a_generator(pool: DevicePool) -> None:
     with Generator("digits") as generator:
         expected = generator([3, 1, 4], seed=7, output_type="np").array
     for samples in (
         pool([3, 1, 4], seed=7, output_type="np"),
-        pool.submit([3, 1, 4], seed=7, output_type="np").result(PATIENCE_S),
+        pool.submit([3, 1, 4], seed=7, output_type="np").result(TIMEOUT_S),
         asyncio.run(pool.async_([3, 1, 4], seed=7, output_type="np")),
         *pool.stream(3, 3, class_labels=[3, 1, 4], seed=7, output_type="np"),
     ):
         np.testing.assert_array_equal(samples.array, expected)
 
 
-def test_a_call_goes_to_the_one_with_the_least_to_do(pool: DevicePool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_goes_to_the_device_with_the_least_work(pool: DevicePool, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = pool.generators
-    rounds = recorded(first, monkeypatch), recorded(second, monkeypatch)
-    with held(first):  # which the pool does not know of
-        busy = pool.submit(seed=1)  # to the first, and waits there
+    batches = record_batches(first, monkeypatch), record_batches(second, monkeypatch)
+    with scheduler_blocked(first):  # the pool does not count the blocking request
+        busy = pool.submit(seed=1)  # goes to the first generator and waits there
         for seed in (2, 3, 4):
             pool(seed=seed)
-    busy.result(PATIENCE_S)
-    assert {seed for batch in rounds[1] for seed, _ in batch} == {2, 3, 4}
+    busy.result(TIMEOUT_S)
+    assert {seed for batch in batches[1] for seed, _ in batch} == {2, 3, 4}
 
 
 def test_idle_devices_take_turns(pool: DevicePool, monkeypatch: pytest.MonkeyPatch) -> None:
-    rounds = [recorded(generator, monkeypatch) for generator in pool.generators]
+    batches = [record_batches(generator, monkeypatch) for generator in pool.generators]
     for seed in range(4):
         pool(seed=seed, num_inference_steps=1)
-    assert rounds == [[[(0, 0)], [(2, 0)]], [[(1, 0)], [(3, 0)]]]
+    assert batches == [[[(0, 0)], [(2, 0)]], [[(1, 0)], [(3, 0)]]]
 
 
-def test_a_stream_is_spread_over_the_devices_and_keeps_its_order(pool: DevicePool, monkeypatch: pytest.MonkeyPatch) -> None:
-    rounds = [recorded(generator, monkeypatch) for generator in pool.generators]
+def test_a_stream_uses_all_devices_and_keeps_its_order(pool: DevicePool, monkeypatch: pytest.MonkeyPatch) -> None:
+    computed = [record_batches(generator, monkeypatch) for generator in pool.generators]
     batches = list(pool.stream(23, seed=5, output_type="np"))
     assert [len(batch) for batch in batches] == [4, 4, 4, 4, 4, 3]
     assert [seed for batch in batches for seed in batch.seeds] == list(range(5, 28))
-    assert all(rounds)
+    assert all(computed)
 
 
-def test_many_threads(pool: DevicePool) -> None:
+def test_many_threads_share_one_pool(pool: DevicePool) -> None:
     expected = [pool(seed=seed, output_type="np").array for seed in range(4)]
     with ThreadPoolExecutor(4) as threads:
-        for i, samples in enumerate(threads.map(lambda i: pool.submit(seed=i % 4, output_type="np").result(PATIENCE_S), range(40))):
+        for i, samples in enumerate(threads.map(lambda i: pool.submit(seed=i % 4, output_type="np").result(TIMEOUT_S), range(40))):
             np.testing.assert_array_equal(samples.array, expected[i % 4])
 
 
-def test_requests_that_end_badly_do_not_count_as_work(pool: DevicePool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_requests_do_not_count_as_work(pool: DevicePool, monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(3):
         with pytest.raises(InvalidArgumentError):
             pool(10)
         with pytest.raises(InvalidArgumentError):
             pool.submit(10)
         with pytest.raises(ZeroDivisionError):
-            pool.submit(seed=1, callback_on_step_end=lambda *_: 1 / 0).result(PATIENCE_S)  # type: ignore[arg-type]  # raises
-    rounds = [recorded(generator, monkeypatch) for generator in pool.generators]
+            pool.submit(seed=1, callback_on_step_end=lambda *_: 1 / 0).result(TIMEOUT_S)  # type: ignore[arg-type]  # raises
+    batches = [record_batches(generator, monkeypatch) for generator in pool.generators]
     for seed in range(2):
         pool(seed=seed)
-    assert all(rounds), "both must be idle"
+    assert all(batches), "both generators must count as idle"
 
 
-def test_warmup_reaches_all(pool: DevicePool, monkeypatch: pytest.MonkeyPatch) -> None:
-    rounds = [recorded(generator, monkeypatch) for generator in pool.generators]
+def test_warmup_runs_on_all_devices(pool: DevicePool, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = [record_batches(generator, monkeypatch) for generator in pool.generators]
     pool.warmup([2])
-    assert all(rounds)
+    assert all(batches)
 
 
-def test_a_closed_pool_says_so() -> None:
+def test_a_closed_pool_raises() -> None:
     pool = DevicePool("digits", devices=["cpu"])
     pool.close()
     pool.close()
@@ -95,20 +95,20 @@ def test_a_closed_pool_says_so() -> None:
             call()
 
 
-def test_if_one_device_cannot_be_had_none_is_kept() -> None:
-    before = schedulers()
+def test_if_one_device_is_not_available_the_others_are_released() -> None:
+    before = scheduler_threads()
     with pytest.raises((DeviceError, InvalidArgumentError)):
         DevicePool("digits", devices=("cpu", "cuda:97"))
-    assert schedulers() == before
+    assert scheduler_threads() == before
 
 
 @pytest.mark.parametrize("devices", [(), "cpu"])
-def test_devices_are_a_sequence(devices: str | tuple[str, ...]) -> None:
+def test_devices_must_be_a_nonempty_sequence(devices: str | tuple[str, ...]) -> None:
     with pytest.raises(InvalidArgumentError, match="devices must be one device or more"):
         DevicePool("digits", devices=devices)
 
 
-def test_it_cannot_be_pickled(pool: DevicePool) -> None:
+def test_a_pool_cannot_be_pickled(pool: DevicePool) -> None:
     for attempt in (pickle.dumps, copy.copy):
         with pytest.raises(TypeError, match="cannot be pickled: make one in each process"):
             attempt(pool)

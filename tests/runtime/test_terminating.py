@@ -1,4 +1,4 @@
-"""``close()`` while graphs run: what is in flight is terminated, each call and each future gets an error of its own, and nobody else is touched."""
+"""``close()`` while graphs run: running graphs are terminated, each call and each future gets a separate error, and other Generators are not affected."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-import handmade
-from holding import PATIENCE_S, engine_of, held, schedulers, stepping
+import toy_bundle
+from scheduler_control import TIMEOUT_S, engine_of, scheduler_blocked, scheduler_threads, step_started_event
 from scm_runtime import DevicePool, Generator, GeneratorClosedError, InferenceError
 from scm_runtime.engines.engine import Trajectory
 from scm_runtime.sampling.nonfinite import NonFiniteHandler
 
-EMBEDS = np.ones((2, handmade.WIDTH), np.float32)
+EMBEDS = np.ones((2, toy_bundle.WIDTH), np.float32)
 FAST: dict[str, Any] = {"prompt_embeds": EMBEDS, "seed": 1, "output_type": "latent"}
-SPIN: dict[str, Any] = {**FAST, "guidance_scale": handmade.SPIN}
-BLOCK: dict[str, Any] = {**FAST, "conditioning": {"score": handmade.BLOCK}, "num_inference_steps": 1}
+LONG_LOOP: dict[str, Any] = {**FAST, "guidance_scale": toy_bundle.SLOW_GUIDANCE}
+LONG_OPERATOR: dict[str, Any] = {**FAST, "conditioning": {"score": toy_bundle.SLOW_SCORE}, "num_inference_steps": 1}
 
 
 @pytest.fixture(scope="module")
 def slow_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return handmade.write_text_bundle(tmp_path_factory.mktemp("slow") / "slow.scm", graphs={"step": handmade.SLOW_STEP})
+    return toy_bundle.write_text_bundle(tmp_path_factory.mktemp("slow") / "slow.scm", graphs={"step": toy_bundle.SLOW_STEP})
 
 
 @pytest.fixture
@@ -45,8 +45,8 @@ def digits() -> Iterator[Generator]:
         yield generator
 
 
-def terminated(error: BaseException | None) -> GeneratorClosedError:
-    """The error, once it is known to be that of a run that was terminated."""
+def check_terminated(error: BaseException | None) -> GeneratorClosedError:
+    """Assert that the error is that of a terminated run, and return it."""
     assert isinstance(error, GeneratorClosedError)
     assert not isinstance(error, InferenceError)
     assert "terminate" in str(error.__cause__)
@@ -54,13 +54,13 @@ def terminated(error: BaseException | None) -> GeneratorClosedError:
 
 
 def in_thread(call: Callable[[], object]) -> Future[object]:
-    """Called in a thread that does not hold up the end of the tests."""
+    """Run a function in a daemon thread, so that a hang does not keep the test process alive. Returns a future of its result."""
     future: Future[object] = Future()
 
     def run() -> None:
         try:
             future.set_result(call())
-        except BaseException as error:  # noqa: BLE001 - the test looks at it
+        except BaseException as error:  # noqa: BLE001 - the test inspects it
             future.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
@@ -68,161 +68,161 @@ def in_thread(call: Callable[[], object]) -> Future[object]:
 
 
 # ----------------------------------------------------------------------------
-# What runs.
+# What is terminated.
 
 
-def test_closing_terminates_the_step_and_refuses_what_waits(slow: Generator) -> None:
-    before, stepped = set(schedulers()), stepping(engine_of(slow))
-    running = slow.submit(**SPIN)
-    assert stepped.wait(PATIENCE_S)
+def test_closing_terminates_the_running_step_and_rejects_waiting_requests(slow: Generator) -> None:
+    before, step_started = set(scheduler_threads()), step_started_event(engine_of(slow))
+    running = slow.submit(**LONG_LOOP)
+    assert step_started.wait(TIMEOUT_S)
     waiting = [slow.submit(**FAST) for _ in range(3)]
     slow.close()
     assert all(future.done() for future in (running, *waiting))
-    assert set(schedulers()) <= before, "the thread has ended when close() returns"
-    terminated(running.exception())
+    assert set(scheduler_threads()) <= before, "the thread has ended when close() returns"
+    check_terminated(running.exception())
     errors = [future.exception() for future in waiting]
     assert all(isinstance(error, GeneratorClosedError) for error in errors)
     assert len({id(error) for error in errors}) == 3
 
 
-def test_requests_that_share_a_step_get_an_error_each(slow: Generator) -> None:
-    stepped = stepping(engine_of(slow))
-    with held(slow, prompt_embeds=EMBEDS):
-        stepped.clear()
-        futures = [slow.submit(**SPIN) for _ in range(4)]
-    assert stepped.wait(PATIENCE_S)
+def test_each_request_of_a_terminated_batch_gets_a_separate_error(slow: Generator) -> None:
+    step_started = step_started_event(engine_of(slow))
+    with scheduler_blocked(slow, prompt_embeds=EMBEDS):
+        step_started.clear()
+        futures = [slow.submit(**LONG_LOOP) for _ in range(4)]
+    assert step_started.wait(TIMEOUT_S)
     slow.close()
-    assert len({id(terminated(future.exception(PATIENCE_S))) for future in futures}) == 4
+    assert len({id(check_terminated(future.exception(TIMEOUT_S))) for future in futures}) == 4
 
 
 def test_closing_terminates_the_calls_of_other_threads(slow: Generator) -> None:
-    stepped = stepping(engine_of(slow))
-    called = in_thread(lambda: slow(**SPIN))
-    assert stepped.wait(PATIENCE_S)
+    step_started = step_started_event(engine_of(slow))
+    called = in_thread(lambda: slow(**LONG_LOOP))
+    assert step_started.wait(TIMEOUT_S)
     slow.close()
-    terminated(called.exception(PATIENCE_S))
+    check_terminated(called.exception(TIMEOUT_S))
 
 
-def test_an_exception_that_ends_a_with_block_terminates_what_runs(slow_bundle: Path) -> None:
+def test_an_exception_in_a_with_block_terminates_running_requests(slow_bundle: Path) -> None:
     futures = []
 
     def fail() -> None:
         with Generator(slow_bundle, threads=1) as generator:
-            stepped = stepping(engine_of(generator))
-            futures.append(generator.submit(**SPIN))
-            assert stepped.wait(PATIENCE_S)
+            step_started = step_started_event(engine_of(generator))
+            futures.append(generator.submit(**LONG_LOOP))
+            assert step_started.wait(TIMEOUT_S)
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         fail()
-    terminated(futures[0].exception(0))
+    check_terminated(futures[0].exception(0))
 
 
-def test_closing_a_pool_terminates_the_runs_of_all_its_devices(slow_bundle: Path) -> None:
+def test_closing_a_pool_terminates_the_requests_of_all_devices(slow_bundle: Path) -> None:
     pool = DevicePool(slow_bundle, devices=("cpu", "cpu"), threads=1)
-    steps = [stepping(engine_of(generator)) for generator in pool.generators]
-    futures = [pool.submit(**SPIN) for _ in range(2)]
-    assert all(stepped.wait(PATIENCE_S) for stepped in steps)
+    started = [step_started_event(engine_of(generator)) for generator in pool.generators]
+    futures = [pool.submit(**LONG_LOOP) for _ in range(2)]
+    assert all(event.wait(TIMEOUT_S) for event in started)
     pool.close()
     for future in futures:
-        terminated(future.exception(0))
+        check_terminated(future.exception(0))
 
 
-def test_closing_while_another_thread_waits_for_the_end_terminates_too(slow: Generator) -> None:
-    stepped = stepping(engine_of(slow))
-    running = slow.submit(**SPIN)
-    assert stepped.wait(PATIENCE_S)
+def test_closing_terminates_requests_although_another_thread_waits_in_close(slow: Generator) -> None:
+    step_started = step_started_event(engine_of(slow))
+    running = slow.submit(**LONG_LOOP)
+    assert step_started.wait(TIMEOUT_S)
     waiting = in_thread(lambda: slow.close(wait=True))
     slow.close()
-    terminated(running.exception(0))
-    waiting.result(PATIENCE_S)
+    check_terminated(running.exception(0))
+    waiting.result(TIMEOUT_S)
 
 
 @pytest.mark.parametrize("submitted", [False, True])
-def test_closing_terminates_the_steps_that_are_done_again_in_fp32(submitted: bool, slow_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the engine's own steps come out infinite, and those in fp32 take minutes."""
-    stepped: list[threading.Event] = []
+def test_closing_terminates_steps_that_are_repeated_in_fp32(submitted: bool, slow_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine's steps report non-finite samples, and their repetition in fp32 takes minutes."""
+    step_started: list[threading.Event] = []
     open_once = NonFiniteHandler._open_fp32_once
 
-    def opened(guard: NonFiniteHandler) -> Any:
-        first, engine = guard._fp32 is None, open_once(guard)
+    def opened(handler: NonFiniteHandler) -> Any:
+        first, engine = handler._fp32 is None, open_once(handler)
         if first:
-            stepped.append(stepping(engine))
-            begun.set()
+            step_started.append(step_started_event(engine))
+            fp32_opened.set()
         return engine
 
     def overflow(trajectories: Sequence[Trajectory]) -> None:
         for one in trajectories:
             one.state.finite = [np.array([False])]
 
-    begun = threading.Event()
+    fp32_opened = threading.Event()
     monkeypatch.setattr(NonFiniteHandler, "_open_fp32_once", opened)
     with Generator(slow_bundle, threads=1, on_nonfinite="fp32") as generator:
         engine = engine_of(generator)
         monkeypatch.setattr(engine, "dtype", "fp16")
         monkeypatch.setattr(engine, "step", overflow)
-        call = generator.submit(**SPIN) if submitted else in_thread(lambda: generator(**SPIN))
-        assert begun.wait(PATIENCE_S)
-        assert stepped[0].wait(PATIENCE_S)
+        call = generator.submit(**LONG_LOOP) if submitted else in_thread(lambda: generator(**LONG_LOOP))
+        assert fp32_opened.wait(TIMEOUT_S)
+        assert step_started[0].wait(TIMEOUT_S)
         generator.close()
-        terminated(call.exception(PATIENCE_S))
+        check_terminated(call.exception(TIMEOUT_S))
 
 
 @pytest.mark.parametrize("graph", ["encode", "decode", "preview"])
 def test_closing_terminates_encode_and_decode(graph: str, tmp_path: Path) -> None:
-    slow = {"encode": handmade.SLOW_ENCODE, "decode": handmade.SLOW_DECODE, "preview": handmade.SLOW_PREVIEW}[graph]
-    generator = Generator(handmade.write_text_bundle(tmp_path / "slow.scm", graphs={graph: slow}), threads=1)
+    slow = {"encode": toy_bundle.SLOW_ENCODE, "decode": toy_bundle.SLOW_DECODE, "preview": toy_bundle.SLOW_PREVIEW}[graph]
+    generator = Generator(toy_bundle.write_text_bundle(tmp_path / "slow.scm", graphs={graph: slow}), threads=1)
     calls: dict[str, Callable[[float], object]] = {
-        "encode": lambda value: generator.encode(np.full((1, *handmade.PICTURE), value, np.uint8)),
-        "decode": lambda value: generator.decode(np.full((1, *handmade.SAMPLE), value)),
-        "preview": lambda value: generator.decode(np.full((1, *handmade.SAMPLE), value), preview=True),
+        "encode": lambda value: generator.encode(np.full((1, *toy_bundle.IMAGE_SHAPE), value, np.uint8)),
+        "decode": lambda value: generator.decode(np.full((1, *toy_bundle.SAMPLE_SHAPE), value)),
+        "preview": lambda value: generator.decode(np.full((1, *toy_bundle.SAMPLE_SHAPE), value), preview=True),
     }
     calls[graph](0)
     called = in_thread(lambda: calls[graph](200))
     with pytest.raises(TimeoutError):
         called.result(0.2)
     generator.close()
-    terminated(called.exception(PATIENCE_S))
+    check_terminated(called.exception(TIMEOUT_S))
 
 
 # ----------------------------------------------------------------------------
-# Whom it does not touch.
+# What is not affected.
 
 
-def test_other_generators_go_on(slow_bundle: Path, slow: Generator) -> None:
+def test_other_generators_keep_running(slow_bundle: Path, slow: Generator) -> None:
     with Generator(slow_bundle, threads=1) as other:
-        steps = [stepping(engine_of(slow)), stepping(engine_of(other))]
-        ended, finished = slow.submit(**SPIN), other.submit(**BLOCK)
-        assert all(stepped.wait(PATIENCE_S) for stepped in steps)
+        started = [step_started_event(engine_of(slow)), step_started_event(engine_of(other))]
+        ended, finished = slow.submit(**LONG_LOOP), other.submit(**LONG_OPERATOR)
+        assert all(event.wait(TIMEOUT_S) for event in started)
         slow.close()
-        terminated(ended.exception(0))
-        np.testing.assert_allclose(finished.result(PATIENCE_S).array, expected(), atol=1e-5)
+        check_terminated(ended.exception(0))
+        np.testing.assert_allclose(finished.result(TIMEOUT_S).array, expected(), atol=1e-5)
 
 
 def expected() -> Any:
-    return handmade.sample([1], EMBEDS, score=handmade.BLOCK, steps=1)
+    return toy_bundle.sample([1], EMBEDS, score=toy_bundle.SLOW_SCORE, steps=1)
 
 
-def test_another_generator_over_the_same_cache_works_after_a_termination(slow_bundle: Path, tmp_path: Path) -> None:
+def test_a_new_generator_works_with_the_same_cache_after_a_termination(slow_bundle: Path, tmp_path: Path) -> None:
     for _ in range(2):
         generator = Generator(slow_bundle, threads=1, cache_dir=tmp_path)
-        np.testing.assert_allclose(generator(**FAST).array, handmade.sample([1], EMBEDS), atol=1e-6)
-        stepped = stepping(engine_of(generator))
-        future = generator.submit(**SPIN)
-        assert stepped.wait(PATIENCE_S)
+        np.testing.assert_allclose(generator(**FAST).array, toy_bundle.sample([1], EMBEDS), atol=1e-6)
+        step_started = step_started_event(engine_of(generator))
+        future = generator.submit(**LONG_LOOP)
+        assert step_started.wait(TIMEOUT_S)
         generator.close()
-        terminated(future.exception(0))
+        check_terminated(future.exception(0))
 
 
 # ----------------------------------------------------------------------------
-# Who closes.
+# Closing from callbacks and signal handlers.
 
 
 @pytest.mark.parametrize("submitted", [False, True])
 @pytest.mark.parametrize("output_type", ["np", "latent"])
 @pytest.mark.parametrize("steps", [1, 2])
-def test_a_call_that_closes_its_own_generator_ends_before_its_next_step(submitted: bool, output_type: str, steps: int) -> None:
-    """As any other call does. ``close(wait=True)``, or False from the callback, is for those that mean something else."""
+def test_a_call_whose_callback_closes_the_generator_ends_before_its_next_step(submitted: bool, output_type: str, steps: int) -> None:
+    """It ends like every other call. To finish the call, use ``close(wait=True)``. To cancel it alone, return False from the callback."""
     generator = Generator("digits")
     seen: list[int] = []
 
@@ -232,35 +232,35 @@ def test_a_call_that_closes_its_own_generator_ends_before_its_next_step(submitte
 
     arguments: dict[str, Any] = {"seed": 2, "num_inference_steps": steps, "output_type": output_type, "callback_on_step_end": callback}
     with pytest.raises(GeneratorClosedError, match="closed while this call ran"):
-        generator.submit(**arguments).result(PATIENCE_S) if submitted else generator(**arguments)
+        generator.submit(**arguments).result(TIMEOUT_S) if submitted else generator(**arguments)
     assert seen == [0]
 
 
 @pytest.mark.parametrize("submitted", [False, True])
-def test_a_call_whose_callback_closes_and_waits_is_finished(submitted: bool) -> None:
+def test_a_call_whose_callback_closes_with_wait_is_finished(submitted: bool) -> None:
     generator = Generator("digits")
     expected = generator(seed=2, output_type="np").array
     arguments: dict[str, Any] = {"seed": 2, "output_type": "np", "callback_on_step_end": lambda closing, *_: closing.close(wait=True)}
-    samples = generator.submit(**arguments).result(PATIENCE_S) if submitted else generator(**arguments)
+    samples = generator.submit(**arguments).result(TIMEOUT_S) if submitted else generator(**arguments)
     np.testing.assert_array_equal(samples.array, expected)
 
 
-def test_closing_does_not_wait_for_a_callback_that_waits_for_whoever_closes(digits: Generator) -> None:
-    """As where a user interface's thread closes, and the callback shows its progress there."""
+def test_closing_does_not_wait_for_a_callback_that_waits_for_the_closing_thread(digits: Generator) -> None:
+    """For example, the thread of a user interface closes the Generator while a callback waits to show progress in that thread."""
     entered, closed = threading.Event(), threading.Event()
 
     def callback(*_: object) -> None:
         entered.set()
-        assert closed.wait(PATIENCE_S)
+        assert closed.wait(TIMEOUT_S)
 
     future = digits.submit(seed=1, callback_on_step_end=callback)
-    assert entered.wait(PATIENCE_S)
+    assert entered.wait(TIMEOUT_S)
     digits.close()
     closed.set()
-    assert isinstance(future.exception(PATIENCE_S), GeneratorClosedError)
+    assert isinstance(future.exception(TIMEOUT_S), GeneratorClosedError)
 
 
-def test_a_signal_handler_may_close_what_it_interrupts(digits: Generator) -> None:
+def test_a_signal_handler_may_close_the_generator_that_it_interrupts(digits: Generator) -> None:
     main = threading.main_thread().ident
     assert main is not None
 
@@ -276,33 +276,33 @@ def test_a_signal_handler_may_close_what_it_interrupts(digits: Generator) -> Non
 
 
 # ----------------------------------------------------------------------------
-# What is left behind.
+# Memory.
 
 
-def text_of(error: BaseException) -> str:
+def traceback_text(error: BaseException) -> str:
     return "".join(traceback.format_exception(error))
 
 
-def test_the_errors_of_many_refused_requests_stay_small() -> None:
+def test_tracebacks_of_many_rejected_requests_stay_small() -> None:
     generator = Generator("digits")
-    with held(generator):
+    with scheduler_blocked(generator):
         futures = [generator.submit(seed=1, num_inference_steps=1) for _ in range(2000)]
         generator.close()
     errors = []
     for future in futures:
         with pytest.raises(GeneratorClosedError) as caught:
-            future.result(PATIENCE_S)
+            future.result(TIMEOUT_S)
         errors.append(caught.value)
     assert len({id(error) for error in errors}) == 2000
-    assert max(len(text_of(error)) for error in errors) < 4000
+    assert max(len(traceback_text(error)) for error in errors) < 4000
 
 
-def test_the_errors_of_terminated_requests_keep_no_memory(slow_bundle: Path) -> None:
+def test_errors_of_terminated_requests_do_not_keep_sessions_alive(slow_bundle: Path) -> None:
     generator = Generator(slow_bundle, threads=1)
     session = weakref.ref(engine_of(generator).graphs().noise)
-    stepped = stepping(engine_of(generator))
-    futures = [generator.submit(**SPIN) for _ in range(3)]
-    assert stepped.wait(PATIENCE_S)
+    step_started = step_started_event(engine_of(generator))
+    futures = [generator.submit(**LONG_LOOP) for _ in range(3)]
+    assert step_started.wait(TIMEOUT_S)
     generator.close()
     del generator
     gc.collect()

@@ -1,4 +1,4 @@
-"""Text-to-image models: embeddings and masks of dynamic length, an encoder, previews, and bundles without a decoder, with a handmade bundle."""
+"""Text-to-image models: embeddings and masks of dynamic length, an encoder, previews, and bundles without a decoder, with the toy bundle."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 from numpy.typing import NDArray
 from PIL import Image
 
-import handmade
+import toy_bundle
 from scm_runtime import Generator, InferenceError, InvalidArgumentError
 from scm_runtime.bundle.checksums import sha256
 from scm_runtime.bundle.manifest import MANIFEST, FileEntry, read_manifest
@@ -29,13 +29,13 @@ from support import tree
 
 SEEDS = (7, 8, 9)
 RNG = np.random.default_rng(0)
-EMBEDS = RNG.standard_normal((3, 7, handmade.WIDTH)).astype(np.float32)
+EMBEDS = RNG.standard_normal((3, 7, toy_bundle.WIDTH)).astype(np.float32)
 MASK = np.array([[1, 1, 1, 1, 1, 1, 1], [1, 0, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 1]])
 
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return handmade.write_text_bundle(tmp_path_factory.mktemp("text") / "text.scm")
+    return toy_bundle.write_text_bundle(tmp_path_factory.mktemp("text") / "text.scm")
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def text(bundle: Path) -> Generator:
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle without decoder, encoder or preview decoder."""
-    return handmade.write_text_bundle(tmp_path_factory.mktemp("plain") / "plain.scm", decoder=False, extras=(), name="plain")
+    return toy_bundle.write_text_bundle(tmp_path_factory.mktemp("plain") / "plain.scm", decoder=False, extras=(), name="plain")
 
 
 def call(*arguments: str | Path) -> Result:
@@ -64,14 +64,14 @@ def latents(generator: Generator, **arguments: Any) -> NDArray[np.float32]:
 
 @pytest.mark.parametrize("tokens", [1, 7, 300])
 def test_embeddings_of_any_length(text: Generator, tokens: int) -> None:
-    embeds = np.random.default_rng(tokens).standard_normal((3, tokens, handmade.WIDTH)).astype(np.float32)
-    np.testing.assert_allclose(latents(text, prompt_embeds=embeds), handmade.sample(SEEDS, embeds), atol=1e-5)
+    embeds = np.random.default_rng(tokens).standard_normal((3, tokens, toy_bundle.WIDTH)).astype(np.float32)
+    np.testing.assert_allclose(latents(text, prompt_embeds=embeds), toy_bundle.sample(SEEDS, embeds), atol=1e-5)
 
 
 @pytest.mark.parametrize("steps", [1, 2])
 def test_pictures_of_a_text(text: Generator, steps: int) -> None:
     samples = text(seed=7, prompt_embeds=EMBEDS, prompt_attention_mask=MASK, guidance_scale=[1, 2, 3], num_inference_steps=steps)
-    expected = handmade.pictures(handmade.sample(SEEDS, EMBEDS, MASK, [1, 2, 3], steps=steps))
+    expected = toy_bundle.decode(toy_bundle.sample(SEEDS, EMBEDS, MASK, [1, 2, 3], steps=steps))
     np.testing.assert_array_equal(samples.array, expected)
     assert samples.seeds == SEEDS, "the embeddings set the batch size"
     assert len(samples.images) == 3
@@ -81,9 +81,9 @@ def test_pictures_of_a_text(text: Generator, steps: int) -> None:
 def test_one_embedding_serves_all_samples(text: Generator) -> None:
     for mask in (None, MASK, MASK[1]):
         given = latents(text, prompt_embeds=EMBEDS[0], prompt_attention_mask=mask)
-        np.testing.assert_allclose(given, handmade.sample(SEEDS, EMBEDS[0], mask), atol=1e-5)
+        np.testing.assert_allclose(given, toy_bundle.sample(SEEDS, EMBEDS[0], mask), atol=1e-5)
     alone = text(prompt_embeds=EMBEDS[0], seed=8, output_type="latent")
-    np.testing.assert_allclose(alone.array, handmade.sample([8], EMBEDS[0]), atol=1e-5)
+    np.testing.assert_allclose(alone.array, toy_bundle.sample([8], EMBEDS[0]), atol=1e-5)
 
 
 def test_the_mask_counts_every_token_by_default(text: Generator) -> None:
@@ -123,15 +123,15 @@ def test_tensors_of_torch(text: Generator) -> None:
 
 def test_defaults_of_numbers(text: Generator) -> None:
     default = text(prompt_embeds=EMBEDS, seed=SEEDS)
-    assert default.conditioning["guidance_scale"].tolist() == [handmade.GUIDANCE] * 3
+    assert default.conditioning["guidance_scale"].tolist() == [toy_bundle.GUIDANCE] * 3
     guided = text(prompt_embeds=EMBEDS, seed=SEEDS, guidance_scale=1.5)
-    np.testing.assert_array_equal(guided.array, handmade.pictures(handmade.sample(SEEDS, EMBEDS, guidance=1.5)))
+    np.testing.assert_array_equal(guided.array, toy_bundle.decode(toy_bundle.sample(SEEDS, EMBEDS, guidance=1.5)))
     assert not np.array_equal(default.array, guided.array)
 
 
 def test_inputs_of_other_names(text: Generator) -> None:
     given = latents(text, prompt_embeds=EMBEDS, conditioning={"score": [1, 2, 30], "guidance_scale": 2})
-    np.testing.assert_allclose(given, handmade.sample(SEEDS, EMBEDS, guidance=2, score=[1, 2, 30]), atol=1e-5)
+    np.testing.assert_allclose(given, toy_bundle.sample(SEEDS, EMBEDS, guidance=2, score=[1, 2, 30]), atol=1e-5)
     np.testing.assert_array_equal(latents(text, conditioning={"prompt_embeds": EMBEDS}), latents(text, prompt_embeds=EMBEDS))
 
 
@@ -199,9 +199,9 @@ def test_what_does_not_fit(text: Generator, arguments: dict[str, Any], message: 
 
 
 def test_encode_and_decode(text: Generator) -> None:
-    x = handmade.sample(SEEDS, EMBEDS)
+    x = toy_bundle.sample(SEEDS, EMBEDS)
     pixels = text.decode(x)
-    np.testing.assert_array_equal(pixels, handmade.pictures(x))
+    np.testing.assert_array_equal(pixels, toy_bundle.decode(x))
     encoded = text.encode(pixels)
     assert encoded.dtype == np.float32
     assert encoded.shape == x.shape
@@ -210,7 +210,7 @@ def test_encode_and_decode(text: Generator) -> None:
 
 
 def test_encode_takes_pictures_of_pil(text: Generator) -> None:
-    pixels = handmade.pictures(handmade.sample(SEEDS, EMBEDS))
+    pixels = toy_bundle.decode(toy_bundle.sample(SEEDS, EMBEDS))
     images = [Image.fromarray(picture) for picture in pixels]
     np.testing.assert_array_equal(text.encode(images), text.encode(pixels))
     np.testing.assert_array_equal(text.encode(images[1]), text.encode(pixels[1:2]))
@@ -221,7 +221,7 @@ def test_previews(text: Generator) -> None:
     samples = text(
         prompt_embeds=EMBEDS, seed=SEEDS, callback_on_step_end=lambda generator, _k, _t, state: seen.append(generator.decode(state["latents"], preview=True))
     )
-    assert [preview.shape for preview in seen] == [(3, *handmade.SMALL)] * 2
+    assert [preview.shape for preview in seen] == [(3, *toy_bundle.PREVIEW_SHAPE)] * 2
     np.testing.assert_array_equal(seen[1].repeat(2, axis=1).repeat(2, axis=2), samples.array)
 
 
@@ -236,12 +236,12 @@ def test_encoder_and_preview_are_opened_once_and_when_needed(bundle: Path, monke
     monkeypatch.setattr(session.Session, "__init__", spy)
     generator = Generator(bundle)
     assert opened == ["noise.onnx", "step.fp32.onnx", "decode.fp32.onnx"]
-    x = handmade.sample(SEEDS, EMBEDS)
+    x = toy_bundle.sample(SEEDS, EMBEDS)
     with ThreadPoolExecutor(8) as pool:
         previews = list(pool.map(lambda _: generator.decode(x, preview=True), range(32)))
-        codes = list(pool.map(lambda _: generator.encode(handmade.pictures(x)), range(32)))
+        codes = list(pool.map(lambda _: generator.encode(toy_bundle.decode(x)), range(32)))
     assert sorted(opened[3:]) == ["encode.fp32.onnx", "preview.fp32.onnx"]
-    assert all(np.array_equal(preview, handmade.small_pictures(x)) for preview in previews)
+    assert all(np.array_equal(preview, toy_bundle.preview(x)) for preview in previews)
     assert all(np.array_equal(code, codes[0]) for code in codes)
 
 
@@ -261,7 +261,7 @@ def with_half_graphs(bundle: Path, copy: Path, step: bytes | None = None) -> Pat
 def test_encoder_and_preview_in_fp32_serve_other_dtypes(bundle: Path, tmp_path: Path) -> None:
     with Generator(with_half_graphs(bundle, tmp_path / "half.scm"), dtype="fp16") as generator:
         x = generator(prompt_embeds=EMBEDS, seed=7, output_type="latent").array
-        np.testing.assert_array_equal(generator.decode(x, preview=True), handmade.small_pictures(x))
+        np.testing.assert_array_equal(generator.decode(x, preview=True), toy_bundle.preview(x))
         np.testing.assert_allclose(generator.encode(generator.decode(x)), x, atol=0.5 / 32 + 1e-6)
 
 
@@ -274,13 +274,13 @@ def test_a_dtype_that_onnxruntime_cannot_compute_in(bundle: Path, tmp_path: Path
 
 def test_a_graph_with_two_outputs(tmp_path: Path) -> None:
     path = tmp_path / "step.fp32.onnx"
-    text = f"{handmade.HEADER} g (float[n] x) => (float[n] a, float[n] b) {{ a = Identity(x)\n b = Neg(x) }}"
+    text = f"{toy_bundle.HEADER} g (float[n] x) => (float[n] a, float[n] b) {{ a = Identity(x)\n b = Neg(x) }}"
     path.write_bytes(onnx.parser.parse_model(text).SerializeToString())
     with pytest.raises(InferenceError, match=r"step\.fp32\.onnx' must have one output, got a, b"):
         open_session(path)
 
 
-PIXELS = np.zeros((1, *handmade.PICTURE), np.uint8)
+PIXELS = np.zeros((1, *toy_bundle.IMAGE_SHAPE), np.uint8)
 RED = Image.fromarray(PIXELS[0])
 
 
@@ -337,7 +337,7 @@ def test_a_bundle_without_a_decoder_gives_latents(plain: Path, output_type: Any,
     with Generator(plain) as generator:
         samples = generator(prompt_embeds=EMBEDS, seed=SEEDS, **({"output_type": output_type} if output_type else {}))
     assert samples.array.dtype == np.float32
-    np.testing.assert_allclose(samples.array, handmade.sample(SEEDS, EMBEDS), atol=1e-5)
+    np.testing.assert_allclose(samples.array, toy_bundle.sample(SEEDS, EMBEDS), atol=1e-5)
     for use in (lambda: samples.images, lambda: samples.save(tmp_path / "x.png")):
         with pytest.raises(InvalidArgumentError, match=r"their bundle has no decoder\. Decode them yourself, or export the checkpoint again .* --decoder"):
             use()
@@ -370,14 +370,14 @@ def test_generate_from_embeddings_in_a_file(bundle: Path, tmp_path: Path) -> Non
     np.save(tmp_path / "one.npy", EMBEDS[0])
     half = EMBEDS[0].astype(np.float16).astype(np.float32)
     for file, options, x in (
-        ("prompt.npz", ["--guidance-scale", "2"], handmade.sample(SEEDS, EMBEDS, MASK, 2)),
-        ("half.npz", ["--batch-size", "3"], handmade.sample(SEEDS, half)),
-        ("one.npy", ["--steps", "1"], handmade.sample([7], EMBEDS[0], steps=1)),
+        ("prompt.npz", ["--guidance-scale", "2"], toy_bundle.sample(SEEDS, EMBEDS, MASK, 2)),
+        ("half.npz", ["--batch-size", "3"], toy_bundle.sample(SEEDS, half)),
+        ("one.npy", ["--steps", "1"], toy_bundle.sample([7], EMBEDS[0], steps=1)),
     ):
         result = call("generate", bundle, "-o", tmp_path / "out.png", "--seed", "7", "--prompt-embeds", tmp_path / file, *options)
         assert result.exit_code == 0, result.output
         with Image.open(tmp_path / "out.png") as image:
-            np.testing.assert_array_equal(np.asarray(image), np.asarray(grid(handmade.pictures(x))), err_msg=file)
+            np.testing.assert_array_equal(np.asarray(image), np.asarray(grid(toy_bundle.decode(x))), err_msg=file)
 
 
 def saved(**arrays: Any) -> bytes:
@@ -389,7 +389,7 @@ def saved(**arrays: Any) -> bytes:
 def bomb() -> bytes:
     """Two megabytes of zeros in two kilobytes."""
     file = io.BytesIO()
-    np.savez_compressed(file, prompt_embeds=np.zeros((2**19 // handmade.WIDTH, handmade.WIDTH), np.float32))
+    np.savez_compressed(file, prompt_embeds=np.zeros((2**19 // toy_bundle.WIDTH, toy_bundle.WIDTH), np.float32))
     return file.getvalue()
 
 

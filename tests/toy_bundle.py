@@ -1,6 +1,6 @@
-"""A bundle written by hand, without the exporter: a text-to-image sampler with an encoder and a preview decoder, small enough to recompute in NumPy.
+"""A text-to-image bundle written without the exporter, small enough to recompute its samples in NumPy. It has an encoder and a preview decoder.
 
-Every input changes the output, and height and width differ.
+Every input changes the output. Height and width differ, so that a test notices if they are swapped.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from scm_runtime.bundle.checksums import sha256
 from scm_runtime.bundle.manifest import MANIFEST, WEIGHTS, Conditioning, FileEntry, Manifest, OutputSpec, SampleSpec, Source
 
-SAMPLE, PICTURE, SMALL = (2, 4, 6), (8, 12, 3), (4, 6, 3)
-WIDTH = 5  # size of an embedding
+SAMPLE_SHAPE, IMAGE_SHAPE, PREVIEW_SHAPE = (2, 4, 6), (8, 12, 3), (4, 6, 3)
+WIDTH = 5  # length of an embedding vector
 TIMES: dict[str, tuple[float, ...]] = {"1": (1.5, 0.0), "2": (1.5, 1.0, 0.0)}
 INITIAL_SCALE = 0.5
-GUIDANCE, SCORE = 4.5, 6.0  # defaults
+GUIDANCE, SCORE = 4.5, 6.0  # default values of the conditioning
 
 HEADER = '<ir_version: 9, opset_import: ["": 20]>'
 
@@ -44,7 +44,7 @@ NOISE = """noise (int64[batch] seeds, int64 draw, float scale) => (float[batch,2
     noise = Mul(z, scale)
 }"""
 
-# x / 2 + 0.1 t + t_next noise + guidance_scale text + 0.01 score, where text is the mean embedding of the unmasked tokens, times the weights
+# x / 2 + 0.1 t + t_next noise + guidance_scale text + 0.01 score, where text is the mean embedding of the unmasked tokens times the weights
 STEP = """step (float[batch,2,4,6] x, float[batch] t, float[batch] t_next, float[batch,2,4,6] noise, float[batch,tokens,5] prompt_embeds,
         int64[batch,tokens] prompt_attention_mask, float[batch] guidance_scale, float[batch] score) => (float[batch,2,4,6] x_next) {
     m = Cast<to=1>(prompt_attention_mask)
@@ -127,9 +127,9 @@ ENCODE = """encode (uint8[batch,8,12,3] image) => (float[batch,2,4,6] x) {
 
 
 # ----------------------------------------------------------------------------
-# Variants of the graphs that are slow for some inputs.
+# Variants of the graphs that are slow for some inputs, to test what happens while a graph runs.
 
-SPIN, BLOCK = 1100.0, 3100.0  # a guidance scale and a score that make SLOW_STEP slow
+SLOW_GUIDANCE, SLOW_SCORE = 1100.0, 3100.0  # inputs that make SLOW_STEP slow: see there
 
 
 def spin(amount: str) -> str:
@@ -150,7 +150,7 @@ def spin(amount: str) -> str:
 """
 
 
-# With SPIN it takes minutes in a loop of short operators; with BLOCK, about a second in a single operator.
+# With SLOW_GUIDANCE a step takes minutes in a loop of short operators. With SLOW_SCORE it takes about a second in a single operator.
 SLOW_STEP = STEP.replace(
     "    x_next = Add(abcd, gt4)\n",
     f"""
@@ -174,7 +174,7 @@ SLOW_STEP = STEP.replace(
 """,
 )
 
-# A million iterations per unit of the largest value.
+# These graphs loop a million times per unit of their largest input value.
 SLOW_ENCODE = ENCODE.replace(
     "f = Cast<to=1>(image)", f"value_of = Cast<to=1>(image)\n    most = ReduceMax<keepdims=0>(value_of){spin('most')}    f = Add(value_of, nothing)"
 )
@@ -186,8 +186,8 @@ SLOW_PREVIEW, SLOW_DECODE = (
 )
 
 
-def projection() -> NDArray[np.float32]:
-    """Return the bundle's only weights, ``[WIDTH, 2]``."""
+def weights() -> NDArray[np.float32]:
+    """Return the only weight matrix of the bundle: float32, ``[WIDTH, 2]``."""
     return np.linspace(-0.2, 0.3, WIDTH * 2, dtype=np.float32).reshape(WIDTH, 2)
 
 
@@ -203,19 +203,19 @@ def write_text_bundle(
     """Write the bundle and return its folder.
 
     Args:
-        decoder: Include a decoder; otherwise the output is latents.
+        decoder: Include a decoder. Without one the output is latents.
         extras: Optional graphs to include.
-        gain: Scales the weights, so that two revisions of the bundle differ.
-        graphs: Replacements of graphs by name, such as ``{"step": SLOW_STEP}``.
+        gain: Factor of the weights, so that two revisions of the bundle can differ.
+        graphs: Graphs that replace the usual ones, by name, such as ``{"step": SLOW_STEP}``.
     """
     folder.mkdir(parents=True)
-    (folder / WEIGHTS).write_bytes((projection() * np.float32(gain)).tobytes() + bytes(64))
+    (folder / WEIGHTS).write_bytes((weights() * np.float32(gain)).tobytes() + bytes(64))
     texts = {"noise": NOISE, "step.fp32": STEP, "decode.fp32": DECODE if decoder else LATENT}
     texts |= {f"{extra}.fp32": {"encode": ENCODE, "preview": PREVIEW}[extra] for extra in extras}
     for graph, text in (texts | {f"{graph}.fp32": text for graph, text in (graphs or {}).items()}).items():
         model = onnx.parser.parse_model(HEADER + text)
         if graph.startswith("step"):
-            model.graph.initializer.append(external("weights", [WIDTH, 2]))
+            model.graph.initializer.append(external_tensor("weights", [WIDTH, 2]))
         (folder / f"{graph}.onnx").write_bytes(model.SerializeToString())
     conditioning = (
         Conditioning(name="prompt_embeds", kind="embedding", dtype="float32", shape=("tokens", WIDTH)),
@@ -226,13 +226,13 @@ def write_text_bundle(
     manifest = Manifest(
         schema_version=1,
         name=name,
-        producer="hand",
-        family="handmade",
+        producer="tests",
+        family="toy",
         licence=None,
         source=Source(file="none", sha256="0" * 64),
         parameters=WIDTH * 2,
-        sample=SampleSpec(shape=SAMPLE),
-        output=OutputSpec(kind="image", shape=PICTURE) if decoder else OutputSpec(kind="latent", shape=SAMPLE),
+        sample=SampleSpec(shape=SAMPLE_SHAPE),
+        output=OutputSpec(kind="image", shape=IMAGE_SHAPE) if decoder else OutputSpec(kind="latent", shape=SAMPLE_SHAPE),
         sigma_data=0.5,
         initial_scale=INITIAL_SCALE,
         times=TIMES,
@@ -248,8 +248,8 @@ def write_text_bundle(
     return folder
 
 
-def external(name: str, dims: list[int]) -> onnx.TensorProto:
-    """Return a tensor whose data are external, at offset 0 of the weights file."""
+def external_tensor(name: str, dims: list[int]) -> onnx.TensorProto:
+    """Return a tensor whose data is external, at offset 0 of the weights file."""
     tensor = onnx.TensorProto(name=name, data_type=onnx.TensorProto.FLOAT, dims=dims, data_location=onnx.TensorProto.EXTERNAL)
     for key, value in {"location": WEIGHTS, "offset": "0", "length": str(4 * int(np.prod(dims)))}.items():
         tensor.external_data.add(key=key, value=value)
@@ -257,22 +257,22 @@ def external(name: str, dims: list[int]) -> onnx.TensorProto:
 
 
 # ----------------------------------------------------------------------------
-# The graphs in NumPy.
+# The same graphs in NumPy.
 
 
 def noise(seeds: NDArray[np.int64], draw: int) -> NDArray[np.float32]:
-    """Compute the noise graph at scale 1."""
-    index = np.arange(np.prod(SAMPLE), dtype=np.float32).reshape(1, *SAMPLE)
+    """Compute the noise graph at scale 1: noise ``[N, *SAMPLE_SHAPE]`` for the given index of the draw."""
+    index = np.arange(np.prod(SAMPLE_SHAPE), dtype=np.float32).reshape(1, *SAMPLE_SHAPE)
     drawn: NDArray[np.float32] = np.sin(seeds.astype(np.float32).reshape(-1, 1, 1, 1) * np.float32(1.7) + index + np.float32(draw))
     return drawn
 
 
 def sample(seeds: Any, embeds: Any, mask: Any = None, guidance: Any = GUIDANCE, score: Any = SCORE, steps: int = 2, gain: float = 1.0) -> NDArray[np.float32]:
-    """Compute the sampler up to the latents ``[N, *SAMPLE]``. Each argument is either one for all samples or one per sample."""
+    """Compute the whole sampler up to the latents ``[N, *SAMPLE_SHAPE]``. Each argument is one value for all samples or one per sample."""
     seeds = np.asarray(seeds, np.int64)
     embeds = np.broadcast_to(np.asarray(embeds, np.float32), (len(seeds), *np.shape(embeds)[-2:]))
     counts = np.broadcast_to(np.float32(1) if mask is None else np.asarray(mask, np.float32), embeds.shape[:2])[..., None]
-    text = (embeds * counts).sum(1) / counts.sum(1) @ (projection() * np.float32(gain))
+    text = (embeds * counts).sum(1) / counts.sum(1) @ (weights() * np.float32(gain))
     guided = (np.reshape(np.asarray(guidance, np.float32), (-1, 1)) * text)[:, :, None, None]
     x = noise(seeds, 0) * np.float32(INITIAL_SCALE)
     for k, (t, t_next) in enumerate(pairwise(TIMES[str(steps)])):
@@ -280,12 +280,12 @@ def sample(seeds: Any, embeds: Any, mask: Any = None, guidance: Any = GUIDANCE, 
     return x.astype(np.float32)
 
 
-def small_pictures(x: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Compute the preview graph."""
+def preview(x: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Compute the preview graph: uint8 images ``[N, *PREVIEW_SHAPE]``."""
     rgb = np.stack([x[:, 0], x[:, 1], x[:, 0] + x[:, 1]], axis=-1)
     return np.clip(np.round(rgb * np.float32(32) + 128), 0, 255).astype(np.uint8)
 
 
-def pictures(x: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Compute the decode graph."""
-    return small_pictures(x).repeat(2, axis=1).repeat(2, axis=2)
+def decode(x: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Compute the decode graph: uint8 images ``[N, *IMAGE_SHAPE]``."""
+    return preview(x).repeat(2, axis=1).repeat(2, axis=2)
