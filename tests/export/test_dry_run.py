@@ -42,9 +42,9 @@ def test_the_plan_is_what_the_export_makes(tiny_checkpoint: Path, tiny_bundle: P
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
-def test_the_size_of_the_weights_is_known_beforehand(dtype: Any, small_checkpoint: Path, tmp_path: Path) -> None:
-    planned = plan(small_checkpoint, tmp_path / "tiny.scm", Options(dtype=dtype))
-    done = export(small_checkpoint, tmp_path / "tiny.scm", dtype=dtype, steps=(), verify=False)
+def test_the_size_of_the_weights_is_known_beforehand(dtype: Any, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    planned = plan(tiny_checkpoint, tmp_path / "tiny.scm", Options(dtype=dtype))
+    done = export(tiny_checkpoint, tmp_path / "tiny.scm", dtype=dtype, steps=(), verify=False)
     assert done.manifest.files[WEIGHTS].size == pytest.approx(planned.weights_bytes[dtype], rel=0.05)  # tensors are padded
     assert planned.weights_bytes["fp32"] > 1.8 * planned.weights_bytes["bf16"]
 
