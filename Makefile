@@ -138,7 +138,7 @@ endef
 define test-ops
 $(call CONFIGURE,$(1)) -DSCM_OPS_CUDA=$(or $(SCM_OPS_CUDA),OFF) -DSCM_OPS_TESTS=ON $(2) $(OPS_FLAGS)
 $(CMAKE) --build $(1) --parallel $(JOBS)
-$(BIN)/ctest --test-dir $(1) --output-on-failure
+$(BIN)/ctest --test-dir $(1) --output-on-failure --parallel $(JOBS)
 endef
 
 $(OPS): $(FULL) $(KERNELS)

@@ -120,8 +120,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint with half as many layers, for exports whose network does not matter. Image size and classes are those of ``tiny_checkpoint``."""
-    network: dict[str, Any] = {"model_channels": 8, "channels_per_head": 8, "channel_mult": (1,)}
-    return make_once(tmp_path_factory, "small", lambda folder: write_tiny_checkpoint(folder / "tiny.pt", **network)) / "tiny.pt"
+    return make_once(tmp_path_factory, "small", lambda folder: write_tiny_checkpoint(folder / "tiny.pt", channel_mult=(1,))) / "tiny.pt"
 
 
 def write_tiny_checkpoint(path: Path, *, seed: int = 0, diffusion: bool = False, **config: Any) -> Path:

@@ -131,7 +131,12 @@ class FromDiffusers(nn.Module):
         import diffusers
 
         self.unet = diffusers.UNet2DModel(
-            sample_size=(8, 16), block_out_channels=(12, 24), down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, norm_num_groups=3
+            sample_size=(8, 16),
+            block_out_channels=(12, 24),
+            layers_per_block=1,
+            down_block_types=("DownBlock2D",) * 2,
+            up_block_types=("UpBlock2D",) * 2,
+            norm_num_groups=3,
         )
 
     def forward(self, x: Tensor, level: Tensor) -> object:

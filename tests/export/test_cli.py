@@ -91,10 +91,10 @@ def interrupt(*_: object, **__: object) -> None:
 
 
 @pytest.mark.parametrize("stage", ["open_checkpoint", "compute_references", "trace_step", "verify_bundle"])
-def test_an_interrupt_leaves_nothing_and_exits_with_130(stage: str, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_leaves_nothing_and_exits_with_130(stage: str, small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preparation if stage == "open_checkpoint" else exporter, stage, interrupt)
     before = tree(tmp_path)
-    _, error = scm_export(tiny_checkpoint, "-o", tmp_path / "out.scm", "--steps", "", "--report", tmp_path / "report.html", code=130)
+    _, error = scm_export(small_checkpoint, "-o", tmp_path / "out.scm", "--steps", "", "--report", tmp_path / "report.html", code=130)
     assert "Interrupted" in error
     assert tree(tmp_path) == before
 
@@ -117,9 +117,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_a_repository_with_one_checkpoint_is_exported_under_its_name(cache: Path, tiny_checkpoint: Path) -> None:
+def test_a_repository_with_one_checkpoint_is_exported_under_its_name(cache: Path, small_checkpoint: Path) -> None:
     commit = commit_of("first")
-    add_snapshot(cache, REPOSITORY, commit, {"README.md": b"a model", "weights/tiny.pt": tiny_checkpoint.read_bytes()}, refs=["main", "v1"])
+    add_snapshot(cache, REPOSITORY, commit, {"README.md": b"a model", "weights/tiny.pt": small_checkpoint.read_bytes()}, refs=["main", "v1"])
     scm_export(REPOSITORY, "--revision", "v1", "--no-verify", "--steps", "")
     assert [path.name for path in Path().iterdir()] == ["model.scm"]
     manifest = read_manifest(Path("model.scm"))

@@ -31,10 +31,10 @@ def images_of(page: str) -> list[tuple[str, NDArray[np.uint8]]]:
 
 
 @pytest.fixture(scope="module")
-def reported(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def reported(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Path of a bundle, and the HTML of its report."""
     folder = tmp_path_factory.mktemp("report")
-    arguments = [str(tiny_checkpoint), "-o", str(folder / "tiny.scm"), "--dtype", "fp16", "--steps", "", "--report", str(folder / "report.html")]
+    arguments = [str(small_checkpoint), "-o", str(folder / "tiny.scm"), "--dtype", "fp16", "--steps", "", "--report", str(folder / "report.html")]
     result = CliRunner(catch_exceptions=False).invoke(cli.main, arguments)
     assert result.exit_code == 0, result.output
     assert f"wrote {folder / 'report.html'}" in result.stdout
