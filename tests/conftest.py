@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import functools
 import logging
 import os
 import platform
@@ -91,6 +92,19 @@ def _onnxruntime() -> str:
     except MissingDependencyError as error:
         return f"onnxruntime: {error}"
     return f"onnxruntime {ort.__version__}: {', '.join(ort.get_available_providers())}"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _torchlib_is_read_once() -> Iterator[None]:
+    """onnxscript parses the sources of its translations of torch's operators for each traced graph, which takes a third of a second."""
+    try:
+        from torch.onnx._internal._lazy_import import onnxscript_apis  # type: ignore[attr-defined]  # that module imports the name without exporting it
+    except ImportError:  # the tests of the runtime need no torch
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnxscript_apis, "get_torchlib_ops", functools.cache(onnxscript_apis.get_torchlib_ops))
+        yield
 
 
 def make_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:

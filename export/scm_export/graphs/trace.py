@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from onnxscript import ir
 from torch import Tensor, nn
-from torch.onnx._internal._lazy_import import onnxscript_apis  # type: ignore[attr-defined]  # that module imports the name without exporting it
 
 from scm_export.errors import ExportError
 from scm_export.example_inputs import EXAMPLE_SIZE, example_conditioning
@@ -111,14 +108,8 @@ def _trace(
     exporter_log = logging.getLogger("torch.onnx")
     level = exporter_log.level
     exporter_log.setLevel(logging.ERROR)  # it warns about optional packages that no graph here needs
-    torchlib_ops = _torchlib_ops()
     try:
-        with (
-            torch.no_grad(),
-            warnings.catch_warnings(),
-            operators_as_nodes() if operators else nullcontext(),
-            patch.object(onnxscript_apis, "get_torchlib_ops", lambda: torchlib_ops),
-        ):
+        with torch.no_grad(), warnings.catch_warnings(), operators_as_nodes() if operators else nullcontext():
             warnings.simplefilter("ignore")  # deprecations inside torch and onnxscript
             program = torch.onnx.export(
                 module.eval(),
@@ -156,12 +147,6 @@ def _trace(
     traced.ir_version = ir_version(opset)
     attach_functions(traced)
     return traced
-
-
-@functools.cache
-def _torchlib_ops() -> Any:
-    """onnxscript's translations of torch's operators, cached because onnxscript parses their sources at each call, which takes a third of a second."""
-    return onnxscript_apis.get_torchlib_ops()
 
 
 def _strip(model: ir.Model, name: str) -> None:
