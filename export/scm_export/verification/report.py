@@ -21,6 +21,7 @@ from scm_export.verification.tolerances import passes
 from scm_export.verification.verify import VerificationResult
 from scm_runtime.bundle.manifest import Manifest, VerifiedCase
 from scm_runtime.common.files import whole_file
+from scm_runtime.devices.cpu import available_cores, processor_name
 from scm_runtime.errors import OutputError
 from scm_runtime.samples import IMAGE_CHANNELS
 
@@ -108,7 +109,7 @@ def facts(manifest: Manifest) -> dict[str, str]:
         "made by": manifest.producer,
         "licence": manifest.licence or "not stated",
         "versions": f"Python {platform.python_version()}, {versions}",
-        "machine": f"{platform.system()} {platform.machine()}, {_processor()}, {os.cpu_count()} cores",
+        "machine": f"{platform.system()} {platform.machine()}, {processor_name()}, {available_cores()} cores",
     }
 
 
@@ -117,14 +118,6 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or "unknown processor"
 
 
 def _facts(values: Mapping[str, str]) -> str:
