@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 IMAGE_CHANNELS = (1, 3, 4)  # grayscale, RGB, RGBA
 EXPORT_A_DECODER = "Decode them yourself, or export the checkpoint again with its decoder: scm-export … --decoder FOLDER"
-MAX_ONE_ROW = 3  # up to this number images stand in one row; more make a grid
+MAX_ONE_ROW = 3  # up to this many images form one row; more form a grid
 
 
 @dataclass(frozen=True)

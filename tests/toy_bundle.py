@@ -179,8 +179,8 @@ SLOW_ENCODE = ENCODE.replace(
     "f = Cast<to=1>(image)", f"value_of = Cast<to=1>(image)\n    most = ReduceMax<keepdims=0>(value_of){spin('most')}    f = Add(value_of, nothing)"
 )
 SLOW_PREVIEW, SLOW_DECODE = (
-    text.replace("rgb = Concat", f"most = ReduceMax<keepdims=0>(x){spin('most')}    colours = Concat").replace(
-        "scaled = Mul(rgb, scale)", "rgb = Add(colours, nothing)\n    scaled = Mul(rgb, scale)"
+    text.replace("rgb = Concat", f"most = ReduceMax<keepdims=0>(x){spin('most')}    colors = Concat").replace(
+        "scaled = Mul(rgb, scale)", "rgb = Add(colors, nothing)\n    scaled = Mul(rgb, scale)"
     )
     for text in (PREVIEW, DECODE)
 )

@@ -89,26 +89,26 @@ def write_checkpoint(size: str, folder: Path) -> str:
 def _sana(folder: Path) -> None:
     from diffusers import SanaSprintPipeline, SanaTransformer2DModel, SCMScheduler
 
-    transformer = _randomised(SanaTransformer2DModel(**SANA))
+    transformer = _randomized(SanaTransformer2DModel(**SANA))
     SanaSprintPipeline(tokenizer=None, text_encoder=None, vae=None, transformer=transformer, scheduler=SCMScheduler()).save_pretrained(folder)
 
 
 def _cm(folder: Path) -> None:
     from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline, UNet2DModel
 
-    ConsistencyModelPipeline(_randomised(UNet2DModel(**CM)), CMStochasticIterativeScheduler(num_train_timesteps=40)).save_pretrained(folder)
+    ConsistencyModelPipeline(_randomized(UNet2DModel(**CM)), CMStochasticIterativeScheduler(num_train_timesteps=40)).save_pretrained(folder)
 
 
 def _lcm(folder: Path) -> None:
     from diffusers import LatentConsistencyModelPipeline, LCMScheduler, UNet2DConditionModel
 
-    parts: dict[str, Any] = {"unet": _randomised(UNet2DConditionModel(**LCM)), "scheduler": LCMScheduler(prediction_type="v_prediction")}
+    parts: dict[str, Any] = {"unet": _randomized(UNet2DConditionModel(**LCM)), "scheduler": LCMScheduler(prediction_type="v_prediction")}
     others: dict[str, Any] = dict.fromkeys(("vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
     LatentConsistencyModelPipeline(**parts, **others, requires_safety_checker=False).save_pretrained(folder)
 
 
 @torch.no_grad()
-def _randomised(network: Any) -> Any:
+def _randomized(network: Any) -> Any:
     """Randomize every weight, scaled so that the magnitude of the signals is preserved."""
     for name, parameter in network.named_parameters():
         values = torch.randn_like(parameter)

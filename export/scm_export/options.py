@@ -124,7 +124,11 @@ def options_as_keywords(
     def decorate(function: Callable[[StrPath, StrPath | None, Options], Result_co]) -> _WithKeywords[P, Result_co]:
         @wraps(function)
         def with_keywords(checkpoint: StrPath, out: StrPath | None = None, *args: P.args, **options: P.kwargs) -> Result_co:
-            return function(checkpoint, out, options_type(*args, **options))
+            try:
+                given = options_type(*args, **options)
+            except TypeError as error:  # an unknown keyword
+                raise TypeError(str(error).replace("Options.__init__()", f"{function.__name__}()")) from None
+            return function(checkpoint, out, given)
 
         checkpoint, out, _ = inspect.signature(function).parameters.values()
         fields = inspect.signature(options_type)

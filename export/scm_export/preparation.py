@@ -49,13 +49,14 @@ def prepare(checkpoint: StrPath, out: StrPath | None, options: Options) -> Prepa
     if reason := FAMILIES[family].refuses.get(options.dtype):
         raise InvalidArgumentError(f"the family {family} cannot be exported in {options.dtype}: {reason}")
     decoder, preview = (None if folder is None else fetch(folder, None, options.progress).path for folder in (options.decoder, options.preview_decoder))
-    guide, guide_source = None, None
+    guide, guide_weights = None, None
     if options.guide is not None:
-        guide_path = Path(options.guide)
-        guide, guide_weights = open_checkpoint(guide_path, trust=options.trust, progress=options.progress)
-        guide_source = Source(file=guide_path.name, sha256=sha256(guide_path), weights=guide_weights)
+        guide, guide_weights = open_checkpoint(options.guide, trust=options.trust, progress=options.progress)
     model = build_model(loaded, BuildOptions(decoder, options.latents, options.with_encoder, preview, guide, options.size), family)
     _check_options_apply(model, options)
+    guide_source = None
+    if options.guide is not None:  # a file: build_model refuses guides in folders
+        guide_source = Source(file=Path(options.guide).name, sha256=sha256(Path(options.guide)), weights=guide_weights)
     fingerprint = loaded.fingerprint() if isinstance(loaded, DiffusersFolder) else sha256(path)
     return Prepared(model, destination, Source(file=found.name, sha256=fingerprint, weights=weights, guide=guide_source), options)
 

@@ -1,6 +1,6 @@
 """Count the floating point operations of a graph: it runs once with ONNX Runtime's profiling, which records the shapes of every node.
 
-It runs without the native library, so that function bodies run, and without optimisations, so that no node is fused or padded: the count is a property of
+It runs without the native library, so that function bodies run, and without optimizations, so that no node is fused or padded: the count is a property of
 the model. A multiplication with its addition counts as two operations. Only convolutions and matrix products count.
 """
 
@@ -60,7 +60,7 @@ UNKNOWN = frozenset(("Attention", "DeformConv", "Einsum", "GRU", "GroupQueryAtte
 
 
 def count_graph(path: Path, placement: Placement, threads: int | None, inputs: Mapping[str, NDArray[Any]]) -> Count:
-    """Run a graph once with these inputs, and count its operations. Raises what Session raises."""
+    """Run a graph once with these inputs, and count its operations. Raises what ``open_session`` raises."""
     plain = load_onnxruntime().GraphOptimizationLevel.ORT_DISABLE_ALL
     with tempfile.TemporaryDirectory() as folder:
         session = open_session(

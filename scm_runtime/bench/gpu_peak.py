@@ -30,7 +30,7 @@ TRIES = 5
 
 
 def matmul_rate(placement: Placement, dtype: Dtype, size: int) -> float:
-    """Floating point operations per second of products [size, size] in a dtype; ``size`` is a multiple of BLOCK. Raises what Session raises."""
+    """Floating point operations per second of products [size, size] in a dtype; ``size`` is a multiple of BLOCK. Raises what ``open_session`` raises."""
     orthogonal, _ = np.linalg.qr(np.random.default_rng(0).standard_normal((BLOCK, BLOCK)))
     repeats = size // BLOCK
     seconds = _fastest(placement, f"product.{dtype}.onnx", (orthogonal / repeats).astype(np.float32), np.array([repeats, repeats], np.int64))
@@ -38,7 +38,7 @@ def matmul_rate(placement: Placement, dtype: Dtype, size: int) -> float:
 
 
 def copy_rate(placement: Placement, nbytes: int) -> float:
-    """Bytes read and written per second by negations that read and write ``nbytes`` each. Raises what Session raises."""
+    """Bytes read and written per second by negations that read and write ``nbytes`` each. Raises what ``open_session`` raises."""
     block = np.linspace(-1, 1, BLOCK, dtype=np.float32)
     repeats = nbytes // block.nbytes
     return 2 * repeats * block.nbytes * CHAIN["copy"] / _fastest(placement, "copy.onnx", block, np.array([repeats], np.int64))

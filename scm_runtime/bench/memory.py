@@ -18,7 +18,7 @@ def resident_bytes() -> int | None:
 
 
 def peak_bytes() -> int | None:
-    """Highest resident memory of the process so far; None if the system does not tell."""
+    """Highest resident memory of the process so far; None if the system does not report it."""
     if (peak := _status("VmHWM")) is not None:
         return peak
     try:
@@ -90,5 +90,5 @@ def _uuid(index: int) -> uuid.UUID:
     cuda, handle, buffer = load_library(), ctypes.c_int(), ctypes.create_string_buffer(16)
     for code in (cuda.cuInit(0), cuda.cuDeviceGet(ctypes.byref(handle), index), cuda.cuDeviceGetUuid_v2(buffer, handle)):
         if code != 0:
-            raise OSError(f"the driver does not tell the UUID of cuda:{index} ({code})")
+            raise OSError(f"the driver did not return the UUID of cuda:{index} ({code})")
     return uuid.UUID(bytes=buffer.raw)

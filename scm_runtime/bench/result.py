@@ -83,7 +83,7 @@ class MachinePeak(Struct, frozen=True, kw_only=True):
 
 
 class Memory(Struct, frozen=True, kw_only=True):
-    """Memory in bytes; None if the system does not tell."""
+    """Memory in bytes; None if the system does not report it."""
 
     process_opened: int | None = None
     """Resident memory after the bundle was opened, before the first call."""

@@ -23,7 +23,7 @@ def usable_folder(folder: str | os.PathLike[str] | Literal[False] | None, subfol
     """
     root, reason = look_for_folder(folder, subfolders)
     if reason:
-        # Without a cache that the user configured, this is not worth a warning.
+        # If the user did not configure a cache, this is not worth a warning.
         level = logging.INFO if folder is None and "SCM_CACHE_DIR" not in os.environ else logging.WARNING
         log_once(level, f"no cache of optimized graphs: {reason}", key="no cache of optimized graphs")
     return root
@@ -34,7 +34,7 @@ def look_for_folder(folder: str | os.PathLike[str] | Literal[False] | None, subf
 
     Args:
         folder: False for no cache; None for the folder in SCM_CACHE_DIR (no cache if it is set and empty) or the platform's folder for caches.
-        subfolders: names of folders in it, which must be closed to others.
+        subfolders: names of folders in it, which other users must not be able to write to.
 
     Raises:
         InvalidArgumentError: ``folder`` is not a path.
@@ -82,8 +82,8 @@ def _unsafe_reason(path: Path, *, is_subfolder: bool) -> str | None:
     if sys.platform == "win32":
         return None  # the access list of its folder for caches admits only the user
     if found.st_uid not in (0, os.geteuid()):  # root can change the program as well, and fills the cache when a container image is built
-        return f"must belong to the user {os.geteuid()}, and belongs to {found.st_uid}"
+        return f"must be owned by user {os.geteuid()}, but is owned by {found.st_uid}"
     forbidden = 0o022 if is_subfolder else 0 if found.st_mode & stat.S_ISVTX else stat.S_IWOTH
     if found.st_mode & forbidden:
-        return f"must be closed to others, and has the mode {stat.S_IMODE(found.st_mode):o}"
+        return f"must not be writable by other users, but has mode {stat.S_IMODE(found.st_mode):o}"
     return None

@@ -7,7 +7,7 @@ that saved it.
 A graph is saved from a private copy of the bundle's files, which is hashed while it is written: see private_copy.py.
 
 The cache never causes an error: a damaged entry is rebuilt, and what cannot be written is logged and left out. The folder belongs to the user and is closed
-to others (0700). Anyone who can write to it can change what a model computes, as with the installed package. The cache knows nothing of sessions:
+to other users (0700). Anyone who can write to it can change what a model computes, as with the installed package. The cache does not depend on sessions:
 ``ort.open_session`` decides what to look up and what to add.
 """
 
@@ -24,11 +24,10 @@ from pathlib import Path
 from typing import Literal
 
 import msgspec
-from msgspec import Struct
+from msgspec import Struct, field
 
 from scm_runtime.bundle.checksums import ChecksumCache, sha256
-from scm_runtime.cache.folder import MAX_BYTES, usable_folder
-from scm_runtime.cache.folder import max_bytes as default_bytes
+from scm_runtime.cache.folder import max_bytes, usable_folder
 from scm_runtime.cache.private_copy import copy_graph
 from scm_runtime.common.files import open_regular
 from scm_runtime.common.log import log
@@ -54,32 +53,33 @@ class Entry(Struct, frozen=True, kw_only=True):
 
     source: str
     files: dict[Literal["graph.onnx", "graph.data"], CachedFile] = {}
-    refused: str | None = None
+    uncacheable_reason: str | None = field(default=None, name="refused")
     """Why the graph cannot be cached. For a week nothing tries again."""
 
 
 class GraphCache:
     """Cached graphs in one folder. Several threads and processes may use it at once."""
 
-    def __init__(self, folder: Path, max_bytes: int = MAX_BYTES) -> None:
+    def __init__(self, folder: Path, max_bytes: int) -> None:
         """Use a folder that exists and belongs to the user; ``GraphCache.locate`` checks that."""
         self.folder, self.max_bytes = folder / GRAPHS, max_bytes
-        self.verified = ChecksumCache(folder / CHECKSUMS)
+        self.checksums = ChecksumCache(folder / CHECKSUMS)
 
     @classmethod
-    def locate(cls, folder: str | os.PathLike[str] | Literal[False] | None = None, max_bytes: int | None = None) -> GraphCache | None:
+    def locate(cls, folder: str | os.PathLike[str] | Literal[False] | None = None) -> GraphCache | None:
         """Return the cache to use, or None if there is none or its folder is unusable, which is logged.
+
+        All entries together take at most SCM_CACHE_MAX_BYTES, 4 GiB by default; the least recently used are removed. 0 turns the cache off.
 
         Args:
             folder: False for no cache; None for the folder in SCM_CACHE_DIR (no cache if it is set and empty) or the platform's folder for caches.
-            max_bytes: limit for all entries together, kept by removing the least recently used. None: SCM_CACHE_MAX_BYTES, or 4 GiB. 0: no cache.
 
         Raises:
             InvalidArgumentError: SCM_CACHE_MAX_BYTES is not a number of bytes.
         """
         if folder is False:
             return None
-        limit = default_bytes() if max_bytes is None else max_bytes
+        limit = max_bytes()
         root = usable_folder(folder, SUBFOLDERS) if limit > 0 else None
         return cls(root, limit) if root else None
 
@@ -91,12 +91,12 @@ class GraphCache:
             verify: compare the SHA-256 of the files with those in the entry; False compares only their sizes.
         """
         entry = self._read(key, verify)
-        return None if entry is None or entry.refused is not None else self.folder / key / GRAPH
+        return None if entry is None or entry.uncacheable_reason is not None else self.folder / key / GRAPH
 
     def is_uncacheable(self, key: str) -> bool:
         """Return True if the graph of this key could not be cached less than a week ago."""
         entry = self._read(key, verify=False)
-        return entry is not None and entry.refused is not None
+        return entry is not None and entry.uncacheable_reason is not None
 
     def add(self, key: str, source: Path, checksums: Mapping[str, str], save: Callable[[Path, Path], object]) -> Path | None:
         """Save a graph, and return the optimized one.
@@ -139,15 +139,10 @@ class GraphCache:
         try:
             self._remove(path)
             temporary.mkdir(mode=0o700)
-            (temporary / ENTRY).write_bytes(msgspec.json.encode(Entry(source=source.name, refused=reason)))
+            (temporary / ENTRY).write_bytes(msgspec.json.encode(Entry(source=source.name, uncacheable_reason=reason)))
             temporary.rename(path)
         except OSError:
             shutil.rmtree(temporary, ignore_errors=True)
-
-    def clear(self) -> None:
-        """Remove every entry."""
-        for _, _, path in self._entries():
-            self._remove(path)
 
     def _publish(self, key: str, temporary: Path, source: Path) -> None:
         """Move a saved graph to its place in the cache. Raises OSError."""
@@ -170,8 +165,8 @@ class GraphCache:
                 return
             raise
         for name, file in files.items():
-            self.verified.remember(path / name, file.sha256)
-        self.verified.prune()
+            self.checksums.remember(path / name, file.sha256)
+        self.checksums.prune()
         self._evict()
 
     def _read(self, key: str, verify: bool) -> Entry | None:
@@ -192,7 +187,7 @@ class GraphCache:
             raise OSError("it is not a folder")
         with open_regular(path / ENTRY, follow_links=False) as file:
             entry = msgspec.json.decode(file.read(), type=Entry)
-        if entry.refused is not None:
+        if entry.uncacheable_reason is not None:
             if time.time() - (path / ENTRY).stat().st_mtime < UNCACHEABLE_LIFE_S:
                 return entry
             self._remove(path)
@@ -203,7 +198,7 @@ class GraphCache:
             found = (path / name).lstat()
             if not stat.S_ISREG(found.st_mode) or found.st_size != file_info.size:
                 raise OSError(f"{name} must be a file of {file_info.size} bytes")
-            if verify and self.verified.sha256(path / name) != file_info.sha256:
+            if verify and self.checksums.sha256(path / name) != file_info.sha256:
                 raise OSError(f"{name} was changed")
         return entry
 

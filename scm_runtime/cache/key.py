@@ -49,7 +49,7 @@ def graph_key(
     Args:
         graph: SHA-256 of the ``.onnx`` file. If the file was not verified, its ``checksums.stat_fingerprint`` instead: otherwise the graph of a damaged
             file would be cached under the key of the intact one.
-        weights: the same of the weights beside it.
+        weights: the same for the weights file.
         providers: execution providers with their options, in order.
         device: name of the accelerator, such as "NVIDIA L4 8.9"; empty if there is none.
         library: SHA-256 of the native library, or None if the function bodies run. A graph that was saved with native kernels needs them to be opened.

@@ -115,7 +115,7 @@ def generate(
 @revision_option
 @skip_integrity_option
 def inspect(bundle: str, as_json: bool, revision: str | None, skip_integrity: bool) -> None:
-    """Show what BUNDLE contains, its inputs and how it was verified, and check its files; of a repository on the hub, those in the local cache."""
+    """Show what BUNDLE contains, its inputs and how it was verified, and check its files; for a repository on the hub, only the files in the local cache."""
     from scm_runtime.bundle.checksums import check_files
     from scm_runtime.bundle.location import resolve_bundle
     from scm_runtime.bundle.manifest import read_manifest
@@ -140,7 +140,7 @@ def inspect(bundle: str, as_json: bool, revision: str | None, skip_integrity: bo
 @threads_option
 @skip_integrity_option
 def smoke(bundle: str, device: str, revision: str | None, native_ops: bool | None, threads: int | None, skip_integrity: bool) -> None:
-    """Check that BUNDLE works on this machine: it loads, and samples are finite, reproducible and independent of their batch. Prints latencies, too.
+    """Check that BUNDLE works on this machine: it loads, and samples are finite, reproducible and independent of their batch. Also prints latencies.
 
     The exit code is 1 if a check fails. Text-to-image models get random embeddings, as their text encoder is not part of the bundle.
     """
@@ -177,7 +177,7 @@ def smoke(bundle: str, device: str, revision: str | None, native_ops: bool | Non
 )
 @click.option("--compare", type=click.Path(path_type=Path, dir_okay=False), help="Show the ratios to an earlier result: a file written by -o or --json.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")
-@click.option("-o", "--out", type=click.Path(path_type=Path, dir_okay=False), help="Write the JSON document to a file, too. An existing file is replaced.")
+@click.option("-o", "--out", type=click.Path(path_type=Path, dir_okay=False), help="Also write the JSON document to a file. An existing file is replaced.")
 @revision_option
 @native_ops_option
 @skip_integrity_option
@@ -240,7 +240,7 @@ def bench(
 @main.command()
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON document.")
 def doctor(as_json: bool) -> None:
-    """Show what is installed, which devices work, and what the others need. Each is tried with the embedded bundle; the exit code is 1 if none works."""
+    """Show what is installed, which devices work, and what the others are missing. Each is tried with the embedded bundle; the exit code is 1 if none works."""
     from scm_runtime.doctor.examine import examine
 
     with exit_on_error():

@@ -49,7 +49,7 @@ def _installed(distribution: str) -> bool:
 
 @contextmanager
 def _without_telemetry() -> Iterator[None]:
-    """Turn ONNX Runtime's telemetry off for an import in this block, unless the environment already says what to do.
+    """Turn ONNX Runtime's telemetry off for an import in this block, unless ORT_DISABLE_TELEMETRY is already set.
 
     Since 1.29 ONNX Runtime sends telemetry on Linux and macOS too, starting with its import. It keeps an identifier on disk and starts a thread for which
     a forked child waits forever when it exits. ONNX Runtime reads the environment variable once.

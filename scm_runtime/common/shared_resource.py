@@ -17,7 +17,7 @@ Resource = TypeVar("Resource")
 class SharedResource(Generic[Resource]):
     """A context manager around every call of a Generator, which yields the resource.
 
-    After ``close`` no call can acquire the resource, and the last call to release it frees it: nothing waits, so a callback may close too. It does not refer
+    After ``close`` no call can acquire the resource, and the last release frees it. ``close`` never waits, so a callback may call it. The object does not refer
     to the Generator. So a Generator without references is freed at once, and not by the garbage collector, which does not see memory outside Python.
     """
 

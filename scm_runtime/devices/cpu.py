@@ -14,7 +14,7 @@ def available_cores() -> int:
 
 
 def processor_name() -> str:
-    """Name of the CPU, or of its architecture if the system does not tell."""
+    """Name of the CPU, or of its architecture if the system does not report it."""
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("model name"):

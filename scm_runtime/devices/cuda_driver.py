@@ -18,7 +18,7 @@ REMEDIES = {
     34: "The CUDA toolkit's stub was found instead of the driver: remove the stubs folder from LD_LIBRARY_PATH.",
     802: "Start the fabric manager: systemctl start nvidia-fabricmanager",
     803: "The driver's library and kernel module have different versions: restart the machine, or start the container with the host's library.",
-    804: "Remove the package cuda-compat from LD_LIBRARY_PATH: it is for data-centre GPUs.",
+    804: "Remove the package cuda-compat from LD_LIBRARY_PATH: it is for data-center GPUs.",
     999: "Check that nvidia-smi works and that the kernel module nvidia_uvm is loaded (modprobe nvidia_uvm). Restart the machine after a driver upgrade.",
 }
 

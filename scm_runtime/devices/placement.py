@@ -126,7 +126,7 @@ def provider_unavailable_reason(provider: str, index: int) -> str | None:
     if major is not None and driver.cuda_major is not None and driver.cuda_major < major:
         oldest = f"version {OLDEST_DRIVER[major]} or newer" if major in OLDEST_DRIVER else f"a version for CUDA {major}"
         return (
-            f"the NVIDIA driver is too old: it runs CUDA {driver.cuda_version} and older, and ONNX Runtime "
+            f"the NVIDIA driver is too old: it supports CUDA up to {driver.cuda_version}, and ONNX Runtime "
             f"{ort.__version__} is built for CUDA {major}. Install the driver in {oldest}, or an onnxruntime-gpu for CUDA {driver.cuda_major}."
         )
     if index >= len(driver.devices):

@@ -42,7 +42,7 @@ class Trajectory:
     state: Any = None
     """State of the samples, in a form private to the engine."""
     restart_point: tuple[int, NDArray[np.float32] | None] = (0, None)
-    """From where evaluations alone lead to the present state: their number at that point, and the state that a callback set there, or None for the noise."""
+    """Number of evaluations done, and the state at that point, from which the current state can be recomputed. A state of None is the initial noise."""
     parts: list[TimedPart] = field(default_factory=list)
     """Timed parts of the work so far."""
 

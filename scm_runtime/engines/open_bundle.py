@@ -68,7 +68,7 @@ class OpenBundle:
 
 
 def open_bundle(
-    found: ResolvedBundle,
+    bundle: ResolvedBundle,
     placement: Placement,
     *,
     dtype: Dtype | Literal["auto"],
@@ -82,20 +82,20 @@ def open_bundle(
     cache_dir: str | os.PathLike[str] | Literal[False] | None,
     verify_integrity: bool,
 ) -> OpenBundle:
-    """Open a bundle on a device. The other arguments, and the errors, are those of ``Generator``."""
+    """Open a resolved bundle on a resolved device. The keyword arguments, and the errors, are those of ``Generator``."""
     threads, native_ops = check_threads(threads), check_native_ops(native_ops)
     if session_options is not None and not (isinstance(session_options, Mapping) and all(isinstance(name, str) for name in session_options)):
         raise InvalidArgumentError(f"session_options must be a dict by names of ONNX Runtime's session options, got {session_options!r}")
     _check_cuda(placement, cuda_graph=cuda_graph, gpu_mem_limit=gpu_mem_limit, stream=stream)
-    folder, manifest = found.folder, read_manifest(found.folder)
+    folder, manifest = bundle.folder, read_manifest(bundle.folder)
     chosen = _choose_dtype(dtype, manifest, placement)
     cache = GraphCache.locate(cache_dir)
 
     def fetch(names: Iterable[str]) -> None:
-        found.fetch(names)
-        check_files(folder, manifest, names, hashes=verify_integrity, digest_of=cache.verified.sha256 if cache else None)
+        bundle.fetch(names)
+        check_files(folder, manifest, names, hashes=verify_integrity, digest_of=cache.checksums.sha256 if cache else None)
 
-    fetch(tuple(manifest.files) if found.repository is None else manifest.files_for(chosen))
+    fetch(tuple(manifest.files) if bundle.repository is None else manifest.files_for(chosen))
     base = SessionSettings(placement, threads=threads, session_options=dict(session_options or {}), profile_dir=_folder("profile_dir", profile_dir))
 
     def settings(library: Library | None) -> SessionSettings:
@@ -104,7 +104,7 @@ def open_bundle(
             # A checksum that was not verified must not identify a graph: the file may be another one.
             here = {name: entry.sha256 for name, entry in manifest.files.items() if (folder / name).is_file()}
             checksums = here if verify_integrity else {name: stat_fingerprint(folder / name) for name in here}
-            context = CacheContext(cache, checksums, cache.verified.sha256(library.path) if library else None)
+            context = CacheContext(cache, checksums, cache.checksums.sha256(library.path) if library else None)
         return replace(base, library=library.path if library else None, cache=context)
 
     if placement.index is None:

@@ -66,5 +66,5 @@ def gather_conditioning(class_labels: Labels | None, arguments: BatchArguments) 
     if not isinstance(others, Mapping):
         raise InvalidArgumentError(f"conditioning must be a dict of the model's inputs by name, got {type(others).__name__}")
     if twice := [str(name) for name in others if named.get(name) is not None]:
-        raise InvalidArgumentError(f"{', '.join(twice)} must be given once, but conditioning has it too")
+        raise InvalidArgumentError(f"{', '.join(twice)} was given both as an argument and in conditioning. Give it once.")
     return named | dict(others)

@@ -104,7 +104,7 @@ def to_array(name: str, value: Any) -> NDArray[np.float32]:
         with np.errstate(over="ignore"):  # values beyond float32's range become infinity, which callers reject
             return np.ascontiguousarray(raw, np.float32).reshape(raw.shape)
     except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError is torch's for tensors that require gradients
-        hint = ": of a torch tensor give tensor.detach().float().cpu().numpy()" if type(value).__module__.startswith("torch") else ""
+        hint = ". Convert a torch tensor first: tensor.detach().float().cpu().numpy()" if type(value).__module__.startswith("torch") else ""
         raise InvalidArgumentError(f"{name} must be an array of numbers, got {type(value).__name__} ({error}){hint}") from error
 
 
@@ -122,7 +122,7 @@ def dynamic_sizes(inputs: Mapping[str, Conditioning], values: Mapping[str, Batch
             if sizes.setdefault(dimension, size) != size:
                 first = owners[dimension]
                 shapes = " and ".join(f"{other} {list(cast(BatchedInput, values[other]).values.shape)}" for other in (first, name))
-                raise InvalidArgumentError(f"{first} and {name} must have as many {dimension}: got {sizes[dimension]} and {size}, in {shapes}")
+                raise InvalidArgumentError(f"{first} and {name} must have the same number of {dimension}, got {sizes[dimension]} and {size}, in {shapes}")
             owners.setdefault(dimension, name)
     return sizes
 

@@ -135,7 +135,7 @@ def _unusable_reason(manifest: Manifest, library: Library | None, placement: Pla
     """Return why a bundle's graphs cannot use a library, with the remedy, or None if they can."""
     bundle, ops = f"the bundle {manifest.name!r}", manifest.ops
     if not ops:
-        return f"{bundle} holds no {OPS_DOMAIN}:: operators. Export its checkpoint again, without --no-custom-ops."
+        return f"{bundle} contains no {OPS_DOMAIN}:: operators. Export its checkpoint again, without --no-custom-ops."
     if library is None:
         return (
             f"this installation has no {FOLDER}/{LIBRARY}. Build it: pip install --force-reinstall --no-cache-dir --no-deps scm-runtime, "
@@ -145,7 +145,7 @@ def _unusable_reason(manifest: Manifest, library: Library | None, placement: Pla
     if any(has.get(domain) != version for domain, version in ops.items()):
         newer = any(version > has.get(domain, 0) for domain, version in ops.items())
         remedy = "Upgrade scm-runtime." if newer else "Export its checkpoint again."
-        return f"{bundle} has operators of {_listed(ops)}, and '{library.path}' kernels for {_listed(has)}. {remedy}"
+        return f"{bundle} needs operators of {_listed(ops)}, but '{library.path}' has kernels for {_listed(has)}. {remedy}"
     return _unsupported_device_reason(library, placement)
 
 
@@ -162,8 +162,8 @@ def _unsupported_device_reason(library: Library, placement: Placement) -> str | 
 
     driver = read_driver()
     if driver.cuda_major is not None and driver.cuda_major < int(cuda.version.partition(".")[0]):
-        older = f"the NVIDIA driver runs {driver.cuda_version} and older"
-        return f"'{library.path}' was built with CUDA {cuda.version}, and {older}. Update it, or build with that CUDA: {build}"
+        supported = f"the NVIDIA driver supports CUDA up to {driver.cuda_version}"
+        return f"'{library.path}' was built with CUDA {cuda.version}, and {supported}. Update it, or build with that CUDA: {build}"
     oldest = min(map(int, cuda.architectures))
     if placement.index < len(driver.devices):
         device = driver.devices[placement.index]

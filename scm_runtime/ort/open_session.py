@@ -86,12 +86,13 @@ def open_cached(cache: GraphCache, path: Path, key: str, create: Callable[[Path,
             # The session that saves the graph is dropped: it holds copies of the weights, which a session over the cached graph maps.
             graph = cache.add(key, path, checksums, lambda copy, folder: create(copy, _save_to(folder)))
         except Exception as error:  # noqa: BLE001  # ONNX Runtime's exceptions have no common base class
-            failure = error
+            failure = error.with_traceback(None)  # its frames would keep sessions alive until the garbage collector runs
+            graph = cache.find(key, verify=False)  # another process may have added it
     if graph is not None:
         try:
             session = create(graph, _skip_optimization)
         except Exception as error:  # noqa: BLE001  # as above
-            reopen_error = error if cache.find(key) else None  # another process may have removed it
+            reopen_error = error.with_traceback(None) if cache.find(key) else None  # another process may have removed it
         else:
             cache.mark_used(key)
             return session

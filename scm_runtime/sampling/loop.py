@@ -74,7 +74,7 @@ class SamplingLoop:
     def start(self, request: Request) -> None:
         """Set the first state of a request. Call it in a job of the engine."""
         self._runs.check()
-        request.begun_ns = time.time_ns()
+        request.started_ns = time.time_ns()
         self.engine.start(request.trajectory)
 
     def step(self, requests: Sequence[Request]) -> None:
@@ -149,7 +149,7 @@ class SamplingLoop:
                 decode=sum(seconds["decode"]),
                 copy=sum(seconds["copy"]),
                 total=time.perf_counter() - request.start,
-                waited=max(request.begun_ns - request.start_ns, 0) / 1e9,
+                waited=max(request.started_ns - request.start_ns, 0) / 1e9,
             ),
             has_decoder=self._manifest.output.kind == "image",
         )
@@ -181,7 +181,7 @@ class SamplingLoop:
             attributes: dict[str, str | int | float] = {}
             if part.name == "step":
                 attributes, steps = {"step": steps}, steps + 1
-            start, end = (request.begun_ns + round(self.engine.elapsed(zero, timestamp) * 1e9) for timestamp in (part.start, part.end))
+            start, end = (request.started_ns + round(self.engine.elapsed(zero, timestamp) * 1e9) for timestamp in (part.start, part.end))
             spans.append(Span(part.name, start, end, attributes))
         return spans
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,14 +10,13 @@ from typing import Any, Literal, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from scm_runtime.common.log import log
 from scm_runtime.engines.engine import Engine, Trajectory
 from scm_runtime.errors import InvalidArgumentError, NonFiniteError
 from scm_runtime.inputs.call import Call
 
 OnNonfinite = Literal["raise", "warn", "fp32"]
 ON_NONFINITE = ("raise", "warn", "fp32")
-
-_log = logging.getLogger("scm_runtime")
 
 
 def check_on_nonfinite(on_nonfinite: object) -> OnNonfinite:
@@ -55,13 +53,13 @@ class NonFiniteHandler:
         bad, step = _first_nonfinite(finite, trajectory.evaluations_done)
         message = _message(trajectory, bad, step, self._engine.dtype)
         if self._on_nonfinite == "warn":
-            _log.warning("%s", message)
+            log.warning("%s", message)
             # Clear the flags: the samples stay non-finite, and one warning is enough.
             self._engine.set_state(trajectory, self._engine.read_state(trajectory))
             return
         if self._on_nonfinite == "raise" or self._engine.dtype == "fp32":
             raise _error(trajectory, bad, step, self._engine.dtype, message)
-        _log.info("%s Computed again in fp32.", message)
+        log.info("%s Computed again in fp32.", message)
         recomputed = self._recompute(trajectory, bad)
         x = np.array(self._engine.read_state(trajectory))
         x[bad] = recomputed
@@ -101,9 +99,9 @@ class NonFiniteHandler:
             step = len(trajectory.call.evaluations) - 1
             raise _error(trajectory, lost, step, engine.dtype, f"{message} Decode them in fp32: on_nonfinite='fp32', or dtype='fp32' throughout.")
         if self._on_nonfinite == "warn":
-            _log.warning("%s", message)
+            log.warning("%s", message)
             return pixels
-        _log.info("%s Computed again in fp32.", message)
+        log.info("%s Computed again in fp32.", message)
         result = np.array(pixels)
         result[black] = decoded
         return result

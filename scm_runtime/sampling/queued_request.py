@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, MutableMapping
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Any
 
+from scm_runtime.common.log import log
 from scm_runtime.errors import GeneratorClosedError
 from scm_runtime.samples import Samples
 from scm_runtime.sampling.loop import SamplingLoop
@@ -14,8 +14,6 @@ from scm_runtime.sampling.request import Request
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
-
-_log = logging.getLogger("scm_runtime")
 
 
 class RequestStatus(Enum):
@@ -80,7 +78,7 @@ class QueuedRequest:
             try:
                 act()
             except BaseException:  # noqa: BLE001 - closing a session or a callback of the future failed: other requests go on
-                _log.exception("A request of submit() has finished, and its cleanup or a callback of its future failed.")
+                log.exception("A request of submit() has finished, and its cleanup or a callback of its future failed.")
         del self.future  # a traceback's frames refer to this request: the future would keep itself and the engine alive
 
     def _set_future(self, outcome: Samples | BaseException | None) -> None:

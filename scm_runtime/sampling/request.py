@@ -31,7 +31,7 @@ class Request:
     """``time.perf_counter`` when the call was made, in seconds."""
     start_ns: int
     """The same moment in nanoseconds since the epoch."""
-    begun_ns: int = 0
+    started_ns: int = 0
     """When its computation started, in nanoseconds since the epoch: later than ``start_ns`` if it waited in the queue."""
     spans: list[Span] = field(default_factory=list)
     """Spans of its parts, if ``on_span`` is set."""
@@ -58,6 +58,7 @@ def read_request(
     output_type = arguments.get("output_type", "pil")
     if output_type not in OUTPUT_TYPES:
         raise InvalidArgumentError(f"output_type must be {', '.join(map(repr, OUTPUT_TYPES[:-1]))} or {OUTPUT_TYPES[-1]!r}, got {output_type!r}")
+    on_step = _on_step(arguments.get("callback_on_step_end"), callback_owner)
     call = resolve_call(
         manifest,
         conditioning=gather_conditioning(class_labels, arguments),
@@ -66,7 +67,7 @@ def read_request(
         latents=arguments.get("latents"),
         evaluations=solver_tables.evaluations(arguments.get("sampler"), arguments.get("num_inference_steps"), arguments.get("timesteps")),
     )
-    return Request(Trajectory(call), output_type, _on_step(arguments.get("callback_on_step_end"), callback_owner), start, start_ns)
+    return Request(Trajectory(call), output_type, on_step, start, start_ns)
 
 
 def _on_step(callback: Any, owner: object) -> OnStep | None:

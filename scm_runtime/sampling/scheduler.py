@@ -7,7 +7,6 @@ younger ones join in order of arrival if they fit. Samples do not depend on the 
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 
 from scm_runtime.common import process
 from scm_runtime.common.checks import is_int
+from scm_runtime.common.log import log
 from scm_runtime.common.runs import closed_error
 from scm_runtime.errors import GeneratorClosedError, InferenceError, InvalidArgumentError, OutOfMemoryError
 from scm_runtime.samples import Samples
@@ -31,7 +31,6 @@ CALLBACK_JOIN_S, POLL_S = 0.1, 0.01  # on close: how long to wait for a running 
 
 Result = TypeVar("Result")
 Outcomes = dict[QueuedRequest, Samples | BaseException]
-_log = logging.getLogger("scm_runtime")
 
 
 class BatchScheduler:
@@ -126,7 +125,7 @@ class BatchScheduler:
             while self._wait_for_work():
                 self._run_step(schedule(self._requests, self._limit))
         except BaseException as error:  # noqa: BLE001 - a bug in this module: no caller may wait forever
-            _log.exception("The thread that computes requests of submit() died; the next submit() starts another.")
+            log.exception("The thread that computes requests of submit() died; the next submit() starts another.")
             with self._lock:
                 self._serving = False
                 self._receive_all()
@@ -232,7 +231,7 @@ class BatchScheduler:
             if isinstance(error, OutOfMemoryError):
                 size, samples = len(batch) // 2, sum(map(len, batch))
                 self._limit = max(1, samples // 2)
-                _log.warning("Memory ran out with %d samples in one batch: going on with at most %d until the queue is empty.", samples, self._limit)
+                log.warning("Memory ran out with %d samples in one batch: going on with at most %d until the queue is empty.", samples, self._limit)
         else:
             return
         for start in range(0, len(batch), size):

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from both_ways import check_both_ways
-from scm_export import export, ops
+from conftest import write_tiny_checkpoint
+from scm_export import Options, export, ops, plan
 from scm_export.checkpoints import load
 from scm_export.errors import CheckpointError
 from scm_export.families import BuildOptions, build_model, find_family
@@ -196,3 +197,9 @@ def test_what_the_pipeline_cannot_run_is_refused(plain: Path, tmp_path: Path) ->
     with pytest.raises(CheckpointError, match="belongs to no known family"):
         build_model(load(tmp_path / "alone"))
     assert build_model(load(tmp_path / "alone"), family="consistency").times == build_model(load(plain)).times
+
+
+def test_a_pipeline_is_refused_as_a_guide(plain: Path, tmp_path: Path) -> None:
+    teacher = write_tiny_checkpoint(tmp_path / "teacher.pt", diffusion=True)
+    with pytest.raises(CheckpointError, match="the guide must be of the family edm2 too, got"):
+        plan(teacher, options=Options(guide=plain))

@@ -265,7 +265,7 @@ def test_arguments_that_an_operator_does_not_take_are_refused(case: str, saved: 
         load(changed(saved, tmp_path / "program.pt2", change), config=saved.parent / "config.json")
 
 
-def test_weight_normalisation_is_exact_and_refuses_what_crashes_torch(tmp_path: Path) -> None:
+def test_weight_normalization_is_exact_and_refuses_what_crashes_torch(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # the older of torch's two functions with this name, still used by checkpoints
         network = nn.Sequential(nn.utils.weight_norm(nn.Conv2d(3, 5, 3)), nn.utils.weight_norm(nn.Conv2d(5, 3, 3), dim=1)).eval()
@@ -281,7 +281,7 @@ def test_weight_normalisation_is_exact_and_refuses_what_crashes_torch(tmp_path: 
 
     batch = torch.export.Dim("batch", max=1024)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # torch warns that the normalisation reassigns the weight
+        warnings.simplefilter("ignore", UserWarning)  # torch warns that the normalization reassigns the weight
         exported = torch.export.export(Normalised(), (torch.randn(2, *SHAPE), torch.rand(2)), dynamic_shapes=({0: batch}, {0: batch}))
     torch.export.save(exported, tmp_path / "net.pt2")
     (tmp_path / "config.json").write_text(json.dumps({"config": {"sample_shape": SHAPE}}))

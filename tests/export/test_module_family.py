@@ -72,10 +72,10 @@ shape = ["tokens"]
 @pytest.fixture(scope="module")
 def network() -> nn.Module:
     """The original network."""
-    return randomised(OwnNetwork())
+    return randomized(OwnNetwork())
 
 
-def randomised(network: AnyModule) -> AnyModule:
+def randomized(network: AnyModule) -> AnyModule:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         for parameter in network.parameters():
@@ -183,7 +183,7 @@ def test_half_precision_is_verified_and_close(form: str, dtype: Any, network: nn
 
 
 def test_a_named_module_computes_in_float32(tmp_path: Path) -> None:
-    network = randomised(Sensitive())
+    network = randomized(Sensitive())
     network.time_embed.angles.weight.data.fill_(1.0)  # the same in any dtype: only the other factor matters here
     torch.save(network.state_dict(), tmp_path / "weights.pt")
 
@@ -202,7 +202,7 @@ def test_a_named_module_computes_in_float32(tmp_path: Path) -> None:
 
 
 def test_a_module_that_a_program_was_made_of_computes_in_float32(tmp_path: Path) -> None:
-    network = randomised(Sensitive())
+    network = randomized(Sensitive())
     batch = torch.export.Dim("batch", max=1024)
     program = torch.export.export(network.eval(), (torch.randn(2, *SHAPE), torch.rand(2)), dynamic_shapes=({0: batch}, {0: batch}))
     torch.export.save(program, tmp_path / "network.pt2")
@@ -218,7 +218,7 @@ def test_a_module_that_a_program_was_made_of_computes_in_float32(tmp_path: Path)
 
 
 def test_a_network_of_diffusers_is_sampled_in_any_batch(tmp_path: Path) -> None:
-    shape, network = (3, 8, 16), randomised(FromDiffusers())
+    shape, network = (3, 8, 16), randomized(FromDiffusers())
     torch.save(network.state_dict(), tmp_path / "weights.pt")
     (tmp_path / "config.json").write_text(json.dumps({"config": {"sample_shape": shape}, "sampler": {"parametrisation": "trigflow-negated"}}))
     options: dict[str, Any] = {"factory": "own_networks:from_diffusers", "steps": (), "verify": False}
@@ -240,7 +240,7 @@ def plain(tmp_path: Path) -> Callable[..., Any]:
     """Return a function that builds the model of a small network from saved weights, keywords of ``load``, header fields and options."""
 
     def build(weights: object = None, header: Mapping[str, Any] | None = None, options: BuildOptions | None = None, **keywords: Any) -> Any:
-        torch.save(randomised(Plain()).state_dict() if weights is None else weights, tmp_path / "weights.pt")
+        torch.save(randomized(Plain()).state_dict() if weights is None else weights, tmp_path / "weights.pt")
         (tmp_path / "config.json").write_text(json.dumps({"config": {"sample_shape": SHAPE}, **(header or {})}))
         loaded = load(tmp_path / "weights.pt", config=tmp_path / "config.json", factory="own_networks:plain", **keywords)
         return build_model(loaded, options)
@@ -258,7 +258,7 @@ def stepped(model: Any) -> Tensor:
 def expected_step(sign: float = 1.0) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     x, t = torch.randn(2, *SHAPE, generator=generator), torch.tensor([1.2, 0.4])
-    F: Any = sign * randomised(Plain())(x / SIGMA_DATA, t)
+    F: Any = sign * randomized(Plain())(x / SIGMA_DATA, t)
     y: Tensor = t.cos()[:, None, None, None] * x - t.sin()[:, None, None, None] * SIGMA_DATA * F
     return y
 
@@ -271,7 +271,7 @@ def test_the_first_of_what_a_network_returns_counts(plain: Callable[..., Any], h
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "model."])
 def test_what_wrappers_put_before_names_is_taken_off(plain: Callable[..., Any], prefix: str, caplog: pytest.LogCaptureFixture) -> None:
-    weights = {f"{prefix}{name}": tensor.half() for name, tensor in randomised(Plain()).state_dict().items()}
+    weights = {f"{prefix}{name}": tensor.half() for name, tensor in randomized(Plain()).state_dict().items()}
     torch.testing.assert_close(stepped(plain(weights)), expected_step(), rtol=0, atol=2e-2)
     assert f"removed the prefix {prefix!r}" in caplog.text
 
@@ -280,7 +280,7 @@ def test_what_wrappers_put_before_names_is_taken_off(plain: Callable[..., Any], 
 def test_the_only_tensors_of_a_training_state_are_taken(plain: Callable[..., Any], key: str) -> None:
     said: list[str] = []
     optimizer = {"exp_avg": torch.zeros(3), "exp_avg_sq": torch.zeros(3)}
-    model = plain({"epoch": 3, key: randomised(Plain()).state_dict(), "optimizer": optimizer}, progress=said.append)
+    model = plain({"epoch": 3, key: randomized(Plain()).state_dict(), "optimizer": optimizer}, progress=said.append)
     torch.testing.assert_close(stepped(model), expected_step(), rtol=0, atol=1e-6)
     assert said == [f"using the tensors under {key!r}"]
 
@@ -293,7 +293,7 @@ def test_a_parametrisation_given_goes_before_the_configs(plain: Callable[..., An
 def test_the_factory_is_looked_for_in_the_current_folder(plain: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "in_the_current_folder.py").write_text("from own_networks import Plain as make\n")
     monkeypatch.chdir(tmp_path)
-    torch.save(randomised(Plain()).state_dict(), "weights.pt")
+    torch.save(randomized(Plain()).state_dict(), "weights.pt")
     Path("config.json").write_text(json.dumps({"config": {"sample_shape": SHAPE}}))
     model = build_model(load("weights.pt", config="config.json", factory="in_the_current_folder:make"))
     torch.testing.assert_close(stepped(model), expected_step(), rtol=0, atol=1e-6)

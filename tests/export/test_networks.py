@@ -95,7 +95,7 @@ def test_a_missing_condition_is_named(missing: str) -> None:
         net(x, t, **conditions)
 
 
-def test_forced_normalisation_keeps_the_function_and_its_derivative_is_finite() -> None:
+def test_forced_normalization_keeps_the_function_and_its_derivative_is_finite() -> None:
     net = network(TINY)
     x, t, labels = inputs()
     with torch.no_grad():

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -246,7 +247,7 @@ def test_an_entry_that_is_removed_while_it_is_opened(cache: GraphCache) -> None:
 
     def build(path: Path, change: Callable[[Any], None]) -> Any:
         if path.name != NOISE.name:
-            cache.clear()
+            shutil.rmtree(cache.folder / key())
         return opener(path, change)
 
     assert run(open_cached(cache, NOISE, key(), build, checksums=CHECKSUMS)).tobytes() == run(open_uncached()).tobytes()
@@ -255,7 +256,7 @@ def test_an_entry_that_is_removed_while_it_is_opened(cache: GraphCache) -> None:
 
 def test_open_sessions_outlive_their_entry(cache: GraphCache) -> None:
     session = open_cached(cache, NOISE, key(), Opener(), checksums=CHECKSUMS)
-    cache.clear()
+    shutil.rmtree(cache.folder / key())
     assert not list(cache.folder.iterdir())
     assert run(session).tobytes() == run(open_uncached()).tobytes()
 
@@ -313,8 +314,9 @@ def test_nothing_is_written_if_the_disk_is_nearly_full(cache: GraphCache, monkey
     assert not list(cache.folder.iterdir())
 
 
-def test_a_graph_larger_than_max_bytes_is_not_cached(tmp_path: Path) -> None:
-    cache = GraphCache.locate(tmp_path / "cache", max_bytes=10_000)
+def test_a_graph_larger_than_max_bytes_is_not_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCM_CACHE_MAX_BYTES", "10000")
+    cache = GraphCache.locate(tmp_path / "cache")
     assert cache is not None
     open_cached(cache, NOISE, key(), Opener(), checksums=CHECKSUMS)
     opener = Opener()
@@ -323,8 +325,9 @@ def test_a_graph_larger_than_max_bytes_is_not_cached(tmp_path: Path) -> None:
     assert sum(path.stat().st_size for path in cache.folder.rglob("*") if path.is_file()) < 1000
 
 
-def test_the_least_recently_used_entry_is_evicted_first(tmp_path: Path) -> None:
-    cache = GraphCache.locate(tmp_path / "cache", max_bytes=100_000)  # room for two entries
+def test_the_least_recently_used_entry_is_evicted_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCM_CACHE_MAX_BYTES", "100000")  # room for two entries
+    cache = GraphCache.locate(tmp_path / "cache")
     assert cache is not None
     names = [key(device=device) for device in "abc"]
     for age, name in ((100, names[0]), (200, names[1])):
@@ -372,7 +375,8 @@ def test_processes_that_build_and_evict_concurrently(tmp_path: Path) -> None:
     program = """
 import sys; sys.path[:0] = sys.argv[1].split(",")
 from test_cache import *
-cache, expected = GraphCache.locate(sys.argv[2], max_bytes=60_000), run(open_uncached()).tobytes()  # room for one entry
+os.environ["SCM_CACHE_MAX_BYTES"] = "60000"  # room for one entry
+cache, expected = GraphCache.locate(sys.argv[2]), run(open_uncached()).tobytes()
 for turn in range(6):
     assert run(open_cached(cache, NOISE, key(device=str(turn % 2)), Opener(), checksums=CHECKSUMS)).tobytes() == expected
 """
@@ -479,7 +483,7 @@ def test_a_folder_that_others_can_write_to_is_rejected(tmp_path: Path, part: str
     assert GraphCache.locate(tmp_path / "cache")
     (tmp_path / "cache" / part).chmod(0o777)
     assert GraphCache.locate(tmp_path / "cache") is None
-    assert "closed to others" in caplog.text
+    assert "must not be writable by other users" in caplog.text
 
 
 @posix
@@ -497,7 +501,7 @@ def test_a_folder_of_another_user_is_rejected(tmp_path: Path, monkeypatch: pytes
     else:
         monkeypatch.setattr(os, "geteuid", lambda: 12345)
     assert GraphCache.locate(tmp_path / "cache") is None
-    assert "must belong to" in caplog.text
+    assert "must be owned by" in caplog.text
 
 
 @posix
@@ -527,7 +531,7 @@ def test_a_read_only_folder_is_read_and_not_written(cache: GraphCache, caplog: p
 def test_the_key_depends_on_the_checksum_of_the_native_library(cache: GraphCache) -> None:
     found = find_library()
     if found is not None:
-        assert key(library=cache.verified.sha256(found.path)) != key()
+        assert key(library=cache.checksums.sha256(found.path)) != key()
 
 
 @pytest.fixture

@@ -174,7 +174,7 @@ def test_a_driver_that_fails(machine: Callable[..., None], monkeypatch: pytest.M
 def test_a_driver_that_is_too_old(machine: Callable[..., None]) -> None:
     machine(FakeCuda(version=12080))
     said = refusal("cuda")
-    assert "it runs CUDA 12.8 and older" in said
+    assert "it supports CUDA up to 12.8" in said
     assert "built for CUDA 13" in said
     assert "580 or newer" in said
     machine(FakeCuda(version=13000))

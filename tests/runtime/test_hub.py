@@ -244,7 +244,7 @@ def test_weights_behind_a_link_that_onnxruntime_refuses(filled: Path, monkeypatc
 
 
 @pytest.mark.parametrize("follows", [True, False], ids=["ONNX Runtime follows the link", "ONNX Runtime refuses the link"])
-def test_graphs_from_the_hub_are_kept_optimised(follows: bool, filled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graphs_from_the_hub_are_kept_optimized(follows: bool, filled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ort: Any = load_onnxruntime()
     original, opened = ort.InferenceSession, []
 

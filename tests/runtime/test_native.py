@@ -162,9 +162,9 @@ def test_without_the_library(bundle: Path, no_library: None, log: Log, tiny: Gen
 @pytest.mark.parametrize(
     ("ops", "message"),
     [
-        ({}, r"the bundle 'tiny' holds no scm:: operators\. .*without --no-custom-ops"),
-        ({OPS_DOMAIN: 2}, r"the bundle 'tiny' has operators of scm:: version 2, and '.*' kernels for scm:: version 1\. Upgrade scm-runtime\."),
-        ({"other": 1}, r"the bundle 'tiny' has operators of other:: version 1, and '.*' kernels for scm:: version 1\. Upgrade scm-runtime\."),
+        ({}, r"the bundle 'tiny' contains no scm:: operators\. .*without --no-custom-ops"),
+        ({OPS_DOMAIN: 2}, r"the bundle 'tiny' needs operators of scm:: version 2, but '.*' has kernels for scm:: version 1\. Upgrade scm-runtime\."),
+        ({"other": 1}, r"the bundle 'tiny' needs operators of other:: version 1, but '.*' has kernels for scm:: version 1\. Upgrade scm-runtime\."),
     ],
     ids=["none", "newer", "another-domain"],
 )
@@ -183,7 +183,7 @@ def test_a_bundle_whose_operators_the_library_does_not_support(
 
 def test_a_library_with_a_newer_operator_version(bundle: Path, install: InstallStub) -> None:
     install("accepts", ops={OPS_DOMAIN: 2})
-    with pytest.raises(NativeOpsError, match=r"has operators of scm:: version 1, and '.*' kernels for scm:: version 2\. Export its checkpoint again"):
+    with pytest.raises(NativeOpsError, match=r"needs operators of scm:: version 1, but '.*' has kernels for scm:: version 2\. Export its checkpoint again"):
         Generator(bundle, native_ops=True)
     assert Generator(bundle).info.native_ops is False
 
@@ -282,7 +282,7 @@ def test_native_ops_options_of_the_command_line(bundle: Path, install: InstallSt
     for command in (generate, smoke):
         result = call(*command, "--native-ops")
         assert result.exit_code == 1
-        assert result.stderr.startswith("Error: native_ops=True, but the bundle 'tiny' has operators of scm:: version 1")
+        assert result.stderr.startswith("Error: native_ops=True, but the bundle 'tiny' needs operators of scm:: version 1")
 
 
 def test_the_library_of_this_checkout() -> None:
@@ -308,7 +308,7 @@ CUDA_KERNELS = {"version": "13.0", "architectures": ["80", "86", "89", "90"]}
         (H200, CUDA_KERNELS, 13000, "9.0", None),
         (H200, CUDA_KERNELS, 13010, "12.0", None),  # newer GPUs compile the PTX
         (H200, None, 13000, "9.0", r"built without CUDA kernels\. .*make ops SCM_OPS_CUDA=ON"),
-        (H200, CUDA_KERNELS, 12040, "9.0", r"built with CUDA 13\.0, and the NVIDIA driver runs 12\.4 and older\. Update it"),
+        (H200, CUDA_KERNELS, 12040, "9.0", r"built with CUDA 13\.0, and the NVIDIA driver supports CUDA up to 12\.4\. Update it"),
         (H200, CUDA_KERNELS, 13000, "7.5", r"kernels for compute capability 8\.0 and newer, and Some GPU has 7\.5"),
         (OPENVINO, CUDA_KERNELS, 13000, "9.0", "none for OpenVINOExecutionProvider"),
     ],

@@ -159,7 +159,7 @@ def wrong_mask(value: float) -> NDArray[np.float64]:
         ({"prompt_embeds": {"a": 1}}, "prompt_embeds must be an array of numbers, got dict"),
         (
             {"prompt_embeds": EMBEDS, "prompt_attention_mask": np.ones((3, 6))},
-            r"prompt_embeds and prompt_attention_mask must have as many tokens: got 7 and 6, in prompt_embeds \[3, 7, 5\] and prompt_attention_mask \[3, 6\]",
+            r"prompt_embeds and prompt_attention_mask must have the same number of tokens, got 7 and 6, in prompt_embeds \[3, 7, 5\] and prompt_attention_mask \[3, 6\]",
         ),
         (
             {"prompt_embeds": EMBEDS, "prompt_attention_mask": MASK[..., None]},
@@ -183,7 +183,7 @@ def wrong_mask(value: float) -> NDArray[np.float64]:
             "class_labels was given, but the bundle 'text' takes prompt_embeds, prompt_attention_mask, guidance_scale",
         ),
         ({"prompt_embeds": EMBEDS, "conditioning": {"scores": 1}}, "scores was given, but the bundle 'text' takes prompt_embeds, prompt_attention_mask"),
-        ({"prompt_embeds": EMBEDS, "conditioning": {"prompt_embeds": EMBEDS}}, "prompt_embeds must be given once, but conditioning has it too"),
+        ({"prompt_embeds": EMBEDS, "conditioning": {"prompt_embeds": EMBEDS}}, "prompt_embeds was given both as an argument and in conditioning"),
         ({"prompt_embeds": EMBEDS, "conditioning": [("score", 1)]}, "conditioning must be a dict of the model's inputs by name, got list"),
         ({"prompt_embeds": EMBEDS, "conditioning": {"score": np.inf}}, "score must be a finite number"),
         ({"prompt_embeds": EMBEDS, "guidance_scale": [[1.0]]}, "guidance_scale must be a finite number or one per sample"),
@@ -416,7 +416,7 @@ class Code:
         (lambda here: saved(prompt_embeds=np.array([Code(here / "code-has-run")], object)), "cannot be loaded when allow_pickle=False"),
         (lambda _: bomb(), "it unpacks to 2,097,"),
         (lambda _: saved(prompt_embeds=EMBEDS[..., :4]), "prompt_embeds must have the shape [tokens, 5] or [N, tokens, 5], got [3, 7, 4]"),
-        (lambda _: saved(prompt_embeds=EMBEDS, prompt_attention_mask=np.ones((3, 6))), "must have as many tokens: got 7 and 6"),
+        (lambda _: saved(prompt_embeds=EMBEDS, prompt_attention_mask=np.ones((3, 6))), "must have the same number of tokens, got 7 and 6"),
     ],
     ids=["missing", "empty", "text", "truncated", "damaged header", "other name", "more", "code", "bomb", "width", "length"],
 )

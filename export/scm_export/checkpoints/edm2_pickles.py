@@ -231,7 +231,7 @@ def _block_attributes(unet: PersistentObject, where: str) -> dict[str, Any]:
 def _sampling(class_name: str, loss: object, sigma_data: float, *, segments: bool) -> dict[str, Any]:
     """Fields of SamplerSpec for parametrisation, solver and times.
 
-    The loss tells how the network was trained. If the file has none, an EDM network counts as a diffusion model and a TrigFlow network as a
+    The loss shows how the network was trained. If the file has none, an EDM network counts as a diffusion model and a TrigFlow network as a
     consistency model.
     """
     trained_with = loss.class_name if isinstance(loss, PersistentObject) else ""

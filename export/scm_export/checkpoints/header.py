@@ -75,7 +75,7 @@ class SamplerSpec(Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class ConditioningSpec(Struct, kw_only=True, forbid_unknown_fields=True):
-    """One input of the network besides state and level, passed by name. The fields are those of :class:`~scm_runtime.bundle.Conditioning`."""
+    """One input of the network besides state and level, passed by name. The fields are those of :class:`~scm_runtime.bundle.manifest.Conditioning`."""
 
     name: str
     kind: Literal["class", "scalar", "embedding", "mask"]

@@ -68,7 +68,7 @@ def save_checkpoint(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> Non
             else:
                 save_file(weights, part, {"scm": msgspec.json.encode(header).decode()})
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise OutputError(f"cannot write '{target}': {error}") from error
+        raise OutputError(f"cannot write '{target}': {error}. Choose a folder that you may write to, on a disk with room.") from error
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:

@@ -19,18 +19,18 @@ FAMILIES: dict[str, Family] = {
 
 
 def find_family(loaded: Loaded, name: str | None = None) -> str:
-    """Return the name of the family that a checkpoint belongs to: ``name`` if given, else the first family that recognises it.
+    """Return the name of the family that a checkpoint belongs to: ``name`` if given, else the first family that recognizes it.
 
     Raises:
         InvalidArgumentError: there is no family of this name.
-        CheckpointError: no family recognises the checkpoint; the message lists what each family expects.
+        CheckpointError: no family recognizes the checkpoint; the message lists what each family expects.
     """
     if name is not None:
         if name not in FAMILIES:
             raise InvalidArgumentError(f"family must be one of {', '.join(FAMILIES)}, got {name!r}")
         return name
     for known, family in FAMILIES.items():
-        if family.recognises(loaded):
+        if family.recognizes(loaded):
             return known
     looked_for = "".join(f"\n  {known}: {family.looks_for}" for known, family in FAMILIES.items())
     raise CheckpointError(f"{loaded.describe()} belongs to no known family. Looked for:{looked_for}\n--family chooses one anyway.")

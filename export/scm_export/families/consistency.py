@@ -69,7 +69,7 @@ class ConsistencyStep(nn.Module):
         return D + _per_sample(self.s_noise * fresh) * noise
 
 
-def recognises_consistency(loaded: Loaded) -> bool:
+def recognizes_consistency(loaded: Loaded) -> bool:
     if not isinstance(loaded, DiffusersFolder):
         return False
     return loaded.pipeline == PIPELINE or (loaded.find(SCHEDULER) is not None and loaded.find(UNET) is not None)
@@ -169,6 +169,6 @@ def _per_sample(values: Tensor) -> Tensor:
 
 FAMILY = Family(
     looks_for=f"a diffusers folder of {PIPELINE}: a {UNET} with a {SCHEDULER}",
-    recognises=recognises_consistency,
+    recognizes=recognizes_consistency,
     build=build_consistency,
 )

@@ -20,7 +20,7 @@ from scm_runtime.bundle.manifest import Conditioning
 AUTOGUIDANCE = 2.0  # default guidance scale, close to the best one at 512 x 512 (arXiv 2406.02507, table 1)
 
 
-def recognises_edm2(loaded: Loaded) -> bool:
+def recognizes_edm2(loaded: Loaded) -> bool:
     return isinstance(loaded, Checkpoint) and loaded.family == "edm2"
 
 
@@ -94,7 +94,7 @@ def _network(config: UNetConfig, checkpoint: Checkpoint) -> UNet:
 
 def _guide(loaded: Loaded, own: UNetConfig, sampler: SamplerSpec) -> UNet:
     """Build the guide's network. Raises CheckpointError if its inputs or parametrisation differ from those of the guided network."""
-    if not recognises_edm2(loaded):
+    if not recognizes_edm2(loaded):
         raise CheckpointError(f"the guide must be of the family edm2 too, got {loaded.describe()}")
     assert isinstance(loaded, Checkpoint)
     config = _config(loaded)
@@ -124,6 +124,6 @@ def _images(sample_shape: tuple[int, ...], sampler: SamplerSpec, options: BuildO
 
 FAMILY = Family(
     looks_for="a scm-checkpoint whose family is edm2, or a pickle of NVIDIA's EDM2 or of edm2_sCM",
-    recognises=recognises_edm2,
+    recognizes=recognizes_edm2,
     build=build_edm2,
 )

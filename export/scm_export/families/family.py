@@ -1,4 +1,4 @@
-"""The definition of a family: how to recognise its checkpoints, and how to build a :class:`~scm_export.model.Model` from one."""
+"""The definition of a family: how to recognize its checkpoints, and how to build a :class:`~scm_export.model.Model` from one."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Family:
 
     looks_for: str
     """Description of its checkpoints for error messages, such as "a diffusers folder with a SanaTransformer2DModel"."""
-    recognises: Callable[[Loaded], bool]
+    recognizes: Callable[[Loaded], bool]
     """Returns True if a checkpoint belongs to the family."""
     build: Callable[[Loaded, BuildOptions], Model]
     """Builds the model; raises CheckpointError for contents that do not fit the family."""

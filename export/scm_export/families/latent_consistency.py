@@ -98,7 +98,7 @@ class LatentConsistencyStep(nn.Module):
         return signal * denoised + spread * noise
 
 
-def recognises_latent_consistency(loaded: Loaded) -> bool:
+def recognizes_latent_consistency(loaded: Loaded) -> bool:
     if not isinstance(loaded, DiffusersFolder):
         return False
     return loaded.pipeline in PIPELINES or (loaded.find(SCHEDULER) is not None and loaded.find(UNET) is not None)
@@ -199,7 +199,7 @@ def _rows(table: Tensor, t: Tensor) -> list[Tensor]:
 
 FAMILY = Family(
     looks_for=f"a diffusers folder of {PIPELINES[0]}: a {UNET} with a {SCHEDULER}",
-    recognises=recognises_latent_consistency,
+    recognizes=recognizes_latent_consistency,
     build=build_latent_consistency,
     dtype="fp16",
 )

@@ -43,7 +43,7 @@ class ModuleConfig(Struct, kw_only=True, forbid_unknown_fields=True):
     """Keyword arguments of the factory."""
 
 
-def recognises_module(loaded: Loaded) -> bool:
+def recognizes_module(loaded: Loaded) -> bool:
     return isinstance(loaded, Program) or (isinstance(loaded, Checkpoint) and loaded.family == "module")
 
 
@@ -222,6 +222,6 @@ def _check_call(network: nn.Module, model: Model, loaded: Program) -> None:
 
 FAMILY = Family(
     looks_for="a user-defined network: --factory package.module:function, a .pt2, or TorchScript; described by --config FILE.toml",
-    recognises=recognises_module,
+    recognizes=recognizes_module,
     build=build_module,
 )

@@ -89,7 +89,7 @@ def _keeps_fp32(name: str, module: nn.Module) -> bool:
     return name == "time_embed" or is_norm(name, module)
 
 
-def recognises_sana_sprint(loaded: Loaded) -> bool:
+def recognizes_sana_sprint(loaded: Loaded) -> bool:
     if not isinstance(loaded, DiffusersFolder):
         return False
     component = loaded.find(TRANSFORMER)
@@ -209,7 +209,7 @@ def scm_scheduler(transformer: nn.Module, scheduler: Any) -> Reference:
 
 FAMILY = Family(
     looks_for=f"a diffusers folder of {PIPELINES[0]}, or one with a {TRANSFORMER} that has guidance_embeds",
-    recognises=recognises_sana_sprint,
+    recognizes=recognizes_sana_sprint,
     build=build_sana_sprint,
     dtype="bf16",
     # Reported for SANA's published weights (diffusers issue 10336): 5e5 to 1.3e6 after attention, which diffusers clips in float16 only.

@@ -140,7 +140,7 @@ def _trace(
         raise ExportError(f"the traced {name} lost its inputs {', '.join(sorted(missing))}")
     if any(value.shape is not None and value.shape.rank() and isinstance(value.shape[0], int) for value in traced.graph.inputs):
         raise ExportError(
-            f"torch.onnx fixed the batch of {name} at the {TRACE_BATCH} samples it was traced with. The network uses the batch size as a number: in a loop "
+            f"torch.onnx fixed the batch size of {name} at {TRACE_BATCH}, the size used for tracing. The network uses the batch size as a number: in a loop "
             "over samples, in float(x.shape[0]), or as the length of a table that it keeps. Write that with tensors, or make such a table at every call."
         )
     _strip(traced, name)

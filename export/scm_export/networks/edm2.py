@@ -162,7 +162,7 @@ class UNet(nn.Module):
                 module.normalize_()
 
     def fold(self) -> UNet:
-        """Fold weight normalisation and gains into the weights, in place, for inference and export. Returns the network."""
+        """Fold weight normalization and gains into the weights, in place, for inference and export. Returns the network."""
         gains = {id(self.out_conv): float(self.out_gain.detach())}
         for module in self.modules():
             if isinstance(module, Block) and self.config.modulation == "scale":

@@ -24,7 +24,7 @@ class UNetConfig:
     patch_size: int = 1  #                             Pixels per axis that are folded into channels before the first convolution.
     time_embedding: Literal["positional", "fourier"] = "positional"
     time_scale: float = 1.0  #                         Highest frequency of the positional embedding, radians per unit of c_noise.
-    modulation: Literal["scale-shift", "scale"] = "scale-shift"  # sCM's double normalisation, or EDM2's 1 + gain * linear(emb).
+    modulation: Literal["scale-shift", "scale"] = "scale-shift"  # sCM's double normalization, or EDM2's 1 + gain * linear(emb).
     guidance_embedding: bool = False  #                Guidance scale as an input (sCD at 512x512).
     segment_embedding: bool = False  #                 End time of the segment as an input (multistep consistency).
     label_balance: float = 0.5  #                      Weight of the label in the embedding.

@@ -88,7 +88,7 @@ class MPConv(nn.Module):
 
 
 def plain_linear(x: Tensor, layer: nn.Linear) -> Tensor:
-    """Apply a linear layer without weight normalisation, in the dtype of its input."""
+    """Apply a linear layer without weight normalization, in the dtype of its input."""
     return functional.linear(x, layer.weight.to(x.dtype))
 
 

@@ -17,7 +17,7 @@ def cosine_attention(qkv: Tensor, heads: int, eps: float = 1e-4) -> Tensor:
     Args:
         qkv: ``[N, L, 3 C]``; the channels have the layout ``[3, heads, C / heads]``.
         heads: number of heads; divides C.
-        eps: epsilon of the normalisation.
+        eps: epsilon of the normalization.
 
     Returns:
         ``[N, L, C]``.

@@ -1,4 +1,4 @@
-"""``NormModulateSiLU``: sCM's adaptive double normalisation (arXiv 2410.11081, section 4.1)."""
+"""``NormModulateSiLU``: sCM's adaptive double normalization (arXiv 2410.11081, section 4.1)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def norm_modulate_silu(y: Tensor, modulation: Tensor, eps: float = 1e-4) -> Tens
     Args:
         y: ``[N, ..., C]``.
         modulation: ``[N, 2 C]``, with the dtype of ``y``.
-        eps: epsilon of the normalisations.
+        eps: epsilon of the normalizations.
     """
     if emits_nodes():
         return NORM_MODULATE_SILU.node(y, modulation, eps=eps)[0]

@@ -45,7 +45,7 @@ class ConditioningCase:
 
 @dataclass(frozen=True)
 class ReferenceSamples:
-    """A batch of N samples. A batch size n below N in ``batch_sizes``, ``composed_batch_sizes`` or of ``pixels`` means the last n samples."""
+    """A batch of N samples. Smaller batches, in ``batch_sizes``, ``composed_batch_sizes`` and ``pixels``, use its last samples."""
 
     case: ConditioningCase
     sampler: str | None  #                         one of the model's samplers; None for the step's own

@@ -86,7 +86,7 @@ def verify_bundle(folder: Path, manifest: Manifest, references: References, atol
                     result.cases.append(case)
                     result.images += [] if images is None else [images]
     except InferenceError as error:
-        result.failure = f"on ONNX Runtime alone the bundle does not run: {error}"
+        result.failure = f"the bundle does not run on ONNX Runtime without the native library: {error}"
     except ExportError as error:
         result.failure = f"{error}. --no-verify skips the verification."
     if result.passed:

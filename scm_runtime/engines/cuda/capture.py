@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from scm_runtime.common.log import log
 from scm_runtime.engines.cuda.capture_lock import CAPTURE_LOCK
 from scm_runtime.engines.cuda.stream import is_fatal
 from scm_runtime.engines.cuda.thread import CudaContext
@@ -14,8 +14,6 @@ from scm_runtime.ort.session import BoundSession, DeviceTensor, Session
 
 # Runs before a capture, during which nothing may be allocated. ONNX Runtime adds two warm-up runs of its own, and its arena may still grow after those.
 WARMUP_RUNS = 2
-
-_log = logging.getLogger("scm_runtime")
 
 
 class DeviceSession:
@@ -102,7 +100,7 @@ class BoundRun:
             self._graph_id = None
             # Out of memory concerns this shape only: nothing may be allocated during a capture. After any other failure the session is not captured again.
             session.capture_enabled = session.capture_enabled and isinstance(error, OutOfMemoryError)
-            _log.info("'%s' runs without a CUDA graph for a batch of %d: %s", session.ort_session.path.name, self._output.shape[0], error)
+            log.info("'%s' runs without a CUDA graph for a batch of %d: %s", session.ort_session.path.name, self._output.shape[0], error)
             self._run_uncaptured()
         else:
             self._captured = bound
@@ -114,7 +112,7 @@ class BoundRun:
         except InferenceError as error:
             if is_fatal(error) or isinstance(error, OutOfMemoryError):
                 raise
-            _log.debug("'%s' could not shrink its arena: %s", self._session.ort_session.path.name, error)
+            log.debug("'%s' could not shrink its arena: %s", self._session.ort_session.path.name, error)
             self._run_uncaptured()
 
     def _bind(self, graph_id: int | None, options: Mapping[str, str] | None = None) -> BoundSession:

@@ -77,11 +77,6 @@ class CudaEngine:
         """Whether runs of the step graph are captured as CUDA graphs."""
         return self._buffer_cache is not None and self._buffer_cache.sessions.step.capture_enabled
 
-    @property
-    def captured_graphs(self) -> int:
-        """Number of CUDA graphs captured of the step graph, one per batch shape."""
-        return 0 if self._buffer_cache is None else self._buffer_cache.sessions.step.capture_count
-
     def run(self, job: Callable[[], Result]) -> Result:
         """Run a job in the context's thread, and return its result or raise its error. See ``CudaContext.run``."""
         return self._context.run(job)

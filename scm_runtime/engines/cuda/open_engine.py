@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
 from scm_runtime.bundle.manifest import Dtype, Manifest
+from scm_runtime.common.log import log
 from scm_runtime.engines.cuda.capture import DeviceSession, EngineSessions
 from scm_runtime.engines.cuda.engine import CudaEngine
 from scm_runtime.engines.cuda.thread import CudaContext
@@ -22,8 +22,6 @@ OpenSession = Callable[[Path, SessionSettings], Session]
 
 # Graph from x [N, D] to [N]: 0 for a finite sample, otherwise NaN. tests/runtime/test_cuda_engine.py has the code that built it.
 FINITE = Path(str(files("scm_runtime") / "finite.onnx"))
-
-_log = logging.getLogger("scm_runtime")
 
 
 def open_cuda_engine(
@@ -104,7 +102,7 @@ class _Opener:
             raise
         except InferenceError as error:  # if there is another reason, the second attempt raises it again
             session = self._open_session(path, with_cpu_nodes)
-            _log.info("'%s' runs with copies to the CPU and back, and without CUDA graphs: %s", path.name, error)
+            log.info("'%s' runs with copies to the CPU and back, and without CUDA graphs: %s", path.name, error)
             return session
 
 
