@@ -159,7 +159,7 @@ def wrong_mask(value: float) -> NDArray[np.float64]:
         ({"prompt_embeds": {"a": 1}}, "prompt_embeds must be an array of numbers, got dict"),
         (
             {"prompt_embeds": EMBEDS, "prompt_attention_mask": np.ones((3, 6))},
-            r"prompt_embeds and prompt_attention_mask must have the same number of tokens, got 7 and 6, in prompt_embeds \[3, 7, 5\] and prompt_attention_mask \[3, 6\]",
+            r"mask must have the same number of tokens, got 7 and 6, in prompt_embeds \[3, 7, 5\] and prompt_attention_mask \[3, 6\]",
         ),
         (
             {"prompt_embeds": EMBEDS, "prompt_attention_mask": MASK[..., None]},
