@@ -136,7 +136,7 @@ def quality(record: Mapping[str, Any]) -> str:
 
     Of the ways in which a sampler was run (PyTorch or a bundle), the row shows the one with the most sets; PyTorch if there are equally many.
     """
-    figures = {"recognized": "classified as requested", "frechet": "Fréchet distance", "precision": "precision", "recall": "recall", "copies": "copies"}
+    figures = {"recognised": "classified as requested", "frechet": "Fréchet distance", "precision": "precision", "recall": "recall", "copies": "copies"}
     digits = {name: 4 if name == "copies" else 3 for name in figures}
     lines = [["real digits (1 000 against the other 3 000)", "", *(f"{record['real'][name]:.{digits[name]}f}" for name in figures)]]
     for sampler in dict.fromkeys(row["sampler"] for row in record["rows"]):

@@ -33,8 +33,8 @@ from judge import Judge, assess, load_judge
 from metrics import frechet_distance, mean_and_interval, memorised, precision_recall
 
 DIGITS_PT = Path(__file__).parent / "digits.pt"
-FIGURES = {"recognized": "recognized", "frechet": "Fréchet distance", "precision": "precision", "recall": "recall", "near": "nearness", "copies": "copies"}
-EXPORT_FIGURES = ("recognized", "frechet", "precision", "recall", "near")  # copies: too few for a ratio
+FIGURES = {"recognised": "recognized", "frechet": "Fréchet distance", "precision": "precision", "recall": "recall", "near": "nearness", "copies": "copies"}
+EXPORT_FIGURES = ("recognised", "frechet", "precision", "recall", "near")  # copies: too few for a ratio
 
 MOST_SETS = 5
 
@@ -49,9 +49,9 @@ DISTANCE = 0.5
 def gate_misses(means: dict[str, Figures]) -> list[str]:
     """Return a message for each target that the student misses. Rows that were not sampled are not checked."""
     missed = [
-        f"{name}: {means[name]['recognized']:.3f} recognized, at least {least} required"
+        f"{name}: {means[name]['recognised']:.3f} recognized, at least {least} required"
         for name, least in RECOGNISED.items()
-        if name in means and means[name]["recognized"] < least
+        if name in means and means[name]["recognised"] < least
     ]
     student, teacher = means.get("sCD, 2 steps"), means.get(UNDISTILLED)
     if student is not None and teacher is not None and student["frechet"] > DISTANCE * teacher["frechet"]:
@@ -68,7 +68,7 @@ def measure(judge: Judge, levels: Tensor, labels: Tensor, training: Tensor | Non
     precision, recall = precision_recall(real, features)
     near = memorised(levels, training, held_out)
     return {
-        "recognized": (classes == labels).double().mean().item(),
+        "recognised": (classes == labels).double().mean().item(),
         "frechet": frechet_distance(features, real),
         "precision": precision,
         "recall": recall,

@@ -36,8 +36,8 @@ def test_the_committed_quality_figures_are_of_this_checkpoint_and_good_enough() 
     assert {row["checkpoint_sha256"] for row in rows.values() if row["sampler"].startswith("sCD")} == {hashlib.sha256(CHECKPOINT.read_bytes()).hexdigest()}
     for through in ("PyTorch", "fp32", "fp16"):
         one, two = (rows[name, through]["figures"] for name in ("sCD, 1 step", "sCD, 2 steps"))
-        assert one["recognized"][0] >= 0.80
-        assert two["recognized"][0] >= 0.85
+        assert one["recognised"][0] >= 0.80
+        assert two["recognised"][0] >= 0.85
         assert two["frechet"][0] <= 1.1 * rows["teacher with autoguidance, 63 evaluations", "fp32"]["figures"]["frechet"][0]
 
 

@@ -195,7 +195,7 @@ def test_a_graph_that_does_not_run_is_a_failure_with_the_cases_so_far(bundle: tu
     (damaged / "decode.fp32.onnx").write_bytes(b"no graph")
     result = verify_bundle(damaged, bundle[1], expected, None, quiet)
     assert {case.graph for case in result.cases} == {"sample-2"}
-    with pytest.raises(VerificationError, match=r"does not run: .*decode\.fp32\.onnx"):
+    with pytest.raises(VerificationError, match=r"does not run .*decode\.fp32\.onnx"):
         result.require_passed()
 
 

@@ -117,7 +117,7 @@ def test_tensors_of_torch(text: Generator) -> None:
     given = latents(text, prompt_embeds=torch.from_numpy(EMBEDS), prompt_attention_mask=torch.from_numpy(MASK).bool())
     np.testing.assert_array_equal(given, expected)
     for tensor in (torch.from_numpy(EMBEDS).bfloat16(), torch.from_numpy(EMBEDS).requires_grad_()):
-        with pytest.raises(InvalidArgumentError, match=r"give tensor\.detach\(\)\.float\(\)\.cpu\(\)\.numpy\(\)"):
+        with pytest.raises(InvalidArgumentError, match=r"Convert a torch tensor first: tensor\.detach\(\)\.float\(\)\.cpu\(\)\.numpy\(\)"):
             text(prompt_embeds=tensor)
 
 
