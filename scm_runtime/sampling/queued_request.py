@@ -16,13 +16,17 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
 
+BatchKey = tuple[tuple[str, tuple[int, ...]], ...]
+"""Names and shapes of the conditioning. Requests with equal keys can share an evaluation."""
+
+
 class RequestStatus(Enum):
     """How far a queued request is."""
 
     WAITING = auto()
-    """It has no state yet."""
+    """It has been in no batch."""
     RUNNING = auto()
-    """It has a state, at some step."""
+    """It is in the present batch, or was in an earlier one."""
     FINISHED = auto()
     """Its future has a result, an error, or was cancelled."""
 
@@ -41,9 +45,12 @@ class QueuedRequest:
         """
         self.loop, self.request, self.future = loop, request, future
         self.status = RequestStatus.WAITING
+        self.started = False
+        """True if it has a state."""
+        self.arrival = 0
+        """Number of the request in order of arrival."""
+        self.batch_key: BatchKey = tuple(sorted((name, values.shape[1:]) for name, values in request.trajectory.call.conditioning.items()))
         self._release = release
-        self.batch_key = tuple(sorted((name, values.shape[1:]) for name, values in request.trajectory.call.conditioning.items()))
-        """Names and shapes of the conditioning. Requests with equal keys can share an evaluation."""
 
     def __len__(self) -> int:
         """Return the number of samples."""

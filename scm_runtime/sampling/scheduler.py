@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar, cast
 
@@ -19,8 +20,9 @@ from scm_runtime.common.runs import closed_error
 from scm_runtime.errors import GeneratorClosedError, InferenceError, InvalidArgumentError, OutOfMemoryError
 from scm_runtime.samples import Samples
 from scm_runtime.sampling.loop import SamplingLoop, run_inline
-from scm_runtime.sampling.queued_request import QueuedRequest, RequestStatus, resolve_all
+from scm_runtime.sampling.queued_request import QueuedRequest, resolve_all
 from scm_runtime.sampling.request import Request
+from scm_runtime.sampling.request_queue import RequestQueue
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -51,9 +53,10 @@ class BatchScheduler:
 
         self._max_batch_size, self._max_wait = max_batch_size, max_wait
         self._limit = max_batch_size  # lowered when memory runs out, until the queue is empty
-        self._requests: list[QueuedRequest] = []  # in order of arrival; only the thread uses it
-        # New requests; None wakes the thread. SimpleQueue.put is reentrant, so the garbage collector may call it at any point.
-        self._inbox: SimpleQueue[QueuedRequest | None] = SimpleQueue()
+        self._queue = RequestQueue()  # only the thread uses it
+        # New requests; references to cancelled ones; None wakes the thread. SimpleQueue.put is reentrant: the garbage collector may call it at any point.
+        self._inbox: SimpleQueue[QueuedRequest | weakref.ref[QueuedRequest] | None] = SimpleQueue()
+        self._cancelled: list[QueuedRequest] = []  # only the thread uses it
         self._lock = threading.RLock()  # guards the inbox and _serving; signal handlers may enter it again
         self._serving = False  # True while a thread takes requests from the inbox
         self._thread: threading.Thread | None = None  # the latest one
@@ -76,6 +79,8 @@ class BatchScheduler:
 
         future: Future[Samples] = Future()
         queued = QueuedRequest(loop, request, future, release)
+        inbox, reference = self._inbox, weakref.ref(queued)  # a future that its caller keeps must keep neither the request nor the scheduler
+        future.add_done_callback(lambda done: inbox.put(reference) if done.cancelled() else None)
         with self._lock:
             if not self._serving:
                 thread = threading.Thread(target=self._serve, name=THREAD_NAME, daemon=True)
@@ -123,13 +128,14 @@ class BatchScheduler:
     def _serve(self) -> None:
         try:
             while self._wait_for_work():
-                self._run_step(schedule(self._requests, self._limit))
+                self._run_step(self._queue.schedule(self._limit))
         except BaseException as error:  # noqa: BLE001 - a bug in this module: no caller may wait forever
             log.exception("The thread that computes requests of submit() died; the next submit() starts another.")
             with self._lock:
                 self._serving = False
                 self._receive_all()
-                requests, self._requests = self._requests, []
+                requests = list(self._queue)
+                self._queue.clear()
             message = f"the thread that computes submitted requests failed, {type(error).__name__}: {error}. Submit this one again."
             resolve_all({queued: InferenceError(message) for queued in requests})
 
@@ -137,12 +143,13 @@ class BatchScheduler:
         """Wait until there is something to compute. Returns False if the thread is to end."""
         while True:
             self._receive_all()
+            self._resolve_cancelled()
             if self._closed:
-                resolve_all({queued: _closed_error(queued) for queued in self._requests})
-            resolve_all({queued: None for queued in self._requests if queued.cancelled})
-            self._drop_finished()
-            if self._requests:
-                remaining = self._remaining_wait()
+                resolve_all({queued: _closed_error(queued) for queued in self._queue})
+                self._queue.clear()
+            if (oldest := self._queue.oldest()) is not None:
+                remaining = self._remaining_wait(oldest)
+                del oldest
                 if remaining <= 0:
                     return True
                 self._receive(remaining)
@@ -165,22 +172,24 @@ class BatchScheduler:
         from queue import Empty
 
         try:
-            queued = self._inbox.get(timeout=timeout)
+            received = self._inbox.get(timeout=timeout)
         except Empty:
             return
-        if queued is not None:
-            self._requests.append(queued)
+        if isinstance(received, QueuedRequest):
+            self._queue.add(received)
+        elif received is not None and (cancelled := received()) is not None:
+            self._cancelled.append(cancelled)
 
-    def _remaining_wait(self) -> float:
+    def _resolve_cancelled(self) -> None:
+        cancelled, self._cancelled = [queued for queued in self._cancelled if queued.cancelled], []
+        resolve_all(dict.fromkeys(cancelled))
+        self._queue.discard(cancelled)
+
+    def _remaining_wait(self, oldest: QueuedRequest) -> float:
         """Return the seconds that the oldest request may still wait: 0 if a batch is full, requests are running, or no more can come."""
-        oldest = self._requests[0]
-        samples = sum(len(queued) for queued in self._requests if queued.batch_key == oldest.batch_key)
-        if self._stopping or samples >= self._limit or any(queued.status is RequestStatus.RUNNING for queued in self._requests):
+        if self._stopping or self._queue.running or self._queue.samples(oldest.batch_key) >= self._limit:
             return 0.0
         return oldest.request.start + self._max_wait - time.perf_counter()
-
-    def _drop_finished(self) -> None:
-        self._requests = [queued for queued in self._requests if not queued.finished]
 
     def _run_step(self, batch: Sequence[QueuedRequest]) -> None:
         """Evaluate one step of a batch, and resolve the requests that it finishes."""
@@ -204,7 +213,7 @@ class BatchScheduler:
         if any(_is_done(queued, outcomes) for queued in with_callback):
             loop.engine.run(lambda: self._decode_done(with_callback, outcomes))
         resolve_all(outcomes)
-        self._drop_finished()
+        self._queue.drop_finished()
 
     def _decode_done(self, batch: Sequence[QueuedRequest], outcomes: Outcomes) -> None:
         """Decode the requests whose steps are done."""
@@ -248,22 +257,12 @@ def check_batching(max_batch_size: object, max_wait_ms: object) -> tuple[int, fl
     return int(cast(int, max_batch_size)), max_wait_ms / 1e3
 
 
-def schedule(requests: Sequence[QueuedRequest], limit: int) -> list[QueuedRequest]:
-    """Return the next batch: the oldest request, however large, and younger ones with the same batch key that fit into ``limit`` samples."""
-    batch, samples = [requests[0]], len(requests[0])
-    for queued in requests[1:]:
-        if queued.batch_key == requests[0].batch_key and samples + len(queued) <= limit:
-            batch.append(queued)
-            samples += len(queued)
-    return batch
-
-
 def _step(batch: Sequence[QueuedRequest]) -> None:
     loop = batch[0].loop
     for queued in batch:
-        if queued.status is RequestStatus.WAITING:
+        if not queued.started:
             loop.start(queued.request)
-            queued.status = RequestStatus.RUNNING
+            queued.started = True
     loop.step([queued.request for queued in batch])
 
 
@@ -283,6 +282,6 @@ def _is_done(queued: QueuedRequest, outcomes: Outcomes) -> bool:
 
 def _closed_error(queued: QueuedRequest, cause: BaseException | None = None) -> GeneratorClosedError:
     """Return a new error for each request: raising one error twice would extend its traceback."""
-    error = closed_error("while this call ran" if queued.status is RequestStatus.RUNNING else "before this request's turn came")
+    error = closed_error("while this call ran" if queued.started else "before this request's turn came")
     error.__cause__ = cause
     return error

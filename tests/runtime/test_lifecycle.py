@@ -471,7 +471,7 @@ def test_streams_and_pools_raise_in_a_forked_child_instead_of_waiting(tiny_bundl
     stream = generate.stream(4, 2, callback_on_step_end=lambda *_: (hold.wait(60), None)[1])
     started = threading.Thread(target=lambda: next(stream))
     started.start()
-    while not generate._scheduler._requests:
+    while not len(generate._scheduler._queue):
         time.sleep(0.001)
     pool._lock.acquire()
     child = os.fork()

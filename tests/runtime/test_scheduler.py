@@ -26,6 +26,7 @@ from scm_runtime import (
     Span,
 )
 from scm_runtime.sampling import scheduler
+from scm_runtime.sampling.request_queue import RequestQueue
 from support import native_library, run_python
 from toy_bundle import WIDTH, write_text_bundle
 
@@ -397,7 +398,7 @@ def test_batches_are_halved_when_memory_runs_out(digits: Generator, method: str,
 
 
 def test_if_the_scheduler_fails_every_future_gets_an_error_and_the_next_request_starts_a_new_one(digits: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    original, errors_to_raise = scheduler.schedule, iter([ZeroDivisionError("internal")])
+    original, errors_to_raise = RequestQueue.schedule, iter([ZeroDivisionError("internal")])
 
     def schedule(*arguments: Any) -> Any:
         if (error := next(errors_to_raise, None)) is not None:
@@ -406,7 +407,7 @@ def test_if_the_scheduler_fails_every_future_gets_an_error_and_the_next_request_
 
     with scheduler_blocked(digits):
         futures = [digits.submit(seed=i) for i in range(3)]
-        monkeypatch.setattr(scheduler, "schedule", schedule)
+        monkeypatch.setattr(RequestQueue, "schedule", schedule)
     errors = []
     for future in futures:
         with pytest.raises(InferenceError, match="failed, ZeroDivisionError: internal") as caught:

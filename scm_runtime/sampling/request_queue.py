@@ -1,0 +1,144 @@
+"""The queue of ``submit``: running and waiting requests, and which of them are computed next.
+
+The time of each operation depends on the batch size and the number of different batch keys, not on the number of waiting requests.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import insort
+from collections import deque
+from collections.abc import Iterable, Iterator
+from itertools import count
+from operator import attrgetter
+
+from scm_runtime.sampling.queued_request import BatchKey, QueuedRequest, RequestStatus
+
+MAX_SKIPPED = 64  # waiting requests that do not fit into a batch, before the search for smaller ones ends
+
+_arrival = attrgetter("arrival")
+
+
+class RequestQueue:
+    """Requests in order of arrival. Only the scheduler's thread uses it."""
+
+    def __init__(self) -> None:
+        self.running: list[QueuedRequest] = []
+        """Requests that were scheduled and are not finished, in order of arrival."""
+        self._waiting: dict[BatchKey, deque[QueuedRequest]] = {}  # in order of arrival; a finished request is removed when it is reached
+        self._waiting_samples: dict[BatchKey, int] = {}  # unfinished ones only
+        self._heap: list[tuple[int, BatchKey]] = []  # arrival of the first request of each deque; entries that are not in _first are out of date
+        self._first: dict[BatchKey, int] = {}
+        self._arrivals = count()
+        self._length = self._finished_waiting = 0
+
+    def __len__(self) -> int:
+        """Return the number of unfinished requests."""
+        return self._length
+
+    def __iter__(self) -> Iterator[QueuedRequest]:
+        """Iterate over all unfinished requests. The time grows with their number."""
+        for queued in (*self.running, *(queued for waiting in self._waiting.values() for queued in waiting)):
+            if not queued.finished:
+                yield queued
+
+    def add(self, queued: QueuedRequest) -> None:
+        """Append a waiting request."""
+        queued.arrival = next(self._arrivals)
+        self._waiting.setdefault(queued.batch_key, deque()).append(queued)
+        self._update_first(queued.batch_key)
+        self._waiting_samples[queued.batch_key] = self._waiting_samples.get(queued.batch_key, 0) + len(queued)
+        self._length += 1
+
+    def oldest(self) -> QueuedRequest | None:
+        """Return the unfinished request that arrived first, or None if the queue is empty."""
+        candidates = self.running[:1]
+        while self._heap:
+            arrival, key = self._heap[0]
+            self._update_first(key)
+            if self._first.get(key) == arrival:
+                candidates.append(self._waiting[key][0])
+                break
+            heapq.heappop(self._heap)
+        return min(candidates, key=_arrival, default=None)
+
+    def samples(self, key: BatchKey) -> int:
+        """Return the number of samples of unfinished requests with a batch key."""
+        return self._waiting_samples.get(key, 0) + sum(len(queued) for queued in self.running if queued.batch_key == key)
+
+    def schedule(self, limit: int) -> list[QueuedRequest]:
+        """Return the next batch, whose requests are running from now on.
+
+        It has the oldest request, however large, and younger ones with the same batch key that fit into ``limit`` samples. The queue must not be empty.
+        """
+        first = self.oldest()
+        assert first is not None
+        running = deque(queued for queued in self.running if queued.batch_key == first.batch_key)
+        waiting = self._waiting.get(first.batch_key, deque())
+        batch, skipped, samples = list[QueuedRequest](), list[QueuedRequest](), 0
+        while samples < limit and len(skipped) < MAX_SKIPPED and (running or waiting):
+            from_waiting = not running or (bool(waiting) and waiting[0].arrival < running[0].arrival)
+            queued = (waiting if from_waiting else running).popleft()
+            if queued.finished:
+                self._finished_waiting -= 1
+            elif not batch or samples + len(queued) <= limit:
+                batch.append(queued)
+                samples += len(queued)
+                if from_waiting:
+                    self._start(queued)
+            elif from_waiting:
+                skipped.append(queued)
+        waiting.extendleft(reversed(skipped))
+        self._update_first(first.batch_key)
+        return batch
+
+    def drop_finished(self) -> None:
+        """Remove finished requests from the running ones."""
+        before = len(self.running)
+        self.running = [queued for queued in self.running if not queued.finished]
+        self._length -= before - len(self.running)
+
+    def discard(self, cancelled: Iterable[QueuedRequest]) -> None:
+        """Remove requests that were finished because they were cancelled."""
+        for queued in cancelled:
+            self._length -= 1
+            if queued not in self.running:
+                self._waiting_samples[queued.batch_key] -= len(queued)
+                self._finished_waiting += 1
+        self.running = [queued for queued in self.running if not queued.finished]
+        if self._finished_waiting > max(self._length, MAX_SKIPPED):
+            self._compact()
+
+    def clear(self) -> None:
+        """Remove all requests."""
+        self.running.clear()
+        self._waiting.clear()
+        self._waiting_samples.clear()
+        self._heap.clear()
+        self._first.clear()
+        self._length = self._finished_waiting = 0
+
+    def _start(self, queued: QueuedRequest) -> None:
+        self._waiting_samples[queued.batch_key] -= len(queued)
+        queued.status = RequestStatus.RUNNING
+        insort(self.running, queued, key=_arrival)
+
+    def _update_first(self, key: BatchKey) -> None:
+        """Note which waiting request of a key is the first, or forget the key if none is left."""
+        waiting = self._waiting.get(key)
+        while waiting and waiting[0].finished:
+            waiting.popleft()
+            self._finished_waiting -= 1
+        if not waiting:
+            for mapping in (self._waiting, self._waiting_samples, self._first):
+                mapping.pop(key, None)
+        elif self._first.get(key) != waiting[0].arrival:
+            self._first[key] = waiting[0].arrival
+            heapq.heappush(self._heap, (waiting[0].arrival, key))
+
+    def _compact(self) -> None:
+        """Remove finished requests from the waiting ones, so that cancelled requests do not keep their memory."""
+        for key, waiting in list(self._waiting.items()):
+            self._waiting[key] = deque(queued for queued in waiting if not queued.finished)
+            self._update_first(key)
+        self._finished_waiting = 0
