@@ -30,6 +30,7 @@ from scm_runtime.errors import (
     NonFiniteError,
     OutOfMemoryError,
     OutputError,
+    QueueFullError,
     ScmError,
 )
 from scm_runtime.generator import Generator
@@ -57,6 +58,7 @@ __all__ = [
     "NonFiniteError",
     "OutOfMemoryError",
     "OutputError",
+    "QueueFullError",
     "Samples",
     "ScmError",
     "Span",

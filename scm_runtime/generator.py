@@ -64,6 +64,7 @@ class Generator(QueuedSampling):
         cache_dir: str | os.PathLike[str] | Literal[False] | None = None,
         max_batch_size: int = 8,
         max_wait_ms: float = 0.0,
+        max_queue: int | None = None,
         verify_integrity: bool = True,
     ) -> None:
         """Open a bundle.
@@ -96,6 +97,7 @@ class Generator(QueuedSampling):
                 folder for caches; False: no cache. It holds at most SCM_CACHE_MAX_BYTES, 4 GiB by default, and is not used if it cannot be written to.
             max_batch_size: maximum number of samples that ``submit``, ``async_`` and ``stream`` compute in one evaluation.
             max_wait_ms: how long a request may wait for others to fill a batch, in milliseconds; 0 for no wait.
+            max_queue: maximum number of unfinished requests of ``submit``, ``async_`` and ``stream``; another raises QueueFullError. None for no limit.
             verify_integrity: compare the SHA-256 of every file with the manifest. False saves reading large bundles; presence and sizes are always
                 checked.
 
@@ -111,7 +113,7 @@ class Generator(QueuedSampling):
             NativeOpsError: native_ops is True, and the kernels cannot be used.
             InferenceError: ONNX Runtime cannot open a graph.
         """
-        max_batch_size, max_wait = check_batching(max_batch_size, max_wait_ms)
+        max_batch_size, max_wait, max_queue = check_batching(max_batch_size, max_wait_ms, max_queue)
         on_nonfinite = check_on_nonfinite(on_nonfinite)
         if on_span is not None and not callable(on_span):
             raise InvalidArgumentError(f"on_span must be a function of a Span, or None, got {on_span!r}")
@@ -142,7 +144,7 @@ class Generator(QueuedSampling):
         nonfinite = NonFiniteHandler(opened.engine, on_nonfinite, opened.open_fp32)
         self._runs = opened.runs
         self._loop = SharedResource(SamplingLoop(opened.engine, nonfinite, self._runs, self.manifest, attributes, on_span), SamplingLoop.close)
-        self._max_batch_size, self._scheduler = max_batch_size, BatchScheduler(max_batch_size, max_wait)
+        self._max_batch_size, self._scheduler = max_batch_size, BatchScheduler(max_batch_size, max_wait, max_queue)
         weakref.finalize(self, self._scheduler.stop_when_idle).atexit = False
 
     def __enter__(self) -> Self:
@@ -282,6 +284,7 @@ class Generator(QueuedSampling):
 
         Raises:
             InvalidArgumentError, GeneratorClosedError, ForkedError: immediately, as in a call.
+            QueueFullError: ``max_queue`` requests are not finished.
         """
         loop = self._loop.acquire()
         try:

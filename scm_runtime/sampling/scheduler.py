@@ -17,7 +17,7 @@ from scm_runtime.common import process
 from scm_runtime.common.checks import is_int
 from scm_runtime.common.log import log
 from scm_runtime.common.runs import closed_error
-from scm_runtime.errors import GeneratorClosedError, InferenceError, InvalidArgumentError, OutOfMemoryError
+from scm_runtime.errors import GeneratorClosedError, InferenceError, InvalidArgumentError, OutOfMemoryError, QueueFullError
 from scm_runtime.samples import Samples
 from scm_runtime.sampling.loop import SamplingLoop, run_inline
 from scm_runtime.sampling.queued_request import QueuedRequest, resolve_all
@@ -42,22 +42,24 @@ class BatchScheduler:
     Generator can be garbage-collected, and its finalizer calls ``stop_when_idle``.
     """
 
-    def __init__(self, max_batch_size: int, max_wait: float) -> None:
+    def __init__(self, max_batch_size: int, max_wait: float, max_queue: int | None = None) -> None:
         """Make an empty queue.
 
         Args:
             max_batch_size: samples per batch; a larger request runs alone.
             max_wait: seconds that the oldest request may wait for others to share its first batch.
+            max_queue: maximum number of unfinished requests; None for no limit.
         """
         from queue import SimpleQueue
 
-        self._max_batch_size, self._max_wait = max_batch_size, max_wait
+        self._max_batch_size, self._max_wait, self._max_queue = max_batch_size, max_wait, max_queue
         self._limit = max_batch_size  # lowered when memory runs out, until the queue is empty
         self._queue = RequestQueue()  # only the thread uses it
         # New requests; references to cancelled ones; None wakes the thread. SimpleQueue.put is reentrant: the garbage collector may call it at any point.
         self._inbox: SimpleQueue[QueuedRequest | weakref.ref[QueuedRequest] | None] = SimpleQueue()
         self._cancelled: list[QueuedRequest] = []  # only the thread uses it
-        self._lock = threading.RLock()  # guards the inbox and _serving; signal handlers may enter it again
+        self._lock = threading.RLock()  # guards the inbox, _serving and _unfinished; signal handlers may enter it again
+        self._unfinished = 0  # requests, from add_request until they are resolved
         self._serving = False  # True while a thread takes requests from the inbox
         self._thread: threading.Thread | None = None  # the latest one
         self._in_callback = False  # True while the thread is in a callback_on_step_end, which may wait for the thread that closes
@@ -74,19 +76,34 @@ class BatchScheduler:
 
         Returns:
             The future of its samples.
+
+        Raises:
+            QueueFullError: ``max_queue`` requests are not finished.
+            InferenceError: the system cannot start a thread.
         """
         from concurrent.futures import Future
 
+        def release_request() -> None:
+            with self._lock:
+                self._unfinished -= 1
+            release()
+
         future: Future[Samples] = Future()
-        queued = QueuedRequest(loop, request, future, release)
+        queued = QueuedRequest(loop, request, future, release_request)
         inbox, reference = self._inbox, weakref.ref(queued)  # a future that its caller keeps must keep neither the request nor the scheduler
         future.add_done_callback(lambda done: inbox.put(reference) if done.cancelled() else None)
         with self._lock:
+            if self._max_queue is not None and self._unfinished >= self._max_queue:
+                raise QueueFullError(f"max_queue={self._max_queue} requests are not finished: submit this one again later, or raise max_queue")
             if not self._serving:
                 thread = threading.Thread(target=self._serve, name=THREAD_NAME, daemon=True)
                 process.stop_at_exit(self)
-                thread.start()
+                try:
+                    thread.start()
+                except RuntimeError as error:
+                    raise InferenceError(f"cannot start the thread that computes submitted requests: {error}. Raise the limit of threads, or call.") from error
                 self._thread, self._serving = thread, True  # the thread reads both under the lock
+            self._unfinished += 1
             self._inbox.put(queued)
         return future
 
@@ -247,14 +264,16 @@ class BatchScheduler:
             self._run_isolating_failures(work, batch[start : start + size], outcomes)
 
 
-def check_batching(max_batch_size: object, max_wait_ms: object) -> tuple[int, float]:
-    """Return the Generator's ``max_batch_size``, and ``max_wait_ms`` in seconds. Raises InvalidArgumentError if one is out of range."""
+def check_batching(max_batch_size: object, max_wait_ms: object, max_queue: object) -> tuple[int, float, int | None]:
+    """Return the arguments of ``BatchScheduler`` for those of the Generator. Raises InvalidArgumentError if one is out of range."""
     longest = 3_600_000
     if not is_int(max_batch_size) or cast(int, max_batch_size) < 1:
         raise InvalidArgumentError(f"max_batch_size must be an integer of at least 1, got {max_batch_size!r}")
     if isinstance(max_wait_ms, bool) or not isinstance(max_wait_ms, int | float) or not 0 <= max_wait_ms <= longest:
         raise InvalidArgumentError(f"max_wait_ms must be a number of milliseconds from 0 to {longest}, got {max_wait_ms!r}")
-    return int(cast(int, max_batch_size)), max_wait_ms / 1e3
+    if max_queue is not None and (not is_int(max_queue) or cast(int, max_queue) < 1):
+        raise InvalidArgumentError(f"max_queue must be an integer of at least 1, or None for no limit, got {max_queue!r}")
+    return int(cast(int, max_batch_size)), max_wait_ms / 1e3, cast("int | None", max_queue)
 
 
 def _step(batch: Sequence[QueuedRequest]) -> None:

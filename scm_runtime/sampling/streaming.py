@@ -70,6 +70,7 @@ class QueuedSampling:
 
         Raises:
             InvalidArgumentError, GeneratorClosedError, ForkedError: immediately, as in a call.
+            QueueFullError: from the iterator, if ``max_queue`` requests are not finished.
         """
         source = self._stream_source()
         size = source.batch_size if batch_size is None else batch_size

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from scheduler_control import TIMEOUT_S, engine_of, record_batches, scheduler_blocked, scheduler_threads
+from scheduler_control import TIMEOUT_S, engine_of, record_batches, scheduler_blocked, scheduler_threads, wait_until
 from scm_runtime import (
     GenerationCancelledError,
     Generator,
@@ -22,6 +22,7 @@ from scm_runtime import (
     InvalidArgumentError,
     NonFiniteError,
     OutOfMemoryError,
+    QueueFullError,
     Samples,
     Span,
 )
@@ -247,11 +248,38 @@ def test_a_request_runs_alone_after_max_wait_ms() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("max_batch_size", 0), ("max_batch_size", 2.0), ("max_wait_ms", -1), ("max_wait_ms", float("nan")), ("max_wait_ms", "1")]
+    ("name", "value"),
+    [("max_batch_size", 0), ("max_batch_size", 2.0), ("max_wait_ms", -1), ("max_wait_ms", float("nan")), ("max_wait_ms", "1"), ("max_queue", 0)],
 )
 def test_batching_options_are_checked(name: str, value: Any) -> None:
     with pytest.raises(InvalidArgumentError, match=f"{name} must be"):
         Generator("digits", **{name: value})
+
+
+def test_a_full_queue_refuses_requests_until_one_is_finished() -> None:
+    with Generator("digits", max_queue=2) as generator:
+        with scheduler_blocked(generator):
+            waiting = generator.submit(seed=1, output_type="np")
+            with pytest.raises(QueueFullError, match="max_queue=2 requests are not finished"):
+                generator.submit(seed=2)
+            assert waiting.cancel()
+        wait_until(lambda: not generator._scheduler._unfinished)
+        later = [result(generator.submit(seed=seed, output_type="np")) for seed in range(5)]
+        assert [samples.seeds for samples in later] == [(seed,) for seed in range(5)]
+        stream = generator.stream(4, 1, seed=0, output_type="np")
+        assert [samples.seeds for samples in stream] == [(0,), (1,), (2,), (3,)], "a stream has two requests at a time"
+
+
+def test_a_thread_that_cannot_be_started_is_a_typed_error(digits: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with Generator("digits") as generator:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", start)
+            with pytest.raises(InferenceError, match="cannot start the thread that computes submitted requests: can't start new thread"):
+                generator.submit(seed=1)
+        assert result(generator.submit(seed=1)).seeds == (1,)
 
 
 def test_submit_checks_arguments_before_it_returns(digits: Generator) -> None:
