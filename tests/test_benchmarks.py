@@ -239,7 +239,7 @@ def peer(status: str = "ok", median: float = 10.0, **fields: Any) -> dict[str, A
     }
 
 
-FIGURES = ("recognized", "frechet", "precision", "recall", "near", "copies")
+FIGURES = ("recognised", "frechet", "precision", "recall", "near", "copies")
 
 
 @pytest.fixture
@@ -262,7 +262,7 @@ def results(tmp_path: Path) -> Path:
     (folder / "teacher.json").write_text(json.dumps({"machine": machine, "figures": {"digits": teacher, "XXL": skipped}}))
     good, fair = dict.fromkeys(FIGURES, (0.25, 0.125)), dict.fromkeys(FIGURES, (0.5, None))
     rows = [{"sampler": "teacher", "through": through, "sets": sets, "figures": shown} for through, sets, shown in (("PyTorch", 1, fair), ("fp32", 3, good))]
-    changes = {"fp32": {"recognized": 0.001, "recall": 0.0021}}
+    changes = {"fp32": {"recognised": 0.001, "recall": 0.0021}}
     quality = {"samples": 10_000, "real": dict.fromkeys(FIGURES, 0.75), "rows": rows, "export_changes": changes}
     (folder / "quality.json").write_text(json.dumps(quality))
     places = "\n".join(f"<!-- {name}:begin -->\n<!-- {name}:end -->" for name in ("peers", "peers-costs", "teacher", "quality"))
