@@ -5,7 +5,6 @@ The time of each operation depends on the batch size and the number of different
 
 from __future__ import annotations
 
-import heapq
 from bisect import insort
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -25,10 +24,9 @@ class RequestQueue:
     def __init__(self) -> None:
         self.running: list[QueuedRequest] = []
         """Requests that were scheduled and are not finished, in order of arrival."""
-        self._waiting: dict[BatchKey, deque[QueuedRequest]] = {}  # in order of arrival; a finished request is removed when it is reached
+        # In order of arrival, without empty deques. The first request of a deque is unfinished; a finished one behind it is removed when it comes first.
+        self._waiting: dict[BatchKey, deque[QueuedRequest]] = {}
         self._waiting_samples: dict[BatchKey, int] = {}  # unfinished ones only
-        self._heap: list[tuple[int, BatchKey]] = []  # arrival of the first request of each deque; entries that are not in _first are out of date
-        self._first: dict[BatchKey, int] = {}
         self._arrivals = count()
         self._length = self._finished_waiting = 0
 
@@ -46,21 +44,12 @@ class RequestQueue:
         """Append a waiting request."""
         queued.arrival = next(self._arrivals)
         self._waiting.setdefault(queued.batch_key, deque()).append(queued)
-        self._update_first(queued.batch_key)
         self._waiting_samples[queued.batch_key] = self._waiting_samples.get(queued.batch_key, 0) + len(queued)
         self._length += 1
 
     def oldest(self) -> QueuedRequest | None:
         """Return the unfinished request that arrived first, or None if the queue is empty."""
-        candidates = self.running[:1]
-        while self._heap:
-            arrival, key = self._heap[0]
-            self._update_first(key)
-            if self._first.get(key) == arrival:
-                candidates.append(self._waiting[key][0])
-                break
-            heapq.heappop(self._heap)
-        return min(candidates, key=_arrival, default=None)
+        return min((*self.running[:1], *(waiting[0] for waiting in self._waiting.values())), key=_arrival, default=None)
 
     def samples(self, key: BatchKey) -> int:
         """Return the number of samples of unfinished requests with a batch key."""
@@ -89,7 +78,7 @@ class RequestQueue:
             elif from_waiting:
                 skipped.append(queued)
         waiting.extendleft(reversed(skipped))
-        self._update_first(first.batch_key)
+        self._drop_finished_heads(first.batch_key)
         return batch
 
     def drop_finished(self) -> None:
@@ -100,12 +89,14 @@ class RequestQueue:
 
     def discard(self, cancelled: Iterable[QueuedRequest]) -> None:
         """Remove requests that were finished because they were cancelled."""
-        for queued in cancelled:
-            self._length -= 1
-            if queued not in self.running:
-                self._waiting_samples[queued.batch_key] -= len(queued)
-                self._finished_waiting += 1
-        self.running = [queued for queued in self.running if not queued.finished]
+        waited = [queued for queued in cancelled if queued not in self.running]
+        for queued in waited:
+            self._waiting_samples[queued.batch_key] -= len(queued)
+        self._length -= len(waited)
+        self._finished_waiting += len(waited)
+        self.drop_finished()
+        for key in {queued.batch_key for queued in waited}:
+            self._drop_finished_heads(key)
         if self._finished_waiting > max(self._length, MAX_SKIPPED):
             self._compact()
 
@@ -114,8 +105,6 @@ class RequestQueue:
         self.running.clear()
         self._waiting.clear()
         self._waiting_samples.clear()
-        self._heap.clear()
-        self._first.clear()
         self._length = self._finished_waiting = 0
 
     def _start(self, queued: QueuedRequest) -> None:
@@ -123,22 +112,19 @@ class RequestQueue:
         queued.status = RequestStatus.RUNNING
         insort(self.running, queued, key=_arrival)
 
-    def _update_first(self, key: BatchKey) -> None:
-        """Note which waiting request of a key is the first, or forget the key if none is left."""
+    def _drop_finished_heads(self, key: BatchKey) -> None:
+        """Remove finished requests before the first unfinished one of a key, and the key if none is left."""
         waiting = self._waiting.get(key)
         while waiting and waiting[0].finished:
             waiting.popleft()
             self._finished_waiting -= 1
         if not waiting:
-            for mapping in (self._waiting, self._waiting_samples, self._first):
-                mapping.pop(key, None)
-        elif self._first.get(key) != waiting[0].arrival:
-            self._first[key] = waiting[0].arrival
-            heapq.heappush(self._heap, (waiting[0].arrival, key))
+            self._waiting.pop(key, None)
+            self._waiting_samples.pop(key, None)
 
     def _compact(self) -> None:
         """Remove finished requests from the waiting ones, so that cancelled requests do not keep their memory."""
         for key, waiting in list(self._waiting.items()):
             self._waiting[key] = deque(queued for queued in waiting if not queued.finished)
-            self._update_first(key)
+            self._drop_finished_heads(key)
         self._finished_waiting = 0
