@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -82,8 +82,7 @@ class Samples:
         return len(self.seeds)
 
     def __repr__(self) -> str:
-        seeds = ", ".join(map(str, self.seeds[:8])) + (", …" if len(self.seeds) > 8 else "")
-        return f"Samples({self.array.dtype} {list(self.array.shape)}, seeds {seeds})"
+        return f"Samples({self.array.dtype} {list(self.array.shape)}, seeds {listed_seeds(self.seeds)})"
 
     @cached_property
     def images(self) -> list[Image.Image]:
@@ -135,6 +134,11 @@ class Samples:
             raise InvalidArgumentError(
                 f"these samples have {self.array.shape[-1]} channels, images have 1, 3 or 4: use .array, or output_type='latent' for the state"
             )
+
+
+def listed_seeds(seeds: Sequence[int]) -> str:
+    """Return the first eight seeds as text."""
+    return ", ".join(map(str, seeds[:8])) + (", …" if len(seeds) > 8 else "")
 
 
 def _encode(image: Image.Image, image_format: str, target: Path) -> io.BytesIO:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import logging
 import re
-from importlib import metadata
 from typing import NamedTuple
 
+from scm_runtime.common.installed import installed_version
 from scm_runtime.errors import MissingDependencyError
 
 logger = logging.getLogger("scm_export")
@@ -47,13 +47,13 @@ def check_versions() -> None:
     Raises:
         MissingDependencyError: a package is too old; the message lists all such packages and the pip command that upgrades them.
     """
-    torch = _installed("torch")
+    torch = installed_version("torch")
     problems, upgrades = [], []
     for needed in REQUIREMENTS:
         if needed.torch is not None and (torch is None or _parse(torch) < _parse(needed.torch)):
             continue
         for name in needed.distributions or (needed.package,):
-            found = _installed(name)
+            found = installed_version(name)
             if found is not None and _parse(found) < _parse(needed.minimum):
                 with_torch = "" if needed.torch is None else f" with torch {torch}"
                 problems.append(f"{name} {found} cannot be used{with_torch}: {needed.reason}. It must be at least {needed.minimum}.")
@@ -64,7 +64,7 @@ def check_versions() -> None:
 
 def warn_about_untested_versions() -> None:
     """Log a warning if torch or onnxscript is newer than the release series that this exporter has been tested with."""
-    newer = [f"{name} {found}" for name, tested in TESTED.items() if (found := _installed(name)) is not None and _parse(found)[:2] > _parse(tested)]
+    newer = [f"{name} {found}" for name, tested in TESTED.items() if (found := installed_version(name)) is not None and _parse(found)[:2] > _parse(tested)]
     if newer:
         logger.warning(
             "%s: newer than what this exporter has been tested with (%s). If the network cannot be translated, that may be the reason. The tested versions:\n"
@@ -73,13 +73,6 @@ def warn_about_untested_versions() -> None:
             ", ".join(f"{name} {tested}" for name, tested in TESTED.items()),
             " ".join(f"'{name}~={tested}.0'" for name, tested in TESTED.items()),
         )
-
-
-def _installed(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _parse(version: str) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
+from scm_runtime.common.installed import installed_version
 from scm_runtime.errors import MissingDependencyError
 
 NO_TELEMETRY = "ORT_DISABLE_TELEMETRY"
@@ -20,7 +21,7 @@ def load_onnxruntime() -> Any:
     Raises:
         MissingDependencyError: it is not installed, or both onnxruntime and onnxruntime-gpu are, which overwrite each other's files.
     """
-    if _installed("onnxruntime") and _installed("onnxruntime-gpu"):
+    if installed_version("onnxruntime") and installed_version("onnxruntime-gpu"):
         raise MissingDependencyError(
             "both onnxruntime and onnxruntime-gpu are installed; they overwrite each other. Keep one:\n"
             "  pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'scm-runtime[cpu]'   (or [gpu])"
@@ -35,16 +36,6 @@ def load_onnxruntime() -> Any:
             f"ONNX Runtime cannot be imported ({error}). Install it:\n  pip install 'scm-runtime[cpu]'   (or [gpu] for CUDA)"
         ) from error
     return onnxruntime
-
-
-def _installed(distribution: str) -> bool:
-    from importlib import metadata  # 20 ms, a third of importing scm_runtime
-
-    try:
-        metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 @contextmanager

@@ -12,7 +12,6 @@ import platform
 import tempfile
 import time
 from collections import Counter
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scm_runtime._version import __version__
+from scm_runtime.common.installed import installed_version
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
 from scm_runtime.devices.cpu import available_cores
 from scm_runtime.devices.placement import CPU_PROVIDER, CUDA_PROVIDER, cuda_unavailable_reason, needed_libraries
@@ -41,7 +41,7 @@ ENVIRONMENT_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THR
 def examine() -> Report:
     """Examine the installation. This takes seconds; longer if a provider compiles graphs."""
     problems: list[Problem] = []
-    wheels = {name: version for name in WHEELS if (version := _version(name))}
+    wheels = {name: version for name in WHEELS if (version := installed_version(name))}
     version, available, failure = _onnxruntime()
     if failure:
         problems.append(Problem("ONNX Runtime cannot be used", failure))
@@ -64,7 +64,7 @@ def examine() -> Report:
             "python": platform.python_version(),
             "platform": platform.platform(),
             "onnxruntime": version,
-            **{name: _version(name) for name in ("numpy", "msgspec", "pillow", "cuda-core", "cuda-bindings")},
+            **{name: installed_version(name) for name in ("numpy", "msgspec", "pillow", "cuda-core", "cuda-bindings")},
         },
         onnxruntime_wheels=wheels,
         providers=providers,
@@ -199,13 +199,6 @@ def _cache() -> Cache:
         return Cache(str(folder), writable, size, None if writable else f"'{folder}' is not writable. {CACHE_REMEDY}")
     except (OSError, ScmError) as error:
         return Cache(os.environ.get("SCM_CACHE_DIR") or None, writable=False, size_bytes=0, reason=f"{_error_text(error)}. {CACHE_REMEDY}")
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _error_text(error: Exception) -> str:

@@ -14,6 +14,7 @@ from scm_runtime.common.log import log
 from scm_runtime.engines.engine import Engine, Trajectory
 from scm_runtime.errors import InvalidArgumentError, NonFiniteError
 from scm_runtime.inputs.call import Call
+from scm_runtime.samples import listed_seeds
 
 OnNonfinite = Literal["raise", "warn", "fp32"]
 ON_NONFINITE = ("raise", "warn", "fp32")
@@ -153,8 +154,7 @@ def _subset(trajectory: Trajectory, rows: NDArray[np.bool_]) -> Trajectory:
 
 
 def _listed_seeds(trajectory: Trajectory, rows: NDArray[np.bool_]) -> str:
-    seeds = trajectory.call.seeds[rows].tolist()
-    return ", ".join(map(str, seeds[:8])) + (", …" if len(seeds) > 8 else "")
+    return listed_seeds(trajectory.call.seeds[rows].tolist())
 
 
 def _message(trajectory: Trajectory, rows: NDArray[np.bool_], step: int, dtype: str) -> str:

@@ -116,7 +116,7 @@ cli.main(["generate", sys.argv[2], "-o", sys.argv[3]])
 
 
 def test_both_builds_of_onnxruntime(monkeypatch: pytest.MonkeyPatch, tiny_bundle: Path) -> None:
-    monkeypatch.setattr(module, "_installed", lambda distribution: True)
+    monkeypatch.setattr(module, "installed_version", lambda distribution: "1.0")
     module.load_onnxruntime.cache_clear()
     with pytest.raises(MissingDependencyError, match=r"both onnxruntime and onnxruntime-gpu are installed") as caught:
         scm_runtime.Generator(tiny_bundle)

@@ -8,7 +8,6 @@ import os
 import platform
 from collections.abc import Iterable, Mapping
 from html import escape
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from scm_export.verification.tolerances import passes
 from scm_export.verification.verify import VerificationResult
 from scm_runtime.bundle.manifest import Manifest, VerifiedCase
 from scm_runtime.common.files import whole_file
+from scm_runtime.common.installed import installed_version
 from scm_runtime.devices.cpu import available_cores, processor_name
 from scm_runtime.errors import OutputError
 from scm_runtime.samples import IMAGE_CHANNELS
@@ -92,7 +92,7 @@ def to_html(manifest: Manifest, result: VerificationResult) -> str:
 
 def facts(manifest: Manifest) -> dict[str, str]:
     """Facts about the bundle, the packages and the machine, by name."""
-    versions = ", ".join(f"{name} {version}" for name in PACKAGES if (version := _version(name)) is not None)
+    versions = ", ".join(f"{name} {version}" for name in PACKAGES if (version := installed_version(name)) is not None)
     graphs = ", ".join(manifest.dtypes) + "".join(f", {domain} {version}" for domain, version in {"opset": manifest.opset, **manifest.ops}.items())
     times = (f"{count}: {' → '.join(f'{t:.6g}' for t in values)}" for count, values in manifest.times.items())
     return {
@@ -111,13 +111,6 @@ def facts(manifest: Manifest) -> dict[str, str]:
         "versions": f"Python {platform.python_version()}, {versions}",
         "machine": f"{platform.system()} {platform.machine()}, {processor_name()}, {available_cores()} cores",
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _facts(values: Mapping[str, str]) -> str:
