@@ -43,6 +43,15 @@ def open_regular(path: Path, *, follow_links: bool = True) -> BufferedReader:
     return file
 
 
+def read_limited(path: Path, max_bytes: int) -> bytes:
+    """Read a regular file of at most ``max_bytes``. Raises OSError if it cannot be read or is not a regular file, ValueError if it is larger."""
+    with open_regular(path) as file:
+        data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise ValueError(f"it has more than {max_bytes} bytes")
+    return data
+
+
 @contextmanager
 def output_errors(path: Path) -> Iterator[None]:
     """Turn errors of writing a file into OutputError."""

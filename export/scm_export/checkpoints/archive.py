@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from scm_export.checkpoints.inert_pickle import ForbiddenPickleError, Global, MalformedPickleError, OversizedPickleError, StandIn, read_small_pickle
-from scm_export.checkpoints.message_text import printable
+from scm_runtime.common.message_text import printable
 from scm_export.checkpoints.stored_tensors import STORAGE_DTYPES
 from scm_export.errors import CheckpointError
 

@@ -15,7 +15,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from scm_export.checkpoints.message_text import first_line
+from scm_runtime.common.message_text import first_line
 from scm_export.checkpoints.torch_file import read_torch_file
 from scm_export.errors import CheckpointError
 from scm_runtime.bundle.checksums import sha256

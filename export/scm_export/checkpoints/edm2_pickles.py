@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from scm_export.checkpoints.header import SamplerSpec
-from scm_export.checkpoints.message_text import printable
+from scm_runtime.common.message_text import printable
 from scm_export.checkpoints.persistent_objects import PersistentObject, pickle_errors, read_persistent
 from scm_export.checkpoints.scm_checkpoint import Checkpoint
 from scm_export.checkpoints.stored_tensors import as_floats

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scm_export.checkpoints.message_text import printable
+from scm_runtime.common.message_text import printable
 
 
 class IgnoredObject:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, runtime_checkable
 
-from scm_export.checkpoints.message_text import printable
+from scm_runtime.common.message_text import printable
 
 # A snapshot of the largest published network has some 50 000 opcodes. Each can create an object many times larger than its bytes in the file.
 MAX_OPCODES = 2_000_000

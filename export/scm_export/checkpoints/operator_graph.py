@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import Node
 
-from scm_export.checkpoints.message_text import printable
+from scm_runtime.common.message_text import printable
 
 MAX_BITS = 64  # bits of an integer that an operator returns; longer ones could exhaust the memory
 MAX_SIZE = 2**31  # largest integer in a list of sizes, strides or kernel sizes; some torch operators crash on larger ones

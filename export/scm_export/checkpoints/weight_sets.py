@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from scm_export.checkpoints.message_text import printable
+from scm_runtime.common.message_text import printable
 from scm_export.errors import CheckpointError
 from scm_runtime.errors import InvalidArgumentError
 

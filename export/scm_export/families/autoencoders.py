@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from scm_export.checkpoints import DiffusersFolder
 from scm_export.checkpoints.diffusers_folder import is_diffusers_folder
-from scm_export.checkpoints.message_text import first_line
+from scm_runtime.common.message_text import first_line
 from scm_export.errors import CheckpointError
 from scm_export.families.diffusers_networks import make_batch_dynamic, make_network, read_weights
 from scm_export.families.family import BuildOptions

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from scm_export.checkpoints import Checkpoint, Loaded, Program, SamplerSpec
 from scm_export.checkpoints.header import PositiveInteger, convert
-from scm_export.checkpoints.message_text import first_line
+from scm_runtime.common.message_text import first_line
 from scm_export.checkpoints.operator_graph import OperatorGraph
 from scm_export.checkpoints.state_dict import uncompiled
 from scm_export.errors import CheckpointError

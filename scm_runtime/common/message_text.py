@@ -15,3 +15,8 @@ def printable(text: object) -> str:
 def first_line(error: BaseException) -> str:
     """First line of an exception's message, or its class name if the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def escape_controls(text: str) -> str:
+    """Escape the characters of a message that a terminal would interpret, such as those of ANSI sequences. Line breaks and tabs stay."""
+    return "".join(char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape").decode() for char in text)

@@ -1,0 +1,82 @@
+"""Reading of JSON and TOML from files nobody has checked, within limits on size and nesting."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from scm_runtime.common.files import read_limited
+
+MAX_BYTES = 16 << 20
+"""Largest JSON file that is read, unless a reader allows another size. The index of a model of 10 000 tensors has 1 MiB."""
+MAX_TOML_BYTES = 1 << 20
+MAX_DEPTH = 64
+"""Deepest nesting of lists and dicts."""
+MAX_KEY_DOTS = 2000
+"""Largest number of dots in TOML other than decimal points. tomllib needs memory quadratic in the number of parts of a dotted key."""
+DECIMAL_POINT = re.compile(r"(?<![\w.-])[+-]?\d[\d_]*\.\d")
+
+
+def decode_json(data: bytes | str, *, max_depth: int = MAX_DEPTH) -> Any:
+    """Decode JSON to dicts, lists, strings and numbers.
+
+    Raises:
+        ValueError: it is not JSON, holds a number out of range, or is nested more than ``max_depth`` deep.
+    """
+    try:
+        value = msgspec.json.decode(data)
+    except RecursionError:
+        raise _too_deep(max_depth) from None
+    check_depth(value, max_depth)
+    return value
+
+
+def read_json(path: Path, *, max_bytes: int = MAX_BYTES) -> Any:
+    """Read and decode a JSON file.
+
+    Raises:
+        OSError: it cannot be read, or is not a regular file.
+        ValueError: it is larger than ``max_bytes``, or ``decode_json`` refuses it.
+    """
+    return decode_json(read_limited(path, max_bytes))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read and decode a TOML file.
+
+    Raises:
+        OSError: it cannot be read, or is not a regular file.
+        ValueError: it is larger than ``MAX_TOML_BYTES``, is not TOML in UTF-8, or is nested too deep.
+    """
+    text = read_limited(path, MAX_TOML_BYTES).decode("utf-8")
+    if text.count(".") - len(DECIMAL_POINT.findall(text)) > MAX_KEY_DOTS:
+        raise ValueError(f"it has more than {MAX_KEY_DOTS} dots outside of numbers")
+    try:
+        value = tomllib.loads(text)
+    except RecursionError:
+        raise _too_deep(MAX_DEPTH) from None
+    check_depth(value)
+    return value
+
+
+def check_depth(value: object, max_depth: int = MAX_DEPTH) -> None:
+    """Raise ValueError if lists and dicts are nested more than ``max_depth`` deep."""
+    level, depth = [value], 0
+    while level := [
+        item
+        for container in level
+        if isinstance(container, dict | list)
+        for item in (container.values() if isinstance(container, dict) else container)
+        if isinstance(item, dict | list)
+    ]:
+        depth += 1
+        if depth >= max_depth:
+            raise _too_deep(max_depth)
+
+
+def _too_deep(max_depth: int) -> ValueError:
+    return ValueError(f"it is nested more than {max_depth} levels deep")
