@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from scm_export.checkpoints.inert_pickle import ForbiddenPickleError, Global, MalformedPickleError, OversizedPickleError, StandIn, read_small_pickle
-from scm_runtime.common.message_text import printable
 from scm_export.checkpoints.stored_tensors import STORAGE_DTYPES
 from scm_export.errors import CheckpointError
+from scm_runtime.common.message_text import printable
 
 MAX_COMPRESSED = 256 << 20  # bytes that compressed entries may unpack to; torch compresses only source code
 

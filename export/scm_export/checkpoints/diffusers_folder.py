@@ -15,10 +15,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from scm_runtime.common.message_text import first_line
 from scm_export.checkpoints.torch_file import read_torch_file
 from scm_export.errors import CheckpointError
 from scm_runtime.bundle.checksums import sha256
+from scm_runtime.common.message_text import first_line
 
 PIPELINE, MODEL, SCHEDULER = "model_index.json", "config.json", "scheduler_config.json"
 WEIGHTS_NAMES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.bin")

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from scm_export.checkpoints.header import SamplerSpec
-from scm_runtime.common.message_text import printable
 from scm_export.checkpoints.persistent_objects import PersistentObject, pickle_errors, read_persistent
 from scm_export.checkpoints.scm_checkpoint import Checkpoint
 from scm_export.checkpoints.stored_tensors import as_floats
 from scm_export.errors import CheckpointError
 from scm_export.parametrisation import default_times
 from scm_export.samplers import RHO, SIGMA_MAX, SIGMA_MIN, angles, karras_sigmas, teacher_times
+from scm_runtime.common.message_text import printable
 
 # Names of the known classes, and the arguments of their constructors in order.
 NETWORKS = ("Precond", "TrigFlowPrecond")

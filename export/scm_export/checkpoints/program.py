@@ -13,9 +13,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from scm_export.checkpoints.header import Header
-from scm_runtime.common.message_text import first_line
 from scm_export.checkpoints.torch_file import current_folder_importable
 from scm_export.errors import CheckpointError
+from scm_runtime.common.message_text import first_line
 from scm_runtime.errors import InvalidArgumentError
 
 

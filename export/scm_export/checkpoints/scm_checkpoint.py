@@ -19,11 +19,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from scm_export.checkpoints.header import ConditioningSpec, SamplerSpec, convert, validate
-from scm_runtime.common.message_text import first_line
 from scm_export.checkpoints.torch_file import read_torch_file
 from scm_export.errors import CheckpointError, CheckpointNotFoundError
 from scm_runtime.bundle import hub
 from scm_runtime.common.files import whole_file
+from scm_runtime.common.message_text import first_line
 from scm_runtime.errors import OutputError
 
 FORMAT, VERSION = "scm-checkpoint", 1

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from scm_export.checkpoints.archive import check_contents
-from scm_runtime.common.message_text import first_line
 from scm_export.checkpoints.operator_graph import Call, OperatorGraph, Outputs, ParsedProgram, Ref, Weight, checked_name, from_exported_program, is_assertion
 from scm_export.checkpoints.operators import ATEN, SUBSTITUTES, WITHOUT_IN_PLACE, ForbiddenOperatorError, Kind, check_arguments, find_operator, kind_of
 from scm_export.checkpoints.torch_file import TRUST_HINT, current_folder_importable
 from scm_export.errors import CheckpointError
+from scm_runtime.common.message_text import first_line
 
 SCHEMA_MAJOR = 8  # of torch 2.9 to 2.13
 

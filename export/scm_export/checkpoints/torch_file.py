@@ -15,8 +15,8 @@ import torch
 
 from scm_export.checkpoints.archive import check_contents, check_storages
 from scm_export.checkpoints.ignored_objects import ignoring_objects, without_attributes
-from scm_runtime.common.message_text import first_line
 from scm_export.errors import CheckpointError
+from scm_runtime.common.message_text import first_line
 
 TRUST_HINT = "If you trust its author: --trust loads it anyway and runs its code."
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from scm_export.checkpoints.archive import check_contents
-from scm_runtime.common.message_text import first_line
 from scm_export.checkpoints.torch_file import TRUST_HINT
 from scm_export.errors import CheckpointError
+from scm_runtime.common.message_text import first_line
 
 DTYPES = {
     0: torch.uint8,

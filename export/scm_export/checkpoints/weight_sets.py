@@ -12,8 +12,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from scm_runtime.common.message_text import printable
 from scm_export.errors import CheckpointError
+from scm_runtime.common.message_text import printable
 from scm_runtime.errors import InvalidArgumentError
 
 MAX_DEPTH = 4  # nesting of dicts; Lightning callbacks store an average at callbacks.NAME.ema_state_dict

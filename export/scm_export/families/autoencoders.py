@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from scm_export.checkpoints import DiffusersFolder
 from scm_export.checkpoints.diffusers_folder import is_diffusers_folder
-from scm_runtime.common.message_text import first_line
 from scm_export.errors import CheckpointError
 from scm_export.families.diffusers_networks import make_batch_dynamic, make_network, read_weights
 from scm_export.families.family import BuildOptions
@@ -22,6 +21,7 @@ from scm_export.families.weights import load_weights
 from scm_export.model import Decoder, ImageDecoder, ImageNetwork, Latents
 from scm_export.ops import to_image
 from scm_export.precision import Precision
+from scm_runtime.common.message_text import first_line
 
 TINY = "AutoencoderTiny"
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from scm_export.checkpoints import DiffusersFolder, Loaded
-from scm_runtime.common.message_text import first_line
 from scm_export.errors import CheckpointError
 from scm_export.precision import is_norm
+from scm_runtime.common.message_text import first_line
 from scm_runtime.errors import InvalidArgumentError, MissingDependencyError
 
 # Names of attention layers in folders saved before diffusers 0.17, such as sd-vae-ft-mse.

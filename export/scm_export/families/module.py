@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from scm_export.checkpoints import Checkpoint, Loaded, Program, SamplerSpec
 from scm_export.checkpoints.header import PositiveInteger, convert
-from scm_runtime.common.message_text import first_line
 from scm_export.checkpoints.operator_graph import OperatorGraph
 from scm_export.checkpoints.state_dict import uncompiled
 from scm_export.errors import CheckpointError
@@ -28,6 +27,7 @@ from scm_export.model import Model, Reference
 from scm_export.parametrisation import Step, sample
 from scm_export.precision import Precision, is_norm
 from scm_runtime.bundle.manifest import Conditioning
+from scm_runtime.common.message_text import first_line
 
 PIXEL_CHANNELS = (1, 3, 4)
 
