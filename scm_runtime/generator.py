@@ -251,6 +251,7 @@ class Generator(QueuedSampling):
             NonFiniteError: samples became NaN or infinite; see ``on_nonfinite``.
             OutOfMemoryError: the batch does not fit into memory.
             InferenceError: ONNX Runtime failed in a graph.
+            BundleError: a graph returned another shape than the manifest declares.
         """
         arguments = CallArguments(
             num_inference_steps=num_inference_steps,

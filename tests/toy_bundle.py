@@ -212,7 +212,7 @@ def write_text_bundle(
     (folder / WEIGHTS).write_bytes((weights() * np.float32(gain)).tobytes() + bytes(64))
     texts = {"noise": NOISE, "step.fp32": STEP, "decode.fp32": DECODE if decoder else LATENT}
     texts |= {f"{extra}.fp32": {"encode": ENCODE, "preview": PREVIEW}[extra] for extra in extras}
-    for graph, text in (texts | {f"{graph}.fp32": text for graph, text in (graphs or {}).items()}).items():
+    for graph, text in (texts | {graph if graph == "noise" else f"{graph}.fp32": text for graph, text in (graphs or {}).items()}).items():
         model = onnx.parser.parse_model(HEADER + text)
         if graph.startswith("step"):
             model.graph.initializer.append(external_tensor("weights", [WIDTH, 2]))
