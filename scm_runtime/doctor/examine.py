@@ -6,7 +6,6 @@ Failures do not raise: each is a ``Problem`` of the report.
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import tempfile
@@ -19,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scm_runtime._version import __version__
+from scm_runtime.common.documents import read_json
 from scm_runtime.common.installed import installed_version
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
 from scm_runtime.devices.cpu import available_cores
@@ -130,7 +130,7 @@ def _try_provider(name: str) -> Provider:
 
 def _nodes(folder: Path) -> Counter[str]:
     """Count the nodes that each provider ran, from ONNX Runtime's profiles."""
-    events = [event for path in folder.glob("*.json") for event in json.loads(path.read_bytes())]
+    events = [event for path in folder.glob("*.json") for event in read_json(path)]
     return Counter(event["args"]["provider"] for event in events if event.get("cat") == "Node" and event.get("args", {}).get("provider"))
 
 
