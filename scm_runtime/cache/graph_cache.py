@@ -7,8 +7,8 @@ that saved it.
 A graph is saved from a private copy of the bundle's files, which is hashed while it is written: see private_copy.py.
 
 The cache never causes an error: an entry that is damaged or that another user could have written is rebuilt, and what cannot be written is logged and left
-out. The folder belongs to the user and is closed to other users (0700). Anyone who can write to it can change what a model computes, as with the installed package. The cache does not depend on sessions:
-``ort.open_session`` decides what to look up and what to add.
+out. The folder belongs to the user and is closed to other users (0700). Anyone who can write to it can change what a model computes, as with the installed
+package. The cache does not depend on sessions: ``ort.open_session`` decides what to look up and what to add.
 """
 
 from __future__ import annotations
