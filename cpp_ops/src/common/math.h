@@ -13,11 +13,13 @@ SCM_HD float clamp_magnitude(float x, float bound) {
   return float_of((magnitude < limit ? magnitude : limit) | (bits_of(x) & 0x80000000u));
 }
 
-// Clamps x to [-87, 89], the range of `exponential`; NaN gives a bound. Uses integers for the same reason as clamp_magnitude.
+// Clamps x to [-87, 89], the range of `exponential`; NaN gives one of the bounds. Uses integers for the same reason as clamp_magnitude: as signed integers all
+// negative floats are below 89, and as unsigned integers all positive floats are below -87.
 SCM_HD float clamp_exponent(float x) {
-  const std::uint32_t magnitude = bits_of(x) & 0x7fffffffu, sign = bits_of(x) & 0x80000000u;
-  const std::uint32_t limit = bits_of(89.0f) - (sign >> 13);  // the bits of 87 are 2^18 less
-  return float_of((magnitude < limit ? magnitude : limit) | sign);
+  const auto bits = static_cast<std::int32_t>(bits_of(x)), upper = static_cast<std::int32_t>(bits_of(89.0f));
+  const auto at_most_89 = static_cast<std::uint32_t>(bits < upper ? bits : upper);
+  const std::uint32_t lower = bits_of(-87.0f);
+  return float_of(at_most_89 < lower ? at_most_89 : lower);
 }
 
 // Returns e^x to about 1 ulp for |x| <= 87, and infinity for 88.5 <= x <= 89. Has no branches or tables, so that loops over it vectorize.
