@@ -84,7 +84,7 @@ def generate(
     threads: int | None,
     skip_integrity: bool,
 ) -> None:
-    """Generate images with BUNDLE: a folder, the name of an embedded bundle, or a repository of the Hugging Face hub (org/name)."""
+    """Generate images with BUNDLE: the name of an embedded bundle (digits), a folder (./digits), or a repository of the Hugging Face hub (org/name)."""
     with exit_on_error():
         from scm_runtime.cli.embeddings import read_embeddings
         from scm_runtime.cli.generate import GenerateOptions, generate_images, parse_labels
