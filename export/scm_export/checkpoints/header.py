@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import math
 import re
-import tomllib
 import types
 import typing
 from itertools import pairwise
@@ -18,6 +17,8 @@ from msgspec import Meta, Struct
 from scm_export.choices import PARAMETRISATION_NAMES, ParametrisationName
 from scm_export.errors import CheckpointError, CheckpointNotFoundError
 from scm_runtime.bundle.manifest import CONDITIONING_DTYPES, Conditioning, Dimension
+from scm_runtime.common.documents import MAX_TOML_BYTES, read_json, read_toml
+from scm_runtime.common.message_text import first_line
 
 T_LIMIT = math.pi / 2 + 1e-4  # some samplers round pi/2 up
 DOCUMENT = "docs/checkpoint-format.md"
@@ -119,15 +120,14 @@ def read_header(path: Path) -> Header:
     if path.suffix not in (".toml", ".json"):
         raise CheckpointError(f"the config '{path}' must end in .toml or .json ({DOCUMENT})")
     try:
-        text = path.read_text("utf-8")
-        raw = tomllib.loads(text) if path.suffix == ".toml" else msgspec.json.decode(text)
+        raw: object = read_toml(path) if path.suffix == ".toml" else read_json(path, max_bytes=MAX_TOML_BYTES)
     except OSError as error:
         missing = isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError)
         raise (CheckpointNotFoundError if missing else CheckpointError)(
-            f"cannot read the config '{path}': {error.strerror}. {DOCUMENT} has an example."
+            f"cannot read the config '{path}': {error.strerror or error}. {DOCUMENT} has an example."
         ) from error
-    except (ValueError, RecursionError) as error:  # of UTF-8, TOML and JSON alike
-        raise CheckpointError(f"the config '{path}' is not valid {path.suffix[1:].upper()}: {error}") from error
+    except ValueError as error:  # of UTF-8, TOML and JSON alike
+        raise CheckpointError(f"the config '{path}' is not valid {path.suffix[1:].upper()}: {first_line(error)}. {DOCUMENT} has an example.") from error
     try:
         header = convert(raw, Header)
         validate(header.family, header.sampler, header.conditioning)
