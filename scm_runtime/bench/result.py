@@ -12,7 +12,9 @@ from typing import Any, Literal
 import msgspec
 from msgspec import Struct, field
 
+from scm_runtime.common.documents import read_json
 from scm_runtime.common.files import beside, output_errors, whole_file
+from scm_runtime.common.message_text import printable
 from scm_runtime.errors import InvalidArgumentError
 
 FORMAT: Literal["scm-runtime bench"] = "scm-runtime bench"
@@ -164,17 +166,18 @@ def read_result(path: Path) -> Result:
     """Read a file that ``scm-runtime bench`` wrote; raises InvalidArgumentError if it is not one."""
     expected = "Expected a file written by scm-runtime bench … -o FILE, or what its --json printed."
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise InvalidArgumentError(f"'{path}' is too large to be a result, {path.stat().st_size:,} bytes. {expected}")
-        raw: Any = msgspec.json.decode(path.read_bytes())
+        raw: Any = read_json(path, max_bytes=MAX_BYTES)
         if not isinstance(raw, dict) or raw.get("format") != FORMAT:
             raise InvalidArgumentError(f"'{path}' is JSON, but not the result of a benchmark. {expected}")
         if raw.get("version") != VERSION:
-            raise InvalidArgumentError(f"'{path}' has version {raw.get('version')!r} of the format, this scm-runtime reads version {VERSION}. Measure again.")
+            version = printable(raw.get("version"))
+            raise InvalidArgumentError(f"'{path}' has version {version} of the format, this scm-runtime reads version {VERSION}. Measure again.")
         return msgspec.convert(raw, Result)
     except OSError as error:
         raise InvalidArgumentError(f"cannot read '{path}': {error.strerror or error}. {expected}") from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except InvalidArgumentError:
+        raise
+    except ValueError as error:
         raise InvalidArgumentError(f"'{path}' is not the result of a benchmark: {error}. {expected}") from error
 
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
+from scm_runtime.common.documents import read_json
 from scm_runtime.errors import BundleNotFoundError, BundleSchemaError
 
 SCHEMA_VERSION = 1
@@ -230,11 +231,7 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise BundleNotFoundError(f"cannot read '{path}': {error.strerror}. Expected a folder written by scm-export.") from error
-    try:
-        raw: Any = msgspec.json.decode(data)
+        raw: Any = read_json(path)
         version = raw.get("schema_version") if isinstance(raw, dict) else None
         if isinstance(version, int) and version != SCHEMA_VERSION:
             raise BundleSchemaError(
@@ -243,7 +240,9 @@ def read_manifest(folder: Path) -> Manifest:
             )
         manifest = msgspec.convert(raw, Manifest)
         manifest.validate()
-    except (msgspec.DecodeError, ValueError) as error:
+    except OSError as error:
+        raise BundleNotFoundError(f"cannot read '{path}': {error.strerror or error}. Expected a folder written by scm-export.") from error
+    except ValueError as error:
         if isinstance(error, BundleSchemaError):
             raise
         raise BundleSchemaError(f"'{path}' is not a valid manifest: {error}. Export the checkpoint again.") from error

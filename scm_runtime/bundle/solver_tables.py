@@ -24,6 +24,7 @@ import msgspec
 
 from scm_runtime.bundle.manifest import SAMPLERS, Manifest
 from scm_runtime.common.checks import is_int
+from scm_runtime.common.documents import read_json
 from scm_runtime.errors import BundleSchemaError, InvalidArgumentError
 
 DEFAULT_STEPS = 2
@@ -74,7 +75,7 @@ class SolverTables:
     @cached_property
     def _tables(self) -> dict[str, dict[int, SolverStages]]:
         try:
-            raw = msgspec.json.decode(self._path.read_bytes(), type=dict[str, dict[str, list[SolverStage]]])
+            raw = msgspec.convert(read_json(self._path), dict[str, dict[str, list[SolverStage]]])
             tables = {name: {int(count): tuple(rows) for count, rows in table.items()} for name, table in raw.items()}
             if {name: sorted(table) for name, table in tables.items()} != {name: sorted(counts) for name, counts in self._manifest.samplers.items()}:
                 raise ValueError("its samplers or step counts are not those of the manifest")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from scm_runtime.common.files import open_regular
 from scm_runtime.errors import InvalidArgumentError
 
 REQUIRED, OPTIONAL = "prompt_embeds", "prompt_attention_mask"
@@ -24,7 +25,7 @@ def read_embeddings(path: Path) -> dict[str, NDArray[Any]]:
         InvalidArgumentError: the file does not exist, is not a NumPy file, is damaged or too large, or holds other arrays.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             if not zipfile.is_zipfile(file):
                 file.seek(0)
                 return {REQUIRED: np.lib.format.read_array(file, allow_pickle=False)}

@@ -7,6 +7,7 @@ that failed into a folder.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import resource
 import shutil
@@ -36,8 +37,10 @@ MAX_ADDRESS_SPACE = 3 << 29  # bytes beyond those of the parent; larger allocati
 Kind = Literal["executed", "crashed", "hung", "traceback", "memory"]
 
 # What a reader never does, by the names of Python's audit events.
-FORBIDDEN_EVENTS = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "subprocess.Popen", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
-FORBIDDEN_EVENTS += ("os.link", "os.symlink", "os.truncate", "os.chmod", "os.chown", "shutil.", "socket.connect", "pty.spawn", "webbrowser.open")
+FORBIDDEN_EVENTS: tuple[str, ...] = (
+    *("os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "subprocess.Popen", "pty.spawn", "webbrowser.open", "socket.connect"),
+    *("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod", "os.chown", "shutil."),
+)
 
 
 @dataclass(frozen=True)
@@ -164,6 +167,7 @@ def _limit_process() -> None:
     torch.set_num_threads(1)
     sys.dont_write_bytecode = True
     warnings.simplefilter("ignore")
+    logging.disable()
     pages = int(Path("/proc/self/statm").read_text("ascii").split()[0])
     limit = pages * resource.getpagesize() + MAX_ADDRESS_SPACE
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

@@ -133,9 +133,10 @@ def _field(data: bytes, chance: Random) -> bytes:
 
 
 def _name(name: str, chance: Random) -> str:
-    base = name.rpartition("/")[2]
-    return chance.choice((f"../{name}", f"/{name}", "constants.pkl", "archive_format", "data.pkl", "x/data.pkl", "x/version", "\x1b[31m", "é" * 100, base, name * 50))
+    return chance.choice((*NAMES, f"../{name}", f"/{name}", name.rpartition("/")[2], name * 50))
 
+
+NAMES = ("constants.pkl", "archive_format", "data.pkl", "x/data.pkl", "x/version", "\x1b[31m", "é" * 100)
 
 # ----------------------------------------------------------------------------
 # JSON, and TOML by its text.
@@ -154,7 +155,7 @@ def _json(data: bytes, chance: Random) -> bytes:
         case 0:
             del holder[key]
         case 1 if isinstance(holder, dict):
-            holder[chance.choice(("x", "", "\x1b[31m", "_class_name", "__class__", "a\nb", "n" * 5000, key + "_"))] = holder.pop(key)
+            holder[chance.choice(("x", "", "\x1b[31m", "_class_name", "__class__", "a\nb", "n" * 5000, f"{key}_"))] = holder.pop(key)
         case 2 if isinstance(holder, list):
             holder.extend(holder[key : key + 1] * chance.choice((1, 10, 1000)))
         case 3:

@@ -240,14 +240,21 @@ def _add_runtime(add: Add) -> None:
         return [SolverTables(folder, read).evaluations(name, None, None) for name in (None, *read.samplers)]
 
     def embeddings(folder: Path) -> None:
-        arrays = {"prompt_embeds": np.zeros((2, 3, 4), np.float32), "prompt_attention_mask": np.ones((2, 3), np.int64)}
-        np.savez(folder / "prompt.npz", **arrays)
-        np.save(folder / "prompt.npy", arrays["prompt_embeds"])
+        embeds, mask = np.zeros((2, 3, 4), np.float32), np.ones((2, 3), np.int64)
+        np.savez(folder / "prompt.npz", prompt_embeds=embeds, prompt_attention_mask=mask)
+        np.save(folder / "prompt.npy", embeds)
 
     def result(folder: Path) -> None:
         facts = BundleFacts(name="digits", sha256="0" * 64, family="edm2", parameters=1)
         cells = (Cell(steps=1, batch_size=1, runs=3, median_ms=2.0), Cell(steps=2, batch_size=8))
-        measured = {"date": "2026-11-29", "bundle": facts, "device": "cpu", "hardware": "CPU", "provider": "CPUExecutionProvider", "dtype": "fp32"}
+        measured: dict[str, Any] = {
+            "date": "2026-11-29",
+            "bundle": facts,
+            "device": "cpu",
+            "hardware": "CPU",
+            "provider": "CPUExecutionProvider",
+            "dtype": "fp32",
+        }
         measured |= {"native_ops": None, "cuda_graph": False, "threads": None, "cores": 2, "versions": {"numpy": "2"}, "sampler": None, "seconds": 1.0}
         measured |= {"open_ms": 1.0, "interrupted": False, "cells": cells, "memory": Memory(), "work": ModelCost(), "peak": MachinePeak()}
         (folder / "result.json").write_bytes(Result(**measured).to_json())
@@ -257,8 +264,8 @@ def _add_runtime(add: Add) -> None:
             (folder / "cache" / name).mkdir(parents=True)
         (folder / "cache" / GRAPHS / "key").mkdir()
         (folder / "cache" / GRAPHS / "key" / GRAPH).write_bytes(b"graph")
-        files = {GRAPH: CachedFile(size=5, sha256=hashlib.sha256(b"graph").hexdigest())}
-        (folder / ENTRY_PATH).write_bytes(msgspec.json.encode(Entry(source="step.fp32.onnx", files=files)))
+        graph = CachedFile(size=5, sha256=hashlib.sha256(b"graph").hexdigest())
+        (folder / ENTRY_PATH).write_bytes(msgspec.json.encode(Entry(source="step.fp32.onnx", files={"graph.onnx": graph})))
 
     add("cache entry", entry, lambda folder: GraphCache(folder / "cache", 1 << 20).find("key"), ENTRY_PATH, writes=True)
     add("manifest", manifest, read_manifest, "scm.json")

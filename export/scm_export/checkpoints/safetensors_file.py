@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 
@@ -22,7 +22,7 @@ MAX_DEPTH = 4  # of the header: tensors, their fields, and lists
 class TensorFile:
     """The tensors and metadata of an open file."""
 
-    def __init__(self, opened: safe_open) -> None:
+    def __init__(self, opened: Any) -> None:
         self._opened = opened
 
     def metadata(self) -> dict[str, str]:

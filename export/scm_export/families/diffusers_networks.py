@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from threading import get_ident
 from types import ModuleType
 from typing import Any
@@ -58,7 +59,7 @@ def make_network(folder: DiffusersFolder, component: str) -> nn.Module:
         with torch.device("meta"), _quiet(), _limited_modules():
             network = getattr(diffusers, name).from_config(config)
     except Exception as error:
-        raise CheckpointError(f"diffusers {diffusers.__version__} cannot create a {name} from '{folder.path / component}': {printable(first_line(error))}") from error
+        raise _not_created(name, folder.path / component, error) from error
     assert isinstance(network, nn.Module)
     return network.eval().requires_grad_(False)
 
@@ -95,7 +96,13 @@ def make_scheduler(folder: DiffusersFolder, name: str) -> Any:
         with _quiet():
             return getattr(diffusers, name).from_config(config)
     except Exception as error:
-        raise CheckpointError(f"diffusers {diffusers.__version__} cannot create a {name} from '{folder.path / 'scheduler'}': {printable(first_line(error))}") from error
+        raise _not_created(name, folder.path / "scheduler", error) from error
+
+
+def _not_created(name: str, folder: Path, error: Exception) -> CheckpointError:
+    import diffusers
+
+    return CheckpointError(f"diffusers {diffusers.__version__} cannot create a {name} from '{folder}': {printable(first_line(error))}")
 
 
 def sample_size(config: Any, size: tuple[int, int] | None, unit: int = 1) -> tuple[int, int]:
@@ -112,9 +119,7 @@ def sample_size(config: Any, size: tuple[int, int] | None, unit: int = 1) -> tup
     """
     if size is not None:
         if any(side <= 0 or side % unit or side > MAX_SIDE * unit for side in size):
-            raise InvalidArgumentError(
-                f"size must be a height and a width in multiples of {unit} pixels, at most {MAX_SIDE * unit}, got {size[0]}x{size[1]}"
-            )
+            raise InvalidArgumentError(f"size must be a height and a width in multiples of {unit} pixels, at most {MAX_SIDE * unit}, got {size[0]}x{size[1]}")
         return size[0] // unit, size[1] // unit
     match config.sample_size:
         case int(side) if 1 <= side <= MAX_SIDE:
