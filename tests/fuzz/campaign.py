@@ -126,7 +126,7 @@ def _run_child(target: Target, seed: int, numbers: range, folder: Path, write_en
         forbidden: list[str] = []
         reading = [False]
         if not target.writes:
-            sys.addaudithook(lambda event, arguments: forbidden.append(_shown(event, arguments)) if reading[0] and _is_forbidden(event, arguments) else None)
+            sys.addaudithook(lambda event, arguments: forbidden.append(shown(event, arguments)) if reading[0] and is_forbidden(event, arguments) else None)
         for number in numbers:
             name, data = changed_file(target, seed, number)
             original = (folder / name).read_bytes()
@@ -192,7 +192,7 @@ def _read(target: Target, folder: Path) -> str:
     return "read"
 
 
-def _is_forbidden(event: str, arguments: tuple[object, ...]) -> bool:
+def is_forbidden(event: str, arguments: tuple[object, ...]) -> bool:
     if event == "open":
         mode, flags = arguments[1], arguments[2]
         return (isinstance(mode, str) and any(letter in mode for letter in "wax+")) or (
@@ -201,7 +201,7 @@ def _is_forbidden(event: str, arguments: tuple[object, ...]) -> bool:
     return event.startswith(FORBIDDEN_EVENTS)
 
 
-def _shown(event: str, arguments: tuple[object, ...]) -> str:
+def shown(event: str, arguments: tuple[object, ...]) -> str:
     return ascii((event, arguments))[:300]
 
 
