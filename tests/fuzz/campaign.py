@@ -7,6 +7,7 @@ that failed into a folder.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import logging
 import os
 import resource
@@ -168,6 +169,7 @@ def _limit_process() -> None:
     sys.dont_write_bytecode = True
     warnings.simplefilter("ignore")
     logging.disable()
+    faulthandler.disable()
     pages = int(Path("/proc/self/statm").read_text("ascii").split()[0])
     limit = pages * resource.getpagesize() + MAX_ADDRESS_SPACE
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

@@ -25,7 +25,7 @@ from scm_runtime.errors import InvalidArgumentError, MissingDependencyError
 
 # Names of attention layers in folders saved before diffusers 0.17, such as sd-vae-ft-mse.
 OLD_ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-MAX_MODULES = 20_000  # the largest published networks have some 3 000
+MAX_MODULES = 10_000  # the largest published networks have some 3 000
 MAX_SIDE = 4096  #       of the state; the positional embedding of SANA is computed for the whole state
 
 _OLD_ATTENTION = re.compile(rf"(attentions\.\d+)\.({'|'.join(OLD_ATTENTION_NAMES)})\.(weight|bias)$")
