@@ -28,7 +28,7 @@ BENCHES  := $(filter-out benchmarks/_% benchmarks/figures.py,$(wildcard benchmar
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:  # two pips must not install into .venv at the same time
-.PHONY: help demo test test-gpu lint types floors floors-runtime audit ops ops-test ops-sanitize ops-tsan soak kills bench bench-large format dist constraints clean
+.PHONY: help demo test test-gpu lint types floors floors-runtime audit ops ops-test ops-sanitize ops-tsan soak kills fuzz bench bench-large format dist constraints clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | while IFS='	' read -r name what; do printf '  make %-15s %s\n' "$$name" "$$what"; done
@@ -87,6 +87,9 @@ soak: $(FULL) $(OPS) ## use Generators from many threads in every way, twice for
 
 kills: $(FULL) $(OPS) ## kill exports and generations 200 times: nothing may be lost or left (KILLS=20, SEED=1)
 	$(BIN)/python tests/soak/kills.py $(or $(KILLS),200) $(or $(SEED),0)
+
+fuzz: $(FULL) ## read mutated files for an hour (SECONDS=600 for another time, SEED=1 for other files); inputs that fail are written to build/fuzz
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/fuzz/campaign.py --seconds $(or $(SECONDS),3600) --seed $(or $(SEED),0)
 
 bench: $(FULL) $(OPS) ## run every script in benchmarks/
 	@set -e; for script in $(BENCHES) benchmarks/figures.py; do echo "== $$(date +%T) $$script"; $(BIN)/python "$$script"; done

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from scm_export.checkpoints.inert_pickle import ForbiddenPickleError, Global, MalformedPickleError, OversizedPickleError, StandIn, read_small_pickle
-from scm_export.checkpoints.stored_tensors import STORAGE_DTYPES
 from scm_export.errors import CheckpointError
 from scm_runtime.common.message_text import printable
 
@@ -94,65 +90,3 @@ def check_contents(source: Path) -> None:
             except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError) as error:  # RuntimeError: it is encrypted
                 name = printable(entry.filename)
                 raise CheckpointError(f"'{source}' is damaged: the entry '{name}' cannot be read ({error}). Copy or save it again.") from error
-
-
-def check_storages(source: Path) -> None:
-    """Check that the storages of a torch.save archive are as long as its pickle claims. torch maps the file and would read past the end of a short one.
-
-    Raises:
-        CheckpointError: a storage is missing or shorter than its tensors, or the pickle has too many opcodes.
-    """
-    entries = {entry.filename.partition("/")[2]: entry for entry in check_archive(source)}
-    sizes = {name: entry.file_size for name, entry in entries.items()}
-    pickle = b""
-    if "data.pkl" in entries:
-        entry = entries["data.pkl"]
-        del entry.CRC  # keeps zipfile from comparing it: check_contents already has, and some files have no checksums
-        with zipfile.ZipFile(source) as archive:
-            pickle = archive.read(entry)
-
-    short: list[tuple[int, int]] = []
-
-    def check(persistent_id: Any) -> object:
-        match persistent_id:
-            case ("storage", Global(name=kind), str(key), _, int(count)) if kind in STORAGE_DTYPES:
-                required, stored = count * STORAGE_DTYPES[kind].itemsize, sizes.get(f"data/{key}", 0)
-                if required > stored:
-                    short.append((required, stored))
-        return _Placeholder()
-
-    try:
-        read_small_pickle(io.BytesIO(pickle), _AnyGlobal(), check)
-    except OversizedPickleError as error:
-        raise CheckpointError(f"'{source}' does not hold only tensors and plain values: {error}. Save it again.") from error
-    except (ForbiddenPickleError, MalformedPickleError):
-        return  # more than tensors and plain values: torch.load names it
-    if short:
-        required, stored = short[0]
-        raise CheckpointError(
-            f"'{source}' is not a readable {source.suffix or '.pt'} file: shape and storage of a tensor disagree, "
-            f"{required} bytes required, {stored} stored. Copy or save it again."
-        )
-
-
-class _Placeholder(dict[Any, Any]):
-    """Replaces every object of a pickle of which only the persistent ids are read."""
-
-    def build(self, state: object) -> None:
-        """Ignore the state."""
-
-
-class _AnyGlobal(Mapping[str, StandIn]):
-    """Maps every global to a placeholder."""
-
-    def __getitem__(self, name: str) -> StandIn:
-        return StandIn(call=lambda *_: _Placeholder(), new=_Placeholder)
-
-    def __contains__(self, name: object) -> bool:
-        return True
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(())
-
-    def __len__(self) -> int:
-        return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from typing import Any
@@ -12,7 +13,7 @@ from msgspec import Struct
 from torch import Tensor, nn
 
 from scm_export.checkpoints import Checkpoint, Loaded, Program, SamplerSpec
-from scm_export.checkpoints.header import PositiveInteger, convert
+from scm_export.checkpoints.header import MAX_ELEMENTS, PositiveInteger, convert
 from scm_export.checkpoints.operator_graph import OperatorGraph
 from scm_export.checkpoints.state_dict import uncompiled
 from scm_export.errors import CheckpointError
@@ -30,6 +31,7 @@ from scm_runtime.bundle.manifest import Conditioning
 from scm_runtime.common.message_text import first_line
 
 PIXEL_CHANNELS = (1, 3, 4)
+MAX_AXES = 8
 
 
 class ModuleConfig(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -62,6 +64,8 @@ def build_module(loaded: Loaded, options: BuildOptions) -> Model:
     header, sampler = loaded.header, loaded.header.sampler
     try:
         config = convert(header.config, ModuleConfig)
+        if not 1 <= len(config.sample_shape) <= MAX_AXES or math.prod(config.sample_shape) > MAX_ELEMENTS:
+            raise ValueError(f"sample_shape must have 1 to {MAX_AXES} axes and at most {MAX_ELEMENTS} elements, got {list(config.sample_shape)!s:.200}")
         conditioning = tuple(item.conditioning() for item in header.conditioning)
         if header.label_names is not None:
             conditioning = _with_label_names(conditioning, header.label_names)
