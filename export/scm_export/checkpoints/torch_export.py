@@ -52,7 +52,7 @@ def read_torch_export(source: Path, *, trust: bool = False) -> OperatorGraph:
     check_contents(source)
     try:
         program = _load(source) if trust else _read(source)
-        network = OperatorGraph(program)
+        network = OperatorGraph(program, limited=not trust)
     except CheckpointError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, msgspec.DecodeError, zipfile.BadZipFile) as error:
@@ -179,7 +179,9 @@ class _Reader:
         except ValueError as error:
             raise CheckpointError(f"'{self.source}' is damaged, or was not written by torch.export.save: {error}. Export the network again.") from error
         outputs = [self.define(item, kind) for item, kind in zip(node["outputs"], returned, strict=True)]
-        self.program.calls.append(Call(SUBSTITUTES.get(operator, operator), args, kwargs, outputs[0] if len(outputs) == 1 else tuple(outputs)))
+        self.program.calls.append(
+            Call(target.removeprefix("torch.ops."), SUBSTITUTES.get(operator, operator), args, kwargs, outputs[0] if len(outputs) == 1 else tuple(outputs))
+        )
 
     def define(self, raw: Mapping[str, Any], kind: Kind) -> Outputs:
         """Assign ids to the values that an operator returns."""
