@@ -22,6 +22,7 @@ from scm_runtime.common.message_text import printable
 MAX_BITS = 64  # bits of an integer that an operator returns; longer ones could exhaust the memory
 MAX_SIZE = 2**31  # largest integer in a list of sizes, strides or kernel sizes; some torch operators crash on larger ones
 MAX_NAME = 512  # characters
+MAX_VALUES = 100_000  # inputs, weights and results of operators
 
 # Operators with which an exported program checks its sizes. They are skipped: the graph is traced again with a dynamic batch size.
 ASSERTIONS = ("_assert_scalar", "_assert_async", "_assert_tensor_metadata", "sym_constrain_range", "sym_constrain_range_for_size", "_guards_fn")
@@ -79,10 +80,12 @@ class ParsedProgram:
         """Assign an id to a new value.
 
         Raises:
-            ValueError: the name is already in use, or is not valid.
+            ValueError: the name is already in use, or is not valid, or there are too many values.
         """
         if name in self.value_ids:
             raise ValueError(f"two values are named {name!r}")
+        if len(self.value_ids) >= MAX_VALUES:
+            raise ValueError(f"the program has more than {MAX_VALUES} values")
         self.value_ids[checked_name(name)] = value_id = len(self.value_ids)
         return value_id
 
