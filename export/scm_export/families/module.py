@@ -215,6 +215,8 @@ def _check_call(network: nn.Module, model: Model, loaded: Program) -> None:
         try:
             with torch.no_grad():
                 output = network(x, level, **conditioning)
+        except CheckpointError as error:
+            raise CheckpointError(f"{loaded.describe()} was not run: {error}") from error
         except Exception as error:
             asked = ", ".join(["x", "level", *(f"{item.name}=" for item in model.conditioning)])
             raise CheckpointError(
