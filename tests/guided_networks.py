@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-SHAPE = (3, 6, 10)
+SHAPE = (3, 6, 6)
 NO_CLASS = 4  # the label of the unconditional branch
 
 
@@ -37,3 +37,88 @@ class Labelled(Base):
 class TwoLabels(Base):
     def forward(self, x: Tensor, t: Tensor, y: Tensor, z: Tensor) -> Tensor:
         return self.network(x, t, y) + self.network(x, t, z)
+
+
+class TwoBranches(Base):
+    """One call per branch."""
+
+    def forward(self, x: Tensor, t: Tensor, class_labels: Tensor, guidance_scale: Tensor) -> Tensor:
+        return guide(self.network(x, t, class_labels), self.network(x, t, torch.full_like(class_labels, NO_CLASS)), guidance_scale)
+
+
+class Chunked(Base):
+    def forward(self, x: Tensor, t: Tensor, class_labels: Tensor, guidance_scale: Tensor) -> Tensor:
+        conditional, unconditional = self.doubled(x, t, class_labels).chunk(2)
+        return guide(conditional, unconditional, guidance_scale)
+
+
+class ChunkedByKeyword(Base):
+    def forward(self, x: Tensor, t: Tensor, class_labels: Tensor, guidance_scale: Tensor) -> Tensor:
+        conditional, unconditional = torch.chunk(self.doubled(x, t, class_labels), chunks=2, dim=-4)
+        return guide(conditional, unconditional, guidance_scale)
+
+
+class Split(Base):
+    def forward(self, x: Tensor, t: Tensor, class_labels: Tensor, guidance_scale: Tensor) -> Tensor:
+        conditional, unconditional = self.doubled(x, t, class_labels).split(x.shape[0])
+        return guide(conditional, unconditional, guidance_scale)
+
+
+class SplitInHalf(Base):
+    def forward(self, x: Tensor, t: Tensor, class_labels: Tensor, guidance_scale: Tensor) -> Tensor:
+        y = self.doubled(x, t, class_labels)
+        conditional, unconditional = torch.split(y, y.shape[0] // 2, dim=0)
+        return guide(conditional, unconditional, guidance_scale)
+
+
+# ----------------------------------------------------------------------------
+# Networks that no graph can compute for every batch and every value.
+
+
+class SplitByLength(Base):
+    def forward(self, x: Tensor, t: Tensor, class_labels: Tensor, guidance_scale: Tensor) -> Tensor:
+        conditional, unconditional = self.doubled(x, t, class_labels).split(len(x))  # len() returns an int
+        return guide(conditional, unconditional, guidance_scale)
+
+
+class SplitByInt(Base):
+    def forward(self, x: Tensor, t: Tensor, class_labels: Tensor, guidance_scale: Tensor) -> Tensor:
+        n = int(x.shape[0])
+        conditional, unconditional = self.doubled(x, t, class_labels).split(n)
+        return guide(conditional, unconditional, guidance_scale)
+
+
+class Loop(Base):
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return torch.cat([self.network(x[i : i + 1], t[i : i + 1], y[i : i + 1]) for i in range(x.shape[0])])
+
+
+class Branch(Base):
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        if t.max() > 1:
+            x = 2 * x
+        return self.network(x, t, y)
+
+
+class Item(Base):
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return self.network(x, t, y)[:, :, : 6 + int(y.sum().item()) * 0]
+
+
+class Untranslatable(Base):
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return self.network(x + torch.linalg.eigvals(x).real.sum(), t, y)
+
+
+class Autocast(Base):
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return self.network(x, t, y)
+
+
+class AutocastOff(Base):
+    """Regions in which autocast is off, and regions for a GPU, change nothing on a CPU."""
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return self.network(x, t, y)
