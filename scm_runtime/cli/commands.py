@@ -103,7 +103,8 @@ def generate(
             max_batch_size=max(batch_size or 8, 1),  # so that two batches are not merged into one
             verify_integrity=not skip_integrity,
         ) as generator:
-            names = next((item.label_names for item in generator.manifest.conditioning if item.name == "class_labels"), None) or ()
+            labelled = generator.manifest.labels
+            names = () if labelled is None or labelled.label_names is None else labelled.label_names
             classes = None if labels is None else parse_labels(labels, names)
             options = GenerateOptions(classes, seed, num_images, batch_size, prompts, steps, sampler, guidance_scale)
             click.echo(generate_images(generator, options, output, columns))

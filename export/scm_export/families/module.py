@@ -16,7 +16,8 @@ from scm_export.checkpoints import Checkpoint, Loaded, Program, SamplerSpec
 from scm_export.checkpoints.header import MAX_ELEMENTS, PositiveInteger, convert
 from scm_export.checkpoints.operator_graph import OperatorGraph
 from scm_export.checkpoints.state_dict import uncompiled
-from scm_export.errors import CheckpointError
+from scm_export.dynamic_splits import DynamicSplits
+from scm_export.errors import CheckpointError, ExportError
 from scm_export.example_inputs import example_conditioning
 from scm_export.families.autoencoders import ImageNetworks, LatentStatistics, image_networks, pixel_networks
 from scm_export.families.diffusers_networks import make_batch_dynamic
@@ -117,7 +118,7 @@ class FirstOutput(nn.Module):
 
     def forward(self, x: Tensor, level: Tensor, **conditioning: Tensor) -> Tensor:
         # The network is traced without torch.compile, which could not compile PromoteDtypes.
-        with torch.compiler.set_stance("force_eager"):
+        with torch.compiler.set_stance("force_eager"), DynamicSplits():
             output: Any = self.network(x, level, **conditioning)
         while not isinstance(output, Tensor):
             if isinstance(output, dict) and output:
@@ -217,6 +218,8 @@ def _check_call(network: nn.Module, model: Model, loaded: Program) -> None:
                 output = network(x, level, **conditioning)
         except CheckpointError as error:
             raise CheckpointError(f"{loaded.describe()} was not run: {error}") from error
+        except ExportError:
+            raise
         except Exception as error:
             asked = ", ".join(["x", "level", *(f"{item.name}=" for item in model.conditioning)])
             raise CheckpointError(
