@@ -89,8 +89,8 @@ class Session:
         Raises:
             OutOfMemoryError: memory ran out.
             InferenceError: ONNX Runtime failed in the graph.
-from scm_runtime.common.runs import Run
-from scm_runtime.errors import BundleError, DeviceError, InferenceError, InvalidArgumentError, OutOfMemoryError, ScmError
+            BundleError: the output has another shape than ``expect`` says.
+            GeneratorClosedError, or the error of a cancelled CancelScope: the run was terminated.
         """
         options = _run_options(UNCAPTURED)
         with self.settings.runs.run(options) as run:
