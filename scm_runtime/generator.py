@@ -220,7 +220,8 @@ class Generator(QueuedSampling):
         are used for all samples.
 
         Args:
-            class_labels: class indices or label names. None: class ``seed modulo number of classes``, so that consecutive seeds show all classes.
+            class_labels: class indices or label names, for the input of that name or the bundle's only input of kind "class". None: class ``seed modulo
+                number of classes``, so that consecutive seeds show all classes.
             num_inference_steps: number of steps; the bundle must have times for it. Default: 2, or the smallest number the bundle has times for; for
                 diffusion models 32, or the largest.
             timesteps: the times of the steps instead, decreasing, in the manifest's ``time_unit`` (TrigFlow: radians). The end time is added.

@@ -41,6 +41,7 @@ Shape = Annotated[tuple[Positive, ...], Meta(min_length=1, max_length=8)]
 Dtype = Literal["fp32", "fp16", "bf16"]
 
 STEP_INPUTS = ("x", "t", "t_next", "noise")
+LABELS = "class_labels"  # the argument of a call, and the usual name of the input that it is for
 CONDITIONING_DTYPES = {"class": "int64", "scalar": "float32", "embedding": "float32", "mask": "int64"}
 
 
@@ -190,6 +191,13 @@ class Manifest(Struct, kw_only=True):
     def to_json(self) -> bytes:
         """Contents of ``scm.json``."""
         return msgspec.json.format(msgspec.json.encode(self), indent=2)
+
+    @property
+    def labels(self) -> Conditioning | None:
+        """The input that ``class_labels`` of a call is for: the one of that name, else the only input of kind "class"; None if there is neither."""
+        classes = [item for item in self.conditioning if item.kind == "class"]
+        named = [item for item in self.conditioning if item.name == LABELS]
+        return next(iter(named or (classes if len(classes) == 1 else [])), None)
 
     def optional_graph(self, kind: Literal["encode", "preview"], dtype: Dtype) -> str | None:
         """File of an optional graph: in a dtype, else in fp32; None if the bundle has neither."""

@@ -28,6 +28,7 @@ from scm_runtime.errors import BundleSchemaError, InvalidArgumentError
 
 DEFAULT_STEPS = 2
 DIFFUSION_STEPS = 32
+ROUNDING = 1e-5  # the largest time may be given back as `inspect` prints it, with six digits
 
 
 class SolverStage(NamedTuple):
@@ -104,12 +105,12 @@ def _times(manifest: Manifest, steps: int | None, timesteps: Sequence[float] | N
         except (TypeError, ValueError) as error:
             raise InvalidArgumentError(f"timesteps must be a list of numbers, got {timesteps!r}") from error
         largest = max(t for known in manifest.times.values() for t in known)
-        bounded = all(end < t <= largest * (1 + 1e-6) for t in times)  # NaN fails here too
+        bounded = all(end < t <= largest * (1 + ROUNDING) for t in times)  # NaN fails here too
         if not times or not bounded or any(a <= b for a, b in pairwise(times)):
             raise InvalidArgumentError(f"timesteps must be decreasing, above {end:g} and at most {largest:g} ({manifest.time_unit}), got {times}")
         return (*times, end)
     default = DEFAULT_STEPS if DEFAULT_STEPS in counts else counts[-1] if manifest.samplers else counts[0]
-    hint = f" For others give timesteps=[…], decreasing from {max(map(max, manifest.times.values())):.6g}."
+    hint = f" For others give timesteps, decreasing from {max(map(max, manifest.times.values())):.6g}."
     return manifest.times[str(_count(steps, counts, default, hint))]
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
 from scm_runtime.common.process import leave_to_parent
-from scm_runtime.common.runs import Run, closed_error
+from scm_runtime.common.runs import Run
 from scm_runtime.errors import BundleError, DeviceError, InferenceError, InvalidArgumentError, OutOfMemoryError, ScmError
 from scm_runtime.ort.options import SessionSettings
 
@@ -89,8 +89,8 @@ class Session:
         Raises:
             OutOfMemoryError: memory ran out.
             InferenceError: ONNX Runtime failed in the graph.
-            BundleError: the output does not have the expected shape.
-            GeneratorClosedError: the run was terminated.
+            BundleError: the output has another shape than ``expect`` says.
+            GeneratorClosedError, or the error of a cancelled CancelScope: the run was terminated.
         """
         options = _run_options(UNCAPTURED)
         with self.settings.runs.run(options) as run:
@@ -127,7 +127,7 @@ class BoundSession:
         self._run_options = dict(run_options)
 
     def __call__(self) -> None:
-        """Run the graph. Raises OutOfMemoryError, InferenceError and GeneratorClosedError."""
+        """Run the graph. Raises what a call of a Session raises."""
         options = _run_options(self._run_options)
         with self._runs.run(options) as run:
             try:
@@ -154,7 +154,7 @@ def _run_options(entries: Mapping[str, str]) -> Any:
 def run_error(path: Path, error: Exception, run: Run) -> ScmError:
     """The error of this package for an exception that ONNX Runtime raised in a run."""
     if run.terminated:
-        return closed_error()
+        return run.error()
     if is_out_of_memory(error):
         return OutOfMemoryError(f"'{path.name}' failed: out of memory. Try a smaller batch. ({error})")
     return InferenceError(f"'{path.name}' failed: {error}.")

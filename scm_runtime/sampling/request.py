@@ -61,7 +61,7 @@ def read_request(
     on_step = _on_step(arguments.get("callback_on_step_end"), callback_owner)
     call = resolve_call(
         manifest,
-        conditioning=gather_conditioning(class_labels, arguments),
+        conditioning=gather_conditioning(manifest, class_labels, arguments),
         seed=arguments.get("seed"),
         batch_size=arguments.get("batch_size"),
         latents=arguments.get("latents"),

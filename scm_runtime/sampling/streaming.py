@@ -44,7 +44,11 @@ class QueuedSampling:
         """Await the samples of ``submit``: ``await generate.async_([3, 1, 4], seed=7)``. Cancelling the task cancels the request."""
         import asyncio
 
-        return await asyncio.wrap_future(self.submit(class_labels, **arguments))
+        future = self.submit(class_labels, **arguments)
+        try:
+            return await asyncio.wrap_future(future)
+        finally:
+            future.cancel()  # without effect on a future that is done
 
     def stream(
         self,
@@ -113,7 +117,7 @@ def _slices(
 ) -> Callable[[int, int], CallArguments]:
     """Check the arguments that are given per sample, and return a function that makes the call arguments of samples ``start`` to ``stop``."""
     inputs = {item.name: item for item in manifest.conditioning}
-    given: dict[str, Any] = {name: value for name, value in gather_conditioning(class_labels, arguments).items() if value is not None}
+    given: dict[str, Any] = {name: value for name, value in gather_conditioning(manifest, class_labels, arguments).items() if value is not None}
     columns = {name: read_input(inputs[name], value) if name in inputs else BatchedInput(value, broadcast=True) for name, value in given.items()}
     latents = arguments.get("latents")
     start_from = None if latents is None else read_latents(latents, manifest.sample.shape)

@@ -396,7 +396,7 @@ main(["bench", "digits", "--batch-sizes", sys.argv[1], "--steps", "1", "--second
     done = run_python(program, "40000", check=False)
     assert done.returncode == 1
     assert "failed: steps 1, batch 40000" in done.stdout
-    assert done.stderr == "Error: nothing could be measured: see the failures above.\n"
+    assert done.stderr == "Error: nothing could be measured: see the failures.\n"
 
 
 def interrupting(monkeypatch: pytest.MonkeyPatch, method: str, at: int) -> None:
