@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 
+from scm_runtime.common.parts import locked_part, sweep_once
 from scm_runtime.errors import OutputError
 
 
@@ -20,15 +21,12 @@ def beside(target: Path, what: str) -> Path:
 @contextmanager
 def whole_file(target: Path) -> Iterator[Path]:
     """Yield a path to write to. The file replaces the target if the block ends without an exception, and is removed otherwise. Raises OSError."""
-    part = beside(target, "part")
-    try:
-        part.touch(exist_ok=False)
+    sweep_once(os.path.abspath(target.parent))  # noqa: PTH100 - Path.resolve would follow links
+    with locked_part(target) as part:
         mode = part.stat().st_mode
         yield part
         part.chmod(mode)  # as the user's umask has it; some writers make private files
         part.replace(target)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def open_regular(path: Path, *, follow_links: bool = True) -> BufferedReader:
