@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 
+from scm_runtime.common.parts import locked_part, sweep_once
 from scm_runtime.errors import OutputError
 
 
@@ -24,15 +25,12 @@ def whole_file(target: Path, *, mode: int | None = None) -> Iterator[Path]:
 
     ``mode`` are the permissions of the file; None for those of the user's umask.
     """
-    part = beside(target, "part")
-    try:
-        part.touch(exist_ok=False)
+    sweep_once(os.path.abspath(target.parent))  # noqa: PTH100 - Path.resolve would follow links
+    with locked_part(target) as part:
         final_mode = part.stat().st_mode if mode is None else mode
         yield part
         part.chmod(final_mode)  # some writers make private files
         part.replace(target)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def open_regular(path: Path, *, follow_links: bool = True) -> BufferedReader:
