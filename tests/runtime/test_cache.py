@@ -188,6 +188,11 @@ def _replace_with_link(path: Path) -> None:
     path.symlink_to(elsewhere)
 
 
+def _replace_with_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
 DAMAGE: dict[str, Callable[[Path], object]] = {
     "weights changed": lambda entry: _flip(entry / "graph.data"),
     "weights truncated": lambda entry: os.truncate(entry / "graph.data", 1000),
@@ -215,8 +220,8 @@ if sys.platform != "win32":
         "weights writable by others": lambda entry: (entry / "graph.data").chmod(0o606),
         "graph writable by the group": lambda entry: (entry / "graph.onnx").chmod(0o660),
         "json writable by others": lambda entry: (entry / "entry.json").chmod(0o666),
-        "graph a pipe": lambda entry: ((entry / "graph.onnx").unlink(), os.mkfifo(entry / "graph.onnx")),
-        "json a pipe": lambda entry: ((entry / "entry.json").unlink(), os.mkfifo(entry / "entry.json")),
+        "graph a pipe": lambda entry: _replace_with_pipe(entry / "graph.onnx"),
+        "json a pipe": lambda entry: _replace_with_pipe(entry / "entry.json"),
     }
     if os.geteuid() == 0:
         DAMAGE |= {
