@@ -16,6 +16,7 @@ from scm_runtime.bundle.location import resolve_bundle
 from scm_runtime.bundle.manifest import Dtype, Manifest
 from scm_runtime.bundle.solver_tables import SolverTables
 from scm_runtime.common.checks import is_int
+from scm_runtime.common.memory import memory_errors
 from scm_runtime.common.runs import end_thread_at_exit
 from scm_runtime.common.shared_resource import SharedResource
 from scm_runtime.devices.placement import resolve_device
@@ -296,7 +297,8 @@ class Generator(QueuedSampling):
             raise
 
     def _read_request(self, class_labels: Labels | None, arguments: CallArguments) -> Request:
-        return read_request(self.manifest, self._solver_tables, class_labels, arguments, callback_owner=self)
+        with memory_errors("the inputs of this call"):
+            return read_request(self.manifest, self._solver_tables, class_labels, arguments, callback_owner=self)
 
     def _stream_source(self) -> StreamSource:
         self._loop.check()
@@ -344,7 +346,7 @@ class Generator(QueuedSampling):
             InvalidArgumentError: the bundle has no encoder, the images do not fit it, or the Generator is closed.
             InferenceError: ONNX Runtime failed.
         """
-        with self._loop as loop:
+        with self._loop as loop, memory_errors("these images"):
             engine = loop.engine
             graph = engine.run(lambda: engine.graphs().optional("encode"))
             pixels = to_pixels(images, graph.shapes.get("image", (None,) * 4)[1:])
@@ -364,7 +366,7 @@ class Generator(QueuedSampling):
             InvalidArgumentError: the bundle has no decoder or no preview decoder, the latents have another shape, or the Generator is closed.
             InferenceError: ONNX Runtime failed.
         """
-        with self._loop as loop:
+        with self._loop as loop, memory_errors("these latents"):
             engine = loop.engine
             x = read_latents(latents, self.manifest.sample.shape)
             if not len(x):

@@ -38,6 +38,7 @@ class Machine(FakeDriver):
 
     Attributes:
         runs: all runs of sessions, in order.
+        released: file name and ID of each captured graph that was given back.
         opened: file name of each graph that was opened, and whether with ``enable_cuda_graph``.
         refuses_graphs: file names of graphs that have nodes on the CPU.
         fails_to_capture: file names of graphs whose captures fail.
@@ -51,6 +52,7 @@ class Machine(FakeDriver):
         super().__init__()
         self.runs: list[GraphRun] = []
         self.opened: list[tuple[str, bool]] = []
+        self.released: list[tuple[str, int]] = []
         self.refuses_graphs: set[str] = set()
         self.fails_to_capture: set[str] = set()
         self.terminates_capture = False
@@ -79,6 +81,11 @@ class FakeSession(Session):
         self.machine, self.stream, self.capture = machine, stream, capture
         self.all_on_device = path.name not in machine.refuses_graphs
         self.captured: dict[int, tuple[Any, ...]] = {}
+
+    def release_captured_graph(self, graph_id: int) -> None:
+        expect(not self.stream.queue, "a captured graph is freed while it may run")
+        del self.captured[graph_id]
+        self.machine.released.append((self.path.name, graph_id))
 
     def bind(self, inputs: Mapping[str, DeviceTensor], output: DeviceTensor, *, run_options: Mapping[str, str] | None = None) -> Any:
         return FakeBound(self, dict(inputs), output, dict(run_options or {}))

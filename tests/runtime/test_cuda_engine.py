@@ -250,6 +250,36 @@ def test_the_number_of_captured_shapes_is_limited(engine: CudaEngine, machine: M
     assert engine._buffer_cache.sessions.step.capture_count == 2
 
 
+def test_a_captured_shape_that_is_idle_gives_its_graphs_back(engine: CudaEngine, machine: Machine, host: HostEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(static_buffers, "MAX_GRAPHS", 2)
+    monkeypatch.setattr(static_buffers, "IDLE_USES", 20)
+
+    def sample(n: int) -> None:
+        np.testing.assert_array_equal(sampled(engine, call(*range(n))), sampled(host, call(*range(n))))
+
+    for n in (1, 2, 3):
+        sample(n)
+    assert machine.released == []
+    for _ in range(10):  # the shape 1 is idle while 2 and 3 are in use
+        sample(2)
+        sample(3)
+    assert {graph for graph, _ in machine.released} == {"noise.onnx", "step.fp32.onnx", "finite.onnx", "decode.fp32.onnx"}
+    assert len({graph_id for _, graph_id in machine.released}) == 1
+    machine.runs.clear()
+    sample(3)
+    sample(1)
+    captured = {run.n: run.graph_id != -1 for run in machine.runs}
+    assert captured == {3: True, 1: False}
+
+
+def test_the_number_of_captures_is_limited_in_all(engine: CudaEngine, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("MAX_GRAPHS", 1), ("IDLE_USES", 0), ("MAX_CAPTURES", 3)):
+        monkeypatch.setattr(static_buffers, name, value)
+    for n in (1, 2, 3, 4, 5, 4, 5):
+        sampled(engine, call(*range(n)))
+    assert {run.n for run in machine.runs if run.graph_id != -1} == {1, 2, 3}
+
+
 def test_buffers_without_a_graph_are_evicted(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(static_buffers, "MAX_UNCAPTURED", 1)
     engine = opened(machine, cuda_graph=False)

@@ -77,7 +77,7 @@ def _translate_errors(function: Callable[P, Result]) -> Callable[P, Result]:
     def call(*args: P.args, **kwargs: P.kwargs) -> Result:
         try:
             return function(*args, **kwargs)
-        except (InferenceError, InvalidArgumentError, MissingDependencyError):
+        except (InferenceError, InvalidArgumentError, MissingDependencyError, MemoryError):  # MemoryError: of the host
             raise
         except Exception as error:
             if "out_of_memory" in str(error).lower().replace(" ", "_"):
