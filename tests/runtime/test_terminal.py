@@ -214,6 +214,7 @@ main(["inspect", "digits", "--json"])
         ("generate", "all must be for one batch size, got class_labels: 2, seed: 3", "all must be for one batch size, got --labels: 2, --seed: 3"),
         ("generate", "native_ops=True, but the seed of prompt_embeds", "--native-ops, but the seed of prompt_embeds"),
         ("generate", "native_ops=False", "--no-native-ops"),
+        ("generate", "out.png cannot be written", "out.png cannot be written"),
         ("inspect", "num_inference_steps must be 1", "num_inference_steps must be 1"),
     ],
 )
