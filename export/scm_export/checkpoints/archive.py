@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from scm_export.errors import CheckpointError
-from scm_runtime.common.message_text import printable
+from scm_runtime.common.message_text import first_line, printable
 
 MAX_COMPRESSED = 256 << 20  # bytes that compressed entries may unpack to; torch compresses only source code
 
@@ -52,8 +52,8 @@ def check_archive(source: Path) -> list[zipfile.ZipInfo]:
         with zipfile.ZipFile(source) as archive:
             entries = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        ending = source.suffix or "zip"
-        raise CheckpointError(f"'{source}' is not a readable {ending} file: truncated or of another format ({error}). Copy or save it again.") from error
+        what = f"a readable {source.suffix or 'zip'} file: truncated or of another format ({first_line(error)})"
+        raise CheckpointError(f"'{source}' is not {what}. Copy or save it again.") from error
     size = source.stat().st_size
     stored = sum(entry.file_size for entry in entries if entry.compress_type == zipfile.ZIP_STORED)
     unpacked = sum(entry.file_size for entry in entries if entry.compress_type != zipfile.ZIP_STORED)
@@ -89,4 +89,4 @@ def check_contents(source: Path) -> None:
                         pass
             except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError) as error:  # RuntimeError: it is encrypted
                 name = printable(entry.filename)
-                raise CheckpointError(f"'{source}' is damaged: the entry '{name}' cannot be read ({error}). Copy or save it again.") from error
+                raise CheckpointError(f"'{source}' is damaged: the entry '{name}' cannot be read ({first_line(error)}). Copy or save it again.") from error
