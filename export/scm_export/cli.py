@@ -17,7 +17,7 @@ from scm_export.choices import DEFAULT_OPSET, GRAPH_DTYPES, OPSETS, PARAMETRISAT
 from scm_export.errors import VerificationError
 from scm_export.versions import check_versions
 from scm_runtime import __version__
-from scm_runtime.bundle.manifest import Verification
+from scm_runtime.bundle.manifest import Manifest, Verification
 from scm_runtime.cli.options import IntegerList, ParamType, exit_on_error
 from scm_runtime.cli.tables import facts_table
 from scm_runtime.errors import MissingDependencyError
@@ -115,6 +115,8 @@ def main(checkpoint: str, out: Path | None, dry_run: bool, as_json: bool, **opti
             raise KeyboardInterrupt("no bundle was written") from None
     from scm_export.exporter import Exported
 
+    for note in result.notes:
+        click.echo(f"Note: {note}.", err=True)
     if as_json:
         click.echo((result.manifest if isinstance(result, Exported) else result).to_json().decode())
     elif isinstance(result, Exported):
@@ -150,10 +152,21 @@ def _print_exported(exported: Exported, report: Path | None) -> None:
         console.print(_verification_table(manifest.verification))
     if manifest.source.weights is not None:
         console.print(f"weights: {manifest.source.weights!r} of {manifest.source.file}", highlight=False, soft_wrap=True, markup=False)
+    console.print(_describe_samples(manifest), highlight=False, soft_wrap=True)
     size = sum(entry.size for entry in manifest.files.values())
     console.print(f"wrote {exported.path} ({size / 1e6:.1f} MB, {', '.join(manifest.dtypes)})", highlight=False, soft_wrap=True)
     if report is not None:
         console.print(f"wrote {report}", highlight=False, soft_wrap=True)
+
+
+def _describe_samples(manifest: Manifest) -> str:
+    state = f"state [N, {', '.join(map(str, manifest.sample.shape))}]"
+    if manifest.output.kind == "latent":
+        return f"samples: latents, without a decoder, {state}"
+    height, width, channels = manifest.output.shape
+    kind = {1: "grayscale", 3: "RGB", 4: "RGBA"}.get(channels, f"{channels}-channel")
+    origin = "the state is pixels" if manifest.sample.shape == (channels, height, width) else f"decoded from latents, the {state}"
+    return f"samples: {kind} images of {height}x{width}, {origin}"
 
 
 def _print_plan(plan: Plan) -> None:
