@@ -61,7 +61,7 @@ def _negate(context: click.Context, parameter: click.Parameter, value: bool) -> 
     is_flag=True,
     help="Also open files that run code when they are read (TorchScript, pickled modules). Use it only for files from people you trust.",
 )
-@click.option("--decoder", metavar="FOLDER", help="Autoencoder in diffusers' format, for latent models whose checkpoint does not contain one.")
+@click.option("--decoder", metavar="FOLDER", help="Autoencoder in diffusers' format, a folder or org/name on the hub, for latent models whose checkpoint has none.")
 @click.option("--latents", is_flag=True, help="Leave the decoder out: samples are latents.")
 @click.option("--with-encoder", is_flag=True, help="Also write the autoencoder's encoder, which image editing needs.")
 @click.option("--preview-decoder", metavar="FOLDER", help="Small autoencoder (AutoencoderTiny) for previews between steps.")
