@@ -70,9 +70,9 @@ class Generator(QueuedSampling):
         """Open a bundle.
 
         Args:
-            bundle: a folder written by ``scm-export``; the name of an embedded bundle, ``"digits"``; or a repository of the Hugging Face hub,
-                ``"org/name"``, which requires the extra ``hub``. If no revision is given, an existing path, and any path inside an existing folder, is
-                a local bundle. From a repository only the files for the dtype are downloaded, into huggingface_hub's cache.
+            bundle: a folder written by ``scm-export``; the name of an embedded bundle, ``"digits"`` (``"./digits"`` is a folder); or a repository of the
+                Hugging Face hub, ``"org/name"``, which requires the extra ``hub``. If no revision is given, an existing path, and any path inside an
+                existing folder, is a local bundle. From a repository only the files for the dtype are downloaded, into huggingface_hub's cache.
             revision: branch, tag or commit of the repository; None for the main branch.
             device: "cpu", "cuda" (the first GPU) or "cuda:N", which raise DeviceError if the device is not available; "auto" uses a GPU if one is
                 available, otherwise the CPU, and logs why.
@@ -252,6 +252,7 @@ class Generator(QueuedSampling):
             NonFiniteError: samples became NaN or infinite; see ``on_nonfinite``.
             OutOfMemoryError: the batch does not fit into memory.
             InferenceError: ONNX Runtime failed in a graph.
+            BundleError: a graph returned another shape than the manifest declares.
         """
         arguments = CallArguments(
             num_inference_steps=num_inference_steps,

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from scm_export.checkpoints import DiffusersFolder, open_checkpoint
 from scm_export.checkpoints.from_hub import fetch
-from scm_export.choices import DEFAULT_OPSET, MAX_COMPOSED_STEPS
+from scm_export.choices import DEFAULT_OPSET, LARGEST_SAMPLER, MAX_COMPOSED_STEPS
 from scm_export.families import FAMILIES, BuildOptions, build_model, find_family
 from scm_export.model import ImageDecoder, Latents, Model
 from scm_export.options import Options, StrPath
@@ -85,10 +85,12 @@ def _check_options_apply(model: Model, options: Options) -> None:
 
 def composed_steps(model: Model, options: Options) -> list[int]:
     """Step counts to compose whole samplers for; raises InvalidArgumentError for a count that the model has no times for."""
-    default = [count for count in model.times if count <= MAX_COMPOSED_STEPS] or [min(model.times)]
+    default = [count for count in model.times if count <= MAX_COMPOSED_STEPS] or [count for count in [min(model.times)] if count <= LARGEST_SAMPLER]
     steps = sorted(set(default if options.steps is None else options.steps))
     if unknown := sorted(set(steps) - set(model.times)):
         raise InvalidArgumentError(f"steps must be among {sorted(model.times)}, the counts this checkpoint has times for; got {unknown}")
+    if steps and steps[-1] > LARGEST_SAMPLER:
+        raise InvalidArgumentError(f"steps must be at most {LARGEST_SAMPLER}, since a composed sampler has a copy of the network for each; got {steps[-1]}")
     return steps
 
 

@@ -20,6 +20,7 @@ import msgspec
 from msgspec import Struct
 
 from scm_runtime.bundle.manifest import Manifest
+from scm_runtime.common.documents import read_json
 from scm_runtime.common.files import open_regular, whole_file
 from scm_runtime.errors import BundleIntegrityError
 
@@ -94,8 +95,8 @@ class ChecksumCache:
         before = FileStat.of(path, file)  # of the open file, not of the path: else a file that replaces it would get its checksum
         try:
             entry = self._entry(before)
-            cached = msgspec.json.decode(entry.read_bytes(), type=CachedChecksum) if time.time() - entry.stat().st_mtime < MAX_AGE_S else None
-        except (OSError, msgspec.DecodeError):
+            cached = msgspec.convert(read_json(entry), CachedChecksum) if time.time() - entry.stat().st_mtime < MAX_AGE_S else None
+        except (OSError, ValueError):
             cached = None
         if cached is not None and cached.seen == before:
             return cached.sha256

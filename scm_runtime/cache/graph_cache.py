@@ -29,6 +29,7 @@ from msgspec import Struct, field
 from scm_runtime.bundle.checksums import ChecksumCache, sha256
 from scm_runtime.cache.folder import max_bytes, usable_folder
 from scm_runtime.cache.private_copy import copy_graph
+from scm_runtime.common.documents import decode_json
 from scm_runtime.common.files import open_regular
 from scm_runtime.common.log import log
 
@@ -37,6 +38,7 @@ ENTRY_LIFE_S = 90 * 24 * 3600  # an older version of ONNX Runtime leaves entries
 UNCACHEABLE_LIFE_S = 7 * 24 * 3600
 TEMP_LIFE_S = 3600  # writing a graph takes less: the process that made an older one was killed
 GRAPH, DATA, ENTRY = "graph.onnx", "graph.data", "entry.json"
+MAX_ENTRY_BYTES = 1 << 20
 SUBFOLDERS = (GRAPHS, CHECKSUMS) = ("graphs", "verified")
 TEMP_PREFIX = ".part-"
 
@@ -177,16 +179,16 @@ class GraphCache:
         except FileNotFoundError as error:
             if os.path.lexists(path):
                 self._discard(path, str(error))
-        except (OSError, msgspec.DecodeError) as error:
+        except (OSError, ValueError) as error:
             self._discard(path, str(error))
         return None
 
     def _check(self, path: Path, verify: bool) -> Entry | None:
-        """Return an entry, or None if it is an expired refusal. Raises OSError and DecodeError if the entry is damaged."""
+        """Return an entry, or None if it is an expired refusal. Raises OSError and ValueError if the entry is damaged."""
         if not stat.S_ISDIR(path.lstat().st_mode):
             raise OSError("it is not a folder")
         with open_regular(path / ENTRY, follow_links=False) as file:
-            entry = msgspec.json.decode(file.read(), type=Entry)
+            entry = msgspec.convert(decode_json(file.read(MAX_ENTRY_BYTES)), Entry)
         if entry.uncacheable_reason is not None:
             if time.time() - (path / ENTRY).stat().st_mtime < UNCACHEABLE_LIFE_S:
                 return entry

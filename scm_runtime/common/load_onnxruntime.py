@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any
 
 from scm_runtime.common.installed import installed_version
+from scm_runtime.common.interrupts import was_interrupted
 from scm_runtime.errors import MissingDependencyError
 
 NO_TELEMETRY = "ORT_DISABLE_TELEMETRY"
@@ -30,7 +31,7 @@ def load_onnxruntime() -> Any:
         with _without_telemetry():
             import onnxruntime  # noqa: TID251  # the one import that the rule is for
     except ImportError as error:
-        if _was_interrupted(error):
+        if was_interrupted(error):
             raise KeyboardInterrupt from error
         raise MissingDependencyError(
             f"ONNX Runtime cannot be imported ({error}). Install it:\n  pip install 'scm-runtime[cpu]'   (or [gpu] for CUDA)"
@@ -53,10 +54,3 @@ def _without_telemetry() -> Iterator[None]:
         yield
     finally:
         os.environ.pop(NO_TELEMETRY, None)
-
-
-def _was_interrupted(error: BaseException | None) -> bool:
-    """Return True if Ctrl-C caused an error: an extension module that is interrupted during its initialization raises ImportError from KeyboardInterrupt."""
-    while error is not None and not isinstance(error, KeyboardInterrupt):
-        error = error.__cause__ or error.__context__
-    return error is not None

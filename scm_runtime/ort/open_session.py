@@ -18,6 +18,7 @@ from scm_runtime.cache.private_copy import ChangedError, NoRoomError
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
 from scm_runtime.common.log import log, log_once
 from scm_runtime.errors import InferenceError, NativeOpsError, OutOfMemoryError
+from scm_runtime.ort.graph_check import check_graph
 from scm_runtime.ort.options import CacheContext, SessionSettings, configure
 from scm_runtime.ort.session import Session, is_out_of_memory
 
@@ -41,7 +42,7 @@ def open_session(path: Path, settings: SessionSettings | None = None) -> Session
         settings: by default on the CPU, without native library and cache.
 
     Raises:
-        InferenceError: ONNX Runtime cannot open the graph.
+        InferenceError: ONNX Runtime cannot open the graph, or ``check_graph`` refuses it.
         DeviceError: ONNX Runtime fell back to another execution provider.
         NativeOpsError: ONNX Runtime and the native library do not fit together.
         InvalidArgumentError: ONNX Runtime has no such session option.
@@ -152,6 +153,7 @@ def _create(path: Path, settings: SessionSettings, set_options: SetOptions) -> A
             ) from error
     with settings.runs.run():  # the end of the process waits for it
         try:
+            check_graph(path)
             return _create_with_weights(path, options, settings)
         except Exception as error:
             if is_out_of_memory(error):

@@ -28,7 +28,7 @@ class RequestStatus(Enum):
     RUNNING = auto()
     """It is in the present batch, or was in an earlier one."""
     FINISHED = auto()
-    """Its future has a result, an error, or was cancelled."""
+    """Nothing more is computed for it, and its future is done."""
 
 
 class QueuedRequest:
@@ -47,6 +47,8 @@ class QueuedRequest:
         self.status = RequestStatus.WAITING
         self.started = False
         """True if it has a state."""
+        self.abandoned = False
+        """True if nobody waits for it any more: its future was cancelled."""
         self.arrival = 0
         """Number of the request in order of arrival."""
         self.batch_key: BatchKey = tuple(sorted((name, values.shape[1:]) for name, values in request.trajectory.call.conditioning.items()))
@@ -60,11 +62,6 @@ class QueuedRequest:
     def finished(self) -> bool:
         """True if the future has been resolved."""
         return self.status is RequestStatus.FINISHED
-
-    @property
-    def cancelled(self) -> bool:
-        """True if the future was cancelled and the request is not finished yet."""
-        return not self.finished and self.future.cancelled()
 
     def resolve(self, outcome: Samples | BaseException | None) -> None:
         """Finish the request: set the future's result or error, or nothing if it was cancelled.

@@ -44,7 +44,11 @@ class QueuedSampling:
         """Await the samples of ``submit``: ``await generate.async_([3, 1, 4], seed=7)``. Cancelling the task cancels the request."""
         import asyncio
 
-        return await asyncio.wrap_future(self.submit(class_labels, **arguments))
+        future = self.submit(class_labels, **arguments)
+        try:
+            return await asyncio.wrap_future(future)
+        finally:
+            future.cancel()  # without effect on a future that is done
 
     def stream(
         self,

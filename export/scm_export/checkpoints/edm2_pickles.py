@@ -15,6 +15,7 @@ from typing import Any
 
 from scm_export.checkpoints.header import SamplerSpec
 from scm_export.checkpoints.persistent_objects import PersistentObject, pickle_errors, read_persistent
+from scm_export.checkpoints.reading import reading
 from scm_export.checkpoints.scm_checkpoint import Checkpoint
 from scm_export.checkpoints.stored_tensors import as_floats
 from scm_export.errors import CheckpointError
@@ -58,7 +59,8 @@ def load_edm2_pickle(path: str | os.PathLike[str], network: str | None = None) -
     Raises:
         CheckpointError: the file is damaged or needs more than data; or it holds no network, several, or one of an unknown class or architecture.
     """
-    return read_edm2_pickle(Path(path), network)[0]
+    with reading(Path(path)):
+        return read_edm2_pickle(Path(path), network)[0]
 
 
 def read_edm2_pickle(source: Path, network: str | None = None) -> tuple[Checkpoint, str | None]:

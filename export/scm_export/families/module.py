@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import math
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from typing import Any
@@ -13,7 +14,7 @@ from msgspec import Struct
 from torch import Tensor, nn
 
 from scm_export.checkpoints import Checkpoint, Loaded, Program, SamplerSpec
-from scm_export.checkpoints.header import PositiveInteger, convert
+from scm_export.checkpoints.header import MAX_ELEMENTS, PositiveInteger, convert
 from scm_export.checkpoints.operator_graph import OperatorGraph
 from scm_export.checkpoints.state_dict import uncompiled
 from scm_export.dynamic_splits import DynamicSplits
@@ -36,6 +37,7 @@ logger = logging.getLogger("scm_export")
 
 PIXEL_CHANNELS = (1, 3, 4)
 TRUSTED = "the parametrization {!r} is taken from the config or --parametrisation on trust: the verification applies it to the original network as well"
+MAX_AXES = 8
 
 
 class ModuleConfig(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -68,6 +70,8 @@ def build_module(loaded: Loaded, options: BuildOptions) -> Model:
     header, sampler = loaded.header, loaded.header.sampler
     try:
         config = convert(header.config, ModuleConfig)
+        if not 1 <= len(config.sample_shape) <= MAX_AXES or math.prod(config.sample_shape) > MAX_ELEMENTS:
+            raise ValueError(f"sample_shape must have 1 to {MAX_AXES} axes and at most {MAX_ELEMENTS} elements, got {list(config.sample_shape)!s:.200}")
         conditioning = tuple(item.conditioning() for item in header.conditioning)
         if header.label_names is not None:
             conditioning = _with_label_names(conditioning, header.label_names)
@@ -220,6 +224,8 @@ def _check_call(network: nn.Module, model: Model, loaded: Program) -> None:
         try:
             with torch.no_grad():
                 output = network(x, level, **conditioning)
+        except CheckpointError as error:
+            raise CheckpointError(f"{loaded.describe()} was not run: {error}") from error
         except ExportError:
             raise
         except Exception as error:

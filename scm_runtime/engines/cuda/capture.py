@@ -9,7 +9,7 @@ from scm_runtime.common.log import log
 from scm_runtime.engines.cuda.capture_lock import CAPTURE_LOCK
 from scm_runtime.engines.cuda.stream import is_fatal
 from scm_runtime.engines.cuda.thread import CudaContext
-from scm_runtime.errors import GeneratorClosedError, InferenceError, OutOfMemoryError
+from scm_runtime.errors import InferenceError, OutOfMemoryError, ScmError
 from scm_runtime.ort.session import BoundSession, DeviceTensor, Session
 
 # Runs before a capture, during which nothing may be allocated. ONNX Runtime adds two warm-up runs of its own, and its arena may still grow after those.
@@ -56,7 +56,7 @@ class BoundRun:
         Raises:
             OutOfMemoryError: the device is out of memory.
             InferenceError: ONNX Runtime failed.
-            GeneratorClosedError: the run was terminated.
+            GeneratorClosedError, or the error of a cancelled CancelScope: the run was terminated.
         """
         session = self._session
         if not session.all_on_device:
@@ -90,7 +90,7 @@ class BoundRun:
             with CAPTURE_LOCK.exclusive():
                 try:
                     bound()
-                except (InferenceError, GeneratorClosedError) as error:
+                except ScmError as error:
                     if not is_fatal(error):
                         session.context.stream.abort_capture()
                     raise

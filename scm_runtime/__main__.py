@@ -1,0 +1,5 @@
+"""``python -m scm_runtime``."""
+
+from scm_runtime.cli import main
+
+main(prog_name="scm-runtime")
