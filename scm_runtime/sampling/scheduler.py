@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from scm_runtime.common import process
 from scm_runtime.common.checks import is_int
+from scm_runtime.common.deadlines import call_at
 from scm_runtime.common.log import log
 from scm_runtime.common.runs import CancelScope, closed_error
 from scm_runtime.errors import GenerationCancelledError, GeneratorClosedError, InferenceError, InvalidArgumentError, OutOfMemoryError, QueueFullError
@@ -80,7 +81,7 @@ class BatchScheduler:
 
         Raises:
             QueueFullError: ``max_queue`` requests are not finished.
-            InferenceError: the system cannot start a thread.
+            InferenceError: the system has no more threads.
         """
         from concurrent.futures import Future
 
@@ -104,6 +105,8 @@ class BatchScheduler:
                 except RuntimeError as error:
                     raise InferenceError(f"cannot start the thread that computes submitted requests: {error}. Raise the limit of threads, or call.") from error
                 self._thread, self._serving = thread, True  # the thread reads both under the lock
+            if request.deadline is not None:
+                queued.timer = call_at(request.deadline.at, _weak_method(self._expire, queued))
             self._unfinished += 1
             self._inbox.put(queued)
         return future
@@ -114,6 +117,14 @@ class BatchScheduler:
         if (computing := self._computing) is not None:
             _cancel_if_abandoned(*computing)
         self._inbox.put(weakref.ref(queued))
+
+    def _expire(self, queued: QueuedRequest) -> None:
+        """End a request at its deadline: set the error of its future, and abandon it."""
+        assert queued.request.deadline is not None
+        if (future := queued.take_future()) is not None:
+            self._abandon(queued)
+            if future.set_running_or_notify_cancel():
+                future.set_exception(queued.request.deadline.error())
 
     def close(self) -> None:
         """Refuse all requests, and let the thread end once it has resolved their futures. Returns at once."""
