@@ -10,6 +10,7 @@ from scm_runtime.common.deadlines import Timer
 from scm_runtime.common.log import log
 from scm_runtime.errors import GeneratorClosedError
 from scm_runtime.samples import Samples
+from scm_runtime.sampling.caller import current_caller
 from scm_runtime.sampling.loop import SamplingLoop
 from scm_runtime.sampling.request import Request
 
@@ -53,8 +54,9 @@ class QueuedRequest:
         """True if nobody waits for it any more: its future was cancelled, or its deadline has passed."""
         self.timer: Timer | None = None
         """Ends the request at its deadline."""
-        self.arrival = 0
-        """Number of the request in order of arrival."""
+        self.caller = current_caller()
+        self.order = (0, 0)
+        """Its turn, and its number in order of arrival. The queue sets both."""
         self.batch_key: BatchKey = tuple(sorted((name, values.shape[1:]) for name, values in request.trajectory.call.conditioning.items()))
         self._release = release
 
