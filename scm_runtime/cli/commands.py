@@ -59,6 +59,12 @@ def main() -> None:
     help="Text embeddings, for text-to-image models: a .npz with prompt_embeds, [tokens, D] or [N, tokens, D], and prompt_attention_mask if some tokens "
     "are padding; or a .npy with prompt_embeds alone.",
 )
+@click.option(
+    "--timeout",
+    type=click.FloatRange(0, min_open=True),
+    metavar="SECONDS",
+    help="Time limit for sampling, after the bundle is open; the exit code is 1 if it is exceeded. Without it there is no limit.",
+)
 @device_option
 @dtype_option
 @revision_option
@@ -77,6 +83,7 @@ def generate(
     columns: int | None,
     guidance_scale: float | None,
     prompt_embeds: Path | None,
+    timeout: float | None,
     device: str,
     dtype: str,
     revision: str | None,
@@ -105,7 +112,7 @@ def generate(
         ) as generator:
             names = next((item.label_names for item in generator.manifest.conditioning if item.name == "class_labels"), None) or ()
             classes = None if labels is None else parse_labels(labels, names)
-            options = GenerateOptions(classes, seed, num_images, batch_size, prompts, steps, sampler, guidance_scale)
+            options = GenerateOptions(classes, seed, num_images, batch_size, prompts, steps, sampler, guidance_scale, timeout)
             click.echo(generate_images(generator, options, output, columns))
 
 

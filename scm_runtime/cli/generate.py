@@ -35,6 +35,7 @@ class GenerateOptions:
     steps: int | None
     sampler: str | None
     guidance_scale: float | None
+    timeout: float | None
 
 
 def generate_images(generator: Generator, options: GenerateOptions, output: OutputPattern, columns: int | None) -> str:
@@ -84,6 +85,7 @@ def _batches(generator: Generator, options: GenerateOptions) -> Iterator[Iterato
         "sampler": options.sampler,
         "guidance_scale": options.guidance_scale,
         "conditioning": options.conditioning,
+        "timeout": options.timeout,
         "output_type": "np",
     }
     if options.num_images is None:
