@@ -214,6 +214,7 @@ class Generator(QueuedSampling):
         latents: ArrayLike | None = None,
         output_type: OutputType = "pil",
         callback_on_step_end: Callback | None = None,
+        timeout: float | None = None,
     ) -> Samples:
         """Generate a batch of N samples.
 
@@ -241,6 +242,8 @@ class Generator(QueuedSampling):
                 pixels on the device, for ``torch.from_dlpack(out.array)``. A bundle without decoder returns latents for all four.
             callback_on_step_end: called on the caller's thread after each step as ``callback(generator, step, t, {"latents": x})``, with t the time at the
                 start of the step and x float32 ``[N, *sample]``. It may return a dict whose "latents" replace x, or False to end the call.
+            timeout: time limit in seconds, which includes waiting for other calls; None for no limit. At its end the running step is terminated. Callbacks are
+                not interrupted.
 
         Returns:
             The samples, with their seeds, conditioning and timings.
@@ -250,6 +253,7 @@ class Generator(QueuedSampling):
             GeneratorClosedError: the Generator is closed, or was closed during the call.
             ForkedError: the Generator was made before this process was forked.
             GenerationCancelledError: the callback returned False.
+            GenerationTimeoutError: the call was not finished within ``timeout``.
             NonFiniteError: samples became NaN or infinite; see ``on_nonfinite``.
             OutOfMemoryError: the batch does not fit into memory.
             InferenceError: ONNX Runtime failed in a graph.
@@ -268,6 +272,7 @@ class Generator(QueuedSampling):
             latents=latents,
             output_type=output_type,
             callback_on_step_end=callback_on_step_end,
+            timeout=timeout,
         )
         with self._loop as loop:
             return loop.sample(self._read_request(class_labels, arguments))
@@ -278,8 +283,9 @@ class Generator(QueuedSampling):
         Up to ``max_batch_size`` samples share an evaluation; a larger request runs alone. The samples are those of a call, bit for bit if the device
         computes a sample the same way in every batch. PIL images are made when ``Samples.images`` is first read.
 
-        ``cancel()`` of the future works until the samples are ready: the request stops before its next step. ``callback_on_step_end`` and callbacks of
-        the future run on the thread that computes all requests: they delay the others, and must not wait for one of them.
+        ``cancel()`` of the future works until the samples are ready. The running step is terminated if no other request shares it; otherwise the request
+        takes part in no further step. ``callback_on_step_end`` and callbacks of the future run on the thread that computes all requests, or after
+        ``timeout`` on the one that ends all requests at theirs: they delay the others, and must not wait for one of them.
 
         Returns:
             A future. Its ``result()`` raises what a call raises: GeneratorClosedError if the Generator is closed before the samples are ready, except with

@@ -63,6 +63,12 @@ def main() -> None:
     help="Text embeddings, for text-to-image models: a .npz with prompt_embeds, [tokens, D] or [N, tokens, D], and prompt_attention_mask if some tokens "
     "are padding; or a .npy with prompt_embeds alone.",
 )
+@click.option(
+    "--timeout",
+    type=click.FloatRange(0, min_open=True),
+    metavar="SECONDS",
+    help="Time limit for sampling, after the bundle is open; the exit code is 1 if it is exceeded. Without it there is no limit.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON: files, seeds, classes and timings.")
 @device_option
 @dtype_option
@@ -83,6 +89,7 @@ def generate(
     columns: int | None,
     guidance_scale: float | None,
     prompt_embeds: Path | None,
+    timeout: float | None,
     as_json: bool,
     device: str,
     dtype: str,
@@ -112,7 +119,7 @@ def generate(
         labeled = generator.manifest.labels
         names = () if labeled is None or labeled.label_names is None else labeled.label_names
         classes = None if labels is None else parse_labels(labels, names)
-        options = GenerateOptions(classes, seed, num_images, batch_size, prompts, steps, timesteps, sampler, guidance_scale)
+        options = GenerateOptions(classes, seed, num_images, batch_size, prompts, steps, timesteps, sampler, guidance_scale, timeout)
         written = generate_images(generator, options, output, columns)
     if as_json:
         print_json(written.to_json())

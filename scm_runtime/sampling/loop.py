@@ -21,10 +21,11 @@ from numpy.typing import NDArray
 
 from scm_runtime.bundle.manifest import Manifest
 from scm_runtime.common.memory import memory_errors
-from scm_runtime.common.runs import RunRegistry
+from scm_runtime.common.runs import CancelScope, RunRegistry
 from scm_runtime.engines.engine import Engine
 from scm_runtime.errors import GenerationCancelledError, InvalidArgumentError
 from scm_runtime.samples import IMAGE_CHANNELS, OnSpan, Samples, Span, Timings
+from scm_runtime.sampling.deadline import cancelled_at
 from scm_runtime.sampling.nonfinite import NonFiniteHandler
 from scm_runtime.sampling.request import Request
 
@@ -59,11 +60,20 @@ class SamplingLoop:
     def sample(self, request: Request) -> Samples:
         """Compute a request from noise to samples, on any thread. Raises what ``Generator.__call__`` raises.
 
-        ``start``, ``step`` and ``decode_finished`` raise GeneratorClosedError if the runs are terminated before or during the call.
+        ``start``, ``step`` and ``decode_finished`` raise the error of the termination if the runs are terminated before or during the call.
         """
-        if request.on_step is not None:  # the callback runs on the caller's thread
-            return self.finalize(request, self._sample(request, self.engine.run))
-        return self.finalize(request, self.engine.run(lambda: self._sample(request, run_inline)))
+        scope = CancelScope()
+
+        def run(job: Callable[[], Any]) -> Any:
+            with scope.active():
+                return self.engine.run(job)
+
+        with cancelled_at(request.deadline, scope):
+            if request.on_step is None:
+                samples: Samples = run(lambda: self._sample(request, run_inline))
+            else:  # the callback runs on the caller's thread, outside of the scope
+                samples = self._sample(request, run)
+        return self.finalize(request, samples)
 
     def _sample(self, request: Request, run: Callable[[Callable[[], Any]], Any]) -> Samples:
         run(lambda: self.start(request))

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.fake_cuda_driver import LEGACY, FakeDriver, Stream, expect
-from scm_runtime.common.runs import RunRegistry
+from scm_runtime.common.runs import CancelScope, RunRegistry
 from scm_runtime.devices.placement import CPU, Placement
 from scm_runtime.engines.cuda.capture_lock import CAPTURE_LOCK
 from scm_runtime.errors import InferenceError, OutOfMemoryError
@@ -156,7 +156,8 @@ class FakeBound:
         session = self.session
         settings, session.settings = session.settings, replace(session.settings, runs=RunRegistry())  # enqueued work is not terminated
         try:
-            result = session(**(self.arrays or self._read()))
+            with CancelScope().active():
+                result = session(**(self.arrays or self._read()))
         finally:
             session.settings = settings
         expect((result.dtype, result.shape) == (np.dtype(self.output.dtype), self.output.shape), "the output does not fit its buffer")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import signal
 import sys
 import threading
 import time
@@ -24,6 +25,7 @@ from runtime.fake_cuda import PLACEMENT, GraphRun, Machine
 from runtime.fake_cuda_driver import LEGACY, Capsule, CudaError, Stream
 from scm_runtime.bundle.manifest import read_manifest
 from scm_runtime.bundle.solver_tables import SolverTables, from_times
+from scm_runtime.common.runs import CancelScope
 from scm_runtime.engines.cuda import static_buffers
 from scm_runtime.engines.cuda import stream as cuda
 from scm_runtime.engines.cuda.capture_lock import CaptureLock
@@ -34,7 +36,15 @@ from scm_runtime.engines.cuda.thread import CudaContext
 from scm_runtime.engines.engine import Engine, Trajectory
 from scm_runtime.engines.host import HostEngine
 from scm_runtime.engines.sessions import BundleSessions
-from scm_runtime.errors import DeviceError, GeneratorClosedError, InferenceError, InvalidArgumentError, MissingDependencyError, OutOfMemoryError
+from scm_runtime.errors import (
+    DeviceError,
+    GenerationTimeoutError,
+    GeneratorClosedError,
+    InferenceError,
+    InvalidArgumentError,
+    MissingDependencyError,
+    OutOfMemoryError,
+)
 from scm_runtime.inputs.call import Call
 from scm_runtime.ort.open_session import open_session
 from scm_runtime.ort.options import SessionSettings
@@ -512,7 +522,7 @@ def test_the_error_of_a_lost_context_says_to_restart_the_process(machine: Machin
         with pytest.raises(InferenceError, match=r"illegal memory access.*Restart the process"):
             sampled(engine, call(1))
     session = weakref.ref(engine.graphs().step)
-    thread = engine._context._thread
+    thread = engine._context._jobs.thread
     machine.runs.clear()
     engine.close()  # raises nothing and calls nothing in CUDA
     assert session() is not None
@@ -524,7 +534,7 @@ def test_close_frees_all_memory_and_ends_the_thread(machine: Machine) -> None:
     session = weakref.ref(engine.graphs().step)
     sampled(engine, call(1, 2))
     sampled(engine, call(3))
-    thread = engine._context._thread
+    thread = engine._context._jobs.thread
     engine.close()
     gc.collect()
     assert machine.used == 0
@@ -595,42 +605,52 @@ def test_errors_reach_the_caller_with_their_traceback(engine: CudaEngine) -> Non
     assert engine.run(lambda: 3) == 3
 
 
-def test_an_interrupted_caller_leaves_a_working_engine(engine: CudaEngine, host: HostEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    started, go = threading.Event(), threading.Event()
+def test_an_interrupted_caller_leaves_a_working_engine(engine: CudaEngine, host: HostEngine) -> None:
+    go, main = threading.Event(), threading.get_ident()
 
     def slow() -> None:
-        started.set()
+        signal.pthread_kill(main, signal.SIGINT)
         go.wait(10)
 
-    class Interrupted:
-        """A lock whose second acquire raises KeyboardInterrupt, as Ctrl-C does in the main thread."""
-
-        def __init__(self, lock: Any) -> None:
-            self.lock, self.taken = lock, False
-
-        def acquire(self) -> None:
-            if self.taken:
-                started.wait(10)
-                raise KeyboardInterrupt
-            self.taken = True
-            self.lock.acquire()
-
-        def release(self) -> None:
-            self.lock.release()
-
-    make = threading.Lock
-    with monkeypatch.context() as patch:
-        patch.setattr(threading, "Lock", lambda: Interrupted(make()))
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
         with pytest.raises(KeyboardInterrupt):
             engine.run(slow)
+    finally:
+        signal.signal(signal.SIGINT, previous)
     go.set()
     np.testing.assert_array_equal(sampled(engine, call(1)), sampled(host, call(1)))
+
+
+def test_a_cancelled_job_that_waits_for_another_is_withdrawn(engine: CudaEngine) -> None:
+    started, go, scope = threading.Event(), threading.Event(), CancelScope()
+
+    def occupy() -> None:
+        started.set()
+        assert go.wait(10)
+
+    def cancelled() -> None:
+        with scope.active():
+            engine.run(lambda: ran.append(True))
+
+    ran: list[bool] = []
+    with ThreadPoolExecutor(2) as pool:
+        occupied = pool.submit(lambda: engine.run(occupy))
+        assert started.wait(10)
+        waiting = pool.submit(cancelled)
+        scope.cancel(lambda: GenerationTimeoutError("late"))
+        with pytest.raises(GenerationTimeoutError, match="late"):
+            waiting.result(10)
+        go.set()
+        occupied.result(10)
+    engine.run(lambda: None)
+    assert not ran
 
 
 def test_a_dropped_context_ends_its_thread(machine: Machine) -> None:
     engine = opened(machine)
     sampled(engine, call(1))
-    thread = engine._context._thread
+    thread = engine._context._jobs.thread
     machine.allow_other_threads = True
     del engine
     gc.collect()

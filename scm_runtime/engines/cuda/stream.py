@@ -210,6 +210,11 @@ class CudaStream:
         return float(end - start) / 1000
 
     @_translate_errors
+    def wait_for(self, event: Any) -> None:
+        """Wait until the work before an event is done."""
+        event.sync()
+
+    @_translate_errors
     def synchronize(self) -> None:
         """Wait for the work enqueued so far. Does not wait for other streams, nor for work that the caller enqueues meanwhile."""
         self._stream.record().sync()
