@@ -26,6 +26,7 @@ from scm_runtime.inputs.arguments import CallArguments, Callback, Labels, Output
 from scm_runtime.inputs.call import read_latents
 from scm_runtime.inputs.conditioning import placeholder_conditioning
 from scm_runtime.inputs.images import to_pixels
+from scm_runtime.inputs.signatures import lists_arguments
 from scm_runtime.samples import EXPORT_A_DECODER, OnSpan, Samples
 from scm_runtime.sampling.loop import SamplingLoop
 from scm_runtime.sampling.nonfinite import NonFiniteHandler, OnNonfinite, check_on_nonfinite
@@ -277,8 +278,9 @@ class Generator(QueuedSampling):
         with self._loop as loop:
             return loop.sample(self._read_request(class_labels, arguments))
 
+    @lists_arguments(CallArguments)
     def submit(self, class_labels: Labels | None = None, **arguments: Unpack[CallArguments]) -> Future[Samples]:
-        """Queue a call, and return at once. Queued requests are computed together, even at different steps.
+        """Queue a call, and return at once. The arguments are those of a call. Queued requests are computed together, even at different steps.
 
         Up to ``max_batch_size`` samples share an evaluation; a larger request runs alone. The samples are those of a call, bit for bit if the device
         computes a sample the same way in every batch. PIL images are made when ``Samples.images`` is first read.

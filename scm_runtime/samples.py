@@ -30,16 +30,19 @@ MAX_ONE_ROW = 3  # up to this many images form one row; more form a grid
 
 @dataclass(frozen=True)
 class Span:
-    """A finished piece of work, in the form of a tracing span: OpenTelemetry's ``start_span(name, start_time=…)`` and ``end(end_time=…)`` take its times."""
+    """A finished piece of work, in the form of a tracing span: OpenTelemetry's ``start_span(name, start_time=…)`` and ``end(end_time=…)`` take its times.
+
+    Attributes:
+        name: "generate" for a whole call; "noise", "step", "decode" or "copy" for its parts.
+        start_ns: start in nanoseconds since the epoch.
+        end_ns: end in nanoseconds since the epoch.
+        attributes: for "generate": bundle, device, dtype, batch_size and num_inference_steps. For "step": ``step``, its index from 0.
+    """
 
     name: str
-    """"generate" for a whole call; "noise", "step", "decode" or "copy" for its parts."""
     start_ns: int
-    """Start in nanoseconds since the epoch."""
     end_ns: int
-    """End in nanoseconds since the epoch."""
     attributes: Mapping[str, str | int | float]
-    """For "generate": bundle, device, dtype, batch_size and num_inference_steps. For "step": ``step``, its index from 0."""
 
 
 OnSpan = Callable[[Span], None]
@@ -47,37 +50,43 @@ OnSpan = Callable[[Span], None]
 
 @dataclass(frozen=True)
 class Timings:
-    """Wall time of one call, in seconds."""
+    """Wall time of one call, in seconds.
+
+    Attributes:
+        noise: drawing the noise of all steps.
+        steps: each evaluation of the step graph, in order.
+        decode: decoding latents to pixels; 0 if the samples are latents.
+        total: the whole call with its callbacks and checks, but without making PIL images.
+        copy: copying from a GPU to the host; 0 if the host computed the samples.
+        waited: waiting in the queue of ``submit``, which is part of the total.
+    """
 
     noise: float
-    """Drawing the noise of all steps."""
     steps: tuple[float, ...]
-    """Each evaluation of the step graph, in order."""
     decode: float
-    """Decoding latents to pixels; 0 if the samples are latents."""
     total: float
-    """The whole call with its callbacks and checks, but without making PIL images."""
     copy: float = 0.0
-    """Copying from a GPU to the host; 0 if the host computed the samples."""
     waited: float = 0.0
-    """Waiting in the queue of ``submit``, which is part of the total."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Samples:
-    """A batch of N samples: what a call of a Generator returns."""
+    """A batch of N samples: what a call of a Generator returns.
+
+    Attributes:
+        array: pixels, uint8 ``[N, H, W, C]``; for ``output_type="latent"`` float32 ``[N, *sample]`` in the model's scale. For "dlpack" the array may be in GPU
+            memory: an object with ``shape``, ``dtype`` and ``__dlpack__`` for ``torch.from_dlpack`` and similar functions.
+        seeds: seed of each sample. The same ``seed=`` generates the same sample again, alone or in any batch.
+        conditioning: the model's conditioning inputs, ``[N, ...]`` each, for instance ``class_labels``.
+        timings: wall time of the call and its parts.
+        has_decoder: false if the bundle has no decoder: ``array`` then holds latents, whatever the ``output_type``.
+    """
 
     array: NDArray[Any]
-    """Pixels, uint8 ``[N, H, W, C]``; for ``output_type="latent"`` float32 ``[N, *sample]`` in the model's scale. For "dlpack" the array may be in GPU
-    memory: an object with ``shape``, ``dtype`` and ``__dlpack__`` for ``torch.from_dlpack`` and similar functions."""
     seeds: tuple[int, ...]
-    """Seed of each sample. The same ``seed=`` generates the same sample again, alone or in any batch."""
     conditioning: dict[str, NDArray[Any]]
-    """The model's conditioning inputs, ``[N, ...]`` each, for instance ``class_labels``."""
     timings: Timings
-    """Wall time of the call and its parts."""
     has_decoder: bool = True
-    """False if the bundle has no decoder: ``array`` then holds latents, whatever the ``output_type``."""
 
     def __len__(self) -> int:
         """Return the number of samples."""

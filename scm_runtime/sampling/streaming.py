@@ -13,6 +13,7 @@ from scm_runtime.errors import GenerationTimeoutError, InvalidArgumentError
 from scm_runtime.inputs.arguments import CONDITIONING, BatchArguments, CallArguments, Labels, Seeds, check_names, gather_conditioning
 from scm_runtime.inputs.call import check_range, random_seed, read_latents, read_seeds
 from scm_runtime.inputs.conditioning import BatchedInput, read_input
+from scm_runtime.inputs.signatures import lists_arguments
 from scm_runtime.samples import Samples
 from scm_runtime.sampling.deadline import Deadline, read_deadline
 
@@ -37,10 +38,12 @@ class StreamSource(NamedTuple):
 class QueuedSampling:
     """Methods built on ``submit``."""
 
+    @lists_arguments(CallArguments)
     def submit(self, class_labels: Labels | None = None, **arguments: Unpack[CallArguments]) -> Future[Samples]:
         """Queue a call, and return the future of its samples."""
         raise NotImplementedError
 
+    @lists_arguments(CallArguments)
     async def async_(self, class_labels: Labels | None = None, **arguments: Unpack[CallArguments]) -> Samples:
         """Await the samples of ``submit``: ``await generate.async_([3, 1, 4], seed=7)``. Cancelling the task cancels the request, within its step."""
         import asyncio
@@ -51,6 +54,7 @@ class QueuedSampling:
         finally:
             future.cancel()  # without effect on a future that is done
 
+    @lists_arguments(BatchArguments)
     def stream(
         self,
         num_images: int,
