@@ -148,3 +148,22 @@ def test_an_operator_that_onnx_does_not_have_is_named(write: Callable[..., list[
 def test_autocast_that_changes_nothing_on_a_cpu_is_left_alone(write: Callable[..., list[str]], tmp_path: Path) -> None:
     done = run([*write("AutocastOff", CLASS), "-o", str(tmp_path / "own.scm"), "--steps", "", "--no-verify"])
     assert done.exit_code == 0, done.output
+
+
+# ----------------------------------------------------------------------------
+# Mistakes in the config.
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ({"sampler": {"parametrisation": "v"}}, "sampler.parametrisation must be one of trigflow, trigflow-negated, edm, flow, x0, got 'v'"),
+        ({"sampler": {"parametrisation": "trig-flow"}}, "got 'trig-flow'; did you mean 'trigflow'?"),
+        ({"sampler": {"solver": "heun"}}, "sampler.solver must be one of consistency, ddim, got 'heun'"),
+        ({"conditioning": [{"name": "y", "kind": "label"}]}, "conditioning.kind must be one of class, scalar, embedding, mask, got 'label'"),
+    ],
+)
+def test_a_value_that_is_none_of_the_choices_is_refused_with_all_of_them(write: Callable[..., list[str]], header: dict[str, Any], message: str) -> None:
+    done = run(write("Labelled", **header))
+    assert done.exit_code == 1
+    assert message in done.stderr

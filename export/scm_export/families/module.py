@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import math
 from collections.abc import Callable
 from fnmatch import fnmatchcase
@@ -22,6 +23,7 @@ from scm_export.example_inputs import example_conditioning
 from scm_export.families.autoencoders import ImageNetworks, LatentStatistics, image_networks, pixel_networks
 from scm_export.families.diffusers_networks import make_batch_dynamic
 from scm_export.families.family import BuildOptions, Family
+from scm_export.families.parametrisation_check import suspicion
 from scm_export.families.sampling import sampling_fields
 from scm_export.families.weights import load_weights
 from scm_export.graphs.trace import TRACE_BATCH
@@ -31,7 +33,10 @@ from scm_export.precision import Precision, is_norm
 from scm_runtime.bundle.manifest import Conditioning
 from scm_runtime.common.message_text import first_line
 
+logger = logging.getLogger("scm_export")
+
 PIXEL_CHANNELS = (1, 3, 4)
+TRUSTED = "the parametrization {!r} is taken from the config or --parametrisation on trust: the verification applies it to the original network as well"
 MAX_AXES = 8
 
 
@@ -71,7 +76,7 @@ def build_module(loaded: Loaded, options: BuildOptions) -> Model:
         if header.label_names is not None:
             conditioning = _with_label_names(conditioning, header.label_names)
     except ValueError as error:
-        raise CheckpointError(f"config of the family module: {error} (docs/checkpoint-format.md)") from error
+        raise CheckpointError(f"config of the family module: {first_line(error)} (docs/checkpoint-format.md)") from error
     if options.size is not None:
         raise CheckpointError("a network of the family module has the sample_shape of its config: leave out the size")
     _check_inputs(loaded, conditioning)
@@ -100,6 +105,9 @@ def build_module(loaded: Loaded, options: BuildOptions) -> Model:
         licence=header.licence,
     )
     _check_call(own, model, loaded)
+    if (doubt := suspicion(model)) is not None:
+        logger.warning("%s", doubt)
+    model.notes = (TRUSTED.format(sampler.parametrisation),)
     if loaded.original is not None:
         step = Step(FirstOutput(loaded.original), sampler.sigma_data, sampler.parametrisation, sampler.solver)
         model.reference = Reference(
