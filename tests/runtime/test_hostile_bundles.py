@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from onnx import TensorProto, helper
 
 import toy_bundle
-from scm_runtime import Generator, InferenceError, ScmError
+from scm_runtime import GenerationTimeoutError, Generator, InferenceError, ScmError
 from scm_runtime.bundle.manifest import WEIGHTS
 from scm_runtime.cli.commands import main
 
@@ -190,7 +190,7 @@ def test_a_giant_constant(bundle: Path, size: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
-def test_an_endless_loop_is_ended_by_close(bundle: Path) -> None:
+def test_an_endless_loop_is_ended_by_a_timeout_and_by_close(bundle: Path) -> None:
     """The loop has no trip count, and its condition stays true."""
     text = toy_bundle.STEP.replace(
         "    x_next = Add(abcd, gt4)\n",
@@ -208,6 +208,8 @@ def test_an_endless_loop_is_ended_by_close(bundle: Path) -> None:
     )
     endless = toy_bundle.write_text_bundle(bundle.with_name("endless.scm"), graphs={"step": text})
     generator = Generator(endless, cache_dir=False)
+    with pytest.raises(GenerationTimeoutError):
+        generator(prompt_embeds=EMBEDS, seed=1, timeout=0.5)
     timer = threading.Timer(0.5, generator.close)
     timer.start()
     with pytest.raises(ScmError, match="closed while this call ran"):
