@@ -172,7 +172,7 @@ def test_no_more_images_than_a_batch_are_computed_at_a_time(tiny_bundle: Path, t
         ("{seed}.xyz", [], "unknown picture format '.xyz'"),
         ("", [], "is a folder"),
         ("a.png", ["--timeout", "0"], "0.0 is not in the range x>0"),
-        ("a.png", ["--timeout", "nan"], "timeout must be a number of seconds above 0, or None for no limit, got nan"),
+        ("a.png", ["--timeout", "nan"], "--timeout must be a number of seconds above 0, got nan"),
         ("a.png", ["--device", "tpu"], "device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got 'tpu'"),
         ("a.png", ["--dtype", "fp8"], "one of this bundle's, fp32; got 'fp8'"),
     ],
