@@ -248,3 +248,24 @@ def test_the_command_line_reports_a_hostile_bundle_in_one_message(bundle: Path, 
     assert "step.fp32.onnx" in result.output.replace("\n", "")
     assert "Traceback" not in result.output
     assert not (tmp_path / "out.png").exists()
+
+
+@pytest.mark.parametrize("when", ["opened", "run"])
+def test_control_characters_of_a_graph_are_escaped_in_errors_and_logs(bundle: Path, tmp_path: Path, when: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "scm_runtime")
+    model = step_model(bundle)
+    result, model.graph.node[-1].output[0] = model.graph.node[-1].output[0], "before"
+    name = "\x1b[31mred\x07"
+    if when == "opened":
+        model.graph.node.append(helper.make_node(name, ["before"], [result]))
+    else:
+        model.graph.node.append(helper.make_node("MatMul", ["before", "before"], [result], name=name))
+    with pytest.raises(InferenceError, match=r"\\x1b\[31mred\\x07") as caught:
+        open_and_call(toy_bundle.replace_file(bundle, STEP, model.SerializeToString()), tmp_path / "cache")
+    for text in (str(caught.value), caplog.text):
+        assert text.replace("\n", "").isprintable()
+
+
+def open_and_call(bundle: Path, cache: Path) -> None:
+    with Generator(bundle, device="cpu", cache_dir=cache) as generator:
+        generator(prompt_embeds=EMBEDS, seed=1)
