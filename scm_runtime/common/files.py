@@ -48,21 +48,21 @@ def open_regular(path: Path, *, follow_links: bool = True) -> BufferedReader:
 def read_limited(path: Path, max_bytes: int) -> bytes:
     """Read a regular file of at most ``max_bytes``. Raises OSError if it cannot be read or is not a regular file, ValueError if it is larger."""
     with open_regular(path) as file:
-        data = file.read(max_bytes + 1)
-    if len(data) > max_bytes:
-        raise ValueError(f"it has more than {max_bytes} bytes")
-    return data
+        size = os.fstat(file.fileno()).st_size
+        if size > max_bytes:
+            raise ValueError(f"it has more than {max_bytes} bytes")
+        return file.read(size)  # read(n) allocates n bytes: not more than the file has
 
 
 def read_private(path: Path, max_bytes: int) -> bytes:
     """Read a regular file of at most ``max_bytes`` that no other user can have written. Raises OSError."""
     with open_regular(path, follow_links=False) as file:
-        if reason := unsafe_reason(os.fstat(file.fileno())):
+        found = os.fstat(file.fileno())
+        if reason := unsafe_reason(found):
             raise OSError(f"{path.name} {reason}")
-        data = file.read(max_bytes + 1)
-    if len(data) > max_bytes:
-        raise OSError(f"{path.name} must have at most {max_bytes} bytes")
-    return data
+        if found.st_size > max_bytes:
+            raise OSError(f"{path.name} must have at most {max_bytes} bytes")
+        return file.read(found.st_size)
 
 
 def unsafe_reason(found: os.stat_result) -> str | None:
