@@ -356,6 +356,8 @@ CASES: dict[str, tuple[Make, str]] = {
     "a number of 400 digits": (config(f"[sampler]\nsigma_data = {'9' * 400}\n"), "at most 64 bits"),
     "a key with a terminal's codes": (config('"\\u001b[31m" = 1\n'), r"\x1b[31m"),
     "a family with a terminal's codes": (config('family = "\\u001b[31m"\n'), r"\x1b[31m"),
+    "a label with a terminal's codes": (config('label_names = ["\\u001b[31m", "b"]\n'), r"\x1b[31m"),
+    "3 000 steps": (config(f"[sampler]\ntimes = {{ 3000 = {[1.5 - step / 2000 for step in range(3001)]} }}\n"), "step counts from 1 to 1000"),
     "a state of a terabyte": (config("[config]\nsample_shape = [3, 1000000, 1000000]\n"), "sample_shape"),
     "a state of too many axes": (config(f"[config]\nsample_shape = [{', '.join(['1'] * 100_000)}]\n"), "sample_shape"),
     # Folders.

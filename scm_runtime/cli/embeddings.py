@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scm_runtime.common.files import open_regular
+from scm_runtime.common.message_text import first_line
 from scm_runtime.errors import InvalidArgumentError
 
 REQUIRED, OPTIONAL = "prompt_embeds", "prompt_attention_mask"
@@ -41,5 +42,4 @@ def read_embeddings(path: Path) -> dict[str, NDArray[Any]]:
     except OSError as error:
         raise InvalidArgumentError(f"cannot read '{path}': {error.strerror or error}. {EXPECTED}.") from error
     except Exception as error:  # zipfile, zlib and NumPy's parsers raise errors of many types for damaged files
-        reason = str(error) or type(error).__name__
-        raise InvalidArgumentError(f"cannot read embeddings from '{path}': {reason.splitlines()[0].rstrip('.')}. {EXPECTED}.") from error
+        raise InvalidArgumentError(f"cannot read embeddings from '{path}': {first_line(error).rstrip('.')}. {EXPECTED}.") from error

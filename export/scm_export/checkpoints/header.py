@@ -7,6 +7,7 @@ import math
 import re
 import types
 import typing
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -24,6 +25,7 @@ T_LIMIT = math.pi / 2 + 1e-4  # some samplers round pi/2 up
 DOCUMENT = "docs/checkpoint-format.md"
 
 MAX_STEPS = 1000  #         the training steps of diffusion models
+MAX_TEXT = 1000  #          characters of a label or licence
 MAX_ELEMENTS = 1 << 26  #   of the state or of one conditioning
 
 PositiveNumber = Annotated[float, Meta(gt=0)]
@@ -137,7 +139,7 @@ def read_header(path: Path) -> Header:
         raise CheckpointError(f"the config '{path}' is not valid {path.suffix[1:].upper()}: {first_line(error)}. {DOCUMENT} has an example.") from error
     try:
         header = convert(raw, Header)
-        validate(header.family, header.sampler, header.conditioning)
+        validate(header.family, header.sampler, header.conditioning, header.label_names, header.licence)
     except ValueError as error:
         raise CheckpointError(f"the config '{path}': {first_line(error)} ({DOCUMENT})") from error
     return header
@@ -172,9 +174,13 @@ def example_config(inputs: tuple[str, ...] = ()) -> str:
     )
 
 
-def validate(family: str, sampler: SamplerSpec, conditioning: tuple[ConditioningSpec, ...]) -> None:
+def validate(family: str, sampler: SamplerSpec, conditioning: tuple[ConditioningSpec, ...], label_names: Sequence[str] | None, licence: str | None) -> None:
     """Check constraints of a header that its types do not express. Raises ValueError."""
     sampler.validate()
+    labels = [label for names in (label_names, *(item.label_names for item in conditioning)) for label in names or ()]
+    for what, text in (("licence", licence or ""), *(("label_names", label) for label in labels)):
+        if not text.isprintable() or len(text) > MAX_TEXT:
+            raise ValueError(f"{what} must be at most {MAX_TEXT} printable characters, got {printable(text)!r}")
     if conditioning and family != "module":
         raise ValueError(f"conditioning is for user-defined networks, of the family 'module'; the family {family!r} defines its inputs: leave it out")
     for item in conditioning:

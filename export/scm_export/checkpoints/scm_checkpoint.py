@@ -131,7 +131,7 @@ def checkpoint_from(raw: object, source: Path) -> Checkpoint:
     try:
         check_depth({name: value for name, value in raw.items() if name != "weights"})
         checkpoint = convert(raw, Checkpoint)
-        validate(checkpoint.family, checkpoint.sampler, checkpoint.conditioning)
+        validate(checkpoint.family, checkpoint.sampler, checkpoint.conditioning, checkpoint.label_names, checkpoint.licence)
     except ValueError as error:
         raise CheckpointError(f"'{source}' does not hold what a scm-checkpoint must: {first_line(error)} (docs/checkpoint-format.md)") from error
     strange = [name for name, tensor in checkpoint.weights.items() if not isinstance(tensor, Tensor)]
