@@ -167,6 +167,17 @@ def legacy(change: Callable[[bytes], bytes]) -> Make:
     return make
 
 
+def byte_order(folder: Path) -> list[str]:
+    torch.save(Plain().state_dict(), folder / "net.pt")
+    with zipfile.ZipFile(folder / "net.pt") as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(folder / "net.pt", "w") as archive:
+        for name, data in entries.items():
+            large = name.endswith("byteorder")
+            archive.writestr(name, data * 16_000_000 if large else data, zipfile.ZIP_DEFLATED if large else zipfile.ZIP_STORED)
+    return ["net.pt"]
+
+
 def shared_lists(folder: Path) -> list[str]:
     """A thousand lists of a thousand lists of a thousand lists, which are all the same ones: a search of every path takes days."""
     value: object = ["x"] * 1000
@@ -335,6 +346,11 @@ CASES: dict[str, tuple[Make, str]] = {
         torch_file(b"ctorch._tensor\n_rebuild_from_type_v2\n(cbuiltins\nbytearray\nctorch\nTensor\nJ\xff\xff\xff\x7f\x85NtR"),
         "a bytearray of a given size",
     ),
+    "a deep tuple as a key": (torch_file(b"})", b"\x85" * 300_000, b"Ns"), "nested more than 64"),
+    "a deep tuple in a set": (torch_file(b"cbuiltins\nset\n])", b"\x85" * 300_000, b"a\x85R"), "nested more than 64"),
+    "a deep tuple in a state": (torch_file(b"ccollections\nOrderedDict\n)R](()", b"\x85" * 300_000, b"Nteb"), "nested more than 64"),
+    "the state of a tensor": (torch_file(b"ctorch._utils\n_rebuild_parameter\n", b"N\x89}\x87R", b"(NK\x00))tb"), "the state of a tensor"),
+    "an entry of 100 MB": (byte_order, "must have at most 1048576 bytes"),
     "a legacy bomb": (legacy(lambda data: b"\x80\x02cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R."), "wants to run code (builtins.bytearray)"),
     "a legacy storage larger than the file": (legacy(lambda data: data.replace(b"M\xd2\x04", b"J\0\0\0\x70")), "shape and storage of a tensor disagree"),
     "lists without end": (shared_lists, "holds weights, but not how it is sampled"),
