@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import keyword
 import math
 import re
 import types
@@ -25,6 +26,7 @@ T_LIMIT = math.pi / 2 + 1e-4  # some samplers round pi/2 up
 DOCUMENT = "docs/checkpoint-format.md"
 
 MAX_STEPS = 1000  #         the training steps of diffusion models
+SMALLEST, LARGEST = 1e-6, 1e6  # of the numbers that scale the state and its pixels: float32 must hold their squares
 MAX_TEXT = 1000  #          characters of a label or licence
 MAX_ELEMENTS = 1 << 26  #   of the state or of one conditioning
 
@@ -61,7 +63,11 @@ class SamplerSpec(Struct, kw_only=True, forbid_unknown_fields=True):
             value = getattr(self, name)
             if value is not None and (not math.isfinite(value) or (name == "pixel_scale" and value == 0)):
                 raise ValueError(f"sampler.{name} must be finite{' and not 0' * (name == 'pixel_scale')}, got {value}")
+            if value is not None and (abs(value) > LARGEST or (name in ("sigma_data", "initial_scale") and value < SMALLEST)):
+                raise ValueError(f"sampler.{name} must be a number from {SMALLEST:g} to {LARGEST:g} in magnitude, got {value:g}")
         for name in ("latent_mean", "latent_std"):
+            if any(abs(number) > LARGEST for number in getattr(self, name) or () if math.isfinite(number)):
+                raise ValueError(f"sampler.{name} must have numbers of at most {LARGEST:g}, got {list(getattr(self, name))!s:.200}")
             if not all(map(math.isfinite, getattr(self, name) or ())):
                 raise ValueError(f"sampler.{name} must be finite, got {list(getattr(self, name))}")
         for count, times in (self.times or {}).items():
@@ -102,8 +108,11 @@ class ConditioningSpec(Struct, kw_only=True, forbid_unknown_fields=True):
         if math.prod(size for size in self.shape if isinstance(size, int)) > MAX_ELEMENTS:
             raise ValueError(f"conditioning must have at most {MAX_ELEMENTS} elements per sample, got the shape {list(self.shape)} for {printable(self.name)}")
         item = Conditioning(**{name: getattr(self, name) for name in self.__struct_fields__}, dtype=dtype)
-        if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name):
-            raise ValueError(f"conditioning must have a name of lower-case letters, digits and underscores, got {self.name!r}")
+        if not re.fullmatch(r"[a-z][a-z0-9_]{0,99}", self.name) or keyword.iskeyword(self.name):
+            raise ValueError(
+                "conditioning must have a name of at most 100 lower-case letters, digits and underscores that is no keyword of Python, "
+                f"got {printable(self.name)!r}"
+            )
         item.validate()
         return item
 
