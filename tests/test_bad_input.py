@@ -38,6 +38,7 @@ from scm_runtime import cli as runtime_cli
 from scm_runtime.bundle.checksums import sha256
 from scm_runtime.bundle.manifest import MANIFEST
 from scm_runtime.cli.embeddings import read_embeddings
+from scm_runtime.cli.flag_names import with_flag_names
 from support import full_disk, tree
 
 
@@ -631,9 +632,10 @@ def test_bad_input(
         with full_disk(attempt.room) if attempt.room else nullcontext():
             result = CliRunner(catch_exceptions=False).invoke(attempt.command, [str(argument) for argument in attempt.arguments])
         assert result.exit_code == EXIT_CODES.get(error, 1)
+        command = attempt.command.commands[str(attempt.arguments[0])] if isinstance(attempt.command, click.Group) else attempt.command
         assert "Error: " in result.stderr
-        assert got in result.stderr
-        assert cure in result.stderr
+        assert with_flag_names(got, command) in result.stderr
+        assert with_flag_names(cure, command) in result.stderr
         assert "Traceback" not in result.output
         assert tree(tmp_path) == before, "the command must leave everything as it was"
 
@@ -665,6 +667,7 @@ def test_a_stopped_export_leaves_the_earlier_bundle(when: str, mishap: type[Base
     if when == "while flushing":
         monkeypatch.setattr(os, "fsync", fail)
     elif when != "while writing":
+        monkeypatch.setattr("scm_export.writer.exchange", lambda *_: False)
         monkeypatch.setattr(Path, "rename", fail_once)
     with pytest.raises(OutputError if isinstance(mishap, OSError) else KeyboardInterrupt):
         write()

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from rich.box import SIMPLE
-from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
 from scm_export.choices import DEFAULT_OPSET, GRAPH_DTYPES, OPSETS, PARAMETRISATION_NAMES
 from scm_export.errors import VerificationError
 from scm_export.versions import check_versions
 from scm_runtime import __version__
-from scm_runtime.bundle.manifest import Verification
-from scm_runtime.cli.options import IntegerList, ParamType, exit_on_error
-from scm_runtime.cli.tables import facts_table
+from scm_runtime.bundle.manifest import Manifest, Verification
+from scm_runtime.cli.options import IntegerList, ParamType
+from scm_runtime.cli.program import Command
+from scm_runtime.cli.streams import print_json, say_error
+from scm_runtime.cli.tables import BAD, OutputConsole, facts_table, print_table
+from scm_runtime.common.interrupts import raise_at_interrupt, was_interrupted
 from scm_runtime.errors import MissingDependencyError
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def _negate(context: click.Context, parameter: click.Parameter, value: bool) -> 
 
 
 # All parameters but checkpoint, out, dry_run and as_json are fields of scm_export.Options, by name.
-@click.command()
+@click.command(cls=Command)
 @click.argument("checkpoint")
 @click.option("-o", "--out", type=click.Path(path_type=Path), metavar="BUNDLE", help="Folder to write; by default CHECKPOINT with the extension .scm.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
@@ -61,7 +62,9 @@ def _negate(context: click.Context, parameter: click.Parameter, value: bool) -> 
     is_flag=True,
     help="Also open files that run code when they are read (TorchScript, pickled modules). Use it only for files from people you trust.",
 )
-@click.option("--decoder", metavar="FOLDER", help="Autoencoder in diffusers' format, for latent models whose checkpoint does not contain one.")
+@click.option(
+    "--decoder", metavar="FOLDER", help="Autoencoder in diffusers' format, a folder or org/name on the hub, for latent models whose checkpoint has none."
+)
 @click.option("--latents", is_flag=True, help="Leave the decoder out: samples are latents.")
 @click.option("--with-encoder", is_flag=True, help="Also write the autoencoder's encoder, which image editing needs.")
 @click.option("--preview-decoder", metavar="FOLDER", help="Small autoencoder (AutoencoderTiny) for previews between steps.")
@@ -103,38 +106,42 @@ def main(checkpoint: str, out: Path | None, dry_run: bool, as_json: bool, **opti
     CHECKPOINT is a file, a folder, or a repository of the Hugging Face hub (org/name). The bundle's samples are compared with those of the
     original sampler. If they differ by more than the tolerance, nothing is written and the exit code is 1.
     """
-    terminal = Console(stderr=True)
-    with exit_on_error():
-        try:
-            result = _run(terminal, checkpoint, out, dry_run, options)
-        except VerificationError as error:
-            if error.report is not None:
-                terminal.print(_verification_table(error.report))
-            raise
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt("no bundle was written") from None
+    try:
+        result = _run(checkpoint, out, dry_run, options)
+    except VerificationError as error:
+        if error.report is not None:
+            _print_verification(OutputConsole(stderr=True), error.report)
+        raise
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("no bundle was written") from None
     from scm_export.exporter import Exported
 
+    for note in result.notes:
+        OutputConsole(stderr=True).write_line(f"Note: {note}.")
     if as_json:
-        click.echo((result.manifest if isinstance(result, Exported) else result).to_json().decode())
+        print_json((result.manifest if isinstance(result, Exported) else result).to_json())
     elif isinstance(result, Exported):
         _print_exported(result, options["report"])
     else:
         _print_plan(result)
 
 
-def _run(terminal: Console, checkpoint: str, out: Path | None, dry_run: bool, options: Mapping[str, Any]) -> Exported | Plan:
+def _run(checkpoint: str, out: Path | None, dry_run: bool, options: Mapping[str, Any]) -> Exported | Plan:
     check_versions()
     try:
         from scm_export import Options, export, plan  # torch takes seconds to import: not for --help
     except ImportError as error:
+        if was_interrupted(error):
+            raise KeyboardInterrupt from error
         raise MissingDependencyError(f"{error}. Exporting needs more packages:\n  pip install 'scm-runtime[export,cpu]'") from error
-    with terminal.status("starting") as status:
+    raise_at_interrupt()
+    terminal = OutputConsole(stderr=True)
+    with terminal.status("starting", spinner="dots" if terminal.encoding.startswith("utf") else "line") as status:
 
         def show(stage: str) -> None:
             status.update(stage)
             if not terminal.is_terminal:
-                print(stage, file=sys.stderr, flush=True)  # noqa: T201 - a plain log of stages if stderr is not a terminal
+                say_error(stage)  # a plain log of the stages
 
         if dry_run:
             return plan(checkpoint, out, Options(**options, progress=show))
@@ -142,37 +149,46 @@ def _run(terminal: Console, checkpoint: str, out: Path | None, dry_run: bool, op
 
 
 def _print_exported(exported: Exported, report: Path | None) -> None:
-    console = Console()
+    console = OutputConsole()
     manifest = exported.manifest
     if manifest.verification is None:
-        console.print("not verified (--no-verify)")
+        console.write_line("not verified (--no-verify)")
     else:
-        console.print(_verification_table(manifest.verification))
+        _print_verification(console, manifest.verification)
     if manifest.source.weights is not None:
-        console.print(f"weights: {manifest.source.weights!r} of {manifest.source.file}", highlight=False, soft_wrap=True, markup=False)
+        console.write_line(f"weights: {manifest.source.weights!r} of {manifest.source.file}")
+    console.write_line(_describe_samples(manifest))
     size = sum(entry.size for entry in manifest.files.values())
-    console.print(f"wrote {exported.path} ({size / 1e6:.1f} MB, {', '.join(manifest.dtypes)})", highlight=False, soft_wrap=True)
+    console.write_line(f"wrote {exported.path} ({size / 1e6:.1f} MB, {', '.join(manifest.dtypes)})")
     if report is not None:
-        console.print(f"wrote {report}", highlight=False, soft_wrap=True)
+        console.write_line(f"wrote {report}")
+
+
+def _describe_samples(manifest: Manifest) -> str:
+    state = f"state [N, {', '.join(map(str, manifest.sample.shape))}]"
+    if manifest.output.kind == "latent":
+        return f"samples: latents, without a decoder, {state}"
+    height, width, channels = manifest.output.shape
+    kind = {1: "grayscale", 3: "RGB", 4: "RGBA"}.get(channels, f"{channels}-channel")
+    origin = "the state is pixels" if manifest.sample.shape == (channels, height, width) else f"decoded from latents, the {state}"
+    return f"samples: {kind} images of {height}x{width}, {origin}"
 
 
 def _print_plan(plan: Plan) -> None:
-    console = Console()
+    console = OutputConsole()
     console.print(facts_table(plan.facts()))
-    console.print("nothing was written (--dry-run)")
+    console.write_line("nothing was written (--dry-run)")
 
 
-def _verification_table(verification: Verification) -> Table:
+def _print_verification(console: OutputConsole, verification: Verification) -> None:
     from scm_export.verification.report import TEXT_COLUMNS, tabulate
     from scm_export.verification.tolerances import passes
 
     rows = tabulate(verification.cases)
-    table = Table(title=f"against {verification.reference}", box=SIMPLE, padding=(0, 1, 0, 0))
-    for name in rows[0]:
-        table.add_column(name, justify="left" if name in TEXT_COLUMNS else "right", no_wrap=name != "conditioning")
-    for case, row in zip(verification.cases, rows, strict=True):
-        table.add_row(*row.values(), style=None if passes(case) else "bold red")
-    return table
+    columns = list(rows[0])
+    cells = [[value if passes(case) else Text(value, BAD) for value in row.values()] for case, row in zip(verification.cases, rows, strict=True)]
+    title = f"against {verification.reference}"
+    print_table(console, columns, cells, title=title, right=[name for name in columns if name not in TEXT_COLUMNS], box=SIMPLE)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ from scm_runtime.bundle.checksums import sha256
 from scm_runtime.bundle.manifest import Source
 from scm_runtime.errors import InvalidArgumentError
 
+LATENT_OR_RGBA = 4  # channels of RGBA pixels and of the latents of many autoencoders
+
 
 class Prepared(NamedTuple):
     """A model that is ready to be exported."""
@@ -54,6 +56,8 @@ def prepare(checkpoint: StrPath, out: StrPath | None, options: Options) -> Prepa
         guide, guide_weights = open_checkpoint(options.guide, trust=options.trust, progress=options.progress)
     model = build_model(loaded, BuildOptions(decoder, options.latents, options.with_encoder, preview, guide, options.size), family)
     _check_options_apply(model, options)
+    if isinstance(model.decoder, ImageDecoder) and model.sample_shape[0] == LATENT_OR_RGBA:
+        model.notes += ("the state has 4 channels and is taken as RGBA pixels. If it is latents, give their autoencoder with --decoder, or --latents",)
     guide_source = None
     if options.guide is not None:  # a file: build_model refuses guides in folders
         guide_source = Source(file=Path(options.guide).name, sha256=sha256(Path(options.guide)), weights=guide_weights)

@@ -2,4 +2,4 @@
 
 from scm_runtime.cli.commands import main
 
-main()
+main(prog_name="scm-runtime")

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from rich.text import Text
 
 from scm_runtime.bench.cells import Progress
 from scm_runtime.bench.result import Cell, Comparison, MachinePeak, Memory, ModelCost, Result
-from scm_runtime.cli.tables import facts_table, progress_bar
+from scm_runtime.cli.tables import BAD, OutputConsole, facts_table, print_table, progress_bar
 
 COLUMNS = ("steps", "batch", "median\nms", "p95\nms", "min\nms", "images/s", "of\nmatmul", "of\ncopy", "runs")
 CAPTION = "of matmul, of copy: share of the machine's measured peak"
@@ -27,7 +25,7 @@ def bench_progress() -> Iterator[Progress]:
 
 def show_result(result: Result) -> None:
     """Print a result, with its ratios to an earlier one if it was compared."""
-    console = Console()
+    console = OutputConsole()
     kernels = f"native kernels {result.native_ops}" if result.native_ops else "function bodies, no native kernels"
     sampler = f", sampler {result.sampler}" if result.sampler else ""
     facts = {
@@ -40,24 +38,19 @@ def show_result(result: Result) -> None:
         "per sample": _cost(result.work),
         "machine": _peak(result.peak),
     }
-    console.print(facts_table(facts), highlight=False)
-    table = Table(*COLUMNS, caption=CAPTION, caption_justify="left")
-    for column in table.columns:
-        column.justify = "right"
-    for cell in result.cells:
-        table.add_row(*_row(cell, result.comparison))
-    console.print(table, highlight=False)
+    console.print(facts_table(facts))
+    print_table(console, COLUMNS, [_row(cell, result.comparison) for cell in result.cells], caption=CAPTION, right=COLUMNS)
     for cell in result.cells:
         if cell.error is not None:
-            console.print(f"[bold red]failed:[/] steps {cell.steps}, batch {cell.batch_size}\n  {escape(cell.error)}", highlight=False, soft_wrap=True)
+            console.write_line(Text("failed:", BAD), f" steps {cell.steps}, batch {cell.batch_size}\n  {cell.error}")
     if result.comparison is not None:
         _show_comparison(console, result.comparison)
 
 
-def _row(cell: Cell, comparison: Comparison | None) -> list[str]:
-    head = [str(cell.steps), str(cell.batch_size)]
+def _row(cell: Cell, comparison: Comparison | None) -> list[str | Text]:
+    head: list[str | Text] = [str(cell.steps), str(cell.batch_size)]
     if cell.median_ms is None:
-        return [*head, "[bold red]failed[/]" if cell.error else "not reached", *[""] * (len(COLUMNS) - 3)]
+        return [*head, Text("failed", BAD) if cell.error else "not reached", *[""] * (len(COLUMNS) - 3)]
     ratios = comparison.of(cell) if comparison else {}
     figures = []
     for name in ("median_ms", "p95_ms", "min_ms", "images_per_second"):
@@ -102,7 +95,7 @@ def _peak(peak: MachinePeak) -> str:
     return f"{peak.matmul_gflops:,.0f} GFLOP/s in matrix products, {peak.copy_gb_per_second:,.1f} GB/s in copying\n({peak.how})"
 
 
-def _show_comparison(console: Console, comparison: Comparison) -> None:
-    console.print(f"×: this run divided by '{escape(comparison.file)}' of {comparison.date}", highlight=False, soft_wrap=True)
+def _show_comparison(console: OutputConsole, comparison: Comparison) -> None:
+    console.write_line(f"×: this run divided by '{comparison.file}' of {comparison.date}")
     for difference in comparison.differences:
-        console.print(f"[bold yellow]different:[/] {escape(difference)}", highlight=False, soft_wrap=True)
+        console.write_line(Text("different: ", "bold yellow"), difference)

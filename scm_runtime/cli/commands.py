@@ -10,23 +10,25 @@ import click
 
 from scm_runtime._version import __version__
 from scm_runtime.cli.options import (
-    FAILURE,
     IntegerList,
+    NumberList,
     device_option,
     dtype_option,
-    exit_on_error,
     native_ops_option,
     revision_option,
     sampler_option,
     skip_integrity_option,
     threads_option,
 )
+from scm_runtime.cli.program import FAILURE, Group
+from scm_runtime.cli.streams import print_json, say, say_error
+from scm_runtime.common.interrupts import raise_at_interrupt
 
 if TYPE_CHECKING:
     from scm_runtime.bundle.manifest import Dtype
 
 
-@click.group()
+@click.group(cls=Group)
 @click.version_option(__version__)
 def main() -> None:
     """Sample consistency models in one or two steps through ONNX Runtime."""
@@ -44,6 +46,9 @@ def main() -> None:
 @click.option("--labels", help="Class indices or names, separated by commas: 3,1,4. By default the seed modulo the number of classes.")
 @click.option("--seed", type=IntegerList(), help="One seed (samples get seed, seed + 1, …), or one per sample, separated by commas. By default a random one.")
 @click.option("--steps", type=int, help="Number of sampling steps; by default 2 if the bundle supports it.")
+@click.option(
+    "--timesteps", type=NumberList(), help="Times of the steps instead, decreasing, separated by commas; `scm-runtime inspect` shows those of the bundle."
+)
 @sampler_option
 @click.option("--num-images", type=click.IntRange(1), help="Number of images, generated in batches; labels are repeated until there are enough.")
 @click.option(
@@ -59,6 +64,13 @@ def main() -> None:
     help="Text embeddings, for text-to-image models: a .npz with prompt_embeds, [tokens, D] or [N, tokens, D], and prompt_attention_mask if some tokens "
     "are padding; or a .npy with prompt_embeds alone.",
 )
+@click.option(
+    "--timeout",
+    type=click.FloatRange(0, min_open=True),
+    metavar="SECONDS",
+    help="Time limit for sampling, after the bundle is open; the exit code is 1 if it is exceeded. Without it there is no limit.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON: files, seeds, classes and timings.")
 @device_option
 @dtype_option
 @revision_option
@@ -71,12 +83,15 @@ def generate(
     labels: str | None,
     seed: tuple[int, ...] | None,
     steps: int | None,
+    timesteps: tuple[float, ...] | None,
     sampler: str | None,
     num_images: int | None,
     batch_size: int | None,
     columns: int | None,
     guidance_scale: float | None,
     prompt_embeds: Path | None,
+    timeout: float | None,
+    as_json: bool,
     device: str,
     dtype: str,
     revision: str | None,
@@ -84,29 +99,34 @@ def generate(
     threads: int | None,
     skip_integrity: bool,
 ) -> None:
-    """Generate images with BUNDLE: a folder, the name of an embedded bundle, or a repository of the Hugging Face hub (org/name)."""
-    with exit_on_error():
-        from scm_runtime.cli.embeddings import read_embeddings
-        from scm_runtime.cli.generate import GenerateOptions, generate_images, parse_labels
-        from scm_runtime.cli.output_files import OutputPattern
-        from scm_runtime.generator import Generator
+    """Generate images with BUNDLE: the name of an embedded bundle (digits), a folder (./digits), or a repository of the Hugging Face hub (org/name)."""
+    from scm_runtime.cli.embeddings import read_embeddings
+    from scm_runtime.cli.generate import GenerateOptions, describe, generate_images, parse_labels
+    from scm_runtime.cli.output_files import OutputPattern
+    from scm_runtime.generator import Generator
 
-        output = OutputPattern.read(out)  # errors are reported before the bundle is opened
-        prompts = None if prompt_embeds is None else read_embeddings(prompt_embeds)
-        with Generator(
-            bundle,
-            revision=revision,
-            device=device,
-            dtype=cast("Dtype", dtype),  # Generator checks it
-            threads=threads,
-            native_ops="auto" if native_ops is None else native_ops,
-            max_batch_size=max(batch_size or 8, 1),  # so that two batches are not merged into one
-            verify_integrity=not skip_integrity,
-        ) as generator:
-            names = next((item.label_names for item in generator.manifest.conditioning if item.name == "class_labels"), None) or ()
-            classes = None if labels is None else parse_labels(labels, names)
-            options = GenerateOptions(classes, seed, num_images, batch_size, prompts, steps, sampler, guidance_scale)
-            click.echo(generate_images(generator, options, output, columns))
+    raise_at_interrupt()
+    output = OutputPattern.read(out)  # errors are reported before the bundle is opened
+    prompts = None if prompt_embeds is None else read_embeddings(prompt_embeds)
+    with Generator(
+        bundle,
+        revision=revision,
+        device=device,
+        dtype=cast("Dtype", dtype),  # Generator checks it
+        threads=threads,
+        native_ops="auto" if native_ops is None else native_ops,
+        max_batch_size=max(batch_size or 8, 1),  # so that two batches are not merged into one
+        verify_integrity=not skip_integrity,
+    ) as generator:
+        labeled = generator.manifest.labels
+        names = () if labeled is None or labeled.label_names is None else labeled.label_names
+        classes = None if labels is None else parse_labels(labels, names)
+        options = GenerateOptions(classes, seed, num_images, batch_size, prompts, steps, timesteps, sampler, guidance_scale, timeout)
+        written = generate_images(generator, options, output, columns)
+    if as_json:
+        print_json(written.to_json())
+    else:
+        say(describe(written))
 
 
 @main.command()
@@ -121,42 +141,46 @@ def inspect(bundle: str, as_json: bool, revision: str | None, skip_integrity: bo
     from scm_runtime.bundle.manifest import read_manifest
     from scm_runtime.cli.inspect import show_manifest
 
-    with exit_on_error():
-        folder, repository = resolve_bundle(bundle, revision)
-        manifest = read_manifest(folder)
-        present = [name for name in manifest.files if repository is None or (folder / name).is_file()]
-        check_files(folder, manifest, present, hashes=not skip_integrity)
+    folder, repository = resolve_bundle(bundle, revision)
+    manifest = read_manifest(folder)
+    present = [name for name in manifest.files if repository is None or (folder / name).is_file()]
+    check_files(folder, manifest, present, hashes=not skip_integrity)
     if as_json:
-        click.echo(manifest.to_json().decode())
+        print_json(manifest.to_json())
     else:
         show_manifest(folder, manifest, present)
 
 
 @main.command()
 @click.argument("bundle")
+@click.option("--json", "as_json", is_flag=True, help="Print the results as one JSON document.")
 @device_option
 @revision_option
 @native_ops_option
 @threads_option
 @skip_integrity_option
-def smoke(bundle: str, device: str, revision: str | None, native_ops: bool | None, threads: int | None, skip_integrity: bool) -> None:
+def smoke(bundle: str, as_json: bool, device: str, revision: str | None, native_ops: bool | None, threads: int | None, skip_integrity: bool) -> None:
     """Check that BUNDLE works on this machine: it loads, and samples are finite, reproducible and independent of their batch. Also prints latencies.
 
     The exit code is 1 if a check fails. Text-to-image models get random embeddings, as their text encoder is not part of the bundle.
     """
-    with exit_on_error():
-        from scm_runtime.cli.smoke import smoke_test
+    from scm_runtime.cli.smoke import show_result, smoke_test
 
-        passed = smoke_test(
-            bundle,
-            device=device,
-            revision=revision,
-            threads=threads,
-            native_ops="auto" if native_ops is None else native_ops,
-            verify_integrity=not skip_integrity,
-        )
-    if not passed:
-        click.echo("Error: the bundle loads but does not sample correctly: see the failed checks above. Export it again.", err=True)
+    raise_at_interrupt()
+    result = smoke_test(
+        bundle,
+        device=device,
+        revision=revision,
+        threads=threads,
+        native_ops="auto" if native_ops is None else native_ops,
+        verify_integrity=not skip_integrity,
+    )
+    if as_json:
+        print_json(result.to_json())
+    else:
+        show_result(result)
+    if not result.passed:
+        say_error("Error: the bundle loads but does not sample correctly: see the failed checks. Export it again.")
         sys.exit(FAILURE)
 
 
@@ -201,39 +225,39 @@ def bench(
 
     Ctrl-C shows what was measured so far. The exit code is 1 if nothing could be measured.
     """
-    with exit_on_error():
-        from scm_runtime.bench.result import check_writable, read_result, write_result
-        from scm_runtime.bench.run import BenchOptions, run_bench
-        from scm_runtime.cli.bench import bench_progress, show_result
+    from scm_runtime.bench.result import check_writable, read_result, write_result
+    from scm_runtime.bench.run import BenchOptions, run_bench
+    from scm_runtime.cli.bench import bench_progress, show_result
 
-        other = None if compare is None else (compare, read_result(compare))  # errors are reported before anything is measured
-        if out is not None:
-            check_writable(out)
-        options = BenchOptions(
-            bundle,
-            batch_sizes,
-            steps,
-            sampler,
-            seconds,
-            revision=revision,
-            device=device,
-            dtype=cast("Dtype", dtype),  # Generator checks it
-            threads=threads,
-            native_ops="auto" if native_ops is None else native_ops,
-            verify_integrity=not skip_integrity,
-        )
-        with bench_progress() as progress:
-            result = run_bench(options, other, progress)
-        if as_json:
-            click.echo(result.to_json().decode())
-        else:
-            show_result(result)
-        if out is not None:
-            write_result(result, out)
-        if result.interrupted:
-            raise KeyboardInterrupt("the figures are those measured so far")
+    raise_at_interrupt()
+    other = None if compare is None else (compare, read_result(compare))  # errors are reported before anything is measured
+    if out is not None:
+        check_writable(out)
+    options = BenchOptions(
+        bundle,
+        batch_sizes,
+        steps,
+        sampler,
+        seconds,
+        revision=revision,
+        device=device,
+        dtype=cast("Dtype", dtype),  # Generator checks it
+        threads=threads,
+        native_ops="auto" if native_ops is None else native_ops,
+        verify_integrity=not skip_integrity,
+    )
+    with bench_progress() as progress:
+        result = run_bench(options, other, progress)
+    if out is not None:
+        write_result(result, out)  # first: it stays if standard output is full
+    if as_json:
+        print_json(result.to_json())
+    else:
+        show_result(result)
+    if result.interrupted:
+        raise KeyboardInterrupt("the figures are those measured so far")
     if not result.works:
-        click.echo("Error: nothing could be measured: see the failures above.", err=True)
+        say_error("Error: nothing could be measured: see the failures.")
         sys.exit(FAILURE)
 
 
@@ -243,10 +267,10 @@ def doctor(as_json: bool) -> None:
     """Show what is installed, which devices work, and what the others are missing. Each is tried with the embedded bundle; the exit code is 1 if none works."""
     from scm_runtime.doctor.examine import examine
 
-    with exit_on_error():
-        report = examine()
+    raise_at_interrupt()
+    report = examine()
     if as_json:
-        click.echo(report.to_json().decode())
+        print_json(report.to_json())
     else:
         from scm_runtime.cli.doctor import show_report
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from rich.text import Text
 
-from scm_runtime.cli.tables import facts_table
+from scm_runtime.cli.tables import BAD, GOOD, OutputConsole, facts_table, print_table
 from scm_runtime.doctor.report import Cache, Cuda, Ops, Provider, Report
 
-MARKS = {True: "[green]yes[/]", False: "[bold red]NO[/]", None: "not tried"}
+MARKS = {True: Text("yes", GOOD), False: Text("NO", BAD), None: Text("not tried")}
 
 
 def show_report(report: Report) -> None:
     """Print a report."""
-    console = Console()
+    console = OutputConsole()
     versions = dict(report.versions)
     system, onnxruntime = versions.pop("platform"), versions.pop("onnxruntime")
     wheels = ", ".join(f"{name} {version}" for name, version in report.onnxruntime_wheels.items()) or "no wheel"
@@ -29,22 +27,20 @@ def show_report(report: Report) -> None:
         "cache": _cache(report.cache),
         "threads": f"{threads.available} of {threads.cores} cores for this process{variables}",
     }
-    console.print(facts_table(facts), highlight=False)
+    console.print(facts_table(facts))
     if report.providers:
-        table = Table("provider", "works", "ten digits, two steps")
-        for provider in report.providers:
-            table.add_row(provider.name, MARKS[provider.works], _result(provider))
-        console.print(table)
+        rows = [(provider.name, MARKS[provider.works], _result(provider)) for provider in report.providers]
+        print_table(console, ("provider", "works", "ten digits, two steps"), rows)
     for problem in report.problems:
-        console.print(f"[bold red]problem:[/] {escape(problem.what)}\n  {escape(problem.reason)}", highlight=False, soft_wrap=True)
+        console.write_line(Text("problem: ", BAD), f"{problem.what}\n  {problem.reason}")
     working = [provider.name for provider in report.providers if provider.works]
-    console.print(f"{', '.join(working)} can sample here." if report.works else "[bold red]Nothing here can sample.[/]", highlight=False)
+    console.write_line(f"{', '.join(working)} can sample here." if report.works else Text("Nothing here can sample.", BAD))
 
 
 def _result(provider: Provider) -> str:
     if provider.milliseconds is not None:
         return f"{provider.milliseconds:.0f} ms"
-    return "see below" if provider.works is False else escape(provider.reason or "")
+    return "see below" if provider.works is False else provider.reason or ""
 
 
 def _cuda(cuda: Cuda) -> str:

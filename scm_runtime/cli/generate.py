@@ -9,10 +9,12 @@ from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
+from msgspec import Struct
 
 from scm_runtime.errors import InvalidArgumentError
-from scm_runtime.samples import EXPORT_A_DECODER, Samples
+from scm_runtime.samples import EXPORT_A_DECODER, Samples, listed_seeds
 
 if TYPE_CHECKING:
     from scm_runtime.cli.output_files import OutputPattern
@@ -33,12 +35,36 @@ class GenerateOptions:
     batch_size: int | None
     conditioning: Mapping[str, Any] | None
     steps: int | None
+    timesteps: tuple[float, ...] | None
     sampler: str | None
     guidance_scale: float | None
+    timeout: float | None
 
 
-def generate_images(generator: Generator, options: GenerateOptions, output: OutputPattern, columns: int | None) -> str:
-    """Sample, write the image files, and return a line that says what was written.
+class Written(Struct, frozen=True):
+    """What ``scm-runtime generate`` wrote; the JSON document of ``--json``."""
+
+    out: str
+    """The value of ``-o``."""
+    files: tuple[str, ...]
+    """Paths of the image files: one of all samples, or one for each sample."""
+    seeds: tuple[int, ...]
+    class_labels: tuple[int, ...] | None
+    """Class of each sample; None if the bundle has no classes."""
+    evaluations: int
+    """Evaluations of the network per sample."""
+    sampler: str | None
+    """None for the bundle's default."""
+    seconds: float
+    """Time of the batch, or of all batches and files with ``--num-images``."""
+
+    def to_json(self) -> bytes:
+        """Encode as indented JSON."""
+        return msgspec.json.format(msgspec.json.encode(self), indent=2)
+
+
+def generate_images(generator: Generator, options: GenerateOptions, output: OutputPattern, columns: int | None) -> Written:
+    """Sample, write the image files, and return what was written.
 
     Without ``num_images`` this is one batch, as in a call of the Generator. With it, samples are generated in batches: a single seed is the first of
     consecutive ones over all batches, and labels are repeated until there are enough.
@@ -55,7 +81,8 @@ def generate_images(generator: Generator, options: GenerateOptions, output: Outp
     if options.seed is not None and len(options.seed) > 1:
         output.check(options.seed)
     start = time.perf_counter()
-    written, batches = 0, []
+    files: list[str] = []
+    batches: list[Samples] = []
     try:
         with _batches(generator, options) as sampled:
             for samples in sampled:
@@ -63,16 +90,25 @@ def generate_images(generator: Generator, options: GenerateOptions, output: Outp
                     batches.append(samples)
                     continue
                 for i, seed in enumerate(samples.seeds):
-                    replace(samples, array=samples.array[i : i + 1], seeds=(seed,)).save(output.path(written, seed))
-                    written += 1
-                batches.append(replace(samples, array=samples.array[:0].copy(), conditioning={}))  # a copy: a view would keep all pixels in memory
+                    path = replace(samples, array=samples.array[i : i + 1], seeds=(seed,)).save(output.path(len(files), seed))
+                    files.append(str(path))
+                batches.append(replace(samples, array=samples.array[:0].copy()))  # a copy: a view would keep all pixels in memory
         merged = _concatenate(batches)
         if not output.file_per_sample:
-            merged.save(output.path(0, 0), columns=columns)
+            files.append(str(merged.save(output.path(0, 0), columns=columns)))
     except KeyboardInterrupt as error:
-        raise Interrupted(f"{written} of {options.num_images or 'the'} images are in '{output.shown}'" if written else "nothing was written") from error
+        raise Interrupted(f"{len(files)} of {options.num_images or 'the'} images are in '{output.shown}'" if files else "nothing was written") from error
     seconds = time.perf_counter() - start if options.num_images else merged.timings.total
-    return f"wrote {output.shown} ({_describe(merged, options.sampler)}, {_duration(seconds)})"
+    labels = merged.conditioning.get("class_labels")
+    return Written(
+        out=output.shown,
+        files=tuple(files),
+        seeds=merged.seeds,
+        class_labels=None if labels is None else tuple(labels.tolist()),
+        evaluations=len(merged.timings.steps),
+        sampler=options.sampler,
+        seconds=seconds,
+    )
 
 
 @contextmanager
@@ -81,9 +117,11 @@ def _batches(generator: Generator, options: GenerateOptions) -> Iterator[Iterato
     arguments: dict[str, Any] = {
         "seed": options.seed[0] if options.seed is not None and len(options.seed) == 1 else options.seed,
         "num_inference_steps": options.steps,
+        "timesteps": options.timesteps,
         "sampler": options.sampler,
         "guidance_scale": options.guidance_scale,
         "conditioning": options.conditioning,
+        "timeout": options.timeout,
         "output_type": "np",
     }
     if options.num_images is None:
@@ -107,20 +145,23 @@ def _batches(generator: Generator, options: GenerateOptions) -> Iterator[Iterato
 
 
 def _concatenate(batches: Sequence[Samples]) -> Samples:
-    """All samples as one batch, with the first batch's timings."""
+    """All samples as one batch, with the first batch's timings and the class labels of all."""
     if len(batches) == 1:
         return batches[0]
     array = np.concatenate([samples.array for samples in batches])
-    return replace(batches[0], array=array, seeds=tuple(seed for samples in batches for seed in samples.seeds), conditioning={})
+    labels = [samples.conditioning["class_labels"] for samples in batches if "class_labels" in samples.conditioning]
+    conditioning = {"class_labels": np.concatenate(labels)} if labels else {}
+    return replace(batches[0], array=array, seeds=tuple(seed for samples in batches for seed in samples.seeds), conditioning=conditioning)
 
 
-def _describe(samples: Samples, sampler: str | None) -> str:
-    first, last = samples.seeds[0], samples.seeds[-1]
-    listed = f"{first}…{last}" if samples.seeds == tuple(range(first, last + 1)) else ", ".join(map(str, samples.seeds))
-    seeds = f"seed {first}" if len(samples) == 1 else f"seeds {listed}"
-    count = "1 sample" if len(samples) == 1 else f"{len(samples)} samples"
-    evaluations = len(samples.timings.steps)
-    return f"{count}, {seeds}, {f'{evaluations} steps' if sampler is None else f'{evaluations} evaluations by {sampler}'}"
+def describe(written: Written) -> str:
+    """Return a line that says what was written."""
+    seeds, count = written.seeds, len(written.seeds)
+    first, last = seeds[0], seeds[-1]
+    listed = f"{first}…{last}" if seeds == tuple(range(first, last + 1)) else listed_seeds(seeds)
+    how = f"{written.evaluations} {'steps' if written.sampler is None else f'evaluations by {written.sampler}'}"
+    samples = f"1 sample, seed {first}" if count == 1 else f"{count} samples, seeds {listed}"
+    return f"wrote {written.out} ({samples}, {how}, {_duration(written.seconds)})"
 
 
 def _duration(seconds: float) -> str:

@@ -5,26 +5,24 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
 from scm_runtime.bundle.manifest import Conditioning, Manifest, Source, Verification
-from scm_runtime.cli.tables import facts_table
+from scm_runtime.cli.tables import OutputConsole, facts_table, print_table
+from scm_runtime.common.message_text import printable
 
 MAX_LABEL_NAMES = 12
 
 
 def show_manifest(folder: Path, manifest: Manifest, verified: Collection[str]) -> None:
     """Print a manifest as tables. ``verified`` are the names of the files that are present and match it."""
-    console = Console()
+    console = OutputConsole()
     output = "uint8" if manifest.output.kind == "image" else "no decoder, float32"
     extras = [
         what for kind, what in (("encode", "an encoder"), ("preview", "a preview decoder")) if any(name.startswith(f"{kind}.") for name in manifest.files)
     ]
     facts = {
-        "bundle": manifest.name,
+        "bundle": printable(manifest.name),
         "folder": str(folder),
-        "family": manifest.family,
+        "family": printable(manifest.family),
         "parameters": f"{manifest.parameters / 1e6:.2f} M, stored in {manifest.weights_dtype}",
         "graphs": ", ".join(manifest.dtypes) + "".join(f", {domain} {version}" for domain, version in {"opset": manifest.opset, **manifest.ops}.items()),
         "state": f"float32 [N, {', '.join(map(str, manifest.sample.shape))}], sigma_d {manifest.sigma_data:g}",
@@ -33,18 +31,19 @@ def show_manifest(folder: Path, manifest: Manifest, verified: Collection[str]) -
         **{f"times, {count} step{'s' * (count != '1')}": _times(times, manifest.time_unit) for count, times in manifest.times.items()},
         **{f"sampler {name}": f"{', '.join(map(str, counts))} steps" for name, counts in manifest.samplers.items()},
         **{item.name: _conditioning(item) for item in manifest.conditioning},
-        "made by": f"{manifest.producer} from {manifest.source.file} (SHA-256 {manifest.source.sha256[:12]}…){_weights(manifest.source)}",
-        "licence": manifest.licence or "not stated",
+        "made by": f"{printable(manifest.producer)} from {printable(manifest.source.file)} (SHA-256 {manifest.source.sha256[:12]}…){_weights(manifest.source)}",
+        "licence": printable(manifest.licence or "not stated"),
         "verified": "no" if manifest.verification is None else _verification(manifest.verification),
     }
     console.print(facts_table(facts))
     complete = len(verified) == len(manifest.files)
-    files = Table("file", "bytes", "SHA-256", title="files, all present and unchanged" if complete else "files; those fetched so far are unchanged")
-    if not complete:
-        files.add_column("fetched")
-    for file, entry in manifest.files.items():
-        files.add_row(file, f"{entry.size:,}", entry.sha256[:16] + "…", *(() if complete else ("yes" if file in verified else "no",)))
-    console.print(files)
+    title = "files, all present and unchanged" if complete else "files; those fetched so far are unchanged"
+    columns = ("file", "bytes", "SHA-256", *(() if complete else ("fetched",)))
+    rows = [
+        (file, f"{entry.size:,}", entry.sha256[:16] + "…", *(() if complete else ("yes" if file in verified else "no",)))
+        for file, entry in manifest.files.items()
+    ]
+    print_table(console, columns, rows, title=title)
 
 
 def _times(times: Sequence[float], unit: str) -> str:
@@ -54,17 +53,17 @@ def _times(times: Sequence[float], unit: str) -> str:
 def _conditioning(item: Conditioning) -> str:
     if item.kind == "class":
         names = item.label_names or ()
-        listed = ", ".join(names[:MAX_LABEL_NAMES]) + (", …" if len(names) > MAX_LABEL_NAMES else "")
+        listed = ", ".join(map(printable, names[:MAX_LABEL_NAMES])) + (", …" if len(names) > MAX_LABEL_NAMES else "")
         return f"{item.num_classes} classes" + (f": {listed}" if names else "")
     default = "default all ones" if item.kind == "mask" else "required" if item.default is None else f"default {item.default:g}"
     return f"{item.kind}, {item.describe()}, {default}"
 
 
 def _weights(source: Source) -> str:
-    return "" if source.weights is None else f", weights {source.weights!r}"
+    return "" if source.weights is None else f", weights '{printable(source.weights)}'"
 
 
 def _verification(report: Verification) -> str:
     worst = max(report.cases, key=lambda case: case.max_abs / case.atol)
     devices = ", ".join(sorted({case.device for case in report.cases}))
-    return f"{len(report.cases)} cases against {report.reference} on {devices}; worst max abs error {worst.max_abs:.2e} of {worst.atol:.2e} allowed"
+    return f"{len(report.cases)} cases against {printable(report.reference)} on {devices}; worst max abs error {worst.max_abs:.2e} of {worst.atol:.2e} allowed"

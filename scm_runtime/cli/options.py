@@ -1,15 +1,10 @@
-"""What the commands share: options, types of parameters, exit codes, and how errors are shown. ``scm-export`` uses it too."""
+"""What the commands share: options and types of parameters. ``scm-export`` uses it too."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import click
-
-from scm_runtime.errors import InvalidArgumentError, ScmError
 
 if TYPE_CHECKING:
     from click import ParamType as ParamType
@@ -22,27 +17,18 @@ else:
             return cls
 
 
-USAGE, FAILURE, INTERRUPTED = 2, 1, 130  # exit codes; 130 is the shell's: 128 + SIGINT
+class NumberList(ParamType[tuple[float, ...]]):
+    """Numbers separated by commas."""
 
+    name = "numbers"
 
-@contextmanager
-def exit_on_error() -> Iterator[None]:
-    """Turn this project's errors into one message on stderr and an exit code, without a traceback.
-
-    The exit code is 2 for a wrong argument or a path that does not exist, 130 for Ctrl-C, and 1 for all other errors.
-    """
-    try:
-        yield
-    except ScmError as error:
-        click.echo(f"Error: {error}", err=True)
-        # Every "not found" error of the project is a FileNotFoundError too: bundles, checkpoints and repositories of the hub.
-        sys.exit(USAGE if isinstance(error, InvalidArgumentError | FileNotFoundError) else FAILURE)
-    except MemoryError:
-        click.echo("Error: out of memory. Try a smaller batch.", err=True)
-        sys.exit(FAILURE)
-    except KeyboardInterrupt as interrupt:
-        click.echo(f"Interrupted{': ' * bool(str(interrupt))}{interrupt}", err=True)
-        sys.exit(INTERRUPTED)
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(float(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"must be one or more numbers, separated by commas; got {value!r}", param, ctx)
 
 
 class IntegerList(ParamType[tuple[int, ...]]):

@@ -7,11 +7,13 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+import msgspec
 import numpy as np
-from rich.console import Console
-from rich.table import Table
+from msgspec import Struct
+from rich.text import Text
 
 from scm_runtime.bundle.manifest import Dtype
+from scm_runtime.cli.tables import BAD, OutputConsole, print_table
 from scm_runtime.generator import Generator
 from scm_runtime.inputs.conditioning import PLACEHOLDER_SIZE, placeholder_conditioning
 from scm_runtime.samples import Samples
@@ -24,32 +26,69 @@ Draw = Callable[[Sequence[int], Literal["np", "latent"]], Samples]
 """Samples for seeds and an output type."""
 
 
-def smoke_test(bundle: str, **options: Any) -> bool:
-    """Run the checks of ``scm-runtime smoke``, print the results, and return True if all pass.
+class StepsResult(Struct, frozen=True):
+    """Checks and latencies with one number of steps."""
 
-    ``options`` are Generator's. Raises what Generator raises.
-    """
-    console = Console()
+    steps: int
+    finite: bool
+    deterministic: bool
+    """The same seeds gave the same samples again."""
+    independent: bool
+    """Samples do not depend on their batch."""
+    median_ms: dict[str, float]
+    """Median latency in milliseconds by batch size."""
+
+    @property
+    def passed(self) -> bool:
+        """True if all checks passed."""
+        return self.finite and self.deterministic and self.independent
+
+
+class SmokeResult(Struct, frozen=True):
+    """The result of ``scm-runtime smoke``; the JSON document of ``--json``."""
+
+    passed: bool
+    opened_ms: float
+    facts: tuple[str, ...]
+    """What computes, and which inputs got random values."""
+    results: tuple[StepsResult, ...]
+
+    def to_json(self) -> bytes:
+        """Encode as indented JSON."""
+        return msgspec.json.format(msgspec.json.encode(self), indent=2)
+
+
+def smoke_test(bundle: str, **options: Any) -> SmokeResult:
+    """Run the checks of ``scm-runtime smoke``. ``options`` are Generator's. Raises what Generator raises."""
     start = time.perf_counter()
     with Generator(bundle, **options) as generator:
-        console.print(f"loaded in {(time.perf_counter() - start) * 1e3:.0f} ms", highlight=False)
-        for line in _describe(generator):
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
-        table = Table("steps", "finite", "deterministic", "independent of the batch", "batch 1, median", "batch 4, median")
-        passed = True
-        for steps in sorted(int(count) for count in generator.manifest.times):
+        opened_ms = (time.perf_counter() - start) * 1e3
+        results = tuple(_try_steps(generator, steps) for steps in sorted(int(count) for count in generator.manifest.times))
+        return SmokeResult(all(result.passed for result in results), opened_ms, tuple(_describe(generator)), results)
 
-            def draw(seeds: Sequence[int], output_type: Literal["np", "latent"], steps: int = steps) -> Samples:
-                # Classes and embeddings follow from the seed, so that a seed has the same conditioning in every batch.
-                conditioning = placeholder_conditioning(generator.manifest.conditioning, seeds)
-                return generator(seed=seeds, num_inference_steps=steps, conditioning=conditioning, output_type=output_type)
 
-            checks = _check(draw, generator.dtype)
-            passed &= all(checks)
-            medians = (statistics.median(draw(seeds, "np").timings.total for _ in range(REPEATS)) for seeds in ([7], [7, 8, 9, 10]))
-            table.add_row(str(steps), *("yes" if check else "[bold red]NO[/]" for check in checks), *(f"{median * 1e3:.1f} ms" for median in medians))
-    console.print(table)
-    return passed
+def show_result(result: SmokeResult) -> None:
+    """Print a result as a table."""
+    console = OutputConsole()
+    for line in (f"loaded in {result.opened_ms:.0f} ms", *result.facts):
+        console.write_line(line)
+    sizes = list(result.results[0].median_ms)
+    rows = []
+    for row in result.results:
+        checks = ["yes" if check else Text("NO", BAD) for check in (row.finite, row.deterministic, row.independent)]
+        rows.append((str(row.steps), *checks, *(f"{row.median_ms[size]:.1f} ms" for size in sizes)))
+    print_table(console, ("steps", "finite", "deterministic", "independent of the batch", *(f"batch {size}, median" for size in sizes)), rows)
+
+
+def _try_steps(generator: Generator, steps: int) -> StepsResult:
+    def draw(seeds: Sequence[int], output_type: Literal["np", "latent"]) -> Samples:
+        # Classes and embeddings follow from the seed, so that a seed has the same conditioning in every batch.
+        conditioning = placeholder_conditioning(generator.manifest.conditioning, seeds)
+        return generator(seed=seeds, num_inference_steps=steps, conditioning=conditioning, output_type=output_type)
+
+    finite, deterministic, independent = _check(draw, generator.dtype)
+    medians = {str(len(seeds)): statistics.median(draw(seeds, "np").timings.total for _ in range(REPEATS)) * 1e3 for seeds in ([7], [7, 8, 9, 10])}
+    return StepsResult(steps, finite, deterministic, independent, medians)
 
 
 def _describe(generator: Generator) -> list[str]:

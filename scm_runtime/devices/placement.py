@@ -68,7 +68,7 @@ def resolve_device(
             raise InvalidArgumentError(f"device and providers exclude each other, got device={device!r} and providers={providers!r}. Leave one out.")
         return _place_providers(_pairs(providers, provider_options))
     if not isinstance(device, str) or not re.fullmatch(r"auto|cpu|cuda(:(0|[1-9][0-9]{0,5}))?", device, re.ASCII):
-        raise InvalidArgumentError(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {device!r}. Select other providers with providers=[…].")
+        raise InvalidArgumentError(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {device!r}. In Python, providers=[…] selects others.")
     if provider_options and not device.startswith("cuda"):
         raise InvalidArgumentError(f"provider_options are for device='cuda' or for providers=[…], got {provider_options!r} with device={device!r}")
     if device == "cpu":
@@ -89,6 +89,16 @@ def resolve_device(
     if reason := cuda_unavailable_reason(index):
         raise DeviceError(f"device={device!r} is not available: {reason}")
     return _cuda(index, options, f"device={device!r}")
+
+
+def all_devices() -> tuple[str, ...]:
+    """Return all GPUs, "cuda:0" and so on; or the CPU if CUDA is not available, and log why."""
+    if reason := cuda_unavailable_reason():
+        log_once(logging.INFO, f"no GPU is used: {reason}")
+        return ("cpu",)
+    from scm_runtime.devices.cuda_driver import read_driver
+
+    return tuple(f"cuda:{device.index}" for device in read_driver().devices)
 
 
 def cuda_unavailable_reason(index: int = 0) -> str | None:

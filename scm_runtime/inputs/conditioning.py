@@ -59,7 +59,9 @@ def class_index(item: Conditioning, label: object) -> int:
         known = ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
         expected = f"one of its {len(names)} label names ({known})" if names else f"an index from 0 to {classes - 1}: the bundle has no label names"
         raise InvalidArgumentError(f"{item.name} must be {expected}, got {label!r}")
-    if not is_int(label) or not 0 <= cast(int, label) < classes:
+    if not is_int(label):
+        raise InvalidArgumentError(f"{item.name} must be from 0 to {classes - 1} and of an integer type, got {label!r} ({type(label).__name__})")
+    if not 0 <= cast(int, label) < classes:
         raise InvalidArgumentError(f"{item.name} must be from 0 to {classes - 1}, got {label!r}")
     return int(cast(int, label))
 

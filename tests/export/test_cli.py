@@ -76,12 +76,12 @@ click.ParamType.__class_getitem__ = None
 module, sys.argv = sys.argv[1], ["command", "--help"]
 runpy.run_module(module, run_name="__main__")
 """
-    assert "Usage: command" in run_python(program, module).stdout
+    assert "Usage: " in run_python(program, module).stdout
 
 
 def test_the_command_and_export_have_the_fields_of_options() -> None:
     names = {option.name for option in cli.main.params}
-    assert names - {"checkpoint", "out", "dry_run", "as_json", "version"} == set(Options.__dataclass_fields__) - {"progress"}
+    assert names - {"checkpoint", "out", "dry_run", "as_json", "version", "debug"} == set(Options.__dataclass_fields__) - {"progress"}
     assert list(inspect.signature(export).parameters) == ["checkpoint", "out", *Options.__dataclass_fields__]
     assert set(PARAMETRISATION_NAMES) == set(PARAMETRISATIONS)
 

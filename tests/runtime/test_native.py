@@ -282,7 +282,7 @@ def test_native_ops_options_of_the_command_line(bundle: Path, install: InstallSt
     for command in (generate, smoke):
         result = call(*command, "--native-ops")
         assert result.exit_code == 1
-        assert result.stderr.startswith("Error: native_ops=True, but the bundle 'tiny' needs operators of scm:: version 1")
+        assert result.stderr.startswith("Error: --native-ops, but the bundle 'tiny' needs operators of scm:: version 1")
 
 
 def test_the_library_of_this_checkout() -> None:

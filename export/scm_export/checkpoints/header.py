@@ -214,20 +214,38 @@ def convert(raw: object, struct: type[AnyStruct]) -> AnyStruct:
 
 
 def explain_error(error: msgspec.ValidationError, struct: type[Struct]) -> str:
-    """Text of the error; for an unknown key, with the closest known key."""
+    """Text of the error; for an unknown key, with the closest known key; for a value that is none of several strings, with all of them."""
     text = str(error)
+    if enum := re.match(r"Invalid enum value (.*) - at `\$\.(.*)`$", text, re.DOTALL):
+        path = re.sub(r"\[.*?\]", "", enum[2])
+        choices = _choices(path, struct)
+        close = difflib.get_close_matches(enum[1].strip("'"), choices, n=1)
+        return f"{path} must be one of {', '.join(choices)}, got {enum[1]}" + (f"; did you mean {close[0]!r}?" if close else "")
     found = re.match(r"Object contains unknown field `(.*?)`(?: - at `\$(.*)`)?$", text, re.DOTALL)
     if not found:
         return text
     key, path = found[1], re.sub(r"\[.*?\]", "", found[2] or "")
-    inner: type[Struct] | None = struct
-    for name in filter(None, path.split(".")):
-        inner = _struct_in(typing.get_type_hints(inner).get(name)) if inner else None
+    inner = _struct_at(path, struct)
     known = inner.__struct_fields__ if inner else ()
     close = difflib.get_close_matches(key[:MAX_SHOWN], known, n=1, cutoff=0.5)
     where = f" in [{path.lstrip('.')}]" if path else ""
     meant = f"did you mean {close[0]!r}? Known" if close else "known"
     return f"unknown field `{printable(key)}`{where}; {meant} are {', '.join(known)}"
+
+
+def _struct_at(path: str, struct: type[Struct]) -> type[Struct] | None:
+    """Return the struct at a dotted path of fields; None if there is none."""
+    inner: type[Struct] | None = struct
+    for name in filter(None, path.split(".")):
+        inner = _struct_in(typing.get_type_hints(inner).get(name)) if inner else None
+    return inner
+
+
+def _choices(path: str, struct: type[Struct]) -> tuple[str, ...]:
+    """Return the strings that the field at a dotted path may have; empty if it is not a field of that kind."""
+    parent, _, name = path.rpartition(".")
+    inner = _struct_at(parent, struct)
+    return typing.get_args(typing.get_type_hints(inner).get(name)) if inner else ()
 
 
 def _struct_in(hint: Any) -> type[Struct] | None:

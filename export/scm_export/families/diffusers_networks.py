@@ -119,7 +119,7 @@ def sample_size(config: Any, size: tuple[int, int] | None, unit: int = 1) -> tup
     """
     if size is not None:
         if any(side <= 0 or side % unit or side > MAX_SIDE * unit for side in size):
-            raise InvalidArgumentError(f"size must be a height and a width in multiples of {unit} pixels, at most {MAX_SIDE * unit}, got {size[0]}x{size[1]}")
+            raise InvalidArgumentError(f"size must be a height and a width of at most {MAX_SIDE * unit} in multiples of {unit} pixels, got {size[0]}x{size[1]}")
         return size[0] // unit, size[1] // unit
     match config.sample_size:
         case int(side) if 1 <= side <= MAX_SIDE:
