@@ -18,6 +18,7 @@ from scm_runtime.cache.private_copy import ChangedError, NoRoomError
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
 from scm_runtime.common.log import log, log_once
 from scm_runtime.common.memory import MORE_MEMORY, is_out_of_memory, out_of_memory_error
+from scm_runtime.common.message_text import escape_controls
 from scm_runtime.errors import InferenceError, NativeOpsError
 from scm_runtime.ort.graph_check import check_graph
 from scm_runtime.ort.options import CacheContext, SessionSettings, configure
@@ -102,13 +103,13 @@ def open_cached(cache: GraphCache, path: Path, key: str, create: Callable[[Path,
             return session
     session = create(path, _keep_options)  # an error here is not the cache's: it is raised, and nothing is logged about the cache
     if reopen_error is not None:
-        cache.mark_uncacheable(key, path, f"cannot be opened again: {reopen_error}")
+        cache.mark_uncacheable(key, path, f"cannot be opened again: {escape_controls(str(reopen_error))}")
     elif failure is not None and COMPILED in str(failure):
-        cache.mark_uncacheable(key, path, f"cannot be saved: {failure}")
+        cache.mark_uncacheable(key, path, f"cannot be saved: {escape_controls(str(failure))}")
     elif isinstance(failure, ChangedError):
         log.warning("nothing is cached of a graph: %s", failure)
     elif failure is not None and not isinstance(failure, NoRoomError):  # a read-only folder, a full disk: this may change
-        log_once(logging.WARNING, f"optimized graphs are not cached: {failure}", key="optimized graphs are not cached")
+        log_once(logging.WARNING, f"optimized graphs are not cached: {escape_controls(str(failure))}", key="optimized graphs are not cached")
     return session
 
 
@@ -164,7 +165,8 @@ def _create(path: Path, settings: SessionSettings, set_options: SetOptions) -> A
             if is_out_of_memory(error):
                 raise out_of_memory_error(f"the weights of '{path}' on {settings.placement.device}", error, MORE_MEMORY) from error
             remedy = "Upgrade it, or export the checkpoint again" + (", or run without the native kernels: native_ops=False" if settings.library else ".")
-            raise InferenceError(f"ONNX Runtime {ort.__version__} cannot open '{path}': {error}. {remedy}") from error
+            reason = escape_controls(str(error))  # it may name nodes and operators of the graph
+            raise InferenceError(f"ONNX Runtime {ort.__version__} cannot open '{path}': {reason}. {remedy}") from error
 
 
 def _create_with_weights(path: Path, options: Any, settings: SessionSettings) -> Any:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
 from scm_runtime.common.memory import SMALLER_BATCH, is_out_of_memory, out_of_memory_error
+from scm_runtime.common.message_text import escape_controls
 from scm_runtime.common.process import leave_to_parent
 from scm_runtime.common.runs import Run
 from scm_runtime.errors import BundleError, DeviceError, InferenceError, InvalidArgumentError, ScmError
@@ -161,4 +162,4 @@ def run_error(path: Path, error: Exception, run: Run, what: str) -> ScmError:
         return run.error()
     if is_out_of_memory(error):
         return out_of_memory_error(f"{what} in '{path.name}'", error, SMALLER_BATCH)
-    return InferenceError(f"'{path.name}' failed: {error}.")
+    return InferenceError(f"'{path.name}' failed: {escape_controls(str(error))}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import threading
 from pathlib import Path
@@ -30,12 +31,15 @@ with writer.new_bundle(Path(sys.argv[1]), force=True) as new:
 """
 
 
-@pytest.fixture
-def bundle(tmp_path: Path) -> Path:
-    folder = tmp_path / "out.scm"
+def write_bundle(folder: Path) -> Path:
     folder.mkdir()
     (folder / MANIFEST).write_text("earlier")
     return folder
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    return write_bundle(tmp_path / "out.scm")
 
 
 def replace(bundle: Path, *, force: bool = True) -> None:
@@ -43,13 +47,19 @@ def replace(bundle: Path, *, force: bool = True) -> None:
         (new.folder / MANIFEST).write_text("new")
 
 
-@pytest.fixture
-def killed(bundle: Path) -> Path:
+@pytest.fixture(scope="module")
+def left_by_a_killed_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What an export with --force left that was killed between its two renames: no bundle, and the earlier one under another name."""
-    done = run_python(KILLED_EXPORT, bundle, check=False)
+    folder = tmp_path_factory.mktemp("killed")
+    done = run_python(KILLED_EXPORT, write_bundle(folder / "out.scm"), check=False)
     assert done.returncode == -9, done.stderr
-    assert not bundle.exists()
-    return bundle
+    assert not (folder / "out.scm").exists()
+    return folder
+
+
+@pytest.fixture
+def killed(left_by_a_killed_export: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(left_by_a_killed_export, tmp_path / "copy") / "out.scm"
 
 
 def test_the_next_export_restores_the_bundle(killed: Path, caplog: pytest.LogCaptureFixture) -> None:

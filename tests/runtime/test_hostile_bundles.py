@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from click.testing import CliRunner
 from onnx import TensorProto, helper
 
 import toy_bundle
-from scm_runtime import Generator, InferenceError, ScmError
+from scm_runtime import GenerationTimeoutError, Generator, InferenceError, ScmError
 from scm_runtime.bundle.manifest import WEIGHTS
+from scm_runtime.cli.commands import main
 
 STEP = "step.fp32.onnx"
 EMBEDS = np.ones((2, toy_bundle.WIDTH), np.float32)
@@ -188,7 +190,7 @@ def test_a_giant_constant(bundle: Path, size: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
-def test_an_endless_loop_is_ended_by_close(bundle: Path) -> None:
+def test_an_endless_loop_is_ended_by_a_timeout_and_by_close(bundle: Path) -> None:
     """The loop has no trip count, and its condition stays true."""
     text = toy_bundle.STEP.replace(
         "    x_next = Add(abcd, gt4)\n",
@@ -206,7 +208,64 @@ def test_an_endless_loop_is_ended_by_close(bundle: Path) -> None:
     )
     endless = toy_bundle.write_text_bundle(bundle.with_name("endless.scm"), graphs={"step": text})
     generator = Generator(endless, cache_dir=False)
+    with pytest.raises(GenerationTimeoutError):
+        generator(prompt_embeds=EMBEDS, seed=1, timeout=0.5)
     timer = threading.Timer(0.5, generator.close)
     timer.start()
     with pytest.raises(ScmError, match="closed while this call ran"):
+        generator(prompt_embeds=EMBEDS, seed=1)
+
+
+# ----------------------------------------------------------------------------
+# Operators.
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        helper.make_node("Unknown", ["before"], ["after"], domain="stranger"),
+        helper.make_node("EPContext", ["before"], ["after"], domain="com.microsoft", embed_mode=0, ep_cache_context="/etc/hostname"),
+        helper.make_node("Neg", ["nowhere"], ["after"]),
+        helper.make_node("Constant", [], ["after"], value=toy_bundle.external_tensor("after", [4], location="/etc/hostname")),
+    ],
+    ids=["unknown domain", "compiled for a provider", "undefined input", "constant in another file"],
+)
+def test_operators_that_cannot_run(bundle: Path, node: onnx.NodeProto) -> None:
+    model = step_model(bundle)
+    result, model.graph.node[-1].output[0] = model.graph.node[-1].output[0], "before"
+    model.graph.node.extend([node, helper.make_node("Add", ["before", "after"], [result])])
+    model.opset_import.extend([helper.make_opsetid("stranger", 1), helper.make_opsetid("com.microsoft", 1)])
+    with pytest.raises(InferenceError, match=r"cannot open '.*step\.fp32\.onnx'"):
+        open_with_step(bundle, model.SerializeToString())
+
+
+@pytest.mark.parametrize("step", [b"\x0b", b""], ids=["no graph", "empty"])
+def test_the_command_line_reports_a_hostile_bundle_in_one_message(bundle: Path, tmp_path: Path, step: bytes) -> None:
+    toy_bundle.replace_file(bundle, STEP, step)
+    np.save(tmp_path / "prompt.npy", EMBEDS)
+    result = CliRunner().invoke(main, ["generate", str(bundle), "-o", str(tmp_path / "out.png"), "--prompt-embeds", str(tmp_path / "prompt.npy")])
+    assert result.exit_code in (1, 2)
+    assert "step.fp32.onnx" in result.output.replace("\n", "")
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "out.png").exists()
+
+
+@pytest.mark.parametrize("when", ["opened", "run"])
+def test_control_characters_of_a_graph_are_escaped_in_errors_and_logs(bundle: Path, tmp_path: Path, when: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "scm_runtime")
+    model = step_model(bundle)
+    result, model.graph.node[-1].output[0] = model.graph.node[-1].output[0], "before"
+    name = "\x1b[31mred\x07"
+    if when == "opened":
+        model.graph.node.append(helper.make_node(name, ["before"], [result]))
+    else:
+        model.graph.node.append(helper.make_node("MatMul", ["before", "before"], [result], name=name))
+    with pytest.raises(InferenceError, match=r"\\x1b\[31mred\\x07") as caught:
+        open_and_call(toy_bundle.replace_file(bundle, STEP, model.SerializeToString()), tmp_path / "cache")
+    for text in (str(caught.value), caplog.text):
+        assert text.replace("\n", "").isprintable()
+
+
+def open_and_call(bundle: Path, cache: Path) -> None:
+    with Generator(bundle, device="cpu", cache_dir=cache) as generator:
         generator(prompt_embeds=EMBEDS, seed=1)
