@@ -383,7 +383,13 @@ ROWS: list[tuple[str, Make, type[ScmError], str, str]] = [
         "shape and storage of conv.bias disagree",
         "strides [-1]",
     ),
-    ("a missing value", exported_with(lambda raw: raw["graph_module"]["graph"].pop("nodes")), CheckpointError, "KeyError: 'nodes'", "Save it again"),
+    (
+        "a missing value",
+        exported_with(lambda raw: raw["graph_module"]["graph"].pop("nodes")),
+        CheckpointError,
+        "missing required field `nodes`",
+        "Save it again",
+    ),
     ("NaN in a program", nan, CheckpointError, "got NaN or infinity in conv.weight", "weights must be finite"),
     # Configs.
     ("no config", lambda folder: bare(folder, config=None), CheckpointError, "not how it is sampled", "--config FILE.toml"),
