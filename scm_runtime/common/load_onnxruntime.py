@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
-from scm_runtime.common.installed import installed_version
+from scm_runtime.common.installed import install_extras, installed_version
 from scm_runtime.common.interrupts import was_interrupted
 from scm_runtime.errors import MissingDependencyError
 
@@ -25,7 +25,7 @@ def load_onnxruntime() -> Any:
     if installed_version("onnxruntime") and installed_version("onnxruntime-gpu"):
         raise MissingDependencyError(
             "both onnxruntime and onnxruntime-gpu are installed; they overwrite each other. Keep one:\n"
-            "  pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'scm-runtime[cpu]'   (or [gpu])"
+            f"  pip uninstall -y onnxruntime onnxruntime-gpu && {install_extras('cpu')}\n  or for CUDA: {install_extras('gpu')}"
         )
     try:
         with _without_telemetry():
@@ -34,7 +34,7 @@ def load_onnxruntime() -> Any:
         if was_interrupted(error):
             raise KeyboardInterrupt from error
         raise MissingDependencyError(
-            f"ONNX Runtime cannot be imported ({error}). Install it:\n  pip install 'scm-runtime[cpu]'   (or [gpu] for CUDA)"
+            f"ONNX Runtime cannot be imported ({error}). Install it:\n  {install_extras('cpu')}\n  or for CUDA: {install_extras('gpu')}"
         ) from error
     return onnxruntime
 

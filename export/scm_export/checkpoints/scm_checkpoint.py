@@ -122,7 +122,7 @@ def checkpoint_from(raw: object, source: Path) -> Checkpoint:
         )
     if raw.get("version") != VERSION:
         raise CheckpointError(
-            f"'{source}' has checkpoint version {raw.get('version')!r}, this scm-export reads version {VERSION}. Upgrade: pip install -U scm-runtime"
+            f"'{source}' has checkpoint version {raw.get('version')!r}, this scm-export reads version {VERSION}. Upgrade: pip install -U . in an updated clone"
         )
     try:
         checkpoint = convert(raw, Checkpoint)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from scm_export.checkpoints import DiffusersFolder, Loaded
 from scm_export.errors import CheckpointError
 from scm_export.precision import is_norm
+from scm_runtime.common.installed import install_extras
 from scm_runtime.common.message_text import first_line
 from scm_runtime.errors import InvalidArgumentError, MissingDependencyError
 
@@ -47,7 +48,7 @@ def make_network(folder: DiffusersFolder, component: str) -> nn.Module:
     try:
         import diffusers  # takes seconds, so only where it is needed
     except ImportError as error:
-        raise MissingDependencyError(f"reading a diffusers folder needs diffusers ({error}):\n  pip install 'scm-runtime[export]'") from error
+        raise MissingDependencyError(f"reading a diffusers folder needs diffusers ({error}):\n  {install_extras('export')}") from error
     name, config = folder.classes[component], folder.config(component)
     try:
         with torch.device("meta"), _quiet():
