@@ -173,8 +173,15 @@ def _print_verification(console: OutputConsole, verification: Verification) -> N
     rows = tabulate(verification.cases)
     columns = list(rows[0])
     cells = [[value if passes(case) else Text(value, BAD) for value in row.values()] for case, row in zip(verification.cases, rows, strict=True)]
-    title = f"against {verification.reference}"
-    print_table(console, columns, cells, title=title, right=[name for name in columns if name not in TEXT_COLUMNS], box=SIMPLE)
+    print_table(
+        console,
+        columns,
+        cells,
+        title=f"against {verification.reference}",
+        right=[name for name in columns if name not in TEXT_COLUMNS],
+        wrap=("conditioning",),
+        box=SIMPLE,
+    )
 
 
 if __name__ == "__main__":
