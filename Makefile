@@ -8,6 +8,7 @@
 PYTHON ?= python3
 VENV   := .venv
 FLOORS := build/floors
+AUDIT  := build/audit
 BIN    := $(VENV)/bin
 CMAKE  := $(BIN)/cmake
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
@@ -27,7 +28,7 @@ BENCHES  := $(filter-out benchmarks/_% benchmarks/figures.py,$(wildcard benchmar
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:  # two pips must not install into .venv at the same time
-.PHONY: help demo test test-gpu lint types floors floors-runtime ops ops-test ops-sanitize ops-tsan soak bench bench-large format dist constraints clean
+.PHONY: help demo test test-gpu lint types floors floors-runtime audit ops ops-test ops-sanitize ops-tsan soak kills fuzz bench bench-large format dist constraints clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | while IFS='	' read -r name what; do printf '  make %-15s %s\n' "$$name" "$$what"; done
@@ -57,6 +58,12 @@ floors-runtime: $(FLOORS)/.stamp-runtime ## the part of floors that needs no tor
 	$(FLOORS)/runtime/bin/scm-export --help > $(FLOORS)/help.txt
 	$(call run-floors,runtime,$(RUNTIME_TESTS))
 
+audit: $(FLOORS)/pins.txt $(AUDIT)/.stamp ## check the lowest and the pinned versions of all dependencies against known vulnerabilities (needs the network)
+	@# Pillow is checked at its pinned version only: its known vulnerabilities are in decoders, and the runtime decodes only images that it wrote itself.
+	grep -v '^pillow==' $(FLOORS)/direct.txt > $(AUDIT)/floors.txt
+	@set -e; for pins in $(AUDIT)/floors.txt constraints.txt; do echo "== $$pins"; \
+	$(AUDIT)/bin/pip-audit --strict --no-deps --disable-pip --vulnerability-service osv $(AUDIT_FLAGS) --requirement $$pins; done
+
 test-gpu: $(FULL) ## run the GPU tests, and again under compute-sanitizer if it is installed (needs onnxruntime-gpu and a CUDA build of torch in .venv)
 	$(call build-ops,ON)
 	$(BIN)/python -m pytest -m gpu $(ARGS)
@@ -77,6 +84,12 @@ ops-tsan: $(FULL) ## build the library under ThreadSanitizer, and run the tests 
 soak: $(FULL) $(OPS) ## use Generators from many threads in every way, twice for ten minutes (SECONDS=60 for one)
 	@# With one malloc arena per thread, it takes an hour until the resident memory is constant.
 	MALLOC_ARENA_MAX=1 $(BIN)/python tests/soak/soak.py $(or $(SECONDS),600)
+
+kills: $(FULL) $(OPS) ## kill exports and generations 200 times: nothing may be lost or left (KILLS=20, SEED=1)
+	$(BIN)/python tests/soak/kills.py $(or $(KILLS),200) $(or $(SEED),0)
+
+fuzz: $(FULL) ## read mutated files for an hour (SECONDS=600 for another time, SEED=1 for other files); inputs that fail are written to build/fuzz
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/fuzz/campaign.py --seconds $(or $(SECONDS),3600) --seed $(or $(SEED),0)
 
 bench: $(FULL) $(OPS) ## run every script in benchmarks/
 	@set -e; for script in $(BENCHES) benchmarks/figures.py; do echo "== $$(date +%T) $$script"; $(BIN)/python "$$script"; done
@@ -198,6 +211,12 @@ $(FLOORS)/.stamp-runtime: $(FLOORS)/pins.txt
 
 $(FLOORS)/.stamp-full: $(FLOORS)/pins.txt
 	$(call install-floors,full,$(LOWEST_EXTRAS))
+
+# pip-audit is no dependency of the project, not even for development: it has an environment of its own.
+$(AUDIT)/.stamp: $(MADE)
+	$(BIN)/python -m venv $(AUDIT)
+	$(AUDIT)/bin/python -m pip --disable-pip-version-check --quiet install 'pip-audit>=2.10'
+	@touch $@
 
 # The environment without torch has no native library either, which takes a minute to compile.
 WITHOUT_OPS = -C wheel.cmake=false -C wheel.platlib=false

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scm_runtime.common.files import output_errors, whole_file
+from scm_runtime.common.memory import has_room, memory_errors
 from scm_runtime.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 IMAGE_CHANNELS = (1, 3, 4)  # grayscale, RGB, RGBA
 EXPORT_A_DECODER = "Decode them yourself, or export the checkpoint again with its decoder: scm-export … --decoder FOLDER"
+ENCODER_ROOM, ENCODER_SHARE = 1 << 24, 16  # bytes that an encoder may allocate: at least, and in addition per byte of the image
 MAX_ONE_ROW = 3  # up to this many images form one row; more form a grid
 
 
@@ -99,12 +101,14 @@ class Samples:
 
         Raises:
             InvalidArgumentError: the samples are latents.
+            OutOfMemoryError: memory ran out.
         """
         self._require_pixels()
-        from PIL import Image
+        with memory_errors(f"the images of a batch of {len(self)}"):
+            from PIL import Image
 
-        pixels = self.array[..., 0] if self.array.shape[-1] == 1 else self.array
-        return [Image.fromarray(image) for image in pixels]
+            pixels = self.array[..., 0] if self.array.shape[-1] == 1 else self.array
+            return [Image.fromarray(image) for image in pixels]
 
     def save(self, path: str | os.PathLike[str], *, columns: int | None = None) -> Path:
         """Save one image file: the only sample, or a grid of all samples.
@@ -119,13 +123,15 @@ class Samples:
         Raises:
             InvalidArgumentError: the samples are latents, columns is below 1, or the extension is not that of an image format.
             OutputError: the file cannot be written. An existing file stays unchanged.
+            OutOfMemoryError: memory ran out. An existing file stays unchanged.
         """
         self._require_pixels()
         if columns is not None and columns < 1:
             raise InvalidArgumentError(f"columns must be at least 1, got {columns}")
         target = Path(path)
-        image_format = image_format_of(target)
-        encoded = _encode(grid(self.array, columns), image_format, target)
+        with memory_errors(f"{len(self)} images of {list(self.array.shape[1:])} in one file", "Save fewer images in one file"):
+            image_format = image_format_of(target)
+            encoded = _encode(grid(self.array, columns), image_format, target)
         with output_errors(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             with whole_file(target) as part:
@@ -161,6 +167,9 @@ def _encode(image: Image.Image, image_format: str, target: Path) -> io.BytesIO:
         with Image.open(encoded) as decoded:
             decoded_size = decoded.size
     except (OSError, ValueError) as error:
+        # Encoders do not say why they failed: "bad configuration" of PNG and "encoding error 1" of WebP are memory that could not be allocated.
+        if not has_room(ENCODER_ROOM + ENCODER_SHARE * image.width * image.height * len(image.getbands())):
+            raise MemoryError(str(error)) from error
         raise InvalidArgumentError(f"cannot write '{target}': {image_format} cannot represent {size} of mode {image.mode} ({error}). Use .png.") from error
     if decoded_size != image.size:  # icon formats shrink an image silently
         raise InvalidArgumentError(f"cannot write '{target}': {image_format} shrinks {size} to {decoded_size[0]} x {decoded_size[1]}. Use .png.")

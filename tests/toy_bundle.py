@@ -15,7 +15,7 @@ import onnx
 from numpy.typing import NDArray
 
 from scm_runtime.bundle.checksums import sha256
-from scm_runtime.bundle.manifest import MANIFEST, WEIGHTS, Conditioning, FileEntry, Manifest, OutputSpec, SampleSpec, Source
+from scm_runtime.bundle.manifest import MANIFEST, WEIGHTS, Conditioning, FileEntry, Manifest, OutputSpec, SampleSpec, Source, read_manifest
 
 SAMPLE_SHAPE, IMAGE_SHAPE, PREVIEW_SHAPE = (2, 4, 6), (8, 12, 3), (4, 6, 3)
 WIDTH = 5  # length of an embedding vector
@@ -212,7 +212,7 @@ def write_text_bundle(
     (folder / WEIGHTS).write_bytes((weights() * np.float32(gain)).tobytes() + bytes(64))
     texts = {"noise": NOISE, "step.fp32": STEP, "decode.fp32": DECODE if decoder else LATENT}
     texts |= {f"{extra}.fp32": {"encode": ENCODE, "preview": PREVIEW}[extra] for extra in extras}
-    for graph, text in (texts | {f"{graph}.fp32": text for graph, text in (graphs or {}).items()}).items():
+    for graph, text in (texts | {graph if graph == "noise" else f"{graph}.fp32": text for graph, text in (graphs or {}).items()}).items():
         model = onnx.parser.parse_model(HEADER + text)
         if graph.startswith("step"):
             model.graph.initializer.append(external_tensor("weights", [WIDTH, 2]))
@@ -248,10 +248,19 @@ def write_text_bundle(
     return folder
 
 
-def external_tensor(name: str, dims: list[int]) -> onnx.TensorProto:
-    """Return a tensor whose data is external, at offset 0 of the weights file."""
+def replace_file(folder: Path, name: str, data: bytes) -> Path:
+    """Replace a file of a bundle, with its size and checksum in the manifest. Returns the bundle's folder."""
+    (folder / name).write_bytes(data)
+    manifest = read_manifest(folder)
+    manifest.files[name] = FileEntry(size=len(data), sha256=sha256(folder / name))
+    (folder / MANIFEST).write_bytes(manifest.to_json())
+    return folder
+
+
+def external_tensor(name: str, dims: list[int], **changed: str) -> onnx.TensorProto:
+    """Return a tensor whose data is external, at offset 0 of the weights file; ``changed`` are other values of ``location``, ``offset`` and ``length``."""
     tensor = onnx.TensorProto(name=name, data_type=onnx.TensorProto.FLOAT, dims=dims, data_location=onnx.TensorProto.EXTERNAL)
-    for key, value in {"location": WEIGHTS, "offset": "0", "length": str(4 * int(np.prod(dims)))}.items():
+    for key, value in ({"location": WEIGHTS, "offset": "0", "length": str(4 * int(np.prod(dims)))} | changed).items():
         tensor.external_data.add(key=key, value=value)
     return tensor
 

@@ -68,4 +68,5 @@ def rezip(path: Path, change: Callable[[bytes], bytes]) -> None:
 
 
 def text(value: str) -> bytes:
-    return b"X" + len(value).to_bytes(4, "little") + value.encode()
+    data = value.encode()
+    return b"X" + len(data).to_bytes(4, "little") + data

@@ -37,7 +37,7 @@ TYPED_TEST(ModulateSiLUTest, FollowsItsFormula) {
 
 TYPED_TEST(ModulateSiLUTest, KeepsNaNAndInfinityInTheirPlace) {
   const double nan = std::numeric_limits<double>::quiet_NaN(), infinity = std::numeric_limits<double>::infinity();
-  const Tensor y = tensor(kType<TypeParam>, {2, 2, 2}, {nan, 1, infinity, 1, 1, 1, 1, 2}), scale = tensor(kType<TypeParam>, {2, 2}, {1, 1, nan, infinity});
+  const Tensor y = tensor(kType<TypeParam>, {2, 2, 2}, {nan, 1, infinity, 1, 1, 1, 1, 2}), scale = tensor(kType<TypeParam>, {2, 2}, {-1, 1, nan, infinity});
   const Outcome outcome = fake_ort::run("ModulateSiLU", {y, scale});
   ASSERT_EQ(outcome.error, "");
   expect_close(outcome.outputs.at(0), y.shape, reference(values(y), values(scale), 2, 2));

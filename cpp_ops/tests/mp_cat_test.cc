@@ -58,9 +58,10 @@ TYPED_TEST(MPCatTest, AcceptsAnyWeightAndActivatesTheRoundedOutputIfAsked) {
 TYPED_TEST(MPCatTest, KeepsNaNAndInfinity) {
   const double nan = std::numeric_limits<double>::quiet_NaN(), infinity = std::numeric_limits<double>::infinity();
   const Tensor a = tensor(kType<TypeParam>, {2, 2}, {nan, 1, 2, -infinity}), b = tensor(kType<TypeParam>, {2, 1}, {infinity, 0});
-  const Outcome outcome = fake_ort::run("MPCat", {a, b}, {{"t", 0.5f}});
+  const Outcome outcome = fake_ort::run("MPCat", {a, b}, {{"t", 0.5f}}, with_outputs({true, true}));
   ASSERT_EQ(outcome.error, "");
   expect_close(outcome.outputs.at(0), {2, 3}, reference(values(a), values(b), 2, 1, 0.5));
+  expect_close(outcome.outputs.at(1), {2, 3}, mp_silu(values(outcome.outputs.at(0))));
 }
 
 TYPED_TEST(MPCatTest, IsReproducibleOnManyThreadsAndInAnyBatch) {

@@ -68,9 +68,10 @@ TYPED_TEST(MPSumTest, KeepsNaNAndBoundsInfinity) {
   const double nan = std::numeric_limits<double>::quiet_NaN(), infinity = std::numeric_limits<double>::infinity();
   const Tensor a = tensor(kType<TypeParam>, {6}, {nan, infinity, -infinity, infinity, 1, 6e4}), b = tensor(kType<TypeParam>, {6}, {1, 1, 1, -infinity, nan, 6e4});
   for (const float clip : {1.0f, 256.0f, kInfinity}) {
-    const Outcome outcome = fake_ort::run("MPSum", {a, b}, {{"t", 0.3f}, {"clip", clip}});
+    const Outcome outcome = fake_ort::run("MPSum", {a, b}, {{"t", 0.3f}, {"clip", clip}}, with_outputs({true, true}));
     ASSERT_EQ(outcome.error, "");
     expect_close(outcome.outputs.at(0), {6}, reference(values(a), values(b), 0.3f, clip));
+    expect_close(outcome.outputs.at(1), {6}, mp_silu(values(outcome.outputs.at(0))));
   }
 }
 

@@ -13,6 +13,7 @@ GRAPH_DTYPES: dict[Dtype, tuple[Dtype, ...]] = {"fp32": ("fp32",), "fp16": ("fp1
 """Dtypes that a bundle's graphs compute in, by the dtype its weights are stored in."""
 
 MAX_COMPOSED_STEPS = 4  # largest step count for which samplers are composed by default and verified
+LARGEST_SAMPLER = 64  # steps; a composed sampler has a copy of the network's nodes for each step
 
 OPSETS = range(18, 24)
 DEFAULT_OPSET: dict[Dtype, int] = {"fp32": 20, "fp16": 20, "bf16": 22}

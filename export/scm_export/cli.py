@@ -15,7 +15,7 @@ from scm_export.choices import DEFAULT_OPSET, GRAPH_DTYPES, OPSETS, PARAMETRISAT
 from scm_export.errors import VerificationError
 from scm_export.versions import check_versions
 from scm_runtime import __version__
-from scm_runtime.bundle.manifest import Verification
+from scm_runtime.bundle.manifest import Manifest, Verification
 from scm_runtime.cli.options import IntegerList, ParamType
 from scm_runtime.cli.program import Command
 from scm_runtime.cli.streams import print_json, say_error
@@ -63,7 +63,9 @@ def _negate(context: click.Context, parameter: click.Parameter, value: bool) -> 
     is_flag=True,
     help="Also open files that run code when they are read (TorchScript, pickled modules). Use it only for files from people you trust.",
 )
-@click.option("--decoder", metavar="FOLDER", help="Autoencoder in diffusers' format, for latent models whose checkpoint does not contain one.")
+@click.option(
+    "--decoder", metavar="FOLDER", help="Autoencoder in diffusers' format, a folder or org/name on the hub, for latent models whose checkpoint has none."
+)
 @click.option("--latents", is_flag=True, help="Leave the decoder out: samples are latents.")
 @click.option("--with-encoder", is_flag=True, help="Also write the autoencoder's encoder, which image editing needs.")
 @click.option("--preview-decoder", metavar="FOLDER", help="Small autoencoder (AutoencoderTiny) for previews between steps.")
@@ -115,6 +117,8 @@ def main(checkpoint: str, out: Path | None, dry_run: bool, as_json: bool, **opti
         raise KeyboardInterrupt("no bundle was written") from None
     from scm_export.exporter import Exported
 
+    for note in result.notes:
+        OutputConsole(stderr=True).write_line(f"Note: {note}.")
     if as_json:
         print_json((result.manifest if isinstance(result, Exported) else result).to_json())
     elif isinstance(result, Exported):
@@ -154,10 +158,21 @@ def _print_exported(exported: Exported, report: Path | None) -> None:
         _print_verification(console, manifest.verification)
     if manifest.source.weights is not None:
         console.write_line(f"weights: {manifest.source.weights!r} of {manifest.source.file}")
+    console.write_line(_describe_samples(manifest))
     size = sum(entry.size for entry in manifest.files.values())
     console.write_line(f"wrote {exported.path} ({size / 1e6:.1f} MB, {', '.join(manifest.dtypes)})")
     if report is not None:
         console.write_line(f"wrote {report}")
+
+
+def _describe_samples(manifest: Manifest) -> str:
+    state = f"state [N, {', '.join(map(str, manifest.sample.shape))}]"
+    if manifest.output.kind == "latent":
+        return f"samples: latents, without a decoder, {state}"
+    height, width, channels = manifest.output.shape
+    kind = {1: "grayscale", 3: "RGB", 4: "RGBA"}.get(channels, f"{channels}-channel")
+    origin = "the state is pixels" if manifest.sample.shape == (channels, height, width) else f"decoded from latents, the {state}"
+    return f"samples: {kind} images of {height}x{width}, {origin}"
 
 
 def _print_plan(plan: Plan) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,10 @@ class Plan(Struct, kw_only=True):
     opset: int
     custom_ops: bool
     graphs: tuple[str, ...]
+    exists: bool
+    """Whether something is at ``out``, which an export replaces only with ``force``."""
+    notes: tuple[str, ...]
+    """What the user should know about assumptions of the export."""
 
     def to_json(self) -> bytes:
         """Encode as indented JSON."""
@@ -76,7 +81,7 @@ class Plan(Struct, kw_only=True):
             **({"samplers": "; ".join(f"{name}: {', '.join(map(str, counts))} steps" for name, counts in self.samplers.items())} if self.samplers else {}),
             "weights": f"{self.weights_dtype}, {size} (in {others})",
             "graphs": f"opset {self.opset}{', scm operators' if self.custom_ops else ', standard operators only'}: {', '.join(self.graphs)}",
-            "bundle": self.out,
+            "bundle": self.out + " (exists: an export replaces it only with --force)" * self.exists,
         }
 
 
@@ -109,17 +114,19 @@ def make_plan(model: Model, destination: Path, source: Source, dtype: Dtype, ste
         opset=opset,
         custom_ops=custom_ops,
         graphs=("noise.onnx", *((COMBINE,) if model.samplers else ()), *(f"{kind}.{compute}.onnx" for compute in GRAPH_DTYPES[dtype] for kind in kinds)),
+        exists=os.path.lexists(destination),
+        notes=model.notes,
     )
 
 
 def _describe_decoder(model: Model, parameters: int) -> str:
     match model.decoder:
         case ImageDecoder(scale=scale, offset=offset):
-            return f"none needed: levels are the state × {scale:g} + {offset:g}"
+            return f"none: the state is pixels, with levels x × {scale:g} + {offset:g}"
         case ImageNetwork():
-            return f"a network of {parameters / 1e6:,.2f} M parameters"
+            return f"a network of {parameters / 1e6:,.2f} M parameters: the state is latents"
         case Latents():
-            return "none: samples are latents"
+            return "none: the state is latents, and so are the samples"
 
 
 def _weights_bytes(model: Model, dtype: torch.dtype) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -36,6 +36,8 @@ class Exported:
 
     path: Path
     manifest: Manifest
+    notes: tuple[str, ...] = ()
+    """What the user should know about assumptions of the export."""
 
 
 @options_as_keywords(Options)
@@ -66,9 +68,11 @@ def export(checkpoint: StrPath, out: StrPath | None, options: Options) -> Export
 def plan(checkpoint: StrPath, out: StrPath | None = None, options: Options | None = None) -> Plan:
     """Describe the bundle that :func:`export` would make. Reads the checkpoint and builds the model; traces nothing and writes nothing.
 
+    An existing bundle is not an error: see ``Plan.exists``.
+
     Raises the errors of :func:`export` that concern the checkpoint, the options or the destination.
     """
-    model, destination, source, options = prepare(checkpoint, out, options or Options())
+    model, destination, source, options = prepare(checkpoint, out, replace(options or Options(), force=True))  # an existing bundle is no obstacle
     assert options.dtype is not None
     return make_plan(model, destination, source, options.dtype, composed_steps(model, options), graph_opset(options), custom_ops=options.custom_ops)
 
@@ -115,7 +119,7 @@ def export_model(model: Model, destination: Path, source: Source, options: Optio
             result.require_passed()
             manifest = msgspec.structs.replace(manifest, verification=result.verification)
             writer.manifest(manifest)
-    return Exported(destination, manifest)
+    return Exported(destination, manifest, model.notes)
 
 
 def _write_graphs(writer: BundleWriter, model: Model, steps: Sequence[int], opset: int, weights_dtype: Dtype, options: Options) -> None:

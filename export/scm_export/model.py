@@ -83,6 +83,8 @@ class Model:
     """Maps an image to the mean of x, for image editing."""
     preview: ImageNetwork | None = None
     """Small decoder for previews of states between steps."""
+    notes: tuple[str, ...] = ()
+    """What the user should know about assumptions of the export."""
     reference: Reference | None = None
     """Sampler that the bundle is verified against; None for the step in eager PyTorch."""
 

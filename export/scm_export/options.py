@@ -44,7 +44,7 @@ class Options:
             input of the bundle. For the family edm2. It must hold one set of weights: ``weights`` does not apply to it.
         size: height and width of the images in pixels; None for the checkpoint's own.
         steps: step counts to compose whole samplers for, ``sample-K``; the checkpoint must have times for each. None for all counts up to 4, or the
-            smallest count if all are larger. May be empty.
+            smallest count if all are larger and it is at most 64, the largest. May be empty.
         opset: ONNX operator set, 18 to 23; None for 20, or 22 for bf16, which requires it.
         custom_ops: keep the operators of docs/custom-ops.md as nodes, with function bodies for runtimes without the library. False replaces the nodes
             by their bodies: standard ONNX, for other runtimes and tools.

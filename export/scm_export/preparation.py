@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from scm_export.checkpoints import DiffusersFolder, open_checkpoint
 from scm_export.checkpoints.from_hub import fetch
-from scm_export.choices import DEFAULT_OPSET, MAX_COMPOSED_STEPS
+from scm_export.choices import DEFAULT_OPSET, LARGEST_SAMPLER, MAX_COMPOSED_STEPS
 from scm_export.families import FAMILIES, BuildOptions, build_model, find_family
 from scm_export.model import ImageDecoder, Latents, Model
 from scm_export.options import Options, StrPath
@@ -18,6 +18,8 @@ from scm_export.writer import check_destination
 from scm_runtime.bundle.checksums import sha256
 from scm_runtime.bundle.manifest import Source
 from scm_runtime.errors import InvalidArgumentError
+
+LATENT_OR_RGBA = 4  # channels of RGBA pixels and of the latents of many autoencoders
 
 
 class Prepared(NamedTuple):
@@ -54,6 +56,8 @@ def prepare(checkpoint: StrPath, out: StrPath | None, options: Options) -> Prepa
         guide, guide_weights = open_checkpoint(options.guide, trust=options.trust, progress=options.progress)
     model = build_model(loaded, BuildOptions(decoder, options.latents, options.with_encoder, preview, guide, options.size), family)
     _check_options_apply(model, options)
+    if isinstance(model.decoder, ImageDecoder) and model.sample_shape[0] == LATENT_OR_RGBA:
+        model.notes += ("the state has 4 channels and is taken as RGBA pixels. If it is latents, give their autoencoder with --decoder, or --latents",)
     guide_source = None
     if options.guide is not None:  # a file: build_model refuses guides in folders
         guide_source = Source(file=Path(options.guide).name, sha256=sha256(Path(options.guide)), weights=guide_weights)
@@ -81,10 +85,12 @@ def _check_options_apply(model: Model, options: Options) -> None:
 
 def composed_steps(model: Model, options: Options) -> list[int]:
     """Step counts to compose whole samplers for; raises InvalidArgumentError for a count that the model has no times for."""
-    default = [count for count in model.times if count <= MAX_COMPOSED_STEPS] or [min(model.times)]
+    default = [count for count in model.times if count <= MAX_COMPOSED_STEPS] or [count for count in [min(model.times)] if count <= LARGEST_SAMPLER]
     steps = sorted(set(default if options.steps is None else options.steps))
     if unknown := sorted(set(steps) - set(model.times)):
         raise InvalidArgumentError(f"steps must be among {sorted(model.times)}, the counts this checkpoint has times for; got {unknown}")
+    if steps and steps[-1] > LARGEST_SAMPLER:
+        raise InvalidArgumentError(f"steps must be at most {LARGEST_SAMPLER}, since a composed sampler has a copy of the network for each; got {steps[-1]}")
     return steps
 
 

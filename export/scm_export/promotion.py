@@ -13,6 +13,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from scm_export.errors import ExportError
+from scm_export.user_code import running_line
+
 # Names of torch's functions, without namespace and overload: an exported program calls aten.linear.default.
 WEIGHTED = {"linear", "bilinear", "convolution", "prelu"} | {f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3)}
 """Functions that compute in the dtype of their weight, the second argument."""
@@ -36,6 +39,11 @@ class PromoteDtypes(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
+        if torch.is_autocast_enabled("cpu"):
+            raise ExportError(
+                f"the network uses torch.autocast on the CPU, which would fix the dtype of this part in every graph, at {running_line()}\n"
+                "Leave it out: the exporter chooses the dtype of each graph (--dtype), by autocast's rules."
+            )
         name = getattr(func, "__name__", "").partition(".")[0]
         operands = [leaf for leaf in tree_leaves((args, kwargs)) if _is_floating(leaf)]
         if name in WAVES and len(operands) == 1 and operands[0].ndim <= 2 and operands[0].dtype == torch.float32:

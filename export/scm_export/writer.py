@@ -18,6 +18,7 @@ from onnxscript import ir
 from scm_export.graphs.functions import INLINE_BELOW
 from scm_runtime.bundle.checksums import sha256
 from scm_runtime.bundle.manifest import MANIFEST, WEIGHTS, FileEntry, Manifest
+from scm_runtime.common.exchange import exchange
 from scm_runtime.common.files import beside
 from scm_runtime.common.parts import locked_part, sweep
 from scm_runtime.errors import OutputError, ScmError
@@ -93,6 +94,7 @@ def new_bundle(destination: Path, *, force: bool) -> Iterator[BundleWriter]:
     Raises:
         OutputError: the destination exists (and force is False, or it is not a bundle), or cannot be written.
     """
+    _restore(destination)
     check_destination(destination, force=force)
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
@@ -105,17 +107,10 @@ def new_bundle(destination: Path, *, force: bool) -> Iterator[BundleWriter]:
                 writer.abandon()
             _flush(part)
             check_destination(destination, force=force)  # again: it may have been created in the meantime
-            if destination.exists():
-                old = beside(destination, "old")
-                try:
-                    destination.rename(old)
-                    part.rename(destination)
-                finally:  # not even an interrupt may lose the earlier bundle
-                    if not destination.exists():
-                        old.rename(destination)
-                shutil.rmtree(old, ignore_errors=True)
-            else:
+            if not destination.exists():
                 part.rename(destination)
+            elif not exchange(part, destination):  # else the earlier bundle is now the part, which is removed
+                _replace(destination, part)
             _sync(destination.absolute().parent)
     except OSError as error:
         if isinstance(error, ScmError):
@@ -125,14 +120,42 @@ def new_bundle(destination: Path, *, force: bool) -> Iterator[BundleWriter]:
         ) from error
 
 
+def _replace(destination: Path, part: Path) -> None:
+    """Replace a bundle by two renames, on a system that cannot exchange names. ``_restore`` restores it if the process is killed between them."""
+    old = beside(destination, "old")
+    try:
+        destination.rename(old)
+        part.rename(destination)
+    finally:  # not even an interrupt may lose the earlier bundle
+        if not destination.exists():
+            old.rename(destination)
+    _remove(old)
+
+
+def _restore(destination: Path) -> None:
+    """Restore a bundle that a killed export with --force had moved and not yet replaced."""
+    with suppress(OSError):  # check_destination reports it; or another export has restored the bundle
+        if not destination.exists() and (replaced := _replaced_bundles(destination)):
+            max(replaced, key=lambda path: path.lstat().st_mtime).rename(destination)
+            logger.info("restored '%s', which an export with --force was replacing when it was killed", destination)
+
+
 def _sweep(destination: Path) -> None:
     """Remove what killed exports left beside a destination: unfinished bundles, and bundles that were already replaced."""
     sweep(destination.parent)
     if destination.exists():
-        for path in destination.parent.iterdir():
-            if path.name.startswith(f".{destination.name}.old-"):
-                logger.info("removing '%s', the bundle that an export with --force replaced before it was killed", path)
-                shutil.rmtree(path, ignore_errors=True)
+        for path in _replaced_bundles(destination):
+            logger.info("removing '%s', the bundle that an export with --force replaced before it was killed", path)
+            _remove(path)
+
+
+def _replaced_bundles(destination: Path) -> list[Path]:
+    return [path for path in destination.parent.iterdir() if path.name.startswith(f".{destination.name}.old-")]
+
+
+def _remove(bundle: Path) -> None:
+    with suppress(OSError):
+        bundle.unlink() if bundle.is_symlink() else shutil.rmtree(bundle, ignore_errors=True)
 
 
 def check_destination(destination: Path, *, force: bool) -> None:

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 from msgspec import Struct, field
 
+from scm_runtime.bundle.manifest import Count
+from scm_runtime.common.documents import read_json
 from scm_runtime.common.files import beside, output_errors, whole_file
+from scm_runtime.common.message_text import first_line, printable
 from scm_runtime.errors import InvalidArgumentError
 
 FORMAT: Literal["scm-runtime bench"] = "scm-runtime bench"
 VERSION = 1
-MAX_BYTES = 16 << 20  # largest file to compare with: a wrong path may be that of weights
 UNSET = {"sampler": "the bundle's default", "threads": "one per core"}
 COMPARED = ("median_ms", "p95_ms", "min_ms", "images_per_second")
 
@@ -25,8 +27,8 @@ COMPARED = ("median_ms", "p95_ms", "min_ms", "images_per_second")
 class Cell(Struct, frozen=True, kw_only=True):
     """The figures for one number of steps and one batch size; None if the cell failed or was not reached."""
 
-    steps: int
-    batch_size: int
+    steps: Count
+    batch_size: Count
     runs: int = 0
     """Number of measured calls."""
     evaluations: int | None = None
@@ -87,7 +89,7 @@ class Memory(Struct, frozen=True, kw_only=True):
 
     process_opened: int | None = None
     """Resident memory after the bundle was opened, before the first call."""
-    process_peak: int | None = None
+    process_peak: Count | None = None
     """Highest resident memory until the last cell was measured."""
     device_peak: int | None = None
     """Largest growth of the GPU's used memory since before the bundle was opened, by all processes."""
@@ -164,18 +166,18 @@ def read_result(path: Path) -> Result:
     """Read a file that ``scm-runtime bench`` wrote; raises InvalidArgumentError if it is not one."""
     expected = "Expected a file written by scm-runtime bench … -o FILE, or what its --json printed."
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise InvalidArgumentError(f"'{path}' is too large to be a result, {path.stat().st_size:,} bytes. {expected}")
-        raw: Any = msgspec.json.decode(path.read_bytes())
+        raw = read_json(path)
         if not isinstance(raw, dict) or raw.get("format") != FORMAT:
             raise InvalidArgumentError(f"'{path}' is JSON, but not the result of a benchmark. {expected}")
-        if raw.get("version") != VERSION:
-            raise InvalidArgumentError(f"'{path}' has version {raw.get('version')!r} of the format, this scm-runtime reads version {VERSION}. Measure again.")
+        if (version := raw.get("version")) != VERSION:
+            raise InvalidArgumentError(f"'{path}' has version {printable(version)} of the format, this scm-runtime reads version {VERSION}. Measure again.")
         return msgspec.convert(raw, Result)
     except OSError as error:
         raise InvalidArgumentError(f"cannot read '{path}': {error.strerror or error}. {expected}") from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise InvalidArgumentError(f"'{path}' is not the result of a benchmark: {error}. {expected}") from error
+    except ValueError as error:
+        if isinstance(error, InvalidArgumentError):
+            raise
+        raise InvalidArgumentError(f"'{path}' is not the result of a benchmark: {first_line(error)}. {expected}") from error
 
 
 def check_writable(path: Path) -> None:

@@ -10,9 +10,11 @@ from typing import NamedTuple
 
 from scm_runtime.bundle import hub
 from scm_runtime.bundle.manifest import MANIFEST
+from scm_runtime.common.log import log
 from scm_runtime.errors import BundleNotFoundError
 
 EMBEDDED = Path(__file__).parents[1] / "bundles"
+DIGITS = EMBEDDED / "digits.scm"
 
 
 class ResolvedBundle(NamedTuple):
@@ -31,7 +33,7 @@ class ResolvedBundle(NamedTuple):
 
 
 def resolve_bundle(bundle: str | os.PathLike[str], revision: str | None = None) -> ResolvedBundle:
-    """Resolve a path, the name of an embedded bundle, or ``org/name`` on the hub, whose manifest is then fetched.
+    """Resolve the name of an embedded bundle, a path, or ``org/name`` on the hub, whose manifest is then fetched.
 
     Raises:
         BundleNotFoundError: there is no bundle with that path or name.
@@ -49,21 +51,31 @@ def resolve_bundle(bundle: str | os.PathLike[str], revision: str | None = None) 
 def find_local(bundle: str | os.PathLike[str]) -> Path:
     """Return the folder of a bundle, from its path or the name of an embedded bundle.
 
+    A string that is the name of an embedded bundle means that bundle, whatever the current folder holds. ``./NAME`` and ``Path`` objects are paths.
+
     Raises:
         BundleNotFoundError: neither is a folder with a manifest.
     """
     path = Path(bundle)
+    if (embedded := _find_embedded(bundle)) is not None:
+        if path.exists():
+            log.info("%r is the embedded bundle. For the folder of that name here: ./%s", bundle, bundle)
+        return embedded
     try:
         if (path / MANIFEST).is_file():
             return path
     except OSError as error:
         raise BundleNotFoundError(f"no bundle at '{path}': {error.strerror}. Expected a folder written by scm-export.") from error
-    embedded = EMBEDDED / f"{bundle}.scm"
-    if re.fullmatch(r"[A-Za-z0-9_-]+", str(bundle)) and (embedded / MANIFEST).is_file():
-        return embedded
     names = ", ".join(repr(folder.stem) for folder in sorted(EMBEDDED.glob("*.scm"))) or "none"
     wrong = f"has no {MANIFEST}" if path.is_dir() else "is a file" if path.exists() else "does not exist"
     raise BundleNotFoundError(
         f"no bundle at '{path}': it {wrong}. Expected a folder written by scm-export, the name of an embedded bundle ({names}), "
         f"or a repository of the Hugging Face hub ('org/name').{hub.local_path_hint(bundle)}"
     )
+
+
+def _find_embedded(bundle: str | os.PathLike[str]) -> Path | None:
+    if not isinstance(bundle, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", bundle):
+        return None
+    folder = EMBEDDED / f"{bundle}.scm"
+    return folder if (folder / MANIFEST).is_file() else None

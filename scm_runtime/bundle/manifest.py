@@ -6,12 +6,15 @@ A host reads the manifest before any other file. It contains no model mathematic
 from __future__ import annotations
 
 from itertools import pairwise
+from math import prod
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta, Struct
 
+from scm_runtime.common.documents import read_json
+from scm_runtime.common.message_text import first_line, printable
 from scm_runtime.errors import BundleNotFoundError, BundleSchemaError
 
 SCHEMA_VERSION = 1
@@ -25,25 +28,34 @@ CHANNELS_LAST_DOMAIN = "scm.channels_last"  # standard ONNX operators in another
 CHANNELS_FIRST_DOMAIN = "scm.channels_first"
 OPS_VERSION = 1  # version of the operators that scm-export writes: docs/custom-ops.md
 
-Positive = Annotated[int, Meta(ge=1)]
-Dimension = Annotated[str, Meta(pattern="^[a-z][a-z0-9_]*$")]  # name of a dynamic dimension
+MAX_FLOAT32 = 3.4028234663852886e38
+MAX_NAME_BYTES = 255
+MAX_ELEMENTS = 1 << 31  # of one sample's state, output or conditioning
+
+Count = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+Positive = Annotated[int, Meta(ge=1, le=(1 << 31) - 1)]
+Real = Annotated[float, Meta(ge=-MAX_FLOAT32, le=MAX_FLOAT32)]
+NAME = r"^[a-z][a-z0-9_]{0,99}\Z"
+Dimension = Annotated[str, Meta(pattern=NAME)]  # name of a dynamic dimension
+Shape = Annotated[tuple[Positive, ...], Meta(min_length=1, max_length=8)]
 Dtype = Literal["fp32", "fp16", "bf16"]
 
 STEP_INPUTS = ("x", "t", "t_next", "noise")
+LABELS = "class_labels"  # the argument of a call, and the usual name of the input that it is for
 CONDITIONING_DTYPES = {"class": "int64", "scalar": "float32", "embedding": "float32", "mask": "int64"}
 
 
 class FileEntry(Struct, kw_only=True):
     """Size in bytes and SHA-256 of one file."""
 
-    size: Annotated[int, Meta(ge=0)]
-    sha256: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+    size: Count
+    sha256: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 
 
 class SampleSpec(Struct, kw_only=True):
     """The state ``x``: float32 ``[N, *shape]``."""
 
-    shape: Annotated[tuple[Positive, ...], Meta(min_length=1)]
+    shape: Shape
 
 
 class OutputSpec(Struct, kw_only=True):
@@ -53,7 +65,7 @@ class OutputSpec(Struct, kw_only=True):
     """
 
     kind: Literal["image", "latent"]
-    shape: Annotated[tuple[Positive, ...], Meta(min_length=1)]
+    shape: Shape
 
 
 class Conditioning(Struct, kw_only=True):
@@ -64,13 +76,13 @@ class Conditioning(Struct, kw_only=True):
     ``default`` is the value if a call gives none. The default of a mask is all ones; an embedding has no default.
     """
 
-    name: Annotated[str, Meta(pattern="^[a-z][a-z0-9_]*$")]
+    name: Annotated[str, Meta(pattern=NAME)]
     kind: Literal["class", "scalar", "embedding", "mask"]
     dtype: Literal["int64", "float32"]
-    shape: tuple[Positive | Dimension, ...] = ()
+    shape: Annotated[tuple[Positive | Dimension, ...], Meta(max_length=8)] = ()
     num_classes: Positive | None = None
     label_names: tuple[str, ...] | None = None
-    default: int | float | None = None
+    default: Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)] | Real | None = None
 
     @property
     def is_array(self) -> bool:
@@ -94,6 +106,8 @@ class Conditioning(Struct, kw_only=True):
             raise ValueError(f"{what} must have no default, got {self.default}")
         if self.kind == "class" and self.num_classes is None:
             raise ValueError(f"{what} must give num_classes")
+        if self.kind == "class" and isinstance(self.default, float):
+            raise ValueError(f"{what} must have an integer as default, got {self.default}")
         if self.label_names is not None and len(self.label_names) != self.num_classes:
             raise ValueError(f"conditioning {self.name!r} must have {self.num_classes} label_names, got {len(self.label_names)}")
 
@@ -154,22 +168,22 @@ class Manifest(Struct, kw_only=True):
     family: str
     licence: str | None
     source: Source
-    parameters: int
+    parameters: Count
     sample: SampleSpec
     output: OutputSpec
-    sigma_data: float
-    initial_scale: float
-    times: dict[Annotated[str, Meta(pattern="^[1-9][0-9]*$")], tuple[float, ...]]
+    sigma_data: Real
+    initial_scale: Real
+    times: dict[Annotated[str, Meta(pattern=r"^[1-9][0-9]{0,6}\Z")], tuple[Real, ...]]
     time_unit: Literal["radians", "sigma", "timestep"] = "radians"
     solver: Literal["consistency", "ddim"] = "consistency"
     """How the step graph moves between two times: predict the data and add fresh noise, or follow the ODE without noise."""
-    samplers: dict[Annotated[str, Meta(pattern="^[a-z][a-z0-9+-]*$")], Annotated[tuple[Positive, ...], Meta(min_length=1)]] = {}
+    samplers: dict[Annotated[str, Meta(pattern=r"^[a-z][a-z0-9+-]*\Z")], Annotated[tuple[Positive, ...], Meta(min_length=1)]] = {}
     """Additional samplers of a diffusion model, each with its step counts in ``samplers.json``."""
     conditioning: tuple[Conditioning, ...]
     dtypes: Annotated[tuple[Dtype, ...], Meta(min_length=1)]
     weights_dtype: str
-    opset: int
-    ops: dict[str, int]
+    opset: Positive
+    ops: dict[str, Positive]
     composed_steps: tuple[Positive, ...] = ()
     verification: Verification | None = None
     files: dict[str, FileEntry]
@@ -177,6 +191,13 @@ class Manifest(Struct, kw_only=True):
     def to_json(self) -> bytes:
         """Contents of ``scm.json``."""
         return msgspec.json.format(msgspec.json.encode(self), indent=2)
+
+    @property
+    def labels(self) -> Conditioning | None:
+        """The input that ``class_labels`` of a call is for: the one of that name, else the only input of kind "class"; None if there is neither."""
+        classes = [item for item in self.conditioning if item.kind == "class"]
+        named = [item for item in self.conditioning if item.name == LABELS]
+        return next(iter(named or (classes if len(classes) == 1 else [])), None)
 
     def optional_graph(self, kind: Literal["encode", "preview"], dtype: Dtype) -> str | None:
         """File of an optional graph: in a dtype, else in fp32; None if the bundle has neither."""
@@ -191,8 +212,12 @@ class Manifest(Struct, kw_only=True):
     def validate(self) -> None:
         """Check what types alone cannot express. Raises ValueError."""
         for name in self.files:
-            if PurePosixPath(name).name != name or "\\" in name or ":" in name or name in ("", ".", "..", MANIFEST):
-                raise ValueError(f"files must have plain names inside the bundle's folder, got {name!r}")
+            if not _is_plain(name):
+                raise ValueError(f"files must have plain names inside the bundle's folder, got '{printable(name)}'")
+        shapes = {"sample": self.sample.shape, "output": self.output.shape, **{item.name: item.shape for item in self.conditioning}}
+        for name, shape in shapes.items():
+            if prod(size for size in shape if isinstance(size, int)) > MAX_ELEMENTS:
+                raise ValueError(f"the shape of {name} must have at most {MAX_ELEMENTS} elements, got {list(shape)}")
         if "fp32" not in self.dtypes:
             raise ValueError(f"dtypes must hold fp32, got {', '.join(self.dtypes)}")
         needed = {"noise.onnx", WEIGHTS, *(f"{graph}.{dtype}.onnx" for graph in ("step", "decode") for dtype in self.dtypes)}
@@ -230,21 +255,25 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise BundleNotFoundError(f"cannot read '{path}': {error.strerror}. Expected a folder written by scm-export.") from error
-    try:
-        raw: Any = msgspec.json.decode(data)
+        raw = read_json(path)
         version = raw.get("schema_version") if isinstance(raw, dict) else None
         if isinstance(version, int) and version != SCHEMA_VERSION:
             raise BundleSchemaError(
-                f"'{path}' has schema version {version}, this scm-runtime reads version {SCHEMA_VERSION}. "
+                f"'{path}' has schema version {printable(version)}, this scm-runtime reads version {SCHEMA_VERSION}. "
                 + ("Upgrade it: pip install -U . in an updated clone" if version > SCHEMA_VERSION else "Export the checkpoint again.")
             )
         manifest = msgspec.convert(raw, Manifest)
         manifest.validate()
-    except (msgspec.DecodeError, ValueError) as error:
+    except OSError as error:
+        raise BundleNotFoundError(f"cannot read '{path}': {error.strerror or error}. Expected a folder written by scm-export.") from error
+    except ValueError as error:
         if isinstance(error, BundleSchemaError):
             raise
-        raise BundleSchemaError(f"'{path}' is not a valid manifest: {error}. Export the checkpoint again.") from error
+        raise BundleSchemaError(f"'{path}' is not a valid manifest: {first_line(error)}. Export the checkpoint again.") from error
     return manifest
+
+
+def _is_plain(name: str) -> bool:
+    """Return True if a file's name is one inside of the bundle's folder, on every system."""
+    inside = PurePosixPath(name).name == name and not set(name) & {"\\", ":"} and name not in ("", ".", "..", MANIFEST)
+    return inside and name.isprintable() and len(name.encode()) <= MAX_NAME_BYTES

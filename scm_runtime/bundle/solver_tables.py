@@ -16,14 +16,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import pairwise
-from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import msgspec
 
-from scm_runtime.bundle.manifest import SAMPLERS, Manifest
+from scm_runtime.bundle.manifest import MAX_FLOAT32, SAMPLERS, Manifest
 from scm_runtime.common.checks import is_int
+from scm_runtime.common.documents import read_json
+from scm_runtime.common.message_text import first_line
 from scm_runtime.errors import BundleSchemaError, InvalidArgumentError
 
 DEFAULT_STEPS = 2
@@ -75,17 +76,17 @@ class SolverTables:
     @cached_property
     def _tables(self) -> dict[str, dict[int, SolverStages]]:
         try:
-            raw = msgspec.json.decode(self._path.read_bytes(), type=dict[str, dict[str, list[SolverStage]]])
+            raw = msgspec.convert(read_json(self._path), dict[str, dict[str, list[SolverStage]]])
             tables = {name: {int(count): tuple(rows) for count, rows in table.items()} for name, table in raw.items()}
             if {name: sorted(table) for name, table in tables.items()} != {name: sorted(counts) for name, counts in self._manifest.samplers.items()}:
                 raise ValueError("its samplers or step counts are not those of the manifest")
             for rows in (rows for table in tables.values() for rows in table.values()):
                 if not rows or rows[0].weights is not None:
                     raise ValueError("a sampler must begin with an evaluation without weights")
-                if not all(map(isfinite, (number for row in rows for number in (row.t, row.t_next, *(row.weights or ()))))):
-                    raise ValueError("its numbers must be finite")
-        except (OSError, ValueError, msgspec.MsgspecError) as error:
-            raise BundleSchemaError(f"'{self._path}' does not fit the bundle: {error}. Export the checkpoint again.") from error
+                if any(abs(number) > MAX_FLOAT32 for row in rows for number in (row.t, row.t_next, *(row.weights or ()))):
+                    raise ValueError("its numbers must be finite in float32")
+        except (OSError, ValueError) as error:
+            raise BundleSchemaError(f"'{self._path}' does not fit the bundle: {first_line(error)}. Export the checkpoint again.") from error
         return tables
 
 

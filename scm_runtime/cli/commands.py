@@ -64,6 +64,12 @@ def main() -> None:
     help="Text embeddings, for text-to-image models: a .npz with prompt_embeds, [tokens, D] or [N, tokens, D], and prompt_attention_mask if some tokens "
     "are padding; or a .npy with prompt_embeds alone.",
 )
+@click.option(
+    "--timeout",
+    type=click.FloatRange(0, min_open=True),
+    metavar="SECONDS",
+    help="Time limit for sampling, after the bundle is open; the exit code is 1 if it is exceeded. Without it there is no limit.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON: files, seeds, classes and timings.")
 @device_option
 @dtype_option
@@ -84,6 +90,7 @@ def generate(
     columns: int | None,
     guidance_scale: float | None,
     prompt_embeds: Path | None,
+    timeout: float | None,
     as_json: bool,
     device: str,
     dtype: str,
@@ -92,7 +99,7 @@ def generate(
     threads: int | None,
     skip_integrity: bool,
 ) -> None:
-    """Generate images with BUNDLE: a folder, the name of an embedded bundle, or a repository of the Hugging Face hub (org/name)."""
+    """Generate images with BUNDLE: the name of an embedded bundle (digits), a folder (./digits), or a repository of the Hugging Face hub (org/name)."""
     from scm_runtime.cli.embeddings import read_embeddings
     from scm_runtime.cli.generate import GenerateOptions, describe, generate_images, parse_labels
     from scm_runtime.cli.output_files import OutputPattern
@@ -111,9 +118,10 @@ def generate(
         max_batch_size=max(batch_size or 8, 1),  # so that two batches are not merged into one
         verify_integrity=not skip_integrity,
     ) as generator:
-        names = next((item.label_names for item in generator.manifest.conditioning if item.name == "class_labels"), None) or ()
+        labeled = generator.manifest.labels
+        names = () if labeled is None or labeled.label_names is None else labeled.label_names
         classes = None if labels is None else parse_labels(labels, names)
-        options = GenerateOptions(classes, seed, num_images, batch_size, prompts, steps, timesteps, sampler, guidance_scale)
+        options = GenerateOptions(classes, seed, num_images, batch_size, prompts, steps, timesteps, sampler, guidance_scale, timeout)
         written = generate_images(generator, options, output, columns)
     if as_json:
         print_json(written.to_json())

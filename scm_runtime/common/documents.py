@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ MAX_BYTES = 16 << 20
 MAX_TOML_BYTES = 1 << 20
 MAX_DEPTH = 64
 """Deepest nesting of lists and dicts."""
+MAX_INTEGER_BITS = 64
 MAX_KEY_DOTS = 2000
 """Largest number of dots in TOML other than decimal points. tomllib needs memory quadratic in the number of parts of a dotted key."""
 DECIMAL_POINT = re.compile(r"(?<![\w.-])[+-]?\d[\d_]*\.\d")
@@ -25,7 +27,7 @@ def decode_json(data: bytes | str, *, max_depth: int = MAX_DEPTH) -> Any:
     """Decode JSON to dicts, lists, strings and numbers.
 
     Raises:
-        ValueError: it is not JSON, holds a number out of range, or is nested more than ``max_depth`` deep.
+        ValueError: it is not JSON, holds a number out of range or an integer of more than 64 bits, or is nested more than ``max_depth`` deep.
     """
     try:
         value = msgspec.json.decode(data)
@@ -64,18 +66,25 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def check_depth(value: object, max_depth: int = MAX_DEPTH) -> None:
-    """Raise ValueError if lists and dicts are nested more than ``max_depth`` deep."""
+    """Raise ValueError if lists and dicts are nested more than ``max_depth`` deep, or hold an integer of more than 64 bits."""
     level, depth = [value], 0
-    while level := [
-        item
-        for container in level
-        if isinstance(container, dict | list)
-        for item in (container.values() if isinstance(container, dict) else container)
-        if isinstance(item, dict | list)
-    ]:
-        depth += 1
-        if depth >= max_depth:
+    while level:
+        inner: dict[int, object] = {}  # by identity: values from a pickle may be shared
+        for container in level:
+            for item in _items(container):
+                if isinstance(item, int) and item.bit_length() > MAX_INTEGER_BITS:
+                    raise ValueError(f"an integer must have at most {MAX_INTEGER_BITS} bits, got {item.bit_length()}")
+                if isinstance(item, dict | list | tuple):
+                    inner[id(item)] = item
+        level, depth = list(inner.values()), depth + 1
+        if level and depth >= max_depth:
             raise _too_deep(max_depth)
+
+
+def _items(container: object) -> Iterable[object]:
+    if isinstance(container, dict):
+        return container.values()
+    return container if isinstance(container, list | tuple) else (container,)
 
 
 def _too_deep(max_depth: int) -> ValueError:

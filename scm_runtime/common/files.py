@@ -1,9 +1,10 @@
-"""Files that are written completely or not at all, and reading of regular files only."""
+"""Files that are written completely or not at all, reading of regular files only, and files that no other user can change."""
 
 from __future__ import annotations
 
 import os
 import stat
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedReader
@@ -19,13 +20,16 @@ def beside(target: Path, what: str) -> Path:
 
 
 @contextmanager
-def whole_file(target: Path) -> Iterator[Path]:
-    """Yield a path to write to. The file replaces the target if the block ends without an exception, and is removed otherwise. Raises OSError."""
+def whole_file(target: Path, *, mode: int | None = None) -> Iterator[Path]:
+    """Yield a path to write to. The file replaces the target if the block ends without an exception, and is removed otherwise. Raises OSError.
+
+    ``mode`` are the permissions of the file; None for those of the user's umask.
+    """
     sweep_once(os.path.abspath(target.parent))  # noqa: PTH100 - Path.resolve would follow links
     with locked_part(target) as part:
-        mode = part.stat().st_mode
+        final_mode = part.stat().st_mode if mode is None else mode
         yield part
-        part.chmod(mode)  # as the user's umask has it; some writers make private files
+        part.chmod(final_mode)  # some writers make private files
         part.replace(target)
 
 
@@ -48,6 +52,28 @@ def read_limited(path: Path, max_bytes: int) -> bytes:
     if len(data) > max_bytes:
         raise ValueError(f"it has more than {max_bytes} bytes")
     return data
+
+
+def read_private(path: Path, max_bytes: int) -> bytes:
+    """Read a regular file of at most ``max_bytes`` that no other user can have written. Raises OSError."""
+    with open_regular(path, follow_links=False) as file:
+        if reason := unsafe_reason(os.fstat(file.fileno())):
+            raise OSError(f"{path.name} {reason}")
+        data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise OSError(f"{path.name} must have at most {max_bytes} bytes")
+    return data
+
+
+def unsafe_reason(found: os.stat_result) -> str | None:
+    """Return why another user could change a file or folder, or None. Root is trusted: root can change the program as well."""
+    if sys.platform == "win32":
+        return None  # the modes say nothing, and the user's folders admit only the user
+    if found.st_uid not in (0, os.geteuid()):
+        return f"must be owned by user {os.geteuid()}, but is owned by {found.st_uid}"
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return f"must not be writable by other users, but has mode {stat.S_IMODE(found.st_mode):o}"
+    return None
 
 
 @contextmanager

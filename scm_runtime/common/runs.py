@@ -1,4 +1,4 @@
-"""The runs of ONNX Runtime that are in flight. Closing a Generator terminates its own; the exit of the process terminates all.
+"""The runs of ONNX Runtime that are in flight. Closing a Generator terminates its own; cancelling a CancelScope those in it; the exit of the process all.
 
 The exit of the process also waits for them: a thread that returns from ONNX Runtime into an interpreter that is shutting down aborts the process. This module
 takes no lock that a signal handler, a finalizer or a forked child could find locked: single operations on a dict are atomic between threads.
@@ -7,10 +7,12 @@ takes no lock that a signal handler, a finalizer or a forked child could find lo
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
-from scm_runtime.errors import GeneratorClosedError
+from scm_runtime.errors import GenerationCancelledError, GeneratorClosedError, ScmError
 
 _in_flight: dict[Run, None] = {}
 _exit_thread: int | None = None  # the thread that exits the process, once it does
@@ -19,7 +21,7 @@ _exit_thread: int | None = None  # the thread that exits the process, once it do
 class Run:
     """A run of ONNX Runtime, in flight inside a ``with`` block or between ``begin`` and ``end``."""
 
-    __slots__ = ("_ended", "_thread", "options", "registry")
+    __slots__ = ("_ended", "_thread", "options", "registry", "scope")
 
     def __init__(self, registry: RunRegistry, options: Any | None, thread: int | None = None) -> None:
         """Describe a run.
@@ -30,6 +32,8 @@ class Run:
             thread: identifier of the thread that runs it; by default the current one.
         """
         self.registry, self.options = registry, options
+        self.scope = current_scope()
+        """The scope that the run belongs to: that of the thread which described it."""
         self._thread = threading.get_ident() if thread is None else thread
         self._ended = threading.Lock()
         self._ended.acquire()
@@ -38,6 +42,17 @@ class Run:
     def terminated(self) -> bool:
         """True if the run was told to end early."""
         return self.options is not None and bool(self.options.terminate)
+
+    def terminate(self) -> None:
+        """End the run at its next operator. Returns at once."""
+        if self.options is not None:
+            self.options.terminate = True
+
+    def error(self) -> ScmError:
+        """Return a new error for a run that was terminated: it says by what."""
+        if self.scope is not None and self.scope.cancelled and not self.registry.terminated:
+            return self.scope.error()
+        return closed_error()
 
     def __enter__(self) -> Self:
         self.begin()
@@ -77,10 +92,17 @@ class RunRegistry:
         """Return a new run, with the arguments of ``Run``. Entering it raises what ``check`` raises."""
         return Run(self, options, thread)
 
+    @property
+    def terminated(self) -> bool:
+        """True if no run may begin: after ``terminate``, and during the exit of the process except on the exiting thread."""
+        return self._terminated or is_exiting()
+
     def check(self) -> None:
-        """Raise GeneratorClosedError if no run may begin: after ``terminate``, and during the exit of the process except on the exiting thread."""
-        if self._terminated or is_exiting():
+        """Raise GeneratorClosedError if no run may begin, and the error of the current CancelScope if it is cancelled."""
+        if self.terminated:
             raise closed_error()
+        if (scope := current_scope()) is not None:
+            scope.check()
 
     def terminate(self) -> None:
         """End the runs in flight at their next operator, and let no other begin. Returns at once."""
@@ -95,9 +117,78 @@ class RunRegistry:
         return [run for run in list(_in_flight) if run.registry is self]
 
 
+class CancelScope:
+    """The runs of one call, or of one batch of requests, which can be ended together."""
+
+    def __init__(self) -> None:
+        self._error: Callable[[], ScmError] | None = None
+
+    @property
+    def cancelled(self) -> bool:
+        """True after ``cancel``."""
+        return self._error is not None
+
+    def cancel(self, error: Callable[[], ScmError]) -> None:
+        """End the runs at their next operator, and let no other begin. Returns at once. Any thread may call it.
+
+        Args:
+            error: makes the error that is raised instead. The first call of ``cancel`` decides.
+        """
+        if self._error is None:
+            self._error = error
+        _terminate([run for run in list(_in_flight) if run.scope is self])
+
+    def error(self) -> ScmError:
+        """Return a new error of a cancelled scope."""
+        assert self._error is not None
+        return self._error()
+
+    def check(self) -> None:
+        """Raise the error of a cancelled scope."""
+        if self.cancelled:
+            raise self.error()
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Context manager: the runs that this thread begins belong to this scope, and not to one around it."""
+        outer, _current.scope = current_scope(), self
+        try:
+            yield
+        finally:
+            _current.scope = outer
+
+
+_current = threading.local()
+
+
+def current_scope() -> CancelScope | None:
+    """Return the scope that is active on this thread."""
+    scope: CancelScope | None = getattr(_current, "scope", None)
+    return scope
+
+
 def closed_error(when: str = "while this call ran") -> GeneratorClosedError:
     """Return a new error for a call that was terminated or refused."""
     return GeneratorClosedError(f"the Generator was closed {when}: make a new one" if _exit_thread is None else f"the process ended {when}")
+
+
+def interrupted_error() -> GenerationCancelledError:
+    """Return a new error for the runs of a call whose thread left it because a signal handler raised. The caller gets the handler's exception instead."""
+    return GenerationCancelledError("the call was interrupted")
+
+
+def wait_despite_signals(wait: Callable[[], None]) -> None:
+    """Wait, and wait again if a signal handler raises, as that of Ctrl-C does: for things that must have ended."""
+    while True:
+        try:
+            return wait()
+        except BaseException:  # noqa: BLE001 - a signal handler may raise anything
+            continue
+
+
+def exit_began() -> bool:
+    """Return True once a thread is exiting the process."""
+    return _exit_thread is not None
 
 
 def is_exiting() -> bool:
@@ -132,8 +223,7 @@ def forget_all() -> None:
 
 def _terminate(runs: list[Run]) -> None:
     for run in runs:
-        if run.options is not None:
-            run.options.terminate = True
+        run.terminate()
 
 
 def _wait(runs: list[Run]) -> None:

@@ -6,7 +6,6 @@ Failures do not raise: each is a ``Problem`` of the report.
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import tempfile
@@ -19,6 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scm_runtime._version import __version__
+from scm_runtime.bundle.location import DIGITS, EMBEDDED
+from scm_runtime.common.documents import read_json
 from scm_runtime.common.installed import install_extras, installed_version
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
 from scm_runtime.devices.cpu import available_cores
@@ -26,7 +27,7 @@ from scm_runtime.devices.placement import CPU_PROVIDER, CUDA_PROVIDER, cuda_unav
 from scm_runtime.doctor.report import Cache, Cuda, CudaLibrary, Gpu, Ops, Problem, Provider, Report, Threads
 from scm_runtime.errors import MissingDependencyError, ScmError
 
-GOLDEN = Path(__file__).parents[1] / "bundles" / "digits.golden.png"
+GOLDEN = EMBEDDED / "digits.golden.png"
 SEEDS = tuple(range(10))
 STEPS = 2
 MAX_LEVELS, MAX_SHARE = 2, 0.01  # devices round differently: at most 1 % of the pixels may differ by more than 2 of 255 levels
@@ -114,7 +115,7 @@ def _try_provider(name: str) -> Provider:
         with tempfile.TemporaryDirectory() as folder:
             # CUDA as a caller uses it, with scm-runtime's own engine; other providers as ONNX Runtime runs them.
             device: dict[str, Any] = {"device": "cuda:0"} if name == CUDA_PROVIDER else {"providers": [name]}
-            with Generator("digits", dtype="fp32", profile_dir=folder, cache_dir=False, **device) as generator:
+            with Generator(DIGITS, dtype="fp32", profile_dir=folder, cache_dir=False, **device) as generator:
                 pixels = generator(seed=SEEDS, num_inference_steps=STEPS, output_type="np").array
                 start = time.perf_counter()
                 generator(seed=SEEDS, num_inference_steps=STEPS, output_type="np")
@@ -130,7 +131,7 @@ def _try_provider(name: str) -> Provider:
 
 def _nodes(folder: Path) -> Counter[str]:
     """Count the nodes that each provider ran, from ONNX Runtime's profiles."""
-    events = [event for path in folder.glob("*.json") for event in json.loads(path.read_bytes())]
+    events = [event for path in folder.glob("*.json") for event in read_json(path)]
     return Counter(event["args"]["provider"] for event in events if event.get("cat") == "Node" and event.get("args", {}).get("provider"))
 
 
@@ -178,7 +179,7 @@ def _kernels_failure(device: str) -> str | None:
     from scm_runtime.generator import Generator
 
     try:
-        with Generator("digits", device=device, dtype="fp32", native_ops=True, cache_dir=False) as generator:
+        with Generator(DIGITS, device=device, dtype="fp32", native_ops=True, cache_dir=False) as generator:
             return golden_mismatch(np.asarray(generator(seed=SEEDS, num_inference_steps=STEPS, output_type="np").array))
     except Exception as error:  # noqa: BLE001  # as above
         return f"on {device}: {_error_text(error)}"

@@ -9,7 +9,7 @@ from typing import Literal
 
 from scm_runtime.bundle.manifest import COMBINE, Dtype, Manifest
 from scm_runtime.errors import InferenceError, InvalidArgumentError, OutOfMemoryError
-from scm_runtime.ort.session import Session
+from scm_runtime.ort.session import ResultSpec, Session
 
 # The option of scm-export that adds a graph to a bundle.
 EXPORT_OPTIONS = {"encode": "--with-encoder", "preview": "--preview-decoder FOLDER"}
@@ -29,6 +29,7 @@ class BundleSessions:
 
         Raises:
             InferenceError, DeviceError, NativeOpsError: raised by ``open_session``.
+            BundleError: a graph returns another dtype than the manifest declares.
         """
         self._folder, self._manifest, self._dtype, self._open_session = folder, manifest, dtype, open_session
         self._lock = threading.Lock()
@@ -50,6 +51,7 @@ class BundleSessions:
         Raises:
             InvalidArgumentError: the bundle does not have it.
             InferenceError: it cannot be opened.
+            BundleError: it returns another dtype than the manifest declares.
         """
         with self._lock:
             if kind not in self._optional:
@@ -70,10 +72,24 @@ class BundleSessions:
 
     def _open(self, name: str) -> Session:
         try:
-            return self._open_session(self._folder / name)
+            session = self._open_session(self._folder / name)
         except OutOfMemoryError:
             raise
         except InferenceError as error:
             if self._dtype == "fp32":
                 raise
             raise InferenceError(f"{error} Or compute in fp32, which every bundle can: dtype='fp32'.") from error
+        session.expect(_result_of(name.split(".")[0], self._manifest))
+        return session
+
+
+def _result_of(graph: str, manifest: Manifest) -> ResultSpec:
+    """Return what a graph returns: docs/bundle-format.md."""
+    output = manifest.output
+    match graph:
+        case "decode":
+            return ResultSpec("uint8" if output.kind == "image" else "float32", output.shape, batch_input="x")
+        case "preview":
+            return ResultSpec("uint8", (None, None, output.shape[-1]), batch_input="x")
+        case _:
+            return ResultSpec("float32", manifest.sample.shape, batch_input={"noise": "seeds", "encode": "image"}.get(graph, "x"))

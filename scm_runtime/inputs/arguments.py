@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from scm_runtime.bundle.manifest import LABELS, Manifest
 from scm_runtime.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class BatchArguments(TypedDict, total=False):
     latents: ArrayLike | None
     output_type: OutputType
     callback_on_step_end: Callback | None
+    timeout: float | None
 
 
 class CallArguments(BatchArguments, total=False):
@@ -53,13 +55,17 @@ def check_names(arguments: Mapping[str, object], kind: type[BatchArguments]) -> 
         raise TypeError(f"got an unexpected keyword argument {unknown[0]!r}: known are class_labels, {', '.join(sorted(known))}")
 
 
-def gather_conditioning(class_labels: Labels | None, arguments: BatchArguments) -> dict[str, Any]:
+def gather_conditioning(manifest: Manifest, class_labels: Labels | None, arguments: BatchArguments) -> dict[str, Any]:
     """Return the conditioning of a call by the names of the step graph's inputs, None for arguments that were not given.
+
+    ``class_labels`` is for the input ``manifest.labels``, whatever its name.
 
     Raises:
         InvalidArgumentError: ``conditioning`` is not a mapping, or has an input that was also given by its argument.
     """
-    named = {"class_labels": class_labels, **{name: arguments.get(name) for name in CONDITIONING}}
+    named: dict[str, Any] = {name: arguments.get(name) for name in CONDITIONING}
+    if class_labels is not None:
+        named[LABELS if manifest.labels is None else manifest.labels.name] = class_labels
     others = arguments.get("conditioning")
     if others is None:
         return named

@@ -4,21 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
+from scm_runtime.common.memory import SMALLER_BATCH, is_out_of_memory, out_of_memory_error
 from scm_runtime.common.process import leave_to_parent
-from scm_runtime.common.runs import Run, closed_error
-from scm_runtime.errors import DeviceError, InferenceError, InvalidArgumentError, OutOfMemoryError, ScmError
+from scm_runtime.common.runs import Run
+from scm_runtime.errors import BundleError, DeviceError, InferenceError, InvalidArgumentError, ScmError
 from scm_runtime.ort.options import SessionSettings
 
-# Lower-case phrases with which ONNX Runtime, its arenas, CUDA and cuDNN report that memory ran out.
-OUT_OF_MEMORY = ("allocate memory", "out of memory", "out_of_memory", "bad_alloc", "alloc_failed", "allocation_failed", "smaller than requested bytes")
-
 UNCAPTURED = {"gpu_graph_id": "-1"}  # run option: host arrays have no fixed addresses that a CUDA graph could replay
+
+
+# ONNX Runtime's names of types.
+ELEMENT_TYPES = {"float32": "tensor(float)", "uint8": "tensor(uint8)"}
+
+
+class ResultSpec(NamedTuple):
+    """The result that a graph must return, ``[N, *shape]``."""
+
+    dtype: Literal["float32", "uint8"]
+    shape: tuple[int | None, ...]
+    """Shape of a sample. A size that is None may be any number."""
+    batch_input: str
+    """An input of shape ``[N, …]``."""
 
 
 class DeviceTensor(NamedTuple):
@@ -55,8 +67,19 @@ class Session:
             raise InferenceError(f"'{path}' must have one output, got {', '.join(outputs)}. Export the checkpoint again.")
         self.output: str = outputs[0]
         """Name of the output."""
+        self._output_type: str = session.get_outputs()[0].type
+        self._expected: ResultSpec | None = None
         self.shapes: dict[str, tuple[int | str | None, ...]] = {value.name: tuple(value.shape) for value in session.get_inputs()}
         """Shape of each input by name. A dynamic dimension is a name or None."""
+
+    def expect(self, expected: ResultSpec) -> None:
+        """Check the dtype of the output now, and its shape after every run. Raises BundleError.
+
+        After a run on bound tensors, ONNX Runtime itself checks that the output has the shape of its tensor.
+        """
+        if self._output_type != (wanted := ELEMENT_TYPES[expected.dtype]):
+            raise BundleError(f"'{self.path}' must return {wanted}, got {self._output_type}. Export the checkpoint again.")
+        self._expected = expected
 
     def __call__(self, **inputs: NDArray[Any]) -> NDArray[Any]:
         """Run the graph on host arrays, named as its inputs, and return its output.
@@ -64,19 +87,27 @@ class Session:
         Raises:
             OutOfMemoryError: memory ran out.
             InferenceError: ONNX Runtime failed in the graph.
-            GeneratorClosedError: the run was terminated.
+            BundleError: the output has another shape than ``expect`` says.
+            GeneratorClosedError, or the error of a cancelled CancelScope: the run was terminated.
         """
         options = _run_options(UNCAPTURED)
         with self.settings.runs.run(options) as run:
             try:
                 result: NDArray[Any] = self._session.run([self.output], inputs, options)[0]
             except Exception as error:
-                raise run_error(self.path, error, run) from error
+                batch = max((len(array) for array in inputs.values() if array.ndim), default=1)
+                raise run_error(self.path, error, run, f"a batch of {batch} on {self.settings.placement.device}") from error
+        if self._expected is not None:
+            _check_shape(self.path, result, self._expected, inputs)
         return result
 
     def bind(self, inputs: Mapping[str, DeviceTensor], output: DeviceTensor, *, run_options: Mapping[str, str] | None = None) -> BoundSession:
         """Bind the inputs and the output to tensors in the memory of the session's CUDA device."""
         return BoundSession(self, inputs, output, run_options or {})
+
+    def release_captured_graph(self, graph_id: int) -> None:
+        """Free the CUDA graph that was captured under this ID. It must not be replayed again. Has no effect if the execution provider frees none."""
+        self._session.release_captured_graph(graph_id)
 
     def end_profiling(self) -> None:
         """Write the profile, if the settings have a ``profile_dir``."""
@@ -92,6 +123,7 @@ class BoundSession:
         if index is None:
             raise InvalidArgumentError(f"tensors are bound to the memory of a CUDA device, and the session is on {session.settings.placement.device}")
         self._path, self._session, self._runs = session.path, session._session, session.settings.runs
+        self._what = f"a batch of {output.shape[0] if output.shape else 1} on {session.settings.placement.device}"
         self._binding = self._session.io_binding()
         for name, tensor in inputs.items():
             self._binding.bind_input(name, "cuda", index, tensor.dtype, tensor.shape, tensor.address)
@@ -99,13 +131,20 @@ class BoundSession:
         self._run_options = dict(run_options)
 
     def __call__(self) -> None:
-        """Run the graph. Raises OutOfMemoryError, InferenceError and GeneratorClosedError."""
+        """Run the graph. Raises what a call of a Session raises."""
         options = _run_options(self._run_options)
         with self._runs.run(options) as run:
             try:
                 self._session.run_with_iobinding(self._binding, options)
             except Exception as error:
-                raise run_error(self._path, error, run) from error
+                raise run_error(self._path, error, run, self._what) from error
+
+
+def _check_shape(path: Path, result: NDArray[Any], expected: ResultSpec, inputs: Mapping[str, NDArray[Any]]) -> None:
+    sizes = (len(inputs[expected.batch_input]), *expected.shape)
+    if len(result.shape) != len(sizes) or any(size not in (None, found) for size, found in zip(sizes, result.shape, strict=True)):
+        wanted = ", ".join("*" if size is None else str(size) for size in sizes)
+        raise BundleError(f"'{path.name}' must return {expected.dtype} [{wanted}], got {result.dtype} {list(result.shape)}. Export the checkpoint again.")
 
 
 def _run_options(entries: Mapping[str, str]) -> Any:
@@ -116,16 +155,10 @@ def _run_options(entries: Mapping[str, str]) -> Any:
     return options
 
 
-def run_error(path: Path, error: Exception, run: Run) -> ScmError:
-    """The error of this package for an exception that ONNX Runtime raised in a run."""
+def run_error(path: Path, error: Exception, run: Run, what: str) -> ScmError:
+    """The error of this package for an exception that ONNX Runtime raised in a run of ``what``: "a batch of 8 on cpu"."""
     if run.terminated:
-        return closed_error()
+        return run.error()
     if is_out_of_memory(error):
-        return OutOfMemoryError(f"'{path.name}' failed: out of memory. Try a smaller batch. ({error})")
+        return out_of_memory_error(f"{what} in '{path.name}'", error, SMALLER_BATCH)
     return InferenceError(f"'{path.name}' failed: {error}.")
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """True if an exception of ONNX Runtime says that memory ran out."""
-    message = str(error).lower()
-    return isinstance(error, MemoryError) or any(phrase in message for phrase in OUT_OF_MEMORY)

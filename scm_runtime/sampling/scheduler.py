@@ -1,8 +1,8 @@
 """Continuous batching of the requests of ``submit``: one thread evaluates as many of them per step as fit into a batch.
 
 The time is an input per sample, so requests share an evaluation whatever step they are at: a new request joins at the next evaluation, and a finished one
-makes room. Requests share an evaluation if their conditioning has the same names and dynamic sizes. The oldest request is in every batch, so none starves;
-younger ones join in order of arrival if they fit. Samples do not depend on the batch that they are computed in.
+makes room. Requests share an evaluation if their conditioning has the same names and dynamic sizes. The request whose turn it is, see ``RequestQueue``, is
+in every batch, so none starves; those whose turns come later join if they fit. Samples do not depend on the batch that they are computed in.
 """
 
 from __future__ import annotations
@@ -10,14 +10,16 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeVar, cast
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
 
 from scm_runtime.common import process
 from scm_runtime.common.checks import is_int
+from scm_runtime.common.deadlines import call_at
 from scm_runtime.common.log import log
-from scm_runtime.common.runs import closed_error
-from scm_runtime.errors import GeneratorClosedError, InferenceError, InvalidArgumentError, OutOfMemoryError, QueueFullError
+from scm_runtime.common.runs import CancelScope, closed_error
+from scm_runtime.errors import GenerationCancelledError, GeneratorClosedError, InferenceError, InvalidArgumentError, OutOfMemoryError, QueueFullError
 from scm_runtime.samples import Samples
 from scm_runtime.sampling.loop import SamplingLoop, run_inline
 from scm_runtime.sampling.queued_request import QueuedRequest, resolve_all
@@ -31,7 +33,6 @@ if TYPE_CHECKING:
 THREAD_NAME = "scm-runtime-batching"
 CALLBACK_JOIN_S, POLL_S = 0.1, 0.01  # on close: how long to wait for a running callback_on_step_end, and how often to look
 
-Result = TypeVar("Result")
 Outcomes = dict[QueuedRequest, Samples | BaseException]
 
 
@@ -47,7 +48,7 @@ class BatchScheduler:
 
         Args:
             max_batch_size: samples per batch; a larger request runs alone.
-            max_wait: seconds that the oldest request may wait for others to share its first batch.
+            max_wait: seconds that a request may wait for others to share its first batch.
             max_queue: maximum number of unfinished requests; None for no limit.
         """
         from queue import SimpleQueue
@@ -55,9 +56,10 @@ class BatchScheduler:
         self._max_batch_size, self._max_wait, self._max_queue = max_batch_size, max_wait, max_queue
         self._limit = max_batch_size  # lowered when memory runs out, until the queue is empty
         self._queue = RequestQueue()  # only the thread uses it
-        # New requests; references to cancelled ones; None wakes the thread. SimpleQueue.put is reentrant: the garbage collector may call it at any point.
+        # New requests; references to abandoned ones; None wakes the thread. SimpleQueue.put is reentrant: the garbage collector may call it at any point.
         self._inbox: SimpleQueue[QueuedRequest | weakref.ref[QueuedRequest] | None] = SimpleQueue()
-        self._cancelled: list[QueuedRequest] = []  # only the thread uses it
+        self._abandoned: list[QueuedRequest] = []  # only the thread uses it
+        self._computing: tuple[CancelScope, Sequence[QueuedRequest]] | None = None  # the runs in flight, and the requests that they are for
         self._lock = threading.RLock()  # guards the inbox, _serving and _unfinished; signal handlers may enter it again
         self._unfinished = 0  # requests, from add_request until they are resolved
         self._serving = False  # True while a thread takes requests from the inbox
@@ -79,7 +81,7 @@ class BatchScheduler:
 
         Raises:
             QueueFullError: ``max_queue`` requests are not finished.
-            InferenceError: the system cannot start a thread.
+            InferenceError: the system has no more threads.
         """
         from concurrent.futures import Future
 
@@ -90,8 +92,8 @@ class BatchScheduler:
 
         future: Future[Samples] = Future()
         queued = QueuedRequest(loop, request, future, release_request)
-        inbox, reference = self._inbox, weakref.ref(queued)  # a future that its caller keeps must keep neither the request nor the scheduler
-        future.add_done_callback(lambda done: inbox.put(reference) if done.cancelled() else None)
+        abandon = _weak_method(self._abandon, queued)
+        future.add_done_callback(lambda done: abandon() if done.cancelled() else None)
         with self._lock:
             if self._max_queue is not None and self._unfinished >= self._max_queue:
                 raise QueueFullError(f"max_queue={self._max_queue} requests are not finished: submit this one again later, or raise max_queue")
@@ -103,9 +105,26 @@ class BatchScheduler:
                 except RuntimeError as error:
                     raise InferenceError(f"cannot start the thread that computes submitted requests: {error}. Raise the limit of threads, or call.") from error
                 self._thread, self._serving = thread, True  # the thread reads both under the lock
+            if request.deadline is not None:
+                queued.timer = call_at(request.deadline.at, _weak_method(self._expire, queued))
             self._unfinished += 1
             self._inbox.put(queued)
         return future
+
+    def _abandon(self, queued: QueuedRequest) -> None:
+        """Compute nothing more for a request. Ends the runs in flight if they are for no other. Any thread and the garbage collector may call it."""
+        queued.abandoned = True  # before the runs are looked at: a batch that begins meanwhile sees it
+        if (computing := self._computing) is not None:
+            _cancel_if_abandoned(*computing)
+        self._inbox.put(weakref.ref(queued))
+
+    def _expire(self, queued: QueuedRequest) -> None:
+        """End a request at its deadline: set the error of its future, and abandon it."""
+        assert queued.request.deadline is not None
+        if (future := queued.take_future()) is not None:
+            self._abandon(queued)
+            if future.set_running_or_notify_cancel():
+                future.set_exception(queued.request.deadline.error())
 
     def close(self) -> None:
         """Refuse all requests, and let the thread end once it has resolved their futures. Returns at once."""
@@ -160,13 +179,13 @@ class BatchScheduler:
         """Wait until there is something to compute. Returns False if the thread is to end."""
         while True:
             self._receive_all()
-            self._resolve_cancelled()
+            self._resolve_abandoned()
             if self._closed:
                 resolve_all({queued: _closed_error(queued) for queued in self._queue})
                 self._queue.clear()
-            if (oldest := self._queue.oldest()) is not None:
-                remaining = self._remaining_wait(oldest)
-                del oldest
+            if (first := self._queue.first()) is not None:
+                remaining = self._remaining_wait(first)
+                del first
                 if remaining <= 0:
                     return True
                 self._receive(remaining)
@@ -194,19 +213,19 @@ class BatchScheduler:
             return
         if isinstance(received, QueuedRequest):
             self._queue.add(received)
-        elif received is not None and (cancelled := received()) is not None:
-            self._cancelled.append(cancelled)
+        elif received is not None and (abandoned := received()) is not None:
+            self._abandoned.append(abandoned)
 
-    def _resolve_cancelled(self) -> None:
-        cancelled, self._cancelled = [queued for queued in self._cancelled if queued.cancelled], []
-        resolve_all(dict.fromkeys(cancelled))
-        self._queue.discard(cancelled)
+    def _resolve_abandoned(self) -> None:
+        abandoned, self._abandoned = [queued for queued in self._abandoned if not queued.finished], []
+        resolve_all(dict.fromkeys(abandoned))
+        self._queue.discard(abandoned)
 
-    def _remaining_wait(self, oldest: QueuedRequest) -> float:
-        """Return the seconds that the oldest request may still wait: 0 if a batch is full, requests are running, or no more can come."""
-        if self._stopping or self._queue.running or self._queue.samples(oldest.batch_key) >= self._limit:
+    def _remaining_wait(self, first: QueuedRequest) -> float:
+        """Return the seconds that the first request may still wait: 0 if a batch is full, requests are running, or no more can come."""
+        if self._stopping or self._queue.running or self._queue.samples(first.batch_key) >= self._limit:
             return 0.0
-        return oldest.request.start + self._max_wait - time.perf_counter()
+        return first.request.start + self._max_wait - time.perf_counter()
 
     def _run_step(self, batch: Sequence[QueuedRequest]) -> None:
         """Evaluate one step of a batch, and resolve the requests that it finishes."""
@@ -218,19 +237,33 @@ class BatchScheduler:
         def job() -> None:
             self._run_isolating_failures(_step, batch, outcomes)
             for queued in without_callback:
-                _after_step(queued, run_inline, outcomes)
+                self._after_step(queued, run_inline, outcomes)
             self._decode_done(without_callback, outcomes)
 
         loop.engine.run(job)
         resolve_all(outcomes)
         for queued in with_callback:
             self._in_callback = True
-            _after_step(queued, loop.engine.run, outcomes)
+            self._after_step(queued, loop.engine.run, outcomes)
             self._in_callback = False
         if any(_is_done(queued, outcomes) for queued in with_callback):
             loop.engine.run(lambda: self._decode_done(with_callback, outcomes))
         resolve_all(outcomes)
         self._queue.drop_finished()
+
+    def _after_step(self, queued: QueuedRequest, run: Callable[[Callable[[], Any]], Any], outcomes: Outcomes) -> None:
+        """Check the state of a request after a step, and call its callback."""
+        if queued in outcomes or queued.finished or queued.abandoned:
+            return
+
+        def run_for_request(job: Callable[[], Any]) -> Any:
+            with self._computing_for([queued]):
+                return run(job)
+
+        try:
+            queued.loop.after_step(queued.request, run_for_request)
+        except BaseException as error:  # noqa: BLE001 - the user's callback raised: the future gets the error
+            outcomes[queued] = error
 
     def _decode_done(self, batch: Sequence[QueuedRequest], outcomes: Outcomes) -> None:
         """Decode the requests whose steps are done."""
@@ -240,13 +273,29 @@ class BatchScheduler:
 
         self._run_isolating_failures(decode, [queued for queued in batch if _is_done(queued, outcomes)], outcomes)
 
+    @contextmanager
+    def _computing_for(self, batch: Sequence[QueuedRequest]) -> Iterator[CancelScope]:
+        """Context manager around runs for some requests, which end early if all of them are abandoned. Yields the scope of the runs."""
+        scope = CancelScope()
+        self._computing = scope, batch
+        try:
+            _cancel_if_abandoned(scope, batch)
+            with scope.active():
+                yield scope
+        finally:
+            self._computing = None
+
     def _run_isolating_failures(self, work: Callable[[Sequence[QueuedRequest]], None], batch: Sequence[QueuedRequest], outcomes: Outcomes) -> None:
         """Do work for a whole batch. If it fails, repeat it in halves if memory ran out, else one by one, so that only the faulty requests fail."""
+        batch = [queued for queued in batch if not queued.abandoned]
         if not batch:
             return
         try:
-            work(batch)
+            with self._computing_for(batch) as scope:
+                work(batch)
         except BaseException as error:  # noqa: BLE001 - the future of the request that caused it gets it
+            if scope.cancelled:
+                return
             if len(batch) == 1:
                 outcomes[batch[0]] = error
                 return
@@ -285,18 +334,25 @@ def _step(batch: Sequence[QueuedRequest]) -> None:
     loop.step([queued.request for queued in batch])
 
 
-def _after_step(queued: QueuedRequest, run: Callable[[Callable[[], Result]], Result], outcomes: Outcomes) -> None:
-    if queued in outcomes or queued.finished or queued.cancelled:
-        return
-    try:
-        queued.loop.after_step(queued.request, run)
-    except BaseException as error:  # noqa: BLE001 - the user's callback raised: the future gets the error
-        outcomes[queued] = error
-
-
 def _is_done(queued: QueuedRequest, outcomes: Outcomes) -> bool:
     """Return True if a request has no step left and no outcome yet."""
-    return queued.request.trajectory.done and not queued.finished and queued not in outcomes and not queued.cancelled
+    return queued.request.trajectory.done and not queued.finished and queued not in outcomes and not queued.abandoned
+
+
+def _cancel_if_abandoned(scope: CancelScope, batch: Sequence[QueuedRequest]) -> None:
+    if all(queued.abandoned for queued in batch):
+        scope.cancel(lambda: GenerationCancelledError("every request of the batch was cancelled"))
+
+
+def _weak_method(method: Callable[[QueuedRequest], None], queued: QueuedRequest) -> Callable[[], None]:
+    """Return a function that calls a scheduler's method with a request, if both still exist: a future that its caller keeps must keep neither."""
+    weak_method, reference = weakref.WeakMethod(method), weakref.ref(queued)
+
+    def call() -> None:
+        if (bound := weak_method()) is not None and (argument := reference()) is not None:
+            bound(argument)
+
+    return call
 
 
 def _closed_error(queued: QueuedRequest, cause: BaseException | None = None) -> GeneratorClosedError:

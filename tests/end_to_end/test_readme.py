@@ -68,7 +68,7 @@ def own_checkpoint(here: Path, tiny: Path) -> None:
 def edm2_pickle(network: nn.Module, name: str) -> Callable[[Path, Path], None]:
     def make(here: Path, tiny: Path) -> None:
         write_pickle(snapshot(filled(network)), here / name)
-        autoencoder(here / "sd-vae-ft-mse")
+        autoencoder(here / "stabilityai" / "sd-vae-ft-mse")
 
     return make
 

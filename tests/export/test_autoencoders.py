@@ -228,7 +228,7 @@ def test_an_autoencoder_that_does_not_fit_is_refused(folders: Callable[[str], Pa
     with pytest.raises(CheckpointError, match=r"missing encoder.*--decoder FOLDER\.$"):
         image_networks(BuildOptions(latents=True, with_encoder=True), (4, *LATENTS), SIGMA_DATA)
     refused: list[tuple[Path, int, LatentStatistics | None, str]] = [
-        (tmp_path / "nowhere", 4, None, "--decoder must be the folder of an autoencoder"),
+        (tmp_path / "nowhere", 4, None, "which does not exist. A repository of the hub has the form org/name, such as stabilityai/sd-vae-ft-mse"),
         (tmp_path / "text", 4, None, "--decoder must hold one of AutoencoderKL, AutoencoderDC, AutoencoderTiny, got .*UNet2DModel"),
         (folders("dc"), 4, None, r"AutoencoderDC in .* does not fit the model's latents, \[4, 6, 10\]"),
         (folders("dc"), 8, SCM_STATISTICS, "one value per channel, 8"),

@@ -11,6 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from conftest import write_tiny_checkpoint
 from scm_export import Options, cli, export, exporter, plan
 from scm_export.dry_run import make_plan
 from scm_export.exporter import export_model
@@ -88,15 +89,37 @@ def test_the_plan_is_printed_as_a_table(tiny_checkpoint: Path, monkeypatch: pyte
     assert "sample-1" not in table
 
 
-def test_mistakes_show_in_a_dry_run_too(tiny_checkpoint: Path, tiny_bundle: Path) -> None:
+def test_mistakes_show_in_a_dry_run_too(tiny_checkpoint: Path) -> None:
     for arguments, wrong in (
         ([tiny_checkpoint, "--steps", "3"], "steps must be among [1, 2]"),
-        ([tiny_checkpoint, "-o", tiny_bundle], "replace it with --force"),
+        ([tiny_checkpoint, "-o", tiny_checkpoint], "exists and is no bundle"),
         ([tiny_checkpoint, "--family", "sdxl"], "family must be one of edm2"),
     ):
         result = CliRunner(catch_exceptions=False).invoke(cli.main, [*map(str, arguments), "--dry-run"])
         assert result.exit_code in (1, 2)
         assert wrong in result.stderr
+
+
+def test_an_existing_bundle_is_no_obstacle(tiny_checkpoint: Path, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    before = tree(tiny_bundle)
+    assert "(exists: an export replaces it only with --force)" in dry_run(tiny_checkpoint, "-o", tiny_bundle)
+    assert dry_run(tiny_checkpoint, "-o", tiny_bundle, "--json")["exists"] is True
+    assert dry_run(tiny_checkpoint, "-o", tiny_bundle.with_name("new.scm"), "--json")["exists"] is False
+    assert tree(tiny_bundle) == before
+
+
+def test_four_channels_are_said_to_be_pixels_or_latents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    checkpoint = write_tiny_checkpoint(tmp_path / "four.pt", channel_mult=(1,), img_channels=4)
+    for options, said, noted in (([], "none: the state is pixels", True), (["--latents"], "none: the state is latents, and so are the samples", False)):
+        result = CliRunner(catch_exceptions=False).invoke(cli.main, [str(checkpoint), "--dry-run", *options])
+        assert said in result.stdout
+        assert ("taken as RGBA pixels. If it is latents, give their autoencoder with --decoder, or --latents" in result.stderr) == noted
+        written = CliRunner(catch_exceptions=False).invoke(cli.main, [str(checkpoint), "--no-verify", "--steps", "", "--force", *options])
+        assert ("samples: RGBA images of 8x8, the state is pixels" in written.stdout) == noted
+        assert ("samples: latents, without a decoder" in written.stdout) != noted
+        assert ("taken as RGBA pixels" in written.stderr) == noted
 
 
 def test_in_python_it_takes_the_same_options(tiny_checkpoint: Path) -> None:

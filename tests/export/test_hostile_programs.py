@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from exported_programs import Raw, changed, node, nodes, rewritten, save_small
 from own_networks import SHAPE
 from scm_export import export
 from scm_export.checkpoints import Program, load
 from scm_export.checkpoints.operator_list import OPERATORS
 from scm_export.errors import CheckpointError
-
-Raw = dict[str, Any]
 
 # Each creates a folder if it can end a line, string or bracket in generated source, into which torch.fx writes names.
 CODE = "getattr(__import__('os'), 'mkdir')('EXECUTED')"
@@ -47,44 +45,9 @@ SAFE = ("quotes", "double quotes", "brackets", "braces", "semicolon", "a dunder"
 """Of tensors: a name may hold any character that is printed."""
 
 
-class Small(nn.Module):
-    """A network with a parameter, a buffer and a constant: every kind of name in a program."""
-
-    shift: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 3, 3, padding=1)
-        self.register_buffer("shift", torch.randn(3, 1, 1))
-
-    def forward(self, x: Tensor, level: Tensor) -> Tensor:
-        high, low = torch.chunk(x, 2, dim=2)
-        y = self.conv(torch.cat([low, high], dim=2)) * torch.tensor([2.0, 3.0, 4.0])[:, None, None]
-        return torch.add(y, self.shift, alpha=2) * level.reshape(-1, 1, 1, 1)
-
-
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("program") / "small.pt2"
-    batch = torch.export.Dim("batch", max=1024)
-    torch.export.save(torch.export.export(Small().eval(), (torch.randn(2, *SHAPE), torch.rand(2)), dynamic_shapes=({0: batch}, {0: batch})), path)
-    (path.parent / "config.json").write_text(json.dumps({"config": {"sample_shape": SHAPE}}))
-    return path
-
-
-def rewritten(saved: Path, target: Path, change: Callable[[str, Any], Any] = lambda name, raw: raw, rename: Mapping[str, str] | None = None) -> Path:
-    """Copy an archive with changed JSON files and renamed entries."""
-    with zipfile.ZipFile(saved) as archive, zipfile.ZipFile(target, "w") as out:
-        for name in archive.namelist():
-            data = archive.read(name)
-            if name.endswith(".json"):
-                data = json.dumps(change(name, json.loads(data))).encode()
-            parts = [(rename or {}).get(part, part) for part in name.split("/")]
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # zipfile warns about duplicate names
-                out.writestr("/".join(parts), data)
-    return target
+    return save_small(tmp_path_factory.mktemp("program"))
 
 
 def replaced(raw: Any, old: str, new: str) -> Any:
@@ -169,23 +132,6 @@ def test_a_name_that_ends_a_line_is_refused_by_the_exporter(saved: Path, tmp_pat
 
 # ----------------------------------------------------------------------------
 # Operators.
-
-
-def nodes(raw: Raw) -> list[Raw]:
-    return raw["graph_module"]["graph"]["nodes"]  # type: ignore[no-any-return]  # parsed JSON has no known type
-
-
-def node(raw: Raw, operator: str) -> Raw:
-    return next(item for item in nodes(raw) if operator in item["target"])
-
-
-def changed(saved: Path, target: Path, change: Callable[[Raw], object]) -> Path:
-    def edit(name: str, raw: Raw) -> Raw:
-        if name.endswith("models/model.json"):
-            change(raw)
-        return raw
-
-    return rewritten(saved, target, edit)
 
 
 # Examples of operators that crash, have side effects, draw random numbers, or have no translation to ONNX.
@@ -298,7 +244,7 @@ def test_weight_normalization_is_exact_and_refuses_what_crashes_torch(tmp_path: 
     path = rewritten(tmp_path / "net.pt2", tmp_path / "short.pt2", short)
     program = load(path, config=tmp_path / "config.json")
     assert isinstance(program, Program)
-    with pytest.raises(RuntimeError, match="must match the size"):
+    with pytest.raises(RuntimeError, match="to broadcast"):
         program.network(x, level)
 
 

@@ -498,7 +498,7 @@ def test_bad_input(make: Make, error: type[ScmError], got: str, cure: str, tmp_p
 
 def test_what_cannot_be_traced_is_said(tmp_path: Path) -> None:
     path, options = bare(tmp_path, factory="own_networks:data_dependent")
-    with pytest.raises(ScmError, match=r"cannot translate the network of step"):
+    with pytest.raises(ScmError, match=r"the network of step cannot be traced"):
         export(path, tmp_path / "out.scm", verify=False, steps=(), **options)
     assert not (tmp_path / "out.scm").exists()
 

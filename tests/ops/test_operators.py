@@ -43,6 +43,7 @@ class Case:
 
 MAPS = [(3, 1), (1, 5, 3), (3, 64, 7), (1, 7, 5, 64), (3, 4, 3, 65), (3, 77, 64), (0, 4, 4, 7), (3, 0, 4, 7)]
 EXTREMES = np.array([[0, 0, 0, 0], [6e4, 6e4, -6e4, 6e4], [1e-7, 0, 0, 0]])
+NOT_FINITE = np.array([[-math.inf, 1.0, math.inf], [-1.0, math.nan, 0.0]])
 TIMES = np.array([0.0, 1.1, 1.5645])
 SEEDS = np.array([0, 7, -1, 2**32, -(2**63), 2**63 - 1])
 LEVELS = np.array([-math.inf, -3, -1.9921875, -1.0, -0.0078125, 0.0, 0.0078125, 0.5, 1.9921875, 3, math.inf, math.nan]).reshape(2, 1, 2, 3)
@@ -55,17 +56,23 @@ def weights(*shape: int) -> NDArray[Any]:
 
 CASES: dict[str, list[Case]] = {
     "PixelNorm": [Case((shape,), {"eps": 1e-4}) for shape in MAPS] + [Case((EXTREMES,), {"eps": 1e-4}), Case(((2, 5),), {"eps": 0.5})],
-    "MPSiLU": [Case((shape,), {}) for shape in [*MAPS, ()]],
+    "MPSiLU": [*(Case((shape,), {}) for shape in [*MAPS, ()]), Case((NOT_FINITE,), {}), Case((np.linspace(-200, 200, 801).reshape(1, -1),), {})],
     "MPSum": [
+        Case((NOT_FINITE, np.ones((2, 3))), {"t": 0.3, "clip": math.inf}),
         *(Case((shape, shape), {"t": 0.3, "clip": 256.0}) for shape in MAPS),
         *(Case(((3, 5), (3, 5)), {"t": t, "clip": clip}) for t, clip in [(0.0, math.inf), (1.0, math.inf), (0.5, 0.5)]),
     ],
     "MPCat": [
+        Case((NOT_FINITE, np.ones((2, 1))), {"t": 0.5}),
         *(Case((shape, (*shape[:-1], width)), {"t": 0.5}) for shape, width in zip(MAPS, (64, 1, 3, 65, 7, 128, 7, 7), strict=True)),
         *(Case(((3, 5, 3), (3, 5, 4)), {"t": t}) for t in (0.0, 0.3, 1.0)),
     ],
-    "ModulateSiLU": [Case((shape, (shape[0], shape[-1])), {}) for shape in MAPS],
-    "NormModulateSiLU": [Case((shape, (shape[0], 2 * shape[-1])), {"eps": 1e-4}) for shape in MAPS],
+    "ModulateSiLU": [*(Case((shape, (shape[0], shape[-1])), {}) for shape in MAPS), Case((NOT_FINITE, np.array([[1.0, -1, -1], [1, 1, -math.inf]])), {})],
+    "NormModulateSiLU": [
+        *(Case((shape, (shape[0], 2 * shape[-1])), {"eps": 1e-4}) for shape in MAPS),
+        Case((NOT_FINITE, np.ones((2, 6))), {"eps": 1e-4}),
+        Case((np.ones((1, 3)), np.array([[1.0, 1, 1, -math.inf, 1, math.inf]])), {"eps": 1e-4}),
+    ],
     "CosineAttention": [
         Case(((n, length, 3 * channels),), {"heads": heads, "eps": 1e-4})
         for n, length, channels, heads in [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -319,7 +320,9 @@ UNFIT: dict[str, tuple[Callable[[Path], object], str]] = {
     "a word for a number": (edited(lambda document: document["cells"][0].update(median_ms="fast")), "is not the result of a benchmark"),
     "other cells": (edited(lambda document: document["cells"][0].update(batch_size=7)), "(steps with batch size): 1 with 7"),
     "cells that failed": (edited(lambda document: document["cells"][0].update(median_ms=None)), "(steps with batch size): none."),
-    "too large": (lambda path: path.write_bytes(bytes(17 << 20)), "is too large to be a result"),
+    "too large": (lambda path: path.write_bytes(bytes(17 << 20)), "it has more than 16777216 bytes"),
+    "deep": (lambda path: path.write_bytes(b"[" * 100_000), "levels deep"),
+    "a pipe": (lambda path: os.mkfifo(path), "must be a regular file"),
 }
 
 

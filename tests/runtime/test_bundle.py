@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,11 +11,15 @@ from typing import Any
 
 import msgspec
 import pytest
+from click.testing import CliRunner
 
+import toy_bundle
 from scm_runtime import BundleIntegrityError, BundleNotFoundError, BundleSchemaError, Generator, Manifest
 from scm_runtime.bundle.checksums import check_files, sha256
 from scm_runtime.bundle.location import find_local
 from scm_runtime.bundle.manifest import MANIFEST, read_manifest
+from scm_runtime.cli.commands import main
+from scm_runtime.doctor.examine import _try_provider
 
 EMBEDDING = {"name": "prompt_embeds", "kind": "embedding", "dtype": "float32", "shape": ["tokens", 8]}
 
@@ -203,3 +209,33 @@ def test_an_unknown_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)
     with pytest.raises(BundleNotFoundError, match="no bundle at"):
         find_local(name)
+
+
+@pytest.fixture
+def shadowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A bundle in the folder ``digits`` of the current folder."""
+    monkeypatch.chdir(tmp_path)
+    return toy_bundle.write_text_bundle(tmp_path / "digits", name="shadow")
+
+
+def test_the_name_of_an_embedded_bundle_is_not_a_folder(shadowed: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As a command's name does not run a file of the current folder."""
+    caplog.set_level(logging.INFO, "scm_runtime")
+    embedded = find_local("digits")
+    assert read_manifest(embedded).name == "digits"
+    assert "'digits' is the embedded bundle. For the folder of that name here: ./digits" in caplog.text
+    for path in (Path("digits"), "./digits", str(shadowed), shadowed):
+        assert read_manifest(find_local(path)).name == "shadow"
+
+
+def test_the_command_line_opens_the_embedded_bundle_by_name(shadowed: Path) -> None:
+    def inspected(bundle: str) -> Any:
+        return json.loads(CliRunner().invoke(main, ["inspect", bundle, "--json"], catch_exceptions=False).stdout)
+
+    assert inspected("digits")["name"] == "digits"
+    assert inspected("./digits")["name"] == "shadow"
+
+
+def test_the_doctor_samples_the_embedded_bundle(shadowed: Path) -> None:
+    provider = _try_provider("CPUExecutionProvider")
+    assert provider.works, provider.reason

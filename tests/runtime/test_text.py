@@ -413,7 +413,7 @@ class Code:
         (lambda _: saved(prompt_embeds=EMBEDS).replace(b"float32", b"flaot32").replace(b"<f4", b"<q9"), "cannot read embeddings from"),
         (lambda _: saved(embeds=EMBEDS), "it holds embeds. Expected a .npz with the array prompt_embeds"),
         (lambda _: saved(prompt_embeds=EMBEDS, negative=EMBEDS), "it holds negative, prompt_embeds"),
-        (lambda here: saved(prompt_embeds=np.array([Code(here / "code-has-run")], object)), "cannot be loaded when allow_pickle=False"),
+        (lambda here: saved(prompt_embeds=np.array([Code(here / "code-has-run")], object)), "its values must be real numbers, got the dtype object"),
         (lambda _: bomb(), "it unpacks to 2,097,"),
         (lambda _: saved(prompt_embeds=EMBEDS[..., :4]), "--prompt-embeds must have the shape [tokens, 5] or [N, tokens, 5], got [3, 7, 4]"),
         (lambda _: saved(prompt_embeds=EMBEDS, prompt_attention_mask=np.ones((3, 6))), "must have the same number of tokens, got 7 and 6"),

@@ -1,4 +1,4 @@
-// Turns an operator class into the OrtCustomOp structures that ONNX Runtime registers, one per device and element type.
+// Turns an operator class into the OrtCustomOp structures that ONNX Runtime registers, one per execution provider and element type.
 //
 // An operator is a class with
 //   kName, kInputs, kOutputs    the operator's name and its arguments, in order
@@ -38,6 +38,10 @@ struct Inplace {
 
 enum class Device { cpu, cuda };
 
+constexpr const char* kCpuProviders[] = {"CPUExecutionProvider"};
+// The second is the CUDA provider that is a plugin, a package of its own, and not a part of ONNX Runtime.
+constexpr const char* kCudaProviders[] = {"CUDAExecutionProvider", "CudaPluginExecutionProvider"};
+
 template <typename T>
 constexpr ONNXTensorElementDataType kElementType = ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
 template <>
@@ -74,8 +78,8 @@ OrtStatus* guarded(const OrtApi& api, const char* op, const Body& body) noexcept
     } catch (const std::exception& error) {
       return api.CreateStatus(ORT_FAIL, ("scm::" + std::string(op) + ": " + error.what()).c_str());
     }
-  } catch (...) {  // out of memory while building the message
-    return api.CreateStatus(ORT_FAIL, op);
+  } catch (...) {  // there is no memory for the message
+    return api.CreateStatus(ORT_FAIL, "scm: out of memory");
   }
 }
 
@@ -91,11 +95,12 @@ void set_outputs(const OrtApi& api, OrtShapeInferContext* context, const Inferre
 template <class Op, typename T, Device kDevice>
 struct CustomOp : OrtCustomOp {
   const OrtApi& api;
+  const char* provider;
 
-  explicit CustomOp(const OrtApi& ort) : OrtCustomOp{}, api(ort) {
+  CustomOp(const OrtApi& ort, const char* execution_provider) : OrtCustomOp{}, api(ort), provider(execution_provider) {
     OrtCustomOp::version = SCM_OPS_ORT_API;
     GetName = [](const OrtCustomOp*) { return Op::kName; };
-    GetExecutionProviderType = [](const OrtCustomOp*) { return kDevice == Device::cuda ? "CUDAExecutionProvider" : "CPUExecutionProvider"; };
+    GetExecutionProviderType = [](const OrtCustomOp* op) { return static_cast<const CustomOp*>(op)->provider; };
     GetInputTypeCount = [](const OrtCustomOp*) { return std::size(Op::kInputs); };
     GetInputType = [](const OrtCustomOp*, std::size_t i) { return onnx_type<T>(Op::kInputs[i].type); };
     GetInputCharacteristic = [](const OrtCustomOp*, std::size_t) { return INPUT_OUTPUT_REQUIRED; };
@@ -186,17 +191,19 @@ inline void check_launch(const char* error) {
 
 using CustomOps = std::vector<std::unique_ptr<OrtCustomOp, void (*)(OrtCustomOp*)>>;
 
-template <class Op, typename T, Device kDevice>
-void add(CustomOps& ops, const OrtApi& api) {
-  ops.emplace_back(new CustomOp<Op, T, kDevice>(api), [](OrtCustomOp* op) { delete static_cast<CustomOp<Op, T, kDevice>*>(op); });
+template <class Op, typename T, Device kDevice, std::size_t kCount>
+void add(CustomOps& ops, const OrtApi& api, const char* const (&providers)[kCount]) {
+  for (const char* provider : providers) {
+    ops.emplace_back(new CustomOp<Op, T, kDevice>(api, provider), [](OrtCustomOp* op) { delete static_cast<CustomOp<Op, T, kDevice>*>(op); });
+  }
 }
 
-// Adds an operator for every device and for the element types T and Types. bfloat16 has no CPU kernels.
+// Adds an operator for every provider and for the element types T and Types. bfloat16 has no CPU kernels.
 template <class Op, typename T, typename... Types>
 void add_all(CustomOps& ops, const OrtApi& api) {
-  if constexpr (kElementType<T> != ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16) add<Op, T, Device::cpu>(ops, api);
+  if constexpr (kElementType<T> != ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16) add<Op, T, Device::cpu>(ops, api, kCpuProviders);
 #ifdef SCM_OPS_CUDA
-  add<Op, T, Device::cuda>(ops, api);
+  add<Op, T, Device::cuda>(ops, api, kCudaProviders);
 #endif
   if constexpr (sizeof...(Types) > 0) add_all<Op, Types...>(ops, api);
 }

@@ -13,7 +13,16 @@ SCM_HD float clamp_magnitude(float x, float bound) {
   return float_of((magnitude < limit ? magnitude : limit) | (bits_of(x) & 0x80000000u));
 }
 
-// Returns e^x to about 1 ulp for |x| <= 87. Has no branches or tables, so that loops over it vectorize.
+// Clamps x to [-87, 89], the range of `exponential`; NaN gives one of the bounds. Uses integers for the same reason as clamp_magnitude: as signed integers all
+// negative floats are below 89, and as unsigned integers all positive floats are below -87.
+SCM_HD float clamp_exponent(float x) {
+  const auto bits = static_cast<std::int32_t>(bits_of(x)), upper = static_cast<std::int32_t>(bits_of(89.0f));
+  const auto at_most_89 = static_cast<std::uint32_t>(bits < upper ? bits : upper);
+  const std::uint32_t lower = bits_of(-87.0f);
+  return float_of(at_most_89 < lower ? at_most_89 : lower);
+}
+
+// Returns e^x to about 1 ulp for |x| <= 87, and infinity for 88.5 <= x <= 89. Has no branches or tables, so that loops over it vectorize.
 SCM_HD float exponential(float x) {
 #ifdef __CUDA_ARCH__
   return __expf(x);
@@ -32,9 +41,10 @@ SCM_HD float exponential(float x) {
 #endif
 }
 
-// Returns mp_silu(x) = silu(x) / 0.596 (EDM2, equation 81). For x < -87 the result is about 3e-38 x instead of 0.
+// Returns mp_silu(x) = silu(x) / 0.596 (EDM2, equation 81). For large negative x the denominator is infinite: the result is 0, and NaN for -infinity, as in the
+// formula.
 SCM_HD float activate(float x) {
-  const float denominator = 1.0f + exponential(-clamp_magnitude(x, 87.0f));
+  const float denominator = 1.0f + exponential(clamp_exponent(-x));
 #ifdef __CUDA_ARCH__
   return __fdividef(x, denominator) * (1.0f / 0.596f);
 #else

@@ -198,8 +198,8 @@ struct Conv : DenseOp<Conv<kSplitBf16>, kSplitBf16> {
 
 template <template <bool> class Op, bool kSplitBf16>
 void add_dense(CustomOps& ops, const OrtApi& api) {
-  add<Op<kSplitBf16>, float, Device::cpu>(ops, api);
-  add<Op<kSplitBf16>, float16, Device::cpu>(ops, api);
+  add<Op<kSplitBf16>, float, Device::cpu>(ops, api, kCpuProviders);
+  add<Op<kSplitBf16>, float16, Device::cpu>(ops, api, kCpuProviders);
 }
 
 }  // namespace

@@ -15,6 +15,7 @@ from scm_export.checkpoints.diffusers_folder import DiffusersFolder, is_diffuser
 from scm_export.checkpoints.edm2_pickles import is_plain_pickle, load_edm2_pickle, read_edm2_pickle
 from scm_export.checkpoints.header import DOCUMENT, ConditioningSpec, Header, SamplerSpec, example_config, read_header
 from scm_export.checkpoints.program import Program, call_factory
+from scm_export.checkpoints.reading import reading
 from scm_export.checkpoints.scm_checkpoint import (
     FORMAT,
     Checkpoint,
@@ -112,7 +113,11 @@ def open_checkpoint(
         if names := ", ".join(name for name, value in given.items() if value is not None):
             raise InvalidArgumentError(f"'{source}' is a diffusers folder, which describes itself: leave out {names}")
         return OpenedCheckpoint(DiffusersFolder(source))
-    opened = _open_file(source, header, factory, weights, trust, progress)
+    notes: list[str] = []
+    with reading(source):
+        opened = _open_file(source, header, factory, weights, trust, notes.append)
+    for note in notes:
+        progress(note)
     if parametrisation is not None:
         _sample_as(opened.checkpoint, parametrisation)
     return opened

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import logging
+import os
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from scm_export.checkpoints.inert_pickle import ForbiddenPickleError, Global, MalformedPickleError, OversizedPickleError, StandIn, read_small_pickle
-from scm_export.checkpoints.stored_tensors import STORAGE_DTYPES
 from scm_export.errors import CheckpointError
-from scm_runtime.common.message_text import printable
+from scm_runtime.common.files import open_regular
+from scm_runtime.common.message_text import first_line, printable
 
 MAX_COMPRESSED = 256 << 20  # bytes that compressed entries may unpack to; torch compresses only source code
 
@@ -52,13 +52,63 @@ def check_archive(source: Path) -> list[zipfile.ZipInfo]:
         CheckpointError: the archive is damaged; its entries claim more bytes than a file of this size can hold, since torch stores tensors
             uncompressed; or its pickle is too large to hold only names and sizes.
     """
+    with _opened(source) as archive:
+        return _checked_entries(source, archive)
+
+
+def check_contents(source: Path) -> None:
+    """Verify the CRC-32 of every entry of an archive. torch writes these checksums but does not verify them.
+
+    Raises:
+        CheckpointError: an entry is damaged; the message names it.
+    """
+    with open_archive(source):
+        pass
+
+
+@contextmanager
+def open_archive(source: Path) -> Iterator[zipfile.ZipFile]:
+    """Yield an archive after ``check_archive`` and ``check_contents``. The file is opened once: if another one takes its place, the checked one is read.
+
+    Raises:
+        CheckpointError: the archive is damaged or a zip bomb.
+    """
+    with _opened(source) as archive:
+        entries = _checked_entries(source, archive)
+        if any(entry.CRC for entry in entries if entry.file_size):
+            _check_checksums(source, archive, entries)
+        else:
+            logger.warning("'%s' was saved without checksums (torch.serialization.set_crc32_options): damage to it would not be detected", source)
+            for entry in entries:
+                del entry.CRC  # keeps zipfile from comparing it
+        yield archive
+
+
+@contextmanager
+def _opened(source: Path) -> Iterator[zipfile.ZipFile]:
     try:
-        with zipfile.ZipFile(source) as archive:
-            entries = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        ending = source.suffix or "zip"
-        raise CheckpointError(f"'{source}' is not a readable {ending} file: truncated or of another format ({error}). Copy or save it again.") from error
-    size = source.stat().st_size
+        file = open_regular(source)
+    except OSError as error:
+        raise _unreadable(source, error) from error
+    with file:
+        try:
+            archive = zipfile.ZipFile(file)
+        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+            raise _unreadable(source, error) from error
+        with archive:
+            yield archive
+
+
+def _unreadable(source: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"'{source}' is not a readable {source.suffix or 'zip'} file: truncated or of another format ({first_line(error)}). Copy or save it again."
+    )
+
+
+def _checked_entries(source: Path, archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
+    entries = archive.infolist()
+    assert archive.fp is not None
+    size = os.fstat(archive.fp.fileno()).st_size
     stored = sum(entry.file_size for entry in entries if entry.compress_type == zipfile.ZIP_STORED)
     unpacked = sum(entry.file_size for entry in entries if entry.compress_type != zipfile.ZIP_STORED)
     packed = [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED and "/data/" in entry.filename]
@@ -75,84 +125,12 @@ def check_archive(source: Path) -> list[zipfile.ZipInfo]:
     return entries
 
 
-def check_contents(source: Path) -> None:
-    """Verify the CRC-32 of every entry of an archive. torch writes these checksums but does not verify them.
-
-    Raises:
-        CheckpointError: an entry is damaged; the message names it.
-    """
-    entries = check_archive(source)
-    if not any(entry.CRC for entry in entries if entry.file_size):
-        logger.warning("'%s' was saved without checksums (torch.serialization.set_crc32_options): damage to it would not be detected", source)
-        return
-    with zipfile.ZipFile(source) as archive:
-        for entry in entries:
-            try:
-                with archive.open(entry) as file:
-                    while file.read(CHUNK):
-                        pass
-            except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError) as error:  # RuntimeError: it is encrypted
-                name = printable(entry.filename)
-                raise CheckpointError(f"'{source}' is damaged: the entry '{name}' cannot be read ({error}). Copy or save it again.") from error
-
-
-def check_storages(source: Path) -> None:
-    """Check that the storages of a torch.save archive are as long as its pickle claims. torch maps the file and would read past the end of a short one.
-
-    Raises:
-        CheckpointError: a storage is missing or shorter than its tensors, or the pickle has too many opcodes.
-    """
-    entries = {entry.filename.partition("/")[2]: entry for entry in check_archive(source)}
-    sizes = {name: entry.file_size for name, entry in entries.items()}
-    pickle = b""
-    if "data.pkl" in entries:
-        entry = entries["data.pkl"]
-        del entry.CRC  # keeps zipfile from comparing it: check_contents already has, and some files have no checksums
-        with zipfile.ZipFile(source) as archive:
-            pickle = archive.read(entry)
-
-    short: list[tuple[int, int]] = []
-
-    def check(persistent_id: Any) -> object:
-        match persistent_id:
-            case ("storage", Global(name=kind), str(key), _, int(count)) if kind in STORAGE_DTYPES:
-                required, stored = count * STORAGE_DTYPES[kind].itemsize, sizes.get(f"data/{key}", 0)
-                if required > stored:
-                    short.append((required, stored))
-        return _Placeholder()
-
-    try:
-        read_small_pickle(io.BytesIO(pickle), _AnyGlobal(), check)
-    except OversizedPickleError as error:
-        raise CheckpointError(f"'{source}' does not hold only tensors and plain values: {error}. Save it again.") from error
-    except (ForbiddenPickleError, MalformedPickleError):
-        return  # more than tensors and plain values: torch.load names it
-    if short:
-        required, stored = short[0]
-        raise CheckpointError(
-            f"'{source}' is not a readable {source.suffix or '.pt'} file: shape and storage of a tensor disagree, "
-            f"{required} bytes required, {stored} stored. Copy or save it again."
-        )
-
-
-class _Placeholder(dict[Any, Any]):
-    """Replaces every object of a pickle of which only the persistent ids are read."""
-
-    def build(self, state: object) -> None:
-        """Ignore the state."""
-
-
-class _AnyGlobal(Mapping[str, StandIn]):
-    """Maps every global to a placeholder."""
-
-    def __getitem__(self, name: str) -> StandIn:
-        return StandIn(call=lambda *_: _Placeholder(), new=_Placeholder)
-
-    def __contains__(self, name: object) -> bool:
-        return True
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(())
-
-    def __len__(self) -> int:
-        return 0
+def _check_checksums(source: Path, archive: zipfile.ZipFile, entries: list[zipfile.ZipInfo]) -> None:
+    for entry in entries:
+        try:
+            with archive.open(entry) as file:
+                while file.read(CHUNK):
+                    pass
+        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError) as error:  # RuntimeError: it is encrypted
+            name = printable(entry.filename)
+            raise CheckpointError(f"'{source}' is damaged: the entry '{name}' cannot be read ({first_line(error)}). Copy or save it again.") from error

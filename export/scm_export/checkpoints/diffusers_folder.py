@@ -6,22 +6,28 @@ Configurations are JSON. Weights are safetensors or, in older folders, ``.bin`` 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterator
+import re
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from scm_export.checkpoints.reading import reading
+from scm_export.checkpoints.safetensors_file import open_safetensors
 from scm_export.checkpoints.torch_file import read_torch_file
 from scm_export.errors import CheckpointError
 from scm_runtime.bundle.checksums import sha256
-from scm_runtime.common.message_text import first_line
+from scm_runtime.common.documents import read_json
+from scm_runtime.common.message_text import first_line, printable
 
 PIPELINE, MODEL, SCHEDULER = "model_index.json", "config.json", "scheduler_config.json"
 WEIGHTS_NAMES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.bin")
+COMPONENT = re.compile(r"\w[\w-]{0,99}", re.ASCII)
+SHARD = re.compile(r"\w[\w.-]{0,199}\.(safetensors|bin)", re.ASCII)
+MAX_JSON_BYTES = 4 << 20  # an index of 40 000 tensors
+MAX_SIZE = 1_000_000  # of any integer in a configuration: the largest published are vocabularies
+DOWNLOAD = "Download the folder again."
 
 
 def is_diffusers_folder(path: Path) -> bool:
@@ -56,15 +62,15 @@ class DiffusersFolder:
     @property
     def pipeline(self) -> str:
         """Class name of the pipeline, or "" if there is none."""
-        return str(self.index.get("_class_name", ""))
+        return _text(self.index.get("_class_name"))
 
     @cached_property
     def classes(self) -> dict[str, str]:
         """Class names of the components that exist in the folder, by component name."""
         if not self.index:
-            return {"": str(self._json(self.path / MODEL).get("_class_name", ""))}
-        pairs = {name: value for name, value in self.index.items() if isinstance(value, list) and len(value) == 2}
-        return {name: str(value[1]) for name, value in pairs.items() if value[1] is not None and (self.path / name).is_dir()}
+            return {"": _text(self._json(self.path / MODEL).get("_class_name"))}
+        pairs = {name: value for name, value in self.index.items() if isinstance(value, list) and len(value) == 2 and COMPONENT.fullmatch(name)}
+        return {name: _text(value[1]) for name, value in pairs.items() if value[1] is not None and (self.path / name).is_dir()}
 
     def find(self, *classes: str) -> str | None:
         """Name of the first component of one of these classes, or None if there is none."""
@@ -74,10 +80,15 @@ class DiffusersFolder:
         """Read the configuration of a component.
 
         Raises:
-            CheckpointError: the file cannot be read.
+            CheckpointError: the file cannot be read, or has an integer above ``MAX_SIZE``.
         """
         folder = self.path / component
-        return self._json(folder / (SCHEDULER if (folder / SCHEDULER).is_file() else MODEL))
+        path = folder / (SCHEDULER if (folder / SCHEDULER).is_file() else MODEL)
+        config = self._json(path)
+        for name, value in config.items():
+            if (size := _largest(value)) > MAX_SIZE:
+                raise CheckpointError(f"'{path}': {printable(name)} must be at most {MAX_SIZE}, got {size}. {DOWNLOAD}")
+        return config
 
     def weights(self, component: str) -> dict[str, Tensor]:
         """Read the tensors of a model by name, in their stored dtype.
@@ -87,15 +98,15 @@ class DiffusersFolder:
         """
         files = self._files(component)
         self._read.update(files)
-        return {name: tensor for file in files for name, tensor in _tensors(file)}
+        return {name: tensor for file in files for name, tensor in _tensors(file).items()}
 
     def _json(self, path: Path) -> dict[str, Any]:
         try:
-            value = json.loads(path.read_bytes())
+            value = read_json(path, max_bytes=MAX_JSON_BYTES)
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"'{path}' cannot be read: {error}. Expected a folder as diffusers saves it.") from error
+            raise CheckpointError(f"'{path}' cannot be read: {first_line(error)}. Expected a folder as diffusers saves it.") from error
         if not isinstance(value, dict):
-            raise CheckpointError(f"'{path}' must hold a JSON object, got {type(value).__name__}")
+            raise CheckpointError(f"'{path}' must hold a JSON object, got {type(value).__name__}. Expected a folder as diffusers saves it.")
         self._read.add(path)
         return value
 
@@ -106,28 +117,39 @@ class DiffusersFolder:
                 return [folder / name]
             index = folder / f"{name}.index.json"
             if index.is_file():
-                shards = sorted(set(self._json(index).get("weight_map", {}).values()))
-                if any(Path(shard).name != shard for shard in shards):
-                    raise CheckpointError(f"'{index}' must name files beside it, got {', '.join(shards[:3])}")
-                return [folder / shard for shard in shards]
-        raise CheckpointError(f"'{folder}' has no weights: expected one of {', '.join(WEIGHTS_NAMES)}, or an index of shards. Download the folder again.")
+                return [folder / shard for shard in _shards(index, self._json(index).get("weight_map"))]
+        raise CheckpointError(f"'{folder}' has no weights: expected one of {', '.join(WEIGHTS_NAMES)}, or an index of shards. {DOWNLOAD}")
 
 
-def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
-    try:
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def _largest(value: object) -> int:
+    """Return the largest integer in a value, which may be a list; 0 if it has none."""
+    if isinstance(value, list):
+        return max(map(_largest, value), default=0)
+    return abs(value) if isinstance(value, int) else 0
+
+
+def _shards(index: Path, weight_map: object) -> list[str]:
+    """Return the names of the files of weights in an index. Raises CheckpointError if they are not names of files in the same folder."""
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"'{index}' must have a weight_map with the file of each tensor. {DOWNLOAD}")
+    if wrong := [shard for shard in weight_map.values() if not isinstance(shard, str) or not SHARD.fullmatch(shard)]:
+        raise CheckpointError(f"'{index}' must name files beside it, .safetensors or .bin, got {printable(wrong[0])}. {DOWNLOAD}")
+    return sorted(set(weight_map.values()))
+
+
+def _tensors(file: Path) -> dict[str, Tensor]:
+    with reading(file, DOWNLOAD):
         if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 - safe_open is not a mapping
-                    yield name, opened.get_tensor(name)
-        else:
-            raw = read_torch_file(file)
-            if not isinstance(raw, dict):
-                raise CheckpointError(f"'{file}' must hold a dict of tensors by name, got a {type(raw).__name__}. Download it again.")
-            for name, tensor in raw.items():
-                if not isinstance(name, str) or not isinstance(tensor, Tensor):
-                    raise CheckpointError(f"'{file}' must hold tensors by name, got a {type(tensor).__name__} for {str(name)[:200]!r}. Download it again.")
-                yield name, tensor
-    except CheckpointError:
-        raise
-    except (SafetensorError, OSError, ValueError, RuntimeError, EOFError) as error:
-        raise CheckpointError(f"'{file}' is not a readable file of weights: {first_line(error)}. Download it again.") from error
+            with open_safetensors(file) as opened:
+                return dict(opened.tensors())
+        raw = read_torch_file(file)
+        if not isinstance(raw, dict):
+            raise CheckpointError(f"'{file}' must hold a dict of tensors by name, got a {type(raw).__name__}. {DOWNLOAD}")
+        for name, tensor in raw.items():
+            if not isinstance(name, str) or not isinstance(tensor, Tensor):
+                raise CheckpointError(f"'{file}' must hold tensors by name, got a {type(tensor).__name__} for '{printable(name)}'. {DOWNLOAD}")
+        return raw

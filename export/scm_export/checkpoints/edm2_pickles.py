@@ -15,12 +15,13 @@ from typing import Any
 
 from scm_export.checkpoints.header import SamplerSpec
 from scm_export.checkpoints.persistent_objects import PersistentObject, pickle_errors, read_persistent
+from scm_export.checkpoints.reading import reading
 from scm_export.checkpoints.scm_checkpoint import Checkpoint
 from scm_export.checkpoints.stored_tensors import as_floats
 from scm_export.errors import CheckpointError
 from scm_export.parametrisation import default_times
 from scm_export.samplers import RHO, SIGMA_MAX, SIGMA_MIN, angles, karras_sigmas, teacher_times
-from scm_runtime.common.message_text import printable
+from scm_runtime.common.message_text import first_line, printable
 
 # Names of the known classes, and the arguments of their constructors in order.
 NETWORKS = ("Precond", "TrigFlowPrecond")
@@ -58,7 +59,8 @@ def load_edm2_pickle(path: str | os.PathLike[str], network: str | None = None) -
     Raises:
         CheckpointError: the file is damaged or needs more than data; or it holds no network, several, or one of an unknown class or architecture.
     """
-    return read_edm2_pickle(Path(path), network)[0]
+    with reading(Path(path)):
+        return read_edm2_pickle(Path(path), network)[0]
 
 
 def read_edm2_pickle(source: Path, network: str | None = None) -> tuple[Checkpoint, str | None]:
@@ -92,7 +94,7 @@ def _checkpoint(content: object, network: str | None, where: str) -> tuple[Check
     try:
         sampler.validate()
     except ValueError as error:
-        raise CheckpointError(f"{where}: the loss does not describe how to sample: {error}") from error
+        raise CheckpointError(f"{where}: the loss does not describe how to sample: {first_line(error)}") from error
     checkpoint = Checkpoint(family="edm2", config=config, sampler=sampler, weights={key: tensor.load() for key, tensor in stored.items()})
     return checkpoint, None if isinstance(content, PersistentObject) else name
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import NamedTuple
 from scm_export.checkpoints.diffusers_folder import MODEL, PIPELINE
 from scm_export.errors import CheckpointError
 from scm_runtime.bundle import hub
+from scm_runtime.common.documents import read_json
 
 NETWORKS = ("unet", "transformer", "vae")  # components of a pipeline; its text encoder is larger than all of them and is not read
 WEIGHTS = "diffusion_pytorch_model"
@@ -75,7 +75,7 @@ def _diffusers(repository: str, folder: Path) -> Path:
 def _index(folder: Path) -> dict[str, object]:
     """Read ``model_index.json``; empty if it is invalid, which the reader reports."""
     try:
-        index = json.loads((folder / PIPELINE).read_bytes())
+        index = read_json(folder / PIPELINE)
     except (OSError, ValueError):
         return {}
     return index if isinstance(index, dict) else {}

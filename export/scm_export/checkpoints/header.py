@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import math
 import re
-import tomllib
 import types
 import typing
 from itertools import pairwise
@@ -18,9 +17,14 @@ from msgspec import Meta, Struct
 from scm_export.choices import PARAMETRISATION_NAMES, ParametrisationName
 from scm_export.errors import CheckpointError, CheckpointNotFoundError
 from scm_runtime.bundle.manifest import CONDITIONING_DTYPES, Conditioning, Dimension
+from scm_runtime.common.documents import MAX_TOML_BYTES, read_json, read_toml
+from scm_runtime.common.message_text import MAX_SHOWN, first_line, printable
 
 T_LIMIT = math.pi / 2 + 1e-4  # some samplers round pi/2 up
 DOCUMENT = "docs/checkpoint-format.md"
+
+MAX_STEPS = 1000  #         the training steps of diffusion models
+MAX_ELEMENTS = 1 << 26  #   of the state or of one conditioning
 
 PositiveNumber = Annotated[float, Meta(gt=0)]
 PositiveInteger = Annotated[int, Meta(ge=1)]
@@ -59,13 +63,15 @@ class SamplerSpec(Struct, kw_only=True, forbid_unknown_fields=True):
             if not all(map(math.isfinite, getattr(self, name) or ())):
                 raise ValueError(f"sampler.{name} must be finite, got {list(getattr(self, name))}")
         for count, times in (self.times or {}).items():
-            steps = int(count) if count.isdecimal() else 0
-            if steps < 1 or len(times) != steps + 1:
-                raise ValueError(f"sampler.times must have step counts of at least 1, each with one time more than steps, got {count!r} with {len(times)}")
+            steps = int(count) if count.isdecimal() and len(count) < 10 else 0
+            if not 1 <= steps <= MAX_STEPS or len(times) != steps + 1:
+                raise ValueError(
+                    f"sampler.times must have step counts from 1 to {MAX_STEPS}, each with one time more than steps, got {printable(count)!r} with {len(times)}"
+                )
             if not all(0 <= t <= T_LIMIT for t in times) or any(a <= b for a, b in pairwise(times)):
-                raise ValueError(f"sampler.times must be TrigFlow's, decreasing and in [0, {T_LIMIT:.4f}], got {list(times)} for {count} steps")
+                raise ValueError(f"sampler.times must be TrigFlow's, decreasing and in [0, {T_LIMIT:.4f}], got {list(times)!s:.200} for {count} steps")
             if self.parametrisation == "edm" and times[0] >= math.pi / 2 - 1e-6:
-                raise ValueError(f"sampler.times of the parametrisation edm must be below pi/2, where sigma is infinite, got {list(times)} for {count} steps")
+                raise ValueError(f"sampler.times of the parametrisation edm must be below pi/2, where sigma is infinite, got {list(times)!s:.200}")
         if len({times[-1] for times in (self.times or {}).values()}) > 1:
             raise ValueError("sampler.times must have the same end time for every step count")
         if self.diffusion and self.solver != "ddim":
@@ -91,6 +97,8 @@ class ConditioningSpec(Struct, kw_only=True, forbid_unknown_fields=True):
             ValueError: the fields do not fit together.
         """
         dtype = typing.cast(Literal["int64", "float32"], CONDITIONING_DTYPES[self.kind])
+        if math.prod(size for size in self.shape if isinstance(size, int)) > MAX_ELEMENTS:
+            raise ValueError(f"conditioning must have at most {MAX_ELEMENTS} elements per sample, got the shape {list(self.shape)} for {printable(self.name)}")
         item = Conditioning(**{name: getattr(self, name) for name in self.__struct_fields__}, dtype=dtype)
         if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name):
             raise ValueError(f"conditioning must have a name of lower-case letters, digits and underscores, got {self.name!r}")
@@ -119,20 +127,19 @@ def read_header(path: Path) -> Header:
     if path.suffix not in (".toml", ".json"):
         raise CheckpointError(f"the config '{path}' must end in .toml or .json ({DOCUMENT})")
     try:
-        text = path.read_text("utf-8")
-        raw = tomllib.loads(text) if path.suffix == ".toml" else msgspec.json.decode(text)
+        raw: object = read_toml(path) if path.suffix == ".toml" else read_json(path, max_bytes=MAX_TOML_BYTES)
     except OSError as error:
         missing = isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError)
         raise (CheckpointNotFoundError if missing else CheckpointError)(
-            f"cannot read the config '{path}': {error.strerror}. {DOCUMENT} has an example."
+            f"cannot read the config '{path}': {error.strerror or error}. {DOCUMENT} has an example."
         ) from error
-    except (ValueError, RecursionError) as error:  # of UTF-8, TOML and JSON alike
-        raise CheckpointError(f"the config '{path}' is not valid {path.suffix[1:].upper()}: {error}") from error
+    except ValueError as error:  # of UTF-8, TOML and JSON alike
+        raise CheckpointError(f"the config '{path}' is not valid {path.suffix[1:].upper()}: {first_line(error)}. {DOCUMENT} has an example.") from error
     try:
         header = convert(raw, Header)
         validate(header.family, header.sampler, header.conditioning)
     except ValueError as error:
-        raise CheckpointError(f"the config '{path}': {error} ({DOCUMENT})") from error
+        raise CheckpointError(f"the config '{path}': {first_line(error)} ({DOCUMENT})") from error
     return header
 
 
@@ -192,20 +199,38 @@ def convert(raw: object, struct: type[AnyStruct]) -> AnyStruct:
 
 
 def explain_error(error: msgspec.ValidationError, struct: type[Struct]) -> str:
-    """Text of the error; for an unknown key, with the closest known key."""
+    """Text of the error; for an unknown key, with the closest known key; for a value that is none of several strings, with all of them."""
     text = str(error)
+    if enum := re.match(r"Invalid enum value (.*) - at `\$\.(.*)`$", text, re.DOTALL):
+        path = re.sub(r"\[.*?\]", "", enum[2])
+        choices = _choices(path, struct)
+        close = difflib.get_close_matches(enum[1].strip("'"), choices, n=1)
+        return f"{path} must be one of {', '.join(choices)}, got {enum[1]}" + (f"; did you mean {close[0]!r}?" if close else "")
     found = re.match(r"Object contains unknown field `(.*?)`(?: - at `\$(.*)`)?$", text, re.DOTALL)
     if not found:
         return text
     key, path = found[1], re.sub(r"\[.*?\]", "", found[2] or "")
+    inner = _struct_at(path, struct)
+    known = inner.__struct_fields__ if inner else ()
+    close = difflib.get_close_matches(key[:MAX_SHOWN], known, n=1, cutoff=0.5)
+    where = f" in [{path.lstrip('.')}]" if path else ""
+    meant = f"did you mean {close[0]!r}? Known" if close else "known"
+    return f"unknown field `{printable(key)}`{where}; {meant} are {', '.join(known)}"
+
+
+def _struct_at(path: str, struct: type[Struct]) -> type[Struct] | None:
+    """Return the struct at a dotted path of fields; None if there is none."""
     inner: type[Struct] | None = struct
     for name in filter(None, path.split(".")):
         inner = _struct_in(typing.get_type_hints(inner).get(name)) if inner else None
-    known = inner.__struct_fields__ if inner else ()
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    where = f" in [{path.lstrip('.')}]" if path else ""
-    meant = f"did you mean {close[0]!r}? Known" if close else "known"
-    return f"unknown field `{key}`{where}; {meant} are {', '.join(known)}"
+    return inner
+
+
+def _choices(path: str, struct: type[Struct]) -> tuple[str, ...]:
+    """Return the strings that the field at a dotted path may have; empty if it is not a field of that kind."""
+    parent, _, name = path.rpartition(".")
+    inner = _struct_at(parent, struct)
+    return typing.get_args(typing.get_type_hints(inner).get(name)) if inner else ()
 
 
 def _struct_in(hint: Any) -> type[Struct] | None:

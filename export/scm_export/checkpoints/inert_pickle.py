@@ -7,15 +7,18 @@ gigabytes for a nine-byte file with a high memo index. Here a global is only a n
 from __future__ import annotations
 
 import pickletools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, runtime_checkable
 
+from scm_runtime.common.files import open_regular
 from scm_runtime.common.message_text import printable
 
 # A snapshot of the largest published network has some 50 000 opcodes. Each can create an object many times larger than its bytes in the file.
 MAX_OPCODES = 2_000_000
+MAX_COPIED = 2_000_000  # elements of the containers that calls and states copy: a container of a million elements may be an argument of each call
+PICKLE_COST = 100  # elements that a byte string counts as, since it may hold a pickle, and 100 characters of text as one
 MAX_LINE = 1 << 16
 MAX_INTEGER_BITS = 128  # torch's magic number has 80
 INLINE = 1 << 12  # bytes; longer byte strings stay in the file until they are used
@@ -30,7 +33,7 @@ class MalformedPickleError(Exception):
 
 
 class OversizedPickleError(MalformedPickleError):
-    """The pickle has too many opcodes: reading it would take minutes and gigabytes."""
+    """The pickle has too many opcodes, or its calls copy too much: reading it would take minutes and gigabytes."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Blob:
         if isinstance(self.source, str):
             return bytearray(self.source[first : first + size].encode("latin-1"))
         data = bytearray(size)
-        with self.source.open("rb") as file:
+        with open_regular(self.source) as file:
             file.seek(first)
             if file.readinto(data) != size:
                 raise MalformedPickleError("the file has changed while it was read")
@@ -58,10 +61,10 @@ class Blob:
 
 @dataclass(frozen=True)
 class StandIn:
-    """Replacement for a global of a pickle. REDUCE calls ``call`` with its arguments; NEWOBJ calls ``new`` without arguments."""
+    """Replacement for a global of a pickle. REDUCE calls ``call`` with its arguments, and NEWOBJ calls ``new`` with its own."""
 
     call: Callable[..., object] | None = None
-    new: Callable[[], object] | None = None
+    new: Callable[..., object] | None = None
 
 
 @runtime_checkable
@@ -89,8 +92,8 @@ def read_pickle(path: Path, stand_ins: StandIns) -> object:
         MalformedPickleError: the pickle is damaged, or too long.
         OSError: the file cannot be read.
     """
-    with path.open("rb") as file:
-        return Interpreter(_Bounded(file, path.stat().st_size), stand_ins, path).run()
+    with open_regular(path) as file:
+        return Interpreter(Bounded(file, path.stat().st_size), stand_ins, path).run()
 
 
 def read_small_pickle(data: BinaryIO, stand_ins: StandIns, persistent: Callable[[object], object] | None = None) -> object:
@@ -104,7 +107,7 @@ def read_small_pickle(data: BinaryIO, stand_ins: StandIns, persistent: Callable[
     return Interpreter(data, stand_ins, None, persistent).run()
 
 
-class _Bounded:
+class Bounded:
     """A file for pickletools that limits reads to its size. pickletools reads as many bytes as the pickle claims."""
 
     def __init__(self, file: BinaryIO, size: int) -> None:
@@ -126,6 +129,7 @@ class Interpreter:
         self.stack: list[Any] = []
         self.below: list[list[Any]] = []  # stacks below the marks, innermost last
         self.memo: dict[int, object] = {}
+        self.copied = 0
 
     def run(self) -> object:
         try:
@@ -162,15 +166,15 @@ class Interpreter:
 
     def set_item(self, _: object) -> None:
         value, key = self.stack.pop(), self.stack.pop()
-        _set_items(self.stack[-1], [key, value])
+        self._set_items(self.stack[-1], [key, value])
 
     def set_items(self, _: object) -> None:
         items = self.pop_mark()
-        _set_items(self.stack[-1], items)
+        self._set_items(self.stack[-1], items)
 
     def add_items(self, _: object) -> None:
         items = self.pop_mark()
-        _of(self.stack[-1], set).update(map(_key, items))
+        _of(self.stack[-1], set).update(map(self.key, items))
 
     def collect(self, make: Callable[[list[Any]], object]) -> None:
         items = self.pop_mark()
@@ -179,6 +183,17 @@ class Interpreter:
     def tuple_of(self, count: int) -> None:
         items = [self.stack.pop() for _ in range(count)]
         self.stack.append(tuple(reversed(items)))
+
+    def _set_items(self, target: object, items: list[Any]) -> object:
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            _of(target, dict)[self.key(key)] = value
+        return target
+
+    def key(self, value: Any) -> Hashable:
+        """Check that a key is a plain value: hashing a deeply nested tuple overflows the C stack."""
+        if value is None or isinstance(value, str | float | int):
+            return value
+        raise MalformedPickleError(f"a key must be text or a number, got {type(value).__name__}")
 
     # Long byte strings stay in the file. pickletools has just read past this one.
 
@@ -208,21 +223,36 @@ class Interpreter:
         call = self.stand_ins[function.name].call if isinstance(function, Global) else None
         if call is None:
             raise ForbiddenPickleError(f"a call of {_what(function)}")
+        self._count(arguments)
         self.stack.append(call(*arguments))
 
     def new_object(self, _: object) -> None:
         arguments, cls = self.stack.pop(), self.stack.pop()
         new = self.stand_ins[cls.name].new if isinstance(cls, Global) else None
-        if new is None or arguments != ():
+        if new is None:
             raise ForbiddenPickleError(f"an object of {_what(cls)}")
-        self.stack.append(new())
+        self._count(arguments)
+        self.stack.append(new(*_of(arguments, tuple)))
 
     def build(self, _: object) -> None:
         state, target = self.stack.pop(), self.stack[-1]
+        self._count(state)
         if isinstance(target, Buildable):
             target.build(state)
         elif not (isinstance(target, dict) and (state is None or isinstance(state, dict))):  # attributes of a dict are discarded
             raise ForbiddenPickleError(f"the state of {_what(target)}")
+
+    def _count(self, value: object, depth: int = 4) -> None:
+        """Count the elements that a call copies: those of its arguments, and of the containers in them."""
+        if isinstance(value, str | bytes | Blob):
+            self.copied += len(value) // 100 if isinstance(value, str) else PICKLE_COST
+        elif isinstance(value, dict | list | tuple | set | frozenset):
+            self.copied += len(value)
+        if self.copied > MAX_COPIED:
+            raise OversizedPickleError(f"its calls copy more than {MAX_COPIED} elements")
+        if depth and isinstance(value, dict | list | tuple):
+            for item in value.values() if isinstance(value, dict) else value:
+                self._count(item, depth - 1)
 
     def persistent_id(self, _: object) -> None:
         if self.persistent is None:
@@ -244,7 +274,7 @@ def _integer(argument: int) -> int:
 PUSHED: dict[str, Callable[[Any], object]] = {
     **dict.fromkeys(("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4"), _integer),
     **dict.fromkeys(("FLOAT", "BINFLOAT"), _as_is),
-    **dict.fromkeys(("UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"), _as_is),
+    **dict.fromkeys(("SHORT_BINSTRING", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"), _as_is),
     "NONE": lambda _: None,
     "NEWTRUE": lambda _: True,
     "NEWFALSE": lambda _: False,
@@ -265,13 +295,13 @@ HANDLERS: dict[str, Callable[[Interpreter, Any], object]] = {
     "TUPLE1": lambda machine, _: machine.tuple_of(1),
     "TUPLE2": lambda machine, _: machine.tuple_of(2),
     "TUPLE3": lambda machine, _: machine.tuple_of(3),
-    "DICT": lambda machine, _: machine.collect(lambda items: _set_items({}, items)),
+    "DICT": lambda machine, _: machine.collect(lambda items: machine._set_items({}, items)),
     "APPEND": Interpreter.append,
     "APPENDS": Interpreter.appends,
     "SETITEM": Interpreter.set_item,
     "SETITEMS": Interpreter.set_items,
     "ADDITEMS": Interpreter.add_items,
-    "FROZENSET": lambda machine, _: machine.collect(lambda items: frozenset(map(_key, items))),
+    "FROZENSET": lambda machine, _: machine.collect(lambda items: frozenset(map(machine.key, items))),
     **dict.fromkeys(("SHORT_BINBYTES", "BINBYTES", "BINBYTES8", "BYTEARRAY8"), Interpreter.byte_string),
     **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), lambda machine, index: machine.memo.update({index: machine.stack[-1]})),
     "MEMOIZE": lambda machine, _: machine.memo.update({len(machine.memo): machine.stack[-1]}),
@@ -289,19 +319,6 @@ def _of(value: Any, kind: type) -> Any:
     if not isinstance(value, kind):
         raise MalformedPickleError(f"expected a {kind.__name__}, got a {type(value).__name__}")
     return value
-
-
-def _set_items(target: object, items: list[Any]) -> object:
-    for key, value in zip(items[::2], items[1::2], strict=True):
-        _of(target, dict)[_key(key)] = value
-    return target
-
-
-def _key(value: Any) -> str | float | None:
-    """Check that a key is a plain value: hashing a deeply nested tuple overflows the C stack."""
-    if value is None or isinstance(value, str | float | int):
-        return value
-    raise MalformedPickleError(f"a key must be text or a number, got {type(value).__name__}")
 
 
 def _forbidden(opcode: str, argument: object) -> str:

@@ -6,20 +6,23 @@ one of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import Node
 
+from scm_export.checkpoints.program_cost import without_data
 from scm_runtime.common.message_text import printable
 
 MAX_BITS = 64  # bits of an integer that an operator returns; longer ones could exhaust the memory
 MAX_SIZE = 2**31  # largest integer in a list of sizes, strides or kernel sizes; some torch operators crash on larger ones
 MAX_NAME = 512  # characters
+MAX_VALUES = 100_000  # inputs, weights and results of operators
 
 # Operators with which an exported program checks its sizes. They are skipped: the graph is traced again with a dynamic batch size.
 ASSERTIONS = ("_assert_scalar", "_assert_async", "_assert_tensor_metadata", "sym_constrain_range", "sym_constrain_range_for_size", "_guards_fn")
@@ -40,6 +43,8 @@ Outputs = int | tuple["Outputs", ...] | None
 class Call:
     """One call of an operator."""
 
+    name: str
+    """Name of the operator, for messages."""
     operator: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -75,10 +80,12 @@ class ParsedProgram:
         """Assign an id to a new value.
 
         Raises:
-            ValueError: the name is already in use, or is not valid.
+            ValueError: the name is already in use, or is not valid, or there are too many values.
         """
         if name in self.value_ids:
             raise ValueError(f"two values are named {name!r}")
+        if len(self.value_ids) >= MAX_VALUES:
+            raise ValueError(f"the program has more than {MAX_VALUES} values")
         self.value_ids[checked_name(name)] = value_id = len(self.value_ids)
         return value_id
 
@@ -104,13 +111,23 @@ def checked_name(name: object) -> str:
 class OperatorGraph(nn.Module):
     """Runs a program as ``network(x, level, **conditioning)``. Conditioning is passed by the names of the program's remaining inputs."""
 
-    def __init__(self, program: ParsedProgram) -> None:
+    def __init__(self, program: ParsedProgram, *, limited: bool) -> None:
+        """Build the network.
+
+        Args:
+            program: contents of the file.
+            limited: evaluate the program on tensors without data first, for every new shape of its inputs, and refuse it beyond the limits of
+                :mod:`~scm_export.checkpoints.program_cost`.
+        """
         super().__init__()
         self.inputs, self.shapes, self.output = list(program.inputs), program.shapes, program.output
         self.original_names: dict[str, str] = {}
         """Names of parameters and buffers in the file, by their names in this module."""
         self._constants, self._calls = program.constants, program.calls
+        self._last_uses = _last_uses(program)
         self._input_ids = program.inputs
+        self._limited = limited
+        self._checked_shapes: set[tuple[Any, ...]] = set()
         self._tensor_names: dict[int, str] = {}
         tied: dict[tuple[Any, ...], str] = {}
         for value_id, weight in program.weights.items():
@@ -124,18 +141,63 @@ class OperatorGraph(nn.Module):
                 else:
                     self.register_buffer(name, tensor)
             self._tensor_names[value_id] = tied[same]
+        self._weight_count = sum(tensor.numel() for tensor in self.state_dict().values())
 
     def forward(self, x: Tensor, level: Tensor, **conditioning: Tensor) -> Tensor:
         given = {**dict(zip(self.inputs, (x, level), strict=False)), **conditioning}
         values: dict[int, Any] = {value_id: given[name] for name, value_id in self._input_ids.items()}
         values |= {value_id: getattr(self, name) for value_id, name in self._tensor_names.items()} | self._constants
-        for call in self._calls:
+        if self._limited and type(x) is Tensor and not torch.compiler.is_compiling():  # tracers pass tensors without data
+            self._check_cost(values, tuple(given[name].shape for name in self._input_ids))
+        return self._run(values)
+
+    def _check_cost(self, values: dict[int, Any], shapes: tuple[Any, ...]) -> None:
+        if shapes not in self._checked_shapes:
+            with without_data(values, self._weight_count, shapes[0][0]) as (dataless, meter):
+                self._run(dataless, meter.start_operator)
+            self._checked_shapes.add(shapes)
+
+    def _run(self, values: dict[int, Any], before_call: Callable[[str], None] = lambda _: None) -> Tensor:
+        for call, last_uses in zip(self._calls, self._last_uses, strict=True):
+            before_call(call.name)
             result = call.operator(*_resolve_refs(call.args, values), **_resolve_refs(call.kwargs, values))
             if isinstance(result, int) and result.bit_length() > MAX_BITS:
                 raise ValueError(f"a size must have at most {MAX_BITS} bits, got {result.bit_length()}")
             _store_results(call.outputs, result, values)
+            del result
+            for value_id in last_uses:
+                values.pop(value_id, None)
         y: Tensor = values[self.output]
         return y
+
+
+def _last_uses(program: ParsedProgram) -> list[list[int]]:
+    """For each call, ids of the values that no later call needs."""
+    needed, last_uses = {program.output}, []
+    for call in reversed(program.calls):
+        used = {*_referenced((call.args, call.kwargs)), *_defined(call.outputs)}
+        last_uses.append(list(used - needed))
+        needed |= used
+    return last_uses[::-1]
+
+
+def _referenced(argument: Any) -> Iterator[int]:
+    match argument:
+        case Ref(value_id=value_id):
+            yield value_id
+        case tuple() | list():
+            for item in argument:
+                yield from _referenced(item)
+        case dict():
+            yield from _referenced(list(argument.values()))
+
+
+def _defined(outputs: Outputs) -> Iterator[int]:
+    if isinstance(outputs, int):
+        yield outputs
+    elif outputs is not None:
+        for inner in outputs:
+            yield from _defined(inner)
 
 
 def from_exported_program(exported: ExportedProgram) -> ParsedProgram:
@@ -157,7 +219,7 @@ def from_exported_program(exported: ExportedProgram) -> ParsedProgram:
             program.constants[program.define(node.name)] = getattr(module, node.target)
         elif node.op == "call_function" and not is_assertion(node.target.__name__):
             args, kwargs = _to_refs(node.args, program.value_ids), _to_refs(node.kwargs, program.value_ids)
-            program.calls.append(Call(node.target, args, kwargs, program.define(node.name)))
+            program.calls.append(Call(node.target.__name__, node.target, args, kwargs, program.define(node.name)))
     spec = next(spec for spec in exported.graph_signature.output_specs if spec.kind == OutputKind.USER_OUTPUT)
     program.output = program.value_ids[spec.arg.name]
     return program

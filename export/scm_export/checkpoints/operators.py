@@ -12,13 +12,14 @@ import torch
 
 from scm_export.checkpoints.operator_graph import MAX_SIZE, Ref
 from scm_export.checkpoints.operator_list import OPERATORS
+from scm_export.checkpoints.program_cost import MAX_PIECES
 
 Kind = Literal["tensor", "tensors", "number", "other"]
 """Kind of a value in a program. "other" is None, a string, a dtype or a list of numbers."""
 
 ATEN = "torch.ops.aten."
 WITHOUT_IN_PLACE = "Without operators that work in place: torch.export.export(…).run_decompositions()"
-TEXT = re.compile(r"[a-z_]{0,32}")  # string arguments: modes such as "tanh" and "floor"
+TEXT = re.compile(r"[A-Za-z_,.> -]{0,128}")  # string arguments: modes such as "tanh" and "floor", equations such as "ij,jk->ik"
 
 # Operators on sizes. "**" is left out because its results can have an arbitrary number of digits.
 SIZE_FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -78,13 +79,28 @@ def _flash_attention(
     return _attention(query, key, value, dropout_p=dropout_p, is_causal=is_causal, **kwargs), query.new_zeros(0)
 
 
+def _tensor_split(x: torch.Tensor, sections: int, dim: int = 0) -> tuple[torch.Tensor, ...]:
+    """Replacement for ``tensor_split``, which first reserves memory for any number of results."""
+    if sections > MAX_PIECES:
+        raise ValueError(f"tensor_split makes at most {MAX_PIECES} tensors, got sections={sections}")
+    return torch.tensor_split(x, sections, dim)
+
+
+def _empty(size: list[int], *, memory_format: Any = None, **kwargs: Any) -> torch.Tensor:
+    return torch.zeros(size, **kwargs)
+
+
 SUBSTITUTES: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.aten._native_batch_norm_legit_no_training.default: _batch_norm,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default: _flash_attention,
     torch.ops.aten._weight_norm.default: _weight_norm,
+    torch.ops.aten.empty.memory_format: _empty,
+    torch.ops.aten.empty_like.default: torch.ops.aten.zeros_like.default,
+    torch.ops.aten.new_empty.default: torch.ops.aten.new_zeros.default,
     torch.ops.aten.scaled_dot_product_attention.default: _attention,
+    torch.ops.aten.tensor_split.sections: _tensor_split,
 }
-"""Replacements for operators that crash on tensors of some sizes."""
+"""Replacements for operators that crash on tensors of some sizes, or return whatever the memory holds."""
 
 
 class ForbiddenOperatorError(Exception):

@@ -16,6 +16,7 @@ from typing import Any
 from scm_export.checkpoints.inert_pickle import Blob, ForbiddenPickleError, MalformedPickleError, StandIn, read_pickle
 from scm_export.checkpoints.stored_tensors import TENSOR_STAND_INS, StoredTensor
 from scm_export.errors import CheckpointError
+from scm_runtime.common.message_text import first_line
 
 MAX_NAME = 300
 
@@ -91,7 +92,7 @@ def pickle_errors(source: Path) -> Iterator[None]:
             f"'{source}' is a pickle that wants to run code ({error}), and was not loaded: it must hold tensors and plain values only."
         ) from error
     except (MalformedPickleError, OSError) as error:
-        raise CheckpointError(f"'{source}' is not a readable {source.suffix or 'pickle'} file: {error}. Copy or save it again.") from error
+        raise CheckpointError(f"'{source}' is not a readable {source.suffix or 'pickle'} file: {first_line(error)}. Copy or save it again.") from error
 
 
 # ----------------------------------------------------------------------------
@@ -100,7 +101,7 @@ def pickle_errors(source: Path) -> Iterator[None]:
 
 def _record(meta: object) -> PersistentObject:
     """Stand-in for ``_reconstruct_persistent_obj``, the record of an object. Its source, ``module_src``, is ignored."""
-    if not isinstance(meta, dict) or meta.get("type") != "class" or not isinstance(meta.get("class_name"), str):
+    if not isinstance(meta, dict) or meta.get("type") != "class" or not isinstance(meta.get("class_name"), str) or len(meta["class_name"]) > MAX_NAME:
         raise MalformedPickleError("a persistent object must be recorded as a dict with type = 'class', a class_name and a state")
     saved = PersistentObject(meta["class_name"])
     saved.build(meta.get("state"))
@@ -145,7 +146,7 @@ def _holds(value: object, kind: type) -> bool:
 STAND_INS: dict[str, StandIn] = {
     **TENSOR_STAND_INS,
     "torch_utils.persistence._reconstruct_persistent_obj": StandIn(call=_record),
-    "dnnlib.util.EasyDict": StandIn(new=dict),
+    "dnnlib.util.EasyDict": StandIn(new=_empty),
     "collections.OrderedDict": StandIn(call=_empty),
     "torch.nn.modules.container.ModuleDict": StandIn(new=lambda: PersistentObject("ModuleDict")),
     "torch.nn.modules.linear.Linear": StandIn(new=lambda: PersistentObject("Linear")),

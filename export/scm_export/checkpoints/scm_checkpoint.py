@@ -14,16 +14,19 @@ from typing import Any
 import msgspec
 import torch
 from msgspec import Struct
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from scm_export.checkpoints.header import ConditioningSpec, SamplerSpec, convert, validate
+from scm_export.checkpoints.reading import reading
+from scm_export.checkpoints.safetensors_file import open_safetensors
 from scm_export.checkpoints.torch_file import read_torch_file
 from scm_export.errors import CheckpointError, CheckpointNotFoundError
 from scm_runtime.bundle import hub
-from scm_runtime.common.files import whole_file
-from scm_runtime.common.message_text import first_line
+from scm_runtime.common.documents import check_depth, decode_json
+from scm_runtime.common.files import open_regular, whole_file
+from scm_runtime.common.message_text import first_line, printable
 from scm_runtime.errors import OutputError
 
 FORMAT, VERSION = "scm-checkpoint", 1
@@ -79,7 +82,8 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         CheckpointError: the file has another format, is damaged, or holds more than tensors and plain values.
     """
     source = Path(path)
-    return checkpoint_from(read_safetensors(source) if is_safetensors(source, read_start(source)) else read_torch_file(source), source)
+    with reading(source):
+        return checkpoint_from(read_safetensors(source) if is_safetensors(source, read_start(source)) else read_torch_file(source), source)
 
 
 def read_start(source: Path) -> bytes:
@@ -90,7 +94,7 @@ def read_start(source: Path) -> bytes:
         CheckpointError: the file cannot be read, or is empty.
     """
     try:
-        with source.open("rb") as file:
+        with open_regular(source) as file:
             start = file.read(16)
     except OSError as error:
         wrong = {FileNotFoundError: "the file does not exist", IsADirectoryError: "it is a folder"}.get(type(error), error.strerror or str(error))
@@ -122,16 +126,18 @@ def checkpoint_from(raw: object, source: Path) -> Checkpoint:
         )
     if raw.get("version") != VERSION:
         raise CheckpointError(
-            f"'{source}' has checkpoint version {raw.get('version')!r}, this scm-export reads version {VERSION}. Upgrade: pip install -U . in an updated clone"
+            f"'{source}' has checkpoint version {printable(raw.get('version'))}, this scm-export reads version {VERSION}. "
+            "Upgrade: pip install -U . in an updated clone"
         )
     try:
+        check_depth({name: value for name, value in raw.items() if name != "weights"})
         checkpoint = convert(raw, Checkpoint)
         validate(checkpoint.family, checkpoint.sampler, checkpoint.conditioning)
     except ValueError as error:
-        raise CheckpointError(f"'{source}' does not hold what a scm-checkpoint must: {error} (docs/checkpoint-format.md)") from error
+        raise CheckpointError(f"'{source}' does not hold what a scm-checkpoint must: {first_line(error)} (docs/checkpoint-format.md)") from error
     strange = [name for name, tensor in checkpoint.weights.items() if not isinstance(tensor, Tensor)]
     if strange:
-        raise CheckpointError(f"'{source}': weights must be tensors, got {type(checkpoint.weights[strange[0]]).__name__} for {strange[0]!r}")
+        raise CheckpointError(f"'{source}': weights must be tensors, got {type(checkpoint.weights[strange[0]]).__name__} for '{printable(strange[0])}'")
     return checkpoint
 
 
@@ -141,10 +147,9 @@ def read_safetensors(source: Path) -> Mapping[str, object]:
     Raises:
         CheckpointError: the file is damaged.
     """
-    try:
-        with safe_open(source, framework="pt") as file:
-            metadata = file.metadata() or {}
-            header = msgspec.json.decode(metadata["scm"]) if "scm" in metadata else {}
-            return {**header, "weights": {name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118 - safe_open is not a mapping
-    except (SafetensorError, OSError, msgspec.DecodeError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"'{source}' is not a readable .safetensors file: {first_line(error)}. Copy or save it again.") from error
+    with reading(source), open_safetensors(source) as file:
+        metadata = file.metadata()
+        header = decode_json(metadata["scm"]) if "scm" in metadata else {}
+        if not isinstance(header, dict):
+            raise CheckpointError(f"'{source}' is not a readable .safetensors file: its metadata 'scm' must be a JSON object. Save it again.")
+        return {**header, "weights": dict(file.tensors())}

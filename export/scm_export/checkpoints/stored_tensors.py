@@ -14,6 +14,7 @@ from scm_export.checkpoints.inert_pickle import Blob, Global, MalformedPickleErr
 MAX_ELEMENTS = 1 << 48
 MAX_DIMENSIONS = 8
 STORAGE_HEADER = 4096  #  bytes; a storage's own pickles take some 250
+SHORT_TEXT = 64  #  characters; longer text is encoded when its bytes are used
 TORCH_MAGIC = 0x1950A86A20F9469CFC6C  #  first pickle of torch.save's format before it became a zip archive
 
 STORAGE_DTYPES = {
@@ -224,7 +225,7 @@ def _latin_text(text: object, encoding: object) -> Bytes:
     """Stand-in for ``_codecs.encode``, with which protocol 2 writes bytes, since it has no opcode for them."""
     if not isinstance(text, str) or encoding != "latin1":
         raise MalformedPickleError("bytes must be written as latin1 text")
-    return text.encode("latin-1") if len(text) <= STORAGE_HEADER else Blob(text, 0, len(text))
+    return text.encode("latin-1") if len(text) <= SHORT_TEXT else Blob(text, 0, len(text))
 
 
 def _check_sizes(*sizes: tuple[object, ...]) -> None:

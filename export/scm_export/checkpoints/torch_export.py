@@ -17,14 +17,19 @@ import msgspec
 import torch
 from torch import Tensor
 
-from scm_export.checkpoints.archive import check_contents
+from scm_export.checkpoints.archive import open_archive
 from scm_export.checkpoints.operator_graph import Call, OperatorGraph, Outputs, ParsedProgram, Ref, Weight, checked_name, from_exported_program, is_assertion
 from scm_export.checkpoints.operators import ATEN, SUBSTITUTES, WITHOUT_IN_PLACE, ForbiddenOperatorError, Kind, check_arguments, find_operator, kind_of
 from scm_export.checkpoints.torch_file import TRUST_HINT, current_folder_importable
 from scm_export.errors import CheckpointError
-from scm_runtime.common.message_text import first_line
+from scm_runtime.common.documents import decode_json
+from scm_runtime.common.message_text import first_line, printable
 
 SCHEMA_MAJOR = 8  # of torch 2.9 to 2.13
+
+MAX_NODES = 16_000  # operators; FLUX has 6 149, the U-Net of SDXL 3 774
+MAX_DESCRIPTION = 64 << 20  # bytes of JSON; most of it are stack traces, up to 4 KiB an operator
+MAX_ARGUMENT = 1 << 20  # bytes of JSON
 
 DTYPES = {
     1: torch.uint8,
@@ -49,10 +54,10 @@ def read_torch_export(source: Path, *, trust: bool = False) -> OperatorGraph:
         CheckpointError: the file is damaged or of another version, has operators or objects that only trusted loading can open, or was exported
             with a fixed batch size.
     """
-    check_contents(source)
     try:
-        program = _load(source) if trust else _read(source)
-        network = OperatorGraph(program)
+        with open_archive(source) as archive:
+            program = _load(source) if trust else _read(source, archive)
+        network = OperatorGraph(program, limited=not trust)
     except CheckpointError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, msgspec.DecodeError, zipfile.BadZipFile) as error:
@@ -78,31 +83,87 @@ def _load(source: Path) -> ParsedProgram:
         raise CheckpointError(f"'{source}' cannot be loaded by torch.export.load: {type(error).__name__}: {first_line(error)}") from error
 
 
-def _read(source: Path) -> ParsedProgram:
-    with zipfile.ZipFile(source) as archive:
-        names = {name.partition("/")[2]: name for name in archive.namelist()}
-        models = [name for name in names if name.startswith("models/") and name.endswith(".json")]
-        if len(models) != 1:
-            held = "code compiled by AOTInductor alone" if any(name.startswith("data/aotinductor/") for name in names) else f"{len(models)} programs"
-            raise CheckpointError(f"'{source}' must hold one exported program, as torch 2.9 and newer save it, got {held}. Use torch.export.save.")
-        if "byteorder" in names and archive.read(names["byteorder"]) != b"little":
-            raise CheckpointError(f"'{source}' was saved on a big-endian machine. Save it again on another.")
-        raw = msgspec.json.decode(archive.read(names[models[0]]))
-        if (version := raw["schema_version"]["major"]) != SCHEMA_MAJOR:
-            raise CheckpointError(
-                f"'{source}' has version {version!r} of the format of torch.export, this scm-export reads version {SCHEMA_MAJOR}. {TRUST_HINT}"
-            )
-        stem = models[0].removeprefix("models/").removesuffix(".json")
-        tensors: dict[str, Tensor] = {}
-        for kind in ("constants", "weights"):
-            name = f"data/{kind}/{stem}_{kind}_config.json"
-            config = msgspec.json.decode(archive.read(names[name]))["config"]
-            tensors |= _tensors(source, archive, config, f"{names[models[0]].partition('/')[0]}/data/{kind}/")
-    return _Reader(source, raw["graph_module"], tensors).read()
+class _Version(msgspec.Struct):
+    major: int
+
+
+class _Versioned(msgspec.Struct):
+    schema_version: _Version
+
+
+class _Input(msgspec.Struct):
+    name: str
+    arg: msgspec.Raw
+    kind: int = 1
+
+
+class _Node(msgspec.Struct):
+    target: str
+    inputs: list[_Input]
+    outputs: list[msgspec.Raw]
+
+
+class _Graph(msgspec.Struct):
+    nodes: list[_Node]
+    tensor_values: dict[str, msgspec.Raw]
+
+
+class _Signature(msgspec.Struct):
+    input_specs: list[msgspec.Raw]
+    output_specs: list[msgspec.Raw]
+
+
+class _GraphModule(msgspec.Struct):
+    graph: _Graph
+    signature: _Signature
+
+
+class _Model(msgspec.Struct):
+    """The parts of a program's JSON that are read. The others, such as stack traces, take no memory."""
+
+    graph_module: _GraphModule
+
+
+def _read(source: Path, archive: zipfile.ZipFile) -> ParsedProgram:
+    names = {name.partition("/")[2]: name for name in archive.namelist()}
+    models = [name for name in names if name.startswith("models/") and name.endswith(".json")]
+    if len(models) != 1:
+        held = "code compiled by AOTInductor alone" if any(name.startswith("data/aotinductor/") for name in names) else f"{len(models)} programs"
+        raise CheckpointError(f"'{source}' must hold one exported program, as torch 2.9 and newer save it, got {held}. Use torch.export.save.")
+    if "byteorder" in names and _entry(archive, names["byteorder"]) != b"little":
+        raise CheckpointError(f"'{source}' was saved on a big-endian machine. Save it again on another.")
+    data = _entry(archive, names[models[0]])
+    if (version := msgspec.json.decode(data, type=_Versioned).schema_version.major) != SCHEMA_MAJOR:
+        raise CheckpointError(f"'{source}' has version {version!r} of the format of torch.export, this scm-export reads version {SCHEMA_MAJOR}. {TRUST_HINT}")
+    model = msgspec.json.decode(data, type=_Model).graph_module
+    if (count := len(model.graph.nodes)) > MAX_NODES:
+        raise CheckpointError(f"'{source}' has {count} operators, at most {MAX_NODES} are allowed. {TRUST_HINT}")
+    stem = models[0].removeprefix("models/").removesuffix(".json")
+    tensors: dict[str, Tensor] = {}
+    for kind in ("constants", "weights"):
+        config = decode_json(_entry(archive, names[f"data/{kind}/{stem}_{kind}_config.json"]))["config"]
+        tensors |= _tensors(source, archive, config, f"{names[models[0]].partition('/')[0]}/data/{kind}/")
+    return _Reader(source, model, tensors).read()
+
+
+def _entry(archive: zipfile.ZipFile, name: str) -> bytes:
+    """Read an entry that describes the program or its tensors."""
+    if (size := archive.getinfo(name).file_size) > MAX_DESCRIPTION:
+        raise ValueError(f"{printable(name)} has {size} bytes, at most {MAX_DESCRIPTION} are allowed")
+    return archive.read(name)
+
+
+def _decoded(raw: msgspec.Raw) -> dict[str, Any]:
+    """Decode a part of the program, a tagged union."""
+    if (size := memoryview(raw).nbytes) > MAX_ARGUMENT:
+        raise ValueError(f"an argument has {size} bytes, at most {MAX_ARGUMENT} are allowed")
+    decoded: dict[str, Any] = decode_json(bytes(raw))
+    return decoded
 
 
 def _tensors(source: Path, archive: zipfile.ZipFile, config: Mapping[str, Any], folder: str) -> dict[str, Tensor]:
     storages: dict[str, bytearray] = {}  # tied weights share a storage
+    views: dict[tuple[Any, ...], int] = {}  # bytes of each distinct tensor
     found = {}
     for name, payload in config.items():
         checked_name(name)
@@ -120,25 +181,29 @@ def _tensors(source: Path, archive: zipfile.ZipFile, config: Mapping[str, Any], 
             raise CheckpointError(f"'{source}': shape and storage of {name} disagree: shape {list(shape)}, strides {list(stride)}, {held} elements stored")
         flat = torch.frombuffer(storages[path], dtype=dtype, count=held) if held else torch.empty(0, dtype=dtype)
         found[name] = flat.as_strided(shape, stride, offset)
+        views[path, dtype, shape, stride, offset] = count * dtype.itemsize
+    stored = sum(map(len, storages.values()))
+    if (total := sum(views.values())) > 2 * stored:
+        raise CheckpointError(f"'{source}': its weights overlap: {total} bytes in {stored} bytes of storage. Call .contiguous() on them and export it again.")
     return found
 
 
 class _Reader:
     """Converts the JSON of a graph to a :class:`ParsedProgram`."""
 
-    def __init__(self, source: Path, raw: Mapping[str, Any], stored: Mapping[str, Tensor]) -> None:
-        self.source, self.raw, self.stored, self.program = source, raw, stored, ParsedProgram()
+    def __init__(self, source: Path, model: _GraphModule, stored: Mapping[str, Tensor]) -> None:
+        self.source, self.model, self.stored, self.program = source, model, stored, ParsedProgram()
         self.kinds: dict[int, Kind] = {}
 
     def read(self) -> ParsedProgram:
-        graph, program = self.raw["graph"], self.program
-        for spec in self.raw["signature"]["input_specs"]:
-            self.input(*_only(spec))
+        program = self.program
+        for spec in self.model.signature.input_specs:
+            self.input(*_only(_decoded(spec)))
         read_only = set(self.kinds)
-        for node in graph["nodes"]:
-            if not is_assertion(node["target"].removeprefix(ATEN)):
+        for node in self.model.graph.nodes:
+            if not is_assertion(node.target.removeprefix(ATEN)):
                 self.call(node, read_only)
-        outputs = [spec["user_output"]["arg"] for spec in self.raw["signature"]["output_specs"] if "user_output" in spec]
+        outputs = [spec["user_output"]["arg"] for spec in map(_decoded, self.model.signature.output_specs) if "user_output" in spec]
         program.output = program.value_ids[outputs[0]["as_tensor"]["name"]]
         return program
 
@@ -149,7 +214,7 @@ class _Reader:
                 if "as_tensor" not in spec["arg"]:
                     raise CheckpointError(f"'{self.source}': the program's inputs must be tensors, got one {_only(spec['arg'])[0].removeprefix('as_')!r:.100}")
                 name = spec["arg"]["as_tensor"]["name"]
-                sizes = self.raw["graph"]["tensor_values"][name]["sizes"]
+                sizes = _decoded(self.model.graph.tensor_values[name])["sizes"]
                 self.kinds[program.define_input(name, tuple(size.get("as_int") for size in sizes))] = "tensor"
             case "parameter" | "buffer" | "tensor_constant":
                 target = checked_name(spec[f"{kind}_name"])
@@ -161,15 +226,15 @@ class _Reader:
             case _:
                 raise _refused(self.source, f"an input of the kind {kind[:200]!r}")
 
-    def call(self, node: Mapping[str, Any], read_only: set[int]) -> None:
-        target = node["target"]
+    def call(self, node: _Node, read_only: set[int]) -> None:
+        target = node.target
         try:
             operator = find_operator(target)
         except ForbiddenOperatorError as error:
             name = target.removeprefix(ATEN).partition(".")[0]
             in_place = f" ({WITHOUT_IN_PLACE})" if name.endswith("_") and not name.startswith("_") else ""
             raise _refused(self.source, f"the operator {target[:200]!r}", f"which is not one of those that are run without trust{in_place}") from error
-        given = [(item["name"], self.argument(item["arg"]), item.get("kind", 1)) for item in node["inputs"]]
+        given = [(item.name, self.argument(_decoded(item.arg)), item.kind) for item in node.inputs]
         args = tuple(value for _, value, kind in given if kind != 2)
         if any(name == "train" and value is True for name, value, _ in given):
             raise CheckpointError(f"'{self.source}' was exported in training mode ({target}). Call .eval() on the network and export it again.")
@@ -178,8 +243,10 @@ class _Reader:
             returned = check_arguments(operator, args, kwargs, self.kinds, read_only)
         except ValueError as error:
             raise CheckpointError(f"'{self.source}' is damaged, or was not written by torch.export.save: {error}. Export the network again.") from error
-        outputs = [self.define(item, kind) for item, kind in zip(node["outputs"], returned, strict=True)]
-        self.program.calls.append(Call(SUBSTITUTES.get(operator, operator), args, kwargs, outputs[0] if len(outputs) == 1 else tuple(outputs)))
+        outputs = [self.define(_decoded(item), kind) for item, kind in zip(node.outputs, returned, strict=True)]
+        self.program.calls.append(
+            Call(target.removeprefix("torch.ops."), SUBSTITUTES.get(operator, operator), args, kwargs, outputs[0] if len(outputs) == 1 else tuple(outputs))
+        )
 
     def define(self, raw: Mapping[str, Any], kind: Kind) -> Outputs:
         """Assign ids to the values that an operator returns."""

@@ -13,10 +13,13 @@ from pathlib import Path
 
 import torch
 
-from scm_export.checkpoints.archive import check_contents, check_storages
+from scm_export.checkpoints.archive import check_contents
 from scm_export.checkpoints.ignored_objects import ignoring_objects, without_attributes
+from scm_export.checkpoints.inert_pickle import Bounded, MalformedPickleError, OversizedPickleError
+from scm_export.checkpoints.torch_pickle import UnboundedCallError, check_legacy_pickles, check_zip_pickle
 from scm_export.errors import CheckpointError
-from scm_runtime.common.message_text import first_line
+from scm_runtime.common.files import open_regular
+from scm_runtime.common.message_text import first_line, printable
 
 TRUST_HINT = "If you trust its author: --trust loads it anyway and runs its code."
 
@@ -31,7 +34,8 @@ def read_torch_file(source: Path, *, trust: bool = False) -> object:
     """
     if is_zip(source):
         check_contents(source)
-        check_storages(source)
+    if not trust:
+        _check_pickles(source)
     try:
         with warnings.catch_warnings(), ignoring_objects():
             warnings.simplefilter("ignore")  # torch warns about pickles that it then refuses
@@ -41,15 +45,30 @@ def read_torch_file(source: Path, *, trust: bool = False) -> object:
             raise CheckpointError(f"'{source}' is not a readable .pt file: damaged or of another format. Copy or save it again.") from error
         if trust:
             return _read_trusted(source, name)
-        raise CheckpointError(
-            f"'{source}' is a pickle that wants to run code ({name}), and was not loaded: it must hold tensors and plain values only. {TRUST_HINT}"
-        ) from error
+        raise _wants_to_run(source, name) from error
     except Exception as error:
         raise CheckpointError(f"'{source}' is not a readable .pt file: truncated or of another format ({first_line(error)}). Copy or save it again.") from error
     try:
         return without_attributes(content)
     except ValueError as error:
         raise CheckpointError(f"'{source}': {error}. Save it as a plain tensor.") from error
+
+
+def _check_pickles(source: Path) -> None:
+    try:
+        (check_zip_pickle if is_zip(source) else check_legacy_pickles)(source)
+    except (OversizedPickleError, UnboundedCallError) as error:
+        raise CheckpointError(f"'{source}' does not hold only tensors and plain values: {error}. Save it again.") from error
+    except MalformedPickleError as error:
+        if name := _callable_in(source, pickle.UnpicklingError()):  # a pickle, but not one that torch.save wrote
+            raise _wants_to_run(source, name) from error
+        raise CheckpointError(f"'{source}' is not a readable {source.suffix or '.pt'} file: {error}. Copy or save it again.") from error
+
+
+def _wants_to_run(source: Path, name: str) -> CheckpointError:
+    return CheckpointError(
+        f"'{source}' is a pickle that wants to run code ({name}), and was not loaded: it must hold tensors and plain values only. {TRUST_HINT}"
+    )
 
 
 def _read_trusted(source: Path, name: str) -> object:
@@ -77,7 +96,7 @@ def current_folder_importable() -> Iterator[None]:
 
 def is_zip(source: Path) -> bool:
     """Return True if a file starts with the signature of a zip archive."""
-    with source.open("rb") as file:
+    with open_regular(source) as file:
         return file.read(4) == b"PK\x03\x04"
 
 
@@ -87,12 +106,12 @@ def _callable_in(source: Path, error: pickle.UnpicklingError) -> str | None:
     torch names it in its error, except for newer pickle protocols. Their opcodes are searched without running them.
     """
     if named := re.search(r"unsupported (?:global: )?(?:GLOBAL|class) (\S+)", str(error), re.IGNORECASE):
-        return named[1]
+        return printable(named[1])
     try:
-        with source.open("rb") as file:
-            for operation, argument, _ in pickletools.genops(file):
+        with open_regular(source) as file:
+            for operation, argument, _ in pickletools.genops(Bounded(file, source.stat().st_size)):  # type: ignore[arg-type]  # it has the methods that genops uses
                 if operation.name in ("GLOBAL", "STACK_GLOBAL", "INST", "REDUCE"):
-                    return str(argument or "a function of its own choice")
+                    return printable(str(argument).replace(" ", ".", 1) if argument else "a function of its own choice")
     except Exception:  # noqa: BLE001 - any failure to parse means that the file is not a pickle
         return None
     return None

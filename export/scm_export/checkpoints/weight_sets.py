@@ -169,9 +169,13 @@ def _unreadable_average(raw: object, sets: Sequence[WeightSet]) -> str | None:
     return None
 
 
-def _holds_array(value: object, depth: int = 0) -> bool:
-    """Return True if nested containers hold a tensor that is not a scalar."""
-    if isinstance(value, Tensor):
-        return value.ndim > 0
-    items = list(dict.values(value)) if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return depth < MAX_DEPTH and any(_holds_array(item, depth + 1) for item in items)
+def _holds_array(value: object) -> bool:
+    """Return True if nested containers hold a tensor that is not a scalar. A container that occurs several times is searched only once."""
+    level, seen = [value], set[int]()
+    for _ in range(MAX_DEPTH + 1):
+        if any(isinstance(item, Tensor) and item.ndim > 0 for item in level):
+            return True
+        containers = {id(item): item for item in level if isinstance(item, dict | list | tuple) and id(item) not in seen}
+        seen |= containers.keys()
+        level = [item for one in containers.values() for item in (dict.values(one) if isinstance(one, dict) else one)]
+    return False

@@ -5,7 +5,8 @@ from scm_export.errors import CheckpointError
 from scm_export.families import consistency, edm2, latent_consistency, module, sana_sprint
 from scm_export.families.family import BuildOptions, Family
 from scm_export.model import Model
-from scm_runtime.errors import InvalidArgumentError
+from scm_runtime.common.message_text import first_line
+from scm_runtime.errors import InvalidArgumentError, ScmError
 
 __all__ = ["FAMILIES", "BuildOptions", "Family", "build_model", "find_family"]
 
@@ -37,5 +38,18 @@ def find_family(loaded: Loaded, name: str | None = None) -> str:
 
 
 def build_model(loaded: Loaded, options: BuildOptions | None = None, family: str | None = None) -> Model:
-    """Build the model of a checkpoint. Raises the errors of :func:`find_family` and of the family's ``build``."""
-    return FAMILIES[find_family(loaded, family)].build(loaded, options or BuildOptions())
+    """Build the model of a checkpoint.
+
+    Raises:
+        CheckpointError: the checkpoint belongs to no family, or its configuration or weights do not fit its family.
+        InvalidArgumentError: an option does not fit the model, or there is no such family.
+    """
+    name = find_family(loaded, family)
+    try:
+        return FAMILIES[name].build(loaded, options or BuildOptions())
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError, MemoryError) as error:
+        if isinstance(error, ScmError):
+            raise
+        # Configurations have values of any type and size, which the classes of diffusers and torch check late or never.
+        what = f"{type(error).__name__}: {first_line(error)}"
+        raise CheckpointError(f"no model of the family {name} can be built from {loaded.describe()} ({what}). Check its configuration.") from error

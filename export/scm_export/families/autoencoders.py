@@ -200,7 +200,8 @@ class ImageToPixels(nn.Module):
 
 def _open_autoencoder(path: Path, option: str) -> DiffusersFolder:
     if not is_diffusers_folder(path):
-        raise CheckpointError(f"{option} must be the folder of an autoencoder as diffusers saves it, with config.json and weights; got '{path}'")
+        exists = "" if path.exists() else ", which does not exist. A repository of the hub has the form org/name, such as stabilityai/sd-vae-ft-mse"
+        raise CheckpointError(f"{option} must be the folder of an autoencoder as diffusers saves it, with config.json and weights; got '{path}'{exists}")
     folder = DiffusersFolder(path)
     if folder.find(*AUTOENCODERS) is None:
         raise CheckpointError(f"{option} must hold one of {', '.join(AUTOENCODERS)}, got {folder.describe()}")
@@ -231,7 +232,7 @@ class _Autoencoder:
         try:
             load_weights(half, read_weights(self.folder, self.component, *half.names))
         except CheckpointError as error:
-            raise CheckpointError(f"the {self.kind} in '{self.folder.path}': {error}") from error
+            raise CheckpointError(f"the {self.kind} in '{self.folder.path}': {first_line(error)}") from error
         return half
 
     def image_shape(self, sample_shape: tuple[int, ...]) -> tuple[int, int, int]:

@@ -7,12 +7,15 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
+from threading import get_ident
 from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from scm_export.checkpoints import DiffusersFolder, Loaded
 from scm_export.errors import CheckpointError
@@ -23,6 +26,9 @@ from scm_runtime.errors import InvalidArgumentError, MissingDependencyError
 
 # Names of attention layers in folders saved before diffusers 0.17, such as sd-vae-ft-mse.
 OLD_ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+MAX_MODULES = 10_000  # the largest published networks have some 3 000
+MAX_SIDE = 4096  #       of the state; the positional embedding of SANA is computed for the whole state
+
 _OLD_ATTENTION = re.compile(rf"(attentions\.\d+)\.({'|'.join(OLD_ATTENTION_NAMES)})\.(weight|bias)$")
 
 
@@ -51,10 +57,10 @@ def make_network(folder: DiffusersFolder, component: str) -> nn.Module:
         raise MissingDependencyError(f"reading a diffusers folder needs diffusers ({error}):\n  {install_extras('export')}") from error
     name, config = folder.classes[component], folder.config(component)
     try:
-        with torch.device("meta"), _quiet():
+        with torch.device("meta"), _quiet(), _limited_modules():
             network = getattr(diffusers, name).from_config(config)
     except Exception as error:
-        raise CheckpointError(f"diffusers {diffusers.__version__} cannot create a {name} from '{folder.path / component}': {first_line(error)}") from error
+        raise _not_created(name, folder.path / component, error) from error
     assert isinstance(network, nn.Module)
     return network.eval().requires_grad_(False)
 
@@ -91,7 +97,13 @@ def make_scheduler(folder: DiffusersFolder, name: str) -> Any:
         with _quiet():
             return getattr(diffusers, name).from_config(config)
     except Exception as error:
-        raise CheckpointError(f"diffusers {diffusers.__version__} cannot create a {name} from '{folder.path / 'scheduler'}': {first_line(error)}") from error
+        raise _not_created(name, folder.path / "scheduler", error) from error
+
+
+def _not_created(name: str, folder: Path, error: Exception) -> CheckpointError:
+    import diffusers
+
+    return CheckpointError(f"diffusers {diffusers.__version__} cannot create a {name} from '{folder}': {first_line(error)}")
 
 
 def sample_size(config: Any, size: tuple[int, int] | None, unit: int = 1) -> tuple[int, int]:
@@ -107,15 +119,17 @@ def sample_size(config: Any, size: tuple[int, int] | None, unit: int = 1) -> tup
         InvalidArgumentError: the requested size is not a multiple of ``unit``.
     """
     if size is not None:
-        if any(side <= 0 or side % unit for side in size):
-            raise InvalidArgumentError(f"size must be a height and a width in multiples of {unit} pixels, got {size[0]}x{size[1]}")
+        if any(side <= 0 or side % unit or side > MAX_SIDE * unit for side in size):
+            raise InvalidArgumentError(f"size must be a height and a width in multiples of {unit} pixels, at most {MAX_SIDE * unit}, got {size[0]}x{size[1]}")
         return size[0] // unit, size[1] // unit
     match config.sample_size:
-        case int(side):
+        case int(side) if 1 <= side <= MAX_SIDE:
             return side, side
-        case [int(height), int(width)]:
+        case [int(height), int(width)] if 1 <= min(height, width) <= max(height, width) <= MAX_SIDE:
             return height, width
-    raise CheckpointError(f"sample_size of the U-Net must be a size or a height and a width, got {config.sample_size!r}. Give the size with --size.")
+    raise CheckpointError(
+        f"sample_size of the U-Net must be a size or a height and a width, from 1 to {MAX_SIDE}, got {config.sample_size!r:.100}. Give the size with --size."
+    )
 
 
 def check_size(unet: nn.Module, sample_shape: tuple[int, ...], **conditioning: Tensor) -> None:
@@ -174,6 +188,24 @@ def injected_noise(scheduler: ModuleType, noises: Sequence[Tensor]) -> Iterator[
     draws = iter(noises)
     with patch.object(scheduler, "randn_tensor", lambda *_args, **_kwargs: next(draws)):
         yield
+
+
+@contextmanager
+def _limited_modules() -> Iterator[None]:
+    """Within the block, this thread can create at most ``MAX_MODULES`` modules: a configuration may claim millions of layers. More raise ValueError."""
+    thread, count = get_ident(), 0
+
+    def check(*_: object) -> None:
+        nonlocal count
+        count += get_ident() == thread
+        if count > MAX_MODULES:
+            raise ValueError(f"the configuration describes more than {MAX_MODULES} modules")
+
+    hook = register_module_module_registration_hook(check)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @contextmanager

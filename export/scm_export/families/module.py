@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import logging
+import math
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from typing import Any
@@ -12,14 +14,16 @@ from msgspec import Struct
 from torch import Tensor, nn
 
 from scm_export.checkpoints import Checkpoint, Loaded, Program, SamplerSpec
-from scm_export.checkpoints.header import PositiveInteger, convert
+from scm_export.checkpoints.header import MAX_ELEMENTS, PositiveInteger, convert
 from scm_export.checkpoints.operator_graph import OperatorGraph
 from scm_export.checkpoints.state_dict import uncompiled
-from scm_export.errors import CheckpointError
+from scm_export.dynamic_splits import DynamicSplits
+from scm_export.errors import CheckpointError, ExportError
 from scm_export.example_inputs import example_conditioning
 from scm_export.families.autoencoders import ImageNetworks, LatentStatistics, image_networks, pixel_networks
 from scm_export.families.diffusers_networks import make_batch_dynamic
 from scm_export.families.family import BuildOptions, Family
+from scm_export.families.parametrisation_check import suspicion
 from scm_export.families.sampling import sampling_fields
 from scm_export.families.weights import load_weights
 from scm_export.graphs.trace import TRACE_BATCH
@@ -29,7 +33,11 @@ from scm_export.precision import Precision, is_norm
 from scm_runtime.bundle.manifest import Conditioning
 from scm_runtime.common.message_text import first_line
 
+logger = logging.getLogger("scm_export")
+
 PIXEL_CHANNELS = (1, 3, 4)
+TRUSTED = "the parametrization {!r} is taken from the config or --parametrisation on trust: the verification applies it to the original network as well"
+MAX_AXES = 8
 
 
 class ModuleConfig(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -62,11 +70,13 @@ def build_module(loaded: Loaded, options: BuildOptions) -> Model:
     header, sampler = loaded.header, loaded.header.sampler
     try:
         config = convert(header.config, ModuleConfig)
+        if not 1 <= len(config.sample_shape) <= MAX_AXES or math.prod(config.sample_shape) > MAX_ELEMENTS:
+            raise ValueError(f"sample_shape must have 1 to {MAX_AXES} axes and at most {MAX_ELEMENTS} elements, got {list(config.sample_shape)!s:.200}")
         conditioning = tuple(item.conditioning() for item in header.conditioning)
         if header.label_names is not None:
             conditioning = _with_label_names(conditioning, header.label_names)
     except ValueError as error:
-        raise CheckpointError(f"config of the family module: {error} (docs/checkpoint-format.md)") from error
+        raise CheckpointError(f"config of the family module: {first_line(error)} (docs/checkpoint-format.md)") from error
     if options.size is not None:
         raise CheckpointError("a network of the family module has the sample_shape of its config: leave out the size")
     _check_inputs(loaded, conditioning)
@@ -95,6 +105,9 @@ def build_module(loaded: Loaded, options: BuildOptions) -> Model:
         licence=header.licence,
     )
     _check_call(own, model, loaded)
+    if (doubt := suspicion(model)) is not None:
+        logger.warning("%s", doubt)
+    model.notes = (TRUSTED.format(sampler.parametrisation),)
     if loaded.original is not None:
         step = Step(FirstOutput(loaded.original), sampler.sigma_data, sampler.parametrisation, sampler.solver)
         model.reference = Reference(
@@ -113,7 +126,7 @@ class FirstOutput(nn.Module):
 
     def forward(self, x: Tensor, level: Tensor, **conditioning: Tensor) -> Tensor:
         # The network is traced without torch.compile, which could not compile PromoteDtypes.
-        with torch.compiler.set_stance("force_eager"):
+        with torch.compiler.set_stance("force_eager"), DynamicSplits():
             output: Any = self.network(x, level, **conditioning)
         while not isinstance(output, Tensor):
             if isinstance(output, dict) and output:
@@ -211,6 +224,10 @@ def _check_call(network: nn.Module, model: Model, loaded: Program) -> None:
         try:
             with torch.no_grad():
                 output = network(x, level, **conditioning)
+        except CheckpointError as error:
+            raise CheckpointError(f"{loaded.describe()} was not run: {error}") from error
+        except ExportError:
+            raise
         except Exception as error:
             asked = ", ".join(["x", "level", *(f"{item.name}=" for item in model.conditioning)])
             raise CheckpointError(

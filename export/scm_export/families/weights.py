@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from scm_export.checkpoints.state_dict import drop_bookkeeping, strip_prefixes
 from scm_export.errors import CheckpointError
+from scm_runtime.common.message_text import printable
+
+MAX_SHARING = 8  # tied weights: how often one storage may occur
 
 
 def load_weights(network: nn.Module, weights: dict[str, Tensor]) -> None:
@@ -40,6 +43,7 @@ def load_weights(network: nn.Module, weights: dict[str, Tensor]) -> None:
         raise CheckpointError("the weights do not match the config: " + "; ".join(problems))
     if strange := [f"{name} ({weights[name].dtype})" for name in expected if own[name].is_floating_point() and not weights[name].is_floating_point()]:
         raise CheckpointError(_first_three("weights must be of a floating dtype, got", strange))
+    _check_overlap(weights)
     owned, storages = {}, set[int]()
     for name in expected:
         tensor = weights.pop(name)
@@ -49,6 +53,13 @@ def load_weights(network: nn.Module, weights: dict[str, Tensor]) -> None:
     if broken := [name for name, tensor in owned.items() if not _is_finite(tensor)]:
         raise CheckpointError(_first_three("weights must be finite, got NaN or infinity in", broken))
     network.load_state_dict(owned, assign=True)
+
+
+def _check_overlap(weights: dict[str, Tensor]) -> None:
+    """Check that tensors do not share memory so much that their copies would be far larger than the file. Raises CheckpointError."""
+    stored = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in weights.values()}
+    if (size := sum(tensor.nbytes for tensor in weights.values())) > MAX_SHARING * sum(stored.values()) + (1 << 20):
+        raise CheckpointError(f"the weights share memory: {size} bytes of tensors in {sum(stored.values())} bytes of storage. Save them as separate tensors.")
 
 
 def _is_plain(tensor: Tensor, storages: set[int]) -> bool:
@@ -65,4 +76,4 @@ def _is_finite(tensor: Tensor) -> bool:
 
 def _first_three(what: str, names: list[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{what}: {', '.join(names[:3])}{more}"
+    return f"{what}: {', '.join(map(printable, names[:3]))}{more}"

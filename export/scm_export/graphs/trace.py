@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from scm_export.graphs.bf16_casts import insert_float32_casts
 from scm_export.graphs.build import BATCH, ir_version
 from scm_export.graphs.dense_layers import replace_dense_layers
 from scm_export.graphs.functions import attach_functions, optimize
+from scm_export.graphs.trace_errors import explain, fixed_batch, quiet_tracer
 from scm_export.graphs.weight_layout import fold_weight_transposes
 from scm_export.model import Model
 from scm_export.ops import operators_as_nodes
@@ -105,14 +105,11 @@ def _trace(
     *,
     operators: bool = True,
 ) -> ir.Model:
-    exporter_log = logging.getLogger("torch.onnx")
-    level = exporter_log.level
-    exporter_log.setLevel(logging.ERROR)  # it warns about optional packages that no graph here needs
+    module = module.eval()
     try:
-        with torch.no_grad(), warnings.catch_warnings(), operators_as_nodes() if operators else nullcontext():
-            warnings.simplefilter("ignore")  # deprecations inside torch and onnxscript
+        with quiet_tracer(), _tracing(operators=operators):
             program = torch.onnx.export(
-                module.eval(),
+                module,
                 kwargs=dict(arguments),
                 dynamic_shapes=dict(shapes),
                 input_names=inputs,
@@ -132,21 +129,27 @@ def _trace(
             # ONNX Runtime warns of every unused initializer, such as the shape of a Reshape that was removed.
             ir.passes.common.RemoveUnusedNodesPass()(traced)
     except Exception as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ExportError(f"torch.onnx cannot translate the network of {name}: {reason[-1]}") from error
-    finally:
-        exporter_log.setLevel(level)
+        raise ExportError(explain(error, name)) from error
     if missing := set(inputs) - {value.name for value in traced.graph.inputs}:
         raise ExportError(f"the traced {name} lost its inputs {', '.join(sorted(missing))}")
     if any(value.shape is not None and value.shape.rank() and isinstance(value.shape[0], int) for value in traced.graph.inputs):
-        raise ExportError(
-            f"torch.onnx fixed the batch size of {name} at {TRACE_BATCH}, the size used for tracing. The network uses the batch size as a number: in a loop "
-            "over samples, in float(x.shape[0]), or as the length of a table that it keeps. Write that with tensors, or make such a table at every call."
-        )
+
+        def trace_again() -> object:
+            with _tracing(operators=operators):
+                return torch.export.export(module, (), kwargs=dict(arguments), dynamic_shapes=dict(shapes))
+
+        raise ExportError(fixed_batch(name, TRACE_BATCH, trace_again))
     _strip(traced, name)
     traced.ir_version = ir_version(opset)
     attach_functions(traced)
     return traced
+
+
+@contextmanager
+def _tracing(*, operators: bool) -> Iterator[None]:
+    with torch.no_grad(), warnings.catch_warnings(), operators_as_nodes() if operators else nullcontext():
+        warnings.simplefilter("ignore")  # deprecations inside torch and onnxscript
+        yield
 
 
 def _strip(model: ir.Model, name: str) -> None:
