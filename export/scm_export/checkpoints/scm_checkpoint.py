@@ -126,7 +126,8 @@ def checkpoint_from(raw: object, source: Path) -> Checkpoint:
         )
     if raw.get("version") != VERSION:
         raise CheckpointError(
-            f"'{source}' has checkpoint version {printable(raw.get('version'))}, this scm-export reads version {VERSION}. Upgrade: pip install -U scm-runtime"
+            f"'{source}' has checkpoint version {printable(raw.get('version'))}, this scm-export reads version {VERSION}. "
+            "Upgrade: pip install -U . in an updated clone"
         )
     try:
         check_depth({name: value for name, value in raw.items() if name != "weights"})
