@@ -40,7 +40,8 @@ class Options:
         trust: also open files that can only be read by running code from them: TorchScript, pickled modules, unusual ``.pt2`` files.
         dtype: dtype of the stored weights, "fp32", "fp16" or "bf16"; None for the family's default. The last two give graphs in that dtype and fp32 graphs
             over the same half-precision weights.
-        decoder: folder or repository of an autoencoder in diffusers' format, for latent models whose checkpoint does not contain one.
+        decoder: folder or repository of an autoencoder in diffusers' format, for latent models whose checkpoint does not contain one. Or your own decoder:
+            ``package.module:function``, which returns a network from latents to pixels, or such a network. The function is run.
         latents: leave the decoder out; the bundle's samples are latents.
         with_encoder: also write the autoencoder's encoder, ``encode.*.onnx``.
         preview_decoder: folder or repository of a small autoencoder (AutoencoderTiny), written as ``preview.*.onnx``.
@@ -71,7 +72,7 @@ class Options:
     parametrisation: ParametrisationName | None = None
     trust: bool = False
     dtype: Dtype | None = None
-    decoder: StrPath | None = None
+    decoder: StrPath | nn.Module | None = None
     latents: bool = False
     with_encoder: bool = False
     preview_decoder: StrPath | None = None

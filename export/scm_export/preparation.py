@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch import nn
 
 from scm_export.checkpoints import DiffusersFolder, Loaded, open_checkpoint, open_network
 from scm_export.checkpoints.from_hub import fetch
-from scm_export.checkpoints.program import weights_sha256
+from scm_export.checkpoints.program import FACTORY, call_factory, copy_network, weights_sha256
 from scm_export.choices import DEFAULT_OPSET, LARGEST_SAMPLER, MAX_COMPOSED_STEPS
 from scm_export.families import FAMILIES, BuildOptions, build_model, find_family
 from scm_export.model import ImageDecoder, Latents, Model
@@ -59,11 +60,11 @@ def prepare(checkpoint: StrPath | nn.Module, out: StrPath | None, options: Optio
     assert options.dtype is not None
     if reason := FAMILIES[family].refuses.get(options.dtype):
         raise InvalidArgumentError(f"the family {family} cannot be exported in {options.dtype}: {reason}")
-    decoder, preview = (None if folder is None else fetch(folder, None, options.progress).path for folder in (options.decoder, options.preview_decoder))
+    preview = None if options.preview_decoder is None else fetch(options.preview_decoder, None, options.progress).path
     guide, guide_weights = None, None
     if options.guide is not None:
         guide, guide_weights = open_checkpoint(options.guide, trust=options.trust, progress=options.progress)
-    model = build_model(loaded, BuildOptions(decoder, options.latents, options.with_encoder, preview, guide, options.size), family)
+    model = build_model(loaded, BuildOptions(_decoder(options), options.latents, options.with_encoder, preview, guide, options.size), family)
     _check_options_apply(model, options)
     if isinstance(model.decoder, ImageDecoder) and model.sample_shape[0] == LATENT_OR_RGBA:
         model.notes += ("the state has 4 channels and is taken as RGBA pixels. If it is latents, give their autoencoder with --decoder, or --latents",)
@@ -92,6 +93,18 @@ def _open_network(network: nn.Module, out: StrPath | None, options: Options) -> 
     _check_output(Path(out), options)
     program = open_network(network, options.config, options.parametrisation)
     return Opened(program, Path(out), type(network).__qualname__, None, lambda: weights_sha256(network))
+
+
+def _decoder(options: Options) -> Path | nn.Module | None:
+    """Folder of an autoencoder, or the user's own decoder."""
+    given = options.decoder
+    if given is None:
+        return None
+    if isinstance(given, nn.Module):
+        return copy_network(given, f"the decoder {type(given).__name__}")
+    if isinstance(given, str) and FACTORY.fullmatch(given) and not os.path.lexists(given):
+        return call_factory(given, {})
+    return fetch(given, None, options.progress).path
 
 
 def _check_output(destination: Path, options: Options) -> None:

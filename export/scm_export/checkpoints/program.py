@@ -20,6 +20,9 @@ from scm_export.errors import CheckpointError
 from scm_runtime.common.message_text import first_line
 from scm_runtime.errors import InvalidArgumentError
 
+FACTORY = re.compile(r"([A-Za-z_][\w.]*):([A-Za-z_][\w.]*)")
+"""``package.module:function``."""
+
 
 @dataclass(frozen=True)
 class Program:
@@ -51,7 +54,7 @@ def call_factory(factory: str, arguments: dict[str, Any]) -> nn.Module:
         InvalidArgumentError: there is no such function.
         CheckpointError: the function fails, or does not return a module.
     """
-    if not (found := re.fullmatch(r"([A-Za-z_][\w.]*):([A-Za-z_][\w.]*)", factory)):
+    if not (found := FACTORY.fullmatch(factory)):
         raise InvalidArgumentError(f"factory must be package.module:function, got {factory!r}")
     with current_folder_importable():
         function = _find(found[1], found[2])
