@@ -406,7 +406,7 @@ ROWS: list[tuple[str, Make, type[ScmError], str, str]] = [
     ("no sample_shape", header({"config": {}}), CheckpointError, "missing required field `sample_shape`", DOCUMENT),
     ("a negative size", header({"config": {"sample_shape": [3, -1, 8]}}), CheckpointError, "Expected `int` >= 1", "sample_shape"),
     ("a wrong type", header({"sampler": {"sigma_data": "half"}}), CheckpointError, "Expected `float`, got `str`", "sampler.sigma_data"),
-    ("a wrong choice", header({"sampler": {"parametrisation": "v"}}), CheckpointError, "Invalid enum value 'v'", "sampler.parametrisation"),
+    ("a wrong choice", header({"sampler": {"parametrisation": "v"}}), CheckpointError, "must be one of trigflow, trigflow-negated, edm, flow, x0, got 'v'", "sampler.parametrisation"),
     ("rising times", header({"sampler": {"times": {"1": [0, 1]}}}), CheckpointError, "got [0.0, 1.0] for 1 steps", "decreasing"),
     ("a class without classes", header({"conditioning": [{"name": "c", "kind": "class"}]}), CheckpointError, "of kind 'class'", "must give num_classes"),
     ("a name of the step's", header({"conditioning": [{"name": "x", "kind": "scalar"}]}), CheckpointError, "got 'x'", "must have other names"),
