@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -9,9 +10,11 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, Self, Unpack
 
+from scm_runtime.devices.placement import all_devices
 from scm_runtime.errors import InvalidArgumentError
 from scm_runtime.generator import Generator
 from scm_runtime.inputs.arguments import CallArguments, Labels
+from scm_runtime.inputs.signatures import list_keywords, lists_arguments
 from scm_runtime.samples import Samples
 from scm_runtime.sampling.streaming import QueuedSampling, StreamSource
 
@@ -22,18 +25,21 @@ if TYPE_CHECKING:
 class DevicePool(QueuedSampling):
     """Generates samples on several devices: ``DevicePool(bundle, devices=("cuda:0", "cuda:1"))``. Any number of threads may use it."""
 
-    def __init__(self, bundle: str | os.PathLike[str], devices: Sequence[str] = ("cuda:0", "cuda:1"), **options: Any) -> None:
+    def __init__(self, bundle: str | os.PathLike[str], devices: Sequence[str] | None = None, **options: Any) -> None:
         """Open the bundle on each device.
 
         Args:
             bundle: as for a Generator.
-            devices: one or more devices; a device that is listed twice gets two Generators.
+            devices: one or more devices, such as ``("cuda:0", "cuda:1")``; None for all GPUs, or the CPU if no GPU can be used.
+                A device that is listed twice gets two Generators.
             **options: the other arguments of the Generators.
 
         Raises:
             InvalidArgumentError: there are no devices.
             ScmError: what a Generator raises. If one device is not available, all Generators are closed.
         """
+        if devices is None:
+            devices = all_devices()
         if isinstance(devices, str) or not devices:
             raise InvalidArgumentError(f"devices must be one device or more, such as ('cuda:0', 'cuda:1'), got {devices!r}")
         opened: list[Generator] = []
@@ -62,13 +68,15 @@ class DevicePool(QueuedSampling):
     def __reduce__(self) -> NoReturn:
         raise TypeError("a DevicePool holds open sessions and cannot be pickled: make one in each process")
 
+    @lists_arguments(CallArguments)
     def __call__(self, class_labels: Labels | None = None, **arguments: Unpack[CallArguments]) -> Samples:
-        """Call the least busy Generator."""
+        """Call the least busy Generator, with the arguments of its call."""
         with self._least_busy() as generator:
             return generator(class_labels, **arguments)
 
+    @lists_arguments(CallArguments)
     def submit(self, class_labels: Labels | None = None, **arguments: Unpack[CallArguments]) -> Future[Samples]:
-        """Submit to the least busy Generator."""
+        """Submit to the least busy Generator, with the arguments of its ``submit``."""
         i = self._acquire()
         try:
             future = self.generators[i].submit(class_labels, **arguments)
@@ -115,3 +123,7 @@ class DevicePool(QueuedSampling):
     def _release(self, i: int) -> None:
         with self._lock:
             self._running[i] -= 1
+
+
+list_keywords(DevicePool.__init__, [option for option in inspect.signature(Generator).parameters.values() if option.name != "device"])
+list_keywords(DevicePool.warmup, inspect.signature(Generator.warmup).parameters.values())

@@ -14,6 +14,7 @@
     ├── DeviceError                 (RuntimeError) the requested device is not available, or ONNX Runtime used another
     ├── ForkedError                 (RuntimeError) a Generator was used in a forked child of the process that made it
     ├── GenerationCancelledError    a callback returned False
+    ├── GenerationTimeoutError      (TimeoutError) a call was not finished within its timeout
     ├── QueueFullError              (RuntimeError) submit refused a request: max_queue others are not finished
     ├── InferenceError              (RuntimeError) ONNX Runtime refused a graph or failed in it
     │   ├── OutOfMemoryError        (MemoryError) the device or the host ran out of memory; a smaller batch may fit
@@ -102,6 +103,10 @@ class ForkedError(ScmError, RuntimeError):
 
 class GenerationCancelledError(ScmError):
     """A callback returned False, which ended the call before its next step."""
+
+
+class GenerationTimeoutError(ScmError, TimeoutError):
+    """A call was not finished within its ``timeout``, and was ended. The Generator stays usable."""
 
 
 class QueueFullError(ScmError, RuntimeError):

@@ -16,6 +16,7 @@ from scm_runtime.bundle.location import resolve_bundle
 from scm_runtime.bundle.manifest import Dtype, Manifest
 from scm_runtime.bundle.solver_tables import SolverTables
 from scm_runtime.common.checks import is_int
+from scm_runtime.common.memory import memory_errors
 from scm_runtime.common.runs import end_thread_at_exit
 from scm_runtime.common.shared_resource import SharedResource
 from scm_runtime.devices.placement import resolve_device
@@ -25,6 +26,7 @@ from scm_runtime.inputs.arguments import CallArguments, Callback, Labels, Output
 from scm_runtime.inputs.call import read_latents
 from scm_runtime.inputs.conditioning import placeholder_conditioning
 from scm_runtime.inputs.images import to_pixels
+from scm_runtime.inputs.signatures import lists_arguments
 from scm_runtime.samples import EXPORT_A_DECODER, OnSpan, Samples
 from scm_runtime.sampling.loop import SamplingLoop
 from scm_runtime.sampling.nonfinite import NonFiniteHandler, OnNonfinite, check_on_nonfinite
@@ -213,6 +215,7 @@ class Generator(QueuedSampling):
         latents: ArrayLike | None = None,
         output_type: OutputType = "pil",
         callback_on_step_end: Callback | None = None,
+        timeout: float | None = None,
     ) -> Samples:
         """Generate a batch of N samples.
 
@@ -240,6 +243,8 @@ class Generator(QueuedSampling):
                 pixels on the device, for ``torch.from_dlpack(out.array)``. A bundle without decoder returns latents for all four.
             callback_on_step_end: called on the caller's thread after each step as ``callback(generator, step, t, {"latents": x})``, with t the time at the
                 start of the step and x float32 ``[N, *sample]``. It may return a dict whose "latents" replace x, or False to end the call.
+            timeout: time limit in seconds, which includes waiting for other calls; None for no limit. At its end the running step is terminated. Callbacks are
+                not interrupted.
 
         Returns:
             The samples, with their seeds, conditioning and timings.
@@ -249,6 +254,7 @@ class Generator(QueuedSampling):
             GeneratorClosedError: the Generator is closed, or was closed during the call.
             ForkedError: the Generator was made before this process was forked.
             GenerationCancelledError: the callback returned False.
+            GenerationTimeoutError: the call was not finished within ``timeout``.
             NonFiniteError: samples became NaN or infinite; see ``on_nonfinite``.
             OutOfMemoryError: the batch does not fit into memory.
             InferenceError: ONNX Runtime failed in a graph.
@@ -267,18 +273,21 @@ class Generator(QueuedSampling):
             latents=latents,
             output_type=output_type,
             callback_on_step_end=callback_on_step_end,
+            timeout=timeout,
         )
         with self._loop as loop:
             return loop.sample(self._read_request(class_labels, arguments))
 
+    @lists_arguments(CallArguments)
     def submit(self, class_labels: Labels | None = None, **arguments: Unpack[CallArguments]) -> Future[Samples]:
-        """Queue a call, and return at once. Queued requests are computed together, even at different steps.
+        """Queue a call, and return at once. The arguments are those of a call. Queued requests are computed together, even at different steps.
 
         Up to ``max_batch_size`` samples share an evaluation; a larger request runs alone. The samples are those of a call, bit for bit if the device
         computes a sample the same way in every batch. PIL images are made when ``Samples.images`` is first read.
 
-        ``cancel()`` of the future works until the samples are ready: the request stops before its next step. ``callback_on_step_end`` and callbacks of
-        the future run on the thread that computes all requests: they delay the others, and must not wait for one of them.
+        ``cancel()`` of the future works until the samples are ready. The running step is terminated if no other request shares it; otherwise the request
+        takes part in no further step. ``callback_on_step_end`` and callbacks of the future run on the thread that computes all requests, or after
+        ``timeout`` on the one that ends all requests at theirs: they delay the others, and must not wait for one of them.
 
         Returns:
             A future. Its ``result()`` raises what a call raises: GeneratorClosedError if the Generator is closed before the samples are ready, except with
@@ -296,7 +305,8 @@ class Generator(QueuedSampling):
             raise
 
     def _read_request(self, class_labels: Labels | None, arguments: CallArguments) -> Request:
-        return read_request(self.manifest, self._solver_tables, class_labels, arguments, callback_owner=self)
+        with memory_errors("the inputs of this call"):
+            return read_request(self.manifest, self._solver_tables, class_labels, arguments, callback_owner=self)
 
     def _stream_source(self) -> StreamSource:
         self._loop.check()
@@ -344,7 +354,7 @@ class Generator(QueuedSampling):
             InvalidArgumentError: the bundle has no encoder, the images do not fit it, or the Generator is closed.
             InferenceError: ONNX Runtime failed.
         """
-        with self._loop as loop:
+        with self._loop as loop, memory_errors("these images"):
             engine = loop.engine
             graph = engine.run(lambda: engine.graphs().optional("encode"))
             pixels = to_pixels(images, graph.shapes.get("image", (None,) * 4)[1:])
@@ -364,7 +374,7 @@ class Generator(QueuedSampling):
             InvalidArgumentError: the bundle has no decoder or no preview decoder, the latents have another shape, or the Generator is closed.
             InferenceError: ONNX Runtime failed.
         """
-        with self._loop as loop:
+        with self._loop as loop, memory_errors("these latents"):
             engine = loop.engine
             x = read_latents(latents, self.manifest.sample.shape)
             if not len(x):

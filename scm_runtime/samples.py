@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scm_runtime.common.files import output_errors, whole_file
+from scm_runtime.common.memory import has_room, memory_errors
 from scm_runtime.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -23,21 +24,25 @@ if TYPE_CHECKING:
 
 IMAGE_CHANNELS = (1, 3, 4)  # grayscale, RGB, RGBA
 EXPORT_A_DECODER = "Decode them yourself, or export the checkpoint again with its decoder: scm-export … --decoder FOLDER"
+ENCODER_ROOM, ENCODER_SHARE = 1 << 24, 16  # bytes that an encoder may allocate: at least, and in addition per byte of the image
 MAX_ONE_ROW = 3  # up to this many images form one row; more form a grid
 
 
 @dataclass(frozen=True)
 class Span:
-    """A finished piece of work, in the form of a tracing span: OpenTelemetry's ``start_span(name, start_time=…)`` and ``end(end_time=…)`` take its times."""
+    """A finished piece of work, in the form of a tracing span: OpenTelemetry's ``start_span(name, start_time=…)`` and ``end(end_time=…)`` take its times.
+
+    Attributes:
+        name: "generate" for a whole call; "noise", "step", "decode" or "copy" for its parts.
+        start_ns: start in nanoseconds since the epoch.
+        end_ns: end in nanoseconds since the epoch.
+        attributes: for "generate": bundle, device, dtype, batch_size and num_inference_steps. For "step": ``step``, its index from 0.
+    """
 
     name: str
-    """"generate" for a whole call; "noise", "step", "decode" or "copy" for its parts."""
     start_ns: int
-    """Start in nanoseconds since the epoch."""
     end_ns: int
-    """End in nanoseconds since the epoch."""
     attributes: Mapping[str, str | int | float]
-    """For "generate": bundle, device, dtype, batch_size and num_inference_steps. For "step": ``step``, its index from 0."""
 
 
 OnSpan = Callable[[Span], None]
@@ -45,37 +50,43 @@ OnSpan = Callable[[Span], None]
 
 @dataclass(frozen=True)
 class Timings:
-    """Wall time of one call, in seconds."""
+    """Wall time of one call, in seconds.
+
+    Attributes:
+        noise: drawing the noise of all steps.
+        steps: each evaluation of the step graph, in order.
+        decode: decoding latents to pixels; 0 if the samples are latents.
+        total: the whole call with its callbacks and checks, but without making PIL images.
+        copy: copying from a GPU to the host; 0 if the host computed the samples.
+        waited: waiting in the queue of ``submit``, which is part of the total.
+    """
 
     noise: float
-    """Drawing the noise of all steps."""
     steps: tuple[float, ...]
-    """Each evaluation of the step graph, in order."""
     decode: float
-    """Decoding latents to pixels; 0 if the samples are latents."""
     total: float
-    """The whole call with its callbacks and checks, but without making PIL images."""
     copy: float = 0.0
-    """Copying from a GPU to the host; 0 if the host computed the samples."""
     waited: float = 0.0
-    """Waiting in the queue of ``submit``, which is part of the total."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Samples:
-    """A batch of N samples: what a call of a Generator returns."""
+    """A batch of N samples: what a call of a Generator returns.
+
+    Attributes:
+        array: pixels, uint8 ``[N, H, W, C]``; for ``output_type="latent"`` float32 ``[N, *sample]`` in the model's scale. For "dlpack" the array may be in GPU
+            memory: an object with ``shape``, ``dtype`` and ``__dlpack__`` for ``torch.from_dlpack`` and similar functions.
+        seeds: seed of each sample. The same ``seed=`` generates the same sample again, alone or in any batch.
+        conditioning: the model's conditioning inputs, ``[N, ...]`` each, for instance ``class_labels``.
+        timings: wall time of the call and its parts.
+        has_decoder: false if the bundle has no decoder: ``array`` then holds latents, whatever the ``output_type``.
+    """
 
     array: NDArray[Any]
-    """Pixels, uint8 ``[N, H, W, C]``; for ``output_type="latent"`` float32 ``[N, *sample]`` in the model's scale. For "dlpack" the array may be in GPU
-    memory: an object with ``shape``, ``dtype`` and ``__dlpack__`` for ``torch.from_dlpack`` and similar functions."""
     seeds: tuple[int, ...]
-    """Seed of each sample. The same ``seed=`` generates the same sample again, alone or in any batch."""
     conditioning: dict[str, NDArray[Any]]
-    """The model's conditioning inputs, ``[N, ...]`` each, for instance ``class_labels``."""
     timings: Timings
-    """Wall time of the call and its parts."""
     has_decoder: bool = True
-    """False if the bundle has no decoder: ``array`` then holds latents, whatever the ``output_type``."""
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -90,12 +101,14 @@ class Samples:
 
         Raises:
             InvalidArgumentError: the samples are latents.
+            OutOfMemoryError: memory ran out.
         """
         self._require_pixels()
-        from PIL import Image
+        with memory_errors(f"the images of a batch of {len(self)}"):
+            from PIL import Image
 
-        pixels = self.array[..., 0] if self.array.shape[-1] == 1 else self.array
-        return [Image.fromarray(image) for image in pixels]
+            pixels = self.array[..., 0] if self.array.shape[-1] == 1 else self.array
+            return [Image.fromarray(image) for image in pixels]
 
     def save(self, path: str | os.PathLike[str], *, columns: int | None = None) -> Path:
         """Save one image file: the only sample, or a grid of all samples.
@@ -110,13 +123,15 @@ class Samples:
         Raises:
             InvalidArgumentError: the samples are latents, columns is below 1, or the extension is not that of an image format.
             OutputError: the file cannot be written. An existing file stays unchanged.
+            OutOfMemoryError: memory ran out. An existing file stays unchanged.
         """
         self._require_pixels()
         if columns is not None and columns < 1:
             raise InvalidArgumentError(f"columns must be at least 1, got {columns}")
         target = Path(path)
-        image_format = image_format_of(target)
-        encoded = _encode(grid(self.array, columns), image_format, target)
+        with memory_errors(f"{len(self)} images of {list(self.array.shape[1:])} in one file", "Save fewer images in one file"):
+            image_format = image_format_of(target)
+            encoded = _encode(grid(self.array, columns), image_format, target)
         with output_errors(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             with whole_file(target) as part:
@@ -152,6 +167,9 @@ def _encode(image: Image.Image, image_format: str, target: Path) -> io.BytesIO:
         with Image.open(encoded) as decoded:
             decoded_size = decoded.size
     except (OSError, ValueError) as error:
+        # Encoders do not say why they failed: "bad configuration" of PNG and "encoding error 1" of WebP are memory that could not be allocated.
+        if not has_room(ENCODER_ROOM + ENCODER_SHARE * image.width * image.height * len(image.getbands())):
+            raise MemoryError(str(error)) from error
         raise InvalidArgumentError(f"cannot write '{target}': {image_format} cannot represent {size} of mode {image.mode} ({error}). Use .png.") from error
     if decoded_size != image.size:  # icon formats shrink an image silently
         raise InvalidArgumentError(f"cannot write '{target}': {image_format} shrinks {size} to {decoded_size[0]} x {decoded_size[1]}. Use .png.")

@@ -667,6 +667,7 @@ def test_a_stopped_export_leaves_the_earlier_bundle(when: str, mishap: type[Base
     if when == "while flushing":
         monkeypatch.setattr(os, "fsync", fail)
     elif when != "while writing":
+        monkeypatch.setattr("scm_export.writer.exchange", lambda *_: False)
         monkeypatch.setattr(Path, "rename", fail_once)
     with pytest.raises(OutputError if isinstance(mishap, OSError) else KeyboardInterrupt):
         write()

@@ -20,7 +20,7 @@ from scm_runtime.cli.options import IntegerList, ParamType
 from scm_runtime.cli.program import Command
 from scm_runtime.cli.streams import print_json, say_error
 from scm_runtime.cli.tables import BAD, OutputConsole, facts_table, print_table
-from scm_runtime.common.interrupts import was_interrupted
+from scm_runtime.common.interrupts import raise_at_interrupt, was_interrupted
 from scm_runtime.errors import MissingDependencyError
 
 if TYPE_CHECKING:
@@ -137,6 +137,7 @@ def _run(checkpoint: str, out: Path | None, dry_run: bool, options: Mapping[str,
         if was_interrupted(error):
             raise KeyboardInterrupt from error
         raise MissingDependencyError(f"{error}. Exporting needs more packages:\n  pip install 'scm-runtime[export,cpu]'") from error
+    raise_at_interrupt()
     terminal = OutputConsole(stderr=True)
     with terminal.status("starting", spinner="dots" if terminal.encoding.startswith("utf") else "line") as status:
 

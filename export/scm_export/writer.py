@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -17,9 +18,12 @@ from onnxscript import ir
 from scm_export.graphs.functions import INLINE_BELOW
 from scm_runtime.bundle.checksums import sha256
 from scm_runtime.bundle.manifest import MANIFEST, WEIGHTS, FileEntry, Manifest
+from scm_runtime.common.exchange import exchange
 from scm_runtime.common.files import beside
+from scm_runtime.common.parts import locked_part, sweep
 from scm_runtime.errors import OutputError, ScmError
 
+logger = logging.getLogger("scm_export")
 PAGE = 4096  # alignment in bytes of large tensors in the weights file, so that a runtime can map them
 
 
@@ -90,37 +94,68 @@ def new_bundle(destination: Path, *, force: bool) -> Iterator[BundleWriter]:
     Raises:
         OutputError: the destination exists (and force is False, or it is not a bundle), or cannot be written.
     """
+    _restore(destination)
     check_destination(destination, force=force)
-    part, writer = beside(destination, "part"), None
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
-        part.mkdir()
-        writer = BundleWriter(part)
-        yield writer
-        _flush(part)
-        check_destination(destination, force=force)  # again: it may have been created in the meantime
-        if destination.exists():
-            old = beside(destination, "old")
+        _sweep(destination)
+        with locked_part(destination, folder=True) as part:
+            writer = BundleWriter(part)
             try:
-                destination.rename(old)
+                yield writer
+            finally:
+                writer.abandon()
+            _flush(part)
+            check_destination(destination, force=force)  # again: it may have been created in the meantime
+            if not destination.exists():
                 part.rename(destination)
-            finally:  # not even an interrupt may lose the earlier bundle
-                if not destination.exists():
-                    old.rename(destination)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            part.rename(destination)
-        _sync(destination.absolute().parent)
+            elif not exchange(part, destination):  # else the earlier bundle is now the part, which is removed
+                _replace(destination, part)
+            _sync(destination.absolute().parent)
     except OSError as error:
         if isinstance(error, ScmError):
             raise
         raise OutputError(
             f"cannot write the bundle '{destination}': {error.strerror or error}. No bundle was left behind. Free some space or choose another path with -o."
         ) from error
-    finally:
-        if writer is not None:
-            writer.abandon()
-        shutil.rmtree(part, ignore_errors=True)
+
+
+def _replace(destination: Path, part: Path) -> None:
+    """Replace a bundle by two renames, on a system that cannot exchange names. ``_restore`` restores it if the process is killed between them."""
+    old = beside(destination, "old")
+    try:
+        destination.rename(old)
+        part.rename(destination)
+    finally:  # not even an interrupt may lose the earlier bundle
+        if not destination.exists():
+            old.rename(destination)
+    _remove(old)
+
+
+def _restore(destination: Path) -> None:
+    """Restore a bundle that a killed export with --force had moved and not yet replaced."""
+    with suppress(OSError):  # check_destination reports it; or another export has restored the bundle
+        if not destination.exists() and (replaced := _replaced_bundles(destination)):
+            max(replaced, key=lambda path: path.lstat().st_mtime).rename(destination)
+            logger.info("restored '%s', which an export with --force was replacing when it was killed", destination)
+
+
+def _sweep(destination: Path) -> None:
+    """Remove what killed exports left beside a destination: unfinished bundles, and bundles that were already replaced."""
+    sweep(destination.parent)
+    if destination.exists():
+        for path in _replaced_bundles(destination):
+            logger.info("removing '%s', the bundle that an export with --force replaced before it was killed", path)
+            _remove(path)
+
+
+def _replaced_bundles(destination: Path) -> list[Path]:
+    return [path for path in destination.parent.iterdir() if path.name.startswith(f".{destination.name}.old-")]
+
+
+def _remove(bundle: Path) -> None:
+    with suppress(OSError):
+        bundle.unlink() if bundle.is_symlink() else shutil.rmtree(bundle, ignore_errors=True)
 
 
 def check_destination(destination: Path, *, force: bool) -> None:

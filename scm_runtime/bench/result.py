@@ -15,7 +15,7 @@ from msgspec import Struct, field
 from scm_runtime.bundle.manifest import Count
 from scm_runtime.common.documents import read_json
 from scm_runtime.common.files import beside, output_errors, whole_file
-from scm_runtime.common.message_text import printable
+from scm_runtime.common.message_text import first_line, printable
 from scm_runtime.errors import InvalidArgumentError
 
 FORMAT: Literal["scm-runtime bench"] = "scm-runtime bench"
@@ -177,7 +177,7 @@ def read_result(path: Path) -> Result:
     except ValueError as error:
         if isinstance(error, InvalidArgumentError):
             raise
-        raise InvalidArgumentError(f"'{path}' is not the result of a benchmark: {error}. {expected}") from error
+        raise InvalidArgumentError(f"'{path}' is not the result of a benchmark: {first_line(error)}. {expected}") from error
 
 
 def check_writable(path: Path) -> None:

@@ -20,11 +20,12 @@ import msgspec
 from msgspec import Struct
 
 from scm_runtime.bundle.manifest import Manifest
-from scm_runtime.common.documents import read_json
-from scm_runtime.common.files import open_regular, whole_file
+from scm_runtime.common.documents import decode_json
+from scm_runtime.common.files import open_regular, read_private, whole_file
 from scm_runtime.errors import BundleIntegrityError
 
 FINGERPRINT_PREFIX = "unread "
+MAX_ENTRY_BYTES = 1 << 16
 MAX_AGE_S = 30 * 24 * 3600
 SETTLED_NS = 2_000_000_000  # two changes may have the same time on file systems with coarse clocks (FAT: 2 s): younger files are hashed every time
 
@@ -54,8 +55,8 @@ class CachedChecksum(Struct, frozen=True):
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal. Raises OSError."""
-    with path.open("rb") as file:
+    """SHA-256 of a regular file, in hexadecimal. Raises OSError."""
+    with open_regular(path) as file:
         return file_sha256(file)
 
 
@@ -95,7 +96,8 @@ class ChecksumCache:
         before = FileStat.of(path, file)  # of the open file, not of the path: else a file that replaces it would get its checksum
         try:
             entry = self._entry(before)
-            cached = msgspec.convert(read_json(entry), CachedChecksum) if time.time() - entry.stat().st_mtime < MAX_AGE_S else None
+            is_recent = time.time() - entry.stat().st_mtime < MAX_AGE_S
+            cached = msgspec.convert(decode_json(read_private(entry, MAX_ENTRY_BYTES)), CachedChecksum) if is_recent else None
         except (OSError, ValueError):
             cached = None
         if cached is not None and cached.seen == before:
@@ -112,7 +114,7 @@ class ChecksumCache:
             self._remember(FileStat.of(path), digest)
 
     def _remember(self, seen: FileStat, digest: str) -> None:
-        with suppress(OSError), whole_file(self._entry(seen)) as part:
+        with suppress(OSError), whole_file(self._entry(seen), mode=0o600) as part:
             part.write_bytes(msgspec.json.encode(CachedChecksum(seen, digest)))
 
     def prune(self) -> None:
@@ -148,7 +150,7 @@ def check_files(
         try:
             digest = (digest_of or sha256)(path) if hashes else entry.sha256
         except OSError as error:
-            raise BundleIntegrityError(f"cannot read '{path}': {error.strerror}. Expected a file that you may read.") from error
+            raise BundleIntegrityError(f"cannot read '{path}': {error.strerror or error}. Expected a file that you may read.") from error
         if digest != entry.sha256:
             raise BundleIntegrityError(
                 f"'{path}' must have SHA-256 {entry.sha256[:12]}…, got {digest[:12]}…. The file was changed or damaged: copy or export it again."

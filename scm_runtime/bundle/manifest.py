@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from scm_runtime.common.documents import read_json
-from scm_runtime.common.message_text import printable
+from scm_runtime.common.message_text import first_line, printable
 from scm_runtime.errors import BundleNotFoundError, BundleSchemaError
 
 SCHEMA_VERSION = 1
@@ -269,7 +269,7 @@ def read_manifest(folder: Path) -> Manifest:
     except ValueError as error:
         if isinstance(error, BundleSchemaError):
             raise
-        raise BundleSchemaError(f"'{path}' is not a valid manifest: {error}. Export the checkpoint again.") from error
+        raise BundleSchemaError(f"'{path}' is not a valid manifest: {first_line(error)}. Export the checkpoint again.") from error
     return manifest
 
 

@@ -24,6 +24,7 @@ import msgspec
 from scm_runtime.bundle.manifest import MAX_FLOAT32, SAMPLERS, Manifest
 from scm_runtime.common.checks import is_int
 from scm_runtime.common.documents import read_json
+from scm_runtime.common.message_text import first_line
 from scm_runtime.errors import BundleSchemaError, InvalidArgumentError
 
 DEFAULT_STEPS = 2
@@ -85,7 +86,7 @@ class SolverTables:
                 if any(abs(number) > MAX_FLOAT32 for row in rows for number in (row.t, row.t_next, *(row.weights or ()))):
                     raise ValueError("its numbers must be finite in float32")
         except (OSError, ValueError) as error:
-            raise BundleSchemaError(f"'{self._path}' does not fit the bundle: {error}. Export the checkpoint again.") from error
+            raise BundleSchemaError(f"'{self._path}' does not fit the bundle: {first_line(error)}. Export the checkpoint again.") from error
         return tables
 
 

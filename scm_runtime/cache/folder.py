@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from scm_runtime.common.files import unsafe_reason
 from scm_runtime.common.log import log_once
 from scm_runtime.errors import InvalidArgumentError
 
@@ -79,11 +80,7 @@ def _unsafe_reason(path: Path, *, is_subfolder: bool) -> str | None:
     found = path.lstat()
     if not stat.S_ISDIR(found.st_mode):
         return "must be a folder"
-    if sys.platform == "win32":
-        return None  # the access list of its folder for caches admits only the user
-    if found.st_uid not in (0, os.geteuid()):  # root can change the program as well, and fills the cache when a container image is built
-        return f"must be owned by user {os.geteuid()}, but is owned by {found.st_uid}"
-    forbidden = 0o022 if is_subfolder else 0 if found.st_mode & stat.S_ISVTX else stat.S_IWOTH
-    if found.st_mode & forbidden:
-        return f"must not be writable by other users, but has mode {stat.S_IMODE(found.st_mode):o}"
-    return None
+    reason = unsafe_reason(found)
+    # With the sticky bit, others can add to a folder, but cannot replace the user's subfolders in it.
+    is_shared = not is_subfolder and bool(found.st_mode & stat.S_ISVTX) and found.st_uid in (0, os.geteuid())
+    return None if is_shared else reason

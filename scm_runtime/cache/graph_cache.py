@@ -6,9 +6,9 @@ that saved it.
 
 A graph is saved from a private copy of the bundle's files, which is hashed while it is written: see private_copy.py.
 
-The cache never causes an error: a damaged entry is rebuilt, and what cannot be written is logged and left out. The folder belongs to the user and is closed
-to other users (0700). Anyone who can write to it can change what a model computes, as with the installed package. The cache does not depend on sessions:
-``ort.open_session`` decides what to look up and what to add.
+The cache never causes an error: an entry that is damaged or that another user could have written is rebuilt, and what cannot be written is logged and left
+out. The folder belongs to the user and is closed to other users (0700). Anyone who can write to it can change what a model computes, as with the installed
+package. The cache does not depend on sessions: ``ort.open_session`` decides what to look up and what to add.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from scm_runtime.bundle.checksums import ChecksumCache, sha256
 from scm_runtime.cache.folder import max_bytes, usable_folder
 from scm_runtime.cache.private_copy import copy_graph
 from scm_runtime.common.documents import decode_json
-from scm_runtime.common.files import open_regular
+from scm_runtime.common.files import read_private, unsafe_reason
 from scm_runtime.common.log import log
 
 MIN_FREE_FRACTION, MIN_FREE_BYTES = 1 / 20, 4 << 30  # of the disk, which stay free: the smaller of the two
@@ -38,9 +38,9 @@ ENTRY_LIFE_S = 90 * 24 * 3600  # an older version of ONNX Runtime leaves entries
 UNCACHEABLE_LIFE_S = 7 * 24 * 3600
 TEMP_LIFE_S = 3600  # writing a graph takes less: the process that made an older one was killed
 GRAPH, DATA, ENTRY = "graph.onnx", "graph.data", "entry.json"
-MAX_ENTRY_BYTES = 1 << 20
 SUBFOLDERS = (GRAPHS, CHECKSUMS) = ("graphs", "verified")
 TEMP_PREFIX = ".part-"
+MAX_ENTRY_BYTES = 1 << 16
 
 
 class CachedFile(Struct, frozen=True):
@@ -83,7 +83,11 @@ class GraphCache:
             return None
         limit = max_bytes()
         root = usable_folder(folder, SUBFOLDERS) if limit > 0 else None
-        return cls(root, limit) if root else None
+        if root is None:
+            return None
+        cache = cls(root, limit)
+        cache._remove_abandoned()
+        return cache
 
     def find(self, key: str, *, verify: bool = True) -> Path | None:
         """Return the optimized graph of a key, or None. A damaged entry is removed.
@@ -141,7 +145,7 @@ class GraphCache:
         try:
             self._remove(path)
             temporary.mkdir(mode=0o700)
-            (temporary / ENTRY).write_bytes(msgspec.json.encode(Entry(source=source.name, uncacheable_reason=reason)))
+            _write_entry(temporary, Entry(source=source.name, uncacheable_reason=reason[:1000]))
             temporary.rename(path)
         except OSError:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -152,13 +156,14 @@ class GraphCache:
         files: dict[Literal["graph.onnx", "graph.data"], CachedFile] = {}
         for name in (GRAPH, DATA):
             if (temporary / name).exists() or name == GRAPH:
+                (temporary / name).chmod(0o600)
                 _sync(temporary / name)
                 files[name] = CachedFile((temporary / name).stat().st_size, sha256(temporary / name))  # type: ignore[index]  # a Literal's values
         size = sum(file.size for file in files.values())
         if size > self.max_bytes:
             self.mark_uncacheable(key, source, f"takes {size} bytes, the cache {self.max_bytes}")
             return
-        (temporary / ENTRY).write_bytes(msgspec.json.encode(Entry(source=source.name, files=files)))
+        _write_entry(temporary, Entry(source=source.name, files=files))
         _sync(temporary / ENTRY)
         try:
             temporary.rename(path)
@@ -169,6 +174,7 @@ class GraphCache:
         for name, file in files.items():
             self.checksums.remember(path / name, file.sha256)
         self.checksums.prune()
+        self._remove_abandoned()
         self._evict()
 
     def _read(self, key: str, verify: bool) -> Entry | None:
@@ -184,11 +190,13 @@ class GraphCache:
         return None
 
     def _check(self, path: Path, verify: bool) -> Entry | None:
-        """Return an entry, or None if it is an expired refusal. Raises OSError and ValueError if the entry is damaged."""
-        if not stat.S_ISDIR(path.lstat().st_mode):
+        """Return an entry, or None if it is an expired refusal. Raises OSError and ValueError if it is damaged, or another user could have written it."""
+        found = path.lstat()
+        if not stat.S_ISDIR(found.st_mode):
             raise OSError("it is not a folder")
-        with open_regular(path / ENTRY, follow_links=False) as file:
-            entry = msgspec.convert(decode_json(file.read(MAX_ENTRY_BYTES)), Entry)
+        if reason := unsafe_reason(found):
+            raise OSError(f"it {reason}")
+        entry = msgspec.convert(decode_json(read_private(path / ENTRY, MAX_ENTRY_BYTES)), Entry)
         if entry.uncacheable_reason is not None:
             if time.time() - (path / ENTRY).stat().st_mtime < UNCACHEABLE_LIFE_S:
                 return entry
@@ -200,12 +208,14 @@ class GraphCache:
             found = (path / name).lstat()
             if not stat.S_ISREG(found.st_mode) or found.st_size != file_info.size:
                 raise OSError(f"{name} must be a file of {file_info.size} bytes")
+            if reason := unsafe_reason(found):
+                raise OSError(f"{name} {reason}")
             if verify and self.checksums.sha256(path / name) != file_info.sha256:
                 raise OSError(f"{name} was changed")
         return entry
 
     def _discard(self, path: Path, reason: str) -> None:
-        log.warning("the cached graph '%s' is damaged and is rebuilt: %s", path, reason)
+        log.warning("the cached graph '%s' cannot be used and is rebuilt: %s", path, reason)
         self._remove(path)
 
     def _remove(self, path: Path) -> None:
@@ -233,21 +243,32 @@ class GraphCache:
             total -= size
 
     def _entries(self) -> Iterator[tuple[float, int, Path]]:
-        """Yield the time of last use, the size in bytes and the folder of each entry; remove what killed processes left."""
+        """Yield the time of last use, the size in bytes and the folder of each entry."""
         for path in self.folder.iterdir():
+            if path.name.startswith(TEMP_PREFIX):
+                continue
             try:
-                if path.name.startswith(TEMP_PREFIX):
-                    if time.time() - path.lstat().st_mtime > TEMP_LIFE_S:
-                        shutil.rmtree(path)
-                    continue
                 yield (path / ENTRY).stat().st_mtime, sum(file.lstat().st_size for file in path.iterdir()), path
             except OSError:
                 continue  # another process removed it
+
+    def _remove_abandoned(self) -> None:
+        """Remove what killed processes left."""
+        with suppress(OSError):  # another process removes it, too
+            for path in self.folder.glob(f"{TEMP_PREFIX}*"):
+                if time.time() - path.lstat().st_mtime > TEMP_LIFE_S:
+                    shutil.rmtree(path, ignore_errors=True)
 
     def _has_room(self, size: int) -> bool:
         """Return True if enough of the disk stays free after writing so many bytes. Raises OSError."""
         disk = shutil.disk_usage(self.folder)
         return disk.free - size > min(disk.total * MIN_FREE_FRACTION, MIN_FREE_BYTES)
+
+
+def _write_entry(folder: Path, entry: Entry) -> None:
+    """Write ``entry.json``, which only the user may change, whatever the umask is. Raises OSError."""
+    (folder / ENTRY).write_bytes(msgspec.json.encode(entry))
+    (folder / ENTRY).chmod(0o600)
 
 
 def _sync(path: Path) -> None:

@@ -22,6 +22,7 @@ from scm_runtime.cli.options import (
 )
 from scm_runtime.cli.program import FAILURE, Group
 from scm_runtime.cli.streams import print_json, say, say_error
+from scm_runtime.common.interrupts import raise_at_interrupt
 
 if TYPE_CHECKING:
     from scm_runtime.bundle.manifest import Dtype
@@ -63,6 +64,12 @@ def main() -> None:
     help="Text embeddings, for text-to-image models: a .npz with prompt_embeds, [tokens, D] or [N, tokens, D], and prompt_attention_mask if some tokens "
     "are padding; or a .npy with prompt_embeds alone.",
 )
+@click.option(
+    "--timeout",
+    type=click.FloatRange(0, min_open=True),
+    metavar="SECONDS",
+    help="Time limit for sampling, after the bundle is open; the exit code is 1 if it is exceeded. Without it there is no limit.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON: files, seeds, classes and timings.")
 @device_option
 @dtype_option
@@ -83,6 +90,7 @@ def generate(
     columns: int | None,
     guidance_scale: float | None,
     prompt_embeds: Path | None,
+    timeout: float | None,
     as_json: bool,
     device: str,
     dtype: str,
@@ -97,6 +105,7 @@ def generate(
     from scm_runtime.cli.output_files import OutputPattern
     from scm_runtime.generator import Generator
 
+    raise_at_interrupt()
     output = OutputPattern.read(out)  # errors are reported before the bundle is opened
     prompts = None if prompt_embeds is None else read_embeddings(prompt_embeds)
     with Generator(
@@ -112,7 +121,7 @@ def generate(
         labeled = generator.manifest.labels
         names = () if labeled is None or labeled.label_names is None else labeled.label_names
         classes = None if labels is None else parse_labels(labels, names)
-        options = GenerateOptions(classes, seed, num_images, batch_size, prompts, steps, timesteps, sampler, guidance_scale)
+        options = GenerateOptions(classes, seed, num_images, batch_size, prompts, steps, timesteps, sampler, guidance_scale, timeout)
         written = generate_images(generator, options, output, columns)
     if as_json:
         print_json(written.to_json())
@@ -157,6 +166,7 @@ def smoke(bundle: str, as_json: bool, device: str, revision: str | None, native_
     """
     from scm_runtime.cli.smoke import show_result, smoke_test
 
+    raise_at_interrupt()
     result = smoke_test(
         bundle,
         device=device,
@@ -219,6 +229,7 @@ def bench(
     from scm_runtime.bench.run import BenchOptions, run_bench
     from scm_runtime.cli.bench import bench_progress, show_result
 
+    raise_at_interrupt()
     other = None if compare is None else (compare, read_result(compare))  # errors are reported before anything is measured
     if out is not None:
         check_writable(out)
@@ -256,6 +267,7 @@ def doctor(as_json: bool) -> None:
     """Show what is installed, which devices work, and what the others are missing. Each is tried with the embedded bundle; the exit code is 1 if none works."""
     from scm_runtime.doctor.examine import examine
 
+    raise_at_interrupt()
     report = examine()
     if as_json:
         print_json(report.to_json())

@@ -26,5 +26,5 @@ def with_flag_names(message: str, command: click.Command) -> str:
         message = re.sub(rf"\b{name}='([^']*)'", rf"{flag} \1", message)
         is_word = ("_" not in name and name != "timesteps") or name in ALSO_WORDS
         message = re.sub(rf"(^|, ){name}(?=: \d)", rf"\1{flag}", message)  # in a list of lengths
-        message = re.sub(rf"^{name}\b" if is_word else rf"(?<![\w'-]){name}\b(?!=)", flag, message)
+        message = re.sub(rf"^{name}(?=[ :])" if is_word else rf"(?<![\w'-]){name}\b(?!=)", flag, message)
     return re.sub(r", or None( for [^,.;:]*)?(?=[,.;:])", "", message)

@@ -38,6 +38,7 @@ class GenerateOptions:
     timesteps: tuple[float, ...] | None
     sampler: str | None
     guidance_scale: float | None
+    timeout: float | None
 
 
 class Written(Struct, frozen=True):
@@ -120,6 +121,7 @@ def _batches(generator: Generator, options: GenerateOptions) -> Iterator[Iterato
         "sampler": options.sampler,
         "guidance_scale": options.guidance_scale,
         "conditioning": options.conditioning,
+        "timeout": options.timeout,
         "output_type": "np",
     }
     if options.num_images is None:

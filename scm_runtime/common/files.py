@@ -1,14 +1,16 @@
-"""Files that are written completely or not at all, and reading of regular files only."""
+"""Files that are written completely or not at all, reading of regular files only, and files that no other user can change."""
 
 from __future__ import annotations
 
 import os
 import stat
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 
+from scm_runtime.common.parts import locked_part, sweep_once
 from scm_runtime.errors import OutputError
 
 
@@ -18,17 +20,17 @@ def beside(target: Path, what: str) -> Path:
 
 
 @contextmanager
-def whole_file(target: Path) -> Iterator[Path]:
-    """Yield a path to write to. The file replaces the target if the block ends without an exception, and is removed otherwise. Raises OSError."""
-    part = beside(target, "part")
-    try:
-        part.touch(exist_ok=False)
-        mode = part.stat().st_mode
+def whole_file(target: Path, *, mode: int | None = None) -> Iterator[Path]:
+    """Yield a path to write to. The file replaces the target if the block ends without an exception, and is removed otherwise. Raises OSError.
+
+    ``mode`` are the permissions of the file; None for those of the user's umask.
+    """
+    sweep_once(os.path.abspath(target.parent))  # noqa: PTH100 - Path.resolve would follow links
+    with locked_part(target) as part:
+        final_mode = part.stat().st_mode if mode is None else mode
         yield part
-        part.chmod(mode)  # as the user's umask has it; some writers make private files
+        part.chmod(final_mode)  # some writers make private files
         part.replace(target)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def open_regular(path: Path, *, follow_links: bool = True) -> BufferedReader:
@@ -50,6 +52,28 @@ def read_limited(path: Path, max_bytes: int) -> bytes:
     if len(data) > max_bytes:
         raise ValueError(f"it has more than {max_bytes} bytes")
     return data
+
+
+def read_private(path: Path, max_bytes: int) -> bytes:
+    """Read a regular file of at most ``max_bytes`` that no other user can have written. Raises OSError."""
+    with open_regular(path, follow_links=False) as file:
+        if reason := unsafe_reason(os.fstat(file.fileno())):
+            raise OSError(f"{path.name} {reason}")
+        data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise OSError(f"{path.name} must have at most {max_bytes} bytes")
+    return data
+
+
+def unsafe_reason(found: os.stat_result) -> str | None:
+    """Return why another user could change a file or folder, or None. Root is trusted: root can change the program as well."""
+    if sys.platform == "win32":
+        return None  # the modes say nothing, and the user's folders admit only the user
+    if found.st_uid not in (0, os.geteuid()):
+        return f"must be owned by user {os.geteuid()}, but is owned by {found.st_uid}"
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return f"must not be writable by other users, but has mode {stat.S_IMODE(found.st_mode):o}"
+    return None
 
 
 @contextmanager

@@ -10,8 +10,10 @@ from typing import Any
 
 from scm_runtime.common.installed import installed_version
 from scm_runtime.common.interrupts import was_interrupted
+from scm_runtime.common.memory import MORE_MEMORY, memory_errors, unmapped_library
 from scm_runtime.errors import MissingDependencyError
 
+NOEXEC = "its file system is probably mounted with noexec. Install the packages on another."
 NO_TELEMETRY = "ORT_DISABLE_TELEMETRY"
 
 
@@ -21,6 +23,7 @@ def load_onnxruntime() -> Any:
 
     Raises:
         MissingDependencyError: it is not installed, or both onnxruntime and onnxruntime-gpu are, which overwrite each other's files.
+        OutOfMemoryError: there is not enough memory to load it.
     """
     if installed_version("onnxruntime") and installed_version("onnxruntime-gpu"):
         raise MissingDependencyError(
@@ -28,11 +31,13 @@ def load_onnxruntime() -> Any:
             "  pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'scm-runtime[cpu]'   (or [gpu])"
         )
     try:
-        with _without_telemetry():
+        with memory_errors("ONNX Runtime", MORE_MEMORY), _without_telemetry():
             import onnxruntime  # noqa: TID251  # the one import that the rule is for
     except ImportError as error:
         if was_interrupted(error):
             raise KeyboardInterrupt from error
+        if (library := unmapped_library(error)) is not None:
+            raise MissingDependencyError(f"ONNX Runtime is installed, but the system does not run code from '{library}': {NOEXEC}") from error
         raise MissingDependencyError(
             f"ONNX Runtime cannot be imported ({error}). Install it:\n  pip install 'scm-runtime[cpu]'   (or [gpu] for CUDA)"
         ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 MAX_SHOWN = 200  # characters
+MAX_LINE = 1000
 
 
 def printable(text: object) -> str:
@@ -13,8 +14,9 @@ def printable(text: object) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """First line of an exception's message, or its class name if the message is empty."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """First line of an exception's message, escaped and shortened like :func:`printable`, or its class name if the message is empty."""
+    line = escape_controls((str(error).strip().splitlines() or [type(error).__name__])[0])
+    return line if len(line) <= MAX_LINE else f"{line[:MAX_LINE]}…"
 
 
 def escape_controls(text: str) -> str:

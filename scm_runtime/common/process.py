@@ -6,7 +6,6 @@ import atexit
 import os
 import time
 import weakref
-from collections.abc import Callable
 from typing import Any, Protocol
 
 from scm_runtime.common import runs
@@ -43,20 +42,11 @@ def _stop_all() -> None:
     stoppables = list(_threads)
     for stoppable in stoppables:
         stoppable.close()
-    _ignore_interrupts(runs.wait_for_all)
+    runs.wait_despite_signals(runs.wait_for_all)
     deadline = time.monotonic() + CALLBACK_WAIT_S
     for stoppable in stoppables:
-        _ignore_interrupts(lambda one=stoppable: one.join(max(deadline - time.monotonic(), 0.0)))  # type: ignore[misc]  # the default binds the loop's variable
-    _ignore_interrupts(runs.wait_for_all)  # the threads may have started runs while they ended: device memory is freed on another thread
-
-
-def _ignore_interrupts(wait: Callable[[], None]) -> None:
-    """Wait, and wait again after Ctrl-C: returning early would abort the process."""
-    while True:
-        try:
-            return wait()
-        except KeyboardInterrupt:
-            continue
+        runs.wait_despite_signals(lambda one=stoppable: one.join(max(deadline - time.monotonic(), 0.0)))  # type: ignore[misc]  # the default binds the loop's variable
+    runs.wait_despite_signals(runs.wait_for_all)  # the threads may have started runs while they ended: device memory is freed on another thread
 
 
 def _leave_all() -> None:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
-from scm_runtime.errors import GeneratorClosedError, ScmError
+from scm_runtime.errors import GenerationCancelledError, GeneratorClosedError, ScmError
 
 _in_flight: dict[Run, None] = {}
 _exit_thread: int | None = None  # the thread that exits the process, once it does
@@ -170,6 +170,25 @@ def current_scope() -> CancelScope | None:
 def closed_error(when: str = "while this call ran") -> GeneratorClosedError:
     """Return a new error for a call that was terminated or refused."""
     return GeneratorClosedError(f"the Generator was closed {when}: make a new one" if _exit_thread is None else f"the process ended {when}")
+
+
+def interrupted_error() -> GenerationCancelledError:
+    """Return a new error for the runs of a call whose thread left it because a signal handler raised. The caller gets the handler's exception instead."""
+    return GenerationCancelledError("the call was interrupted")
+
+
+def wait_despite_signals(wait: Callable[[], None]) -> None:
+    """Wait, and wait again if a signal handler raises, as that of Ctrl-C does: for things that must have ended."""
+    while True:
+        try:
+            return wait()
+        except BaseException:  # noqa: BLE001 - a signal handler may raise anything
+            continue
+
+
+def exit_began() -> bool:
+    """Return True once a thread is exiting the process."""
+    return _exit_thread is not None
 
 
 def is_exiting() -> bool:

@@ -11,8 +11,11 @@ import re
 import struct
 import sys
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
+
+from scm_runtime.common.memory import MORE_MEMORY, memory_errors
 
 DRIVER = "libcuda.so.1"
 CUDNN = "libcudnn.so.9"  # ONNX Runtime 1.31 is not linked with it but opens it by name, for convolutions among others
@@ -70,7 +73,7 @@ def cuda_major(names: Iterable[str]) -> int | None:
 
 
 def load(names: Iterable[str]) -> list[Library]:
-    """Load libraries into this process for its lifetime. Those that cannot be loaded have an ``error``."""
+    """Load libraries into this process for its lifetime. Those that cannot be loaded have an ``error``. Raises OutOfMemoryError if memory runs out."""
     names = list(names)
     major = cuda_major(names)
     return [Library(name, *_load_one(name), _package(name, major)) for name in names]
@@ -84,15 +87,12 @@ def install_command(missing: Iterable[Library]) -> str | None:
 
 def _load_one(name: str) -> tuple[str | None, str | None]:
     """Load a library; return its path in a Python package, and the error."""
-    try:
-        ctypes.CDLL(name)
-        return None, None
-    except OSError as error:
-        reason = str(error)
-    for path in _candidates(name):
+    reason = None
+    for path in chain([name], map(str, _candidates(name))):
         try:
-            ctypes.CDLL(str(path))
-            return str(path), None
+            with memory_errors(f"the library {name}", MORE_MEMORY):
+                ctypes.CDLL(path)
+            return None if path == name else path, None
         except OSError as error:
             reason = str(error)
     return None, reason

@@ -91,6 +91,16 @@ def resolve_device(
     return _cuda(index, options, f"device={device!r}")
 
 
+def all_devices() -> tuple[str, ...]:
+    """Return all GPUs, "cuda:0" and so on; or the CPU if CUDA is not available, and log why."""
+    if reason := cuda_unavailable_reason():
+        log_once(logging.INFO, f"no GPU is used: {reason}")
+        return ("cpu",)
+    from scm_runtime.devices.cuda_driver import read_driver
+
+    return tuple(f"cuda:{device.index}" for device in read_driver().devices)
+
+
 def cuda_unavailable_reason(index: int = 0) -> str | None:
     """Explain why a CUDA device is not available, and how to fix it; None if it is available.
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scm_runtime.bundle.manifest import Dtype
+from scm_runtime.common.interruptible import run_interruptibly
 from scm_runtime.engines.engine import TimedPart, Trajectory, combines, weights_of
 from scm_runtime.engines.sessions import BundleSessions
 
@@ -45,8 +46,8 @@ class HostEngine:
         self._graphs, self._initial_scale = graphs, np.array(initial_scale, np.float32)
 
     def run(self, job: Callable[[], Result]) -> Result:
-        """Run a job on the caller's thread."""
-        return job()
+        """Run a job on the caller's thread, or for the main thread so that signals are handled meanwhile. See ``run_interruptibly``."""
+        return run_interruptibly(job)
 
     def start(self, trajectory: Trajectory) -> None:
         """Implement ``Engine.start``."""

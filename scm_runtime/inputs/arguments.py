@@ -35,6 +35,7 @@ class BatchArguments(TypedDict, total=False):
     latents: ArrayLike | None
     output_type: OutputType
     callback_on_step_end: Callback | None
+    timeout: float | None
 
 
 class CallArguments(BatchArguments, total=False):

@@ -13,7 +13,8 @@ from numpy.typing import ArrayLike, NDArray
 from scm_runtime.bundle.manifest import Manifest
 from scm_runtime.bundle.solver_tables import SolverStages
 from scm_runtime.common.checks import is_int
-from scm_runtime.errors import InvalidArgumentError, OutOfMemoryError
+from scm_runtime.common.memory import SMALLER_BATCH, out_of_memory_error
+from scm_runtime.errors import InvalidArgumentError
 from scm_runtime.inputs.arguments import Seeds
 from scm_runtime.inputs.conditioning import broadcast_to_batch, dynamic_sizes, read_input, to_array
 
@@ -86,7 +87,7 @@ def resolve_call(
     try:
         seeds = np.arange(n, dtype=np.int64) + listed[0] if isinstance(listed, range) else np.array(listed, np.int64)
     except (MemoryError, ValueError) as error:
-        raise OutOfMemoryError(f"{n} seeds do not fit into memory. Try a smaller batch.") from error
+        raise out_of_memory_error(f"the seeds of a batch of {n}", error, SMALLER_BATCH) from error
     arrays = {name: broadcast_to_batch(inputs[name], item, seeds, sizes) for name, item in batched.items()}
     return Call(seeds, arrays, evaluations, start)
 

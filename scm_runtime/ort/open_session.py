@@ -17,10 +17,11 @@ from scm_runtime.cache.key import graph_key, is_cacheable
 from scm_runtime.cache.private_copy import ChangedError, NoRoomError
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
 from scm_runtime.common.log import log, log_once
-from scm_runtime.errors import InferenceError, NativeOpsError, OutOfMemoryError
+from scm_runtime.common.memory import MORE_MEMORY, is_out_of_memory, out_of_memory_error
+from scm_runtime.errors import InferenceError, NativeOpsError
 from scm_runtime.ort.graph_check import check_graph
 from scm_runtime.ort.options import CacheContext, SessionSettings, configure
-from scm_runtime.ort.session import Session, is_out_of_memory
+from scm_runtime.ort.session import Session
 
 # Graph optimizers of ONNX Runtime that allocate new weights, by name.
 COPYING_OPTIMIZERS = ("ConstantFolding", "ConvMulFusion", "NchwcTransformer")
@@ -92,6 +93,8 @@ def open_cached(cache: GraphCache, path: Path, key: str, create: Callable[[Path,
     if graph is not None:
         try:
             session = create(graph, _skip_optimization)
+        except MemoryError:  # the original needs more
+            raise
         except Exception as error:  # noqa: BLE001  # as above
             reopen_error = error.with_traceback(None) if cache.find(key) else None  # another process may have removed it
         else:
@@ -147,6 +150,8 @@ def _create(path: Path, settings: SessionSettings, set_options: SetOptions) -> A
         try:
             options.register_custom_ops_library(os.fspath(settings.library))
         except Exception as error:
+            if is_out_of_memory(error):
+                raise out_of_memory_error(f"the library of native kernels '{settings.library}'", error, MORE_MEMORY) from error
             raise NativeOpsError(
                 f"ONNX Runtime {ort.__version__} cannot use the library of native kernels '{settings.library}': {error}. "
                 "Install an ONNX Runtime and an scm-runtime that fit, or run without the kernels: native_ops=False"
@@ -157,7 +162,7 @@ def _create(path: Path, settings: SessionSettings, set_options: SetOptions) -> A
             return _create_with_weights(path, options, settings)
         except Exception as error:
             if is_out_of_memory(error):
-                raise OutOfMemoryError(f"not enough memory on {settings.placement.device} to open '{path}': {error}") from error
+                raise out_of_memory_error(f"the weights of '{path}' on {settings.placement.device}", error, MORE_MEMORY) from error
             remedy = "Upgrade it, or export the checkpoint again" + (", or run without the native kernels: native_ops=False" if settings.library else ".")
             raise InferenceError(f"ONNX Runtime {ort.__version__} cannot open '{path}': {error}. {remedy}") from error
 

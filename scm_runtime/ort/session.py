@@ -10,13 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
+from scm_runtime.common.memory import SMALLER_BATCH, is_out_of_memory, out_of_memory_error
 from scm_runtime.common.process import leave_to_parent
 from scm_runtime.common.runs import Run
-from scm_runtime.errors import BundleError, DeviceError, InferenceError, InvalidArgumentError, OutOfMemoryError, ScmError
+from scm_runtime.errors import BundleError, DeviceError, InferenceError, InvalidArgumentError, ScmError
 from scm_runtime.ort.options import SessionSettings
-
-# Lower-case phrases with which ONNX Runtime, its arenas, CUDA and cuDNN report that memory ran out.
-OUT_OF_MEMORY = ("allocate memory", "out of memory", "out_of_memory", "bad_alloc", "alloc_failed", "allocation_failed", "smaller than requested bytes")
 
 UNCAPTURED = {"gpu_graph_id": "-1"}  # run option: host arrays have no fixed addresses that a CUDA graph could replay
 
@@ -97,7 +95,8 @@ class Session:
             try:
                 result: NDArray[Any] = self._session.run([self.output], inputs, options)[0]
             except Exception as error:
-                raise run_error(self.path, error, run) from error
+                batch = max((len(array) for array in inputs.values() if array.ndim), default=1)
+                raise run_error(self.path, error, run, f"a batch of {batch} on {self.settings.placement.device}") from error
         if self._expected is not None:
             _check_shape(self.path, result, self._expected, inputs)
         return result
@@ -105,6 +104,10 @@ class Session:
     def bind(self, inputs: Mapping[str, DeviceTensor], output: DeviceTensor, *, run_options: Mapping[str, str] | None = None) -> BoundSession:
         """Bind the inputs and the output to tensors in the memory of the session's CUDA device."""
         return BoundSession(self, inputs, output, run_options or {})
+
+    def release_captured_graph(self, graph_id: int) -> None:
+        """Free the CUDA graph that was captured under this ID. It must not be replayed again. Has no effect if the execution provider frees none."""
+        self._session.release_captured_graph(graph_id)
 
     def end_profiling(self) -> None:
         """Write the profile, if the settings have a ``profile_dir``."""
@@ -120,6 +123,7 @@ class BoundSession:
         if index is None:
             raise InvalidArgumentError(f"tensors are bound to the memory of a CUDA device, and the session is on {session.settings.placement.device}")
         self._path, self._session, self._runs = session.path, session._session, session.settings.runs
+        self._what = f"a batch of {output.shape[0] if output.shape else 1} on {session.settings.placement.device}"
         self._binding = self._session.io_binding()
         for name, tensor in inputs.items():
             self._binding.bind_input(name, "cuda", index, tensor.dtype, tensor.shape, tensor.address)
@@ -133,7 +137,7 @@ class BoundSession:
             try:
                 self._session.run_with_iobinding(self._binding, options)
             except Exception as error:
-                raise run_error(self._path, error, run) from error
+                raise run_error(self._path, error, run, self._what) from error
 
 
 def _check_shape(path: Path, result: NDArray[Any], expected: ResultSpec, inputs: Mapping[str, NDArray[Any]]) -> None:
@@ -151,16 +155,10 @@ def _run_options(entries: Mapping[str, str]) -> Any:
     return options
 
 
-def run_error(path: Path, error: Exception, run: Run) -> ScmError:
-    """The error of this package for an exception that ONNX Runtime raised in a run."""
+def run_error(path: Path, error: Exception, run: Run, what: str) -> ScmError:
+    """The error of this package for an exception that ONNX Runtime raised in a run of ``what``: "a batch of 8 on cpu"."""
     if run.terminated:
         return run.error()
     if is_out_of_memory(error):
-        return OutOfMemoryError(f"'{path.name}' failed: out of memory. Try a smaller batch. ({error})")
+        return out_of_memory_error(f"{what} in '{path.name}'", error, SMALLER_BATCH)
     return InferenceError(f"'{path.name}' failed: {error}.")
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """True if an exception of ONNX Runtime says that memory ran out."""
-    message = str(error).lower()
-    return isinstance(error, MemoryError) or any(phrase in message for phrase in OUT_OF_MEMORY)

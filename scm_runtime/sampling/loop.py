@@ -13,16 +13,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from scm_runtime.bundle.manifest import Manifest
-from scm_runtime.common.runs import RunRegistry
+from scm_runtime.common.memory import memory_errors
+from scm_runtime.common.runs import CancelScope, RunRegistry
 from scm_runtime.engines.engine import Engine
 from scm_runtime.errors import GenerationCancelledError, InvalidArgumentError
 from scm_runtime.samples import IMAGE_CHANNELS, OnSpan, Samples, Span, Timings
+from scm_runtime.sampling.deadline import cancelled_at
 from scm_runtime.sampling.nonfinite import NonFiniteHandler
 from scm_runtime.sampling.request import Request
 
@@ -57,11 +60,20 @@ class SamplingLoop:
     def sample(self, request: Request) -> Samples:
         """Compute a request from noise to samples, on any thread. Raises what ``Generator.__call__`` raises.
 
-        ``start``, ``step`` and ``decode_finished`` raise GeneratorClosedError if the runs are terminated before or during the call.
+        ``start``, ``step`` and ``decode_finished`` raise the error of the termination if the runs are terminated before or during the call.
         """
-        if request.on_step is not None:  # the callback runs on the caller's thread
-            return self.finalize(request, self._sample(request, self.engine.run))
-        return self.finalize(request, self.engine.run(lambda: self._sample(request, run_inline)))
+        scope = CancelScope()
+
+        def run(job: Callable[[], Any]) -> Any:
+            with scope.active():
+                return self.engine.run(job)
+
+        with cancelled_at(request.deadline, scope):
+            if request.on_step is None:
+                samples: Samples = run(lambda: self._sample(request, run_inline))
+            else:  # the callback runs on the caller's thread, outside of the scope
+                samples = self._sample(request, run)
+        return self.finalize(request, samples)
 
     def _sample(self, request: Request, run: Callable[[Callable[[], Any]], Any]) -> Samples:
         run(lambda: self.start(request))
@@ -75,12 +87,14 @@ class SamplingLoop:
         """Set the first state of a request. Call it in a job of the engine."""
         self._runs.check()
         request.started_ns = time.time_ns()
-        self.engine.start(request.trajectory)
+        with _memory_errors([request]):
+            self.engine.start(request.trajectory)
 
     def step(self, requests: Sequence[Request]) -> None:
         """Evaluate the step graph once for all requests. Call it in a job of the engine."""
         self._runs.check()
-        self.engine.step([request.trajectory for request in requests])
+        with _memory_errors(requests):
+            self.engine.step([request.trajectory for request in requests])
         for request in requests:
             request.trajectory.evaluations_done += 1
 
@@ -100,23 +114,31 @@ class SamplingLoop:
         call, k = trajectory.call, trajectory.evaluations_done - 1
         if request.on_step is None or not call.ends_a_step(k):
             if not self.engine.asynchronous:
-                self.nonfinite.check(trajectory)
+                with _memory_errors([request]):
+                    self.nonfinite.check(trajectory)
             return
 
         def read() -> NDArray[np.float32]:
-            self.nonfinite.check(trajectory)
-            return np.array(self.engine.read_state(trajectory))  # a copy that the callback may change, on every device
+            with _memory_errors([request]):
+                self.nonfinite.check(trajectory)
+                return np.array(self.engine.read_state(trajectory))  # a copy that the callback may change, on every device
 
         x: NDArray[np.float32] = run(read)
         step, t = call.step_of(k)
-        changed = _returned_state(request.on_step(step, t, x), x, step + 1)
-        if changed is not None:
-            trajectory.restart_point = (trajectory.evaluations_done, changed)
-            run(lambda: self.engine.set_state(trajectory, changed))
+        returned = request.on_step(step, t, x)
+        with _memory_errors([request]):
+            changed = _returned_state(returned, x, step + 1)
+            if changed is not None:
+                trajectory.restart_point = (trajectory.evaluations_done, changed)
+                run(lambda: self.engine.set_state(trajectory, changed))
 
     def decode_finished(self, requests: Sequence[Request]) -> list[Samples]:
         """Decode requests whose steps are done, those that want pixels on the host in one batch. Call it in a job of the engine. Raises NonFiniteError."""
         self._runs.check()
+        with _memory_errors(requests):
+            return self._decode(requests)
+
+    def _decode(self, requests: Sequence[Request]) -> list[Samples]:
         for request in requests:
             self.nonfinite.check(request.trajectory)
         decoded_on_host = ("pil", "np") if self.engine.asynchronous else ("pil", "np", "dlpack")
@@ -194,6 +216,11 @@ class SamplingLoop:
 def run_inline(job: Callable[[], Result]) -> Result:
     """Run a job inside a job of the engine that runs already."""
     return job()
+
+
+def _memory_errors(requests: Sequence[Request]) -> AbstractContextManager[None]:
+    """Turn errors of exhausted memory in a block into OutOfMemoryError with the size of the batch."""
+    return memory_errors(f"a batch of {sum(len(request.trajectory) for request in requests)}")
 
 
 def _returned_state(returned: object, x: NDArray[np.float32], step: int) -> NDArray[np.float32] | None:

@@ -6,9 +6,11 @@ from collections.abc import Callable, MutableMapping
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Any
 
+from scm_runtime.common.deadlines import Timer
 from scm_runtime.common.log import log
 from scm_runtime.errors import GeneratorClosedError
 from scm_runtime.samples import Samples
+from scm_runtime.sampling.caller import current_caller
 from scm_runtime.sampling.loop import SamplingLoop
 from scm_runtime.sampling.request import Request
 
@@ -43,14 +45,18 @@ class QueuedRequest:
             future: receives the samples or an error.
             release: called once, when nothing more is computed for the request and before the future has its result.
         """
-        self.loop, self.request, self.future = loop, request, future
+        self.loop, self.request = loop, request
+        self._future = [future]  # popped once: popping is atomic between threads
         self.status = RequestStatus.WAITING
         self.started = False
         """True if it has a state."""
         self.abandoned = False
-        """True if nobody waits for it any more: its future was cancelled."""
-        self.arrival = 0
-        """Number of the request in order of arrival."""
+        """True if nobody waits for it any more: its future was cancelled, or its deadline has passed."""
+        self.timer: Timer | None = None
+        """Ends the request at its deadline."""
+        self.caller = current_caller()
+        self.order = (0, 0)
+        """Its turn, and its number in order of arrival. The queue sets both."""
         self.batch_key: BatchKey = tuple(sorted((name, values.shape[1:]) for name, values in request.trajectory.call.conditioning.items()))
         self._release = release
 
@@ -78,20 +84,31 @@ class QueuedRequest:
         if isinstance(outcome, GeneratorClosedError):
             drop_tracebacks(outcome)  # closing frees memory, even if the futures are kept
         self.status = RequestStatus.FINISHED
+        if self.timer is not None:
+            self.timer.cancel()
         for act in (self._release, lambda: self._set_future(outcome)):
             try:
                 act()
             except BaseException:  # noqa: BLE001 - closing a session or a callback of the future failed: other requests go on
                 log.exception("A request of submit() has finished, and its cleanup or a callback of its future failed.")
-        del self.future  # a traceback's frames refer to this request: the future would keep itself and the engine alive
+
+    def take_future(self) -> Future[Samples] | None:
+        """Return the future to the one that sets its result, and None to all later callers.
+
+        The request does not keep the future: a traceback's frames refer to the request, so the future would keep itself and the engine alive.
+        """
+        try:
+            return self._future.pop()
+        except IndexError:
+            return None
 
     def _set_future(self, outcome: Samples | BaseException | None) -> None:
-        if not self.future.set_running_or_notify_cancel() or outcome is None:
+        if (future := self.take_future()) is None or not future.set_running_or_notify_cancel() or outcome is None:
             return
         if isinstance(outcome, BaseException):
-            self.future.set_exception(outcome)
+            future.set_exception(outcome)
         else:
-            self.future.set_result(outcome)
+            future.set_result(outcome)
 
 
 def resolve_all(outcomes: MutableMapping[QueuedRequest, Any]) -> None:

@@ -17,6 +17,7 @@ from scm_runtime.errors import InvalidArgumentError
 from scm_runtime.inputs.arguments import OUTPUT_TYPES, CallArguments, Labels, OnStep, OutputType, check_names, gather_conditioning
 from scm_runtime.inputs.call import resolve_call
 from scm_runtime.samples import Span
+from scm_runtime.sampling.deadline import Deadline, read_deadline
 
 
 @dataclass(eq=False)
@@ -31,6 +32,8 @@ class Request:
     """``time.perf_counter`` when the call was made, in seconds."""
     start_ns: int
     """The same moment in nanoseconds since the epoch."""
+    deadline: Deadline | None = None
+    """When it must be finished; None for no limit."""
     started_ns: int = 0
     """When its computation started, in nanoseconds since the epoch: later than ``start_ns`` if it waited in the queue."""
     spans: list[Span] = field(default_factory=list)
@@ -53,7 +56,7 @@ def read_request(
         InvalidArgumentError: an argument is out of range or of the wrong shape.
         TypeError: there is no argument of that name.
     """
-    start, start_ns = time.perf_counter(), time.time_ns()
+    start, start_ns, deadline = time.perf_counter(), time.time_ns(), read_deadline(arguments.get("timeout"))
     check_names(arguments, CallArguments)
     output_type = arguments.get("output_type", "pil")
     if output_type not in OUTPUT_TYPES:
@@ -67,7 +70,7 @@ def read_request(
         latents=arguments.get("latents"),
         evaluations=solver_tables.evaluations(arguments.get("sampler"), arguments.get("num_inference_steps"), arguments.get("timesteps")),
     )
-    return Request(Trajectory(call), output_type, on_step, start, start_ns)
+    return Request(Trajectory(call), output_type, on_step, start, start_ns, deadline)
 
 
 def _on_step(callback: Any, owner: object) -> OnStep | None:

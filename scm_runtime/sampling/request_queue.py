@@ -1,33 +1,46 @@
 """The queue of ``submit``: running and waiting requests, and which of them are computed next.
 
-The time of each operation depends on the batch size and the number of different batch keys, not on the number of waiting requests.
+Callers take turns: however many requests one of them queues, the next request of another waits for at most a few of them. A caller is a thread or an asyncio
+task. The requests of one caller keep their order. The time of an operation depends on the batch size and the number of different batch keys; that of adding
+and starting a request grows with the logarithm of the number of waiting requests.
 """
 
 from __future__ import annotations
 
+import heapq
 from bisect import insort
 from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import count
 from operator import attrgetter
+from weakref import WeakKeyDictionary
 
+from scm_runtime.sampling.caller import Caller
 from scm_runtime.sampling.queued_request import BatchKey, QueuedRequest, RequestStatus
 
 MAX_SKIPPED = 64  # waiting requests that do not fit into a batch, before the search for smaller ones ends
 
-_arrival = attrgetter("arrival")
+Waiting = list[tuple[tuple[int, int], QueuedRequest]]  # a heap by order
+
+_order = attrgetter("order")
 
 
 class RequestQueue:
-    """Requests in order of arrival. Only the scheduler's thread uses it."""
+    """Requests in order of their turns. Only the scheduler's thread uses it.
+
+    A caller's n-th waiting request has the n-th next turn; within a turn the order is that of arrival. A new caller begins with the turn after the present
+    one: callers that come later cannot hold up a turn without end.
+    """
 
     def __init__(self) -> None:
         self.running: list[QueuedRequest] = []
-        """Requests that were scheduled and are not finished, in order of arrival."""
-        # In order of arrival, without empty deques. The first request of a deque is unfinished; a finished one behind it is removed when it comes first.
-        self._waiting: dict[BatchKey, deque[QueuedRequest]] = {}
+        """Requests that were scheduled and are not finished, in order."""
+        # Without empty heaps. The first request of a heap is unfinished; a finished one behind it is removed when it comes first.
+        self._waiting: dict[BatchKey, Waiting] = {}
         self._waiting_samples: dict[BatchKey, int] = {}  # unfinished ones only
         self._arrivals = count()
+        self._turn = 0  # the present one: the latest of all requests that were scheduled
+        self._latest_turns: WeakKeyDictionary[Caller, int] = WeakKeyDictionary()  # of each caller's requests
         self._length = self._finished_waiting = 0
 
     def __len__(self) -> int:
@@ -36,20 +49,25 @@ class RequestQueue:
 
     def __iter__(self) -> Iterator[QueuedRequest]:
         """Iterate over all unfinished requests. The time grows with their number."""
-        for queued in (*self.running, *(queued for waiting in self._waiting.values() for queued in waiting)):
+        for queued in (*self.running, *(queued for waiting in self._waiting.values() for _, queued in waiting)):
             if not queued.finished:
                 yield queued
 
     def add(self, queued: QueuedRequest) -> None:
-        """Append a waiting request."""
-        queued.arrival = next(self._arrivals)
-        self._waiting.setdefault(queued.batch_key, deque()).append(queued)
-        self._waiting_samples[queued.batch_key] = self._waiting_samples.get(queued.batch_key, 0) + len(queued)
+        """Append a waiting request to those of its caller."""
+        self._push(queued, next(self._arrivals))
         self._length += 1
 
-    def oldest(self) -> QueuedRequest | None:
-        """Return the unfinished request that arrived first, or None if the queue is empty."""
-        return min((*self.running[:1], *(waiting[0] for waiting in self._waiting.values())), key=_arrival, default=None)
+    def _push(self, queued: QueuedRequest, arrival: int) -> None:
+        turn = 1 + max(self._turn, self._latest_turns.get(queued.caller, 0))
+        self._latest_turns[queued.caller] = turn
+        queued.order = turn, arrival
+        heapq.heappush(self._waiting.setdefault(queued.batch_key, []), (queued.order, queued))
+        self._waiting_samples[queued.batch_key] = self._waiting_samples.get(queued.batch_key, 0) + len(queued)
+
+    def first(self) -> QueuedRequest | None:
+        """Return the unfinished request whose turn it is, or None if the queue is empty."""
+        return min((*self.running[:1], *(waiting[0][1] for waiting in self._waiting.values())), key=_order, default=None)
 
     def samples(self, key: BatchKey) -> int:
         """Return the number of samples of unfinished requests with a batch key."""
@@ -58,16 +76,16 @@ class RequestQueue:
     def schedule(self, limit: int) -> list[QueuedRequest]:
         """Return the next batch, whose requests are running from now on.
 
-        It has the oldest request, however large, and younger ones with the same batch key that fit into ``limit`` samples. The queue must not be empty.
+        It has the first request, however large, and later ones with the same batch key that fit into ``limit`` samples. The queue must not be empty.
         """
-        first = self.oldest()
+        first = self.first()
         assert first is not None
         running = deque(queued for queued in self.running if queued.batch_key == first.batch_key)
-        waiting = self._waiting.get(first.batch_key, deque())
+        waiting = self._waiting.get(first.batch_key, [])
         batch, skipped, samples = list[QueuedRequest](), list[QueuedRequest](), 0
         while samples < limit and len(skipped) < MAX_SKIPPED and (running or waiting):
-            from_waiting = not running or (bool(waiting) and waiting[0].arrival < running[0].arrival)
-            queued = (waiting if from_waiting else running).popleft()
+            from_waiting = not running or (bool(waiting) and waiting[0][0] < running[0].order)
+            queued = heapq.heappop(waiting)[1] if from_waiting else running.popleft()
             if queued.finished:
                 self._finished_waiting -= 1
             elif not batch or samples + len(queued) <= limit:
@@ -77,7 +95,8 @@ class RequestQueue:
                     self._start(queued)
             elif from_waiting:
                 skipped.append(queued)
-        waiting.extendleft(reversed(skipped))
+        for queued in skipped:
+            heapq.heappush(waiting, (queued.order, queued))
         self._drop_finished_heads(first.batch_key)
         return batch
 
@@ -105,26 +124,31 @@ class RequestQueue:
         self.running.clear()
         self._waiting.clear()
         self._waiting_samples.clear()
+        self._latest_turns.clear()
         self._length = self._finished_waiting = 0
 
     def _start(self, queued: QueuedRequest) -> None:
         self._waiting_samples[queued.batch_key] -= len(queued)
+        self._turn = max(self._turn, queued.order[0])
         queued.status = RequestStatus.RUNNING
-        insort(self.running, queued, key=_arrival)
+        insort(self.running, queued, key=_order)
 
     def _drop_finished_heads(self, key: BatchKey) -> None:
         """Remove finished requests before the first unfinished one of a key, and the key if none is left."""
         waiting = self._waiting.get(key)
-        while waiting and waiting[0].finished:
-            waiting.popleft()
+        while waiting and waiting[0][1].finished:
+            heapq.heappop(waiting)
             self._finished_waiting -= 1
         if not waiting:
             self._waiting.pop(key, None)
             self._waiting_samples.pop(key, None)
 
     def _compact(self) -> None:
-        """Remove finished requests from the waiting ones, so that cancelled requests do not keep their memory."""
-        for key, waiting in list(self._waiting.items()):
-            self._waiting[key] = deque(queued for queued in waiting if not queued.finished)
-            self._drop_finished_heads(key)
+        """Remove finished requests from the waiting ones, so that cancelled requests keep neither their memory nor their turns."""
+        waiting = sorted((queued for heap in self._waiting.values() for _, queued in heap if not queued.finished), key=_order)
+        self._waiting.clear()
+        self._waiting_samples.clear()
+        self._latest_turns.clear()
+        for queued in waiting:
+            self._push(queued, queued.order[1])
         self._finished_waiting = 0

@@ -1,8 +1,8 @@
 """Continuous batching of the requests of ``submit``: one thread evaluates as many of them per step as fit into a batch.
 
 The time is an input per sample, so requests share an evaluation whatever step they are at: a new request joins at the next evaluation, and a finished one
-makes room. Requests share an evaluation if their conditioning has the same names and dynamic sizes. The oldest request is in every batch, so none starves;
-younger ones join in order of arrival if they fit. Samples do not depend on the batch that they are computed in.
+makes room. Requests share an evaluation if their conditioning has the same names and dynamic sizes. The request whose turn it is, see ``RequestQueue``, is
+in every batch, so none starves; those whose turns come later join if they fit. Samples do not depend on the batch that they are computed in.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from scm_runtime.common import process
 from scm_runtime.common.checks import is_int
+from scm_runtime.common.deadlines import call_at
 from scm_runtime.common.log import log
 from scm_runtime.common.runs import CancelScope, closed_error
 from scm_runtime.errors import GenerationCancelledError, GeneratorClosedError, InferenceError, InvalidArgumentError, OutOfMemoryError, QueueFullError
@@ -47,7 +48,7 @@ class BatchScheduler:
 
         Args:
             max_batch_size: samples per batch; a larger request runs alone.
-            max_wait: seconds that the oldest request may wait for others to share its first batch.
+            max_wait: seconds that a request may wait for others to share its first batch.
             max_queue: maximum number of unfinished requests; None for no limit.
         """
         from queue import SimpleQueue
@@ -80,7 +81,7 @@ class BatchScheduler:
 
         Raises:
             QueueFullError: ``max_queue`` requests are not finished.
-            InferenceError: the system cannot start a thread.
+            InferenceError: the system has no more threads.
         """
         from concurrent.futures import Future
 
@@ -104,6 +105,8 @@ class BatchScheduler:
                 except RuntimeError as error:
                     raise InferenceError(f"cannot start the thread that computes submitted requests: {error}. Raise the limit of threads, or call.") from error
                 self._thread, self._serving = thread, True  # the thread reads both under the lock
+            if request.deadline is not None:
+                queued.timer = call_at(request.deadline.at, _weak_method(self._expire, queued))
             self._unfinished += 1
             self._inbox.put(queued)
         return future
@@ -114,6 +117,14 @@ class BatchScheduler:
         if (computing := self._computing) is not None:
             _cancel_if_abandoned(*computing)
         self._inbox.put(weakref.ref(queued))
+
+    def _expire(self, queued: QueuedRequest) -> None:
+        """End a request at its deadline: set the error of its future, and abandon it."""
+        assert queued.request.deadline is not None
+        if (future := queued.take_future()) is not None:
+            self._abandon(queued)
+            if future.set_running_or_notify_cancel():
+                future.set_exception(queued.request.deadline.error())
 
     def close(self) -> None:
         """Refuse all requests, and let the thread end once it has resolved their futures. Returns at once."""
@@ -172,9 +183,9 @@ class BatchScheduler:
             if self._closed:
                 resolve_all({queued: _closed_error(queued) for queued in self._queue})
                 self._queue.clear()
-            if (oldest := self._queue.oldest()) is not None:
-                remaining = self._remaining_wait(oldest)
-                del oldest
+            if (first := self._queue.first()) is not None:
+                remaining = self._remaining_wait(first)
+                del first
                 if remaining <= 0:
                     return True
                 self._receive(remaining)
@@ -210,11 +221,11 @@ class BatchScheduler:
         resolve_all(dict.fromkeys(abandoned))
         self._queue.discard(abandoned)
 
-    def _remaining_wait(self, oldest: QueuedRequest) -> float:
-        """Return the seconds that the oldest request may still wait: 0 if a batch is full, requests are running, or no more can come."""
-        if self._stopping or self._queue.running or self._queue.samples(oldest.batch_key) >= self._limit:
+    def _remaining_wait(self, first: QueuedRequest) -> float:
+        """Return the seconds that the first request may still wait: 0 if a batch is full, requests are running, or no more can come."""
+        if self._stopping or self._queue.running or self._queue.samples(first.batch_key) >= self._limit:
             return 0.0
-        return oldest.request.start + self._max_wait - time.perf_counter()
+        return first.request.start + self._max_wait - time.perf_counter()
 
     def _run_step(self, batch: Sequence[QueuedRequest]) -> None:
         """Evaluate one step of a batch, and resolve the requests that it finishes."""

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Unpack, cast
 
 from scm_runtime.bundle.manifest import Manifest
 from scm_runtime.common.checks import is_int
-from scm_runtime.errors import InvalidArgumentError
+from scm_runtime.errors import GenerationTimeoutError, InvalidArgumentError
 from scm_runtime.inputs.arguments import CONDITIONING, BatchArguments, CallArguments, Labels, Seeds, check_names, gather_conditioning
 from scm_runtime.inputs.call import check_range, random_seed, read_latents, read_seeds
 from scm_runtime.inputs.conditioning import BatchedInput, read_input
+from scm_runtime.inputs.signatures import lists_arguments
 from scm_runtime.samples import Samples
+from scm_runtime.sampling.deadline import Deadline, read_deadline
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -36,12 +38,14 @@ class StreamSource(NamedTuple):
 class QueuedSampling:
     """Methods built on ``submit``."""
 
+    @lists_arguments(CallArguments)
     def submit(self, class_labels: Labels | None = None, **arguments: Unpack[CallArguments]) -> Future[Samples]:
         """Queue a call, and return the future of its samples."""
         raise NotImplementedError
 
+    @lists_arguments(CallArguments)
     async def async_(self, class_labels: Labels | None = None, **arguments: Unpack[CallArguments]) -> Samples:
-        """Await the samples of ``submit``: ``await generate.async_([3, 1, 4], seed=7)``. Cancelling the task cancels the request."""
+        """Await the samples of ``submit``: ``await generate.async_([3, 1, 4], seed=7)``. Cancelling the task cancels the request, within its step."""
         import asyncio
 
         future = self.submit(class_labels, **arguments)
@@ -50,6 +54,7 @@ class QueuedSampling:
         finally:
             future.cancel()  # without effect on a future that is done
 
+    @lists_arguments(BatchArguments)
     def stream(
         self,
         num_images: int,
@@ -66,11 +71,11 @@ class QueuedSampling:
             batch_size: samples per batch; the last batch may be smaller. ``max_batch_size`` by default.
             class_labels: one label for all samples, or one for each of ``num_images``. The same holds for the other conditioning and ``latents``.
             seed: seed of the first sample; the others get seed + 1, …, independent of the batch size. Or a list with one seed per sample. None: random.
-            **arguments: the other arguments of a call.
+            **arguments: the other arguments of a call. ``timeout`` is the time limit of the whole stream, from this call on.
 
         Returns:
             An iterator over batches. Nothing is computed before the first batch is requested. Closing the iterator cancels the batches that are computed
-            ahead; an error ends it.
+            ahead, within their step; an error ends it.
 
         Raises:
             InvalidArgumentError, GeneratorClosedError, ForkedError: immediately, as in a call.
@@ -82,13 +87,16 @@ class QueuedSampling:
         for name, value in (("num_images", num_images), ("batch_size", size)):
             if not is_int(value) or value < 1:
                 raise InvalidArgumentError(f"{name} must be an integer of at least 1, got {value!r}")
+        deadline = read_deadline(arguments.get("timeout"))
         slices = _slices(source.manifest, num_images, class_labels, seed, arguments)
 
         def batch(start: int) -> CallArguments:
-            return slices(start, min(start + size, num_images))
+            call = slices(start, min(start + size, num_images))
+            return call if deadline is None else {**call, "timeout": deadline.remaining()}
 
         source.check_arguments(batch(0))  # raise errors now, not when the first batch is requested
-        return _batches(lambda start: self.submit(**batch(start)), source.check_process, iter(range(0, num_images, size)), source.prefetch)
+        batches = _batches(lambda start: self.submit(**batch(start)), source.check_process, iter(range(0, num_images, size)), source.prefetch)
+        return batches if deadline is None else _limited(batches, deadline)
 
     def _stream_source(self) -> StreamSource:
         """Return what a stream needs. Raises GeneratorClosedError and ForkedError."""
@@ -110,6 +118,14 @@ def _batches(submit: Callable[[int], Future[Samples]], check: Callable[[], None]
     finally:
         for future in pending:
             future.cancel()
+
+
+def _limited(batches: Iteration[Samples], deadline: Deadline) -> Iteration[Samples]:
+    """Iterate over batches whose timeouts are what remains of the stream's, and name that of the stream in the error."""
+    try:
+        yield from batches
+    except GenerationTimeoutError as error:
+        raise deadline.error() from error
 
 
 def _slices(

@@ -40,6 +40,8 @@ OUTCOMES: dict[str, tuple[Callable[[Path], object], str | None]] = {
     "returns": (lambda folder: None, None),
     "refuses": (raising(CheckpointError("no")), None),
     "raises": (raising(KeyError("x")), "traceback"),
+    "shouts": (raising(CheckpointError("\x1b[31m")), "message"),
+    "babbles": (raising(CheckpointError("x" * 10_000)), "message"),
     "exits": (raising(SystemExit(0)), "traceback"),
     "crashes": (lambda folder: os.kill(os.getpid(), signal.SIGSEGV), "crashed"),
     "leaves": (lambda folder: os._exit(3), "crashed"),

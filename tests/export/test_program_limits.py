@@ -149,7 +149,7 @@ def test_a_deep_argument_is_refused(saved: Path, tmp_path: Path) -> None:
         deep = [deep]
     node = call("neg.default", "y", "x")
     node["inputs"][0]["arg"] = {"as_nested_tensors": deep}
-    with pytest.raises(CheckpointError, match="takes Tensor as self"):
+    with pytest.raises(CheckpointError, match="nested more than 64 levels deep"):
         load(changed(saved, tmp_path / "program.pt2", prepending(node)), config=saved.parent / "config.json")
 
 

@@ -20,11 +20,10 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
-from typing import Literal
+from typing import Literal, get_args
 
 from fuzz.mutations import mutate
 from fuzz.seeds import Target, make_targets
@@ -35,7 +34,10 @@ MAX_SECONDS, MAX_CPU_SECONDS = 60, 8  # per file
 MAX_GROWTH = 512 << 20  # bytes that reading one file may add to the resident memory
 MAX_ADDRESS_SPACE = 3 << 29  # bytes beyond those of the parent; larger allocations fail and do not burden the machine
 
-Kind = Literal["executed", "crashed", "hung", "traceback", "memory"]
+MAX_MESSAGE = 5000  # characters
+
+Kind = Literal["executed", "crashed", "hung", "traceback", "memory", "message"]
+"""What a reader did; "message": refused a file with a message that is too long, or would change a terminal's state."""
 
 # What a reader never does, by the names of Python's audit events.
 FORBIDDEN_EVENTS: tuple[str, ...] = (
@@ -67,8 +69,7 @@ class Report:
 
     def summary(self) -> str:
         counts = Counter(failure.kind for failure in self.failures)
-        kinds: Sequence[Kind] = ("executed", "crashed", "hung", "traceback", "memory")
-        return f"{self.tried.total()} files tried, {self.refused} refused; " + ", ".join(f"{kind} {counts[kind]}" for kind in kinds)
+        return f"{self.tried.total()} files tried, {self.refused} refused; " + ", ".join(f"{kind} {counts[kind]}" for kind in get_args(Kind))
 
 
 def changed_file(target: Target, seed: int, number: int) -> tuple[str, bytes]:
@@ -182,10 +183,10 @@ def _read(target: Target, folder: Path) -> str:
     try:
         target.read(folder)
     except ScmError as error:
-        with suppress(UnicodeEncodeError):
-            str(error).encode()
-            return "refused"
-        return "traceback the message cannot be encoded"
+        message = str(error)
+        if not message.replace("\n", "").isprintable() or len(message) > MAX_MESSAGE:
+            return f"message of {len(message)} characters: {message[:300]!a}"
+        return "refused"
     except BaseException as error:  # noqa: BLE001 - whatever it is, it is a finding
         place = traceback.extract_tb(error.__traceback__)
         own = [frame for frame in place if "scm_" in frame.filename] or place

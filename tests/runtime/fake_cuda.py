@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.fake_cuda_driver import LEGACY, FakeDriver, Stream, expect
-from scm_runtime.common.runs import RunRegistry
+from scm_runtime.common.runs import CancelScope, RunRegistry
 from scm_runtime.devices.placement import CPU, Placement
 from scm_runtime.engines.cuda.capture_lock import CAPTURE_LOCK
 from scm_runtime.errors import InferenceError, OutOfMemoryError
@@ -38,6 +38,7 @@ class Machine(FakeDriver):
 
     Attributes:
         runs: all runs of sessions, in order.
+        released: file name and ID of each captured graph that was given back.
         opened: file name of each graph that was opened, and whether with ``enable_cuda_graph``.
         refuses_graphs: file names of graphs that have nodes on the CPU.
         fails_to_capture: file names of graphs whose captures fail.
@@ -51,6 +52,7 @@ class Machine(FakeDriver):
         super().__init__()
         self.runs: list[GraphRun] = []
         self.opened: list[tuple[str, bool]] = []
+        self.released: list[tuple[str, int]] = []
         self.refuses_graphs: set[str] = set()
         self.fails_to_capture: set[str] = set()
         self.terminates_capture = False
@@ -79,6 +81,11 @@ class FakeSession(Session):
         self.machine, self.stream, self.capture = machine, stream, capture
         self.all_on_device = path.name not in machine.refuses_graphs
         self.captured: dict[int, tuple[Any, ...]] = {}
+
+    def release_captured_graph(self, graph_id: int) -> None:
+        expect(not self.stream.queue, "a captured graph is freed while it may run")
+        del self.captured[graph_id]
+        self.machine.released.append((self.path.name, graph_id))
 
     def bind(self, inputs: Mapping[str, DeviceTensor], output: DeviceTensor, *, run_options: Mapping[str, str] | None = None) -> Any:
         return FakeBound(self, dict(inputs), output, dict(run_options or {}))
@@ -149,7 +156,8 @@ class FakeBound:
         session = self.session
         settings, session.settings = session.settings, replace(session.settings, runs=RunRegistry())  # enqueued work is not terminated
         try:
-            result = session(**(self.arrays or self._read()))
+            with CancelScope().active():
+                result = session(**(self.arrays or self._read()))
         finally:
             session.settings = settings
         expect((result.dtype, result.shape) == (np.dtype(self.output.dtype), self.output.shape), "the output does not fit its buffer")

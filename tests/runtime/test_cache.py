@@ -188,6 +188,11 @@ def _replace_with_link(path: Path) -> None:
     path.symlink_to(elsewhere)
 
 
+def _replace_with_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
 DAMAGE: dict[str, Callable[[Path], object]] = {
     "weights changed": lambda entry: _flip(entry / "graph.data"),
     "weights truncated": lambda entry: os.truncate(entry / "graph.data", 1000),
@@ -204,7 +209,27 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "json missing": lambda entry: (entry / "entry.json").unlink(),
     "entry a link": lambda entry: _replace_with_link(entry),
     "entry a file": lambda entry: (entry.rename(entry.parents[1] / "elsewhere"), entry.write_text("")),
+    "json deep": lambda entry: (entry / "entry.json").write_bytes(b'{"x":' + b"[" * 100_000),
+    "json large": lambda entry: os.truncate(entry / "entry.json", 10 << 30),  # a sparse file
+    "json with a large number": lambda entry: (entry / "entry.json").write_bytes(b'{"source": "x", "files": {"graph.onnx": {"size": 1' + b"0" * 400 + b"}}}"),
 }
+if sys.platform != "win32":
+    DAMAGE |= {
+        "entry writable by others": lambda entry: entry.chmod(0o777),
+        "entry writable by the group": lambda entry: entry.chmod(0o770),
+        "weights writable by others": lambda entry: (entry / "graph.data").chmod(0o606),
+        "graph writable by the group": lambda entry: (entry / "graph.onnx").chmod(0o660),
+        "json writable by others": lambda entry: (entry / "entry.json").chmod(0o666),
+        "graph a pipe": lambda entry: _replace_with_pipe(entry / "graph.onnx"),
+        "json a pipe": lambda entry: _replace_with_pipe(entry / "entry.json"),
+    }
+    if os.geteuid() == 0:
+        DAMAGE |= {
+            "entry of another user": lambda entry: os.chown(entry, 12345, -1),
+            "weights of another user": lambda entry: os.chown(entry / "graph.data", 12345, -1),
+            "graph of another user": lambda entry: os.chown(entry / "graph.onnx", 12345, -1),
+            "json of another user": lambda entry: os.chown(entry / "entry.json", 12345, -1),
+        }
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
@@ -216,7 +241,7 @@ def test_damaged_entries_are_rebuilt(cache: GraphCache, damage: Callable[[Path],
     session = open_cached(cache, NOISE, key(), opener, checksums=CHECKSUMS)
     assert run(session).tobytes() == run(open_uncached()).tobytes()
     assert opener.paths[0].name == NOISE.name
-    assert "is damaged and is rebuilt" in caplog.text
+    assert "cannot be used and is rebuilt" in caplog.text
     assert not (cache.folder / key()).is_symlink()
     assert sizes(only_entry(cache)) == whole
 
@@ -350,6 +375,32 @@ def test_files_of_killed_processes_and_of_older_versions_are_removed(cache: Grap
     assert {path.name for path in cache.folder.iterdir()} == {young.name, key()}
 
 
+def test_files_of_killed_processes_are_removed_when_the_cache_is_opened(cache: GraphCache) -> None:
+    old, young = cache.folder / f"{TEMP_PREFIX}1", cache.folder / f"{TEMP_PREFIX}2"
+    for part in (old, young):
+        part.mkdir()
+        (part / "weights.onnx.data").write_bytes(b"half")
+    os.utime(old, (0, 0))
+    GraphCache.locate(cache.folder.parent)
+    assert list(cache.folder.iterdir()) == [young]
+
+
+@posix
+@pytest.mark.parametrize("mask", [0o000, 0o002, 0o077])
+def test_entries_are_writable_by_the_user_only(cache: GraphCache, mask: int, caplog: pytest.LogCaptureFixture) -> None:
+    previous = os.umask(mask)
+    try:
+        open_cached(cache, STEP, key(STEP), Opener(), checksums=CHECKSUMS)
+        cache.checksums.remember(STEP, CHECKSUMS[STEP.name])
+    finally:
+        os.umask(previous)
+    assert {path.lstat().st_mode & 0o022 for path in cache.folder.parent.rglob("*")} == {0}
+    opener = Opener()
+    open_cached(cache, STEP, key(STEP), opener, checksums=CHECKSUMS)
+    assert opener.paths == [cache.folder / key(STEP) / "graph.onnx"]
+    assert not caplog.records
+
+
 def test_threads_that_build_the_same_entry(cache: GraphCache, caplog: pytest.LogCaptureFixture) -> None:
     sessions: list[Any] = []
     together = threading.Barrier(4, timeout=60)
@@ -479,9 +530,10 @@ def test_a_default_folder_that_cannot_be_created(tmp_path: Path, monkeypatch: py
 
 @posix
 @pytest.mark.parametrize("part", ["", "graphs", "verified"])
-def test_a_folder_that_others_can_write_to_is_rejected(tmp_path: Path, part: str, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("mode", [0o777, 0o770, 0o702])
+def test_a_folder_that_others_can_write_to_is_rejected(tmp_path: Path, part: str, mode: int, caplog: pytest.LogCaptureFixture) -> None:
     assert GraphCache.locate(tmp_path / "cache")
-    (tmp_path / "cache" / part).chmod(0o777)
+    (tmp_path / "cache" / part).chmod(mode)
     assert GraphCache.locate(tmp_path / "cache") is None
     assert "must not be writable by other users" in caplog.text
 
@@ -547,6 +599,19 @@ def checksum_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ChecksumC
     (tmp_path / "checksums").mkdir()
     monkeypatch.setattr("scm_runtime.bundle.checksums.SETTLED_NS", 0)
     return ChecksumCache(tmp_path / "checksums")
+
+
+@posix
+@pytest.mark.parametrize("change", [lambda entry: entry.chmod(0o666), lambda entry: os.chown(entry, 12345, -1)], ids=["writable by others", "of another user"])
+def test_a_cached_checksum_that_others_could_have_written_is_not_used(checksum_cache: ChecksumCache, file: Path, change: Callable[[Path], None]) -> None:
+    checksum_cache.remember(file, "0" * 64)
+    assert checksum_cache.sha256(file) == "0" * 64
+    (entry,) = (file.parent / "checksums").iterdir()
+    try:
+        change(entry)
+    except PermissionError:
+        pytest.skip("only root can give a file away")
+    assert checksum_cache.sha256(file) == sha256(file)
 
 
 @pytest.fixture

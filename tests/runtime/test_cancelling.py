@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import math
+import signal
+import threading
+import time
 import weakref
-from collections.abc import Iterator, Sequence
-from concurrent.futures import CancelledError, Future, wait
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +20,8 @@ import pytest
 
 import toy_bundle
 from scheduler_control import TIMEOUT_S, engine_of, record_batches, scheduler_blocked, step_started_event, wait_until
-from scm_runtime import DevicePool, Generator, Samples
+from scm_runtime import DevicePool, GenerationTimeoutError, Generator, GeneratorClosedError, InferenceError, InvalidArgumentError, Samples
+from scm_runtime.common import deadlines, interruptible
 from scm_runtime.engines.engine import Trajectory
 
 EMBEDS = np.ones((2, toy_bundle.WIDTH), np.float32)
@@ -143,3 +149,179 @@ def test_a_cancelled_request_frees_its_memory(slow: Generator, monkeypatch: pyte
     gc.collect()
     assert trajectories[0]() is None
     assert future.cancelled(), "the future that is kept does not keep the request"
+
+
+# ----------------------------------------------------------------------------
+# Timeouts.
+
+
+@pytest.mark.parametrize("callback", [None, lambda *_: None])
+def test_a_call_ends_at_its_timeout(callback: Any, slow: Generator) -> None:
+    with pytest.raises(GenerationTimeoutError, match=r"not finished within timeout=0\.3 seconds"):
+        slow(**LONG_LOOP, timeout=0.3, callback_on_step_end=callback)
+    check_usable(slow)
+
+
+def test_a_call_of_another_thread_ends_at_its_timeout(slow: Generator) -> None:
+    with ThreadPoolExecutor(1) as pool, pytest.raises(GenerationTimeoutError):
+        pool.submit(lambda: slow(**LONG_LOOP, timeout=0.3)).result(TIMEOUT_S)
+    check_usable(slow)
+
+
+def test_a_submitted_request_ends_at_its_timeout(slow: Generator) -> None:
+    futures = [slow.submit(**LONG_LOOP, timeout=0.3) for _ in range(2)]
+    errors = [future.exception(TIMEOUT_S) for future in futures]
+    assert all(isinstance(error, GenerationTimeoutError) and isinstance(error, TimeoutError) for error in errors)
+    assert errors[0] is not errors[1]
+    check_usable(slow)
+
+
+def test_a_timeout_includes_the_time_in_the_queue(slow: Generator) -> None:
+    with scheduler_blocked(slow, prompt_embeds=EMBEDS):
+        late, patient = slow.submit(**FAST, timeout=0.1), slow.submit(**FAST, timeout=TIMEOUT_S)
+        assert isinstance(late.exception(TIMEOUT_S), GenerationTimeoutError), "although the queue is still blocked"
+    np.testing.assert_allclose(patient.result(TIMEOUT_S).array, toy_bundle.sample([1], EMBEDS), atol=1e-6)
+
+
+def test_a_timeout_ends_only_its_own_request_of_a_batch(slow: Generator) -> None:
+    with scheduler_blocked(slow, prompt_embeds=EMBEDS):
+        late, other = slow.submit(**LONG_OPERATOR, timeout=0.2), slow.submit(**{**LONG_OPERATOR, "seed": 3})
+    assert isinstance(late.exception(TIMEOUT_S), GenerationTimeoutError)
+    np.testing.assert_allclose(other.result(TIMEOUT_S).array, toy_bundle.sample([3], EMBEDS, score=toy_bundle.SLOW_SCORE, steps=1), atol=1e-5)
+
+
+def test_a_task_gets_the_error_of_its_timeout(slow: Generator) -> None:
+    with pytest.raises(GenerationTimeoutError):
+        asyncio.run(slow.async_(**LONG_LOOP, timeout=0.3))
+    check_usable(slow)
+
+
+def test_the_timeout_of_a_stream_is_for_all_of_its_batches(slow_bundle: Path) -> None:
+    with Generator(slow_bundle, threads=1, max_batch_size=1) as generator:
+        stream = generator.stream(2, prompt_embeds=EMBEDS, seed=1, output_type="latent", guidance_scale=[1.0, toy_bundle.SLOW_GUIDANCE], timeout=5)
+        assert next(stream).seeds == (1,)
+        with pytest.raises(GenerationTimeoutError, match=r"timeout=5 seconds"):
+            next(stream)
+        check_usable(generator)
+
+
+def test_a_pool_passes_the_timeout_on(slow_bundle: Path) -> None:
+    with DevicePool(slow_bundle, devices=("cpu",), threads=1) as pool:
+        with pytest.raises(GenerationTimeoutError):
+            pool(**LONG_LOOP, timeout=0.3)
+        assert isinstance(pool.submit(**LONG_LOOP, timeout=0.3).exception(TIMEOUT_S), GenerationTimeoutError)
+
+
+@pytest.mark.parametrize("timeout", [0, -1, math.nan, math.inf, 10**400, "1", True])
+def test_a_timeout_must_be_a_finite_number_above_zero(timeout: Any, slow: Generator) -> None:
+    calls: list[Callable[..., object]] = [slow, slow.submit, lambda **arguments: slow.stream(2, **arguments)]
+    for call in calls:
+        with pytest.raises(InvalidArgumentError, match="timeout must be a number of seconds above 0, or None for no limit, got"):
+            call(prompt_embeds=EMBEDS, timeout=timeout)
+
+
+def test_timeouts_that_are_not_reached_keep_nothing_alive(slow: Generator) -> None:
+    """A service gives every request a timeout of a minute: the finished ones must not stay in memory for it."""
+    for _ in range(300):
+        slow.submit(**FAST, num_inference_steps=1, timeout=3600).result(TIMEOUT_S)
+    gc.collect()
+    alive = [one for one in gc.get_objects() if type(one) is deadlines.Timer]
+    assert len(alive) <= deadlines.MIN_KEPT + 1
+
+
+def test_a_thread_that_cannot_be_started_for_a_timeout_is_a_typed_error(slow: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(deadlines, "_watcher", None)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        with pytest.raises(InferenceError, match="cannot start the thread that ends calls at their timeout: can't start new thread"):
+            slow(**FAST, timeout=60)
+    check_usable(slow)
+
+
+# ----------------------------------------------------------------------------
+# Signals in the main thread.
+
+
+@contextmanager
+def handled_by(handler: Callable[..., object], number: int) -> Iterator[None]:
+    previous = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, previous)
+
+
+def signal_during_step(generator: Generator, number: int) -> threading.Thread:
+    """Start a thread that sends a signal to the main thread while a step runs."""
+    step_started, main = step_started_event(engine_of(generator)), threading.main_thread().ident
+    assert main is not None
+
+    def send() -> None:
+        assert step_started.wait(TIMEOUT_S)
+        time.sleep(0.1)  # until the middle of the step
+        signal.pthread_kill(main, number)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize("callback", [None, lambda *_: None])
+def test_ctrl_c_ends_the_step_of_a_call(callback: Any, slow: Generator) -> None:
+    with handled_by(signal.default_int_handler, signal.SIGINT):
+        thread = signal_during_step(slow, signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            slow(**LONG_LOOP, callback_on_step_end=callback)
+        thread.join()
+    check_usable(slow)
+
+
+def test_ctrl_c_ends_decoding(tmp_path: Path) -> None:
+    bundle = toy_bundle.write_text_bundle(tmp_path / "slow.scm", graphs={"decode": toy_bundle.SLOW_DECODE})
+    main = threading.main_thread().ident
+    assert main is not None
+    with Generator(bundle, threads=1) as generator, handled_by(signal.default_int_handler, signal.SIGINT):
+        interrupting = threading.Timer(0.5, lambda: signal.pthread_kill(main, signal.SIGINT))
+        interrupting.start()
+        with pytest.raises(KeyboardInterrupt):
+            generator.decode(np.full((1, *toy_bundle.SAMPLE_SHAPE), 200))
+        assert generator.decode(np.zeros((1, *toy_bundle.SAMPLE_SHAPE))).shape == (1, *toy_bundle.IMAGE_SHAPE)
+
+
+def test_a_signal_handler_that_returns_does_not_end_the_call(slow: Generator) -> None:
+    received: list[int] = []
+    with handled_by(lambda number, _: received.append(number), signal.SIGUSR1):
+        thread = signal_during_step(slow, signal.SIGUSR1)
+        array = slow(**LONG_OPERATOR).array
+        thread.join()
+    np.testing.assert_allclose(array, toy_bundle.sample([1], EMBEDS, score=toy_bundle.SLOW_SCORE, steps=1), atol=1e-5)
+    assert received == [signal.SIGUSR1]
+
+
+def test_a_signal_handler_may_close_the_generator_within_a_step(slow: Generator) -> None:
+    with handled_by(lambda *_: slow.close(), signal.SIGUSR1):
+        thread = signal_during_step(slow, signal.SIGUSR1)
+        with pytest.raises(GeneratorClosedError):
+            slow(**LONG_LOOP)
+        thread.join()
+
+
+def test_a_signal_handler_may_call_the_generator_that_it_interrupts(slow: Generator) -> None:
+    inner: list[Samples] = []
+    with handled_by(lambda *_: inner.append(slow(**FAST)), signal.SIGUSR1):
+        thread = signal_during_step(slow, signal.SIGUSR1)
+        slow(**LONG_OPERATOR)
+        thread.join()
+    np.testing.assert_allclose(inner[0].array, toy_bundle.sample([1], EMBEDS), atol=1e-6)
+
+
+def test_a_call_works_if_no_thread_can_be_started(slow: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(interruptible, "_helper", None)
+    monkeypatch.setattr(threading.Thread, "start", start)
+    np.testing.assert_allclose(slow(**FAST).array, toy_bundle.sample([1], EMBEDS), atol=1e-6)

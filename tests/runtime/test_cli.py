@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import scm_runtime
+import toy_bundle
 from scm_runtime import Generator, Manifest, Samples
 from scm_runtime.cli import main
 from scm_runtime.engines.engine import Trajectory
@@ -170,6 +171,8 @@ def test_no_more_images_than_a_batch_are_computed_at_a_time(tiny_bundle: Path, t
         ("{index:s}.png", [], "a field has a format that is not for integers"),
         ("{seed}.xyz", [], "unknown picture format '.xyz'"),
         ("", [], "is a folder"),
+        ("a.png", ["--timeout", "0"], "0.0 is not in the range x>0"),
+        ("a.png", ["--timeout", "nan"], "--timeout must be a number of seconds above 0, got nan"),
         ("a.png", ["--device", "tpu"], "device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got 'tpu'"),
         ("a.png", ["--dtype", "fp8"], "one of this bundle's, fp32; got 'fp8'"),
     ],
@@ -179,6 +182,17 @@ def test_what_does_not_fit(out: str, options: list[str], message: str, tiny_bund
     assert result.exit_code == 2
     assert message in " ".join(result.stderr.split())
     assert tree(tmp_path) == {}
+
+
+@pytest.mark.parametrize("more", [(), ("--num-images", "3")])
+def test_a_timeout_ends_the_command_during_a_step(more: tuple[str, ...], tmp_path: Path) -> None:
+    bundle = toy_bundle.write_text_bundle(tmp_path / "slow.scm", graphs={"step": toy_bundle.SLOW_STEP})
+    np.save(tmp_path / "embeds.npy", np.ones((2, toy_bundle.WIDTH), np.float32))
+    slow = ["--prompt-embeds", str(tmp_path / "embeds.npy"), "--guidance-scale", str(toy_bundle.SLOW_GUIDANCE), "--threads", "1"]
+    result = call("generate", bundle, "-o", tmp_path / "a.png", *slow, *more, "--timeout", "0.3")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Error: not finished within timeout=0.3 seconds.")
+    assert not (tmp_path / "a.png").exists()
 
 
 def test_a_device_that_is_not_there(tiny_bundle: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import signal
 import sys
 import threading
 import time
@@ -24,6 +25,7 @@ from runtime.fake_cuda import PLACEMENT, GraphRun, Machine
 from runtime.fake_cuda_driver import LEGACY, Capsule, CudaError, Stream
 from scm_runtime.bundle.manifest import read_manifest
 from scm_runtime.bundle.solver_tables import SolverTables, from_times
+from scm_runtime.common.runs import CancelScope
 from scm_runtime.engines.cuda import static_buffers
 from scm_runtime.engines.cuda import stream as cuda
 from scm_runtime.engines.cuda.capture_lock import CaptureLock
@@ -34,7 +36,15 @@ from scm_runtime.engines.cuda.thread import CudaContext
 from scm_runtime.engines.engine import Engine, Trajectory
 from scm_runtime.engines.host import HostEngine
 from scm_runtime.engines.sessions import BundleSessions
-from scm_runtime.errors import DeviceError, GeneratorClosedError, InferenceError, InvalidArgumentError, MissingDependencyError, OutOfMemoryError
+from scm_runtime.errors import (
+    DeviceError,
+    GenerationTimeoutError,
+    GeneratorClosedError,
+    InferenceError,
+    InvalidArgumentError,
+    MissingDependencyError,
+    OutOfMemoryError,
+)
 from scm_runtime.inputs.call import Call
 from scm_runtime.ort.open_session import open_session
 from scm_runtime.ort.options import SessionSettings
@@ -248,6 +258,36 @@ def test_the_number_of_captured_shapes_is_limited(engine: CudaEngine, machine: M
     assert {run.n for run in machine.runs if run.graph_id != -1} == {1, 2}
     assert engine._buffer_cache is not None
     assert engine._buffer_cache.sessions.step.capture_count == 2
+
+
+def test_a_captured_shape_that_is_idle_gives_its_graphs_back(engine: CudaEngine, machine: Machine, host: HostEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(static_buffers, "MAX_GRAPHS", 2)
+    monkeypatch.setattr(static_buffers, "IDLE_USES", 20)
+
+    def sample(n: int) -> None:
+        np.testing.assert_array_equal(sampled(engine, call(*range(n))), sampled(host, call(*range(n))))
+
+    for n in (1, 2, 3):
+        sample(n)
+    assert machine.released == []
+    for _ in range(10):  # the shape 1 is idle while 2 and 3 are in use
+        sample(2)
+        sample(3)
+    assert {graph for graph, _ in machine.released} == {"noise.onnx", "step.fp32.onnx", "finite.onnx", "decode.fp32.onnx"}
+    assert len({graph_id for _, graph_id in machine.released}) == 1
+    machine.runs.clear()
+    sample(3)
+    sample(1)
+    captured = {run.n: run.graph_id != -1 for run in machine.runs}
+    assert captured == {3: True, 1: False}
+
+
+def test_the_number_of_captures_is_limited_in_all(engine: CudaEngine, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("MAX_GRAPHS", 1), ("IDLE_USES", 0), ("MAX_CAPTURES", 3)):
+        monkeypatch.setattr(static_buffers, name, value)
+    for n in (1, 2, 3, 4, 5, 4, 5):
+        sampled(engine, call(*range(n)))
+    assert {run.n for run in machine.runs if run.graph_id != -1} == {1, 2, 3}
 
 
 def test_buffers_without_a_graph_are_evicted(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -482,7 +522,7 @@ def test_the_error_of_a_lost_context_says_to_restart_the_process(machine: Machin
         with pytest.raises(InferenceError, match=r"illegal memory access.*Restart the process"):
             sampled(engine, call(1))
     session = weakref.ref(engine.graphs().step)
-    thread = engine._context._thread
+    thread = engine._context._jobs.thread
     machine.runs.clear()
     engine.close()  # raises nothing and calls nothing in CUDA
     assert session() is not None
@@ -494,7 +534,7 @@ def test_close_frees_all_memory_and_ends_the_thread(machine: Machine) -> None:
     session = weakref.ref(engine.graphs().step)
     sampled(engine, call(1, 2))
     sampled(engine, call(3))
-    thread = engine._context._thread
+    thread = engine._context._jobs.thread
     engine.close()
     gc.collect()
     assert machine.used == 0
@@ -565,42 +605,52 @@ def test_errors_reach_the_caller_with_their_traceback(engine: CudaEngine) -> Non
     assert engine.run(lambda: 3) == 3
 
 
-def test_an_interrupted_caller_leaves_a_working_engine(engine: CudaEngine, host: HostEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    started, go = threading.Event(), threading.Event()
+def test_an_interrupted_caller_leaves_a_working_engine(engine: CudaEngine, host: HostEngine) -> None:
+    go, main = threading.Event(), threading.get_ident()
 
     def slow() -> None:
-        started.set()
+        signal.pthread_kill(main, signal.SIGINT)
         go.wait(10)
 
-    class Interrupted:
-        """A lock whose second acquire raises KeyboardInterrupt, as Ctrl-C does in the main thread."""
-
-        def __init__(self, lock: Any) -> None:
-            self.lock, self.taken = lock, False
-
-        def acquire(self) -> None:
-            if self.taken:
-                started.wait(10)
-                raise KeyboardInterrupt
-            self.taken = True
-            self.lock.acquire()
-
-        def release(self) -> None:
-            self.lock.release()
-
-    make = threading.Lock
-    with monkeypatch.context() as patch:
-        patch.setattr(threading, "Lock", lambda: Interrupted(make()))
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
         with pytest.raises(KeyboardInterrupt):
             engine.run(slow)
+    finally:
+        signal.signal(signal.SIGINT, previous)
     go.set()
     np.testing.assert_array_equal(sampled(engine, call(1)), sampled(host, call(1)))
+
+
+def test_a_cancelled_job_that_waits_for_another_is_withdrawn(engine: CudaEngine) -> None:
+    started, go, scope = threading.Event(), threading.Event(), CancelScope()
+
+    def occupy() -> None:
+        started.set()
+        assert go.wait(10)
+
+    def cancelled() -> None:
+        with scope.active():
+            engine.run(lambda: ran.append(True))
+
+    ran: list[bool] = []
+    with ThreadPoolExecutor(2) as pool:
+        occupied = pool.submit(lambda: engine.run(occupy))
+        assert started.wait(10)
+        waiting = pool.submit(cancelled)
+        scope.cancel(lambda: GenerationTimeoutError("late"))
+        with pytest.raises(GenerationTimeoutError, match="late"):
+            waiting.result(10)
+        go.set()
+        occupied.result(10)
+    engine.run(lambda: None)
+    assert not ran
 
 
 def test_a_dropped_context_ends_its_thread(machine: Machine) -> None:
     engine = opened(machine)
     sampled(engine, call(1))
-    thread = engine._context._thread
+    thread = engine._context._jobs.thread
     machine.allow_other_threads = True
     del engine
     gc.collect()

@@ -14,8 +14,8 @@ import pytest
 
 from runtime.fake_cuda import PLACEMENT, FakeSession, Machine
 from runtime.fake_cuda_driver import Capsule
-from scheduler_control import TIMEOUT_S, engine_of
-from scm_runtime import Generator, GeneratorClosedError, NonFiniteError, OutOfMemoryError, generator
+from scheduler_control import TIMEOUT_S, engine_of, wait_until
+from scm_runtime import GenerationTimeoutError, Generator, GeneratorClosedError, NonFiniteError, OutOfMemoryError, generator
 from scm_runtime.devices.placement import CPU
 from scm_runtime.engines.cuda import stream as cuda
 from scm_runtime.engines.cuda.dlpack import DeviceArray
@@ -209,7 +209,7 @@ def test_closing_ends_a_call_whose_work_is_on_the_stream(machine: Machine, submi
 
     monkeypatch.setattr(FakeSession, "__call__", announced)
     generate = opened(write_text_bundle(tmp_path / "slow.scm", graphs={"step": SLOW_STEP}))
-    thread = engine_of(generate)._context._thread
+    thread = engine_of(generate)._context._jobs.thread
     arguments: dict[str, Any] = {"prompt_embeds": np.ones((3, WIDTH)), "conditioning": {"score": SLOW_SCORE}, "seed": SEEDS}
     with ThreadPoolExecutor(1) as pool:
         future = generate.submit(**arguments) if submitted else pool.submit(lambda: generate(**arguments))
@@ -222,6 +222,35 @@ def test_closing_ends_a_call_whose_work_is_on_the_stream(machine: Machine, submi
     del future
     gc.collect()
     assert machine.used == 0
+
+
+@pytest.mark.parametrize("submitted", [False, True])
+def test_a_call_ends_between_the_steps_on_the_stream(machine: Machine, submitted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The steps that are queued on the stream run to their end, and these are few, although no step is waited for."""
+    executed, late, run = list[str](), threading.Event(), FakeSession.__call__
+
+    def counted(session: FakeSession, **inputs: Any) -> Any:
+        if session.path.name.startswith("step"):
+            executed.append(session.path.name)
+            if len(executed) == 5:
+                assert late.wait(TIMEOUT_S)
+        return run(session, **inputs)
+
+    arguments: dict[str, Any] = {"seed": SEEDS, "timesteps": [1.5 - i / 1000 for i in range(1000)]}
+    with opened() as generate:
+        generate(seed=SEEDS)
+        monkeypatch.setattr(FakeSession, "__call__", counted)
+        if submitted:
+            future = generate.submit(**arguments)
+            wait_until(lambda: len(executed) == 5)
+            assert future.cancel()
+            late.set()
+        else:
+            threading.Timer(1.0, late.set).start()
+            with pytest.raises(GenerationTimeoutError):
+                generate(**arguments, timeout=0.5)
+        generate(seed=SEEDS)
+    assert len(executed) < 20
 
 
 def test_a_terminated_capture_leaves_the_stream_usable(machine: Machine) -> None:

@@ -16,11 +16,11 @@ import toy_bundle
 from support import ROOT, run_python
 
 PRELUDE = f"""
-import sys, threading, time
+import asyncio, sys, threading, time
 sys.path.insert(0, {str(ROOT / "tests")!r})
 import numpy as np
 from scheduler_control import engine_of, step_started_event
-from scm_runtime import Generator
+from scm_runtime import Generator, GeneratorClosedError
 from scm_runtime.common import process
 
 class Teardown:
@@ -47,7 +47,13 @@ def wait_for_step(generator):
     return wait
 
 def in_daemon(call):
-    threading.Thread(target=call, daemon=True).start()
+    def run():
+        try:
+            call()
+        except GeneratorClosedError:  # what waits for a future gets it; a direct call ends its thread instead
+            pass
+
+    threading.Thread(target=run, daemon=True).start()
 """
 
 
@@ -64,7 +70,18 @@ def exits_quietly(program: str, *arguments: str | Path) -> str:
 
 
 @pytest.mark.parametrize("request_", ["LONG_LOOP", "LONG_OPERATOR"])
-@pytest.mark.parametrize("how", ["generator.submit(**{})", "in_daemon(lambda: generator(**{}))", "in_daemon(lambda: generator.submit(**{}).exception())"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "generator.submit(**{})",
+        "generator.submit(**{}, timeout=300)",
+        "in_daemon(lambda: generator(**{}))",
+        "in_daemon(lambda: generator(**{}, timeout=300))",
+        "in_daemon(lambda: generator.submit(**{}).exception())",
+        "in_daemon(lambda: asyncio.run(generator.async_(**{})))",
+        "in_daemon(lambda: list(generator.stream(1, **{})))",
+    ],
+)
 def test_a_process_can_exit_during_a_step(request_: str, how: str, slow_bundle: Path) -> None:
     """LONG_OPERATOR takes longer than CALLBACK_WAIT_S, the time limit for user code at exit."""
     slow = "slow_teardown(); " * (request_ == "LONG_OPERATOR")

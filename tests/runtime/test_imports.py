@@ -57,13 +57,21 @@ def test_the_import_alone_is_light() -> None:
 import sys
 import scm_runtime
 
-heavy = {"onnxruntime", "PIL", "rich", "click", "huggingface_hub", "zipfile"} & set(sys.modules)
+heavy = {"numpy", "msgspec", "onnxruntime", "PIL", "rich", "click", "huggingface_hub", "zipfile"} & set(sys.modules)
 assert not heavy, heavy
 """
     run_python(program)
 
 
+def test_names_that_do_not_exist_are_attribute_errors() -> None:
+    with pytest.raises(AttributeError, match="module 'scm_runtime' has no attribute 'Generater'"):
+        scm_runtime.Generater  # type: ignore[attr-defined]  # noqa: B018  # the point of the test
+    run_python("import scm_runtime; assert 'Generator' in dir(scm_runtime); from scm_runtime import *; Generator, __version__")
+
+
 def test_all_is_what_is_visible() -> None:
+    values = [getattr(scm_runtime, name) for name in scm_runtime.__all__]  # some are imported when they are first used
+    assert None not in values
     visible = {name for name, value in vars(scm_runtime).items() if not name.startswith("_") and not isinstance(value, types.ModuleType)}
     assert set(scm_runtime.__all__) == visible | {"__version__"}
     assert len(set(scm_runtime.__all__)) == len(scm_runtime.__all__)

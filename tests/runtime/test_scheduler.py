@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import CancelledError, Future, wait
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +220,25 @@ def test_a_request_above_max_batch_size_runs_alone_and_is_not_postponed(pair: Ge
     sizes = [len(result(future)) for future in futures]
     assert sizes == [1, 5, 1, 1, 1]
     assert batches[1:] == [[(1, 0), (2, 0)], [(1, 1), (2, 1)], [(50, 0)], [(50, 1)], [(3, 0), (4, 0)], [(3, 1), (4, 1)]]
+
+
+def test_callers_take_turns(pair: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    def submit(*seeds: int) -> list[Future[Samples]]:
+        return [pair.submit(seed=seed, num_inference_steps=1) for seed in seeds]
+
+    async def submit_in_task(seed: int) -> None:
+        await pair.async_(seed=seed, num_inference_steps=1)
+
+    batches = record_batches(pair, monkeypatch)
+    with ThreadPoolExecutor(1) as pool:
+        with scheduler_blocked(pair):
+            futures = submit(*range(1, 7)) + pool.submit(submit, 20, 21).result()
+            task = pool.submit(lambda: asyncio.run(submit_in_task(30)))
+            wait_until(lambda: pair._scheduler._unfinished == 10)
+        for future in futures:
+            result(future)
+        task.result(TIMEOUT_S)
+    assert [[seed for seed, _ in batch] for batch in batches[1:]] == [[1, 20], [30, 2], [21, 3], [4, 5], [6]]
 
 
 def test_embeddings_of_different_lengths_do_not_share_a_batch(text: Generator, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -214,6 +215,7 @@ main(["inspect", "digits", "--json"])
         ("generate", "all must be for one batch size, got class_labels: 2, seed: 3", "all must be for one batch size, got --labels: 2, --seed: 3"),
         ("generate", "native_ops=True, but the seed of prompt_embeds", "--native-ops, but the seed of prompt_embeds"),
         ("generate", "native_ops=False", "--no-native-ops"),
+        ("generate", "out.png cannot be written", "out.png cannot be written"),
         ("inspect", "num_inference_steps must be 1", "num_inference_steps must be 1"),
     ],
 )
@@ -268,3 +270,42 @@ def test_json_of_generate_and_smoke(tmp_path: Path) -> None:
     assert smoke["passed"] is True
     assert [row["steps"] for row in smoke["results"]] == [1, 2]
     assert all(row["finite"] and row["deterministic"] and row["independent"] for row in smoke["results"])
+
+
+@pytest.mark.parametrize("program", ["scm_runtime", "scm_export"])
+@pytest.mark.parametrize("package", ["click", "numpy", "onnxruntime", "torch"])
+def test_ctrl_c_while_a_package_is_imported(program: str, package: str, tmp_path: Path) -> None:
+    if package == "torch" and program == "scm_runtime":
+        pytest.skip("scm_runtime never imports torch")
+    code = """
+import importlib, sys, time
+
+class Pause:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == package:
+            print("importing", flush=True)
+            try:
+                time.sleep(600)
+            except KeyboardInterrupt as error:
+                raise ImportError("as from an extension module that is interrupted") from error
+
+_, program, package, *arguments = sys.argv
+sys.meta_path.insert(0, Pause)
+module = importlib.import_module(f"{program}.__main__")
+sys.argv = [program, *arguments]
+module.main()
+"""
+    arguments = ["generate", "digits", "-o", str(tmp_path / "a.png")] if program == "scm_runtime" else ["missing.pt", "-o", str(tmp_path / "a.scm")]
+    command = [sys.executable, "-c", code, program, package, *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "importing\n"
+            process.send_signal(signal.SIGINT)
+            _, stderr = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 130, stderr
+    assert stderr.startswith(("Interrupted", "starting\nInterrupted")), stderr
+    assert "Traceback" not in stderr

@@ -13,7 +13,7 @@ from typing import Literal
 
 from scm_export.errors import CheckpointError
 from scm_runtime.common.files import open_regular
-from scm_runtime.common.message_text import printable
+from scm_runtime.common.message_text import first_line, printable
 
 MAX_COMPRESSED = 256 << 20  # bytes that compressed entries may unpack to; torch compresses only source code
 
@@ -100,7 +100,9 @@ def _opened(source: Path) -> Iterator[zipfile.ZipFile]:
 
 
 def _unreadable(source: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"'{source}' is not a readable {source.suffix or 'zip'} file: truncated or of another format ({error}). Copy or save it again.")
+    return CheckpointError(
+        f"'{source}' is not a readable {source.suffix or 'zip'} file: truncated or of another format ({first_line(error)}). Copy or save it again."
+    )
 
 
 def _checked_entries(source: Path, archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
@@ -131,4 +133,4 @@ def _check_checksums(source: Path, archive: zipfile.ZipFile, entries: list[zipfi
                     pass
         except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError) as error:  # RuntimeError: it is encrypted
             name = printable(entry.filename)
-            raise CheckpointError(f"'{source}' is damaged: the entry '{name}' cannot be read ({error}). Copy or save it again.") from error
+            raise CheckpointError(f"'{source}' is damaged: the entry '{name}' cannot be read ({first_line(error)}). Copy or save it again.") from error

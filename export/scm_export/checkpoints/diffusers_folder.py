@@ -104,7 +104,7 @@ class DiffusersFolder:
         try:
             value = read_json(path, max_bytes=MAX_JSON_BYTES)
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"'{path}' cannot be read: {printable(first_line(error))}. Expected a folder as diffusers saves it.") from error
+            raise CheckpointError(f"'{path}' cannot be read: {first_line(error)}. Expected a folder as diffusers saves it.") from error
         if not isinstance(value, dict):
             raise CheckpointError(f"'{path}' must hold a JSON object, got {type(value).__name__}. Expected a folder as diffusers saves it.")
         self._read.add(path)

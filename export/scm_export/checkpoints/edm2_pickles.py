@@ -21,7 +21,7 @@ from scm_export.checkpoints.stored_tensors import as_floats
 from scm_export.errors import CheckpointError
 from scm_export.parametrisation import default_times
 from scm_export.samplers import RHO, SIGMA_MAX, SIGMA_MIN, angles, karras_sigmas, teacher_times
-from scm_runtime.common.message_text import printable
+from scm_runtime.common.message_text import first_line, printable
 
 # Names of the known classes, and the arguments of their constructors in order.
 NETWORKS = ("Precond", "TrigFlowPrecond")
@@ -94,7 +94,7 @@ def _checkpoint(content: object, network: str | None, where: str) -> tuple[Check
     try:
         sampler.validate()
     except ValueError as error:
-        raise CheckpointError(f"{where}: the loss does not describe how to sample: {error}") from error
+        raise CheckpointError(f"{where}: the loss does not describe how to sample: {first_line(error)}") from error
     checkpoint = Checkpoint(family="edm2", config=config, sampler=sampler, weights={key: tensor.load() for key, tensor in stored.items()})
     return checkpoint, None if isinstance(content, PersistentObject) else name
 

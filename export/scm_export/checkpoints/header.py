@@ -68,7 +68,7 @@ class SamplerSpec(Struct, kw_only=True, forbid_unknown_fields=True):
             steps = int(count) if count.isdecimal() and len(count) < 10 else 0
             if not 1 <= steps <= MAX_STEPS or len(times) != steps + 1:
                 raise ValueError(
-                    f"sampler.times must have step counts from 1 to {MAX_STEPS}, each with one time more than steps, got {printable(count)} with {len(times)}"
+                    f"sampler.times must have step counts from 1 to {MAX_STEPS}, each with one time more than steps, got {printable(count)!r} with {len(times)}"
                 )
             if not all(0 <= t <= T_LIMIT for t in times) or any(a <= b for a, b in pairwise(times)):
                 raise ValueError(f"sampler.times must be TrigFlow's, decreasing and in [0, {T_LIMIT:.4f}], got {list(times)!s:.200} for {count} steps")
@@ -148,7 +148,7 @@ def _header(raw: object, what: str) -> Header:
         header = convert(raw, Header)
         validate(header.family, header.sampler, header.conditioning)
     except ValueError as error:
-        raise CheckpointError(f"{what}: {error} ({DOCUMENT})") from error
+        raise CheckpointError(f"{what}: {first_line(error)} ({DOCUMENT})") from error
     return header
 
 

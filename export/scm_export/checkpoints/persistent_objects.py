@@ -16,6 +16,7 @@ from typing import Any
 from scm_export.checkpoints.inert_pickle import Blob, ForbiddenPickleError, MalformedPickleError, StandIn, read_pickle
 from scm_export.checkpoints.stored_tensors import TENSOR_STAND_INS, StoredTensor
 from scm_export.errors import CheckpointError
+from scm_runtime.common.message_text import first_line
 
 MAX_NAME = 300
 
@@ -91,7 +92,7 @@ def pickle_errors(source: Path) -> Iterator[None]:
             f"'{source}' is a pickle that wants to run code ({error}), and was not loaded: it must hold tensors and plain values only."
         ) from error
     except (MalformedPickleError, OSError) as error:
-        raise CheckpointError(f"'{source}' is not a readable {source.suffix or 'pickle'} file: {error}. Copy or save it again.") from error
+        raise CheckpointError(f"'{source}' is not a readable {source.suffix or 'pickle'} file: {first_line(error)}. Copy or save it again.") from error
 
 
 # ----------------------------------------------------------------------------

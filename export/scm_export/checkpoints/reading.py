@@ -6,9 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from scm_export.errors import CheckpointError
-from scm_runtime.common.message_text import first_line, printable
+from scm_runtime.common.message_text import first_line
 from scm_runtime.errors import ScmError
+
+PARSERS = (ValueError, SafetensorError)  # errors that need no name: their messages are about the file
 
 
 @contextmanager
@@ -19,7 +23,7 @@ def reading(source: Path, remedy: str = "Copy or save it again.") -> Iterator[No
     except ScmError:
         raise
     except OSError as error:
-        raise CheckpointError(f"'{source}' cannot be read: {error.strerror or printable(first_line(error))}. {remedy}") from error
+        raise CheckpointError(f"'{source}' cannot be read: {error.strerror or first_line(error)}. {remedy}") from error
     except Exception as error:
-        what = f"{type(error).__name__}: {printable(first_line(error))}"
+        what = first_line(error) if isinstance(error, PARSERS) else f"{type(error).__name__}: {first_line(error)}"
         raise CheckpointError(f"'{source}' is not a readable {source.suffix or 'checkpoint'} file, or is damaged ({what}). {remedy}") from error

@@ -26,7 +26,7 @@ from scm_export.errors import CheckpointError, CheckpointNotFoundError
 from scm_runtime.bundle import hub
 from scm_runtime.common.documents import check_depth, decode_json
 from scm_runtime.common.files import open_regular, whole_file
-from scm_runtime.common.message_text import printable
+from scm_runtime.common.message_text import first_line, printable
 from scm_runtime.errors import OutputError
 
 FORMAT, VERSION = "scm-checkpoint", 1
@@ -133,7 +133,7 @@ def checkpoint_from(raw: object, source: Path) -> Checkpoint:
         checkpoint = convert(raw, Checkpoint)
         validate(checkpoint.family, checkpoint.sampler, checkpoint.conditioning)
     except ValueError as error:
-        raise CheckpointError(f"'{source}' does not hold what a scm-checkpoint must: {error} (docs/checkpoint-format.md)") from error
+        raise CheckpointError(f"'{source}' does not hold what a scm-checkpoint must: {first_line(error)} (docs/checkpoint-format.md)") from error
     strange = [name for name, tensor in checkpoint.weights.items() if not isinstance(tensor, Tensor)]
     if strange:
         raise CheckpointError(f"'{source}': weights must be tensors, got {type(checkpoint.weights[strange[0]]).__name__} for '{printable(strange[0])}'")

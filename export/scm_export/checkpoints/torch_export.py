@@ -157,7 +157,8 @@ def _decoded(raw: msgspec.Raw) -> dict[str, Any]:
     """Decode a part of the program, a tagged union."""
     if (size := memoryview(raw).nbytes) > MAX_ARGUMENT:
         raise ValueError(f"an argument has {size} bytes, at most {MAX_ARGUMENT} are allowed")
-    return msgspec.json.decode(raw, type=dict[str, Any])
+    decoded: dict[str, Any] = decode_json(bytes(raw))
+    return decoded
 
 
 def _tensors(source: Path, archive: zipfile.ZipFile, config: Mapping[str, Any], folder: str) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from scm_export.errors import CheckpointError
 from scm_export.families import consistency, edm2, latent_consistency, module, sana_sprint
 from scm_export.families.family import BuildOptions, Family
 from scm_export.model import Model
-from scm_runtime.common.message_text import first_line, printable
+from scm_runtime.common.message_text import first_line
 from scm_runtime.errors import InvalidArgumentError, ScmError
 
 __all__ = ["FAMILIES", "BuildOptions", "Family", "build_model", "find_family"]
@@ -51,5 +51,5 @@ def build_model(loaded: Loaded, options: BuildOptions | None = None, family: str
         if isinstance(error, ScmError):
             raise
         # Configurations have values of any type and size, which the classes of diffusers and torch check late or never.
-        what = f"{type(error).__name__}: {printable(first_line(error))}"
+        what = f"{type(error).__name__}: {first_line(error)}"
         raise CheckpointError(f"no model of the family {name} can be built from {loaded.describe()} ({what}). Check its configuration.") from error

@@ -260,7 +260,7 @@ class _Autoencoder:
         try:
             load_weights(half, read_weights(self.folder, self.component, *half.names))
         except CheckpointError as error:
-            raise CheckpointError(f"the {self.kind} in '{self.folder.path}': {error}") from error
+            raise CheckpointError(f"the {self.kind} in '{self.folder.path}': {first_line(error)}") from error
         return half
 
     def image_shape(self, sample_shape: tuple[int, ...]) -> tuple[int, int, int]:

@@ -20,7 +20,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from scm_export.checkpoints import DiffusersFolder, Loaded
 from scm_export.errors import CheckpointError
 from scm_export.precision import is_norm
-from scm_runtime.common.message_text import first_line, printable
+from scm_runtime.common.message_text import first_line
 from scm_runtime.errors import InvalidArgumentError, MissingDependencyError
 
 # Names of attention layers in folders saved before diffusers 0.17, such as sd-vae-ft-mse.
@@ -102,7 +102,7 @@ def make_scheduler(folder: DiffusersFolder, name: str) -> Any:
 def _not_created(name: str, folder: Path, error: Exception) -> CheckpointError:
     import diffusers
 
-    return CheckpointError(f"diffusers {diffusers.__version__} cannot create a {name} from '{folder}': {printable(first_line(error))}")
+    return CheckpointError(f"diffusers {diffusers.__version__} cannot create a {name} from '{folder}': {first_line(error)}")
 
 
 def sample_size(config: Any, size: tuple[int, int] | None, unit: int = 1) -> tuple[int, int]:

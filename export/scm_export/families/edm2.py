@@ -16,6 +16,7 @@ from scm_export.networks.autoguided import Autoguided
 from scm_export.networks.edm2 import UNet, UNetConfig
 from scm_export.parametrisation import Step
 from scm_runtime.bundle.manifest import Conditioning
+from scm_runtime.common.message_text import first_line, printable
 
 AUTOGUIDANCE = 2.0  # default guidance scale, close to the best one at 512 x 512 (arXiv 2406.02507, table 1)
 
@@ -73,11 +74,11 @@ def _config(checkpoint: Checkpoint) -> UNetConfig:
     unknown = sorted(set(checkpoint.config) - set(UNetConfig.__dataclass_fields__))
     try:
         if unknown:
-            raise ValueError(f"unknown fields {', '.join(unknown)}; known are {', '.join(UNetConfig.__dataclass_fields__)}")
+            raise ValueError(f"unknown fields {', '.join(map(printable, unknown[:3]))}; known are {', '.join(UNetConfig.__dataclass_fields__)}")
         config: UNetConfig = msgspec.convert(checkpoint.config, UNetConfig, strict=False)
         config.validate()
     except ValueError as error:
-        raise CheckpointError(f"config of the family edm2: {error}") from error
+        raise CheckpointError(f"config of the family edm2: {first_line(error)}") from error
     return config
 
 
@@ -86,7 +87,7 @@ def _network(config: UNetConfig, checkpoint: Checkpoint) -> UNet:
         with torch.device("meta"):
             network = UNet(config)
     except RuntimeError as error:  # values that are each in range can still give a tensor of more than 2^63 elements
-        raise CheckpointError(f"config of the family edm2 describes a network too large for torch: {error}") from error
+        raise CheckpointError(f"config of the family edm2 describes a network too large for torch: {first_line(error)}") from error
     load_weights(network, checkpoint.weights)
     network.eval().fold()
     return network

@@ -76,7 +76,7 @@ def build_module(loaded: Loaded, options: BuildOptions) -> Model:
         if header.label_names is not None:
             conditioning = _with_label_names(conditioning, header.label_names)
     except ValueError as error:
-        raise CheckpointError(f"config of the family module: {error} (docs/checkpoint-format.md)") from error
+        raise CheckpointError(f"config of the family module: {first_line(error)} (docs/checkpoint-format.md)") from error
     if options.size is not None:
         raise CheckpointError("a network of the family module has the sample_shape of its config: leave out the size")
     _check_inputs(loaded, conditioning)

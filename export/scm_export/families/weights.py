@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from scm_export.checkpoints.state_dict import drop_bookkeeping, strip_prefixes
 from scm_export.errors import CheckpointError
+from scm_runtime.common.message_text import printable
 
 MAX_SHARING = 8  # tied weights: how often one storage may occur
 
@@ -75,4 +76,4 @@ def _is_finite(tensor: Tensor) -> bool:
 
 def _first_three(what: str, names: list[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{what}: {', '.join(names[:3])}{more}"
+    return f"{what}: {', '.join(map(printable, names[:3]))}{more}"

@@ -22,13 +22,14 @@ class DeviceSession:
     Attributes:
         all_on_device: whether all of the graph's nodes run on the device.
         capture_enabled: whether its runs are captured; set to False after a capture failed.
-        capture_count: number of CUDA graphs captured so far.
+        capture_count: number of CUDA graphs captured so far, including those given back.
+        live_captures: number of CUDA graphs that may be replayed.
         shrink_arena: whether the next run frees the unused memory of the session's arena.
     """
 
     def __init__(self, context: CudaContext, ort_session: Session, *, all_on_device: bool, capture: bool) -> None:
         self.context, self.ort_session, self.all_on_device, self.capture_enabled = context, ort_session, all_on_device, all_on_device and capture
-        self.capture_count = 0
+        self.capture_count = self.live_captures = 0
         self.shrink_arena = False
 
     def bind(self, inputs: Mapping[str, DeviceTensor], output: DeviceTensor, graph_id: int | None) -> BoundRun:
@@ -61,7 +62,7 @@ class BoundRun:
         session = self._session
         if not session.all_on_device:
             self._run_with_copies()
-        elif session.shrink_arena and not session.capture_count:
+        elif session.shrink_arena and not session.live_captures:
             session.shrink_arena = False
             self._run_and_shrink_arena()
         elif self._captured is not None:
@@ -70,6 +71,14 @@ class BoundRun:
             self._run_uncaptured()
         else:
             self._warm_up_and_capture(self._graph_id)
+
+    def release(self) -> None:
+        """Give back the captured graph, if there is one. The run must not be called afterwards."""
+        if self._captured is None or self._graph_id is None:
+            return
+        self._captured = None
+        self._session.live_captures -= 1
+        self._session.ort_session.release_captured_graph(self._graph_id)
 
     def _run_uncaptured(self) -> None:
         if self._uncaptured is None:
@@ -105,6 +114,7 @@ class BoundRun:
         else:
             self._captured = bound
             session.capture_count += 1
+            session.live_captures += 1
 
     def _run_and_shrink_arena(self) -> None:
         try:

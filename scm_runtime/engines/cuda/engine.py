@@ -1,4 +1,4 @@
-"""The engine for CUDA devices: states stay in device memory from noise to pixels, and all work is enqueued on one stream without waiting.
+"""The engine for CUDA devices: states stay in device memory from noise to pixels, and work is enqueued on one stream ahead of the device.
 
 A call's seeds and conditioning are uploaded once. A step copies the states of its trajectories side by side into static buffers (``static_buffers``), runs
 the noise graph and the step graph there, and copies the results back. Merged trajectories may be at different steps. Only one flag per sample and step and
@@ -7,6 +7,7 @@ the pixels are copied to the host.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
@@ -30,6 +31,7 @@ from scm_runtime.ort.session import DeviceTensor
 Result = TypeVar("Result")
 
 FLAG_BYTES = 4  # float32
+MAX_QUEUED_STEPS = 2  # one runs and the next is ready; a call that is cancelled cannot take back what is queued
 _serial_numbers = count(1)
 _leaked_on_purpose: list[Any] = []  # sessions whose destructors would abort the process, because their device's context is lost
 
@@ -71,6 +73,7 @@ class CudaEngine:
         self._context, self._manifest = context, manifest
         self._graphs: BundleSessions | None = graphs
         self._buffer_cache: StaticBufferCache | None = StaticBufferCache(context, sessions, manifest)
+        self._queued_steps: deque[Any] = deque()  # events at the ends of the latest steps
 
     @property
     def cuda_graph(self) -> bool:
@@ -93,7 +96,9 @@ class CudaEngine:
             trajectory.parts.append(TimedPart("noise", start, self.timestamp()))
 
     def step(self, trajectories: Sequence[Trajectory]) -> None:
-        """Enqueue the next evaluation of each trajectory, all in one batch."""
+        """Enqueue the next evaluation of each trajectory, all in one batch. Waits while MAX_QUEUED_STEPS earlier ones are not finished."""
+        if len(self._queued_steps) == MAX_QUEUED_STEPS:
+            self._context.stream.wait_for(self._queued_steps.popleft())
         copy = self._context.stream.copy
         with self._recover_from_out_of_memory(trajectories):
             start, buffers = self.timestamp(), self._buffers_for(trajectories)
@@ -123,6 +128,7 @@ class CudaEngine:
                 x, flags = x + state.block.nbytes["x"], flags + row
                 state.flags_written += 1
             end = self.timestamp()
+            self._queued_steps.append(end)
             for one in trajectories:
                 one.parts += (TimedPart("noise", start, drawn), TimedPart("step", drawn, end))
 
@@ -191,6 +197,7 @@ class CudaEngine:
 
         def free() -> None:
             graphs, self._graphs, self._buffer_cache = self.graphs(), None, None  # dropped in this thread
+            self._queued_steps.clear()
             self._context.stream.synchronize()
             graphs.end_profiling()
 

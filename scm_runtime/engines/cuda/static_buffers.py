@@ -16,8 +16,12 @@ from scm_runtime.engines.cuda.capture import BoundRun, EngineSessions
 from scm_runtime.engines.cuda.thread import CudaContext
 from scm_runtime.ort.session import DeviceTensor
 
-# Maximum number of batch shapes that are captured. ONNX Runtime never frees captured graphs or the memory that they use.
+# Maximum number of batch shapes that are captured at the same time.
 MAX_GRAPHS = 8
+# Maximum number of captures of a session. Some versions of ONNX Runtime keep captured graphs that were given back.
+MAX_CAPTURES = 32
+# A captured shape gives its place to another after so many evaluations of other shapes. Capturing costs several runs.
+IDLE_USES = 200
 # Maximum number of batch shapes without a captured graph whose buffers are kept.
 MAX_UNCAPTURED = 8
 
@@ -31,6 +35,7 @@ class StaticBuffers:
     Attributes:
         block: all tensors but the decoder's output.
         loaded: serial numbers of the states whose seeds and conditioning are in the buffers.
+        last_use: when ``StaticBufferCache`` last returned the buffers, by its own count.
         noise, step, check: runs of the noise graph, the step graph and the graph that flags samples with NaN or infinity.
     """
 
@@ -46,6 +51,7 @@ class StaticBuffers:
         """Allocate all buffers but the decoder's output, which the first ``decode`` allocates. Raises OutOfMemoryError."""
         n, sizes = shape
         self.graph_id = graph_id
+        self.last_use = 0
         self._context, self._sessions = context, sessions
         state: TensorSpec = (np.float32, (n, *manifest.sample.shape))
         conditioning: dict[str, TensorSpec] = {name: (dtypes[name], (n, *shape)) for name, shape in sizes}
@@ -97,9 +103,18 @@ class StaticBuffers:
     @property
     def captured(self) -> bool:
         """Whether any of the runs was captured as a CUDA graph."""
+        return any(run.captured for run in self._runs())
+
+    def release(self) -> None:
+        """Give back the captured graphs. The buffers must not be used afterwards."""
+        if self.captured:
+            self._context.stream.synchronize()  # no graph is destroyed while it runs
+        for run in self._runs():
+            run.release()
+
+    def _runs(self) -> Sequence[BoundRun]:
         optional = (self._combine, self._decoder and self._decoder[1])
-        runs: Sequence[BoundRun] = (self.noise, self.step, self.check, *(run for run in optional if run))
-        return any(run.captured for run in runs)
+        return (self.noise, self.step, self.check, *(run for run in optional if run))
 
 
 @dataclass
@@ -113,28 +128,42 @@ class StaticBufferCache:
     def __post_init__(self) -> None:
         self._buffers: OrderedDict[BatchShape, StaticBuffers] = OrderedDict()
         self._graph_ids = count(1)  # no ID is used twice: ONNX Runtime counts warm-up runs per ID, not per shape
+        self._uses = 0
 
     def get(self, shape: BatchShape, dtypes: Mapping[str, type[np.generic]]) -> StaticBuffers:
         """Return the buffers for a batch shape, allocating them if needed. Raises OutOfMemoryError."""
+        self._uses += 1
         buffers = self._buffers.get(shape)
-        if buffers is None:
+        if buffers is None or (buffers.graph_id is None and self._make_room_to_capture()):
+            if buffers is not None:
+                del self._buffers[shape]
             others = [other for other, kept in self._buffers.items() if not kept.captured]
             if len(others) >= MAX_UNCAPTURED:
                 del self._buffers[others[0]]
-            graph_id = next(self._graph_ids) if self._may_capture() else None
+            graph_id = next(self._graph_ids) if self._make_room_to_capture() else None
             buffers = self._buffers[shape] = StaticBuffers(self.context, self.sessions, self.manifest, shape, dtypes, graph_id)
+        buffers.last_use = self._uses
         self._buffers.move_to_end(shape)
         return buffers
 
-    def _may_capture(self) -> bool:
-        numbered = max(session.capture_count for session in self.sessions.all) + sum(
-            buffers.graph_id is not None and not buffers.captured for buffers in self._buffers.values()
-        )
-        return any(session.capture_enabled for session in self.sessions.all) and numbered < MAX_GRAPHS
+    def _make_room_to_capture(self) -> bool:
+        """Return True if another shape may be captured, after an idle one has made room if necessary."""
+        numbered = sum(buffers.graph_id is not None and not buffers.captured for buffers in self._buffers.values())
+        if not any(session.capture_enabled for session in self.sessions.all):
+            return False
+        if max(session.capture_count for session in self.sessions.all) + numbered >= MAX_CAPTURES:
+            return False
+        captured = [shape for shape, buffers in self._buffers.items() if buffers.captured]
+        if len(captured) + numbered < MAX_GRAPHS:
+            return True
+        if not captured or self._uses - self._buffers[captured[0]].last_use <= IDLE_USES:
+            return False
+        self._buffers.pop(captured[0]).release()
+        return True
 
     def release_uncaptured(self, shape: BatchShape) -> None:
         """Free the buffers without a captured graph, and those of ``shape`` with or without one. Let the arenas shrink at the next run."""
         for other in [other for other, buffers in self._buffers.items() if other == shape or not buffers.captured]:
-            del self._buffers[other]
+            self._buffers.pop(other).release()
         for session in self.sessions.all:
             session.shrink_arena = True

@@ -77,7 +77,7 @@ def _translate_errors(function: Callable[P, Result]) -> Callable[P, Result]:
     def call(*args: P.args, **kwargs: P.kwargs) -> Result:
         try:
             return function(*args, **kwargs)
-        except (InferenceError, InvalidArgumentError, MissingDependencyError):
+        except (InferenceError, InvalidArgumentError, MissingDependencyError, MemoryError):  # MemoryError: of the host
             raise
         except Exception as error:
             if "out_of_memory" in str(error).lower().replace(" ", "_"):
@@ -208,6 +208,11 @@ class CudaStream:
         """Return the seconds between two events made by ``record``. Waits for ``end``."""
         end.sync()
         return float(end - start) / 1000
+
+    @_translate_errors
+    def wait_for(self, event: Any) -> None:
+        """Wait until the work before an event is done."""
+        event.sync()
 
     @_translate_errors
     def synchronize(self) -> None:

@@ -5,63 +5,36 @@ One thread, because ONNX Runtime keeps captured CUDA graphs per thread, and beca
 
 from __future__ import annotations
 
-import queue
 import threading
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from scm_runtime.common.runs import Run, RunRegistry
+from scm_runtime.common.job_thread import JobThread
+from scm_runtime.common.runs import interrupted_error
 from scm_runtime.engines.cuda.capture_lock import CAPTURE_LOCK
 from scm_runtime.engines.cuda.stream import CudaStream, is_fatal
 from scm_runtime.errors import DeviceError, GeneratorClosedError, InferenceError
 
 Result = TypeVar("Result")
 
-_JOBS = RunRegistry()  # the end of the process waits for jobs, which may be inside ONNX Runtime or CUDA
 
-
-class _Job:
-    """A function to be called in the thread, and its result or error."""
-
-    def __init__(self, function: Callable[[], Any], run: Run) -> None:
-        self.function: Callable[[], Any] | None = function
-        self.run = run
-        """In flight from when the job is queued until it ends."""
-        self.result: Any = None
-        self.error: BaseException | None = None
-        self.done = threading.Lock()
-        self.done.acquire()
-
-
-class _Worker:
-    """The queue and state of the thread. It has no reference to the context: a context dropped without ``close`` is collected, which ends the thread."""
+class _Health:
+    """Whether CUDA can still be used. An object of its own, so that the thread has no reference to the context."""
 
     def __init__(self) -> None:
-        self.jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self.fatal_error: str | None = None
         """The error after which CUDA cannot be used in this process any more."""
 
-    def work(self) -> None:
-        while (job := self.jobs.get()) is not None:
-            try:
-                with CAPTURE_LOCK.shared():
-                    assert job.function is not None
-                    job.result = job.function()
-            except BaseException as error:  # noqa: BLE001 - raised in the caller's thread
-                job.error = self._classify(error)
-            job.function = None  # it may hold large objects, and this frame keeps the job until the next one
-            job.run.end()
-            job.done.release()
-            del job
-
-    def _classify(self, error: BaseException) -> BaseException:
-        """Return the error to raise in the caller's thread, and remember it if CUDA cannot recover from it."""
-        if not isinstance(error, InferenceError) or not is_fatal(error):
-            return error
-        self.fatal_error = f"CUDA failed in a way that the process cannot recover from: {error} Restart the process."
-        fatal = InferenceError(self.fatal_error)
-        fatal.__cause__ = error
-        return fatal
+    def watch(self, function: Callable[[], Result]) -> Result:
+        """Call a function that uses CUDA, and remember an error from which CUDA cannot recover."""
+        try:
+            with CAPTURE_LOCK.shared():
+                return function()
+        except InferenceError as error:
+            if not is_fatal(error):
+                raise
+            self.fatal_error = f"CUDA failed in a way that the process cannot recover from: {error} Restart the process."
+            raise InferenceError(self.fatal_error) from error
 
 
 class CudaContext:
@@ -81,57 +54,54 @@ class CudaContext:
             DeviceError: CUDA cannot be used.
         """
         self.index = index
-        self._worker = _Worker()
+        self._health = _Health()
         self._users = 0
         self._lock = threading.Lock()
         self._closed = False
-        self._thread = threading.Thread(target=self._worker.work, name=f"scm-runtime cuda:{index}", daemon=True)
-        self._thread.start()
+        self._jobs = JobThread(f"scm-runtime cuda:{index}")
         try:
             self.stream: CudaStream = self.run(lambda: open_stream(index, stream))
         except BaseException as error:
-            self._worker.jobs.put(None)
+            self._jobs.close()
             if isinstance(error, InferenceError):
                 raise DeviceError(f"cuda:{index} cannot be used: {error}. scm-runtime doctor shows what is missing.") from error
             raise
         self.stream_handle = self.stream.stream_handle
 
-    def __del__(self) -> None:
-        self._worker.jobs.put(None)
-
     def run(self, function: Callable[[], Result]) -> Result:
         """Call a function in the context's thread, and return its result or raise its error. In that thread, call it directly.
 
-        If the caller is interrupted while it waits, the function still runs to its end.
+        The function runs in the caller's CancelScope; if that is cancelled before the function's turn comes, the scope's error is raised at once. If the
+        caller is interrupted while it waits, the scope is cancelled, and the function runs to its early end without the caller.
 
         Raises:
             GeneratorClosedError: the context is closed.
             InferenceError: CUDA failed before in a way that the process cannot recover from.
         """
-        if threading.current_thread() is self._thread:
+        if self._jobs.is_current:
             return function()
-        job = _Job(function, _JOBS.run(thread=self._thread.ident))
+        health = self._health
+        job = self._jobs.job(lambda: health.watch(function))
         with self._lock:
             if self._closed:
                 raise GeneratorClosedError("this Generator is closed: make a new one")
-            if self._worker.fatal_error is not None:
-                raise InferenceError(self._worker.fatal_error)
-            job.run.begin()
-            self._worker.jobs.put(job)
-        with CAPTURE_LOCK.released():
-            job.done.acquire()
-        if job.error is not None:
-            try:
-                raise job.error
-            finally:
-                job.error = None  # breaks a reference cycle: the error holds this frame, which holds the job
-        result: Result = job.result
+            if health.fatal_error is not None:
+                raise InferenceError(health.fatal_error)
+            self._jobs.put(job)
+        try:
+            with CAPTURE_LOCK.released():
+                job.wait()
+        except BaseException:  # raised by a signal handler: Ctrl-C, for example
+            if job.scope is not None:
+                job.scope.cancel(interrupted_error)
+            raise
+        result: Result = job.result()
         return result
 
     @property
     def context_lost(self) -> bool:
         """True after CUDA failed in a way that the process cannot recover from."""
-        return self._worker.fatal_error is not None
+        return self._health.fatal_error is not None
 
     def retain(self) -> None:
         """Register an engine that uses the context."""
@@ -150,6 +120,4 @@ class CudaContext:
         finally:
             with self._lock:
                 self._closed = True
-            self._worker.jobs.put(None)
-            if threading.current_thread() is not self._thread:
-                self._thread.join()
+            self._jobs.close()

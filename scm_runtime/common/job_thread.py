@@ -1,0 +1,107 @@
+"""A thread that runs functions for other threads, one after another. Whoever waits for one is open to signals, and to the cancellation of its CancelScope."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+from scm_runtime.common.runs import Run, RunRegistry
+from scm_runtime.errors import InferenceError
+
+if TYPE_CHECKING:
+    from queue import SimpleQueue
+
+_REGISTRY = RunRegistry()  # the end of the process waits for jobs, which may be inside ONNX Runtime or CUDA
+
+
+class Job(Run):
+    """A function to be called in a JobThread, and its result or error. It is a run in flight from when it is queued until it ends."""
+
+    __slots__ = ("_claim", "_error", "_function", "_result")
+
+    def __init__(self, function: Callable[[], Any], thread: int | None) -> None:
+        super().__init__(_REGISTRY, None, thread)
+        self._function: Callable[[], Any] | None = function
+        self._result: Any = None
+        self._error: BaseException | None = None
+        self._claim = threading.Lock()
+
+    def call(self) -> None:
+        """Call the function, in the thread. The runs in it belong to the scope in which the job was queued."""
+        if not self._claim.acquire(blocking=False):
+            return
+        try:
+            with nullcontext() if self.scope is None else self.scope.active():
+                assert self._function is not None
+                self._result = self._function()
+        except BaseException as error:  # noqa: BLE001 - raised in the caller's thread
+            self._error = error
+        self._function = None  # it may hold large objects, and the thread's frame keeps the job until the next one
+        self.end()
+
+    def terminate(self) -> None:
+        """Withdraw the job if its scope is cancelled and the function was not called yet. Runs that the function began are terminated by themselves."""
+        if self.scope is not None and self.scope.cancelled and self.withdraw():
+            self._error = self.scope.error()
+            self._function = None
+            self.end()
+
+    def withdraw(self) -> bool:
+        """Return True if the function was not called yet; it is not called any more then."""
+        return self._claim.acquire(blocking=False)
+
+    def result(self) -> Any:
+        """Return the result of an ended job, or raise its error."""
+        if self._error is None:
+            return self._result
+        try:
+            raise self._error
+        finally:
+            self._error = None  # breaks a reference cycle: the error holds this frame, which holds the job
+
+
+class JobThread:
+    """The thread and its queue. A JobThread that is dropped without ``close`` is collected, which ends the thread."""
+
+    def __init__(self, name: str) -> None:
+        """Start the thread. Raises InferenceError if the system has no more threads."""
+        from queue import SimpleQueue
+
+        self._queue: SimpleQueue[Job | None] = SimpleQueue()
+        self.thread = threading.Thread(target=_work, args=(self._queue,), name=name, daemon=True)
+        try:
+            self.thread.start()
+        except RuntimeError as error:
+            raise InferenceError(f"cannot start the thread {name!r}: {error}. Raise the limit of threads.") from error
+
+    def __del__(self) -> None:
+        self._queue.put(None)
+
+    @property
+    def is_current(self) -> bool:
+        """True in this thread."""
+        return threading.current_thread() is self.thread
+
+    def job(self, function: Callable[[], Any]) -> Job:
+        """Return a job for this thread, in the active CancelScope. ``put`` queues it."""
+        return Job(function, self.thread.ident)
+
+    def put(self, job: Job) -> None:
+        """Queue a job."""
+        job.begin()
+        job.terminate()  # a scope that is cancelled now has not seen the job
+        self._queue.put(job)
+
+    def close(self) -> None:
+        """End the thread after the queued jobs, and wait for it; return at once in this thread."""
+        self._queue.put(None)
+        if not self.is_current:
+            self.thread.join()
+
+
+def _work(jobs: SimpleQueue[Job | None]) -> None:
+    while (job := jobs.get()) is not None:
+        job.call()
+        del job

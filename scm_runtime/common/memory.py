@@ -1,0 +1,71 @@
+"""Exhausted memory: NumPy, Pillow, ONNX Runtime and the dynamic loader report it in different ways, and all become OutOfMemoryError."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from scm_runtime.common.message_text import first_line
+from scm_runtime.errors import OutOfMemoryError, ScmError
+
+# Lower-case phrases with which ONNX Runtime, its arenas, CUDA, cuDNN, Pillow and the C library report that memory ran out.
+PHRASES = ("allocate memory", "out of memory", "out_of_memory", "bad_alloc", "alloc_failed", "allocation_failed", "smaller than requested bytes")
+NOT_MAPPED = re.compile(r"(/\S[^:]*): failed to map segment")  # of the dynamic loader, which does not say why
+REQUESTED = re.compile(r"(?:requested buffer of size|smaller than requested bytes of) (\d+)")  # of ONNX Runtime's arenas
+SMALLER_BATCH = "Use a smaller batch"
+MORE_MEMORY = "Close other programs or Generators, or raise the memory limit of this process or container"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return True if an exception says that memory ran out."""
+    message = str(error).lower()
+    if isinstance(error, MemoryError) or any(phrase in message for phrase in PHRASES):
+        return "static tls block" not in message  # the loader's table of thread-local data, not memory, is full
+    library = unmapped_library(error)
+    return library is not None and not has_room(2 * library.stat().st_size)
+
+
+def unmapped_library(error: BaseException) -> Path | None:
+    """Return the library that exists but could not be mapped into memory: memory ran out, or its file system is mounted noexec. None for other errors."""
+    found = NOT_MAPPED.search(str(error))
+    return Path(found[1]) if found and Path(found[1]).is_file() else None
+
+
+def has_room(nbytes: int) -> bool:
+    """Return True if this many bytes could be allocated now."""
+    import mmap
+
+    try:
+        mmap.mmap(-1, nbytes).close()  # takes addresses, and no memory until they are used
+    except OSError:
+        return False
+    return True
+
+
+def out_of_memory_error(what: str, error: BaseException, remedy: str) -> OutOfMemoryError:
+    """Return the error for an exception for which ``is_out_of_memory`` is True.
+
+    Args:
+        what: what did not fit into memory, and where: "a batch of 8 on the CPU".
+        error: the exception. Its message may have the size of the allocation that failed.
+        remedy: what the user can do, as a sentence without a full stop.
+    """
+    requested = REQUESTED.search(str(error))
+    size = f": {int(requested[1]) / 1e6:.4g} MB more were requested" if requested else ""
+    reason = "" if requested or not str(error) else f" ({first_line(error)})"
+    return OutOfMemoryError(f"out of memory for {what}{size}. {remedy}.{reason}")
+
+
+@contextmanager
+def memory_errors(what: str, remedy: str = SMALLER_BATCH) -> Iterator[None]:
+    """Turn errors in this block for which ``is_out_of_memory`` is True into OutOfMemoryError, with the arguments of ``out_of_memory_error``."""
+    try:
+        yield
+    except ScmError:
+        raise
+    except (MemoryError, ImportError, OSError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise out_of_memory_error(what, error, remedy) from error

@@ -1,0 +1,132 @@
+"""Exhausted memory of the host: the error is OutOfMemoryError and names the batch and the remedy, and the Generator stays usable.
+
+Each test runs in a process of its own, whose address space is limited after the libraries are loaded.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from support import run_python
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the address space is read from /proc and limited by setrlimit")
+
+LIMIT = """
+import contextlib, itertools, resource, sys
+import numpy as np
+
+@contextlib.contextmanager
+def room(megabytes):
+    "Let this process allocate so many megabytes more."
+    pages = int(open("/proc/self/statm").read().split()[0])
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + megabytes * 2**20, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+"""
+
+SAMPLE = (
+    LIMIT
+    + """
+from scm_runtime import Generator, OutOfMemoryError
+
+generator = Generator("digits", device="cpu", cache_dir=False, threads=2, native_ops=NATIVE)
+expected = generator(seed=1).array.tobytes()
+assert generator.submit(seed=1).result(60).array.tobytes() == expected
+error = None
+with room(60):
+    for size in (2**power for power in range(6, 20)):
+        try:
+            CALL
+        except MemoryError as raised:
+            error = raised
+            break
+    assert generator(seed=1).array.tobytes() == generator.submit(seed=1).result(60).array.tobytes() == expected
+assert type(error) is OutOfMemoryError, repr(error)
+print(size)
+print(error)
+"""
+)
+
+
+@pytest.mark.parametrize("native", ["'auto'", "False"], ids=["kernels", "bodies"])
+@pytest.mark.parametrize("call", ["generator(seed=range(size))", "generator.submit(seed=range(size)).result(60)"], ids=["call", "submit"])
+def test_a_batch_that_does_not_fit_names_its_size_and_leaves_the_generator_usable(call: str, native: str) -> None:
+    printed = run_python(SAMPLE.replace("CALL", call).replace("NATIVE", native)).stdout
+    size, error = printed.split("\n", 1)
+    assert f"out of memory for a batch of {size}" in error
+    assert "Use a smaller batch." in error
+    assert "onnxruntime_src" not in error, "the message names no source files of ONNX Runtime"
+
+
+def test_a_bundle_that_does_not_fit_names_its_weights() -> None:
+    """The room is increased until the bundle opens. No error in between is of another kind."""
+    run_python(
+        LIMIT
+        + """
+from scm_runtime import Generator, OutOfMemoryError
+
+Generator("digits", device="cpu", cache_dir=False, threads=1).close()
+errors = []
+for megabytes in itertools.count(1, 3):
+    try:
+        with room(megabytes):
+            Generator("digits", device="cpu", cache_dir=False, threads=1).close()
+        break
+    except OutOfMemoryError as error:
+        errors.append(str(error))
+assert any("out of memory for the weights of" in error and "memory limit" in error for error in errors), errors
+"""
+    )
+
+
+@pytest.mark.parametrize("extension", [".png", ".jpg", ".webp"])
+def test_saving_blames_memory_and_not_the_format(extension: str, tmp_path: Path) -> None:
+    path = tmp_path / f"x{extension}"
+    run_python(
+        LIMIT
+        + """
+from scm_runtime import OutOfMemoryError, Samples, Timings
+
+pixels = np.random.default_rng(0).integers(0, 256, (4, 256, 256, 3), np.uint8)
+samples = Samples(array=pixels, seeds=(0, 1, 2, 3), conditioning={}, timings=Timings(noise=0, steps=(0,), decode=0, total=0))
+samples.save(sys.argv[1])
+before = open(sys.argv[1], "rb").read()
+errors = []
+for megabytes in range(1, 20):
+    try:
+        with room(megabytes):
+            samples.save(sys.argv[1])
+    except OutOfMemoryError as error:
+        errors.append(str(error))
+    assert open(sys.argv[1], "rb").read() == before
+assert errors
+assert all("4 images of [256, 256, 3] in one file" in error and "Save fewer images" in error for error in errors), errors
+""",
+        path,
+    )
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_onnxruntime_that_does_not_fit_is_not_answered_with_pip_install() -> None:
+    printed = run_python(
+        LIMIT
+        + """
+from scm_runtime import Generator, OutOfMemoryError
+from scm_runtime.common.load_onnxruntime import load_onnxruntime
+
+try:
+    with room(20):
+        load_onnxruntime()
+except OutOfMemoryError as error:
+    print(error)
+assert load_onnxruntime().__version__
+"""
+    ).stdout
+    assert "out of memory for ONNX Runtime" in printed
+    assert "pip install" not in printed
