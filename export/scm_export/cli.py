@@ -64,7 +64,10 @@ def _negate(context: click.Context, parameter: click.Parameter, value: bool) -> 
     help="Also open files that run code when they are read (TorchScript, pickled modules). Use it only for files from people you trust.",
 )
 @click.option(
-    "--decoder", metavar="FOLDER", help="Autoencoder in diffusers' format, a folder or org/name on the hub, for latent models whose checkpoint has none."
+    "--decoder",
+    metavar="FOLDER",
+    help="Autoencoder in diffusers' format, for latent models whose checkpoint has none: a folder, org/name on the hub, or your own decoder as "
+    "PACKAGE.MODULE:FUNCTION, which is run.",
 )
 @click.option("--latents", is_flag=True, help="Leave the decoder out: samples are latents.")
 @click.option("--with-encoder", is_flag=True, help="Also write the autoencoder's encoder, which image editing needs.")

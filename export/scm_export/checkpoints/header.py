@@ -5,10 +5,11 @@ from __future__ import annotations
 import difflib
 import keyword
 import math
+import os
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -128,13 +129,16 @@ class Header(Struct, kw_only=True, forbid_unknown_fields=True):
     licence: str | None = None
 
 
-def read_header(path: Path) -> Header:
-    """Read a ``--config`` file, TOML or JSON.
+def read_header(config: str | os.PathLike[str] | Mapping[str, Any]) -> Header:
+    """Read a ``--config`` file, TOML or JSON, or a dict with the same contents.
 
     Raises:
         CheckpointNotFoundError: no such file.
         CheckpointError: not TOML or JSON, an unknown key, or a value of another type or range.
     """
+    if isinstance(config, Mapping):
+        return _header(config, "the config")
+    path = Path(config)
     if path.suffix not in (".toml", ".json"):
         raise CheckpointError(f"the config '{path}' must end in .toml or .json ({DOCUMENT})")
     try:
@@ -146,11 +150,15 @@ def read_header(path: Path) -> Header:
         ) from error
     except ValueError as error:  # of UTF-8, TOML and JSON alike
         raise CheckpointError(f"the config '{path}' is not valid {path.suffix[1:].upper()}: {first_line(error)}. {DOCUMENT} has an example.") from error
+    return _header(raw, f"the config '{path}'")
+
+
+def _header(raw: object, what: str) -> Header:
     try:
         header = convert(raw, Header)
         validate(header.family, header.sampler, header.conditioning, header.label_names, header.licence)
     except ValueError as error:
-        raise CheckpointError(f"the config '{path}': {first_line(error)} ({DOCUMENT})") from error
+        raise CheckpointError(f"{what}: {first_line(error)} ({DOCUMENT})") from error
     return header
 
 
