@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any
 
 from scm_runtime.common.installed import installed_version
-from scm_runtime.errors import MissingDependencyError
+from scm_runtime.errors import MissingDependencyError, OutOfMemoryError
 
 NO_TELEMETRY = "ORT_DISABLE_TELEMETRY"
 
@@ -20,6 +20,7 @@ def load_onnxruntime() -> Any:
 
     Raises:
         MissingDependencyError: it is not installed, or both onnxruntime and onnxruntime-gpu are, which overwrite each other's files.
+        OutOfMemoryError: there is too little memory or address space for its library.
     """
     if installed_version("onnxruntime") and installed_version("onnxruntime-gpu"):
         raise MissingDependencyError(
@@ -32,6 +33,11 @@ def load_onnxruntime() -> Any:
     except ImportError as error:
         if _was_interrupted(error):
             raise KeyboardInterrupt from error
+        if "failed to map segment" in str(error):
+            raise OutOfMemoryError(
+                f"ONNX Runtime is installed, and the system refuses to map its library into memory ({error}). Raise the limit of memory or address space "
+                "(ulimit -v, a container's limit); or its folder is mounted with noexec."
+            ) from error
         raise MissingDependencyError(
             f"ONNX Runtime cannot be imported ({error}). Install it:\n  pip install 'scm-runtime[cpu]'   (or [gpu] for CUDA)"
         ) from error

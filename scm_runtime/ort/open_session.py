@@ -156,6 +156,10 @@ def _create(path: Path, settings: SessionSettings, set_options: SetOptions) -> A
         except Exception as error:
             if is_out_of_memory(error):
                 raise OutOfMemoryError(f"not enough memory on {settings.placement.device} to open '{path}': {error}") from error
+            if "pthread_create" in str(error):
+                raise InferenceError(
+                    f"ONNX Runtime cannot start its threads: the limit of threads is reached. Raise it, or use threads=1. ({error})"
+                ) from error
             remedy = "Upgrade it, or export the checkpoint again" + (", or run without the native kernels: native_ops=False" if settings.library else ".")
             raise InferenceError(f"ONNX Runtime {ort.__version__} cannot open '{path}': {error}. {remedy}") from error
 

@@ -82,13 +82,14 @@ def test_errors_are_also_the_builtin_ones() -> None:
     assert issubclass(scm_runtime.InferenceError, RuntimeError)
     assert issubclass(scm_runtime.DeviceError, RuntimeError)
     assert issubclass(scm_runtime.ForkedError, RuntimeError)
+    assert issubclass(scm_runtime.GenerationTimeoutError, TimeoutError)
     assert issubclass(scm_runtime.GeneratorClosedError, scm_runtime.InvalidArgumentError)
     assert issubclass(scm_runtime.OutOfMemoryError, MemoryError)
     assert issubclass(scm_runtime.OutOfMemoryError, scm_runtime.InferenceError)
     assert issubclass(scm_runtime.NonFiniteError, ArithmeticError)
     assert issubclass(scm_runtime.NonFiniteError, scm_runtime.InferenceError)
     errors = [value for name in scm_runtime.__all__ if isinstance(value := getattr(scm_runtime, name), type) and issubclass(value, Exception)]
-    assert len(errors) == 19
+    assert len(errors) == 20
     assert all(issubclass(error, scm_runtime.ScmError) for error in errors)
 
 
