@@ -93,6 +93,7 @@ def test_errors_are_also_the_builtin_ones() -> None:
     assert issubclass(scm_runtime.InferenceError, RuntimeError)
     assert issubclass(scm_runtime.DeviceError, RuntimeError)
     assert issubclass(scm_runtime.ForkedError, RuntimeError)
+    assert issubclass(scm_runtime.GenerationTimeoutError, TimeoutError)
     assert issubclass(scm_runtime.GeneratorClosedError, scm_runtime.InvalidArgumentError)
     assert issubclass(scm_runtime.OutOfMemoryError, MemoryError)
     assert issubclass(scm_runtime.OutOfMemoryError, scm_runtime.InferenceError)

@@ -153,6 +153,28 @@ for command in (["smoke", "digits"], ["generate", "digits", "-o", sys.argv[3]], 
     assert not (tmp_path / "x.png").exists()
 
 
+@linux
+def test_too_little_memory_for_the_library_is_not_taken_for_a_missing_package() -> None:
+    printed = run_python(
+        """
+import resource
+import numpy
+from scm_runtime import OutOfMemoryError
+from scm_runtime.common.load_onnxruntime import load_onnxruntime
+
+pages = int(open("/proc/self/statm").read().split()[0])
+limit = pages * resource.getpagesize() + 8_000_000  # the library takes more than twice as much
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+try:
+    load_onnxruntime()
+except OutOfMemoryError as error:
+    print(error)
+"""
+    )
+    assert "failed to map segment" in printed.stdout
+    assert "pip install" not in printed.stdout
+
+
 @pytest.mark.parametrize("how", ["raise KeyboardInterrupt", "raise ImportError('initialization failed') from KeyboardInterrupt()"])
 def test_an_interrupted_import_is_an_interrupt_and_can_be_repeated(how: str, tmp_path: Path) -> None:
     """The second form is raised by an extension module that is interrupted during its initialization."""
