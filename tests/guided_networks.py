@@ -122,3 +122,28 @@ class AutocastOff(Base):
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             return self.network(x, t, y)
+
+
+class Decoder(nn.Module):
+    """Latents to pixels of twice the size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.ConvTranspose2d(3, 3, 2, stride=2)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        y: Tensor = self.up(latents).tanh()
+        return y
+
+
+def decoder() -> nn.Module:
+    torch.manual_seed(1)
+    return Decoder()
+
+
+def flat_decoder() -> nn.Module:
+    return nn.Flatten()
+
+
+def failing_decoder() -> nn.Module:
+    return nn.Conv2d(7, 3, 1)

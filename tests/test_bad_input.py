@@ -481,7 +481,7 @@ BUNDLES: list[Row] = [
         opening(manifest(lambda raw: raw.update(schema_version=2))),
         BundleSchemaError,
         "schema version 2",
-        "Upgrade it: pip install -U scm-runtime",
+        "Upgrade it: pip install -U . in an updated clone",
     ),
     ("no JSON", opening(replaced(MANIFEST, lambda data: data[:-9])), BundleSchemaError, "scm.json' is not a valid manifest", "Export the checkpoint again"),
     (

@@ -5,12 +5,14 @@ The first ones are copies of files that were found by attacking the exporter. Al
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import struct
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,7 +52,8 @@ def peak():
 
 for name, folder, arguments in json.loads(Path(sys.argv[1]).read_text()):
     os.chdir(folder)
-    Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to the present use
+    with contextlib.suppress(OSError):  # where it is not writable, the peak is that of all files
+        Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to the present use
     signal.alarm({SECONDS})
     print(f"reading {{name}}", file=sys.stderr, flush=True)
     code, error = None, ""
@@ -167,6 +170,17 @@ def legacy(change: Callable[[bytes], bytes]) -> Make:
     return make
 
 
+def byte_order(folder: Path) -> list[str]:
+    torch.save(Plain().state_dict(), folder / "net.pt")
+    with zipfile.ZipFile(folder / "net.pt") as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(folder / "net.pt", "w") as archive:
+        for name, data in entries.items():
+            large = name.endswith("byteorder")
+            archive.writestr(name, data * 16_000_000 if large else data, zipfile.ZIP_DEFLATED if large else zipfile.ZIP_STORED)
+    return ["net.pt"]
+
+
 def shared_lists(folder: Path) -> list[str]:
     """A thousand lists of a thousand lists of a thousand lists, which are all the same ones: a search of every path takes days."""
     value: object = ["x"] * 1000
@@ -180,23 +194,27 @@ def shared_lists(folder: Path) -> list[str]:
 # Programs.
 
 
+@cache
+def exported() -> dict[str, bytes]:
+    """Entries of the file of an exported program."""
+    batch, file = torch.export.Dim("batch", max=1024), io.BytesIO()
+    saved = torch.export.export(Plain().eval(), (torch.randn(2, *SHAPE), torch.rand(2)), dynamic_shapes=({0: batch}, {0: batch}))
+    torch.export.save(saved, file)
+    with zipfile.ZipFile(file) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
 def program(change: Callable[[dict[str, Any]], object]) -> Make:
     """An exported program whose JSON files are changed."""
 
     def make(folder: Path) -> list[str]:
-        batch = torch.export.Dim("batch", max=1024)
-        exported = torch.export.export(Plain().eval(), (torch.randn(2, *SHAPE), torch.rand(2)), dynamic_shapes=({0: batch}, {0: batch}))
-        torch.export.save(exported, folder / "saved.pt2")
-        with zipfile.ZipFile(folder / "saved.pt2") as archive:
-            entries = {name: archive.read(name) for name in archive.namelist()}
         with zipfile.ZipFile(folder / "net.pt2", "w") as archive:
-            for name, data in entries.items():
+            for name, data in exported().items():
                 if name.endswith(".json"):
                     raw = json.loads(data)
                     change(raw)
                     data = json.dumps(raw).encode()
                 archive.writestr(name, data)
-        (folder / "saved.pt2").unlink()
         return ["net.pt2", *configured(folder)]
 
     return make
@@ -335,6 +353,11 @@ CASES: dict[str, tuple[Make, str]] = {
         torch_file(b"ctorch._tensor\n_rebuild_from_type_v2\n(cbuiltins\nbytearray\nctorch\nTensor\nJ\xff\xff\xff\x7f\x85NtR"),
         "a bytearray of a given size",
     ),
+    "a deep tuple as a key": (torch_file(b"})", b"\x85" * 300_000, b"Ns"), "nested more than 64"),
+    "a deep tuple in a set": (torch_file(b"cbuiltins\nset\n])", b"\x85" * 300_000, b"a\x85R"), "nested more than 64"),
+    "a deep tuple in a state": (torch_file(b"ccollections\nOrderedDict\n)R](()", b"\x85" * 300_000, b"Nteb"), "nested more than 64"),
+    "the state of a tensor": (torch_file(b"ctorch._utils\n_rebuild_parameter\n", b"N\x89}\x87R", b"(NK\x00))tb"), "the state of a tensor"),
+    "an entry of 100 MB": (byte_order, "must have at most 1048576 bytes"),
     "a legacy bomb": (legacy(lambda data: b"\x80\x02cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R."), "wants to run code (builtins.bytearray)"),
     "a legacy storage larger than the file": (legacy(lambda data: data.replace(b"M\xd2\x04", b"J\0\0\0\x70")), "shape and storage of a tensor disagree"),
     "lists without end": (shared_lists, "holds weights, but not how it is sampled"),
@@ -356,6 +379,9 @@ CASES: dict[str, tuple[Make, str]] = {
     "a number of 400 digits": (config(f"[sampler]\nsigma_data = {'9' * 400}\n"), "at most 64 bits"),
     "a key with a terminal's codes": (config('"\\u001b[31m" = 1\n'), r"\x1b[31m"),
     "a family with a terminal's codes": (config('family = "\\u001b[31m"\n'), r"\x1b[31m"),
+    "a sigma_data of 1e300 in a config": (config("[sampler]\nsigma_data = 1e300\n"), "sigma_data must be a number from 1e-06 to 1e+06"),
+    "a label with a terminal's codes": (config('label_names = ["\\u001b[31m", "b"]\n'), r"\x1b[31m"),
+    "3 000 steps": (config(f"[sampler]\ntimes = {{ 3000 = {[1.5 - step / 2000 for step in range(3001)]} }}\n"), "step counts from 1 to 1000"),
     "a state of a terabyte": (config("[config]\nsample_shape = [3, 1000000, 1000000]\n"), "sample_shape"),
     "a state of too many axes": (config(f"[config]\nsample_shape = [{', '.join(['1'] * 100_000)}]\n"), "sample_shape"),
     # Folders.

@@ -20,6 +20,7 @@ from scm_runtime.cli.options import IntegerList, ParamType
 from scm_runtime.cli.program import Command
 from scm_runtime.cli.streams import print_json, say_error
 from scm_runtime.cli.tables import BAD, OutputConsole, facts_table, print_table
+from scm_runtime.common.installed import install_extras
 from scm_runtime.common.interrupts import raise_at_interrupt, was_interrupted
 from scm_runtime.errors import MissingDependencyError
 
@@ -63,7 +64,10 @@ def _negate(context: click.Context, parameter: click.Parameter, value: bool) -> 
     help="Also open files that run code when they are read (TorchScript, pickled modules). Use it only for files from people you trust.",
 )
 @click.option(
-    "--decoder", metavar="FOLDER", help="Autoencoder in diffusers' format, a folder or org/name on the hub, for latent models whose checkpoint has none."
+    "--decoder",
+    metavar="FOLDER",
+    help="Autoencoder in diffusers' format, for latent models whose checkpoint has none: a folder, org/name on the hub, or your own decoder as "
+    "PACKAGE.MODULE:FUNCTION, which is run.",
 )
 @click.option("--latents", is_flag=True, help="Leave the decoder out: samples are latents.")
 @click.option("--with-encoder", is_flag=True, help="Also write the autoencoder's encoder, which image editing needs.")
@@ -133,7 +137,7 @@ def _run(checkpoint: str, out: Path | None, dry_run: bool, options: Mapping[str,
     except ImportError as error:
         if was_interrupted(error):
             raise KeyboardInterrupt from error
-        raise MissingDependencyError(f"{error}. Exporting needs more packages:\n  pip install 'scm-runtime[export,cpu]'") from error
+        raise MissingDependencyError(f"{error}. Exporting needs more packages:\n  {install_extras('export', 'cpu')}") from error
     raise_at_interrupt()
     terminal = OutputConsole(stderr=True)
     with terminal.status("starting", spinner="dots" if terminal.encoding.startswith("utf") else "line") as status:
@@ -187,8 +191,15 @@ def _print_verification(console: OutputConsole, verification: Verification) -> N
     rows = tabulate(verification.cases)
     columns = list(rows[0])
     cells = [[value if passes(case) else Text(value, BAD) for value in row.values()] for case, row in zip(verification.cases, rows, strict=True)]
-    title = f"against {verification.reference}"
-    print_table(console, columns, cells, title=title, right=[name for name in columns if name not in TEXT_COLUMNS], box=SIMPLE)
+    print_table(
+        console,
+        columns,
+        cells,
+        title=f"against {verification.reference}",
+        right=[name for name in columns if name not in TEXT_COLUMNS],
+        wrap=("conditioning",),
+        box=SIMPLE,
+    )
 
 
 if __name__ == "__main__":

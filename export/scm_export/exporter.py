@@ -10,6 +10,7 @@ import msgspec
 import torch
 from onnx import ModelProto
 from onnxscript import ir
+from torch import nn
 
 from scm_export.choices import GRAPH_DTYPES
 from scm_export.dry_run import Plan, make_plan
@@ -41,13 +42,14 @@ class Exported:
 
 
 @options_as_keywords(Options)
-def export(checkpoint: StrPath, out: StrPath | None, options: Options) -> Exported:
+def export(checkpoint: StrPath | nn.Module, out: StrPath | None, options: Options) -> Exported:
     """Turn a checkpoint into a bundle. The fields of :class:`Options` are the keyword arguments: ``export("model.pt", dtype="fp16", steps=(1, 2))``.
 
     Args:
         checkpoint: a file or folder, or a repository of the Hugging Face hub, ``"org/name"``; docs/exporting.md lists the formats. No code from it is run
-            unless ``trust`` is True.
+            unless ``trust`` is True. Or a network in memory, described by ``config``; it is copied, and the copy shares its parameters.
         out: folder of the bundle; by default the checkpoint's path with the ending ``.scm``, or a repository's name in the current folder.
+            Required for a network in memory.
         options: passed as keyword arguments; see :class:`Options`.
 
     Returns:
@@ -65,7 +67,7 @@ def export(checkpoint: StrPath, out: StrPath | None, options: Options) -> Export
     return export_model(*prepare(checkpoint, out, options))
 
 
-def plan(checkpoint: StrPath, out: StrPath | None = None, options: Options | None = None) -> Plan:
+def plan(checkpoint: StrPath | nn.Module, out: StrPath | None = None, options: Options | None = None) -> Plan:
     """Describe the bundle that :func:`export` would make. Reads the checkpoint and builds the model; traces nothing and writes nothing.
 
     An existing bundle is not an error: see ``Plan.exists``.

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
-from typing import ParamSpec, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, cast
 
 from scm_export.choices import GRAPH_DTYPES, MIN_OPSET, OPSETS, ParametrisationName
 from scm_runtime.bundle.manifest import Dtype
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
 from scm_runtime.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 StrPath = str | os.PathLike[str]
 
@@ -27,7 +30,8 @@ class Options:
     Args:
         revision: branch, tag or commit of a repository of the Hugging Face hub; None for its main branch.
         family: how to read the checkpoint, one of ``scm_export.families.FAMILIES``; None to detect it from the checkpoint.
-        config: TOML or JSON file that describes bare tensors or a program: family, configuration, sampler, conditioning (docs/checkpoint-format.md).
+        config: TOML or JSON file, or a dict, that describes bare tensors, a program or a network in memory: family, configuration, sampler, conditioning
+            (docs/checkpoint-format.md).
         factory: ``package.module:function``, for the family "module": returns the network that the checkpoint's tensors are loaded into. The function
             is run. Modules are also looked for in the current folder.
         weights: dotted key of the set of weights to export if a training checkpoint holds several (``"ema"``), or name of a network in an EDM2 pickle.
@@ -36,7 +40,8 @@ class Options:
         trust: also open files that can only be read by running code from them: TorchScript, pickled modules, unusual ``.pt2`` files.
         dtype: dtype of the stored weights, "fp32", "fp16" or "bf16"; None for the family's default. The last two give graphs in that dtype and fp32 graphs
             over the same half-precision weights.
-        decoder: folder or repository of an autoencoder in diffusers' format, for latent models whose checkpoint does not contain one.
+        decoder: folder or repository of an autoencoder in diffusers' format, for latent models whose checkpoint does not contain one. Or your own decoder:
+            ``package.module:function``, which returns a network from latents to pixels, or such a network. The function is run.
         latents: leave the decoder out; the bundle's samples are latents.
         with_encoder: also write the autoencoder's encoder, ``encode.*.onnx``.
         preview_decoder: folder or repository of a small autoencoder (AutoencoderTiny), written as ``preview.*.onnx``.
@@ -61,13 +66,13 @@ class Options:
 
     revision: str | None = None
     family: str | None = None
-    config: StrPath | None = None
+    config: StrPath | Mapping[str, Any] | None = None
     factory: str | None = None
     weights: str | None = None
     parametrisation: ParametrisationName | None = None
     trust: bool = False
     dtype: Dtype | None = None
-    decoder: StrPath | None = None
+    decoder: StrPath | nn.Module | None = None
     latents: bool = False
     with_encoder: bool = False
     preview_decoder: StrPath | None = None
@@ -110,20 +115,20 @@ Result_co = TypeVar("Result_co", covariant=True)
 
 
 class _WithKeywords(Protocol[P, Result_co]):
-    def __call__(self, checkpoint: StrPath, out: StrPath | None = None, *args: P.args, **options: P.kwargs) -> Result_co: ...
+    def __call__(self, checkpoint: StrPath | nn.Module, out: StrPath | None = None, *args: P.args, **options: P.kwargs) -> Result_co: ...
 
 
 def options_as_keywords(
     options_type: Callable[P, Options],
-) -> Callable[[Callable[[StrPath, StrPath | None, Options], Result_co]], _WithKeywords[P, Result_co]]:
+) -> Callable[[Callable[[StrPath | nn.Module, StrPath | None, Options], Result_co]], _WithKeywords[P, Result_co]]:
     """Decorator for ``function(checkpoint, out, options)``: callers pass the fields of Options as keyword arguments, with their types and defaults.
 
     ``options_type`` is Options itself; as an argument, it gives type checkers the fields.
     """
 
-    def decorate(function: Callable[[StrPath, StrPath | None, Options], Result_co]) -> _WithKeywords[P, Result_co]:
+    def decorate(function: Callable[[StrPath | nn.Module, StrPath | None, Options], Result_co]) -> _WithKeywords[P, Result_co]:
         @wraps(function)
-        def with_keywords(checkpoint: StrPath, out: StrPath | None = None, *args: P.args, **options: P.kwargs) -> Result_co:
+        def with_keywords(checkpoint: StrPath | nn.Module, out: StrPath | None = None, *args: P.args, **options: P.kwargs) -> Result_co:
             try:
                 given = options_type(*args, **options)
             except TypeError as error:  # an unknown keyword

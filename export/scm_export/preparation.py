@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from scm_export.checkpoints import DiffusersFolder, open_checkpoint
+from torch import nn
+
+from scm_export.checkpoints import DiffusersFolder, Loaded, open_checkpoint, open_network
 from scm_export.checkpoints.from_hub import fetch
+from scm_export.checkpoints.program import FACTORY, call_factory, copy_network, weights_sha256
 from scm_export.choices import DEFAULT_OPSET, LARGEST_SAMPLER, MAX_COMPOSED_STEPS
 from scm_export.families import FAMILIES, BuildOptions, build_model, find_family
 from scm_export.model import ImageDecoder, Latents, Model
@@ -32,37 +37,80 @@ class Prepared(NamedTuple):
     """The given options, with a dtype."""
 
 
-def prepare(checkpoint: StrPath, out: StrPath | None, options: Options) -> Prepared:
+class Opened(NamedTuple):
+    """A checkpoint or network, and where its bundle will be."""
+
+    loaded: Loaded
+    destination: Path
+    name: str
+    """Name for the manifest."""
+    weights: str | None
+    fingerprint: Callable[[], str]
+    """Computes the SHA-256 for the manifest, which takes time for large files."""
+
+
+def prepare(checkpoint: StrPath | nn.Module, out: StrPath | None, options: Options) -> Prepared:
     """Read a checkpoint and build its model. Raises what :func:`scm_export.export` raises for a checkpoint, an option or a destination."""
     check_versions()
     warn_about_untested_versions()
-    found = fetch(checkpoint, options.revision, options.progress)
-    path = found.path
-    destination = found.bundle if out is None else Path(out)
-    check_destination(destination, force=options.force)
-    if options.report is not None:
-        check_report_path(Path(options.report), destination)
-    options.progress("reading the checkpoint")
-    read_options = {name: getattr(options, name) for name in ("trust", "config", "factory", "weights", "parametrisation", "progress")}
-    loaded, weights = open_checkpoint(path, **read_options)
+    opened = _open_network(checkpoint, out, options) if isinstance(checkpoint, nn.Module) else _open_path(checkpoint, out, options)
+    loaded = opened.loaded
     family = find_family(loaded, options.family)
     options = replace(options, dtype=options.dtype or FAMILIES[family].dtype)
     assert options.dtype is not None
     if reason := FAMILIES[family].refuses.get(options.dtype):
         raise InvalidArgumentError(f"the family {family} cannot be exported in {options.dtype}: {reason}")
-    decoder, preview = (None if folder is None else fetch(folder, None, options.progress).path for folder in (options.decoder, options.preview_decoder))
+    preview = None if options.preview_decoder is None else fetch(options.preview_decoder, None, options.progress).path
     guide, guide_weights = None, None
     if options.guide is not None:
         guide, guide_weights = open_checkpoint(options.guide, trust=options.trust, progress=options.progress)
-    model = build_model(loaded, BuildOptions(decoder, options.latents, options.with_encoder, preview, guide, options.size), family)
+    model = build_model(loaded, BuildOptions(_decoder(options), options.latents, options.with_encoder, preview, guide, options.size), family)
     _check_options_apply(model, options)
     if isinstance(model.decoder, ImageDecoder) and model.sample_shape[0] == LATENT_OR_RGBA:
         model.notes += ("the state has 4 channels and is taken as RGBA pixels. If it is latents, give their autoencoder with --decoder, or --latents",)
     guide_source = None
     if options.guide is not None:  # a file: build_model refuses guides in folders
         guide_source = Source(file=Path(options.guide).name, sha256=sha256(Path(options.guide)), weights=guide_weights)
-    fingerprint = loaded.fingerprint() if isinstance(loaded, DiffusersFolder) else sha256(path)
-    return Prepared(model, destination, Source(file=found.name, sha256=fingerprint, weights=weights, guide=guide_source), options)
+    source = Source(file=opened.name, sha256=opened.fingerprint(), weights=opened.weights, guide=guide_source)
+    return Prepared(model, opened.destination, source, options)
+
+
+def _open_path(checkpoint: StrPath, out: StrPath | None, options: Options) -> Opened:
+    found = fetch(checkpoint, options.revision, options.progress)
+    path, destination = found.path, found.bundle if out is None else Path(out)
+    _check_output(destination, options)
+    options.progress("reading the checkpoint")
+    read_options = {name: getattr(options, name) for name in ("trust", "config", "factory", "weights", "parametrisation", "progress")}
+    loaded, weights = open_checkpoint(path, **read_options)
+    return Opened(loaded, destination, found.name, weights, loaded.fingerprint if isinstance(loaded, DiffusersFolder) else lambda: sha256(path))
+
+
+def _open_network(network: nn.Module, out: StrPath | None, options: Options) -> Opened:
+    if unused := [name for name in ("revision", "factory", "weights") if getattr(options, name) is not None]:
+        raise InvalidArgumentError(f"{unused[0]} was given, but it is for files, not for a network in memory. Leave it out.")
+    if out is None:
+        raise InvalidArgumentError("out, the folder of the bundle, must be given for a network in memory: it has no path that a name could follow from")
+    _check_output(Path(out), options)
+    program = open_network(network, options.config, options.parametrisation)
+    return Opened(program, Path(out), type(network).__qualname__, None, lambda: weights_sha256(network))
+
+
+def _decoder(options: Options) -> Path | nn.Module | None:
+    """Folder of an autoencoder, or the user's own decoder."""
+    given = options.decoder
+    if given is None:
+        return None
+    if isinstance(given, nn.Module):
+        return copy_network(given, f"the decoder {type(given).__name__}")
+    if isinstance(given, str) and FACTORY.fullmatch(given) and not os.path.lexists(given):
+        return call_factory(given, {})
+    return fetch(given, None, options.progress).path
+
+
+def _check_output(destination: Path, options: Options) -> None:
+    check_destination(destination, force=options.force)
+    if options.report is not None:
+        check_report_path(Path(options.report), destination)
 
 
 def _check_options_apply(model: Model, options: Options) -> None:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from scm_runtime.common.installed import install_extras
 from scm_runtime.errors import HubError, HubNotFoundError, InvalidArgumentError, MissingDependencyError
 
 # The hub's rules: one slash, no ".." or "--", no dots or dashes at the ends.
@@ -121,7 +122,7 @@ def _load(repo: str) -> Any:
     except ImportError as error:
         raise MissingDependencyError(
             f"there is no folder '{repo}' here, and reading a repository of the Hugging Face hub requires huggingface_hub ({error}). Install it:\n"
-            "  pip install 'scm-runtime[hub]'"
+            f"  {install_extras('hub')}"
         ) from error
     return huggingface_hub
 

@@ -260,7 +260,7 @@ def read_manifest(folder: Path) -> Manifest:
         if isinstance(version, int) and version != SCHEMA_VERSION:
             raise BundleSchemaError(
                 f"'{path}' has schema version {printable(version)}, this scm-runtime reads version {SCHEMA_VERSION}. "
-                + ("Upgrade it: pip install -U scm-runtime" if version > SCHEMA_VERSION else "Export the checkpoint again.")
+                + ("Upgrade it: pip install -U . in an updated clone" if version > SCHEMA_VERSION else "Export the checkpoint again.")
             )
         manifest = msgspec.convert(raw, Manifest)
         manifest.validate()

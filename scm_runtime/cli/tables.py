@@ -57,6 +57,7 @@ def print_table(
     title: str | None = None,
     caption: str | None = None,
     right: Sequence[str] = (),
+    wrap: Sequence[str] | None = None,
     box: Box = HEAVY_HEAD,
 ) -> None:
     """Print a table, or in a narrow terminal a list with the columns of each row below each other.
@@ -68,6 +69,7 @@ def print_table(
         title: line above the table.
         caption: line below the table.
         right: columns of numbers, which are aligned to the right.
+        wrap: columns whose text may be wrapped; by default all but numbers.
         box: lines of the table.
     """
     if console.width < NARROW:
@@ -80,7 +82,8 @@ def print_table(
         return
     table = Table(title=title, caption=caption, caption_justify="left", box=box, padding=(0, 1, 0, 0) if box is not HEAVY_HEAD else (0, 1))
     for name in columns:
-        table.add_column(name, justify="right" if name in right else "left", overflow="fold", no_wrap=name in right)
+        fixed = name in right if wrap is None else name not in wrap
+        table.add_column(name, justify="right" if name in right else "left", overflow="fold", no_wrap=fixed)
     for row in rows:
         table.add_row(*map(as_text, row))
     console.print(table)

@@ -18,6 +18,8 @@ MAX_TOML_BYTES = 1 << 20
 MAX_DEPTH = 64
 """Deepest nesting of lists and dicts."""
 MAX_INTEGER_BITS = 64
+MAX_CONTAINERS = 1_000_000
+"""Largest number of lists and dicts at one level of nesting."""
 MAX_KEY_DOTS = 2000
 """Largest number of dots in TOML other than decimal points. tomllib needs memory quadratic in the number of parts of a dotted key."""
 DECIMAL_POINT = re.compile(r"(?<![\w.-])[+-]?\d[\d_]*\.\d")
@@ -65,17 +67,19 @@ def read_toml(path: Path) -> dict[str, Any]:
     return value
 
 
-def check_depth(value: object, max_depth: int = MAX_DEPTH) -> None:
-    """Raise ValueError if lists and dicts are nested more than ``max_depth`` deep, or hold an integer of more than 64 bits."""
+def check_depth(value: object, max_depth: int = MAX_DEPTH, max_integer_bits: int = MAX_INTEGER_BITS) -> None:
+    """Raise ValueError if lists, dicts and tuples are nested more than ``max_depth`` deep, are too many, or hold an integer that is too long."""
     level, depth = [value], 0
     while level:
         inner: dict[int, object] = {}  # by identity: values from a pickle may be shared
         for container in level:
             for item in _items(container):
-                if isinstance(item, int) and item.bit_length() > MAX_INTEGER_BITS:
-                    raise ValueError(f"an integer must have at most {MAX_INTEGER_BITS} bits, got {item.bit_length()}")
+                if isinstance(item, int) and item.bit_length() > max_integer_bits:
+                    raise ValueError(f"an integer must have at most {max_integer_bits} bits, got {item.bit_length()}")
                 if isinstance(item, dict | list | tuple):
                     inner[id(item)] = item
+            if len(inner) > MAX_CONTAINERS:
+                raise ValueError(f"it must have at most {MAX_CONTAINERS} lists and dicts at each level of nesting")
         level, depth = list(inner.values()), depth + 1
         if level and depth >= max_depth:
             raise _too_deep(max_depth)

@@ -2,59 +2,48 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable
 from typing import TypeVar, cast
 
-from scm_runtime.common.job_thread import JobThread
+from scm_runtime.common.job_thread import Job
 from scm_runtime.common.runs import CancelScope, current_scope, exit_began, interrupted_error, wait_despite_signals
-from scm_runtime.errors import InferenceError
 
 Result = TypeVar("Result")
 
-_helper: JobThread | None = None
+UNKNOWN_THREAD = 0  # no thread has this identifier
 
 
 def run_interruptibly(function: Callable[[], Result]) -> Result:
-    """Call a function and return its result. On the main thread, call it in a helper thread, so that signal handlers run meanwhile.
+    """Call a function and return its result. On the main thread, call it in a thread of its own, so that signal handlers run meanwhile.
 
     If a handler raises, as that of Ctrl-C does, the runs of the function are terminated, and the handler's exception is raised once the function has ended.
+    At the exit of the process, when runs may begin only on the exiting thread, and where no thread can be started, the function is called directly.
     """
-    helper = _helper_thread() if threading.current_thread() is threading.main_thread() else None
-    if helper is None:
+    if threading.current_thread() is not threading.main_thread() or exit_began():
         return function()
     scope = current_scope() or CancelScope()
     with scope.active():
-        job = helper.job(function)
+        job = Job(function, UNKNOWN_THREAD)
+    thread = threading.Thread(target=job.call, name="scm-runtime call", daemon=True)  # the exit of the process waits for jobs
     try:
-        helper.put(job)
+        job.begin()
+        if not _started(thread):
+            job.end()
+            return function()
         job.wait()
     except BaseException:
         scope.cancel(interrupted_error)
         if not job.withdraw():
             wait_despite_signals(job.wait)
         raise
+    thread.join()
     return cast(Result, job.result())
 
 
-def _helper_thread() -> JobThread | None:
-    """Return the helper thread, or None where no thread can be started and at the exit of the process, when runs may begin only on the exiting thread."""
-    global _helper
-    if exit_began():
-        return None
-    if _helper is None:
-        try:
-            _helper = JobThread("scm-runtime main")
-        except InferenceError:
-            return None
-    return _helper
-
-
-def _forget_helper() -> None:
-    global _helper
-    _helper = None
-
-
-if hasattr(os, "register_at_fork"):  # Windows has no fork
-    os.register_at_fork(after_in_child=_forget_helper)
+def _started(thread: threading.Thread) -> bool:
+    try:
+        thread.start()
+    except RuntimeError:  # the system has no more threads
+        return False
+    return True

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
-from scm_runtime.common.installed import installed_version
+from scm_runtime.common.installed import install_extras, installed_version
 from scm_runtime.common.interrupts import was_interrupted
 from scm_runtime.common.memory import MORE_MEMORY, memory_errors, unmapped_library
 from scm_runtime.errors import MissingDependencyError
@@ -28,7 +28,7 @@ def load_onnxruntime() -> Any:
     if installed_version("onnxruntime") and installed_version("onnxruntime-gpu"):
         raise MissingDependencyError(
             "both onnxruntime and onnxruntime-gpu are installed; they overwrite each other. Keep one:\n"
-            "  pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'scm-runtime[cpu]'   (or [gpu])"
+            f"  pip uninstall -y onnxruntime onnxruntime-gpu && {install_extras('cpu')}\n  or for CUDA: {install_extras('gpu')}"
         )
     try:
         with memory_errors("ONNX Runtime", MORE_MEMORY), _without_telemetry():
@@ -39,7 +39,7 @@ def load_onnxruntime() -> Any:
         if (library := unmapped_library(error)) is not None:
             raise MissingDependencyError(f"ONNX Runtime is installed, but the system does not run code from '{library}': {NOEXEC}") from error
         raise MissingDependencyError(
-            f"ONNX Runtime cannot be imported ({error}). Install it:\n  pip install 'scm-runtime[cpu]'   (or [gpu] for CUDA)"
+            f"ONNX Runtime cannot be imported ({error}). Install it:\n  {install_extras('cpu')}\n  or for CUDA: {install_extras('gpu')}"
         ) from error
     return onnxruntime
 

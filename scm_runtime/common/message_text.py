@@ -8,14 +8,15 @@ MAX_LINE = 1000
 
 def printable(text: object) -> str:
     """Shorten a name or key from a file and escape characters that a terminal would interpret or cannot print."""
-    named = str(text) if isinstance(text, str | int | float) else f"a {type(text).__name__}"
+    named = str(text)[: MAX_SHOWN + 1] if isinstance(text, str | int | float) else f"a {type(text).__name__}"
     shown = named if named.isprintable() else named.encode("unicode_escape").decode()
     return shown if len(shown) <= MAX_SHOWN else f"{shown[:MAX_SHOWN]}…"
 
 
 def first_line(error: BaseException) -> str:
     """First line of an exception's message, escaped and shortened like :func:`printable`, or its class name if the message is empty."""
-    line = escape_controls((str(error).strip().splitlines() or [type(error).__name__])[0])
+    start = str(error).strip()[: 2 * MAX_LINE]  # a message may hold an entry of a file, of any size
+    line = escape_controls((start.splitlines() or [type(error).__name__])[0])
     return line if len(line) <= MAX_LINE else f"{line[:MAX_LINE]}…"
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from scm_runtime.common.installed import install_extras
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
 from scm_runtime.common.log import log_once
 from scm_runtime.devices.cuda_libraries import cuda_major, install_command, load, provider_library, vendor_libraries
@@ -125,7 +126,7 @@ def provider_unavailable_reason(provider: str, index: int) -> str | None:
     if provider not in available:
         return (
             f"ONNX Runtime {ort.__version__} has no {provider}, only {', '.join(available)}: it is not the build for CUDA. Install that one: "
-            "pip uninstall -y onnxruntime && pip install 'scm-runtime[gpu]'"
+            f"pip uninstall -y onnxruntime && {install_extras('gpu')}"
         )
     from scm_runtime.devices.cuda_driver import read_driver  # imports ctypes, which only a build for CUDA needs
 
@@ -158,7 +159,7 @@ def _cuda_core_unavailable_reason() -> str | None:
         found = find_spec("cuda.core") and find_spec("cuda.bindings")
     except ModuleNotFoundError:  # the package cuda is missing
         found = None
-    return None if found else "cuda-core and cuda-bindings are not installed: pip install 'scm-runtime[gpu]'"
+    return None if found else f"cuda-core and cuda-bindings are not installed: {install_extras('gpu')}"
 
 
 def _cuda(index: int, options: dict[str, str], reason: str) -> Placement:

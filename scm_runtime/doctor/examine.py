@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from scm_runtime._version import __version__
 from scm_runtime.bundle.location import DIGITS, EMBEDDED
 from scm_runtime.common.documents import read_json
-from scm_runtime.common.installed import installed_version
+from scm_runtime.common.installed import install_extras, installed_version
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
 from scm_runtime.devices.cpu import available_cores
 from scm_runtime.devices.placement import CPU_PROVIDER, CUDA_PROVIDER, cuda_unavailable_reason, needed_libraries
@@ -102,7 +102,7 @@ def _onnxruntime() -> tuple[str | None, list[str], str | None]:
     except MissingDependencyError as error:
         return None, [], str(error)
     except Exception as error:  # noqa: BLE001  # a broken installation may raise anything
-        return None, [], f"{_error_text(error)}. Install it again: pip install --force-reinstall 'scm-runtime[cpu]'   (or [gpu] for CUDA)"
+        return None, [], f"{_error_text(error)}. Install it again: {install_extras('cpu')} --force-reinstall"
 
 
 def _try_provider(name: str) -> Provider:

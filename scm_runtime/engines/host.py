@@ -46,7 +46,7 @@ class HostEngine:
         self._graphs, self._initial_scale = graphs, np.array(initial_scale, np.float32)
 
     def run(self, job: Callable[[], Result]) -> Result:
-        """Run a job on the caller's thread, or for the main thread so that signals are handled meanwhile. See ``run_interruptibly``."""
+        """Run a job on the caller's thread, or for the main thread on another, so that signals are handled meanwhile."""
         return run_interruptibly(job)
 
     def start(self, trajectory: Trajectory) -> None:

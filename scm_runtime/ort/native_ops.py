@@ -138,8 +138,8 @@ def _unusable_reason(manifest: Manifest, library: Library | None, placement: Pla
         return f"{bundle} contains no {OPS_DOMAIN}:: operators. Export its checkpoint again, without --no-custom-ops."
     if library is None:
         return (
-            f"this installation has no {FOLDER}/{LIBRARY}. Build it: pip install --force-reinstall --no-cache-dir --no-deps scm-runtime, "
-            f"where SCM_REQUIRE_OPS=1 shows why it cannot be built; in the repository: make ops"
+            f"this installation has no {FOLDER}/{LIBRARY}. Build it in a clone of scm-runtime: pip install --force-reinstall --no-deps ., "
+            "where SCM_REQUIRE_OPS=1 shows why it cannot be built; or make ops for the clone's own environment"
         )
     has = library.info.ops
     if any(has.get(domain) != version for domain, version in ops.items()):
@@ -155,7 +155,7 @@ def _unsupported_device_reason(library: Library, placement: Placement) -> str | 
         return None
     if placement.index is None:
         return f"there are kernels for the CPU and for CUDA, and none for {placement.providers[0][0]}"
-    build = "SCM_OPS_CUDA=ON pip install --force-reinstall --no-cache-dir --no-deps scm-runtime; in the repository: make ops SCM_OPS_CUDA=ON"
+    build = "in a clone of scm-runtime, SCM_OPS_CUDA=ON pip install --force-reinstall --no-deps ., or make ops SCM_OPS_CUDA=ON for the clone's own environment"
     if (cuda := library.info.cuda) is None:
         return f"'{library.path}' was built without CUDA kernels. Build them, with nvcc 12 or newer: {build}"
     from scm_runtime.devices.cuda_driver import read_driver  # imports ctypes, which only a GPU needs

@@ -164,6 +164,8 @@ def _create(path: Path, settings: SessionSettings, set_options: SetOptions) -> A
         except Exception as error:
             if is_out_of_memory(error):
                 raise out_of_memory_error(f"the weights of '{path}' on {settings.placement.device}", error, MORE_MEMORY) from error
+            if "pthread_create" in str(error):
+                raise InferenceError(f"ONNX Runtime cannot start its threads: the limit of threads is reached. Raise it, or use threads=1. ({error})") from error
             remedy = "Upgrade it, or export the checkpoint again" + (", or run without the native kernels: native_ops=False" if settings.library else ".")
             reason = escape_controls(str(error))  # it may name nodes and operators of the graph
             raise InferenceError(f"ONNX Runtime {ort.__version__} cannot open '{path}': {reason}. {remedy}") from error

@@ -13,9 +13,11 @@ from click.testing import CliRunner
 
 from conftest import write_tiny_checkpoint
 from scm_export import Options, cli, export, exporter, plan
+from scm_export.checkpoints import load_checkpoint, save_checkpoint
 from scm_export.dry_run import make_plan
 from scm_export.exporter import export_model
 from scm_runtime.bundle.manifest import WEIGHTS, Source
+from scm_runtime.errors import InvalidArgumentError
 from support import tree
 from text_model import text_model
 
@@ -126,3 +128,13 @@ def test_in_python_it_takes_the_same_options(tiny_checkpoint: Path) -> None:
     planned = plan(tiny_checkpoint, "elsewhere.scm", Options(dtype="bf16"))
     assert (planned.out, planned.weights_dtype, planned.opset) == ("elsewhere.scm", "bf16", 22)
     assert not Path("elsewhere.scm").exists()
+
+
+def test_samplers_of_many_steps_are_not_composed(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """A composed sampler has a copy of the network for each step: 3 000 of them took minutes to write."""
+    checkpoint = load_checkpoint(tiny_checkpoint)
+    checkpoint.sampler.times = {"100": tuple(1.5 - step * 0.015 for step in range(101))}
+    save_checkpoint(checkpoint, tmp_path / "many.pt")
+    assert not [name for name in plan(tmp_path / "many.pt").graphs if name.startswith("sample")]
+    with pytest.raises(InvalidArgumentError, match="steps must be at most 64"):
+        plan(tmp_path / "many.pt", options=Options(steps=(100,)))

@@ -18,7 +18,9 @@ from scm_export.errors import CheckpointError
 FILES = int(os.environ.get("SCM_FUZZ_FILES", "40"))  # for each kind of file
 
 
-@pytest.mark.filterwarnings("ignore")
+pytestmark = pytest.mark.filterwarnings("ignore")  # torch's about old formats, and Python's about forks of a process with threads
+
+
 def test_no_mutated_file_gets_past_a_reader(tmp_path: Path) -> None:
     report = Report()
     for target in make_targets(tmp_path):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from torch import Tensor, nn
@@ -128,6 +130,35 @@ def test_a_name_that_ends_a_line_is_refused_by_the_exporter(saved: Path, tmp_pat
     with pytest.raises(CheckpointError, match=r"a name must be 1 to 512 printable characters, got .*\\r"):
         export(tmp_path / "hostile.pt2", tmp_path / "out.scm", config=saved.parent / "config.json", steps=(1,))
     assert [entry.name for entry in tmp_path.iterdir()] == ["hostile.pt2"]
+
+
+def test_the_names_in_the_graphs_are_our_own(saved: Path, tmp_path: Path) -> None:
+    def renamed(_: str, raw: Any) -> Any:
+        for place, kind in (("a parameter", "another script"), ("a buffer", "brackets"), ("the value of an operator", "quotes")):
+            raw = replaced(raw, PLACES[place], NAMES[kind])
+        return raw
+
+    export(rewritten(saved, tmp_path / "foreign.pt2", renamed), tmp_path / "out.scm", config=saved.parent / "config.json", steps=(1,), verify=False)
+    names = set()
+    for path in (tmp_path / "out.scm").rglob("*.onnx"):
+        graph = onnx.load(path, load_external_data=False).graph
+        names |= {value.name for value in (*graph.input, *graph.output, *graph.initializer, *graph.node)}
+        names |= {name for node in graph.node for name in (*node.input, *node.output)}
+    assert len(names) > 10
+    assert [name for name in names if not re.fullmatch(r"[\w./:-]{0,200}", name, re.ASCII)] == []
+
+
+def test_random_operators_and_operators_with_other_layouts_are_not_on_the_list() -> None:
+    """Those on the list that can draw random numbers do so only with an argument that is refused."""
+    layouts = re.compile(r"sparse|nested|csr|csc|bsr|mkldnn|quantize|_backward|segment_reduce|ctc|as_strided|storage|resize|file")
+    random = set()
+    for entry in OPERATORS:
+        name, _, overload = entry.partition(".")
+        assert not layouts.search(name), entry
+        if torch.Tag.nondeterministic_seeded in getattr(getattr(torch.ops.aten, name), overload or "default").tags:
+            random.add(entry)
+    with_dropout = {"alpha_dropout", "dropout", "feature_alpha_dropout", "feature_dropout"}
+    assert random <= with_dropout | {"scaled_dot_product_attention", "_scaled_dot_product_flash_attention_for_cpu"}
 
 
 # ----------------------------------------------------------------------------

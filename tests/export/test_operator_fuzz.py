@@ -16,7 +16,7 @@ from scm_export.checkpoints.operator_graph import Call, OperatorGraph, ParsedPro
 from scm_export.checkpoints.operator_list import OPERATORS
 from scm_export.checkpoints.operators import ATEN, SUBSTITUTES, check_arguments, find_operator
 
-CALLS = int(os.environ.get("SCM_FUZZ_CALLS", "12"))  # calls of each operator
+CALLS = int(os.environ.get("SCM_FUZZ_CALLS", "3"))  # calls of each operator
 SEED = os.environ.get("SCM_FUZZ_SEED", "0")
 DTYPES = (*[torch.float32] * 6, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int64, torch.int32, torch.uint8, torch.bool, torch.complex64)
 TEXTS = (

@@ -260,7 +260,7 @@ OBJECTS: tuple[bytes, ...] = (
     b")",
     b"\x8f",
     b"]" * 300,
-    b")" + b"\x85" * 5000,
+    b")" + b"\x85" * 200_000,
     _text("\x1b[31m"),
     b"\x82\x01",
     b"cos\nsystem\n",

@@ -110,7 +110,7 @@ def test_names_of_files(bundle: Path, name: str) -> None:
     [
         (lambda raw: raw.pop("schema_version"), "missing required field `schema_version`"),
         (lambda raw: raw.update(schema_version="1"), r"Expected `int`, got `str` - at `\$\.schema_version`"),
-        (lambda raw: raw.update(schema_version=2), r"schema version 2, this scm-runtime reads version 1\. Upgrade it: pip install -U scm-runtime"),
+        (lambda raw: raw.update(schema_version=2), r"schema version 2, this scm-runtime reads version 1\. Upgrade it: pip install -U \. in an updated clone"),
         (lambda raw: raw.update(schema_version=0), r"schema version 0, this scm-runtime reads version 1\. Export the checkpoint again"),
         (lambda raw: raw["files"].pop("step.fp32.onnx"), r"files must list the weights and every graph of the dtypes fp32, missing step\.fp32\.onnx"),
         (lambda raw: raw["files"]["noise.onnx"].update(sha256="abc"), r"sha256"),

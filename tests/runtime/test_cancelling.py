@@ -21,7 +21,7 @@ import pytest
 import toy_bundle
 from scheduler_control import TIMEOUT_S, engine_of, record_batches, scheduler_blocked, step_started_event, wait_until
 from scm_runtime import DevicePool, GenerationTimeoutError, Generator, GeneratorClosedError, InferenceError, InvalidArgumentError, Samples
-from scm_runtime.common import deadlines, interruptible
+from scm_runtime.common import deadlines
 from scm_runtime.engines.engine import Trajectory
 
 EMBEDS = np.ones((2, toy_bundle.WIDTH), np.float32)
@@ -322,6 +322,5 @@ def test_a_call_works_if_no_thread_can_be_started(slow: Generator, monkeypatch: 
     def start(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(interruptible, "_helper", None)
     monkeypatch.setattr(threading.Thread, "start", start)
     np.testing.assert_allclose(slow(**FAST).array, toy_bundle.sample([1], EMBEDS), atol=1e-6)

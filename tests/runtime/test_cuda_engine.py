@@ -731,5 +731,5 @@ def test_the_error_names_the_device_that_cannot_be_used(machine: Machine, monkey
 
 def test_without_cuda_core_the_error_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cuda.core", None)
-    with pytest.raises(MissingDependencyError, match=r"pip install 'scm-runtime\[gpu\]'"):
+    with pytest.raises(MissingDependencyError, match=r"pip install 'onnxruntime-gpu\[cuda,cudnn\]>="):
         CudaContext(0)

@@ -108,7 +108,7 @@ def refusal(*arguments: Any, error: type[Exception] = DeviceError) -> str:
 
 def test_a_gpu_without_cuda_core(machine: Callable[..., None]) -> None:
     machine(FakeCuda(), core=False)
-    assert "cuda-core and cuda-bindings are not installed: pip install 'scm-runtime[gpu]'" in refusal("cuda")
+    assert "cuda-core and cuda-bindings are not installed: pip install 'onnxruntime-gpu[cuda,cudnn]>=" in refusal("cuda")
     assert resolve_device("auto").device == "cpu"
     assert resolve_device("auto", [CUDA]).providers[0][0] == CUDA, "ONNX Runtime alone does without"
 
@@ -151,7 +151,7 @@ def test_the_build_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load_onnxruntime(), "get_available_providers", lambda: ["CPUExecutionProvider"])
     monkeypatch.setattr(driver, "load_library", pytest.fail)  # a build without CUDA does not need the driver
     assert "has no CUDAExecutionProvider, only CPUExecutionProvider" in refusal("cuda")
-    assert "pip uninstall -y onnxruntime && pip install 'scm-runtime[gpu]'" in refusal("cuda")
+    assert "pip uninstall -y onnxruntime && pip install 'onnxruntime-gpu[cuda,cudnn]>=" in refusal("cuda")
 
 
 def test_no_driver(machine: Callable[..., None]) -> None:

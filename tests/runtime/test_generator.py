@@ -16,6 +16,7 @@ from PIL import Image
 from scm_runtime import Generator, InferenceError, InvalidArgumentError, Samples
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
 from scm_runtime.inputs.arguments import Labels
+from scm_runtime.ort import open_session
 
 onnxruntime = load_onnxruntime()
 
@@ -314,3 +315,13 @@ def test_a_call_is_finished_if_the_generator_closes_with_wait(tiny_bundle: Path)
     assert len(samples) == 1
     with pytest.raises(InvalidArgumentError, match="closed"):
         generate(seed=1)
+
+
+def test_a_limit_of_threads_is_named_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("PosixThread::PosixThread pthread_create failed, error code: 11 error msg: Resource temporarily unavailable")
+
+    monkeypatch.setattr(open_session, "_create_with_weights", fail)
+    with pytest.raises(InferenceError, match="cannot start its threads: the limit of threads is reached") as caught:
+        Generator("digits", cache_dir=False)
+    assert "export" not in str(caught.value)

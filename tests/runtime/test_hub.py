@@ -402,7 +402,7 @@ try:
     Generator("org/text")
 except MissingDependencyError as error:
     assert "there is no folder 'org/text' here" in str(error), error
-    assert "pip install 'scm-runtime[hub]'" in str(error), error
+    assert "pip install 'huggingface_hub>=" in str(error), error
 else:
     raise AssertionError("no error")
 """

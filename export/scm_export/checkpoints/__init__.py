@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple, TypedDict, Unpack
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import msgspec
 from torch import nn
@@ -14,7 +14,7 @@ from scm_export.checkpoints.archive import archive_kind
 from scm_export.checkpoints.diffusers_folder import DiffusersFolder, is_diffusers_folder
 from scm_export.checkpoints.edm2_pickles import is_plain_pickle, load_edm2_pickle, read_edm2_pickle
 from scm_export.checkpoints.header import DOCUMENT, ConditioningSpec, Header, SamplerSpec, example_config, read_header
-from scm_export.checkpoints.program import Program, call_factory
+from scm_export.checkpoints.program import Program, call_factory, copy_network
 from scm_export.checkpoints.reading import reading
 from scm_export.checkpoints.scm_checkpoint import (
     FORMAT,
@@ -47,6 +47,7 @@ __all__ = [
     "load_checkpoint",
     "load_edm2_pickle",
     "open_checkpoint",
+    "open_network",
     "save_checkpoint",
 ]
 
@@ -66,7 +67,7 @@ class ReadOptions(TypedDict, total=False):
     """The options of :func:`open_checkpoint`, which describes them."""
 
     trust: bool
-    config: str | os.PathLike[str] | None
+    config: str | os.PathLike[str] | Mapping[str, Any] | None
     factory: str | None
     weights: str | None
     parametrisation: ParametrisationName | None
@@ -82,7 +83,7 @@ def open_checkpoint(
     path: str | os.PathLike[str],
     *,
     trust: bool = False,
-    config: str | os.PathLike[str] | None = None,
+    config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
     factory: str | None = None,
     weights: str | None = None,
     parametrisation: ParametrisationName | None = None,
@@ -93,7 +94,7 @@ def open_checkpoint(
     Args:
         path: a file or folder; the format is detected from its contents.
         trust: also open formats that can only be read by running code from the file: TorchScript, pickled modules, and any ``.pt2``.
-        config: TOML or JSON file that describes bare tensors or a program (docs/checkpoint-format.md).
+        config: TOML or JSON file, or a dict, that describes bare tensors or a program (docs/checkpoint-format.md).
         factory: ``package.module:function`` that returns the network for the tensors. The function is called.
         weights: dotted key of one of several sets of weights in a training checkpoint, such as ``"ema"``, or the name of a network in an EDM2 pickle.
             None selects the only set, or the only moving average among several.
@@ -105,9 +106,8 @@ def open_checkpoint(
         CheckpointError: the file cannot be read, or only with ``trust``; config or factory do not fit it; or it holds several sets of weights.
         InvalidArgumentError: config, factory, weights or parametrisation was given for a checkpoint that defines it, or was not found.
     """
-    source, header = Path(path), None if config is None else read_header(Path(config))
-    if parametrisation is not None and parametrisation not in PARAMETRISATION_NAMES:
-        raise InvalidArgumentError(f"parametrisation must be one of {', '.join(PARAMETRISATION_NAMES)}, got {parametrisation!r}")
+    source, header = Path(path), None if config is None else read_header(config)
+    _check_parametrisation(parametrisation)
     if is_diffusers_folder(source):
         given = {"config": config, "factory": factory, "weights": weights, "parametrisation": parametrisation}
         if names := ", ".join(name for name, value in given.items() if value is not None):
@@ -121,6 +121,30 @@ def open_checkpoint(
     if parametrisation is not None:
         _sample_as(opened.checkpoint, parametrisation)
     return opened
+
+
+def open_network(network: nn.Module, config: str | os.PathLike[str] | Mapping[str, Any] | None, parametrisation: ParametrisationName | None) -> Program:
+    """Describe a network in memory. The arguments are those of :func:`open_checkpoint`; the network itself stays as it is.
+
+    Raises:
+        CheckpointError: there is no config, it is wrong, or the network cannot be copied.
+        InvalidArgumentError: there is no such parametrisation, or it does not fit the config.
+    """
+    what = f"the network {type(network).__name__}"
+    if config is None:
+        raise CheckpointError(
+            f"{what} does not say how it is sampled: give config, a file or a dict with the same contents ({DOCUMENT}). A file to copy:\n\n{example_config()}"
+        )
+    _check_parametrisation(parametrisation)
+    program = Program(read_header(config), copy_network(network, what), what)
+    if parametrisation is not None:
+        _sample_as(program, parametrisation)
+    return program
+
+
+def _check_parametrisation(name: str | None) -> None:
+    if name is not None and name not in PARAMETRISATION_NAMES:
+        raise InvalidArgumentError(f"parametrisation must be one of {', '.join(PARAMETRISATION_NAMES)}, got {name!r}")
 
 
 def _open_file(source: Path, header: Header | None, factory: str | None, weights: str | None, trust: bool, progress: Callable[[str], None]) -> OpenedCheckpoint:

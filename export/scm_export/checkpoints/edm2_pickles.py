@@ -173,7 +173,7 @@ def _config(network: PersistentObject, where: str) -> tuple[dict[str, Any], floa
     }
     if unknown := sorted(set(arguments) - {*NETWORK_ARGUMENTS, *UNET_ARGUMENTS, *BLOCK_ARGUMENTS, *WITHOUT_EFFECT}):
         raise CheckpointError(
-            f"{where}: the {network.class_name} was built with {', '.join(unknown)}, which the known class {network.class_name} does not have"
+            f"{where}: the {network.class_name} was built with {', '.join(unknown[:8])}, which the known class {network.class_name} does not have"
         )
     if missing := [name for name in ("img_resolution", "img_channels", "label_dim") if name not in arguments]:
         raise CheckpointError(f"{where}: the {network.class_name} must have {', '.join(missing)} among its arguments or attributes, got none")
@@ -193,7 +193,7 @@ def _bound(saved: PersistentObject, names: Sequence[str], where: str) -> dict[st
     """Constructor arguments by name."""
     if len(saved.args) > len(names):
         raise CheckpointError(f"{where}: a {saved.class_name} takes at most {len(names)} arguments by position, got {len(saved.args)}")
-    return {**dict(zip(names, saved.args, strict=False)), **{str(name): value for name, value in saved.kwargs.items()}}
+    return {**dict(zip(names, saved.args, strict=False)), **{printable(name): value for name, value in saved.kwargs.items()}}
 
 
 def _check_heads(unet: PersistentObject, channels_per_head: object, where: str) -> None:

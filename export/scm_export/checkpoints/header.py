@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import keyword
 import math
+import os
 import re
 import types
 import typing
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -24,6 +27,8 @@ T_LIMIT = math.pi / 2 + 1e-4  # some samplers round pi/2 up
 DOCUMENT = "docs/checkpoint-format.md"
 
 MAX_STEPS = 1000  #         the training steps of diffusion models
+SMALLEST, LARGEST = 1e-6, 1e6  # of the numbers that scale the state and its pixels: float32 must hold their squares
+MAX_TEXT = 1000  #          characters of a label or licence
 MAX_ELEMENTS = 1 << 26  #   of the state or of one conditioning
 
 PositiveNumber = Annotated[float, Meta(gt=0)]
@@ -59,7 +64,11 @@ class SamplerSpec(Struct, kw_only=True, forbid_unknown_fields=True):
             value = getattr(self, name)
             if value is not None and (not math.isfinite(value) or (name == "pixel_scale" and value == 0)):
                 raise ValueError(f"sampler.{name} must be finite{' and not 0' * (name == 'pixel_scale')}, got {value}")
+            if value is not None and (abs(value) > LARGEST or (name in ("sigma_data", "initial_scale") and value < SMALLEST)):
+                raise ValueError(f"sampler.{name} must be a number from {SMALLEST:g} to {LARGEST:g} in magnitude, got {value:g}")
         for name in ("latent_mean", "latent_std"):
+            if any(abs(number) > LARGEST for number in getattr(self, name) or () if math.isfinite(number)):
+                raise ValueError(f"sampler.{name} must have numbers of at most {LARGEST:g}, got {list(getattr(self, name))!s:.200}")
             if not all(map(math.isfinite, getattr(self, name) or ())):
                 raise ValueError(f"sampler.{name} must be finite, got {list(getattr(self, name))}")
         for count, times in (self.times or {}).items():
@@ -100,8 +109,11 @@ class ConditioningSpec(Struct, kw_only=True, forbid_unknown_fields=True):
         if math.prod(size for size in self.shape if isinstance(size, int)) > MAX_ELEMENTS:
             raise ValueError(f"conditioning must have at most {MAX_ELEMENTS} elements per sample, got the shape {list(self.shape)} for {printable(self.name)}")
         item = Conditioning(**{name: getattr(self, name) for name in self.__struct_fields__}, dtype=dtype)
-        if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name):
-            raise ValueError(f"conditioning must have a name of lower-case letters, digits and underscores, got {self.name!r}")
+        if not re.fullmatch(r"[a-z][a-z0-9_]{0,99}", self.name) or keyword.iskeyword(self.name):
+            raise ValueError(
+                "conditioning must have a name of at most 100 lower-case letters, digits and underscores that is no keyword of Python, "
+                f"got {printable(self.name)!r}"
+            )
         item.validate()
         return item
 
@@ -117,13 +129,16 @@ class Header(Struct, kw_only=True, forbid_unknown_fields=True):
     licence: str | None = None
 
 
-def read_header(path: Path) -> Header:
-    """Read a ``--config`` file, TOML or JSON.
+def read_header(config: str | os.PathLike[str] | Mapping[str, Any]) -> Header:
+    """Read a ``--config`` file, TOML or JSON, or a dict with the same contents.
 
     Raises:
         CheckpointNotFoundError: no such file.
         CheckpointError: not TOML or JSON, an unknown key, or a value of another type or range.
     """
+    if isinstance(config, Mapping):
+        return _header(config, "the config")
+    path = Path(config)
     if path.suffix not in (".toml", ".json"):
         raise CheckpointError(f"the config '{path}' must end in .toml or .json ({DOCUMENT})")
     try:
@@ -135,11 +150,15 @@ def read_header(path: Path) -> Header:
         ) from error
     except ValueError as error:  # of UTF-8, TOML and JSON alike
         raise CheckpointError(f"the config '{path}' is not valid {path.suffix[1:].upper()}: {first_line(error)}. {DOCUMENT} has an example.") from error
+    return _header(raw, f"the config '{path}'")
+
+
+def _header(raw: object, what: str) -> Header:
     try:
         header = convert(raw, Header)
-        validate(header.family, header.sampler, header.conditioning)
+        validate(header.family, header.sampler, header.conditioning, header.label_names, header.licence)
     except ValueError as error:
-        raise CheckpointError(f"the config '{path}': {first_line(error)} ({DOCUMENT})") from error
+        raise CheckpointError(f"{what}: {first_line(error)} ({DOCUMENT})") from error
     return header
 
 
@@ -172,9 +191,13 @@ def example_config(inputs: tuple[str, ...] = ()) -> str:
     )
 
 
-def validate(family: str, sampler: SamplerSpec, conditioning: tuple[ConditioningSpec, ...]) -> None:
+def validate(family: str, sampler: SamplerSpec, conditioning: tuple[ConditioningSpec, ...], label_names: Sequence[str] | None, licence: str | None) -> None:
     """Check constraints of a header that its types do not express. Raises ValueError."""
     sampler.validate()
+    labels = [label for names in (label_names, *(item.label_names for item in conditioning)) for label in names or ()]
+    for what, text in (("licence", licence or ""), *(("label_names", label) for label in labels)):
+        if not text.isprintable() or len(text) > MAX_TEXT:
+            raise ValueError(f"{what} must be at most {MAX_TEXT} printable characters, got {printable(text)!r}")
     if conditioning and family != "module":
         raise ValueError(f"conditioning is for user-defined networks, of the family 'module'; the family {family!r} defines its inputs: leave it out")
     for item in conditioning:

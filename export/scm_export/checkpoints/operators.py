@@ -126,6 +126,13 @@ def find_operator(target: str) -> Callable[..., Any]:
     return operator
 
 
+def is_nonlinear(function: Callable[..., Any], variables: int) -> bool:
+    """Return True if a function on sizes is not linear, given how many of its arguments are not constant."""
+    if function in (operator.add, operator.sub, torch.sym_sum):
+        return False
+    return variables > 1 or function in (operator.mod, torch.sym_max, torch.sym_min)
+
+
 def check_arguments(
     operator: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], kinds: dict[int, Kind], read_only: set[int]
 ) -> tuple[Kind, ...]:

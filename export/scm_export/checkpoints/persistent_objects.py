@@ -131,8 +131,8 @@ def _part(state: dict[Any, Any], name: str, kinds: tuple[type, ...]) -> Any:
 
 
 def _name(name: object) -> str:
-    if not isinstance(name, str) or len(name) > MAX_NAME:
-        raise MalformedPickleError(f"tensors and modules must have names of at most {MAX_NAME} characters")
+    if not isinstance(name, str) or len(name) > MAX_NAME or not name.isprintable():
+        raise MalformedPickleError(f"tensors and modules must have names of at most {MAX_NAME} printable characters")
     return name
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import difflib
+import hashlib
 import importlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from scm_export.checkpoints.header import Header
@@ -17,6 +19,9 @@ from scm_export.checkpoints.torch_file import current_folder_importable
 from scm_export.errors import CheckpointError
 from scm_runtime.common.message_text import first_line
 from scm_runtime.errors import InvalidArgumentError
+
+FACTORY = re.compile(r"([A-Za-z_][\w.]*):([A-Za-z_][\w.]*)")
+"""``package.module:function``."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ def call_factory(factory: str, arguments: dict[str, Any]) -> nn.Module:
         InvalidArgumentError: there is no such function.
         CheckpointError: the function fails, or does not return a module.
     """
-    if not (found := re.fullmatch(r"([A-Za-z_][\w.]*):([A-Za-z_][\w.]*)", factory)):
+    if not (found := FACTORY.fullmatch(factory)):
         raise InvalidArgumentError(f"factory must be package.module:function, got {factory!r}")
     with current_folder_importable():
         function = _find(found[1], found[2])
@@ -71,6 +76,27 @@ def _copy(network: nn.Module) -> nn.Module:
     except Exception:  # noqa: BLE001 - copying may run the user's code, and a correct bundle does not need a copy
         return network
     return copied if all(parameter.is_leaf for parameter in copied.parameters()) else network  # TorchScript's parameters are not leaves
+
+
+def copy_network(network: nn.Module, what: str) -> nn.Module:
+    """Copy a network that is in use, onto the CPU. Raises CheckpointError if it cannot be copied."""
+    copied = _copy(network)
+    if copied is network:
+        raise CheckpointError(
+            f"{what} cannot be copied with copy.deepcopy, and an export would change it. Export its state_dict with a factory that returns such a network"
+        )
+    return copied.cpu()
+
+
+def weights_sha256(network: nn.Module) -> str:
+    """SHA-256 of names, dtypes, shapes and values of a network's parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        if not isinstance(tensor, Tensor):  # extra state of a module
+            continue
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _find(module_name: str, function_name: str) -> Callable[..., Any]:

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 from safetensors import safe_open
 
 from scm_export.errors import CheckpointError
-from scm_runtime.common.documents import MAX_BYTES, decode_json
+from scm_runtime.common.documents import decode_json
 from scm_runtime.common.files import open_regular
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+MAX_BYTES = 8 << 20  # of the header; that of a model of 10 000 tensors has 1 MiB
 MAX_DEPTH = 4  # of the header: tensors, their fields, and lists
 
 

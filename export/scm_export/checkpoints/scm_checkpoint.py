@@ -126,12 +126,13 @@ def checkpoint_from(raw: object, source: Path) -> Checkpoint:
         )
     if raw.get("version") != VERSION:
         raise CheckpointError(
-            f"'{source}' has checkpoint version {printable(raw.get('version'))}, this scm-export reads version {VERSION}. Upgrade: pip install -U scm-runtime"
+            f"'{source}' has checkpoint version {printable(raw.get('version'))}, this scm-export reads version {VERSION}. "
+            "Upgrade: pip install -U . in an updated clone"
         )
     try:
         check_depth({name: value for name, value in raw.items() if name != "weights"})
         checkpoint = convert(raw, Checkpoint)
-        validate(checkpoint.family, checkpoint.sampler, checkpoint.conditioning)
+        validate(checkpoint.family, checkpoint.sampler, checkpoint.conditioning, checkpoint.label_names, checkpoint.licence)
     except ValueError as error:
         raise CheckpointError(f"'{source}' does not hold what a scm-checkpoint must: {first_line(error)} (docs/checkpoint-format.md)") from error
     strange = [name for name, tensor in checkpoint.weights.items() if not isinstance(tensor, Tensor)]

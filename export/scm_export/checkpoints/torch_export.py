@@ -7,9 +7,8 @@ from their bytes.
 
 from __future__ import annotations
 
-import math
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,30 +18,24 @@ from torch import Tensor
 
 from scm_export.checkpoints.archive import open_archive
 from scm_export.checkpoints.operator_graph import Call, OperatorGraph, Outputs, ParsedProgram, Ref, Weight, checked_name, from_exported_program, is_assertion
-from scm_export.checkpoints.operators import ATEN, SUBSTITUTES, WITHOUT_IN_PLACE, ForbiddenOperatorError, Kind, check_arguments, find_operator, kind_of
+from scm_export.checkpoints.operators import (
+    ATEN,
+    SUBSTITUTES,
+    WITHOUT_IN_PLACE,
+    ForbiddenOperatorError,
+    Kind,
+    check_arguments,
+    find_operator,
+    is_nonlinear,
+    kind_of,
+)
+from scm_export.checkpoints.torch_export_file import DTYPES, GraphModule, Node, decode_part, read_model, refused
 from scm_export.checkpoints.torch_file import TRUST_HINT, current_folder_importable
 from scm_export.errors import CheckpointError
-from scm_runtime.common.documents import decode_json
-from scm_runtime.common.message_text import first_line, printable
+from scm_runtime.common.message_text import first_line
 
-SCHEMA_MAJOR = 8  # of torch 2.9 to 2.13
+MAX_NESTED_SIZES = 12
 
-MAX_NODES = 16_000  # operators; FLUX has 6 149, the U-Net of SDXL 3 774
-MAX_DESCRIPTION = 64 << 20  # bytes of JSON; most of it are stack traces, up to 4 KiB an operator
-MAX_ARGUMENT = 1 << 20  # bytes of JSON
-
-DTYPES = {
-    1: torch.uint8,
-    2: torch.int8,
-    3: torch.int16,
-    4: torch.int32,
-    5: torch.int64,
-    6: torch.float16,
-    7: torch.float32,
-    8: torch.float64,
-    12: torch.bool,
-    13: torch.bfloat16,
-}
 LAYOUTS = {7: torch.strided}
 MEMORY_FORMATS = {1: torch.contiguous_format, 2: torch.channels_last, 3: torch.channels_last_3d, 4: torch.preserve_format}
 
@@ -56,7 +49,7 @@ def read_torch_export(source: Path, *, trust: bool = False) -> OperatorGraph:
     """
     try:
         with open_archive(source) as archive:
-            program = _load(source) if trust else _read(source, archive)
+            program = _load(source) if trust else _Reader(source, *read_model(source, archive)).read()
         network = OperatorGraph(program, limited=not trust)
     except CheckpointError:
         raise
@@ -83,127 +76,24 @@ def _load(source: Path) -> ParsedProgram:
         raise CheckpointError(f"'{source}' cannot be loaded by torch.export.load: {type(error).__name__}: {first_line(error)}") from error
 
 
-class _Version(msgspec.Struct):
-    major: int
-
-
-class _Versioned(msgspec.Struct):
-    schema_version: _Version
-
-
-class _Input(msgspec.Struct):
-    name: str
-    arg: msgspec.Raw
-    kind: int = 1
-
-
-class _Node(msgspec.Struct):
-    target: str
-    inputs: list[_Input]
-    outputs: list[msgspec.Raw]
-
-
-class _Graph(msgspec.Struct):
-    nodes: list[_Node]
-    tensor_values: dict[str, msgspec.Raw]
-
-
-class _Signature(msgspec.Struct):
-    input_specs: list[msgspec.Raw]
-    output_specs: list[msgspec.Raw]
-
-
-class _GraphModule(msgspec.Struct):
-    graph: _Graph
-    signature: _Signature
-
-
-class _Model(msgspec.Struct):
-    """The parts of a program's JSON that are read. The others, such as stack traces, take no memory."""
-
-    graph_module: _GraphModule
-
-
-def _read(source: Path, archive: zipfile.ZipFile) -> ParsedProgram:
-    names = {name.partition("/")[2]: name for name in archive.namelist()}
-    models = [name for name in names if name.startswith("models/") and name.endswith(".json")]
-    if len(models) != 1:
-        held = "code compiled by AOTInductor alone" if any(name.startswith("data/aotinductor/") for name in names) else f"{len(models)} programs"
-        raise CheckpointError(f"'{source}' must hold one exported program, as torch 2.9 and newer save it, got {held}. Use torch.export.save.")
-    if "byteorder" in names and _entry(archive, names["byteorder"]) != b"little":
-        raise CheckpointError(f"'{source}' was saved on a big-endian machine. Save it again on another.")
-    data = _entry(archive, names[models[0]])
-    if (version := msgspec.json.decode(data, type=_Versioned).schema_version.major) != SCHEMA_MAJOR:
-        raise CheckpointError(f"'{source}' has version {version!r} of the format of torch.export, this scm-export reads version {SCHEMA_MAJOR}. {TRUST_HINT}")
-    model = msgspec.json.decode(data, type=_Model).graph_module
-    if (count := len(model.graph.nodes)) > MAX_NODES:
-        raise CheckpointError(f"'{source}' has {count} operators, at most {MAX_NODES} are allowed. {TRUST_HINT}")
-    stem = models[0].removeprefix("models/").removesuffix(".json")
-    tensors: dict[str, Tensor] = {}
-    for kind in ("constants", "weights"):
-        config = decode_json(_entry(archive, names[f"data/{kind}/{stem}_{kind}_config.json"]))["config"]
-        tensors |= _tensors(source, archive, config, f"{names[models[0]].partition('/')[0]}/data/{kind}/")
-    return _Reader(source, model, tensors).read()
-
-
-def _entry(archive: zipfile.ZipFile, name: str) -> bytes:
-    """Read an entry that describes the program or its tensors."""
-    if (size := archive.getinfo(name).file_size) > MAX_DESCRIPTION:
-        raise ValueError(f"{printable(name)} has {size} bytes, at most {MAX_DESCRIPTION} are allowed")
-    return archive.read(name)
-
-
-def _decoded(raw: msgspec.Raw) -> dict[str, Any]:
-    """Decode a part of the program, a tagged union."""
-    if (size := memoryview(raw).nbytes) > MAX_ARGUMENT:
-        raise ValueError(f"an argument has {size} bytes, at most {MAX_ARGUMENT} are allowed")
-    decoded: dict[str, Any] = decode_json(bytes(raw))
-    return decoded
-
-
-def _tensors(source: Path, archive: zipfile.ZipFile, config: Mapping[str, Any], folder: str) -> dict[str, Tensor]:
-    storages: dict[str, bytearray] = {}  # tied weights share a storage
-    views: dict[tuple[Any, ...], int] = {}  # bytes of each distinct tensor
-    found = {}
-    for name, payload in config.items():
-        checked_name(name)
-        if payload["use_pickle"]:
-            raise _refused(source, f"the pickled object {name!r}")
-        meta, path = payload["tensor_meta"], payload["path_name"]
-        shape, stride = (tuple(int(size["as_int"]) for size in meta[key]) for key in ("sizes", "strides"))
-        offset, dtype = int(meta["storage_offset"]["as_int"]), DTYPES[meta["dtype"]]
-        if path not in storages:
-            storages[path] = bytearray(archive.read(folder + path))
-        held = len(storages[path]) // dtype.itemsize
-        last = offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
-        count: int = math.prod(shape)
-        if min((offset, *shape, *stride)) < 0 or (count and last >= held) or count > max(held, 1):
-            raise CheckpointError(f"'{source}': shape and storage of {name} disagree: shape {list(shape)}, strides {list(stride)}, {held} elements stored")
-        flat = torch.frombuffer(storages[path], dtype=dtype, count=held) if held else torch.empty(0, dtype=dtype)
-        found[name] = flat.as_strided(shape, stride, offset)
-        views[path, dtype, shape, stride, offset] = count * dtype.itemsize
-    stored = sum(map(len, storages.values()))
-    if (total := sum(views.values())) > 2 * stored:
-        raise CheckpointError(f"'{source}': its weights overlap: {total} bytes in {stored} bytes of storage. Call .contiguous() on them and export it again.")
-    return found
-
-
 class _Reader:
     """Converts the JSON of a graph to a :class:`ParsedProgram`."""
 
-    def __init__(self, source: Path, model: _GraphModule, stored: Mapping[str, Tensor]) -> None:
+    def __init__(self, source: Path, model: GraphModule, stored: Mapping[str, Tensor]) -> None:
         self.source, self.model, self.stored, self.program = source, model, stored, ParsedProgram()
         self.kinds: dict[int, Kind] = {}
+        self.nested: dict[int, int] = {}
+        """Depth of nested nonlinear arithmetic in each size."""
 
     def read(self) -> ParsedProgram:
         program = self.program
         for spec in self.model.signature.input_specs:
-            self.input(*_only(_decoded(spec)))
+            self.input(*_only(decode_part(spec)))
         read_only = set(self.kinds)
         for node in self.model.graph.nodes:
             if not is_assertion(node.target.removeprefix(ATEN)):
                 self.call(node, read_only)
-        outputs = [spec["user_output"]["arg"] for spec in map(_decoded, self.model.signature.output_specs) if "user_output" in spec]
+        outputs = [spec["user_output"]["arg"] for spec in map(decode_part, self.model.signature.output_specs) if "user_output" in spec]
         program.output = program.value_ids[outputs[0]["as_tensor"]["name"]]
         return program
 
@@ -214,7 +104,7 @@ class _Reader:
                 if "as_tensor" not in spec["arg"]:
                     raise CheckpointError(f"'{self.source}': the program's inputs must be tensors, got one {_only(spec['arg'])[0].removeprefix('as_')!r:.100}")
                 name = spec["arg"]["as_tensor"]["name"]
-                sizes = _decoded(self.model.graph.tensor_values[name])["sizes"]
+                sizes = decode_part(self.model.graph.tensor_values[name])["sizes"]
                 self.kinds[program.define_input(name, tuple(size.get("as_int") for size in sizes))] = "tensor"
             case "parameter" | "buffer" | "tensor_constant":
                 target = checked_name(spec[f"{kind}_name"])
@@ -224,17 +114,17 @@ class _Reader:
                 value_id, value = program.define(spec["name"]), self.argument(spec["value"])
                 program.constants[value_id], self.kinds[value_id] = value, kind_of(value, {})
             case _:
-                raise _refused(self.source, f"an input of the kind {kind[:200]!r}")
+                raise refused(self.source, f"an input of the kind {kind[:200]!r}")
 
-    def call(self, node: _Node, read_only: set[int]) -> None:
+    def call(self, node: Node, read_only: set[int]) -> None:
         target = node.target
         try:
             operator = find_operator(target)
         except ForbiddenOperatorError as error:
             name = target.removeprefix(ATEN).partition(".")[0]
             in_place = f" ({WITHOUT_IN_PLACE})" if name.endswith("_") and not name.startswith("_") else ""
-            raise _refused(self.source, f"the operator {target[:200]!r}", f"which is not one of those that are run without trust{in_place}") from error
-        given = [(item.name, self.argument(_decoded(item.arg)), item.kind) for item in node.inputs]
+            raise refused(self.source, f"the operator {target[:200]!r}", f"which is not one of those that are run without trust{in_place}") from error
+        given = [(item.name, self.argument(decode_part(item.arg)), item.kind) for item in node.inputs]
         args = tuple(value for _, value, kind in given if kind != 2)
         if any(name == "train" and value is True for name, value, _ in given):
             raise CheckpointError(f"'{self.source}' was exported in training mode ({target}). Call .eval() on the network and export it again.")
@@ -243,10 +133,22 @@ class _Reader:
             returned = check_arguments(operator, args, kwargs, self.kinds, read_only)
         except ValueError as error:
             raise CheckpointError(f"'{self.source}' is damaged, or was not written by torch.export.save: {error}. Export the network again.") from error
-        outputs = [self.define(_decoded(item), kind) for item, kind in zip(node.outputs, returned, strict=True)]
+        depth = self.nesting(operator, args)
+        outputs = [self.define(decode_part(item), kind) for item, kind in zip(node.outputs, returned, strict=True)]
+        self.nested |= {output: depth for output in outputs if isinstance(output, int)}
         self.program.calls.append(
             Call(target.removeprefix("torch.ops."), SUBSTITUTES.get(operator, operator), args, kwargs, outputs[0] if len(outputs) == 1 else tuple(outputs))
         )
+
+    def nesting(self, operator: Callable[..., Any], args: tuple[Any, ...]) -> int:
+        """Depth of nested nonlinear arithmetic in an operator's result. The time to trace it grows exponentially with the depth."""
+        if isinstance(operator, torch._ops.OpOverload):
+            return 0
+        refs = [arg for arg in args if isinstance(arg, Ref)]
+        depth = max((self.nested.get(ref.value_id, 0) for ref in refs), default=0) + is_nonlinear(operator, len(refs))
+        if depth > MAX_NESTED_SIZES:
+            raise CheckpointError(f"'{self.source}' nests more than {MAX_NESTED_SIZES} products and remainders of sizes. {TRUST_HINT}")
+        return depth
 
     def define(self, raw: Mapping[str, Any], kind: Kind) -> Outputs:
         """Assign ids to the values that an operator returns."""
@@ -293,7 +195,7 @@ class _Reader:
                 return LAYOUTS[value]
             case "as_device":
                 return torch.device("cpu")  # regardless of the device it was exported on
-        raise _refused(self.source, f"an argument of the kind {kind.removeprefix('as_')[:200]!r}")
+        raise refused(self.source, f"an argument of the kind {kind.removeprefix('as_')[:200]!r}")
 
     def ref(self, name: str) -> Ref:
         """Reference to a value that is already defined."""
@@ -304,7 +206,3 @@ def _only(raw: Mapping[str, Any]) -> tuple[str, Any]:
     """Return the only key and value of a tagged union in the JSON."""
     ((kind, value),) = raw.items()
     return kind, value
-
-
-def _refused(source: Path, what: str, why: str = "which could run code") -> CheckpointError:
-    return CheckpointError(f"'{source}' holds {what}, {why}, and was not loaded. {TRUST_HINT}")

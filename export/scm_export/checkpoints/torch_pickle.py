@@ -20,10 +20,22 @@ from typing import Any, BinaryIO
 import torch
 
 from scm_export.checkpoints.archive import check_archive
-from scm_export.checkpoints.inert_pickle import Bounded, ForbiddenPickleError, Global, Interpreter, MalformedPickleError, StandIn
+from scm_export.checkpoints.inert_pickle import (
+    MAX_INTEGER_BITS,
+    Bounded,
+    ForbiddenPickleError,
+    Global,
+    Interpreter,
+    MalformedPickleError,
+    StandIn,
+)
 from scm_export.checkpoints.stored_tensors import STORAGE_DTYPES
+from scm_runtime.common.documents import check_depth
 from scm_runtime.common.files import open_regular
+from scm_runtime.common.message_text import printable
 
+MAX_SMALL = 1 << 20  # bytes of an entry that is neither the pickle nor a storage, such as the version
+MAX_HASHED = 64  # levels of tuples: hashing a deeply nested tuple overflows the C stack
 MAX_EXPANDED = 1 << 24  # elements of a tensor that is larger than its storage, such as a broadcast one
 
 # Of the functions that torch's loader calls, those that a pickle of dense tensors needs, or whose results ``without_attributes`` refuses by name.
@@ -51,6 +63,9 @@ def check_zip_pickle(source: Path) -> None:
     entries = {entry.filename.partition("/")[2]: entry for entry in check_archive(source)}
     if "data.pkl" not in entries:
         return
+    for name, other in entries.items():
+        if name != "data.pkl" and not name.startswith("data/") and other.file_size > MAX_SMALL:
+            raise MalformedPickleError(f"the entry '{printable(name)}' must have at most {MAX_SMALL} bytes, got {other.file_size}")
     entry = entries["data.pkl"]
     del entry.CRC  # keeps zipfile from comparing it: check_contents already has, and some files have no checksums
     with zipfile.ZipFile(source) as archive:
@@ -109,6 +124,7 @@ class _Scanner(Interpreter):
     """An interpreter that accepts any key, since it uses none: torch checks them."""
 
     def key(self, value: Any) -> Hashable:
+        _check_hashable(value)
         return value if isinstance(value, str | float | int) else id(value)
 
 
@@ -119,10 +135,18 @@ class _Placeholder(dict[Any, Any]):
         """Discard the item."""
 
     def build(self, state: object) -> None:
-        """Discard the state."""
+        """Check the state, of which torch makes attributes."""
+        _check_hashable(state)
 
 
-PLACEHOLDER = _Placeholder()
+class _Tensor:
+    """Replaces a tensor. It has no state: torch would make it a view of any storage."""
+
+    def build(self, state: object) -> None:
+        raise UnboundedCallError("it sets the state of a tensor")
+
+
+PLACEHOLDER, TENSOR = _Placeholder(), _Tensor()
 
 
 class _AnyGlobal(Mapping[str, StandIn]):
@@ -143,6 +167,8 @@ class _AnyGlobal(Mapping[str, StandIn]):
 
 def _call(name: str, *arguments: object) -> object:
     match name, arguments:
+        case "builtins.set" | "__builtin__.set" | "collections.Counter" | "collections.OrderedDict", _:
+            _check_hashable(arguments)
         case "torch._utils._rebuild_tensor" | "torch._utils._rebuild_tensor_v2", (storage, offset, shape, stride, *_):
             _check_tensor(storage, offset, shape, stride)
         case "torch._utils._rebuild_tensor_v3", (storage, offset, shape, stride, _, _, dtype, *_):
@@ -157,7 +183,12 @@ def _call(name: str, *arguments: object) -> object:
             raise UnboundedCallError("it makes a bytearray of a given size or encoding")
         case _ if name not in NEEDED and UNNEEDED.fullmatch(name):
             raise UnboundedCallError(f"it calls {name}")
-    return PLACEHOLDER
+    return TENSOR if name in NEEDED else PLACEHOLDER
+
+
+def _check_hashable(value: object) -> None:
+    if isinstance(value, dict | list | tuple):
+        check_depth(value, MAX_HASHED, MAX_INTEGER_BITS)
 
 
 def _item_size(dtype: object) -> int:

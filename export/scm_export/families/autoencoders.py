@@ -17,6 +17,7 @@ from scm_export.checkpoints.diffusers_folder import is_diffusers_folder
 from scm_export.errors import CheckpointError
 from scm_export.families.diffusers_networks import make_batch_dynamic, make_network, read_weights
 from scm_export.families.family import BuildOptions
+from scm_export.families.own_decoder import image_shape
 from scm_export.families.weights import load_weights
 from scm_export.model import Decoder, ImageDecoder, ImageNetwork, Latents
 from scm_export.ops import to_image
@@ -90,6 +91,8 @@ def image_networks(
     Raises:
         CheckpointError: there is no decoder, or an autoencoder does not fit the state.
     """
+    if isinstance(options.decoder, nn.Module):
+        return _own_networks(options.decoder, options, sample_shape, sigma_data, statistics, pixels)
     own = folder if folder is not None and folder.find(*AUTOENCODERS) is not None else None
     source = own if options.decoder is None else _open_autoencoder(options.decoder, "--decoder")
     if source is None and (options.with_encoder or not options.latents):
@@ -98,8 +101,7 @@ def image_networks(
             f"missing {what}: this is a latent model, {list(sample_shape)}, and its checkpoint has no autoencoder. "
             f"Give the autoencoder's folder, as diffusers saves it, with --decoder FOLDER{instead}."
         )
-    if statistics is not None and not len(statistics.mean) == len(statistics.std) == sample_shape[0]:
-        raise CheckpointError(f"latent_mean and latent_std must have one value per channel, {sample_shape[0]}, got {statistics.mean} and {statistics.std}")
+    _check_statistics(statistics, sample_shape[0])
     trained_on = None if source is None else _Autoencoder(source)
     decoder: Decoder = Latents()
     encoder = preview = None
@@ -114,6 +116,30 @@ def image_networks(
         latents, image_shape = _latent_affine(small, trained_on, sigma_data, statistics, sample_shape[0]), small.image_shape(sample_shape)
         preview = ImageNetwork(LatentsToImage(small.half("decode"), latents, pixels), image_shape)
     return ImageNetworks(decoder, encoder, preview)
+
+
+def _own_networks(
+    network: nn.Module,
+    options: BuildOptions,
+    sample_shape: tuple[int, ...],
+    sigma_data: float,
+    statistics: LatentStatistics | None,
+    pixels: tuple[float, float],
+) -> ImageNetworks:
+    """The image networks with a user's decoder. Without statistics, its latents are the state divided by sigma_data."""
+    if options.with_encoder or options.preview_decoder is not None or options.latents:
+        raise CheckpointError("a decoder that is a network excludes --with-encoder, --preview-decoder and --latents, which need the folder of an autoencoder")
+    _check_statistics(statistics, sample_shape[0])
+    network = network.eval().requires_grad_(False).float()
+    mean, std = (statistics.mean, statistics.std) if statistics is not None else ((0.0,) * sample_shape[0], (1.0,) * sample_shape[0])
+    latents = Affine(torch.tensor(std, dtype=torch.float64) / sigma_data, torch.tensor(mean, dtype=torch.float64))
+    decode = LatentsToImage(network, latents, pixels, promote_dtypes=True)
+    return ImageNetworks(ImageNetwork(decode, image_shape(network, sample_shape)), None, None)
+
+
+def _check_statistics(statistics: LatentStatistics | None, channels: int) -> None:
+    if statistics is not None and not len(statistics.mean) == len(statistics.std) == channels:
+        raise CheckpointError(f"latent_mean and latent_std must have one value per channel, {channels}, got {statistics.mean} and {statistics.std}")
 
 
 def pixel_networks(options: BuildOptions, sample_shape: tuple[int, ...], pixels: tuple[float, float] = PIXELS) -> ImageNetworks:
@@ -141,6 +167,8 @@ def downsampling(options: BuildOptions, folder: DiffusersFolder, default: int) -
     Raises:
         CheckpointError: ``--decoder`` is not an autoencoder.
     """
+    if isinstance(options.decoder, nn.Module):
+        raise CheckpointError("--decoder must be the folder of an autoencoder for this family, got a network")
     source = folder if options.decoder is None else _open_autoencoder(options.decoder, "--decoder")
     return default if source.find(*AUTOENCODERS) is None else _Autoencoder(source).downsampling
 
@@ -158,9 +186,9 @@ class LatentsToImage(nn.Module):
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, network: nn.Module, latents: Affine, pixels: tuple[float, float]) -> None:
+    def __init__(self, network: nn.Module, latents: Affine, pixels: tuple[float, float], *, promote_dtypes: bool = False) -> None:
         super().__init__()
-        self.network, self.pixels = Precision(network), pixels
+        self.network, self.pixels = Precision(network, promote_dtypes=promote_dtypes), pixels
         self.register_buffer("scale", latents.scale.float().reshape(-1, 1, 1))
         self.register_buffer("shift", latents.shift.float().reshape(-1, 1, 1))
 

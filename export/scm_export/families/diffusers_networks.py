@@ -20,6 +20,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from scm_export.checkpoints import DiffusersFolder, Loaded
 from scm_export.errors import CheckpointError
 from scm_export.precision import is_norm
+from scm_runtime.common.installed import install_extras
 from scm_runtime.common.message_text import first_line
 from scm_runtime.errors import InvalidArgumentError, MissingDependencyError
 
@@ -53,7 +54,7 @@ def make_network(folder: DiffusersFolder, component: str) -> nn.Module:
     try:
         import diffusers  # takes seconds, so only where it is needed
     except ImportError as error:
-        raise MissingDependencyError(f"reading a diffusers folder needs diffusers ({error}):\n  pip install 'scm-runtime[export]'") from error
+        raise MissingDependencyError(f"reading a diffusers folder needs diffusers ({error}):\n  {install_extras('export')}") from error
     name, config = folder.classes[component], folder.config(component)
     try:
         with torch.device("meta"), _quiet(), _limited_modules():
@@ -119,7 +120,7 @@ def sample_size(config: Any, size: tuple[int, int] | None, unit: int = 1) -> tup
     """
     if size is not None:
         if any(side <= 0 or side % unit or side > MAX_SIDE * unit for side in size):
-            raise InvalidArgumentError(f"size must be a height and a width in multiples of {unit} pixels, at most {MAX_SIDE * unit}, got {size[0]}x{size[1]}")
+            raise InvalidArgumentError(f"size must be a height and a width of at most {MAX_SIDE * unit} in multiples of {unit} pixels, got {size[0]}x{size[1]}")
         return size[0] // unit, size[1] // unit
     match config.sample_size:
         case int(side) if 1 <= side <= MAX_SIDE:

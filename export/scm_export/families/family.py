@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from torch import nn
+
 from scm_export.checkpoints import Loaded
 from scm_export.model import Model
 from scm_runtime.bundle.manifest import Dtype
@@ -15,8 +17,8 @@ from scm_runtime.bundle.manifest import Dtype
 class BuildOptions:
     """User options for building a model from its checkpoint."""
 
-    decoder: Path | None = None
-    """Folder of an autoencoder (diffusers), for latent models whose checkpoint has none."""
+    decoder: Path | nn.Module | None = None
+    """Folder of an autoencoder (diffusers) or a decoder as a module, for latent models whose checkpoint has none."""
     latents: bool = False
     """Leave out the decoder: samples are latents."""
     with_encoder: bool = False

@@ -17,6 +17,7 @@ from typing import Any, ParamSpec, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from scm_runtime.common.installed import install_extras
 from scm_runtime.errors import InferenceError, InvalidArgumentError, MissingDependencyError, OutOfMemoryError
 
 P = ParamSpec("P")
@@ -54,7 +55,7 @@ def _import_cuda() -> tuple[Any, Any, Any]:
     try:
         return tuple(importlib.import_module(name) for name in ("cuda.core", "cuda.core.utils", "cuda.bindings.driver"))  # type: ignore[return-value]  # always three
     except ImportError as error:
-        raise MissingDependencyError(f"cuda-core and cuda-bindings cannot be imported ({error}). Install them:\n  pip install 'scm-runtime[gpu]'") from error
+        raise MissingDependencyError(f"cuda-core and cuda-bindings cannot be imported ({error}). Install them:\n  {install_extras('gpu')}") from error
 
 
 # Parts of the messages of CUDA and ONNX Runtime, in lower case, after which the device's context is unusable until the process restarts.
