@@ -18,6 +18,7 @@ from scm_runtime.cache.private_copy import ChangedError, NoRoomError
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
 from scm_runtime.common.log import log, log_once
 from scm_runtime.common.memory import MORE_MEMORY, is_out_of_memory, out_of_memory_error
+from scm_runtime.devices.placement import check_cudnn
 from scm_runtime.errors import InferenceError, NativeOpsError
 from scm_runtime.ort.options import CacheContext, SessionSettings, configure
 from scm_runtime.ort.session import Session
@@ -59,7 +60,10 @@ def open_session(path: Path, settings: SessionSettings | None = None) -> Session
         session = create(path, _keep_options)
     else:
         session = open_cached(context.cache, path, _key(path, settings, context), create, checksums=context.checksums)
-    return Session(path, session, settings)
+    opened = Session(path, session, settings)
+    if settings.placement.device != "cpu":
+        check_cudnn(str(path), opened.node_placement())
+    return opened
 
 
 def open_cached(cache: GraphCache, path: Path, key: str, create: Callable[[Path, SetOptions], Any], *, checksums: Mapping[str, str]) -> Any:
