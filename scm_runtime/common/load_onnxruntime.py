@@ -9,10 +9,9 @@ from functools import cache
 from typing import Any
 
 from scm_runtime.common.installed import installed_version
-from scm_runtime.common.memory import MORE_MEMORY, memory_errors, unmapped_library
+from scm_runtime.common.memory import MORE_MEMORY, NOEXEC, memory_errors, unmapped_library
 from scm_runtime.errors import MissingDependencyError
 
-NOEXEC = "its file system is probably mounted with noexec. Install the packages on another."
 NO_TELEMETRY = "ORT_DISABLE_TELEMETRY"
 
 

@@ -15,6 +15,7 @@ PHRASES = ("allocate memory", "out of memory", "out_of_memory", "bad_alloc", "al
 NOT_MAPPED = re.compile(r"(/\S[^:]*): failed to map segment")  # of the dynamic loader, which does not say why
 REQUESTED = re.compile(r"(?:requested buffer of size|smaller than requested bytes of) (\d+)")  # of ONNX Runtime's arenas
 SMALLER_BATCH = "Use a smaller batch"
+NOEXEC = "its file system is probably mounted with noexec. Install the packages on another."
 MORE_MEMORY = "Close other programs or Generators, or raise the memory limit of this process or container"
 
 

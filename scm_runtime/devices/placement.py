@@ -138,13 +138,17 @@ def check_cudnn(graph: str, nodes: Mapping[str, Mapping[str, int]]) -> None:
         graph: the graph's path.
         nodes: number of nodes by provider and operator.
     """
-    needing = [(provider, op) for provider in (CUDA_PROVIDER, CUDA_PLUGIN) for op in nodes.get(provider, ()) if op in CUDNN_OPS]
-    if not needing:
-        return
-    provider, op = needing[0]
-    cudnn = [name for name in needed_libraries(provider) if is_cudnn(name)]
-    if missing := [library for library in load(cudnn, cuda_major(needed_libraries(provider))) if library.error is not None]:
-        raise DeviceError(f"the operator {op} of '{graph}' needs {_missing_text(missing)}")
+    for provider in (CUDA_PROVIDER, CUDA_PLUGIN):
+        op = next((op for op in nodes.get(provider, ()) if op in CUDNN_OPS), None)
+        if op and (reason := missing_cudnn(provider)):
+            raise DeviceError(f"the operator {op} of '{graph}' needs {reason}")
+
+
+def missing_cudnn(provider: str) -> str | None:
+    """Return why cuDNN cannot be loaded for a CUDA provider, and the remedy; None if it is loaded, or not known to be needed."""
+    names = needed_libraries(provider)
+    missing = [library for library in load(filter(is_cudnn, names), cuda_major(names)) if library.error is not None]
+    return _missing_text(missing) if missing else None
 
 
 def provider_unavailable_reason(provider: str, index: int, *, with_cudnn: bool = True) -> str | None:
@@ -171,8 +175,9 @@ def provider_unavailable_reason(provider: str, index: int, *, with_cudnn: bool =
     if index >= len(driver.devices):
         listed = "".join(f"; cuda:{device.index} is {device.name}" for device in driver.devices)
         return f"there is no device cuda:{index}: the driver has {len(driver.devices)}, numbered from 0{listed}. CUDA_VISIBLE_DEVICES may hide others."
-    missing = [library for library in load(names, major) if library.error is not None and (with_cudnn or not is_cudnn(library.name))]
-    return f"{provider} needs {_missing_text(missing)}" if missing else None
+    missing = [library for library in load(names) if library.error is not None]
+    demanded = missing if with_cudnn else [library for library in missing if not is_cudnn(library.name)]
+    return f"{provider} needs {_missing_text(missing)}" if demanded else None
 
 
 def _missing_text(missing: Sequence[Library]) -> str:

@@ -17,9 +17,9 @@ from scm_runtime.cache.key import graph_key, is_cacheable
 from scm_runtime.cache.private_copy import ChangedError, NoRoomError
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
 from scm_runtime.common.log import log, log_once
-from scm_runtime.common.memory import MORE_MEMORY, is_out_of_memory, out_of_memory_error
-from scm_runtime.devices.placement import check_cudnn
-from scm_runtime.errors import InferenceError, NativeOpsError
+from scm_runtime.common.memory import MORE_MEMORY, NOEXEC, is_out_of_memory, out_of_memory_error, unmapped_library
+from scm_runtime.devices.placement import check_cudnn, missing_cudnn
+from scm_runtime.errors import DeviceError, InferenceError, NativeOpsError
 from scm_runtime.ort.options import CacheContext, SessionSettings, configure
 from scm_runtime.ort.session import Session
 
@@ -44,7 +44,7 @@ def open_session(path: Path, settings: SessionSettings | None = None) -> Session
 
     Raises:
         InferenceError: ONNX Runtime cannot open the graph.
-        DeviceError: ONNX Runtime fell back to another execution provider.
+        DeviceError: ONNX Runtime fell back to another execution provider, or the graph needs cuDNN, which is missing.
         NativeOpsError: ONNX Runtime and the native library do not fit together.
         InvalidArgumentError: ONNX Runtime has no such session option.
         OutOfMemoryError: the weights do not fit into memory.
@@ -155,6 +155,8 @@ def _create(path: Path, settings: SessionSettings, set_options: SetOptions) -> A
         except Exception as error:
             if is_out_of_memory(error):
                 raise out_of_memory_error(f"the library of native kernels '{settings.library}'", error, MORE_MEMORY) from error
+            if unmapped_library(error):
+                raise NativeOpsError(f"the system does not run code from '{settings.library}': {NOEXEC}") from error
             raise NativeOpsError(
                 f"ONNX Runtime {ort.__version__} cannot use the library of native kernels '{settings.library}': {error}. "
                 "Install an ONNX Runtime and an scm-runtime that fit, or run without the kernels: native_ops=False"
@@ -165,6 +167,8 @@ def _create(path: Path, settings: SessionSettings, set_options: SetOptions) -> A
         except Exception as error:
             if is_out_of_memory(error):
                 raise out_of_memory_error(f"the weights of '{path}' on {settings.placement.device}", error, MORE_MEMORY) from error
+            if "cudnn" in str(error).lower() and (reason := missing_cudnn(settings.placement.providers[0][0])):
+                raise DeviceError(f"'{path}' needs {reason}") from error
             remedy = "Upgrade it, or export the checkpoint again" + (", or run without the native kernels: native_ops=False" if settings.library else ".")
             raise InferenceError(f"ONNX Runtime {ort.__version__} cannot open '{path}': {error}. {remedy}") from error
 

@@ -320,6 +320,9 @@ def test_cudnn_is_demanded_only_by_graphs_that_need_it(machine: Callable[..., No
             check_cudnn("step.onnx", {provider: {"MatMul": 3, "Conv": 2}})
     machine(FakeCuda())
     check_cudnn("step.onnx", {CUDA: {"Conv": 2}})
+    machine(FakeCuda(), missing=("libcublasLt.so.13", "libcudnn.so.9"))
+    monkeypatch.setattr(devices, "needed_libraries", lambda _provider: (*NAMES, "libcudnn.so.9"))
+    assert refusal("cuda").endswith("pip install 'nvidia-cublas~=13.0' nvidia-cudnn-cu13"), "one command for all"
 
 
 # ----------------------------------------------------------------------------
