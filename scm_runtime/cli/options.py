@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from scm_runtime.common.memory import SMALLER_BATCH, is_out_of_memory
 from scm_runtime.errors import InvalidArgumentError, ScmError
 
 if TYPE_CHECKING:
@@ -37,8 +38,10 @@ def exit_on_error() -> Iterator[None]:
         click.echo(f"Error: {error}", err=True)
         # Every "not found" error of the project is a FileNotFoundError too: bundles, checkpoints and repositories of the hub.
         sys.exit(USAGE if isinstance(error, InvalidArgumentError | FileNotFoundError) else FAILURE)
-    except MemoryError:
-        click.echo("Error: out of memory. Try a smaller batch.", err=True)
+    except (MemoryError, ImportError) as error:
+        if not is_out_of_memory(error):
+            raise
+        click.echo(f"Error: out of memory. {SMALLER_BATCH}, or raise the memory limit of this process or container.", err=True)
         sys.exit(FAILURE)
     except KeyboardInterrupt as interrupt:
         click.echo(f"Interrupted{': ' * bool(str(interrupt))}{interrupt}", err=True)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from scm_runtime.cli.options import exit_on_error
+from scm_runtime.common.memory import is_out_of_memory
 from support import run_python
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the address space is read from /proc and limited by setrlimit")
@@ -130,3 +132,25 @@ assert load_onnxruntime().__version__
     ).stdout
     assert "out of memory for ONNX Runtime" in printed
     assert "pip install" not in printed
+
+
+def test_a_library_that_cannot_be_mapped_is_told_apart_from_missing_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The dynamic loader says the same if its file system is mounted noexec, and does not name the folder of a library that another one needs."""
+    library = tmp_path / "libx.so"
+    library.write_bytes(bytes(1 << 20))
+    errors = [OSError(f"{name}: failed to map segment from shared object") for name in (library, "libx.so.1")]
+    assert [is_out_of_memory(error) for error in errors] == [False, False]
+    monkeypatch.setattr("scm_runtime.common.memory.has_room", lambda nbytes: nbytes < 1 << 20)
+    assert [is_out_of_memory(error) for error in errors] == [True, True]
+    assert not is_out_of_memory(ImportError("libgomp.so.1: cannot allocate memory in static TLS block"))
+
+
+def test_a_command_that_cannot_load_a_library_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("scm_runtime.common.memory.has_room", lambda _nbytes: False)
+    for error in (ImportError("libXau.so.6: failed to map segment from shared object"), MemoryError()):
+        with pytest.raises(SystemExit) as end, exit_on_error():
+            raise error
+        assert end.value.code == 1
+        assert capsys.readouterr().err.startswith("Error: out of memory. Use a smaller batch, or raise the memory limit")
+    with pytest.raises(ImportError, match="no module"), exit_on_error():
+        raise ImportError("no module x")
