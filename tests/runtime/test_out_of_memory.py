@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from scm_runtime import Generator, OutOfMemoryError
 from scm_runtime.cli.options import exit_on_error
 from scm_runtime.common.memory import is_out_of_memory
+from scm_runtime.engines.host import HostEngine
 from support import run_python
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the address space is read from /proc and limited by setrlimit")
@@ -75,7 +77,7 @@ from scm_runtime import Generator, OutOfMemoryError
 
 Generator("digits", device="cpu", cache_dir=False, threads=1).close()
 errors = []
-for megabytes in itertools.count(1, 3):
+for megabytes in itertools.count(3, 3):
     try:
         with room(megabytes):
             Generator("digits", device="cpu", cache_dir=False, threads=1).close()
@@ -154,3 +156,25 @@ def test_a_command_that_cannot_load_a_library_says_so(monkeypatch: pytest.Monkey
         assert capsys.readouterr().err.startswith("Error: out of memory. Use a smaller batch, or raise the memory limit")
     with pytest.raises(ImportError, match="no module"), exit_on_error():
         raise ImportError("no module x")
+
+
+@pytest.mark.parametrize("method", ["start", "step", "decode", "finite_flags"])
+def test_an_array_that_does_not_fit_names_the_batch(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError("Unable to allocate 9.00 GiB for an array")
+
+    with Generator("digits", device="cpu", threads=1) as generator:
+        with monkeypatch.context() as patch:
+            patch.setattr(HostEngine, method, fail)
+            for call in (generator, lambda **arguments: generator.submit(**arguments).result(60)):
+                with pytest.raises(OutOfMemoryError, match=r"out of memory for a batch of 3\. Use a smaller batch\. \(Unable to allocate 9\.00 GiB"):
+                    call(seed=[1, 2, 3])
+        assert len(generator(seed=[1, 2, 3])) == 3
+
+
+def test_a_memory_error_of_a_callback_is_raised_as_it_is() -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError("of the user")
+
+    with Generator("digits", device="cpu", threads=1) as generator, pytest.raises(MemoryError, match=r"^of the user$"):
+        generator(seed=1, callback_on_step_end=fail)
