@@ -16,6 +16,7 @@ from scm_runtime.cli.flag_names import with_flag_names
 from scm_runtime.cli.signals import interruption, termination_as_interrupt
 from scm_runtime.cli.streams import discard_output, encodable, is_broken, prepare_streams, say_error
 from scm_runtime.common.interrupts import was_interrupted
+from scm_runtime.common.memory import SMALLER_BATCH, is_out_of_memory
 from scm_runtime.errors import InvalidArgumentError, ScmError
 
 USAGE, FAILURE, BROKEN_PIPE = 2, 1, 141  # exit codes; the last is the shell's for SIGPIPE
@@ -100,8 +101,8 @@ def describe(error: BaseException, command: click.Command) -> tuple[str, int]:
         # Every "not found" error of the project is a FileNotFoundError too: bundles, checkpoints and repositories of the hub.
         usage = isinstance(error, InvalidArgumentError | FileNotFoundError)
         return f"Error: {with_flag_names(str(error), command)}", USAGE if usage else FAILURE
-    if isinstance(error, MemoryError):
-        return "Error: out of memory. Try a smaller batch.", FAILURE
+    if isinstance(error, MemoryError | ImportError) and is_out_of_memory(error):
+        return f"Error: out of memory. {SMALLER_BATCH}, or raise the memory limit of this process or container.", FAILURE
     if isinstance(error, OSError):
         if error.errno == errno.EPIPE:
             return "", BROKEN_PIPE

@@ -10,10 +10,9 @@ from typing import Any
 
 from scm_runtime.common.installed import install_extras, installed_version
 from scm_runtime.common.interrupts import was_interrupted
-from scm_runtime.common.memory import MORE_MEMORY, memory_errors, unmapped_library
+from scm_runtime.common.memory import MORE_MEMORY, NOEXEC, memory_errors, unmapped_library
 from scm_runtime.errors import MissingDependencyError
 
-NOEXEC = "its file system is probably mounted with noexec. Install the packages on another."
 NO_TELEMETRY = "ORT_DISABLE_TELEMETRY"
 
 

@@ -12,9 +12,11 @@ from scm_runtime.errors import OutOfMemoryError, ScmError
 
 # Lower-case phrases with which ONNX Runtime, its arenas, CUDA, cuDNN, Pillow and the C library report that memory ran out.
 PHRASES = ("allocate memory", "out of memory", "out_of_memory", "bad_alloc", "alloc_failed", "allocation_failed", "smaller than requested bytes")
-NOT_MAPPED = re.compile(r"(/\S[^:]*): failed to map segment")  # of the dynamic loader, which does not say why
+NOT_MAPPED = re.compile(r"([^\s:]+): failed to map segment")  # of the dynamic loader, which does not say why
+LIBRARY_BYTES = 1 << 25  # assumed for a library whose path the loader does not name
 REQUESTED = re.compile(r"(?:requested buffer of size|smaller than requested bytes of) (\d+)")  # of ONNX Runtime's arenas
 SMALLER_BATCH = "Use a smaller batch"
+NOEXEC = "its file system is probably mounted with noexec. Install the packages on another."
 MORE_MEMORY = "Close other programs or Generators, or raise the memory limit of this process or container"
 
 
@@ -24,13 +26,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or any(phrase in message for phrase in PHRASES):
         return "static tls block" not in message  # the loader's table of thread-local data, not memory, is full
     library = unmapped_library(error)
-    return library is not None and not has_room(2 * library.stat().st_size)
+    return library is not None and not has_room(2 * (library.stat().st_size if library.is_file() else LIBRARY_BYTES))
 
 
 def unmapped_library(error: BaseException) -> Path | None:
-    """Return the library that exists but could not be mapped into memory: memory ran out, or its file system is mounted noexec. None for other errors."""
+    """Return the library that was found but not mapped into memory: memory ran out, or its file system is mounted noexec. None for other errors."""
     found = NOT_MAPPED.search(str(error))
-    return Path(found[1]) if found and Path(found[1]).is_file() else None
+    return Path(found[1]) if found else None
 
 
 def has_room(nbytes: int) -> bool:

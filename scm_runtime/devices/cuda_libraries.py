@@ -72,10 +72,20 @@ def cuda_major(names: Iterable[str]) -> int | None:
     return next((int(match[1]) for match in found if match), None)
 
 
-def load(names: Iterable[str]) -> list[Library]:
-    """Load libraries into this process for its lifetime. Those that cannot be loaded have an ``error``. Raises OutOfMemoryError if memory runs out."""
+def is_cudnn(name: str) -> bool:
+    """Return True for the name of cuDNN's library. A provider that is not linked with it loads it when a graph needs it."""
+    return name.startswith("libcudnn.")
+
+
+def load(names: Iterable[str], cuda: int | None = None) -> list[Library]:
+    """Load libraries into this process for its lifetime. Those that cannot be loaded have an ``error``. Raises OutOfMemoryError if memory runs out.
+
+    Args:
+        names: names of the libraries.
+        cuda: CUDA's major version; by default that of the names.
+    """
     names = list(names)
-    major = cuda_major(names)
+    major = cuda or cuda_major(names)
     return [Library(name, *_load_one(name), _package(name, major)) for name in names]
 
 

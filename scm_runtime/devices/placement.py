@@ -14,11 +14,19 @@ from pathlib import Path
 from scm_runtime.common.installed import install_extras
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
 from scm_runtime.common.log import log_once
-from scm_runtime.devices.cuda_libraries import cuda_major, install_command, load, provider_library, vendor_libraries
+from scm_runtime.devices.cuda_libraries import Library, cuda_major, install_command, is_cudnn, load, provider_library, vendor_libraries
+from scm_runtime.devices.cuda_plugin import CUDA_PLUGIN, plugin_library, register_cuda_plugin
 from scm_runtime.errors import DeviceError, InvalidArgumentError
 
 CPU_PROVIDER, CUDA_PROVIDER, TENSORRT_PROVIDER = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
-CUDA_PROVIDERS = (CUDA_PROVIDER, TENSORRT_PROVIDER)
+CUDA_PROVIDERS = (CUDA_PROVIDER, CUDA_PLUGIN, TENSORRT_PROVIDER)
+# Operators whose CUDA kernels call cuDNN.
+CUDNN_OPS = frozenset(
+    (
+        *("Conv", "FusedConv", "NhwcConv", "NhwcFusedConv", "ConvTranspose", "MaxPool", "AveragePool", "GlobalMaxPool", "GlobalAveragePool"),
+        *("BatchNormalization", "InstanceNormalization", "LRN", "RNN", "GRU", "LSTM"),
+    )
+)
 OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}  # on Linux, by CUDA's major version. Source: CUDA's release notes, "minor version compatibility"
 
 
@@ -87,7 +95,7 @@ def resolve_device(
     options = _strings(CUDA_PROVIDER, provider_options or {})
     if options.get("device_id", str(index)) != str(index):
         raise InvalidArgumentError(f"device={device!r} and provider_options' device_id={options['device_id']!r} are different GPUs. Leave device_id out.")
-    if reason := cuda_unavailable_reason(index):
+    if reason := cuda_unavailable_reason(index, with_cudnn=False):  # opening a graph that needs it checks this
         raise DeviceError(f"device={device!r} is not available: {reason}")
     return _cuda(index, options, f"device={device!r}")
 
@@ -102,27 +110,62 @@ def all_devices() -> tuple[str, ...]:
     return tuple(f"cuda:{device.index}" for device in read_driver().devices)
 
 
-def cuda_unavailable_reason(index: int = 0) -> str | None:
-    """Explain why a CUDA device is not available, and how to fix it; None if it is available.
+def cuda_provider(known: Sequence[str]) -> str:
+    """Name of the CUDA provider among the known ones: the one that ONNX Runtime was built with, or else its plugin."""
+    return next((name for name in (CUDA_PROVIDER, CUDA_PLUGIN) if name in known), CUDA_PROVIDER)
+
+
+def known_providers() -> list[str]:
+    """Names of the providers that ONNX Runtime was built with, and of plugins registered in this process. Registers the CUDA plugin if it is needed."""
+    ort = load_onnxruntime()
+    built_in = ort.get_available_providers()
+    if CUDA_PROVIDER not in built_in:
+        register_cuda_plugin(ort)
+    plugins = [device.ep_name for device in getattr(ort, "get_ep_devices", list)()]
+    return list(dict.fromkeys([*built_in, *plugins]))
+
+
+def cuda_unavailable_reason(index: int = 0, *, with_cudnn: bool = True) -> str | None:
+    """Explain why a CUDA device is not available, and how to fix it; None if it is available. Graphs without the operators ``CUDNN_OPS`` need no cuDNN.
 
     This also loads the CUDA libraries that ONNX Runtime needs, which it would not find in NVIDIA's Python packages.
 
     Raises:
         MissingDependencyError: ONNX Runtime is not installed.
     """
-    return provider_unavailable_reason(CUDA_PROVIDER, index) or _cuda_core_unavailable_reason()
+    return provider_unavailable_reason(cuda_provider(known_providers()), index, with_cudnn=with_cudnn) or _cuda_core_unavailable_reason()
 
 
 def needed_libraries(provider: str = CUDA_PROVIDER) -> tuple[str, ...]:
     """Names of NVIDIA's libraries that a provider of this ONNX Runtime needs; empty if there is no such provider, or if they are not known."""
-    path = provider_library(Path(load_onnxruntime().__file__).parent, provider)
+    path = plugin_library() if provider == CUDA_PLUGIN else provider_library(Path(load_onnxruntime().__file__).parent, provider)
     return () if path is None else vendor_libraries(path)
 
 
-def provider_unavailable_reason(provider: str, index: int) -> str | None:
+def check_cudnn(graph: str, nodes: Mapping[str, Mapping[str, int]]) -> None:
+    """Raise DeviceError if cuDNN is missing and a graph has nodes that need it on a CUDA provider.
+
+    Args:
+        graph: the graph's path.
+        nodes: number of nodes by provider and operator.
+    """
+    for provider in (CUDA_PROVIDER, CUDA_PLUGIN):
+        op = next((op for op in nodes.get(provider, ()) if op in CUDNN_OPS), None)
+        if op and (reason := missing_cudnn(provider)):
+            raise DeviceError(f"the operator {op} of '{graph}' needs {reason}")
+
+
+def missing_cudnn(provider: str) -> str | None:
+    """Return why cuDNN cannot be loaded for a CUDA provider, and the remedy; None if it is loaded, or not known to be needed."""
+    names = needed_libraries(provider)
+    missing = [library for library in load(filter(is_cudnn, names), cuda_major(names)) if library.error is not None]
+    return _missing_text(missing) if missing else None
+
+
+def provider_unavailable_reason(provider: str, index: int, *, with_cudnn: bool = True) -> str | None:
     """Explain why one of CUDA's providers is not available on a GPU, and how to fix it; None if it is available."""
     ort = load_onnxruntime()
-    available = ort.get_available_providers()
+    available = known_providers()
     if provider not in available:
         return (
             f"ONNX Runtime {ort.__version__} has no {provider}, only {', '.join(available)}: it is not the build for CUDA. Install that one: "
@@ -144,12 +187,15 @@ def provider_unavailable_reason(provider: str, index: int) -> str | None:
         listed = "".join(f"; cuda:{device.index} is {device.name}" for device in driver.devices)
         return f"there is no device cuda:{index}: the driver has {len(driver.devices)}, numbered from 0{listed}. CUDA_VISIBLE_DEVICES may hide others."
     missing = [library for library in load(names) if library.error is not None]
-    if missing:
-        listed = ", ".join(library.name for library in missing)
-        command = install_command(missing)
-        remedy = f"Install them: {command}" if command else f"Install CUDA {major}, or add its library folder to LD_LIBRARY_PATH."
-        return f"{provider} needs {listed}, which cannot be loaded ({missing[0].error}). {remedy}"
-    return None
+    demanded = missing if with_cudnn else [library for library in missing if not is_cudnn(library.name)]
+    return f"{provider} needs {_missing_text(missing)}" if demanded else None
+
+
+def _missing_text(missing: Sequence[Library]) -> str:
+    """Names of missing libraries, why they cannot be loaded, and the remedy."""
+    listed, command = ", ".join(library.name for library in missing), install_command(missing)
+    remedy = f"Install them: {command}" if command else "Install CUDA, or add its library folder to LD_LIBRARY_PATH."
+    return f"{listed}, which cannot be loaded ({missing[0].error}). {remedy}"
 
 
 def _cuda_core_unavailable_reason() -> str | None:
@@ -163,7 +209,7 @@ def _cuda_core_unavailable_reason() -> str | None:
 
 
 def _cuda(index: int, options: dict[str, str], reason: str) -> Placement:
-    return Placement(f"cuda:{index}", ((CUDA_PROVIDER, {**options, "device_id": str(index)}), CPU.providers[0]), reason, _hardware(index))
+    return Placement(f"cuda:{index}", ((cuda_provider(known_providers()), {**options, "device_id": str(index)}), CPU.providers[0]), reason, _hardware(index))
 
 
 def _hardware(index: int) -> str:
@@ -194,7 +240,7 @@ def _pairs(providers: object, provider_options: object) -> list[tuple[str, dict[
         if not isinstance(name, str) or not isinstance(options, Mapping):
             raise InvalidArgumentError(f"a provider must be a name or (name, options), with the options a mapping, got {provider!r} and {options!r}")
         pairs.append((name, _strings(name, options)))
-    known = _known_providers()
+    known = known_providers()
     if unknown := [name for name, _ in pairs if name not in known]:
         raise InvalidArgumentError(f"this ONNX Runtime has no provider {', '.join(map(repr, unknown))}; it has {', '.join(known)}")
     return pairs
@@ -210,19 +256,12 @@ def _strings(name: str, options: Mapping[str, object]) -> dict[str, str]:
     return {key: str(value) for key, value in options.items()}
 
 
-def _known_providers() -> list[str]:
-    """Names of the providers that ONNX Runtime was built with, and of plugins registered in this process."""
-    ort = load_onnxruntime()
-    plugins = [device.ep_name for device in getattr(ort, "get_ep_devices", list)()]
-    return list(dict.fromkeys([*ort.get_available_providers(), *plugins]))
-
-
 def _place_providers(pairs: list[tuple[str, dict[str, str]]]) -> Placement:
     first, options = pairs[0]
     hardware = ""
     if first in CUDA_PROVIDERS:
         index = int(options["device_id"]) if options.get("device_id", "").isascii() and options.get("device_id", "").isdigit() else 0
-        if reason := provider_unavailable_reason(first, index):
+        if reason := provider_unavailable_reason(first, index, with_cudnn=False):
             raise DeviceError(f"providers={[name for name, _ in pairs]} is not available: {reason}")
         hardware = _hardware(index)
     if CPU_PROVIDER not in (name for name, _ in pairs):

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
-import tempfile
 import time
-from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,11 +16,10 @@ from numpy.typing import NDArray
 
 from scm_runtime._version import __version__
 from scm_runtime.bundle.location import DIGITS, EMBEDDED
-from scm_runtime.common.documents import read_json
 from scm_runtime.common.installed import install_extras, installed_version
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
 from scm_runtime.devices.cpu import available_cores
-from scm_runtime.devices.placement import CPU_PROVIDER, CUDA_PROVIDER, cuda_unavailable_reason, needed_libraries
+from scm_runtime.devices.placement import CPU_PROVIDER, CUDA_PROVIDER, cuda_provider, cuda_unavailable_reason, known_providers, needed_libraries
 from scm_runtime.doctor.report import Cache, Cuda, CudaLibrary, Gpu, Ops, Problem, Provider, Report, Threads
 from scm_runtime.errors import MissingDependencyError, ScmError
 
@@ -46,12 +42,13 @@ def examine() -> Report:
     version, available, failure = _onnxruntime()
     if failure:
         problems.append(Problem("ONNX Runtime cannot be used", failure))
-    providers = tuple(_try_provider(name) for name in available)
+    cuda_name = cuda_provider(available)
+    providers = tuple(_try_provider(name, as_device=name == cuda_name) for name in available)
     problems += [Problem(f"{provider.name} does not work", provider.reason) for provider in providers if provider.works is False and provider.reason]
-    cuda = _cuda(available)
+    cuda = _cuda(available, cuda_name)
     if cuda.install:
         problems.append(Problem("CUDA libraries are missing", f"Install them: {cuda.install}"))
-    ops = _ops(providers)
+    ops = _ops(providers, cuda_name)
     if ops.reason and not failure:
         problems.append(Problem("the native kernels do not run on every device; the function bodies in the graphs compute the same, slower", ops.reason))
     cache = _cache()
@@ -98,52 +95,45 @@ def _onnxruntime() -> tuple[str | None, list[str], str | None]:
     try:
         ort = load_onnxruntime()
         ort.set_default_logger_severity(4)  # errors are in the report; ONNX Runtime would print them, too
-        return ort.__version__, list(ort.get_available_providers()), None
+        return ort.__version__, known_providers(), None
     except MissingDependencyError as error:
         return None, [], str(error)
     except Exception as error:  # noqa: BLE001  # a broken installation may raise anything
         return None, [], f"{_error_text(error)}. Install it again: {install_extras('cpu')} --force-reinstall"
 
 
-def _try_provider(name: str) -> Provider:
-    """Sample digits with a provider, and check which provider ran the graphs' nodes."""
+def _try_provider(name: str, *, as_device: bool) -> Provider:
+    """Sample digits with a provider, and check which provider runs the step graph's nodes. ``as_device``: with device="cuda:0"."""
     from scm_runtime.generator import Generator
 
     if name in REMOTE:
         return Provider(name, None, REMOTE[name], None)
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            # CUDA as a caller uses it, with scm-runtime's own engine; other providers as ONNX Runtime runs them.
-            device: dict[str, Any] = {"device": "cuda:0"} if name == CUDA_PROVIDER else {"providers": [name]}
-            with Generator(DIGITS, dtype="fp32", profile_dir=folder, cache_dir=False, **device) as generator:
-                pixels = generator(seed=SEEDS, num_inference_steps=STEPS, output_type="np").array
-                start = time.perf_counter()
-                generator(seed=SEEDS, num_inference_steps=STEPS, output_type="np")
-                milliseconds = (time.perf_counter() - start) * 1e3
-            nodes = _nodes(Path(folder))
+        # CUDA as a caller uses it, with scm-runtime's own engine; other providers as ONNX Runtime runs them.
+        device: dict[str, Any] = {"device": "cuda:0"} if as_device else {"providers": [name]}
+        with Generator(DIGITS, dtype="fp32", cache_dir=False, **device) as generator:
+            nodes = generator.info.nodes
+            pixels = generator(seed=SEEDS, num_inference_steps=STEPS, output_type="np").array
+            start = time.perf_counter()
+            generator(seed=SEEDS, num_inference_steps=STEPS, output_type="np")
+            milliseconds = (time.perf_counter() - start) * 1e3
         reason = golden_mismatch(np.asarray(pixels))
-        if reason is None and not nodes[name]:
-            reason = f"none of the {nodes.total()} nodes ran on it, but on {', '.join(sorted(nodes)) or 'nothing'}"
+        if reason is None and not nodes.get(name):
+            reason = f"none of the {sum(nodes.values())} nodes of the step graph ran on it, but on {', '.join(sorted(nodes)) or 'nothing'}"
     except Exception as error:  # noqa: BLE001  # one provider's failure must not stop the examination
         return Provider(name, False, _error_text(error), None)
-    return Provider(name, reason is None, reason, None if reason else round(milliseconds, 1))
+    return Provider(name, reason is None, reason, None if reason else round(milliseconds, 1), dict(nodes))
 
 
-def _nodes(folder: Path) -> Counter[str]:
-    """Count the nodes that each provider ran, from ONNX Runtime's profiles."""
-    events = [event for path in folder.glob("*.json") for event in read_json(path)]
-    return Counter(event["args"]["provider"] for event in events if event.get("cat") == "Node" and event.get("args", {}).get("provider"))
-
-
-def _cuda(available: list[str]) -> Cuda:
+def _cuda(available: list[str], name: str) -> Cuda:
     """Describe the driver, its devices and the libraries, if ONNX Runtime has a CUDA provider."""
-    if CUDA_PROVIDER not in available:
+    if name not in available:
         return Cuda(usable=False, reason=f"this ONNX Runtime has no {CUDA_PROVIDER}" if available else "there is no ONNX Runtime", driver=None)
     try:
         from scm_runtime.devices.cuda_driver import read_driver
         from scm_runtime.devices.cuda_libraries import install_command, load
 
-        driver, libraries, reason = read_driver(), load(needed_libraries()), cuda_unavailable_reason()
+        driver, libraries, reason = read_driver(), load(needed_libraries(name)), cuda_unavailable_reason()
     except Exception as error:  # noqa: BLE001  # as above
         return Cuda(usable=False, reason=_error_text(error), driver=None)
     return Cuda(
@@ -156,7 +146,7 @@ def _cuda(available: list[str]) -> Cuda:
     )
 
 
-def _ops(providers: tuple[Provider, ...]) -> Ops:
+def _ops(providers: tuple[Provider, ...], cuda_name: str) -> Ops:
     """Find the native library, and try its kernels on each device that works."""
     from scm_runtime.ort.native_ops import find_library
 
@@ -165,7 +155,7 @@ def _ops(providers: tuple[Provider, ...]) -> Ops:
     except ScmError as error:
         return Ops(None, reason=str(error))
     working = {provider.name for provider in providers if provider.works}
-    devices = [device for device, name in (("cpu", CPU_PROVIDER), ("cuda:0", CUDA_PROVIDER)) if name in working]
+    devices = [device for device, name in (("cpu", CPU_PROVIDER), ("cuda:0", cuda_name)) if name in working]
     failures = {device: _kernels_failure(device) for device in devices}
     reason = next((failure for failure in failures.values() if failure), None)
     if library is None:

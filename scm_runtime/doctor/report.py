@@ -24,6 +24,8 @@ class Provider(Struct, frozen=True):
     """Why it does not work or was not tried; None if it works."""
     milliseconds: float | None
     """Time of the second call, for ten digits in two steps; None unless the provider works."""
+    nodes: dict[str, int] = {}
+    """Number of nodes of the step graph by the provider that runs them; empty if no session was opened."""
 
 
 class Gpu(Struct, frozen=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, cast
 
@@ -51,6 +51,8 @@ class GeneratorInfo:
     """Why the native kernels are not used, with the remedy; None if they are."""
     cuda_graph: bool = False
     """True if runs of the step graph are captured as CUDA graphs, one per batch size."""
+    nodes: Mapping[str, int] = field(default_factory=dict)
+    """Number of nodes of the step graph that each execution provider runs, after ONNX Runtime's optimizations."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,7 @@ def open_bundle(
         native_ops_version=status.library.info.version if status.library else None,
         native_ops_reason=status.reason,
         cuda_graph=engine.cuda_graph,
+        nodes={provider: ops.total() for provider, ops in engine.run(lambda: engine.graphs().step.node_placement()).items()},
     )
     return OpenBundle(folder, manifest, engine, open_fp32, info, base.runs)
 

@@ -17,9 +17,10 @@ from scm_runtime.cache.key import graph_key, is_cacheable
 from scm_runtime.cache.private_copy import ChangedError, NoRoomError
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
 from scm_runtime.common.log import log, log_once
-from scm_runtime.common.memory import MORE_MEMORY, is_out_of_memory, out_of_memory_error
+from scm_runtime.common.memory import MORE_MEMORY, NOEXEC, is_out_of_memory, out_of_memory_error, unmapped_library
 from scm_runtime.common.message_text import escape_controls
-from scm_runtime.errors import InferenceError, NativeOpsError
+from scm_runtime.devices.placement import check_cudnn, missing_cudnn
+from scm_runtime.errors import DeviceError, InferenceError, NativeOpsError
 from scm_runtime.ort.graph_check import check_graph
 from scm_runtime.ort.options import CacheContext, SessionSettings, configure
 from scm_runtime.ort.session import Session
@@ -45,7 +46,7 @@ def open_session(path: Path, settings: SessionSettings | None = None) -> Session
 
     Raises:
         InferenceError: ONNX Runtime cannot open the graph, or ``check_graph`` refuses it.
-        DeviceError: ONNX Runtime fell back to another execution provider.
+        DeviceError: ONNX Runtime fell back to another execution provider, or the graph needs cuDNN, which is missing.
         NativeOpsError: ONNX Runtime and the native library do not fit together.
         InvalidArgumentError: ONNX Runtime has no such session option.
         OutOfMemoryError: the weights do not fit into memory.
@@ -61,7 +62,10 @@ def open_session(path: Path, settings: SessionSettings | None = None) -> Session
         session = create(path, _keep_options)
     else:
         session = open_cached(context.cache, path, _key(path, settings, context), create, checksums=context.checksums)
-    return Session(path, session, settings)
+    opened = Session(path, session, settings)
+    if settings.placement.device != "cpu":
+        check_cudnn(str(path), opened.node_placement())
+    return opened
 
 
 def open_cached(cache: GraphCache, path: Path, key: str, create: Callable[[Path, SetOptions], Any], *, checksums: Mapping[str, str]) -> Any:
@@ -153,6 +157,8 @@ def _create(path: Path, settings: SessionSettings, set_options: SetOptions) -> A
         except Exception as error:
             if is_out_of_memory(error):
                 raise out_of_memory_error(f"the library of native kernels '{settings.library}'", error, MORE_MEMORY) from error
+            if unmapped_library(error):
+                raise NativeOpsError(f"the system does not run code from '{settings.library}': {NOEXEC}") from error
             raise NativeOpsError(
                 f"ONNX Runtime {ort.__version__} cannot use the library of native kernels '{settings.library}': {error}. "
                 "Install an ONNX Runtime and an scm-runtime that fit, or run without the kernels: native_ops=False"
@@ -165,7 +171,9 @@ def _create(path: Path, settings: SessionSettings, set_options: SetOptions) -> A
             if is_out_of_memory(error):
                 raise out_of_memory_error(f"the weights of '{path}' on {settings.placement.device}", error, MORE_MEMORY) from error
             if "pthread_create" in str(error):
-                raise InferenceError(f"ONNX Runtime cannot start its threads: the limit of threads is reached. Raise it, or use threads=1. ({error})") from error
+                raise InferenceError(f"ONNX Runtime cannot start its threads: the system's limit is reached. Raise it, or use threads=1. ({error})") from error
+            if "cudnn" in str(error).lower() and (reason := missing_cudnn(settings.placement.providers[0][0])):
+                raise DeviceError(f"'{path}' needs {reason}") from error
             remedy = "Upgrade it, or export the checkpoint again" + (", or run without the native kernels: native_ops=False" if settings.library else ".")
             reason = escape_controls(str(error))  # it may name nodes and operators of the graph
             raise InferenceError(f"ONNX Runtime {ort.__version__} cannot open '{path}': {reason}. {remedy}") from error

@@ -22,6 +22,8 @@ CPU_ENTRIES = {"session.intra_op.allow_spinning": "1", "session.intra_op.spin_du
 CUDA_ENTRIES = {"session.intra_op.allow_spinning": "0"}
 LOW_MEMORY_ENTRIES = {"session.disable_prepacking": "1"}
 
+RECORD_PLACEMENT = "session.record_ep_graph_assignment_info"  # which provider runs each node
+
 # A session configuration entry of the native library, with the values of torch.set_float32_matmul_precision. It sets how convolutions and matrix products over
 # feature maps are computed on a CPU that multiplies bfloat16. "high" splits each float32 into two bfloat16 and needs matrix units (AMX); "medium" rounds to one
 # bfloat16 and also uses vector units (AVX512-BF16). "highest" leaves these operators to ONNX Runtime, as on every other CPU.
@@ -94,7 +96,7 @@ def configure(options: Any, settings: SessionSettings, profile_name: str) -> Non
     if on_cpu:
         # The block of a memory pattern is allocated beside the arena: half as much memory again if batch sizes vary (benchmarks/NOTES.md, entry 17).
         options.enable_mem_pattern = False
-    entries: dict[str, object] = dict(CPU_ENTRIES if on_cpu else CUDA_ENTRIES)
+    entries: dict[str, object] = {RECORD_PLACEMENT: "1", **(CPU_ENTRIES if on_cpu else CUDA_ENTRIES)}
     if settings.threads is not None:
         options.intra_op_num_threads = settings.threads
     if settings.low_memory:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -15,7 +16,7 @@ from scm_runtime.common.message_text import escape_controls
 from scm_runtime.common.process import leave_to_parent
 from scm_runtime.common.runs import Run
 from scm_runtime.errors import BundleError, DeviceError, InferenceError, InvalidArgumentError, ScmError
-from scm_runtime.ort.options import SessionSettings
+from scm_runtime.ort.options import RECORD_PLACEMENT, SessionSettings
 
 UNCAPTURED = {"gpu_graph_id": "-1"}  # run option: host arrays have no fixed addresses that a CUDA graph could replay
 
@@ -105,6 +106,15 @@ class Session:
     def bind(self, inputs: Mapping[str, DeviceTensor], output: DeviceTensor, *, run_options: Mapping[str, str] | None = None) -> BoundSession:
         """Bind the inputs and the output to tensors in the memory of the session's CUDA device."""
         return BoundSession(self, inputs, output, run_options or {})
+
+    def node_placement(self) -> dict[str, Counter[str]]:
+        """Return how many nodes of each operator run on each execution provider. Empty if ``session_options`` turned the record off."""
+        if self._session.get_session_options().get_session_config_entry(RECORD_PLACEMENT) != "1":
+            return {}
+        placed: dict[str, Counter[str]] = {}
+        for part in self._session.get_provider_graph_assignment_info():
+            placed.setdefault(part.ep_name, Counter()).update(node.op_type for node in part.get_nodes())
+        return placed
 
     def release_captured_graph(self, graph_id: int) -> None:
         """Free the CUDA graph that was captured under this ID. It must not be replayed again. Has no effect if the execution provider frees none."""

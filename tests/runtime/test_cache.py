@@ -29,7 +29,7 @@ from scm_runtime.cache.graph_cache import TEMP_PREFIX, GraphCache
 from scm_runtime.cache.key import graph_key, is_cacheable
 from scm_runtime.common import log
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
-from scm_runtime.errors import InvalidArgumentError
+from scm_runtime.errors import InvalidArgumentError, OutOfMemoryError
 from scm_runtime.ort.native_ops import find_library
 from scm_runtime.ort.open_session import open_cached
 from support import full_disk, native_library, run_python, tree
@@ -308,6 +308,19 @@ def test_an_uncacheable_graph_is_opened_without_the_cache_and_remembered(cache: 
     opener.paths.clear()
     open_cached(cache, NOISE, key(), opener, checksums=CHECKSUMS)
     assert [path.name for path in opener.paths] == [NOISE.name, "graph.onnx"]
+
+
+def test_a_graph_that_did_not_fit_into_memory_stays_cacheable(cache: GraphCache) -> None:
+    open_cached(cache, NOISE, key(), Opener(), checksums=CHECKSUMS)
+
+    def fail_once(path: Path, change: Callable[[Any], None]) -> Any:
+        if path.name == "graph.onnx":
+            raise OutOfMemoryError("full")
+        return Opener()(path, change)
+
+    with pytest.raises(OutOfMemoryError):
+        open_cached(cache, NOISE, key(), fail_once, checksums=CHECKSUMS)
+    assert not cache.is_uncacheable(key())
 
 
 def test_a_broken_graph_raises_and_logs_nothing(cache: GraphCache, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,10 +18,10 @@ from scm_runtime.common.load_onnxruntime import load_onnxruntime
 from scm_runtime.devices import cuda_driver as driver
 from scm_runtime.devices import cuda_libraries as libraries
 from scm_runtime.devices import placement as devices
-from scm_runtime.devices.placement import CPU, cuda_unavailable_reason, resolve_device
+from scm_runtime.devices.placement import CPU, check_cudnn, cuda_unavailable_reason, resolve_device
 from support import run_python
 
-CUDA, TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
+CUDA, PLUGIN, TENSORRT = "CUDAExecutionProvider", "CudaPluginExecutionProvider", "TensorrtExecutionProvider"
 NAMES = ("libcublasLt.so.13", "libcudart.so.13")
 ERRORS = {100: "CUDA_ERROR_NO_DEVICE", 803: "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH", 999: "CUDA_ERROR_UNKNOWN"}
 
@@ -262,6 +263,66 @@ def test_providers_on_a_gpu_need_what_it_needs(machine: Callable[..., None]) -> 
     assert [name for name, _ in placement.providers] == [TENSORRT, CUDA, "CPUExecutionProvider"]
     machine(None)
     assert "there is no NVIDIA driver" in refusal("auto", [CUDA])
+
+
+# ----------------------------------------------------------------------------
+# The CUDA provider as a plugin, and cuDNN
+
+
+@pytest.fixture
+def plugin(machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, str]]:
+    """Fake an ONNX Runtime without CUDA and the package of the plugin. Returns the registrations that follow, with name and path."""
+    registered: list[tuple[str, str]] = []
+    library = tmp_path / "libonnxruntime_providers_cuda.so"
+    library.write_bytes(b"")
+    machine(FakeCuda())
+    ort = load_onnxruntime()
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    monkeypatch.setattr(ort, "get_ep_devices", lambda: [SimpleNamespace(ep_name=name) for name, _ in registered])
+    monkeypatch.setattr(ort, "register_execution_provider_library", lambda name, path: registered.append((name, path)))
+    monkeypatch.setitem(sys.modules, "onnxruntime_ep_cuda", SimpleNamespace(get_library_path=lambda: str(library)))
+    return registered
+
+
+def test_the_plugin_is_the_cuda_device_of_an_onnxruntime_without_cuda(plugin: list[tuple[str, str]]) -> None:
+    for device in ("cuda", "auto", "cuda:0"):
+        placement = resolve_device(device)
+        assert (placement.device, placement.index) == ("cuda:0", 0)
+        assert placement.providers == ((PLUGIN, {"device_id": "0"}), ("CPUExecutionProvider", {}))
+    assert [name for name, _ in plugin] == [PLUGIN], "it is registered once"
+    assert resolve_device(providers=[PLUGIN]).hardware == "NVIDIA L4 8.9"
+
+
+def test_the_built_in_cuda_provider_comes_before_the_plugin(plugin: list[tuple[str, str]], machine: Callable[..., None]) -> None:
+    machine(FakeCuda())
+    assert resolve_device("cuda").providers[0][0] == CUDA
+    assert plugin == []
+
+
+def test_a_plugin_that_cannot_be_registered(plugin: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture) -> None:
+    def refuse(_name: str, _path: str) -> None:
+        raise RuntimeError("it needs a newer ONNX Runtime")
+
+    monkeypatch.setattr(load_onnxruntime(), "register_execution_provider_library", refuse)
+    assert "has no CUDAExecutionProvider" in refusal("cuda")
+    assert ["it needs a newer ONNX Runtime" in message for message in log.messages] == [True]
+
+
+def test_cudnn_is_demanded_only_by_graphs_that_need_it(machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(FakeCuda(), missing=("libcudnn.so.9",))
+    monkeypatch.setattr(devices, "needed_libraries", lambda _provider: (*NAMES, "libcudnn.so.9"))
+    assert resolve_device("cuda").device == "cuda:0"
+    assert resolve_device(providers=[CUDA]).providers[0][0] == CUDA
+    assert resolve_device("auto").device == "cpu", "which graphs will be opened is not known"
+    check_cudnn("step.onnx", {CUDA: {"MatMul": 3}, "CPUExecutionProvider": {"Conv": 1}})
+    for provider in (CUDA, PLUGIN):
+        with pytest.raises(DeviceError, match=r"the operator Conv of 'step.onnx' needs libcudnn.so.9, .* pip install nvidia-cudnn-cu13"):
+            check_cudnn("step.onnx", {provider: {"MatMul": 3, "Conv": 2}})
+    machine(FakeCuda())
+    check_cudnn("step.onnx", {CUDA: {"Conv": 2}})
+    machine(FakeCuda(), missing=("libcublasLt.so.13", "libcudnn.so.9"))
+    monkeypatch.setattr(devices, "needed_libraries", lambda _provider: (*NAMES, "libcudnn.so.9"))
+    assert refusal("cuda").endswith("pip install 'nvidia-cublas~=13.0' nvidia-cudnn-cu13"), "one command for all"
 
 
 # ----------------------------------------------------------------------------

@@ -89,8 +89,10 @@ def test_a_provider_that_runs_no_nodes_is_a_failure(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(doctor, "REMOTE", {})
     code, document = report()
     assert code == 0  # the CPU works
+    assert set(provider(document, CPU)["nodes"]) == {CPU}
     assert provider(document, azure)["works"] is False
-    assert provider(document, azure)["reason"].endswith(f"nodes ran on it, but on {CPU}")
+    assert provider(document, azure)["reason"].endswith(f"nodes of the step graph ran on it, but on {CPU}")
+    assert set(provider(document, azure)["nodes"]) == {CPU}
 
 
 def test_a_provider_that_cannot_be_opened_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,7 +114,7 @@ def test_onnxruntime_for_cuda_without_a_driver(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(driver, "load_library", no_driver)
     monkeypatch.setattr(load_onnxruntime(), "get_available_providers", lambda: ["CUDAExecutionProvider", CPU])
     monkeypatch.setattr(devices, "needed_libraries", lambda _provider: names)
-    monkeypatch.setattr(doctor, "needed_libraries", lambda: names)
+    monkeypatch.setattr(doctor, "needed_libraries", lambda _provider: names)
     code, document = report()
     assert code == 0
     assert document["cuda"]["usable"] is False

@@ -60,6 +60,65 @@ generator = Generator("digits", device=sys.argv[2], cache_dir=cache_dir, threads
 generator(seed=1)
 """
 
+# Forks children in three ways, which use the generator or not, and end in three ways. The generator has threads of ONNX Runtime and of the scheduler.
+FORKS = """
+import itertools, json, multiprocessing, os, signal, sys, threading, time, warnings
+from scm_runtime import ForkedError, Generator
+
+warnings.simplefilter("ignore", DeprecationWarning)  # os.fork() warns if there are threads
+cache_dir = {"default": None, "none": False, "folder": os.path.expanduser("~/folder")}[sys.argv[3]]
+generator = Generator("digits", device=sys.argv[2], cache_dir=cache_dir, threads=2)
+generator.submit(seed=1).result(60)
+
+def child(uses, end):
+    if uses:
+        try:
+            generator(seed=1)
+        except ForkedError:
+            generator.close()
+        else:
+            os._exit(71)
+    if end == "sys.exit":
+        sys.exit(3)
+    elif end == "os._exit":
+        os._exit(3)
+
+def ended(pid):
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return "hung"
+
+def fork(report, name, *arguments):
+    pid = os.fork()
+    if pid:
+        report[name] = ended(pid)
+        return True
+    child(*arguments)
+    return False  # the child returns to the end of the program, or of the thread
+
+report = {}
+for uses, end in itertools.product((False, True), ("sys.exit", "os._exit", "return")):
+    if not fork(report, f"fork {uses} {end}", uses, end):
+        break
+    thread = threading.Thread(target=fork, args=(report, f"thread {uses} {end}", uses, end))
+    thread.start()
+    thread.join()
+    process = multiprocessing.get_context("fork").Process(target=child, args=(uses, end))
+    process.start()
+    process.join(60)
+    report[f"process {uses} {end}"] = "hung" if process.exitcode is None else process.exitcode
+    process.kill()
+else:
+    with open(sys.argv[1], "w") as file:
+        json.dump(report, file)
+"""
+
 COMMAND = """
 import importlib
 try:
@@ -100,6 +159,22 @@ def check(action: str, home: Path, *arguments: str | Path, folders: set[str], im
 @pytest.mark.parametrize("device", ["cpu", "auto"])
 def test_a_generator_does_not_turn_telemetry_on(device: str, cache: str, tmp_path: Path) -> None:
     check(GENERATOR, tmp_path / "home", device, cache, folders={"default": {".cache/scm-runtime"}, "folder": {"folder"}, "none": set[str]()}[cache])
+
+
+@linux
+@pytest.mark.parametrize("cache", ["default", "folder", "none"])
+@pytest.mark.parametrize("device", ["cpu", "auto"])
+def test_every_forked_child_ends(device: str, cache: str, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    run_python(FORKS, tmp_path / "report.json", device, cache, env=fresh_environment(home), cwd=tmp_path)
+    report: dict[str, Any] = json.loads((tmp_path / "report.json").read_bytes())
+    assert len(report) == 18
+    # A thread that raises SystemExit ends without an exit code.
+    expected = {name: 0 if name.endswith("return") or (name.startswith("thread") and name.endswith("sys.exit")) else 3 for name in report}
+    assert report == expected
+    files = [path.relative_to(home) for path in home.rglob("*") if path.is_file()]
+    assert {file.parts[0] for file in files} <= {".cache", "folder"}
+    assert all(file.is_relative_to(".cache/scm-runtime") for file in files if file.parts[0] == ".cache")
 
 
 @linux
@@ -171,7 +246,7 @@ except OutOfMemoryError as error:
     print(error)
 """
     )
-    assert "failed to map segment" in printed.stdout
+    assert "memory" in printed.stdout
     assert "pip install" not in printed.stdout
 
 

@@ -27,7 +27,7 @@ from scm_runtime.common.load_onnxruntime import load_onnxruntime
 from scm_runtime.devices.cuda_driver import Device, Driver
 from scm_runtime.devices.placement import Placement
 from scm_runtime.ort import native_ops as native
-from scm_runtime.ort.options import SessionSettings
+from scm_runtime.ort.options import RECORD_PLACEMENT, SessionSettings
 from scm_runtime.ort.session import Session
 
 onnxruntime = load_onnxruntime()
@@ -136,6 +136,9 @@ def test_info(bundle: Path, install: InstallStub) -> None:
     info = Generator(bundle, native_ops=False).info
     assert (info.bundle, info.dtype, info.device, info.provider) == ("tiny", "fp32", "cpu", "CPUExecutionProvider")
     assert info.onnxruntime == onnxruntime.__version__
+    assert set(info.nodes) == {"CPUExecutionProvider"}
+    assert info.nodes["CPUExecutionProvider"] > 20
+    assert Generator(bundle, native_ops=False, session_options={RECORD_PLACEMENT: "0"}).info.nodes == {}
     assert (info.native_ops, info.native_ops_version, info.native_ops_reason) == (False, None, "native_ops=False")
 
 

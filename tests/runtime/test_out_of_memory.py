@@ -8,8 +8,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import click
 import pytest
 
+from scm_runtime import Generator, OutOfMemoryError
+from scm_runtime.cli.program import describe
+from scm_runtime.common.memory import is_out_of_memory
+from scm_runtime.engines.host import HostEngine
 from support import run_python
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the address space is read from /proc and limited by setrlimit")
@@ -73,7 +78,7 @@ from scm_runtime import Generator, OutOfMemoryError
 
 Generator("digits", device="cpu", cache_dir=False, threads=1).close()
 errors = []
-for megabytes in itertools.count(1, 3):
+for megabytes in itertools.count(3, 3):
     try:
         with room(megabytes):
             Generator("digits", device="cpu", cache_dir=False, threads=1).close()
@@ -130,3 +135,45 @@ assert load_onnxruntime().__version__
     ).stdout
     assert "out of memory for ONNX Runtime" in printed
     assert "pip install" not in printed
+
+
+def test_a_library_that_cannot_be_mapped_is_told_apart_from_missing_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The dynamic loader says the same if its file system is mounted noexec, and does not name the folder of a library that another one needs."""
+    library = tmp_path / "libx.so"
+    library.write_bytes(bytes(1 << 20))
+    errors = [OSError(f"{name}: failed to map segment from shared object") for name in (library, "libx.so.1")]
+    assert [is_out_of_memory(error) for error in errors] == [False, False]
+    monkeypatch.setattr("scm_runtime.common.memory.has_room", lambda nbytes: nbytes < 1 << 20)
+    assert [is_out_of_memory(error) for error in errors] == [True, True]
+    assert not is_out_of_memory(ImportError("libgomp.so.1: cannot allocate memory in static TLS block"))
+
+
+def test_a_command_that_cannot_load_a_library_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("scm_runtime.common.memory.has_room", lambda _nbytes: False)
+    for error in (ImportError("libXau.so.6: failed to map segment from shared object"), MemoryError()):
+        message, code = describe(error, click.Command("generate"))
+        assert code == 1
+        assert message.startswith("Error: out of memory. Use a smaller batch, or raise the memory limit")
+    assert "no module x" in describe(ImportError("no module x"), click.Command("generate"))[0]
+
+
+@pytest.mark.parametrize("method", ["start", "step", "decode", "finite_flags"])
+def test_an_array_that_does_not_fit_names_the_batch(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError("Unable to allocate 9.00 GiB for an array")
+
+    with Generator("digits", device="cpu", threads=1) as generator:
+        with monkeypatch.context() as patch:
+            patch.setattr(HostEngine, method, fail)
+            for call in (generator, lambda **arguments: generator.submit(**arguments).result(60)):
+                with pytest.raises(OutOfMemoryError, match=r"out of memory for a batch of 3\. Use a smaller batch\. \(Unable to allocate 9\.00 GiB"):
+                    call(seed=[1, 2, 3])
+        assert len(generator(seed=[1, 2, 3])) == 3
+
+
+def test_a_memory_error_of_a_callback_is_raised_as_it_is() -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError("of the user")
+
+    with Generator("digits", device="cpu", threads=1) as generator, pytest.raises(MemoryError, match=r"^of the user$"):
+        generator(seed=1, callback_on_step_end=fail)
