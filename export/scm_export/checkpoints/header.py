@@ -28,7 +28,7 @@ DOCUMENT = "docs/checkpoint-format.md"
 MAX_STEPS = 1000  #         the training steps of diffusion models
 SMALLEST, LARGEST = 1e-6, 1e6  # of the numbers that scale the state and its pixels: float32 must hold their squares
 MAX_TEXT = 1000  #          characters of a label or licence
-MAX_ELEMENTS = 1 << 26  #   of the state or of one conditioning
+MAX_ELEMENTS = 1 << 24  #   of the state or of one conditioning
 
 PositiveNumber = Annotated[float, Meta(gt=0)]
 PositiveInteger = Annotated[int, Meta(ge=1)]
