@@ -52,7 +52,7 @@ class DiffusersFolder:
 
     def describe(self) -> str:
         """Short description for error messages."""
-        return f"the diffusers folder '{self.path}' ({', '.join(name for name in (self.pipeline, *self.classes.values()) if name)})"
+        return f"the diffusers folder '{self.path}' ({', '.join(name for name in map(printable, (self.pipeline, *self.classes.values())) if name)})"
 
     @cached_property
     def index(self) -> dict[str, Any]:

@@ -29,7 +29,8 @@ DOCUMENT = "docs/checkpoint-format.md"
 MAX_STEPS = 1000  #         the training steps of diffusion models
 SMALLEST, LARGEST = 1e-6, 1e6  # of the numbers that scale the state and its pixels: float32 must hold their squares
 MAX_TEXT = 1000  #          characters of a label or licence
-MAX_ELEMENTS = 1 << 26  #   of the state or of one conditioning
+TYPICAL_LENGTH = 64  #      what a dynamic dimension counts as
+MAX_ELEMENTS = 1 << 24  #   of the state or of one conditioning
 
 PositiveNumber = Annotated[float, Meta(gt=0)]
 PositiveInteger = Annotated[int, Meta(ge=1)]
@@ -106,8 +107,10 @@ class ConditioningSpec(Struct, kw_only=True, forbid_unknown_fields=True):
             ValueError: the fields do not fit together.
         """
         dtype = typing.cast(Literal["int64", "float32"], CONDITIONING_DTYPES[self.kind])
-        if math.prod(size for size in self.shape if isinstance(size, int)) > MAX_ELEMENTS:
-            raise ValueError(f"conditioning must have at most {MAX_ELEMENTS} elements per sample, got the shape {list(self.shape)} for {printable(self.name)}")
+        if math.prod(size if isinstance(size, int) else TYPICAL_LENGTH for size in self.shape) > MAX_ELEMENTS:
+            raise ValueError(
+                f"conditioning must have at most {MAX_ELEMENTS} elements per sample, got the shape {list(self.shape)!s:.200} for {printable(self.name)}"
+            )
         item = Conditioning(**{name: getattr(self, name) for name in self.__struct_fields__}, dtype=dtype)
         if not re.fullmatch(r"[a-z][a-z0-9_]{0,99}", self.name) or keyword.iskeyword(self.name):
             raise ValueError(

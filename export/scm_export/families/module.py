@@ -31,7 +31,7 @@ from scm_export.model import Model, Reference
 from scm_export.parametrisation import Step, sample
 from scm_export.precision import Precision, is_norm
 from scm_runtime.bundle.manifest import Conditioning
-from scm_runtime.common.message_text import first_line
+from scm_runtime.common.message_text import first_line, printable
 
 logger = logging.getLogger("scm_export")
 
@@ -174,7 +174,8 @@ def _modules_in_fp32(network: nn.Module, keep_fp32: tuple[str, ...]) -> set[str]
     for pattern in keep_fp32:
         if not any(fnmatchcase(name, pattern) for name in names):
             close = difflib.get_close_matches(pattern, names, n=1)
-            raise CheckpointError(f"config.keep_fp32 must name modules of the network, got {pattern!r}{f'; did you mean {close[0]!r}?' if close else ''}")
+            meant = f"; did you mean {close[0]!r}?" if close else ""
+            raise CheckpointError(f"config.keep_fp32 must name modules of the network, got {printable(pattern)!r}{meant}")
     return kept
 
 
