@@ -33,6 +33,7 @@ from scm_export.families.weights import load_weights
 from scm_export.model import Model, Reference
 from scm_export.precision import Precision
 from scm_runtime.bundle.manifest import Conditioning
+from scm_runtime.common.message_text import printable
 
 PIPELINE, UNET, SCHEDULER = "ConsistencyModelPipeline", "UNet2DModel", "CMStochasticIterativeScheduler"
 
@@ -124,7 +125,7 @@ def _check(unet: Any, scheduler: Any, folder: DiffusersFolder) -> None:
         )
     for name in ("sigma_data", "rho"):
         if not 0 < scheduler[name] < math.inf:
-            raise CheckpointError(f"{name} of the {SCHEDULER} in {folder.describe()} must be a number above 0, got {scheduler[name]}")
+            raise CheckpointError(f"{name} of the {SCHEDULER} in {folder.describe()} must be a number above 0, got {printable(scheduler[name])}")
 
 
 def _times(scheduler: Any, size: int) -> dict[int, tuple[float, ...]]:

@@ -33,6 +33,7 @@ from scm_export.families.weights import load_weights
 from scm_export.model import Model, Reference
 from scm_export.precision import Precision
 from scm_runtime.bundle.manifest import Conditioning
+from scm_runtime.common.message_text import printable
 
 PIPELINES = ("LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline")
 UNET, SCHEDULER = "UNet2DConditionModel", "LCMScheduler"
@@ -161,7 +162,7 @@ def _check(unet: Any, scheduler: Any, folder: DiffusersFolder) -> None:
         raise CheckpointError(f"the {SCHEDULER} of {folder.describe()} must have thresholding = false: dynamic thresholding is not for latents")
     predictions = ("epsilon", "sample", "v_prediction")
     if scheduler.prediction_type not in predictions:
-        raise CheckpointError(f"prediction_type of the {SCHEDULER} must be one of {', '.join(predictions)}, got {scheduler.prediction_type!r}")
+        raise CheckpointError(f"prediction_type of the {SCHEDULER} must be one of {', '.join(predictions)}, got '{printable(scheduler.prediction_type)}'")
 
 
 def _times(scheduler: Any, count: int) -> tuple[float, ...]:

@@ -23,6 +23,7 @@ from scm_export.model import Model, Reference
 from scm_export.parametrisation import Step
 from scm_export.precision import Precision, is_norm
 from scm_runtime.bundle.manifest import Conditioning
+from scm_runtime.common.message_text import printable
 from scm_runtime.errors import InvalidArgumentError
 
 PIPELINES = ("SanaSprintPipeline", "SanaSprintImg2ImgPipeline")
@@ -145,9 +146,9 @@ def _check(config: Any, scheduler: Any) -> None:
     if config.out_channels not in (None, config.in_channels):
         raise CheckpointError(f"the {TRANSFORMER} must have as many out_channels as in_channels, {config.in_channels}, got {config.out_channels}")
     if scheduler.prediction_type != "trigflow":
-        raise CheckpointError(f"prediction_type of the {SCHEDULER} must be 'trigflow', got {scheduler.prediction_type!r}")
+        raise CheckpointError(f"prediction_type of the {SCHEDULER} must be 'trigflow', got '{printable(scheduler.prediction_type)}'")
     if not isinstance(scheduler.sigma_data, float | int) or not 0 < scheduler.sigma_data < math.inf:
-        raise CheckpointError(f"sigma_data of the {SCHEDULER} must be a number above 0, got {scheduler.sigma_data!r}")
+        raise CheckpointError(f"sigma_data of the {SCHEDULER} must be a number above 0, got {printable(scheduler.sigma_data)}")
 
 
 def _set_positional_embedding(transformer: nn.Module, height: int, width: int) -> None:
