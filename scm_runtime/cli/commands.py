@@ -12,6 +12,7 @@ from scm_runtime._version import __version__
 from scm_runtime.cli.options import (
     IntegerList,
     NumberList,
+    Seconds,
     device_option,
     dtype_option,
     native_ops_option,
@@ -194,7 +195,7 @@ def smoke(bundle: str, as_json: bool, device: str, revision: str | None, native_
 @threads_option
 @click.option(
     "--seconds",
-    type=click.FloatRange(0),
+    type=Seconds(),
     default=3.0,
     show_default=True,
     help="Time to measure each pair of steps and batch size; at least three calls.",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -29,6 +30,21 @@ class NumberList(ParamType[tuple[float, ...]]):
             return tuple(float(part) for part in str(value).split(","))
         except ValueError:
             self.fail(f"must be one or more numbers, separated by commas; got {value!r}", param, ctx)
+
+
+class Seconds(click.FloatRange):
+    """A time in seconds, at least 0."""
+
+    name = "seconds"
+
+    def __init__(self) -> None:
+        super().__init__(0)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        seconds = float(super().convert(value, param, ctx))
+        if math.isnan(seconds):  # in no range, though click accepts it
+            self.fail(f"must be a number of seconds, got {value}", param, ctx)
+        return seconds
 
 
 class IntegerList(ParamType[tuple[int, ...]]):

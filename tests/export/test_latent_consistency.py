@@ -205,6 +205,7 @@ def test_what_the_pipeline_cannot_run_is_refused(tmp_path: Path) -> None:
         ({}, {"num_class_embeds": 3}, "num_class_embeds .* must be None, got 3"),
         ({}, {"in_channels": 9}, "out_channels .* must be 9, got 4"),
         ({"thresholding": True}, {}, "must have thresholding = false"),
+        ({"original_inference_steps": 0}, {}, "original_inference_steps of the LCMScheduler"),
         ({"prediction_type": "velocity"}, {}, "must be one of epsilon, sample, v_prediction, got 'velocity'"),
     ]
     for i, (scheduler, unet, message) in enumerate(refused):

@@ -363,6 +363,7 @@ def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(tm
         (["digits", "--steps", "1,7"], "must be one of [1, 2]"),
         (["digits", "--sampler", "heun"], "sampler must be"),
         (["digits", "--seconds", "-1"], "-1"),
+        (["digits", "--seconds", "nan"], "must be a number of seconds, got nan"),
         (["digits", "--threads", "0"], "threads must be"),
         (["digits", "--dtype", "fp8"], "dtype must be"),
         (["digits", "--device", "tpu"], "device must be"),

@@ -158,6 +158,9 @@ def _check(unet: Any, scheduler: Any, folder: DiffusersFolder) -> None:
             )
     if not isinstance(unet.cross_attention_dim, int):
         raise CheckpointError(f"cross_attention_dim of the {UNET} in {folder.describe()} must be an integer, got {unet.cross_attention_dim!r}")
+    if not (isinstance(scheduler.original_inference_steps, int) and scheduler.original_inference_steps >= 1):
+        steps = printable(scheduler.original_inference_steps)
+        raise CheckpointError(f"original_inference_steps of the {SCHEDULER} in {folder.describe()} must be an integer of at least 1, got {steps}")
     if scheduler.thresholding:
         raise CheckpointError(f"the {SCHEDULER} of {folder.describe()} must have thresholding = false: dynamic thresholding is not for latents")
     predictions = ("epsilon", "sample", "v_prediction")
