@@ -12,6 +12,7 @@ The classes in parentheses are built-in errors that the class also derives from.
 from __future__ import annotations
 
 from scm_runtime.bundle.manifest import Verification
+from scm_runtime.common.message_text import safe_message
 from scm_runtime.errors import ScmError
 
 
@@ -20,7 +21,10 @@ class ExportError(ScmError):
 
 
 class CheckpointError(ExportError, ValueError):
-    """A checkpoint cannot be read, or does not fit its family."""
+    """A checkpoint cannot be read, or does not fit its family. Text of the file in the message is escaped and shortened."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(safe_message(message))
 
 
 class CheckpointNotFoundError(CheckpointError, FileNotFoundError):

@@ -11,7 +11,7 @@ import sys
 from contextlib import suppress
 from typing import TextIO
 
-from scm_runtime.common.message_text import escape_controls
+from scm_runtime.common.message_text import escape_controls, safe_message
 
 MAX_MESSAGE = 8000  # characters; what files say is shortened where it is read, this bounds everything else
 REPLACEMENTS = {"→": "->", "…": "...", "×": "x", "–": "-", "—": "-", "σ": "sigma", "“": '"', "”": '"', "’": "'"}
@@ -76,10 +76,8 @@ def say(text: str) -> None:
 
 def say_error(text: str) -> None:
     """Print text on standard error, with control characters escaped. That it cannot be written is ignored: there is nowhere to say so."""
-    if len(text) > MAX_MESSAGE:
-        text = f"{text[: MAX_MESSAGE // 2]} … {text[-MAX_MESSAGE // 2 :]}"
     try:
-        _write(sys.stderr, escape_controls(text))
+        _write(sys.stderr, safe_message(text, MAX_MESSAGE))
     except OSError:
         discard_output(sys.stderr)
 

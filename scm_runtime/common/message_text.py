@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-MAX_SHOWN = 200  # characters
+MAX_SHOWN = 200  # characters of one name or key
+MAX_MESSAGE = 4000  # characters
 MAX_LINE = 1000
 
 
@@ -23,3 +24,10 @@ def first_line(error: BaseException) -> str:
 def escape_controls(text: str) -> str:
     """Escape the characters of a message that a terminal would interpret, such as those of ANSI sequences. Line breaks and tabs stay."""
     return "".join(char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape").decode() for char in text)
+
+
+def safe_message(text: str, max_length: int = MAX_MESSAGE) -> str:
+    """Escape the control characters of a message, and cut out the middle of a very long one."""
+    if len(text) > max_length:
+        text = f"{text[: max_length // 2]} … {text[-max_length // 2 :]}"
+    return escape_controls(text)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from scm_runtime.common import documents
-from scm_runtime.common.message_text import escape_controls
+from scm_runtime.common.message_text import escape_controls, safe_message
 
 
 @pytest.mark.parametrize(
@@ -69,3 +69,10 @@ def test_pipes_and_devices_are_not_opened(tmp_path: Path, read: type) -> None:
 
 def test_control_characters_are_escaped_and_other_text_stays() -> None:
     assert escape_controls("no 'a\x1b[2J\rb\x9b\u202e' in\n\tbündle →") == "no 'a\\x1b[2J\\rb\\x9b\\u202e' in\n\tbündle →"
+
+
+def test_long_messages_keep_their_beginning_and_end() -> None:
+    message = safe_message("the cause " + "y" * 10_000 + "\x1b[31m the remedy")
+    assert len(message) < 5000
+    assert message.startswith("the cause y")
+    assert message.endswith("y\\x1b[31m the remedy")
