@@ -22,6 +22,7 @@ from scm_runtime.cli.streams import print_json, say_error
 from scm_runtime.cli.tables import BAD, OutputConsole, facts_table, print_table
 from scm_runtime.common.installed import install_extras
 from scm_runtime.common.interrupts import raise_at_interrupt, was_interrupted
+from scm_runtime.common.message_text import escape_controls
 from scm_runtime.errors import MissingDependencyError
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ def _run(checkpoint: str, out: Path | None, dry_run: bool, options: Mapping[str,
     with terminal.status("starting", spinner="dots" if terminal.encoding.startswith("utf") else "line") as status:
 
         def show(stage: str) -> None:
-            status.update(stage)
+            status.update(Text(escape_controls(stage)))  # not as rich's markup: it may have a key from the file
             if not terminal.is_terminal:
                 say_error(stage)  # a plain log of the stages
 

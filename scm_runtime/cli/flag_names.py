@@ -10,21 +10,32 @@ ARGUMENTS = {"steps": "num_inference_steps", "labels": "class_labels"}  # argume
 ALSO_WORDS = {"prompt_embeds"}  # the name of an array in a file, too: a flag only at the beginning of a message
 
 
+QUOTED = re.compile(r"(?<!\w)('[^'\n]*'|\"[^\"\n]*\")")  # an apostrophe inside of a word opens no quotation
+
+
 def with_flag_names(message: str, command: click.Command) -> str:
-    """Replace names of arguments by the command's flags: at the beginning, in ``name='value'``, and elsewhere if the names cannot be English words."""
-    for option in command.params:
-        if not isinstance(option, click.Option) or option.name is None:
-            continue
-        name, flag = ARGUMENTS.get(option.name, option.name), option.opts[-1]
-        if flag.startswith("--no-"):
-            message = re.sub(rf"\b{name}=False\b", flag, message)
-            continue
-        if option.is_flag:
-            message = re.sub(rf"\b{name}=True\b", flag, message)
-            if option.secondary_opts:
-                message = re.sub(rf"\b{name}=False\b", option.secondary_opts[-1], message)
-        message = re.sub(rf"\b{name}='([^']*)'", rf"{flag} \1", message)
-        is_word = ("_" not in name and name != "timesteps") or name in ALSO_WORDS
-        message = re.sub(rf"(^|, ){name}(?=: \d)", rf"\1{flag}", message)  # in a list of lengths
-        message = re.sub(rf"^{name}(?=[ :])" if is_word else rf"(?<![\w'-]){name}\b(?!=)", flag, message)
-    return re.sub(r", or None( for [^,.;:]*)?(?=[,.;:])", "", message)
+    """Replace names of arguments by the command's flags: at the beginning, in ``name='value'``, and elsewhere if the names cannot be English words.
+
+    Other text in quotes, such as a path, stays as it is.
+    """
+    flags = [(ARGUMENTS.get(option.name, option.name), option) for option in command.params if isinstance(option, click.Option) and option.name is not None]
+    for name, option in flags:
+        message = re.sub(rf"\b{name}='([^']*)'", rf"{option.opts[-1]} \1", message)
+    parts = QUOTED.split(message)
+    for name, option in flags:
+        parts[::2] = [_with_flag(part, name, option, is_first=i == 0) for i, part in enumerate(parts[::2])]
+    return re.sub(r", or None( for [^,.;:]*)?(?=[,.;:])", "", "".join(parts))
+
+
+def _with_flag(text: str, name: str, option: click.Option, *, is_first: bool) -> str:
+    flag = option.opts[-1]
+    if flag.startswith("--no-"):
+        return re.sub(rf"\b{name}=False\b", flag, text)
+    if option.is_flag:
+        text = re.sub(rf"\b{name}=True\b", flag, text)
+        if option.secondary_opts:
+            text = re.sub(rf"\b{name}=False\b", option.secondary_opts[-1], text)
+    text = re.sub(rf"(^|, ){name}(?=: \d)", rf"\1{flag}", text)  # in a list of lengths
+    if ("_" not in name and name != "timesteps") or name in ALSO_WORDS:
+        return re.sub(rf"^{name}(?=[ :])(?! of )", flag, text) if is_first else text  # not in "out of memory"
+    return re.sub(rf"(?<![\w'-]){name}\b(?!=)", flag, text)

@@ -99,7 +99,7 @@ def generate_images(generator: Generator, options: GenerateOptions, output: Outp
     except KeyboardInterrupt as error:
         raise Interrupted(f"{len(files)} of {options.num_images or 'the'} images are in '{output.shown}'" if files else "nothing was written") from error
     seconds = time.perf_counter() - start if options.num_images else merged.timings.total
-    labels = merged.conditioning.get("class_labels")
+    labels = None if generator.manifest.labels is None else merged.conditioning.get(generator.manifest.labels.name)
     return Written(
         out=output.shown,
         files=tuple(files),
@@ -149,8 +149,7 @@ def _concatenate(batches: Sequence[Samples]) -> Samples:
     if len(batches) == 1:
         return batches[0]
     array = np.concatenate([samples.array for samples in batches])
-    labels = [samples.conditioning["class_labels"] for samples in batches if "class_labels" in samples.conditioning]
-    conditioning = {"class_labels": np.concatenate(labels)} if labels else {}
+    conditioning = {name: np.concatenate([samples.conditioning[name] for samples in batches]) for name in batches[0].conditioning}
     return replace(batches[0], array=array, seeds=tuple(seed for samples in batches for seed in samples.seeds), conditioning=conditioning)
 
 

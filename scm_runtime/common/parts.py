@@ -42,7 +42,10 @@ def _create(target: Path, *, folder: bool) -> tuple[Path, int | None]:
     while True:
         part = target.with_name(f".{target.name[:50]}.part-{system_id()}-{os.urandom(6).hex()}")
         part.mkdir() if folder else part.touch(exist_ok=False)
-        descriptor = _open(part)
+        try:
+            descriptor = _open(part)
+        except FileNotFoundError:  # another process has swept it before it was opened
+            continue
         held = _lock(descriptor)
         if held is not False and part.exists():  # else another process has swept it before it was locked
             return part, descriptor

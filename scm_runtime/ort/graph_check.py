@@ -19,6 +19,7 @@ from scm_runtime.common.message_text import printable
 MAX_OPERATORS = 200_000
 MAX_EXPANSION = 20
 """With all functions inlined, a graph may have ``MAX_OPERATORS``, or this many times the operators in the file. Exported graphs have 7 times as many."""
+MAX_COUNT = 1 << 62  # operators of one function, above which they are not counted: the numbers could have millions of digits
 MAX_BYTES = (1 << 31) - 1  # of a protobuf message
 STANDARD_DOMAINS = ("ai.onnx", "com.microsoft", "com.ms.")  # prefixes
 
@@ -80,13 +81,23 @@ def _count_operators(model: memoryview) -> tuple[int, int]:
 def _inlined_counts(functions: dict[Operator, Counter[Operator]]) -> dict[Operator, int]:
     """Return the number of operators in each function after inlining. Raises ValueError if functions call each other in a circle."""
     counts: dict[Operator, int] = {}
-    pending = dict(functions)
-    while pending:
-        ready = [function for function, nodes in pending.items() if not any(operator in pending for operator in nodes)]
-        if not ready:
-            raise ValueError("its functions call each other in a circle")
-        for function in ready:
-            counts[function] = sum(repeats * counts.get(operator, 1) for operator, repeats in pending.pop(function).items())
+    callers: dict[Operator, list[Operator]] = {function: [] for function in functions}
+    missing: dict[Operator, int] = {}  # number of called functions that are not counted yet
+    for function, nodes in functions.items():
+        called = [operator for operator in nodes if operator in functions]
+        missing[function] = len(called)
+        for operator in called:
+            callers[operator].append(function)
+    ready = [function for function, number in missing.items() if number == 0]
+    while ready:
+        function = ready.pop()
+        counts[function] = min(sum(repeats * counts.get(operator, 1) for operator, repeats in functions[function].items()), MAX_COUNT)
+        for caller in callers[function]:
+            missing[caller] -= 1
+            if missing[caller] == 0:
+                ready.append(caller)
+    if len(counts) < len(functions):
+        raise ValueError("its functions call each other in a circle")
     return counts
 
 

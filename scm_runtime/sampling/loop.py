@@ -112,15 +112,19 @@ class SamplingLoop:
         """
         trajectory = request.trajectory
         call, k = trajectory.call, trajectory.evaluations_done - 1
+
+        def check() -> None:
+            with _memory_errors([request]):
+                self.nonfinite.check(trajectory)  # may compute all steps again
+
         if request.on_step is None or not call.ends_a_step(k):
             if not self.engine.asynchronous:
-                with _memory_errors([request]):
-                    self.nonfinite.check(trajectory)
+                run(check)
             return
 
         def read() -> NDArray[np.float32]:
+            check()
             with _memory_errors([request]):
-                self.nonfinite.check(trajectory)
                 return np.array(self.engine.read_state(trajectory))  # a copy that the callback may change, on every device
 
         x: NDArray[np.float32] = run(read)

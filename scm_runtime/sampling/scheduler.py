@@ -122,7 +122,8 @@ class BatchScheduler:
         """End a request at its deadline: set the error of its future, and abandon it."""
         assert queued.request.deadline is not None
         if (future := queued.take_future()) is not None:
-            self._abandon(queued)
+            with self._lock:  # add_request has put the request into the inbox when it releases the lock
+                self._abandon(queued)
             if future.set_running_or_notify_cancel():
                 future.set_exception(queued.request.deadline.error())
 
@@ -217,7 +218,7 @@ class BatchScheduler:
             self._abandoned.append(abandoned)
 
     def _resolve_abandoned(self) -> None:
-        abandoned, self._abandoned = [queued for queued in self._abandoned if not queued.finished], []
+        abandoned, self._abandoned = list(dict.fromkeys(queued for queued in self._abandoned if not queued.finished)), []
         resolve_all(dict.fromkeys(abandoned))
         self._queue.discard(abandoned)
 

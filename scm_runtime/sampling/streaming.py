@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Unpack, cast
 
 from scm_runtime.bundle.manifest import Manifest
 from scm_runtime.common.checks import is_int
-from scm_runtime.errors import GenerationTimeoutError, InvalidArgumentError
+from scm_runtime.errors import GenerationTimeoutError, InvalidArgumentError, QueueFullError
 from scm_runtime.inputs.arguments import CONDITIONING, BatchArguments, CallArguments, Labels, Seeds, check_names, gather_conditioning
 from scm_runtime.inputs.call import check_range, random_seed, read_latents, read_seeds
 from scm_runtime.inputs.conditioning import BatchedInput, read_input
@@ -105,10 +105,17 @@ class QueuedSampling:
 
 def _batches(submit: Callable[[int], Future[Samples]], check: Callable[[], None], starts: Iterator[int], prefetch: int) -> Iteration[Samples]:
     pending: deque[Future[Samples]] = deque()
+    start = next(starts, None)
     try:
         while True:
-            while len(pending) <= prefetch and (start := next(starts, None)) is not None:
-                pending.append(submit(start))
+            while len(pending) <= prefetch and start is not None:
+                try:
+                    pending.append(submit(start))
+                except QueueFullError:
+                    if not pending:
+                        raise
+                    break  # others fill the queue: go on with fewer batches ahead
+                start = next(starts, None)
             if not pending:
                 return
             if not pending[0].done():

@@ -18,6 +18,7 @@ import toy_bundle
 from scm_runtime import GenerationTimeoutError, Generator, InferenceError, ScmError
 from scm_runtime.bundle.manifest import WEIGHTS
 from scm_runtime.cli.commands import main
+from scm_runtime.ort.graph_check import check_graph
 
 STEP = "step.fp32.onnx"
 EMBEDS = np.ones((2, toy_bundle.WIDTH), np.float32)
@@ -67,6 +68,14 @@ def test_functions_that_expand_to_too_many_operators(bundle: Path, depth: int) -
     model = add_functions(step_model(bundle), doubling_functions(depth))
     with pytest.raises(InferenceError, match=r"step\.fp32\.onnx': a graph must have at most 200,000 operators with its functions inlined, got"):
         open_with_step(bundle, model.SerializeToString())
+
+
+def test_long_chains_of_functions_are_counted_in_little_time(tmp_path: Path) -> None:
+    """Quadratic time would be minutes; the numbers of operators would have 6 000 digits."""
+    model = helper.make_model(helper.make_graph([helper.make_node("f0", ["x"], ["y"], domain="d")], "graph", [], []), functions=doubling_functions(20_000))
+    (tmp_path / "chain.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(ValueError, match=r"must have at most [0-9,]+ operators with its functions inlined"):
+        check_graph(tmp_path / "chain.onnx")
 
 
 def test_functions_in_a_subgraph_are_counted(bundle: Path) -> None:

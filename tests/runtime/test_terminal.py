@@ -216,6 +216,8 @@ main(["inspect", "digits", "--json"])
         ("generate", "native_ops=True, but the seed of prompt_embeds", "--native-ops, but the seed of prompt_embeds"),
         ("generate", "native_ops=False", "--no-native-ops"),
         ("generate", "out.png cannot be written", "out.png cannot be written"),
+        ("generate", "out of memory for a batch of 8", "out of memory for a batch of 8"),
+        ("generate", "cannot read 'a/batch_size/seed.npz': it isn't a file", "cannot read 'a/batch_size/seed.npz': it isn't a file"),
         ("inspect", "num_inference_steps must be 1", "num_inference_steps must be 1"),
     ],
 )
