@@ -634,8 +634,8 @@ def test_bad_input(
         assert result.exit_code == EXIT_CODES.get(error, 1)
         command = attempt.command.commands[str(attempt.arguments[0])] if isinstance(attempt.command, click.Group) else attempt.command
         assert "Error: " in result.stderr
-        assert with_flag_names(got, command) in result.stderr
-        assert with_flag_names(cure, command) in result.stderr
+        assert got in result.stderr or with_flag_names(got, command) in result.stderr
+        assert cure in result.stderr or with_flag_names(cure, command) in result.stderr
         assert "Traceback" not in result.output
         assert tree(tmp_path) == before, "the command must leave everything as it was"
 
