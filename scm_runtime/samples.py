@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from scm_runtime.common.files import output_errors, whole_file
+from scm_runtime.common.files import output_errors, output_file
 from scm_runtime.common.memory import has_room, memory_errors
 from scm_runtime.errors import InvalidArgumentError
 
@@ -134,7 +134,7 @@ class Samples:
             encoded = _encode(grid(self.array, columns), image_format, target)
         with output_errors(target):
             target.parent.mkdir(parents=True, exist_ok=True)
-            with whole_file(target) as part:
+            with output_file(target) as part:
                 part.write_bytes(encoded.getbuffer())
         return target
 

@@ -26,7 +26,8 @@ def example_conditioning(item: Conditioning, n: int, sizes: Mapping[str, int] | 
     shape = [(sizes or {}).get(size, EXAMPLE_SIZE) if isinstance(size, str) else size for size in item.shape]
     match item.kind:
         case "class":
-            return torch.arange(n) * 7 % (item.num_classes or 1)
+            classes = item.num_classes or 1
+            return (classes - 1 - 7 * torch.arange(n)) % classes  # the last class is one of them: a network may have fewer
         case "scalar":
             return torch.linspace(1.0, 1.5, n) * (item.default or 1.0)  # a default of 0 cannot be scaled
         case "embedding":

@@ -53,6 +53,8 @@ def prepare(checkpoint: StrPath | nn.Module, out: StrPath | None, options: Optio
     """Read a checkpoint and build its model. Raises what :func:`scm_export.export` raises for a checkpoint, an option or a destination."""
     check_versions()
     warn_about_untested_versions()
+    if not isinstance(checkpoint, nn.Module | str | os.PathLike):
+        raise InvalidArgumentError(f"checkpoint must be a path or a torch.nn.Module, got {checkpoint if isinstance(checkpoint, type) else type(checkpoint)!r}")
     opened = _open_network(checkpoint, out, options) if isinstance(checkpoint, nn.Module) else _open_path(checkpoint, out, options)
     loaded = opened.loaded
     family = find_family(loaded, options.family)

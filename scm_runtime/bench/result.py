@@ -14,7 +14,7 @@ from msgspec import Struct, field
 
 from scm_runtime.bundle.manifest import Count
 from scm_runtime.common.documents import read_json
-from scm_runtime.common.files import beside, output_errors, whole_file
+from scm_runtime.common.files import beside, output_errors, output_file
 from scm_runtime.common.message_text import first_line, printable
 from scm_runtime.errors import InvalidArgumentError
 
@@ -191,7 +191,7 @@ def check_writable(path: Path) -> None:
 
 def write_result(result: Result, path: Path) -> None:
     """Write the JSON document. If that fails, an earlier file is kept, and OutputError is raised."""
-    with output_errors(path), whole_file(path) as part:
+    with output_errors(path), output_file(path) as part:
         part.write_bytes(result.to_json() + b"\n")
 
 

@@ -101,14 +101,19 @@ def generate_images(generator: Generator, options: GenerateOptions, output: Outp
     seconds = time.perf_counter() - start if options.num_images else merged.timings.total
     labels = None if generator.manifest.labels is None else merged.conditioning.get(generator.manifest.labels.name)
     return Written(
-        out=output.shown,
-        files=tuple(files),
+        out=_as_unicode(output.shown),
+        files=tuple(map(_as_unicode, files)),
         seeds=merged.seeds,
         class_labels=None if labels is None else tuple(labels.tolist()),
         evaluations=len(merged.timings.steps),
         sampler=options.sampler,
         seconds=seconds,
     )
+
+
+def _as_unicode(path: str) -> str:
+    """Escape the bytes of a path that are not UTF-8."""
+    return path.encode("utf-8", "backslashreplace").decode()
 
 
 @contextmanager

@@ -24,6 +24,8 @@ class OutputConsole(Console):
 
     def __init__(self, *, stderr: bool = False) -> None:
         super().__init__(stderr=stderr, highlight=False)
+        if self.width < 1:  # some terminals and containers set COLUMNS=0
+            self.width = 80
 
     def on_broken_pipe(self) -> None:
         """Called while BrokenPipeError is handled."""

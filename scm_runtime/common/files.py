@@ -33,6 +33,17 @@ def whole_file(target: Path, *, mode: int | None = None) -> Iterator[Path]:
         part.replace(target)
 
 
+@contextmanager
+def output_file(path: Path) -> Iterator[Path]:
+    """``whole_file`` for a path that the user named: a link stays, and the file it refers to is replaced; a device or pipe is written to directly."""
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file() and not target.is_dir():
+        yield target
+        return
+    with whole_file(target) as part:
+        yield part
+
+
 def open_regular(path: Path, *, follow_links: bool = True) -> BufferedReader:
     """Open a regular file for reading its bytes. Raises OSError for anything else: reading a pipe or a device might never end."""
     flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)  # without O_NONBLOCK, opening a pipe waits for a writer

@@ -25,7 +25,7 @@ from scm_export.checkpoints.torch_file import read_torch_file
 from scm_export.errors import CheckpointError, CheckpointNotFoundError
 from scm_runtime.bundle import hub
 from scm_runtime.common.documents import check_depth, decode_json
-from scm_runtime.common.files import open_regular, whole_file
+from scm_runtime.common.files import open_regular, output_file
 from scm_runtime.common.message_text import first_line, printable
 from scm_runtime.errors import OutputError
 
@@ -65,7 +65,7 @@ def save_checkpoint(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> Non
     header = {name: msgspec.to_builtins(getattr(checkpoint, name)) for name in checkpoint.__struct_fields__ if name not in left_out}
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.weights.items()}
     try:
-        with whole_file(target) as part:
+        with output_file(target) as part:
             if target.suffix == ".pt":
                 torch.save({**header, "weights": weights}, part)
             else:

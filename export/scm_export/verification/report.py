@@ -19,7 +19,7 @@ from scm_export.verification.compare import ImagePair
 from scm_export.verification.tolerances import passes
 from scm_export.verification.verify import VerificationResult
 from scm_runtime.bundle.manifest import Manifest, VerifiedCase
-from scm_runtime.common.files import whole_file
+from scm_runtime.common.files import output_file
 from scm_runtime.common.installed import installed_version
 from scm_runtime.devices.cpu import available_cores, processor_name
 from scm_runtime.errors import OutputError
@@ -57,7 +57,7 @@ def check_report_path(path: Path, bundle: Path) -> None:
 def write_report(path: Path, manifest: Manifest, result: VerificationResult) -> None:
     """Write the report, whether the bundle passed or not, replacing an existing file. Raises OutputError if the file cannot be written."""
     try:
-        with whole_file(path) as part:
+        with output_file(path) as part:
             part.write_text(to_html(manifest, result), "utf-8")
     except OSError as error:
         raise OutputError(f"cannot write the report '{path}': {error.strerror or error}. Choose another file for --report.") from error
