@@ -77,9 +77,9 @@ class Kills:
         expected = fingerprint(folder)
         for _ in range(KILLS_PER_ROUND):
             number = self._rng.choice(SIGNALS)
-            self._kill(command, folder, number, duration)
-            self.counts["kills"] += 1
-            self.counts[f"{name.strip('/')}: {signal.Signals(number).name}"] += 1
+            if self._kill(command, folder, number, duration):
+                self.counts["kills"] += 1
+                self.counts[f"{name.strip('/')}: {signal.Signals(number).name}"] += 1
             if not is_whole(target):
                 self.wrong.append(f"{name}: lost or damaged after {signal.Signals(number).name}: {sorted(names(folder))}")
         self._complete(command)
@@ -97,8 +97,8 @@ class Kills:
             self.wrong.append(f"{' '.join(map(str, command))}: exit code {done.returncode}\n{done.stderr}")
         return time.monotonic() - start
 
-    def _kill(self, command: list[str | Path], folder: Path, number: int, duration: float) -> None:
-        """Kill a command at a random time, half of the times soon after it has begun to write."""
+    def _kill(self, command: list[str | Path], folder: Path, number: int, duration: float) -> bool:
+        """Kill a command at a random time, half of the times soon after it has begun to write. Returns False if it had ended before."""
         with running(command, self._env) as process:
             if self._rng.random() < 0.5:
                 wait(process, self._rng.random() * duration)
@@ -107,7 +107,7 @@ class Kills:
                 while process.poll() is None and names(folder) == before:
                     time.sleep(0.002)
                 wait(process, self._rng.random() * duration * 0.2)
-            self.counts["killed while running"] += process.poll() is None
+            was_running = process.poll() is None
             process.send_signal(number)
             try:
                 process.wait(MAX_WAIT_S)
@@ -116,6 +116,7 @@ class Kills:
             assert process.stderr is not None
             if "Traceback" in process.stderr.read().decode(errors="replace"):
                 self.wrong.append(f"{command}: a traceback after {signal.Signals(number).name}")
+        return was_running
 
     def _is_whole_bundle(self, bundle: Path) -> bool:
         try:
