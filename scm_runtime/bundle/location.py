@@ -69,7 +69,7 @@ def find_local(bundle: str | os.PathLike[str]) -> Path:
     names = ", ".join(repr(folder.stem) for folder in sorted(EMBEDDED.glob("*.scm"))) or "none"
     wrong = f"has no {MANIFEST}" if path.is_dir() else "is a file" if path.exists() else "does not exist"
     raise BundleNotFoundError(
-        f"no bundle at '{path}': it {wrong}. Expected a folder written by scm-export, the name of an embedded bundle ({names}), "
+        f"no bundle at '{os.fspath(bundle)}': it {wrong}. Expected a folder written by scm-export, the name of an embedded bundle ({names}), "
         f"or a repository of the Hugging Face hub ('org/name').{hub.local_path_hint(bundle)}"
     )
 

@@ -48,7 +48,9 @@ def main() -> None:
 @click.option("--seed", type=IntegerList(), help="One seed (samples get seed, seed + 1, …), or one per sample, separated by commas. By default a random one.")
 @click.option("--steps", type=int, help="Number of sampling steps; by default 2 if the bundle supports it.")
 @click.option(
-    "--timesteps", type=NumberList(), help="Times of the steps instead, decreasing, separated by commas; `scm-runtime inspect` shows those of the bundle."
+    "--timesteps",
+    type=NumberList(),
+    help="Times of the steps instead, decreasing, separated by commas and without the final 0; `scm-runtime inspect` shows those of the bundle.",
 )
 @sampler_option
 @click.option("--num-images", type=click.IntRange(1), help="Number of images, generated in batches; labels are repeated until there are enough.")

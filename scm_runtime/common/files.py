@@ -52,7 +52,7 @@ def open_regular(path: Path, *, follow_links: bool = True) -> BufferedReader:
     file = os.fdopen(os.open(path, flags), "rb")
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
-        raise OSError(f"'{path}' must be a regular file")
+        raise OSError("it must be a regular file")
     return file
 
 
