@@ -377,6 +377,13 @@ ROWS: list[tuple[str, Make, type[ScmError], str, str]] = [
         "3 elements stored",
     ),
     (
+        "65 dimensions",
+        exported_with(lambda raw: raw["config"]["conv.bias"]["tensor_meta"].update(sizes=[{"as_int": 1}] * 65, strides=[{"as_int": 0}] * 65), WEIGHTS),
+        CheckpointError,
+        "conv.bias must have at most 64 dimensions, got 65",
+        "Export it again",
+    ),
+    (
         "a negative stride",
         exported_with(lambda raw: raw["config"]["conv.bias"]["tensor_meta"].update(strides=[{"as_int": -1}]), WEIGHTS),
         CheckpointError,
