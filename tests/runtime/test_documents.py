@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from scm_runtime.common import documents
-from scm_runtime.common.message_text import escape_controls, safe_message
+from scm_runtime.common.message_text import escape_controls, printable, safe_message
 
 
 @pytest.mark.parametrize(
@@ -69,6 +69,10 @@ def test_pipes_and_devices_are_not_opened(tmp_path: Path, read: type) -> None:
 
 def test_control_characters_are_escaped_and_other_text_stays() -> None:
     assert escape_controls("no 'a\x1b[2J\rb\x9b\u202e' in\n\tbündle →") == "no 'a\\x1b[2J\\rb\\x9b\\u202e' in\n\tbündle →"
+
+
+def test_a_name_keeps_its_letters_beside_characters_that_are_escaped() -> None:
+    assert printable("重み\u3000ema\x1b\ud800\n") == "重み\\u3000ema\\x1b\\ud800\\n"
 
 
 def test_long_messages_keep_their_beginning_and_end() -> None:
