@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -38,6 +39,10 @@ def test_json_out_of_bounds_is_refused(tmp_path: Path, text: str, reason: str) -
         ("1" + ".1" * 200_000 + " = 1", "dots"),
         ("1.1 . " * 100_000 + "1 = 1", "dots"),
         ('"=".' * 200_000 + "a = 1", "dots"),
+        ("'=' . " * 150_000 + "a = 1", "dots"),
+        ('a = """b""""" # c\n' + '"\\"".' * 200_000 + "a = 1", "dots"),
+        ("a = '''b\n'''\n" + "'\"'." * 200_000 + "a = 1", "dots"),
+        ('a = "' + '\\"' * 500_000, "Unterminated|Illegal"),
         ("a = " + "1" * 5000, "digits"),
         ("# " + "a" * (1 << 20), "bytes"),
     ],
@@ -47,6 +52,15 @@ def test_toml_out_of_bounds_is_refused(tmp_path: Path, text: str, reason: str) -
     file.write_text(text)
     with pytest.raises(ValueError, match=reason):
         documents.read_toml(file)
+
+
+def test_dots_in_strings_and_comments_are_not_counted(tmp_path: Path) -> None:
+    labels = [f"St. B. {number}" for number in range(1001)]
+    several = f'a = """{". " * 1000}\n.\\"""""\nb = \'\'\'{". " * 1000}\n.\'\'\'\n'
+    file = tmp_path / "file.toml"
+    file.write_text(f"{several}label_names = {json.dumps(labels)}\n" + "# See e.g. appendix A.1.2 of the paper.\n" * 700)
+    read = documents.read_toml(file)
+    assert (read["label_names"], read["a"][-2:], read["b"][-1]) == (labels, '""', ".")
 
 
 def test_long_lists_of_numbers_are_read(tmp_path: Path) -> None:
