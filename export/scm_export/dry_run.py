@@ -16,6 +16,7 @@ from scm_export.choices import GRAPH_DTYPES
 from scm_export.graphs.functions import INLINE_BELOW
 from scm_export.model import DTYPES, ImageDecoder, ImageNetwork, Latents, Model
 from scm_runtime.bundle.manifest import COMBINE, STEP_INPUTS, Conditioning, Dtype, OutputSpec, Source
+from scm_runtime.common.message_text import printable
 
 
 class PlannedInput(Struct, kw_only=True):
@@ -68,7 +69,7 @@ class Plan(Struct, kw_only=True):
             "checkpoint": f"{self.source.file} (SHA-256 {self.source.sha256[:12]}…)",
             **({} if self.source.weights is None else {"weights set": repr(self.source.weights)}),
             "family": self.family,
-            "licence": self.licence or "not stated",
+            "licence": printable(self.licence or "not stated"),
             "parameters": ", ".join(f"{name} {count / 1e6:,.2f} M" for name, count in self.parameters.items()),
             "inputs": ", ".join(f"{item.name} {item.dtype} [{', '.join(map(str, item.shape))}]" for item in self.inputs),
             "state": f"float32 [N, {', '.join(map(str, self.sample_shape))}], sigma_d {self.sigma_data:g}, starts as {self.initial_scale:g} × noise",

@@ -21,7 +21,17 @@ MAX_INTEGER_BITS = 64
 MAX_CONTAINERS = 1_000_000
 """Largest number of lists and dicts at one level of nesting."""
 MAX_KEY_DOTS = 2000
-"""Largest number of dots in TOML other than decimal points. tomllib needs memory quadratic in the number of parts of a dotted key."""
+"""Largest number of dots in TOML outside of numbers, strings and comments. tomllib needs memory quadratic in the number of parts of a dotted key."""
+COMMENT_OR_STRING = re.compile(
+    r"""
+    \#[^\n]*+
+    | \"{3} (?: [^"\\] | \\[\s\S] | "(?!"") )*+ "{0,5}  # a string without an end reaches to the end of the text: the search takes linear time
+    | '{3} (?: [^'] | '(?!'') )*+ '{0,5}
+    | " (?: [^"\\\n] | \\. )*+ "?
+    | ' [^'\n]*+ '?
+    """,
+    re.VERBOSE,
+)
 DECIMAL_POINT = re.compile(r"(?<![\w.-])[+-]?\d[\d_]*\.\d")
 
 
@@ -57,8 +67,9 @@ def read_toml(path: Path) -> dict[str, Any]:
         ValueError: it is larger than ``MAX_TOML_BYTES``, is not TOML in UTF-8, or is nested too deep.
     """
     text = read_limited(path, MAX_TOML_BYTES).decode("utf-8")
-    if text.count(".") - len(DECIMAL_POINT.findall(text)) > MAX_KEY_DOTS:
-        raise ValueError(f"it has more than {MAX_KEY_DOTS} dots outside of numbers")
+    keys = COMMENT_OR_STRING.sub('""', text)
+    if keys.count(".") - len(DECIMAL_POINT.findall(keys)) > MAX_KEY_DOTS:
+        raise ValueError(f"it has more than {MAX_KEY_DOTS} dots outside of numbers, strings and comments")
     try:
         value = tomllib.loads(text)
     except RecursionError:

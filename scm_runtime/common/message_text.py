@@ -10,7 +10,7 @@ MAX_LINE = 1000
 def printable(text: object) -> str:
     """Shorten a name or key from a file and escape characters that a terminal would interpret or cannot print."""
     named = str(text)[: MAX_SHOWN + 1] if isinstance(text, str | int | float) else f"a {type(text).__name__}"
-    shown = named if named.isprintable() else named.encode("unicode_escape").decode()
+    shown = "".join(map(_escaped, named))
     return shown if len(shown) <= MAX_SHOWN else f"{shown[:MAX_SHOWN]}…"
 
 
@@ -23,7 +23,11 @@ def first_line(error: BaseException) -> str:
 
 def escape_controls(text: str) -> str:
     """Escape the characters of a message that a terminal would interpret, such as those of ANSI sequences. Line breaks and tabs stay."""
-    return "".join(char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape").decode() for char in text)
+    return "".join(char if char in "\n\t" else _escaped(char) for char in text)
+
+
+def _escaped(char: str) -> str:
+    return char if char.isprintable() else char.encode("unicode_escape").decode()
 
 
 def safe_message(text: str, max_length: int = MAX_MESSAGE) -> str:

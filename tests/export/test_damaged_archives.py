@@ -181,6 +181,12 @@ def test_a_pickle_of_hundreds_of_millions_of_opcodes(tmp_path: Path) -> None:
         load(tmp_path / "flood.pt")
 
 
+def test_an_archive_of_too_many_entries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("scm_export.checkpoints.archive.MAX_ENTRIES", 3)
+    with pytest.raises(CheckpointError, match=r"has \d+ entries, at most 3 are allowed"):
+        FORMATS["state dict"][1](state_dict(tmp_path))
+
+
 def test_a_pickle_of_too_many_opcodes(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "flood.pt", "w") as archive:
         archive.writestr("flood/data.pkl", b"\x80\x02" + b"]" * 3_000_000 + b".")

@@ -192,3 +192,26 @@ def test_a_nested_tensor_is_refused(tmp_path: Path) -> None:
     save(tmp_path, {"w": torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])})
     with pytest.raises(CheckpointError, match="the tensor w must be dense, and is nested"):
         taken(tmp_path / "run.pt")
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_a_quantized_tensor_is_refused_by_name(per_channel: bool, tmp_path: Path) -> None:
+    values = torch.ones(3, 2)
+    channels = torch.quantize_per_channel(values, torch.ones(2), torch.zeros(2), 1, torch.quint8)
+    save(tmp_path, {"w": channels if per_channel else torch.quantize_per_tensor(values, 0.1, 0, torch.qint8)})
+    with pytest.raises(CheckpointError, match="the tensor w must be dense, and is quantized"):
+        taken(tmp_path / "run.pt")
+
+
+def test_a_large_expanded_tensor_is_refused_with_the_limit_and_a_remedy(tmp_path: Path) -> None:
+    save(tmp_path, {"w": torch.zeros(1).expand(1 << 13, 1 << 12)})
+    with pytest.raises(CheckpointError, match=r"must have at most 16777216 elements, got shape \[8192, 4096\] in a storage of 1; call \.contiguous\(\)"):
+        taken(tmp_path / "run.pt")
+
+
+def test_a_tensor_of_too_many_dimensions_is_refused(tmp_path: Path) -> None:
+    """The product of a million sizes of 62 bits takes hours."""
+    save(tmp_path, {"w": torch.zeros(1).reshape([1] * 65)})
+    with pytest.raises(CheckpointError, match="a tensor must have at most 64 dimensions, got 65"):
+        taken(tmp_path / "run.pt")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,15 @@ def test_other_schedulers_settings_are_followed(tmp_path: Path, changes: dict[st
     np.testing.assert_allclose(found, with_scheduler(folder, [4, 5], 2, text, guidance)[-1], atol=1e-4)
 
 
+def test_configurations_may_have_infinities_and_byte_order_marks(tmp_path: Path) -> None:
+    """Published schedulers have "lambda_min_clipped": -Infinity. Some editors write a byte order mark."""
+    folder = save(tmp_path / "lcm", vae=False)
+    for file, more in (("scheduler/scheduler_config.json", {"lambda_min_clipped": -math.inf}), ("unet/config.json", {})):
+        config = json.loads((folder / file).read_text()) | more
+        (folder / file).write_text(json.dumps(config), encoding="utf-8-sig")
+    build_model(load(folder), BuildOptions(latents=True))
+
+
 def test_half_precision_stays_above_40_db(exported: Exported) -> None:
     done = exported
     assert done.manifest.dtypes == ("fp16", "fp32")  # the family's default
@@ -206,11 +216,14 @@ def test_what_the_pipeline_cannot_run_is_refused(tmp_path: Path) -> None:
         ({}, {"in_channels": 9}, "out_channels .* must be 9, got 4"),
         ({"thresholding": True}, {}, "must have thresholding = false"),
         ({"original_inference_steps": 0}, {}, "original_inference_steps of the LCMScheduler"),
+        ({"beta_end": math.nan}, {}, "must have finite betas"),
+        ({"clip_sample": True, "clip_sample_range": math.inf}, {}, "a positive clip_sample_range"),
+        ({}, {"norm_eps": math.inf}, "norm_eps must be finite"),
         ({"prediction_type": "velocity"}, {}, "must be one of epsilon, sample, v_prediction, got 'velocity'"),
     ]
     for i, (scheduler, unet, message) in enumerate(refused):
         with pytest.raises(CheckpointError, match=message):
-            build_model(load(save(tmp_path / str(i), scheduler, vae=False, **unet)))
+            build_model(load(save(tmp_path / str(i), scheduler, vae=False, **unet)), BuildOptions(latents=True))
 
 
 def test_a_folder_without_its_parts_is_refused_with_what_is_missing(folder: Path, tmp_path: Path) -> None:

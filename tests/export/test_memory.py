@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 import torch
 from onnxscript import ir
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from scm_export.checkpoints import Checkpoint, SamplerSpec, load_checkpoint, save_checkpoint
-from scm_export.families import build_model
+from scm_export.checkpoints import Checkpoint, SamplerSpec, load, load_checkpoint, save_checkpoint
+from scm_export.families import FAMILIES, build_model
 from scm_export.families.weights import load_weights
 from scm_export.graphs.trace import trace_map
 from scm_export.networks.edm2 import UNet, UNetConfig
 from scm_export.precision import Precision
 from scm_export.verification.references import LARGE_NETWORK
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
+from scm_runtime.errors import OutOfMemoryError
 from support import run_python
 
 onnxruntime = load_onnxruntime()
@@ -31,6 +34,7 @@ onnxruntime = load_onnxruntime()
 MEASURE = """
 import json, sys
 from pathlib import Path
+from typing import Any
 from scm_export import export
 
 def peak():
@@ -101,3 +105,22 @@ def test_weights_are_stored_as_they_are_multiplied(half: bool) -> None:
     assert {node.op_type for node in model.graph.node if set(weights) & set(node.input)} == {"Cast" if half else "MatMul"}
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     np.testing.assert_allclose(session.run(None, {"x": x.numpy()})[0], network(x), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("place", ["torch.load", "safe_open", "build"])
+def test_exhausted_memory_is_not_called_damage(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> Any:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate 85899345920 bytes.")
+
+    config = {"family": "edm2", "config": {"img_resolution": 8, "img_channels": 3}}
+    torch.save({"w": torch.zeros(3)}, tmp_path / "net.pt")
+    save_file({"w": torch.zeros(3)}, tmp_path / "net.safetensors")
+    file = tmp_path / ("net.safetensors" if place == "safe_open" else "net.pt")
+    if place == "torch.load":
+        monkeypatch.setattr("torch.load", fail)
+    elif place == "safe_open":
+        monkeypatch.setattr("scm_export.checkpoints.safetensors_file.safe_open", fail)
+    else:
+        monkeypatch.setitem(FAMILIES, "edm2", replace(FAMILIES["edm2"], build=fail))
+    with pytest.raises(OutOfMemoryError, match=r"out of memory for the (checkpoint|model of) .*Close other programs"):
+        build_model(load(file, config=config))

@@ -118,6 +118,12 @@ def test_the_documents_example_is_valid(tmp_path: Path) -> None:
     assert (header.config["sample_shape"], header.sampler.parametrisation, header.conditioning[0].num_classes) == ([3, 32, 48], "edm", 10)
 
 
+def test_labels_and_licences_may_have_any_spaces_and_emoji_and_a_licence_several_lines() -> None:
+    labels = ["chat\u00a0noir", "\u91cd\u307f\u3000\u732b", "\U0001f468\u200d\U0001f469\u200d\U0001f467"]
+    header = read_header({"config": {"sample_shape": SHAPE}, "label_names": labels, "licence": "MIT\r\n\n\u00a9\u00a02026\n\tAll of us\n"})
+    assert list(header.label_names or ()) == labels
+
+
 # ----------------------------------------------------------------------------
 # Files that would run code.
 
@@ -377,6 +383,13 @@ ROWS: list[tuple[str, Make, type[ScmError], str, str]] = [
         "3 elements stored",
     ),
     (
+        "65 dimensions",
+        exported_with(lambda raw: raw["config"]["conv.bias"]["tensor_meta"].update(sizes=[{"as_int": 1}] * 65, strides=[{"as_int": 0}] * 65), WEIGHTS),
+        CheckpointError,
+        "conv.bias must have at most 64 dimensions, got 65",
+        "Export it again",
+    ),
+    (
         "a negative stride",
         exported_with(lambda raw: raw["config"]["conv.bias"]["tensor_meta"].update(strides=[{"as_int": -1}]), WEIGHTS),
         CheckpointError,
@@ -424,6 +437,9 @@ ROWS: list[tuple[str, Make, type[ScmError], str, str]] = [
     ("a name of the step's", header({"conditioning": [{"name": "x", "kind": "scalar"}]}), CheckpointError, "got 'x'", "must have other names"),
     ("no name", header({"conditioning": [{"name": "My C", "kind": "scalar"}]}), CheckpointError, "got 'My C'", "lower-case letters"),
     ("two of a name", header({"conditioning": [{"name": "c", "kind": "scalar"}] * 2}), CheckpointError, "got c, c", "must have different names"),
+    ("a label of two lines", header({"label_names": ["a\nb"]}), CheckpointError, r"got 'a\nb'", "label_names must have at most 1000 characters and no control"),
+    ("a label that reorders", header({"label_names": ["a\u202eb"]}), CheckpointError, r"got 'a\u202eb'", "no control characters or line breaks"),
+    ("a licence with an escape", header({"licence": "MIT\n\x1b[2J"}), CheckpointError, r"got 'MIT\n\x1b[2J'", "licence must have at most 1000 characters"),
     ("labels without classes", header({"label_names": ["a"]}), CheckpointError, "got 0", "label_names need one conditioning of kind 'class'"),
     ("conditioning of another", header({"family": "edm2", "conditioning": [{"name": "c", "kind": "scalar"}]}), CheckpointError, "'edm2'", "leave it out"),
     ("unknown module", header({"config": {"sample_shape": SHAPE, "keep_fp32": ["con"]}}), CheckpointError, "got 'con'", "did you mean 'conv'?"),

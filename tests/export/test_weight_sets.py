@@ -276,6 +276,11 @@ def test_strange_keys_are_shown_as_they_can_be_given(tmp_path: Path) -> None:
         assert same(taken(path, weights=key.strip("'"))[0], seed)
 
 
+def test_the_key_of_the_set_that_is_used_is_escaped_once(tmp_path: Path) -> None:
+    _, said = taken(save(tmp_path, {"重み\x1b": weights(1), "epoch": 3}))
+    assert said == [r"using the tensors under '重み\x1b'"]
+
+
 def test_a_crowd_of_sets_is_cut_short(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as refused:
         taken(save(tmp_path, {f"expert{n}": weights(n) for n in range(25)}))

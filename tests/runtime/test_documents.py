@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 
 from scm_runtime.common import documents
-from scm_runtime.common.message_text import escape_controls, safe_message
+from scm_runtime.common.message_text import escape_controls, printable, safe_message
 
 
 @pytest.mark.parametrize(
@@ -38,6 +39,10 @@ def test_json_out_of_bounds_is_refused(tmp_path: Path, text: str, reason: str) -
         ("1" + ".1" * 200_000 + " = 1", "dots"),
         ("1.1 . " * 100_000 + "1 = 1", "dots"),
         ('"=".' * 200_000 + "a = 1", "dots"),
+        ("'=' . " * 150_000 + "a = 1", "dots"),
+        ('a = """b""""" # c\n' + '"\\"".' * 200_000 + "a = 1", "dots"),
+        ("a = '''b\n'''\n" + "'\"'." * 200_000 + "a = 1", "dots"),
+        ('a = "' + '\\"' * 500_000, "Unterminated|Illegal"),
         ("a = " + "1" * 5000, "digits"),
         ("# " + "a" * (1 << 20), "bytes"),
     ],
@@ -47,6 +52,15 @@ def test_toml_out_of_bounds_is_refused(tmp_path: Path, text: str, reason: str) -
     file.write_text(text)
     with pytest.raises(ValueError, match=reason):
         documents.read_toml(file)
+
+
+def test_dots_in_strings_and_comments_are_not_counted(tmp_path: Path) -> None:
+    labels = [f"St. B. {number}" for number in range(1001)]
+    several = f'a = """{". " * 1000}\n.\\"""""\nb = \'\'\'{". " * 1000}\n.\'\'\'\n'
+    file = tmp_path / "file.toml"
+    file.write_text(f"{several}label_names = {json.dumps(labels)}\n" + "# See e.g. appendix A.1.2 of the paper.\n" * 700)
+    read = documents.read_toml(file)
+    assert (read["label_names"], read["a"][-2:], read["b"][-1]) == (labels, '""', ".")
 
 
 def test_long_lists_of_numbers_are_read(tmp_path: Path) -> None:
@@ -69,6 +83,10 @@ def test_pipes_and_devices_are_not_opened(tmp_path: Path, read: type) -> None:
 
 def test_control_characters_are_escaped_and_other_text_stays() -> None:
     assert escape_controls("no 'a\x1b[2J\rb\x9b\u202e' in\n\tbündle →") == "no 'a\\x1b[2J\\rb\\x9b\\u202e' in\n\tbündle →"
+
+
+def test_a_name_keeps_its_letters_beside_characters_that_are_escaped() -> None:
+    assert printable("重み\u3000ema\x1b\ud800\n") == "重み\\u3000ema\\x1b\\ud800\\n"
 
 
 def test_long_messages_keep_their_beginning_and_end() -> None:

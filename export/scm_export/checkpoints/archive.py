@@ -15,6 +15,7 @@ from scm_export.errors import CheckpointError
 from scm_runtime.common.files import open_regular
 from scm_runtime.common.message_text import first_line, printable
 
+MAX_ENTRIES = 100_000  # torch writes one entry per tensor; the largest published networks have some thousands
 MAX_COMPRESSED = 256 << 20  # bytes that compressed entries may unpack to; torch compresses only source code
 
 CHUNK = 1 << 20  # bytes
@@ -107,6 +108,8 @@ def _unreadable(source: Path, error: Exception) -> CheckpointError:
 
 def _checked_entries(source: Path, archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
     entries = archive.infolist()
+    if len(entries) > MAX_ENTRIES:
+        raise CheckpointError(f"'{source}' has {len(entries)} entries, at most {MAX_ENTRIES} are allowed. Save the checkpoint again.")
     assert archive.fp is not None
     size = os.fstat(archive.fp.fileno()).st_size
     stored = sum(entry.file_size for entry in entries if entry.compress_type == zipfile.ZIP_STORED)

@@ -6,6 +6,8 @@ Configurations are JSON. Weights are safetensors or, in older folders, ``.bin`` 
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 import re
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +20,8 @@ from scm_export.checkpoints.safetensors_file import open_safetensors
 from scm_export.checkpoints.torch_file import read_torch_file
 from scm_export.errors import CheckpointError
 from scm_runtime.bundle.checksums import sha256
-from scm_runtime.common.documents import read_json
+from scm_runtime.common.documents import check_depth
+from scm_runtime.common.files import read_limited
 from scm_runtime.common.message_text import first_line, printable
 
 PIPELINE, MODEL, SCHEDULER = "model_index.json", "config.json", "scheduler_config.json"
@@ -80,7 +83,7 @@ class DiffusersFolder:
         """Read the configuration of a component.
 
         Raises:
-            CheckpointError: the file cannot be read, or has an integer above ``MAX_SIZE``.
+            CheckpointError: the file cannot be read, has an integer above ``MAX_SIZE``, or is a model's and has a number that is not finite.
         """
         folder = self.path / component
         path = folder / (SCHEDULER if (folder / SCHEDULER).is_file() else MODEL)
@@ -88,6 +91,8 @@ class DiffusersFolder:
         for name, value in config.items():
             if (size := _largest(value)) > MAX_SIZE:
                 raise CheckpointError(f"'{path}': {printable(name)} must be at most {MAX_SIZE}, got {size}. {DOWNLOAD}")
+            if path.name == MODEL and not _is_finite(value):
+                raise CheckpointError(f"'{path}': {printable(name)} must be finite. {DOWNLOAD}")
         return config
 
     def weights(self, component: str) -> dict[str, Tensor]:
@@ -102,7 +107,7 @@ class DiffusersFolder:
 
     def _json(self, path: Path) -> dict[str, Any]:
         try:
-            value = read_json(path, max_bytes=MAX_JSON_BYTES)
+            value = _decode(read_limited(path, MAX_JSON_BYTES))
         except (OSError, ValueError) as error:
             raise CheckpointError(f"'{path}' cannot be read: {first_line(error)}. Expected a folder as diffusers saves it.") from error
         if not isinstance(value, dict):
@@ -121,6 +126,16 @@ class DiffusersFolder:
         raise CheckpointError(f"'{folder}' has no weights: expected one of {', '.join(WEIGHTS_NAMES)}, or an index of shards. {DOWNLOAD}")
 
 
+def _decode(data: bytes) -> Any:
+    """Decode JSON as Python writes it: schedulers have settings such as ``-Infinity``. Raises ValueError."""
+    try:
+        value = json.loads(data.decode("utf-8-sig"))
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    check_depth(value)
+    return value
+
+
 def _text(value: object) -> str:
     return value if isinstance(value, str) else ""
 
@@ -130,6 +145,13 @@ def _largest(value: object) -> int:
     if isinstance(value, list):
         return max(map(_largest, value), default=0)
     return abs(value) if isinstance(value, int) else 0
+
+
+def _is_finite(value: object) -> bool:
+    """Return False if a value, which may be a list, has a number that is NaN or infinite."""
+    if isinstance(value, list):
+        return all(map(_is_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _shards(index: Path, weight_map: object) -> list[str]:

@@ -28,6 +28,9 @@ DOCUMENT = "docs/checkpoint-format.md"
 
 MAX_STEPS = 1000  #         the training steps of diffusion models
 SMALLEST, LARGEST = 1e-6, 1e6  # of the numbers that scale the state and its pixels: float32 must hold their squares
+# Control characters other than tabs and line breaks, characters that reorder the text around them, and halves of characters.
+CONTROLS = r"\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff"
+NOT_IN_LICENCE, NOT_IN_LABEL = re.compile(f"[{CONTROLS}]"), re.compile(rf"[{CONTROLS}\t\n\r\u2028\u2029]")
 MAX_TEXT = 1000  #          characters of a label or licence
 TYPICAL_LENGTH = 64  #      what a dynamic dimension counts as
 MAX_ELEMENTS = 1 << 24  #   of the state or of one conditioning
@@ -76,7 +79,7 @@ class SamplerSpec(Struct, kw_only=True, forbid_unknown_fields=True):
             steps = int(count) if count.isdecimal() and len(count) < 10 else 0
             if not 1 <= steps <= MAX_STEPS or len(times) != steps + 1:
                 raise ValueError(
-                    f"sampler.times must have step counts from 1 to {MAX_STEPS}, each with one time more than steps, got {printable(count)!r} with {len(times)}"
+                    f"sampler.times must have step counts from 1 to {MAX_STEPS}, each with one time more than steps, got '{printable(count)}' with {len(times)}"
                 )
             if not all(0 <= t <= T_LIMIT for t in times) or any(a <= b for a, b in pairwise(times)):
                 raise ValueError(f"sampler.times must be TrigFlow's, decreasing and in [0, {T_LIMIT:.4f}], got {list(times)!s:.200} for {count} steps")
@@ -115,7 +118,7 @@ class ConditioningSpec(Struct, kw_only=True, forbid_unknown_fields=True):
         if not re.fullmatch(r"[a-z][a-z0-9_]{0,99}", self.name) or keyword.iskeyword(self.name):
             raise ValueError(
                 "conditioning must have a name of at most 100 lower-case letters, digits and underscores that is no keyword of Python, "
-                f"got {printable(self.name)!r}"
+                f"got '{printable(self.name)}'"
             )
         item.validate()
         return item
@@ -198,9 +201,10 @@ def validate(family: str, sampler: SamplerSpec, conditioning: tuple[Conditioning
     """Check constraints of a header that its types do not express. Raises ValueError."""
     sampler.validate()
     labels = [label for names in (label_names, *(item.label_names for item in conditioning)) for label in names or ()]
-    for what, text in (("licence", licence or ""), *(("label_names", label) for label in labels)):
-        if not text.isprintable() or len(text) > MAX_TEXT:
-            raise ValueError(f"{what} must be at most {MAX_TEXT} printable characters, got {printable(text)!r}")
+    for what, text, excluded in (("licence", licence or "", NOT_IN_LICENCE), *(("label_names", label, NOT_IN_LABEL) for label in labels)):
+        if len(text) > MAX_TEXT or excluded.search(text):
+            lines = " or line breaks" * (excluded is NOT_IN_LABEL)
+            raise ValueError(f"{what} must have at most {MAX_TEXT} characters and no control characters{lines}, got '{printable(text)}'")
     if conditioning and family != "module":
         raise ValueError(f"conditioning is for user-defined networks, of the family 'module'; the family {family!r} defines its inputs: leave it out")
     for item in conditioning:

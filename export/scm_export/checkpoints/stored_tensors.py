@@ -12,7 +12,7 @@ from torch import Tensor
 from scm_export.checkpoints.inert_pickle import Blob, Global, MalformedPickleError, StandIn, read_small_pickle
 
 MAX_ELEMENTS = 1 << 48
-MAX_DIMENSIONS = 8
+MAX_DIMENSIONS = 64  # as in torch and NumPy
 STORAGE_HEADER = 4096  #  bytes; a storage's own pickles take some 250
 SHORT_TEXT = 64  #  characters; longer text is encoded when its bytes are used
 TORCH_MAGIC = 0x1950A86A20F9469CFC6C  #  first pickle of torch.save's format before it became a zip archive

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from scm_export.checkpoints.operator_graph import checked_name
+from scm_export.checkpoints.stored_tensors import MAX_DIMENSIONS
 from scm_export.checkpoints.torch_file import TRUST_HINT
 from scm_export.errors import CheckpointError
 from scm_runtime.common.documents import decode_json
@@ -142,6 +143,8 @@ def _tensors(source: Path, archive: zipfile.ZipFile, config: Mapping[str, Any], 
             raise refused(source, f"the pickled object {name!r}")
         meta, path = payload["tensor_meta"], payload["path_name"]
         shape, stride = (tuple(int(size["as_int"]) for size in meta[key]) for key in ("sizes", "strides"))
+        if max(len(shape), len(stride)) > MAX_DIMENSIONS:
+            raise CheckpointError(f"'{source}': {name} must have at most {MAX_DIMENSIONS} dimensions, got {len(shape)}. Export it again.")
         offset, dtype = int(meta["storage_offset"]["as_int"]), DTYPES[meta["dtype"]]
         if path not in storages:
             storages[path] = bytearray(archive.read(folder + path))
@@ -149,7 +152,9 @@ def _tensors(source: Path, archive: zipfile.ZipFile, config: Mapping[str, Any], 
         last = offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
         count: int = math.prod(shape)
         if min((offset, *shape, *stride)) < 0 or (count and last >= held) or count > max(held, 1):
-            raise CheckpointError(f"'{source}': shape and storage of {name} disagree: shape {list(shape)}, strides {list(stride)}, {held} elements stored")
+            raise CheckpointError(
+                f"'{source}': shape and storage of {name} disagree: shape {list(shape)!s:.200}, strides {list(stride)!s:.200}, {held} elements stored"
+            )
         flat = torch.frombuffer(storages[path], dtype=dtype, count=held) if held else torch.empty(0, dtype=dtype)
         found[name] = flat.as_strided(shape, stride, offset)
         views[path, dtype, shape, stride, offset] = count * dtype.itemsize

@@ -19,6 +19,7 @@ from scm_export.checkpoints.inert_pickle import Bounded, MalformedPickleError, O
 from scm_export.checkpoints.torch_pickle import UnboundedCallError, check_legacy_pickles, check_zip_pickle
 from scm_export.errors import CheckpointError
 from scm_runtime.common.files import open_regular
+from scm_runtime.common.memory import MORE_MEMORY, is_out_of_memory, out_of_memory_error
 from scm_runtime.common.message_text import first_line, printable
 
 TRUST_HINT = "If you trust its author: --trust loads it anyway and runs its code."
@@ -31,6 +32,7 @@ def read_torch_file(source: Path, *, trust: bool = False) -> object:
 
     Raises:
         CheckpointError: the file is damaged or, without ``trust``, holds more than tensors and plain values.
+        OutOfMemoryError: its tensors do not fit into memory.
     """
     if is_zip(source):
         check_contents(source)
@@ -47,6 +49,8 @@ def read_torch_file(source: Path, *, trust: bool = False) -> object:
             return _read_trusted(source, name)
         raise _wants_to_run(source, name) from error
     except Exception as error:
+        if is_out_of_memory(error):
+            raise out_of_memory_error(f"the checkpoint '{source}'", error, MORE_MEMORY) from error
         raise CheckpointError(f"'{source}' is not a readable .pt file: truncated or of another format ({first_line(error)}). Copy or save it again.") from error
     try:
         return without_attributes(content)
@@ -77,6 +81,8 @@ def _read_trusted(source: Path, name: str) -> object:
             warnings.simplefilter("ignore")  # torch warns if the code has changed since the file was saved
             return torch.load(source, map_location="cpu", weights_only=False)
     except Exception as error:
+        if is_out_of_memory(error):
+            raise out_of_memory_error(f"the checkpoint '{source}'", error, MORE_MEMORY) from error
         raise CheckpointError(
             f"'{source}' cannot be loaded even with --trust: {type(error).__name__}: {first_line(error)}. "
             f"It needs {name}: run scm-export where that can be imported, for instance in the folder of the code that made the file."

@@ -29,7 +29,7 @@ from scm_export.checkpoints.inert_pickle import (
     MalformedPickleError,
     StandIn,
 )
-from scm_export.checkpoints.stored_tensors import STORAGE_DTYPES
+from scm_export.checkpoints.stored_tensors import MAX_DIMENSIONS, STORAGE_DTYPES
 from scm_runtime.common.documents import check_depth
 from scm_runtime.common.files import open_regular
 from scm_runtime.common.message_text import printable
@@ -39,7 +39,7 @@ MAX_HASHED = 64  # levels of tuples: hashing a deeply nested tuple overflows the
 MAX_EXPANDED = 1 << 24  # elements of a tensor that is larger than its storage, such as a broadcast one
 
 # Of the functions that torch's loader calls, those that a pickle of dense tensors needs, or whose results ``without_attributes`` refuses by name.
-REBUILT = ("parameter", "parameter_with_state", "tensor", "tensor_v2", "tensor_v3", "sparse_tensor", "nested_tensor", "meta_tensor_no_storage")
+REBUILT = ("parameter", "parameter_with_state", "tensor", "tensor_v2", "tensor_v3", "qtensor", "sparse_tensor", "nested_tensor", "meta_tensor_no_storage")
 NEEDED = {f"torch._utils._rebuild_{name}" for name in REBUILT}
 UNNEEDED = re.compile(r"torch\.(_utils\._rebuild_\w+|(\w+\.)*\w*(Tensor|Storage))")
 
@@ -169,7 +169,7 @@ def _call(name: str, *arguments: object) -> object:
     match name, arguments:
         case "builtins.set" | "__builtin__.set" | "collections.Counter" | "collections.OrderedDict", _:
             _check_hashable(arguments)
-        case "torch._utils._rebuild_tensor" | "torch._utils._rebuild_tensor_v2", (storage, offset, shape, stride, *_):
+        case "torch._utils._rebuild_tensor" | "torch._utils._rebuild_tensor_v2" | "torch._utils._rebuild_qtensor", (storage, offset, shape, stride, *_):
             _check_tensor(storage, offset, shape, stride)
         case "torch._utils._rebuild_tensor_v3", (storage, offset, shape, stride, _, _, dtype, *_):
             _check_tensor(storage, offset, shape, stride, _item_size(dtype))
@@ -202,14 +202,22 @@ def _check_tensor(storage: object, offset: object, shape: object, stride: object
     """Check that a tensor is within its storage."""
     if not isinstance(storage, _Storage) or not isinstance(shape, tuple) or not isinstance(stride, tuple) or len(shape) != len(stride):
         raise MalformedPickleError("a tensor must be made of a storage, an offset, a shape and strides")
+    if len(shape) > MAX_DIMENSIONS:
+        raise MalformedPickleError(f"a tensor must have at most {MAX_DIMENSIONS} dimensions, got {len(shape)}")
     if not all(type(number) is int and 0 <= number < 2**63 for number in (offset, *shape, *stride)):
         raise MalformedPickleError("a tensor must have integers of at least 0 as offset, sizes and strides")
     assert isinstance(offset, int)
     stored, elements = storage.nbytes // (itemsize or storage.itemsize), math.prod(shape)
     last = offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
-    if elements and (last >= stored or elements > max(stored, MAX_EXPANDED)):
+    if elements and last >= stored:
         raise MalformedPickleError(
-            f"shape and storage of a tensor disagree: shape {list(shape)}, strides {list(stride)} from element {offset} on, in a storage of {stored} elements"
+            f"shape and storage of a tensor disagree: shape {list(shape)!s:.200}, strides {list(stride)!s:.200} from element {offset} on, "
+            f"in a storage of {stored} elements"
+        )
+    if elements > max(stored, MAX_EXPANDED):
+        raise MalformedPickleError(
+            f"a tensor that is larger than its storage, such as an expanded one, must have at most {MAX_EXPANDED} elements, got shape {list(shape)!s:.200} "
+            f"in a storage of {stored}; call .contiguous() on it before saving"
         )
 
 

@@ -63,17 +63,17 @@ def choose_weights(raw: object, source: Path, key: str | None, progress: Callabl
         chosen = _with_key(sets, key, source)
     elif average := _unreadable_average(raw, sets):
         raise CheckpointError(
-            f"'{source}' keeps a moving average under {average!r} in a form without names, such as a list of tensors, which cannot be loaded into the network. "
+            f"'{source}' keeps a moving average under '{average}' in a form without names, such as a list of tensors, which cannot be loaded into the network. "
             f"Save its state_dict, or choose another set:\n{_listing(sets)}"
         )
     elif len(sets) == 1:
         chosen = sets[0]
     else:
         chosen = _only_average(sets, source)
-        progress(f"using the moving average under {chosen.key!r}, one of {len(sets)} sets of weights (choose another with --weights KEY)")
+        progress(f"using the moving average under '{chosen.key}', one of {len(sets)} sets of weights (choose another with --weights KEY)")
         return chosen
     if chosen.key:
-        progress(f"using the tensors under {chosen.key!r}")
+        progress(f"using the tensors under '{chosen.key}'")
     return chosen
 
 

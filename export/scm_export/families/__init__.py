@@ -5,6 +5,7 @@ from scm_export.errors import CheckpointError
 from scm_export.families import consistency, edm2, latent_consistency, module, sana_sprint
 from scm_export.families.family import BuildOptions, Family
 from scm_export.model import Model
+from scm_runtime.common.memory import MORE_MEMORY, is_out_of_memory, out_of_memory_error
 from scm_runtime.common.message_text import first_line
 from scm_runtime.errors import InvalidArgumentError, ScmError
 
@@ -43,6 +44,7 @@ def build_model(loaded: Loaded, options: BuildOptions | None = None, family: str
     Raises:
         CheckpointError: the checkpoint belongs to no family, or its configuration or weights do not fit its family.
         InvalidArgumentError: an option does not fit the model, or there is no such family.
+        OutOfMemoryError: the model does not fit into memory.
     """
     name = find_family(loaded, family)
     try:
@@ -50,6 +52,11 @@ def build_model(loaded: Loaded, options: BuildOptions | None = None, family: str
     except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError, MemoryError) as error:
         if isinstance(error, ScmError):
             raise
+        if is_out_of_memory(error):
+            raise out_of_memory_error(f"the model of {loaded.describe()}", error, MORE_MEMORY) from error
         # Configurations have values of any type and size, which the classes of diffusers and torch check late or never.
         what = f"{type(error).__name__}: {first_line(error)}"
-        raise CheckpointError(f"no model of the family {name} can be built from {loaded.describe()} ({what}). Check its configuration.") from error
+        raise CheckpointError(
+            f"no model of the family {name} can be built from {loaded.describe()} ({what}). "
+            "Check its configuration. If it is correct, this is a bug in scm-export: please report it."
+        ) from error

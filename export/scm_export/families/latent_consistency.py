@@ -6,6 +6,7 @@ without noise. The text encoder is not part of a bundle: its embeddings are an i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -77,7 +78,10 @@ class LatentConsistencyStep(nn.Module):
         self.prediction, self.clip = config.prediction_type, float(config.clip_sample_range) if config.clip_sample else None
         alphas = scheduler.alphas_cumprod
         c_skip, c_out = scheduler.get_scalings_for_boundary_condition_discrete(torch.arange(len(alphas)))
-        self.register_buffer("coefficients", torch.stack([c_skip, c_out, alphas.sqrt(), (1 - alphas).sqrt()], dim=1))  # [T, 4], indexed by t
+        coefficients = torch.stack([c_skip, c_out, alphas.sqrt(), (1 - alphas).sqrt()], dim=1)
+        if not torch.isfinite(coefficients).all() or (self.clip is not None and not 0 < self.clip < math.inf):
+            raise CheckpointError(f"the {SCHEDULER} must have finite betas and timestep_scaling, and a positive clip_sample_range. Check its configuration.")
+        self.register_buffer("coefficients", coefficients)  # [T, 4], indexed by t
         after = torch.cat([torch.ones(1), alphas[1:]])
         self.register_buffer("renoising", torch.stack([after.sqrt(), (1 - after).sqrt()], dim=1))  # [T, 2], indexed by t_next
 

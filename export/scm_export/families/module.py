@@ -175,7 +175,7 @@ def _modules_in_fp32(network: nn.Module, keep_fp32: tuple[str, ...]) -> set[str]
         if not any(fnmatchcase(name, pattern) for name in names):
             close = difflib.get_close_matches(pattern, names, n=1)
             meant = f"; did you mean {close[0]!r}?" if close else ""
-            raise CheckpointError(f"config.keep_fp32 must name modules of the network, got {printable(pattern)!r}{meant}")
+            raise CheckpointError(f"config.keep_fp32 must name modules of the network, got '{printable(pattern)}'{meant}")
     return kept
 
 
