@@ -74,7 +74,7 @@ def plan(checkpoint: StrPath | nn.Module, out: StrPath | None = None, options: O
 
     Raises the errors of :func:`export` that concern the checkpoint, the options or the destination.
     """
-    model, destination, source, options = prepare(checkpoint, out, replace(options or Options(), force=True))  # an existing bundle is no obstacle
+    model, destination, source, options = prepare(checkpoint, out, replace(options or Options(), force=True), dry_run=True)  # an existing bundle is no obstacle
     assert options.dtype is not None
     return make_plan(model, destination, source, options.dtype, composed_steps(model, options), graph_opset(options), custom_ops=options.custom_ops)
 

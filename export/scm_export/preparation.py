@@ -49,8 +49,11 @@ class Opened(NamedTuple):
     """Computes the SHA-256 for the manifest, which takes time for large files."""
 
 
-def prepare(checkpoint: StrPath | nn.Module, out: StrPath | None, options: Options) -> Prepared:
-    """Read a checkpoint and build its model. Raises what :func:`scm_export.export` raises for a checkpoint, an option or a destination."""
+def prepare(checkpoint: StrPath | nn.Module, out: StrPath | None, options: Options, *, dry_run: bool = False) -> Prepared:
+    """Read a checkpoint and build its model; in a ``dry_run`` without the test of its parametrization.
+
+    Raises what :func:`scm_export.export` raises for a checkpoint, an option or a destination.
+    """
     check_versions()
     warn_about_untested_versions()
     if not isinstance(checkpoint, nn.Module | str | os.PathLike):
@@ -66,7 +69,8 @@ def prepare(checkpoint: StrPath | nn.Module, out: StrPath | None, options: Optio
     guide, guide_weights = None, None
     if options.guide is not None:
         guide, guide_weights = open_checkpoint(options.guide, trust=options.trust, progress=options.progress)
-    model = build_model(loaded, BuildOptions(_decoder(options), options.latents, options.with_encoder, preview, guide, options.size), family)
+    build_options = BuildOptions(_decoder(options), options.latents, options.with_encoder, preview, guide, options.size, test_parametrisation=not dry_run)
+    model = build_model(loaded, build_options, family)
     _check_options_apply(model, options)
     if isinstance(model.decoder, ImageDecoder) and model.sample_shape[0] == LATENT_OR_RGBA:
         model.notes += ("the state has 4 channels and is taken as RGBA pixels. If it is latents, give their autoencoder with --decoder, or --latents",)
@@ -105,7 +109,7 @@ def _decoder(options: Options) -> Path | nn.Module | None:
     if isinstance(given, nn.Module):
         return copy_network(given, f"the decoder {type(given).__name__}")
     if isinstance(given, str) and FACTORY.fullmatch(given) and not os.path.lexists(given):
-        return call_factory(given, {})
+        return call_factory(given, {}, "decoder")
     return fetch(given, None, options.progress).path
 
 

@@ -45,7 +45,7 @@ def test_samples_are_decoded_by_the_users_network(decoder: Any, statistics: bool
     ("options", "error", "message"),
     [
         ({"decoder": "guided_networks:decodr"}, InvalidArgumentError, "did you mean 'decoder'"),
-        ({"decoder": "no_such_module:decoder"}, InvalidArgumentError, "there is no module 'no_such_module'"),
+        ({"decoder": "no_such_module:decoder"}, InvalidArgumentError, "decoder: there is no module 'no_such_module'"),
         ({"decoder": "guided_networks:guide"}, CheckpointError, "raised TypeError"),
         ({"decoder": "guided_networks:flat_decoder"}, CheckpointError, r"must return pixels, a tensor \[N, C, H, W\] .* got \[2, 108\]"),
         ({"decoder": "guided_networks:failing_decoder"}, CheckpointError, r"the decoder Conv2d cannot be called with latents of \[2, 3, 6, 6\]"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 import gaussian_networks
 import own_networks
+from scm_export import Options, plan
 from scm_export.checkpoints import ConditioningSpec, Header, Program, SamplerSpec, load
 from scm_export.choices import PARAMETRISATION_NAMES, ParametrisationName
 from scm_export.families import build_model
@@ -106,3 +108,11 @@ def test_networks_that_do_not_denoise(caplog: pytest.LogCaptureFixture) -> None:
     assert "samples have a root mean square of 0.00" in warning(caplog, Scaled(0.0), (3, 8, 8), "trigflow")
     torch.manual_seed(0)
     assert not warning(caplog, own_networks.Plain(), own_networks.SHAPE, "trigflow")
+
+
+def test_a_plan_and_a_large_network_are_not_tested(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with caplog.at_level(logging.WARNING, "scm_export"):
+        plan(Scaled(1.0), tmp_path / "out.scm", Options(config={"config": {"sample_shape": [3, 8, 8]}}))
+    assert not caplog.text
+    monkeypatch.setattr("scm_export.families.module.MAX_TESTED", 0)
+    assert not warning(caplog, Scaled(1.0), (3, 8, 8), "trigflow")

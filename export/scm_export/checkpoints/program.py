@@ -43,8 +43,8 @@ class Program:
         return self.description
 
 
-def call_factory(factory: str, arguments: dict[str, Any]) -> nn.Module:
-    """Call ``package.module:function``, which may also be in the current folder, as with ``python -m``.
+def call_factory(factory: str, arguments: dict[str, Any], option: str = "factory") -> nn.Module:
+    """Call ``package.module:function``, which may also be in the current folder, as with ``python -m``. ``option`` is the option that names it.
 
     Returns:
         A copy of the network if it can be copied, else the network itself. An export modifies its network and finally releases the weights, and
@@ -55,16 +55,16 @@ def call_factory(factory: str, arguments: dict[str, Any]) -> nn.Module:
         CheckpointError: the function fails, or does not return a module.
     """
     if not (found := FACTORY.fullmatch(factory)):
-        raise InvalidArgumentError(f"factory must be package.module:function, got {factory!r}")
+        raise InvalidArgumentError(f"{option} must be package.module:function, got {factory!r}")
     with current_folder_importable():
-        function = _find(found[1], found[2])
+        function = _find(found[1], found[2], option)
         try:
             network = function(**arguments)
         except Exception as error:
             given = f" with the arguments {', '.join(arguments)} of [config.arguments]" if arguments else ""
-            raise CheckpointError(f"the factory {factory} raised {type(error).__name__}{given}: {first_line(error)}") from error
+            raise CheckpointError(f"the {option} {factory} raised {type(error).__name__}{given}: {first_line(error)}") from error
     if not isinstance(network, nn.Module):
-        raise CheckpointError(f"the factory {factory} must return a torch.nn.Module, got {type(network).__name__}")
+        raise CheckpointError(f"the {option} {factory} must return a torch.nn.Module, got {type(network).__name__}")
     return _copy(network)
 
 
@@ -99,18 +99,18 @@ def weights_sha256(network: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _find(module_name: str, function_name: str) -> Callable[..., Any]:
+def _find(module_name: str, function_name: str, option: str) -> Callable[..., Any]:
     try:
         value: Any = importlib.import_module(module_name)
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and error.name and f"{module_name}.".startswith(f"{error.name}."):
-            raise InvalidArgumentError(f"factory: there is no module {error.name!r}. Run scm-export in the folder that holds it, or install it") from error
-        raise CheckpointError(f"importing the factory's module {module_name} raised {type(error).__name__}: {first_line(error)}") from error
+            raise InvalidArgumentError(f"{option}: there is no module {error.name!r}. Run scm-export in the folder that holds it, or install it") from error
+        raise CheckpointError(f"importing the module {module_name} of the {option} raised {type(error).__name__}: {first_line(error)}") from error
     for part in function_name.split("."):
         if not hasattr(value, part):
             close = difflib.get_close_matches(part, [name for name in dir(value) if callable(getattr(value, name, None))], n=1)
-            raise InvalidArgumentError(f"factory: {module_name} has no {function_name!r}{f'; did you mean {close[0]!r}?' if close else ''}")
+            raise InvalidArgumentError(f"{option}: {module_name} has no {function_name!r}{f'; did you mean {close[0]!r}?' if close else ''}")
         value = getattr(value, part)
     if not callable(value):
-        raise InvalidArgumentError(f"factory: {module_name}:{function_name} must be a function, got {type(value).__name__}")
+        raise InvalidArgumentError(f"{option}: {module_name}:{function_name} must be a function, got {type(value).__name__}")
     return value  # type: ignore[no-any-return]  # the user's function has no known type

@@ -38,6 +38,7 @@ logger = logging.getLogger("scm_export")
 PIXEL_CHANNELS = (1, 3, 4)
 TRUSTED = "the parametrization {!r} is taken from the config or --parametrisation on trust: the verification applies it to the original network as well"
 MAX_AXES = 8
+MAX_TESTED = 200_000_000  # parameters of a network whose parametrization is tested: the evaluations of larger ones take minutes
 
 
 class ModuleConfig(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -105,7 +106,7 @@ def build_module(loaded: Loaded, options: BuildOptions) -> Model:
         licence=header.licence,
     )
     _check_call(own, model, loaded)
-    if (doubt := suspicion(model)) is not None:
+    if options.test_parametrisation and sum(p.numel() for p in network.parameters()) <= MAX_TESTED and (doubt := suspicion(model)) is not None:
         logger.warning("%s", doubt)
     model.notes = (TRUSTED.format(sampler.parametrisation),)
     if loaded.original is not None:
