@@ -184,7 +184,7 @@ def _read(target: Target, folder: Path) -> str:
         target.read(folder)
     except ScmError as error:
         message = str(error)
-        if not message.replace("\n", "").isprintable() or len(message) > MAX_MESSAGE:
+        if not message.replace("\n", "").replace("\t", "").isprintable() or len(message) > MAX_MESSAGE:
             return f"message of {len(message)} characters: {message[:300]!a}"
         return "refused"
     except BaseException as error:  # noqa: BLE001 - whatever it is, it is a finding
