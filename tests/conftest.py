@@ -42,6 +42,8 @@ SLOWEST_FIRST = (
     "export/test_kept_and_compiled.py",
     "export/test_report.py",
     "export/test_memory.py",
+    "runtime/test_terminal.py",
+    "test_hostile_checkpoints.py",
 )
 
 

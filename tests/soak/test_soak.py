@@ -6,7 +6,7 @@ from soak.soak import Soak
 
 
 def test_all_ways_of_use_concurrently_for_some_seconds() -> None:
-    soak = Soak(seconds=10.0, threads=4)
+    soak = Soak(seconds=6.0, threads=4)
     soak.run()
     assert not soak.wrong, soak.wrong[0]
     assert not soak.threads_left
