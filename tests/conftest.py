@@ -191,3 +191,19 @@ def tiny(tiny_bundle: Path) -> Iterator[Generator]:
     """An open Generator on the tiny bundle."""
     with Generator(tiny_bundle) as generator:
         yield generator
+
+
+@pytest.fixture(scope="module")
+def slow_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle whose step takes minutes with ``toy_bundle.LONG_LOOP`` and ``LONG_OPERATOR``."""
+    import toy_bundle  # imports onnx, which the runtime's own environment lacks
+
+    return toy_bundle.write_text_bundle(tmp_path_factory.mktemp("slow") / "slow.scm", graphs={"step": toy_bundle.SLOW_STEP})
+
+
+@pytest.fixture
+def slow(slow_bundle: Path) -> Iterator[Generator]:
+    """A Generator of ``slow_bundle``."""
+    generator = Generator(slow_bundle, threads=1)
+    yield generator
+    generator.close()

@@ -186,6 +186,13 @@ SLOW_PREVIEW, SLOW_DECODE = (
 )
 
 
+# Arguments of calls of a bundle with SLOW_STEP.
+EMBEDS = np.ones((2, WIDTH), np.float32)
+FAST: dict[str, Any] = {"prompt_embeds": EMBEDS, "seed": 1, "output_type": "latent"}
+LONG_LOOP: dict[str, Any] = {**FAST, "guidance_scale": SLOW_GUIDANCE}
+LONG_OPERATOR: dict[str, Any] = {**FAST, "conditioning": {"score": SLOW_SCORE}, "num_inference_steps": 1}
+
+
 def weights() -> NDArray[np.float32]:
     """Return the only weight matrix of the bundle: float32, ``[WIDTH, 2]``."""
     return np.linspace(-0.2, 0.3, WIDTH * 2, dtype=np.float32).reshape(WIDTH, 2)

@@ -376,12 +376,18 @@ def test_the_least_recently_used_entry_is_evicted_first(tmp_path: Path, monkeypa
     assert {path.name for path in cache.folder.iterdir()} == {names[1], names[2]}
 
 
-def test_files_of_killed_processes_and_of_older_versions_are_removed(cache: GraphCache) -> None:
+def leave_parts(cache: GraphCache) -> Path:
+    """Leave an old and a young unfinished entry in the cache, and return the young one."""
     old, young = cache.folder / f"{TEMP_PREFIX}1", cache.folder / f"{TEMP_PREFIX}2"
     for part in (old, young):
         part.mkdir()
         (part / "graph.data").write_bytes(b"half")
     os.utime(old, (0, 0))
+    return young
+
+
+def test_files_of_killed_processes_and_of_older_versions_are_removed(cache: GraphCache) -> None:
+    young = leave_parts(cache)
     open_cached(cache, NOISE, key(device="before"), Opener(), checksums=CHECKSUMS)
     os.utime(cache.folder / key(device="before") / "entry.json", (0, 0))
     open_cached(cache, NOISE, key(), Opener(), checksums=CHECKSUMS)
@@ -389,11 +395,7 @@ def test_files_of_killed_processes_and_of_older_versions_are_removed(cache: Grap
 
 
 def test_files_of_killed_processes_are_removed_when_the_cache_is_opened(cache: GraphCache) -> None:
-    old, young = cache.folder / f"{TEMP_PREFIX}1", cache.folder / f"{TEMP_PREFIX}2"
-    for part in (old, young):
-        part.mkdir()
-        (part / "weights.onnx.data").write_bytes(b"half")
-    os.utime(old, (0, 0))
+    young = leave_parts(cache)
     GraphCache.locate(cache.folder.parent)
     assert list(cache.folder.iterdir()) == [young]
 

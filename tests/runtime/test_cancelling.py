@@ -23,23 +23,7 @@ from scheduler_control import TIMEOUT_S, engine_of, record_batches, scheduler_bl
 from scm_runtime import DevicePool, GenerationTimeoutError, Generator, GeneratorClosedError, InferenceError, InvalidArgumentError, Samples
 from scm_runtime.common import deadlines
 from scm_runtime.engines.engine import Trajectory
-
-EMBEDS = np.ones((2, toy_bundle.WIDTH), np.float32)
-FAST: dict[str, Any] = {"prompt_embeds": EMBEDS, "seed": 1, "output_type": "latent"}
-LONG_LOOP: dict[str, Any] = {**FAST, "guidance_scale": toy_bundle.SLOW_GUIDANCE}
-LONG_OPERATOR: dict[str, Any] = {**FAST, "conditioning": {"score": toy_bundle.SLOW_SCORE}, "num_inference_steps": 1}
-
-
-@pytest.fixture(scope="module")
-def slow_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return toy_bundle.write_text_bundle(tmp_path_factory.mktemp("slow") / "slow.scm", graphs={"step": toy_bundle.SLOW_STEP})
-
-
-@pytest.fixture
-def slow(slow_bundle: Path) -> Iterator[Generator]:
-    generator = Generator(slow_bundle, threads=1)
-    yield generator
-    generator.close()
+from toy_bundle import EMBEDS, FAST, LONG_LOOP, LONG_OPERATOR
 
 
 def check_usable(generator: Generator) -> None:

@@ -57,11 +57,6 @@ def in_daemon(call):
 """
 
 
-@pytest.fixture(scope="module")
-def slow_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return toy_bundle.write_text_bundle(tmp_path_factory.mktemp("slow") / "slow.scm", graphs={"step": toy_bundle.SLOW_STEP})
-
-
 def exits_quietly(program: str, *arguments: str | Path) -> str:
     """Run a program, assert that it exits with code 0 and prints nothing to stderr, and return its stdout."""
     done = run_python(PRELUDE + program, *arguments)

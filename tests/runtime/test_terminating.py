@@ -20,23 +20,7 @@ from scheduler_control import TIMEOUT_S, engine_of, scheduler_blocked, scheduler
 from scm_runtime import DevicePool, Generator, GeneratorClosedError, InferenceError
 from scm_runtime.engines.engine import Trajectory
 from scm_runtime.sampling.nonfinite import NonFiniteHandler
-
-EMBEDS = np.ones((2, toy_bundle.WIDTH), np.float32)
-FAST: dict[str, Any] = {"prompt_embeds": EMBEDS, "seed": 1, "output_type": "latent"}
-LONG_LOOP: dict[str, Any] = {**FAST, "guidance_scale": toy_bundle.SLOW_GUIDANCE}
-LONG_OPERATOR: dict[str, Any] = {**FAST, "conditioning": {"score": toy_bundle.SLOW_SCORE}, "num_inference_steps": 1}
-
-
-@pytest.fixture(scope="module")
-def slow_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return toy_bundle.write_text_bundle(tmp_path_factory.mktemp("slow") / "slow.scm", graphs={"step": toy_bundle.SLOW_STEP})
-
-
-@pytest.fixture
-def slow(slow_bundle: Path) -> Iterator[Generator]:
-    generator = Generator(slow_bundle, threads=1)
-    yield generator
-    generator.close()
+from toy_bundle import EMBEDS, FAST, LONG_LOOP, LONG_OPERATOR
 
 
 @pytest.fixture
