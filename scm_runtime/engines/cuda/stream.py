@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -99,8 +100,9 @@ class DeviceBuffer:
         """The event after which a shared buffer holds its contents; None if the buffer is not shared."""
         self.address, self.nbytes = int(buffer.handle), int(buffer.size)
 
-    def __del__(self) -> None:
-        self._stream.defer_free(self._buffer, self.ready_event)
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not is_finalizing():  # cuda-core can import nothing any more, and the memory is freed with the process
+            self._stream.defer_free(self._buffer, self.ready_event)
 
 
 class CudaStream:

@@ -127,7 +127,7 @@ def main(bundle: str, batch_sizes: tuple[int, ...], repeats: int) -> None:
     machine = {"gpu": placement.hardware, "bundle": bundle, "python": platform.python_version(), "onnxruntime": load_onnxruntime().__version__}
     text = json.dumps({"machine": machine, "figures": figures}, indent=2)
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "cuda.json").write_text(text + "\n")
+    (RESULTS / "cuda_calls.json").write_text(text + "\n")
     print(text)
 
 
