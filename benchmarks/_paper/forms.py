@@ -1,0 +1,100 @@
+"""The forms in which the CUDA provider can run a step, as lists of launches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from _paper import kernels
+from _paper.gpus import FILL_S, LAUNCH_S, Gpu
+from _paper.layers import Operation
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel of a step."""
+
+    what: str
+    """Kind of the operation, or of the work that only this form needs: "transposes", "conversions"."""
+    resolution: int
+    seconds: float
+    flop: float = 0.0
+    nbytes: float = 0.0
+    count: int = 1
+    """Launches. 0 for kernels that a library launches itself, which the list of launches does not show."""
+
+
+Form = Callable[[Gpu, Sequence[Operation]], list[Launch]]
+
+
+def channels_first(gpu: Gpu, step: Sequence[Operation]) -> list[Launch]:
+    """Return the launches with transposes around every convolution and pooling, as ONNX Runtime makes them without prefer_nhwc.
+
+    cuDNN's tensor-core kernels are channels last. For channels-first maps it converts the input, the output and the weights in every run.
+    """
+    launches = []
+    convolutions = [one for one in step if one.kind == "convolution"]
+    for one in step:
+        launches += _unfused(gpu, one)
+        if one.kind == "convolution":
+            converted = 2.0 * (one.map_bytes + one.weight_bytes)
+            launches.append(Launch("conversions by cuDNN", one.resolution, kernels.memory_seconds(gpu, converted) + 3 * LAUNCH_S, nbytes=converted, count=0))
+        if one.kind == "convolution" or one.name == "downsample":
+            # The state is channels first: there is no transpose before the first convolution and after the last one.
+            sides = [
+                side for side, at_border in ((one.inputs, one is convolutions[0]), (one.outputs or one.inputs / 5, one is convolutions[-1])) if not at_border
+            ]
+            for channels in sides if one.kind == "convolution" else [4 * one.inputs / 5, one.inputs / 5]:
+                moved = 2.0 * 2 * one.pixels * channels
+                launches.append(Launch("transposes", one.resolution, kernels.memory_seconds(gpu, moved) + LAUNCH_S, nbytes=moved))
+    return launches
+
+
+def channels_last(gpu: Gpu, step: Sequence[Operation]) -> list[Launch]:
+    """Return the launches with cuDNN's channels-last kernels, and every other operation in a kernel of its own."""
+    return [launch for one in step for launch in _unfused(gpu, one)]
+
+
+def fused(gpu: Gpu, step: Sequence[Operation]) -> list[Launch]:
+    """Return the launches with our convolution where it is faster, the operations that follow in its kernel, and one product for all modulations."""
+    launches = []
+    modulations = [one for one in step if one.kind == "modulation"]
+    if modulations:
+        nbytes = sum(one.weight_bytes for one in modulations)
+        flop = sum(one.flop for one in modulations)
+        launches.append(Launch("modulation", 0, kernels.memory_seconds(gpu, nbytes) + FILL_S + LAUNCH_S, flop, nbytes))
+        launches.append(Launch("modulation", 0, LAUNCH_S))  # the addition of 1
+    for one in step:
+        if one.kind == "modulation":
+            continue
+        separate = _unfused(gpu, one)
+        if one.kind in ("convolution", "product"):
+            ours = kernels.own(gpu, one)
+            if ours.seconds < sum(launch.seconds for launch in separate):
+                launches.append(Launch(f"{one.kind}, ours", one.resolution, ours.seconds, one.flop, one.weight_bytes + one.map_bytes))
+                continue
+        launches += separate
+    return launches
+
+
+FORMS: dict[str, Form] = {"channels first": channels_first, "channels last": channels_last, "fused": fused}
+
+
+def ideal_seconds(gpu: Gpu, step: Sequence[Operation]) -> float:
+    """Return the roofline of a step: each convolution and product at the data sheet's rates, everything else free."""
+    products = [one for one in step if one.kind in ("convolution", "product", "modulation")]
+    return sum(max(one.flop / gpu.tensor_flop, (one.weight_bytes + one.map_bytes) / gpu.memory_bytes) for one in products)
+
+
+def _unfused(gpu: Gpu, one: Operation) -> list[Launch]:
+    """Return the launches of one operation, with the operation that follows in a kernel of its own."""
+    if one.kind in ("convolution", "product"):
+        launches = [Launch(one.kind, one.resolution, kernels.library(gpu, one).seconds, one.flop, one.weight_bytes + one.map_bytes)]
+        if one.follower:
+            tensors = {"modulate": 2, "mp_sum": 3}[one.follower]
+            launches.append(Launch("elementwise", one.resolution, kernels.follower(gpu, one), nbytes=2 * one.pixels * one.outputs * tensors))
+        return launches
+    if one.kind == "modulation":  # the product, and the addition of 1
+        seconds = kernels.memory_seconds(gpu, one.weight_bytes) + FILL_S + LAUNCH_S
+        return [Launch("modulation", 0, seconds, one.flop, one.weight_bytes), Launch("modulation", 0, LAUNCH_S)]
+    return [Launch(one.kind, one.resolution, kernels.elementwise(gpu, one), nbytes=one.map_bytes)]
