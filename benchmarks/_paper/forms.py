@@ -63,16 +63,15 @@ def fused(gpu: Gpu, step: Sequence[Operation]) -> list[Launch]:
         nbytes = sum(one.weight_bytes for one in modulations)
         flop = sum(one.flop for one in modulations)
         launches.append(Launch("modulation", 0, kernels.memory_seconds(gpu, nbytes) + FILL_S + LAUNCH_S, flop, nbytes))
-        launches.append(Launch("modulation", 0, LAUNCH_S))  # the addition of 1
+        launches += _additions(modulations[0])
     for one in step:
         if one.kind == "modulation":
             continue
         separate = _unfused(gpu, one)
         if one.kind in ("convolution", "product"):
-            ours = kernels.own(gpu, one)
-            if ours.seconds < sum(launch.seconds for launch in separate):
-                launches.append(Launch(f"{one.kind}, ours", one.resolution, ours.seconds, one.flop, one.weight_bytes + one.map_bytes))
-                continue
+            product = Launch(f"{one.kind}, ours", one.resolution, kernels.own(gpu, one).seconds, one.flop, one.weight_bytes + one.map_bytes)
+            ours = [product, *(_follower(gpu, one) if one.follower == "norm_modulate" else [])]
+            separate = min(ours, separate, key=lambda group: sum(launch.seconds for launch in group))
         launches += separate
     return launches
 
@@ -90,11 +89,18 @@ def _unfused(gpu: Gpu, one: Operation) -> list[Launch]:
     """Return the launches of one operation, with the operation that follows in a kernel of its own."""
     if one.kind in ("convolution", "product"):
         launches = [Launch(one.kind, one.resolution, kernels.library(gpu, one).seconds, one.flop, one.weight_bytes + one.map_bytes)]
-        if one.follower:
-            tensors = {"modulate": 2, "mp_sum": 3}[one.follower]
-            launches.append(Launch("elementwise", one.resolution, kernels.follower(gpu, one), nbytes=2 * one.pixels * one.outputs * tensors))
-        return launches
-    if one.kind == "modulation":  # the product, and the addition of 1
+        return [*launches, *_follower(gpu, one)]
+    if one.kind == "modulation":
         seconds = kernels.memory_seconds(gpu, one.weight_bytes) + FILL_S + LAUNCH_S
-        return [Launch("modulation", 0, seconds, one.flop, one.weight_bytes), Launch("modulation", 0, LAUNCH_S)]
+        return [Launch("modulation", 0, seconds, one.flop, one.weight_bytes), *_additions(one)]
     return [Launch(one.kind, one.resolution, kernels.elementwise(gpu, one), nbytes=one.map_bytes)]
+
+
+def _additions(modulation: Operation) -> list[Launch]:
+    """Return the launch that adds 1 to the result of a modulation's product, if it does."""
+    return [Launch("modulation", 0, LAUNCH_S)] if modulation.name.endswith("+ 1") else []
+
+
+def _follower(gpu: Gpu, one: Operation) -> list[Launch]:
+    """Return the launch of the operation that follows a convolution or product, if there is one."""
+    return [Launch("elementwise", one.resolution, kernels.follower(gpu, one), nbytes=kernels.follower_bytes(one))] if one.follower else []
