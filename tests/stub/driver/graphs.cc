@@ -36,8 +36,8 @@ void replay(const std::vector<std::shared_ptr<CUgraphNode_st>>& nodes, int strea
         break;
       case Kind::host: node->host_function(node->host_data); break;
       case Kind::child: replay(node->child->nodes, stream); break;
-      case Kind::empty:
-      case Kind::event: break;
+      case Kind::event: *node->record = {true, milliseconds()}; break;
+      case Kind::empty: break;
     }
   }
 }

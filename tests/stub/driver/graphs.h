@@ -23,6 +23,10 @@ struct CopyNode {
   size_t width, height, to_pitch, from_pitch;  // bytes
   std::vector<char> source;                    // contents at the capture, if the source is not on a device
 };
+struct Record {  // of an event. Graphs that record the event outlive it
+  bool done;
+  double time;  // milliseconds
+};
 struct FillNode {
   void* to;
   unsigned value;
@@ -37,6 +41,7 @@ struct CUgraphNode_st {
   stub::KernelNode kernel{};
   stub::CopyNode copy{};
   stub::FillNode fill{};
+  std::shared_ptr<stub::Record> record = nullptr;
   CUhostFn host_function = nullptr;
   void* host_data = nullptr;
   struct CUgraph_st* child = nullptr;

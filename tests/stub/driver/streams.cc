@@ -95,7 +95,7 @@ STUB_API(cuCtxSynchronize)() {
 STUB_API(cuEventCreate)(CUevent* event, unsigned flags) {
   STUB_FAIL_IF_ORDERED();
   STUB_FAIL_IF_FORBIDDEN();
-  *event = new CUevent_st{flags, false, 0, nullptr, {}};
+  *event = new CUevent_st{flags, std::make_shared<stub::Record>(), nullptr, {}};
   return CUDA_SUCCESS;
 }
 STUB_API(cuEventDestroy_v2)(CUevent event) {
@@ -107,16 +107,15 @@ STUB_API(cuEventRecordWithFlags)(CUevent event, CUstream handle, unsigned flags)
   CUstream_st* stream = stream_of(handle);
   if (const CUresult error = stub::forbidden_on_legacy_stream(stream, __func__)) return error;
   if (stub::settings().trace) stub::say("record", "stream %d", stream->id);
-  event->recorded = true;
-  event->time = stub::milliseconds();
-  event->capture = stream->capture;
-  if (stream->capture != nullptr) {
-    if ((flags & CU_EVENT_RECORD_EXTERNAL) != 0) {  // a node of the graph: every launch records the event
-      stub::capture_node(stream, {stub::Kind::event});
-      event->capture = nullptr;
-    }
-    event->last = stream->last;
+  if (stream->capture != nullptr && (flags & CU_EVENT_RECORD_EXTERNAL) != 0) {  // a node of the graph: every launch records the event
+    CUgraphNode_st node{stub::Kind::event};
+    node.record = event->record;
+    stub::capture_node(stream, node);
+    return CUDA_SUCCESS;
   }
+  *event->record = {true, stub::milliseconds()};
+  event->capture = stream->capture;
+  event->last = stream->last;
   return CUDA_SUCCESS;
 }
 STUB_API(cuEventRecord)(CUevent event, CUstream stream) { return cuEventRecordWithFlags(event, stream, 0); }
@@ -132,8 +131,8 @@ STUB_API(cuEventSynchronize)(CUevent event) {
 // At least a microsecond, as work takes no time here and 0 would look like a missing measurement.
 STUB_API(cuEventElapsedTime_v2)(float* elapsed, CUevent start, CUevent end) {
   const bool untimed = ((start->flags | end->flags) & CU_EVENT_DISABLE_TIMING) != 0;
-  if (!start->recorded || !end->recorded || untimed) return CUDA_ERROR_INVALID_HANDLE;
-  *elapsed = static_cast<float>(end->time - start->time) + 1e-3F;
+  if (!start->record->done || !end->record->done || untimed) return CUDA_ERROR_INVALID_HANDLE;
+  *elapsed = static_cast<float>(end->record->time - start->record->time) + 1e-3F;
   return CUDA_SUCCESS;
 }
 STUB_API(cuEventElapsedTime)(float* elapsed, CUevent start, CUevent end) { return cuEventElapsedTime_v2(elapsed, start, end); }
@@ -149,7 +148,7 @@ STUB_API(cuStreamWaitEvent)(CUstream handle, CUevent event, unsigned) {
     if (stream->capture == nullptr) stream->last.clear();
     stream->capture = event->capture;
     stream->last.insert(stream->last.end(), event->last.begin(), event->last.end());
-  } else if (stream->capture != nullptr && event->recorded && stub::settings().strict_capture) {
+  } else if (stream->capture != nullptr && event->record->done && stub::settings().strict_capture) {
     stub::say("UNSAFE", "the capturing stream %d waits for an event from outside", stream->id);
     stream->capture->invalidated = true;
     return CUDA_ERROR_STREAM_CAPTURE_ISOLATION;

@@ -36,8 +36,7 @@ struct CUstream_st {
 };
 struct CUevent_st {
   unsigned flags;
-  bool recorded;
-  double time;                             // milliseconds
+  std::shared_ptr<stub::Record> record;
   std::shared_ptr<stub::Capture> capture;  // that it was recorded in
   stub::Nodes last;
 };
