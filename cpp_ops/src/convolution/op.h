@@ -44,6 +44,10 @@ enum class Shape : int {
 };
 constexpr int kShapes = 4;
 
+// The instructions of a shape. All shapes of a family give the same bits for the same split.
+enum class Family : int { mma };
+constexpr Family family(Shape) { return Family::mma; }
+
 // `split` blocks share the sum of a tile; 1 to kMaxSplit. A split of more than the number of steps of 64 terms is reduced to that number.
 struct Tile {
   Shape shape;
@@ -64,11 +68,15 @@ struct Choice {
   Tile tile;  // valid in both cases
 };
 
-// Looks the sizes up in the table tiles.inc, or estimates the times of all tiles. `own` and the split depend on the sizes of one sample only.
+// Looks the sizes up in the table tiles.inc, or else takes the tile with the shortest estimated time. `own`, the family and the split depend on the sizes of
+// one sample only.
 Choice choose(const Sizes& sizes, const Device& device);
 
-// Returns the expected time of the kernel in microseconds.
+// Returns the expected time of the kernel in microseconds, for weights that are not in the cache.
 double estimated_microseconds(const Sizes& sizes, const Tile& tile, const Device& device);
+
+// The same for cuDNN, or cuBLAS, and a kernel for the epilogue after it.
+double library_microseconds(const Sizes& sizes, const Device& device);
 
 // -- Workspace ---------------------------------------------------------------------------------------------------------------
 
