@@ -11,7 +11,7 @@ from pathlib import Path
 from scm_runtime.bundle.manifest import Dtype, Manifest
 from scm_runtime.common.log import log
 from scm_runtime.devices.placement import CPU_PROVIDER
-from scm_runtime.engines.cuda.capture import DeviceSession, EngineSessions
+from scm_runtime.engines.cuda.capture import DeviceSession, EngineSessions, LiveGraphs
 from scm_runtime.engines.cuda.engine import CudaEngine
 from scm_runtime.engines.cuda.graph_options import GraphOptions, ways_to_open
 from scm_runtime.engines.cuda.thread import CudaContext
@@ -62,7 +62,10 @@ def open_cuda_engine(
         graphs = BundleSessions(folder, manifest, dtype, opener.open)
         finite = opener.open_finite()
         sessions = (graphs.noise, graphs.step, finite, graphs.decode, *([graphs.combine] if manifest.samplers else []))
-        device_sessions = EngineSessions(*(DeviceSession(context, session, all_on_device=_is_all_on_device(session), capture=capture) for session in sessions))
+        live = LiveGraphs()
+        device_sessions = EngineSessions(
+            *(DeviceSession(context, session, live, all_on_device=_is_all_on_device(session), capture=capture) for session in sessions)
+        )
         return CudaEngine(context, graphs, device_sessions, dtype, manifest)
 
     return context.run(open_all)
@@ -89,8 +92,7 @@ class _Opener:
     def _open(self, path: Path, settings: SessionSettings) -> Session:
         """Open a graph with all nodes on the device in the first way that ONNX Runtime accepts, or with some nodes on the CPU if it accepts none.
 
-        ``enable_cuda_graph`` is set even if nothing will be captured: with it, ONNX Runtime rejects a graph that has nodes on the CPU. Each run then says
-        whether it is captured, by its ``gpu_graph_id``.
+        With ``enable_cuda_graph`` ONNX Runtime rejects a graph that has nodes on the CPU. Its captures are not used: every run has the ``gpu_graph_id`` -1.
         """
         *others, last = ways_to_open(path, settings)
         for way in others:
