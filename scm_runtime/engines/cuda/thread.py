@@ -12,7 +12,8 @@ from typing import TypeVar
 from scm_runtime.common.job_thread import JobThread
 from scm_runtime.common.runs import interrupted_error
 from scm_runtime.engines.cuda.capture_lock import CAPTURE_LOCK
-from scm_runtime.engines.cuda.stream import CudaStream, is_fatal
+from scm_runtime.engines.cuda.cuda_errors import is_fatal
+from scm_runtime.engines.cuda.stream import CudaStream
 from scm_runtime.errors import DeviceError, GeneratorClosedError, InferenceError
 
 Result = TypeVar("Result")

@@ -1,0 +1,226 @@
+"""All work of a call, from noise to decoded samples, as one CUDA graph.
+
+    one upload:    seeds, conditioning, times, latents
+    one launch:    noise of all draws, evaluations with their finite flags, decoder
+    one download:  flags, and the last state or the decoder's output
+
+Nothing can be read or changed between the evaluations: calls with callbacks, and requests that join a running batch, are evaluated in single steps
+(``stepwise``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from math import prod
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scm_runtime.bundle.manifest import Manifest
+from scm_runtime.bundle.solver_tables import SolverStages
+from scm_runtime.engines.cuda.blocks import TensorBlock, TensorSpec
+from scm_runtime.engines.cuda.capture import CaptureSwitch, EngineSessions, LiveGraphs, RepeatedWork
+from scm_runtime.engines.cuda.static_buffers import BatchShape
+from scm_runtime.engines.cuda.thread import CudaContext
+from scm_runtime.engines.engine import TimedPart
+from scm_runtime.inputs.call import Call
+
+# Calls with more evaluations are not computed as a whole: they could not be cancelled for too long, and their graphs would be large.
+MAX_EVALUATIONS = 4
+
+
+class CallPlan(NamedTuple):
+    """What a call computes, without the values of its inputs. Calls of equal plans and shapes share a CUDA graph."""
+
+    combined: tuple[bool, ...]
+    """For each evaluation, whether its result is combined with earlier states."""
+    has_latents: bool
+    """Whether latents replace the initial noise."""
+    decodes: bool
+    """Whether the last state is decoded."""
+
+
+def plan_of(calls: Sequence[Call], *, decodes: bool) -> CallPlan | None:
+    """Return the plan for calls in one batch, or None if they cannot be computed as a whole."""
+    evaluations = calls[0].evaluations
+    if len(evaluations) > MAX_EVALUATIONS:
+        return None
+    combined, has_latents = tuple(one.weights is not None for one in evaluations), calls[0].latents is not None
+    for call in calls[1:]:
+        if (call.latents is not None) != has_latents or tuple(one.weights is not None for one in call.evaluations) != combined:
+            return None
+    return CallPlan(combined, has_latents, decodes)
+
+
+class WholeResult(NamedTuple):
+    """What was copied to the host."""
+
+    finite: NDArray[np.bool_]
+    """Whether each sample was finite after each evaluation, ``[evaluations, n]``."""
+    state: NDArray[np.float32] | None
+    """The last state, ``[n, *sample]``."""
+    decoded: NDArray[Any] | None
+    """The decoder's output, ``[n, ...]``."""
+
+
+class WholeCall:
+    """The buffers and the work of calls of one shape and plan.
+
+    Attributes:
+        may_capture: whether the work is captured when it is first done.
+        state: the state after the last evaluation in device memory, ``[N, *sample]``.
+        decoded: the decoder's output in device memory, or None if the plan has none.
+    """
+
+    def __init__(
+        self,
+        context: CudaContext,
+        sessions: EngineSessions,
+        manifest: Manifest,
+        shape: BatchShape,
+        dtypes: Mapping[str, type[np.generic]],
+        plan: CallPlan,
+        switch: CaptureSwitch,
+        live: LiveGraphs,
+        *,
+        capture: bool,
+    ) -> None:
+        """Allocate the buffers. Raises OutOfMemoryError."""
+        (n, sizes), count = shape, len(plan.combined)
+        self.may_capture, self._stream, self._scale = capture, context.stream, np.float32(manifest.initial_scale)
+        self._size = n
+        self._last_state = f"state {count}"
+        self._flags = tuple(f"finite {k}" for k in range(count))  # 0 for a finite sample, otherwise NaN
+        self._conditioning = [(name, f"conditioning {name}") for name, _ in sizes]
+        state: TensorSpec = (np.float32, (n, *manifest.sample.shape))
+        number: TensorSpec = (np.float32, (n,))
+        constants: dict[str, TensorSpec] = {"initial scale": (np.float32, ()), "scale": (np.float32, ())}
+        constants |= {f"draw {k}": (np.int64, ()) for k in range(count + 1)}
+        inputs: dict[str, TensorSpec] = {"seeds": (np.int64, (n,)), **{f"conditioning {name}": (dtypes[name], (n, *size)) for name, size in sizes}}
+        for k, combined in enumerate(plan.combined):
+            inputs |= {f"t {k}": number, f"t_next {k}": number, **({f"weights {k}": (np.float32, (n, 3))} if combined else {})}
+        first_state = {"state 0": state}
+        states = {f"state {k}": state for k in range(1, count)} | ({"result": state} if any(plan.combined) else {})
+        decoded: TensorSpec = (np.uint8 if manifest.output.kind == "image" else np.float32, (n, *manifest.output.shape))
+        outputs: dict[str, TensorSpec] = {self._last_state: state, **dict.fromkeys(self._flags, number), **({"decoded": decoded} if plan.decodes else {})}
+        noise = {f"noise {k}": state for k in range(1, count + 1)}
+        # In this order: the inputs are written by one copy, and the outputs read by one.
+        self._block = TensorBlock(context, constants | inputs | first_state | states | noise | outputs)
+        self._block.upload({"initial scale": self._scale, "scale": 1.0, **{f"draw {k}": k for k in range(count + 1)}})
+        self._inputs = self._block.pinned([*inputs, *(first_state if plan.has_latents else {})])
+        self._loaded: tuple[SolverStages, ...] = ()
+        # Recorded before the work, after the noise, after each evaluation, after decoding; and after a copy to the host.
+        self._events = [context.stream.new_event() for _ in range(count + 3)]
+        self._copied = context.stream.new_event()
+        self.state = self._block.tensor(self._last_state)
+        self.decoded = self._block.tensor("decoded") if plan.decodes else None
+        self._parts = self._bind(sessions, plan, prod(manifest.sample.shape))
+        self._work = RepeatedWork(context.stream, self._enqueue, switch if capture else CaptureSwitch(False), live, f"calls with a batch of {n} run")
+
+    @property
+    def captured(self) -> bool:
+        """Whether the work was captured as a CUDA graph."""
+        return self._work.captured
+
+    def release(self) -> None:
+        """Free the CUDA graph."""
+        if self.captured:
+            self._stream.synchronize()  # it is not destroyed while it runs
+        self._work.release()
+
+    def __call__(self, calls: Sequence[Call]) -> None:
+        """Enqueue the work for calls in one batch. The copies to the host of the calls before must be done. Raises what ``RepeatedWork`` raises."""
+        self._load(calls)
+        self._inputs.upload()
+        self._work()
+
+    def _load(self, calls: Sequence[Call]) -> None:
+        """Write the inputs. The rows after the last sample repeat it."""
+        arrays, evaluations, at = self._inputs.arrays, tuple(call.evaluations for call in calls), 0
+        new_times = len(calls) > 1 or evaluations != self._loaded
+        for call in calls:
+            rows = slice(at, at := at + len(call.seeds))
+            arrays["seeds"][rows] = call.seeds
+            for name, field in self._conditioning:
+                arrays[field][rows] = call.conditioning[name]
+            if call.latents is not None:
+                np.multiply(call.latents, self._scale, out=arrays["state 0"][rows])
+            for k, one in enumerate(call.evaluations if new_times else ()):
+                arrays[f"t {k}"][rows], arrays[f"t_next {k}"][rows] = one.t, one.t_next
+                if one.weights is not None:
+                    arrays[f"weights {k}"][rows] = one.weights
+        self._loaded = evaluations if len(calls) == 1 else ()
+        if at < len(arrays["seeds"]):
+            for array in arrays.values():
+                array[at:] = array[at - 1]
+
+    def _bind(self, sessions: EngineSessions, plan: CallPlan, size: int) -> list[Sequence[Callable[[], None]]]:
+        """Return the runs of the noise, of each evaluation and of the decoder."""
+        tensor = self._block.tensor
+        conditioning = {name: tensor(field) for name, field in self._conditioning}
+
+        def draw(k: int, to: str) -> Callable[[], None]:
+            scale = tensor("scale" if k else "initial scale")
+            return sessions.noise.bind({"seeds": tensor("seeds"), "draw": tensor(f"draw {k}"), "scale": scale}, tensor(to))
+
+        def evaluation(k: int, base: int, *, combined: bool) -> list[Callable[[], None]]:
+            x, result = tensor(f"state {k}"), tensor(f"state {k + 1}")
+            inputs = {"x": x, "t": tensor(f"t {k}"), "t_next": tensor(f"t_next {k}"), "noise": tensor(f"noise {k + 1}")}
+            check = sessions.finite.bind({"x": result._replace(shape=(result.shape[0], size))}, tensor(self._flags[k]))
+            if not combined:
+                return [sessions.step.bind(inputs | conditioning, result), check]
+            assert sessions.combine is not None
+            summands = {"x": x, "base": tensor(f"state {base}"), "result": tensor("result"), "weights": tensor(f"weights {k}")}
+            return [sessions.step.bind(inputs | conditioning, tensor("result")), sessions.combine.bind(summands, result), check]
+
+        parts: list[Sequence[Callable[[], None]]] = [[draw(k, f"noise {k}" if k else "state 0") for k in range(plan.has_latents, len(plan.combined) + 1)]]
+        base = 0
+        for k, combined in enumerate(plan.combined):
+            base = base if combined else k  # the state at the beginning of the step
+            parts.append(evaluation(k, base, combined=combined))
+        parts.append([sessions.decode.bind({"x": tensor(self._last_state)}, tensor("decoded"))] if plan.decodes else [])
+        return parts
+
+    def _enqueue(self, in_capture: bool) -> None:
+        record = self._stream.record
+        record(self._events[0], in_capture=in_capture)
+        for runs, event in zip(self._parts, self._events[1:], strict=True):
+            for run in runs:
+                run()
+            record(event, in_capture=in_capture)
+
+    def read(self, n: int, *, state: bool, decoded: bool) -> WholeResult:
+        """Copy the flags of the first n samples to the host, with the last state or the decoder's output, in one copy. Waits until the work is done.
+
+        Args:
+            n: number of samples.
+            state: whether to copy the state, if ``decoded`` is False.
+            decoded: whether to copy the decoder's output.
+        """
+        block, size = self._block, self._size
+        first = self._last_state if state and not decoded else self._flags[0]
+        last = "decoded" if decoded else self._flags[-1]
+        start = block.address(first)
+        end = block.address(last) + block.nbytes[last] // size * n
+        copied = self._stream.download(start, (end - start,), np.uint8, self._copied)
+
+        def tensor(name: str) -> NDArray[Any]:
+            at, spec = block.address(name) - start, block.tensor(name)
+            return copied[at : at + block.nbytes[name] // size * n].view(spec.dtype).reshape(n, *spec.shape[1:])
+
+        finite = np.array([tensor(name) == 0 for name in self._flags])
+        return WholeResult(finite, tensor(first) if first == self._last_state else None, tensor(last) if decoded else None)
+
+    def parts(self, *, copies: bool) -> list[TimedPart]:
+        """Return the timed parts of the latest call."""
+        start, drawn, *ends, decoded = self._events
+        parts = [TimedPart("noise", start, drawn)]
+        for before, after in pairwise((drawn, *ends)):
+            parts.append(TimedPart("step", before, after))
+        if self.decoded is not None:
+            parts.append(TimedPart("decode", ends[-1], decoded))
+        if copies:
+            parts.append(TimedPart("copy", decoded, self._copied))
+        return parts
