@@ -170,6 +170,8 @@ class CudaEngine:
 
     def elapsed(self, start: TimingEvent, end: TimingEvent) -> float:
         """Return the seconds between two timing events. Waits for ``end``. May be called from any thread."""
+        if self._context.is_current:
+            return self._context.stream.elapsed(start, end)
         return self._context.run(lambda: self._context.stream.elapsed(start, end))
 
     def graphs(self) -> BundleSessions:
