@@ -190,7 +190,7 @@ class Pinned:
         driver.pinned[self.handle] = self
 
     def close(self) -> None:
-        self.driver.check_call()
+        self.driver.check_call(any_thread=not self.driver.open)
         del self.driver.pinned[self.handle]
 
 

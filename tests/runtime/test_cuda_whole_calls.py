@@ -163,7 +163,7 @@ def test_other_times_and_conditioning_use_the_same_graph(engine: CudaEngine, mac
 
 
 def test_calls_are_merged_and_keep_their_own_results(engine: CudaEngine, host: HostEngine) -> None:
-    asked = [call(1, 2), call(3), call(4, 5)]
+    asked = [call(1, 2), call(3, 6), call(4, 5)]
     expected = [in_steps(host, Trajectory(one.call)) for one in asked]
     wanted: list[Output] = ["pixels", "state", "pixels"]
     for _ in range(2):

@@ -11,7 +11,7 @@ Nothing can be read or changed between the evaluations: calls with callbacks, an
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
 from math import prod
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ from scm_runtime.engines.cuda.blocks import ALIGNMENT, TensorBlock, TensorSpec
 from scm_runtime.engines.cuda.capture import CaptureSwitch, EngineSessions, LiveGraphs, RepeatedWork
 from scm_runtime.engines.cuda.handles import TimingEvent
 from scm_runtime.engines.cuda.static_buffers import BatchShape
+from scm_runtime.engines.cuda.stream import CudaStream
 from scm_runtime.engines.cuda.thread import CudaContext
 from scm_runtime.engines.engine import TimedPart
 from scm_runtime.inputs.call import Call
@@ -79,6 +80,7 @@ class WholeCall:
 
     Attributes:
         may_capture: whether the work is captured when it is first done.
+        block: all tensors.
         state: the state after the last evaluation in device memory, ``[N, *sample]``.
         decoded: the decoder's output in device memory, or None if the plan has none.
     """
@@ -116,18 +118,18 @@ class WholeCall:
         outputs: dict[str, TensorSpec] = {self._last_state: state, "finite": (np.float32, (count, row)), **({"decoded": decoded} if plan.decodes else {})}
         noise = {f"noise {k}": state for k in range(1, count + 1)}
         # In this order: the inputs are written by one copy, and the outputs read by one.
-        self._block = TensorBlock(context, constants | inputs | first_state | states | noise | outputs)
-        self._block.upload({"initial scale": self._scale, "scale": 1.0, **{f"draw {k}": k for k in range(count + 1)}})
-        self._inputs = self._block.pinned([*inputs, *(first_state if plan.has_latents else {})])
+        self.block = TensorBlock(context, constants | inputs | first_state | states | noise | outputs)
+        self.block.upload({"initial scale": self._scale, "scale": 1.0, **{f"draw {k}": k for k in range(count + 1)}})
+        self._inputs = self.block.pinned([*inputs, *(first_state if plan.has_latents else {})])
         self._loaded: tuple[SolverStages, ...] = ()
         # Recorded before the work, after the noise, after each evaluation, after decoding; and after a copy to the host.
         self._events = [context.stream.new_event() for _ in range(count + 3)]
         self._copied = context.stream.new_event()
         self._timed = _timed_parts(self._events, self._copied, decodes=plan.decodes)
-        self.state, self._finite = self._block.tensor(self._last_state), self._block.tensor("finite")
-        self.decoded = self._block.tensor("decoded") if plan.decodes else None
-        self._parts = self._bind(sessions, plan, prod(manifest.sample.shape))
-        self._work = RepeatedWork(context.stream, self._enqueue, switch if capture else CaptureSwitch(False), live, f"calls with a batch of {n} run")
+        self.state, self._finite = self.block.tensor(self._last_state), self.block.tensor("finite")
+        self.decoded = self.block.tensor("decoded") if plan.decodes else None
+        enqueue = partial(_enqueue, context.stream, self._bind(sessions, plan, prod(manifest.sample.shape)), self._events)  # without a reference to self
+        self._work = RepeatedWork(context.stream, enqueue, switch if capture else CaptureSwitch(False), live, f"calls with a batch of {n} run")
 
     @property
     def captured(self) -> bool:
@@ -168,7 +170,7 @@ class WholeCall:
 
     def _bind(self, sessions: EngineSessions, plan: CallPlan, size: int) -> list[Sequence[Callable[[], None]]]:
         """Return the runs of the noise, of each evaluation and of the decoder."""
-        tensor = self._block.tensor
+        tensor = self.block.tensor
         finite = tensor("finite")
         conditioning = {name: tensor(field) for name, field in self._conditioning}
 
@@ -196,14 +198,6 @@ class WholeCall:
         parts.append([sessions.decode.bind({"x": tensor(self._last_state)}, tensor("decoded"))] if plan.decodes else [])
         return parts
 
-    def _enqueue(self, in_capture: bool) -> None:
-        record = self._stream.record
-        record(self._events[0], in_capture=in_capture)
-        for runs, event in zip(self._parts, self._events[1:], strict=True):
-            for run in runs:
-                run()
-            record(event, in_capture=in_capture)
-
     def read(self, n: int, *, state: bool, decoded: bool) -> WholeResult:
         """Copy the flags of the first n samples to the host, with the last state or the decoder's output, in one copy. Waits until the work is done.
 
@@ -227,6 +221,14 @@ class WholeCall:
     def parts(self, *, copies: bool) -> list[TimedPart]:
         """Return the timed parts of the latest call."""
         return self._timed if copies else self._timed[:-1]
+
+
+def _enqueue(stream: CudaStream, parts: Sequence[Sequence[Callable[[], None]]], events: Sequence[TimingEvent], in_capture: bool) -> None:
+    stream.record(events[0], in_capture=in_capture)
+    for runs, event in zip(parts, events[1:], strict=True):
+        for run in runs:
+            run()
+        stream.record(event, in_capture=in_capture)
 
 
 def _timed_parts(events: Sequence[TimingEvent], copied: TimingEvent, *, decodes: bool) -> list[TimedPart]:
