@@ -5,8 +5,8 @@
     python benchmarks/paper_model.py --size XXS --launches FILE    and compare the launches with a log of the stub GPU (tests/stub)
 
 Nothing is measured: ``_paper/gpus.py`` has the assumptions and their sources. The layers are those of scm_export's network, without weights. The forms are
-"channels first", with transposes around every convolution; "channels last", with cuDNN's channels-last kernels; "fused", with our own convolution where it is
-faster, and with the operations that follow in its kernel.
+"channels first", with transposes around every convolution; "channels last", with cuDNN's channels-last kernels; "fused", with our own convolution and the
+operations that follow in its kernel, as the package runs it; "best of both", with our own convolution only where it is faster than cuDNN's.
 """
 
 from __future__ import annotations
