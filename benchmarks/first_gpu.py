@@ -1,7 +1,7 @@
 """What does a GPU do that has never run this project? One command: build, tests, autotune, rows of EDM2-S and XXL, roofline, and a report to commit.
 
     make first-gpu                                    about ten minutes; results in benchmarks/results/<name of the GPU>
-    make first-gpu PYTHON=python3.12 ARGS="--minutes 20"
+    make first-gpu ARGS="--minutes 20 --size S"
     python benchmarks/first_gpu.py --dry-run --skip build     on the stub GPU (tests/stub): small models, meaningless figures
 
 It runs with the Python that it is called with, and installs no packages: that Python needs onnxruntime-gpu, onnx, torch and the other packages of the tests.
@@ -54,10 +54,9 @@ def describe(hardware: str) -> dict[str, str]:
 
 
 def environment(results: Path) -> dict[str, str]:
-    """Return the environment of the stages: this Python's programs first, results in their folder, the modules of this checkout."""
+    """Return the environment of the stages: this Python's programs first, and results in their folder."""
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
-    modules = os.pathsep.join(filter(None, (str(ROOT), str(ROOT / "export"), os.environ.get("PYTHONPATH"))))
-    return {**os.environ, "PATH": path, "SCM_BENCH_RESULTS": str(results), "PYTHONPATH": modules, "PYTHONUNBUFFERED": "1"}
+    return {**os.environ, "PATH": path, "SCM_BENCH_RESULTS": str(results), "PYTHONUNBUFFERED": "1"}
 
 
 def store(results: Path, about: Mapping[str, str], plan: Plan, outcomes: dict[str, Any], *, dry_run: bool) -> None:
