@@ -5,8 +5,8 @@
     python benchmarks/paper_model.py --size XXS --launches FILE    and compare the launches with a log of the stub GPU (tests/stub)
 
 Nothing is measured: ``_paper/gpus.py`` has the assumptions and their sources. The layers are those of scm_export's network, without weights. The forms are
-"channels first", with transposes around every convolution; "channels last", with cuDNN's channels-last kernels; "fused", with our own convolution where it is
-faster, and with the operations that follow in its kernel.
+"channels first", with transposes around every convolution; "channels last", with cuDNN's channels-last kernels; "fused", with our own convolution and the
+operations that follow in its kernel, as the package runs it; "best of both", with our own convolution only where it is faster than cuDNN's.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from _paper.forms import FORMS, Launch, ideal_seconds
 from _paper.gpus import GPUS, Gpu
 from _paper.layers import Operation, operations
 from _paper.stub_log import launches_of_a_step
+from _paper.tables import table
 
 from scm_export.networks.edm2 import PRESETS
 
@@ -51,24 +52,19 @@ def by_resolution(launches: Iterable[Launch]) -> list[list[str]]:
     return rows
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a Markdown table; every column but the first is aligned to the right."""
-    lines = [list(columns), ["---", *["---:"] * (len(columns) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 @click.command()
 @click.option("--size", type=click.Choice(list(PRESETS)), default="XXL", show_default=True, help="Size of EDM2, at 64x64x4.")
 @click.option("--gpu", "name", type=click.Choice(list(GPUS)), default="H200", show_default=True)
 @click.option("--batch-size", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--scm", is_flag=True, help="With sCM's double normalization, which no convolution can compute in its kernel.")
 @click.option("--form", "forms", type=click.Choice(list(FORMS)), multiple=True, help="Also print the table by resolution and kind.")
 @click.option("--launches", "log", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="A log of the stub GPU to compare with.")
-def main(size: str, name: str, batch_size: int, forms: tuple[str, ...], log: Path | None) -> None:
+def main(size: str, name: str, batch_size: int, scm: bool, forms: tuple[str, ...], log: Path | None) -> None:
     """Print what a step of EDM2 costs on a GPU, on paper."""
-    gpu, step = GPUS[name], operations(size, batch_size)
+    gpu, step = GPUS[name], operations(size, batch_size, scm=scm)
     flop, weights = sum(one.flop for one in step), sum(one.weight_bytes for one in step)
-    print(f"EDM2-{size} 64x64x4, batch {batch_size}, {gpu.name}, a step: {flop / 1e12:.3f} TFLOP, {weights / 1e9:.2f} GB of weights, ", end="")
-    print(f"roofline {ideal_seconds(gpu, step) * 1e3:.2f} ms\n")
+    what = f"EDM2-{size} 64x64x4{' with double normalization' if scm else ''}, batch {batch_size}, {gpu.name}"
+    print(f"{what}, a step: {flop / 1e12:.3f} TFLOP, {weights / 1e9:.2f} GB of weights, roofline {ideal_seconds(gpu, step) * 1e3:.2f} ms\n")
     columns = ("form", "launches", "convolutions", "products", "elementwise", "transposes", "conversions", "ms a step", "two steps")
     print(table(columns, summary(gpu, step)))
     for form in forms:

@@ -52,32 +52,42 @@ def channels_first(gpu: Gpu, step: Sequence[Operation]) -> list[Launch]:
 
 def channels_last(gpu: Gpu, step: Sequence[Operation]) -> list[Launch]:
     """Return the launches with cuDNN's channels-last kernels, and every other operation in a kernel of its own."""
-    return [launch for one in step for launch in _unfused(gpu, one)]
+    return [*_state_transposes(gpu, step), *(launch for one in step for launch in _unfused(gpu, one))]
 
 
 def fused(gpu: Gpu, step: Sequence[Operation]) -> list[Launch]:
-    """Return the launches with our convolution where it is faster, the operations that follow in its kernel, and one product for all modulations."""
-    launches = []
+    """Return the launches with our kernel for convolutions and for products before a sum, cuBLAS for other products, and one product for all modulations."""
+    return _with_own(gpu, step, lambda one, ours, library: ours if one.kind == "convolution" or one.follower else library)
+
+
+def best_of_both(gpu: Gpu, step: Sequence[Operation]) -> list[Launch]:
+    """Return the same with our kernel only where it is faster than cuDNN or cuBLAS and a kernel for the operation that follows."""
+    return _with_own(gpu, step, lambda _, *forms: min(forms, key=lambda launches: sum(launch.seconds for launch in launches)))
+
+
+def _with_own(gpu: Gpu, step: Sequence[Operation], choose: Callable[[Operation, list[Launch], list[Launch]], list[Launch]]) -> list[Launch]:
+    launches = _state_transposes(gpu, step)
     modulations = [one for one in step if one.kind == "modulation"]
-    if modulations:
-        nbytes = sum(one.weight_bytes for one in modulations)
-        flop = sum(one.flop for one in modulations)
-        launches.append(Launch("modulation", 0, kernels.memory_seconds(gpu, nbytes) + FILL_S + LAUNCH_S, flop, nbytes))
-        launches.append(Launch("modulation", 0, LAUNCH_S))  # the addition of 1
+    nbytes, flop = sum(one.weight_bytes for one in modulations), sum(one.flop for one in modulations)
+    launches += [Launch("modulation", 0, kernels.memory_seconds(gpu, nbytes) + FILL_S + LAUNCH_S, flop, nbytes), *_additions(modulations[0])]
     for one in step:
-        if one.kind == "modulation":
-            continue
-        separate = _unfused(gpu, one)
         if one.kind in ("convolution", "product"):
-            ours = kernels.own(gpu, one)
-            if ours.seconds < sum(launch.seconds for launch in separate):
-                launches.append(Launch(f"{one.kind}, ours", one.resolution, ours.seconds, one.flop, one.weight_bytes + one.map_bytes))
-                continue
-        launches += separate
+            product = Launch(f"{one.kind}, ours", one.resolution, kernels.own(gpu, one).seconds, one.flop, one.weight_bytes + one.map_bytes)
+            ours = [product, *(_follower(gpu, one) if one.follower == "norm_modulate" else [])]
+            launches += choose(one, ours, _unfused(gpu, one))
+        elif one.kind != "modulation":
+            launches += _unfused(gpu, one)
     return launches
 
 
-FORMS: dict[str, Form] = {"channels first": channels_first, "channels last": channels_last, "fused": fused}
+def _state_transposes(gpu: Gpu, step: Sequence[Operation]) -> list[Launch]:
+    """Return the launches that turn the state, which is channels first, to channels last, and the result back."""
+    first, *_, last = (one for one in step if one.kind == "convolution")
+    sizes = (4 * first.pixels * first.inputs, 4 * last.pixels * last.outputs)
+    return [Launch("transposes", first.resolution, kernels.memory_seconds(gpu, nbytes) + LAUNCH_S, nbytes=nbytes) for nbytes in sizes]
+
+
+FORMS: dict[str, Form] = {"channels first": channels_first, "channels last": channels_last, "fused": fused, "best of both": best_of_both}
 
 
 def ideal_seconds(gpu: Gpu, step: Sequence[Operation]) -> float:
@@ -90,11 +100,18 @@ def _unfused(gpu: Gpu, one: Operation) -> list[Launch]:
     """Return the launches of one operation, with the operation that follows in a kernel of its own."""
     if one.kind in ("convolution", "product"):
         launches = [Launch(one.kind, one.resolution, kernels.library(gpu, one).seconds, one.flop, one.weight_bytes + one.map_bytes)]
-        if one.follower:
-            tensors = {"modulate": 2, "mp_sum": 3}[one.follower]
-            launches.append(Launch("elementwise", one.resolution, kernels.follower(gpu, one), nbytes=2 * one.pixels * one.outputs * tensors))
-        return launches
-    if one.kind == "modulation":  # the product, and the addition of 1
+        return [*launches, *_follower(gpu, one)]
+    if one.kind == "modulation":
         seconds = kernels.memory_seconds(gpu, one.weight_bytes) + FILL_S + LAUNCH_S
-        return [Launch("modulation", 0, seconds, one.flop, one.weight_bytes), Launch("modulation", 0, LAUNCH_S)]
+        return [Launch("modulation", 0, seconds, one.flop, one.weight_bytes), *_additions(one)]
     return [Launch(one.kind, one.resolution, kernels.elementwise(gpu, one), nbytes=one.map_bytes)]
+
+
+def _additions(modulation: Operation) -> list[Launch]:
+    """Return the launch that adds 1 to the result of a modulation's product, if it does."""
+    return [Launch("modulation", 0, LAUNCH_S)] if modulation.name.endswith("+ 1") else []
+
+
+def _follower(gpu: Gpu, one: Operation) -> list[Launch]:
+    """Return the launch of the operation that follows a convolution or product, if there is one."""
+    return [Launch("elementwise", one.resolution, kernels.follower(gpu, one), nbytes=kernels.follower_bytes(one))] if one.follower else []

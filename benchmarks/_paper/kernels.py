@@ -41,25 +41,39 @@ def elementwise(gpu: Gpu, operation: Operation) -> float:
 
 def follower(gpu: Gpu, operation: Operation) -> float:
     """Return the time of the elementwise operation after a convolution or product, in a kernel of its own; 0 if there is none."""
-    tensors = {"modulate": 2, "mp_sum": 3, "": 0}[operation.follower]
-    return memory_seconds(gpu, 2 * operation.pixels * operation.outputs * tensors) + LAUNCH_S if tensors else 0.0
+    return memory_seconds(gpu, follower_bytes(operation)) + LAUNCH_S if operation.follower else 0.0
+
+
+def follower_bytes(operation: Operation) -> int:
+    """Return the bytes that the elementwise operation reads and writes in a kernel of its own."""
+    tensors = {"modulate": 2, "norm_modulate": 2, "mp_sum": 3, "": 0}[operation.follower]
+    return 2 * operation.pixels * operation.outputs * tensors
 
 
 def library(gpu: Gpu, operation: Operation) -> Choice:
     """Return cuDNN's or cuBLAS' time for channels-last maps."""
     splits = CUDNN_SPLITS if operation.taps > 1 else CUBLAS_SPLITS
-    return _fastest(gpu, operation, LIBRARY_TILES, splits, gpu.tensor_flop * gpu.library_share, loaded_share=gpu.multicast_share)
+    return min(_choices(gpu, operation, LIBRARY_TILES, splits, gpu.tensor_flop * gpu.library_share, loaded_share=gpu.multicast_share), key=_seconds)
 
 
 def own(gpu: Gpu, operation: Operation) -> Choice:
     """Return the time of our kernel, with the operation that follows in it."""
+    return own_candidates(gpu, operation)[0]
+
+
+def own_candidates(gpu: Gpu, operation: Operation, tiles: Sequence[Tile] = OWN_TILES, splits: Sequence[int] = OWN_SPLITS) -> list[Choice]:
+    """Return our kernel's choices, the fastest first."""
     read = 2 * operation.pixels * operation.outputs if operation.follower == "mp_sum" else 0
-    return _fastest(gpu, operation, OWN_TILES, OWN_SPLITS, gpu.tensor_flop * gpu.mma_share * OWN_SHARE, extra_bytes=read)
+    return sorted(_choices(gpu, operation, tiles, splits, gpu.tensor_flop * gpu.mma_share * OWN_SHARE, extra_bytes=read), key=_seconds)
 
 
-def _fastest(
+def _seconds(choice: Choice) -> float:
+    return choice.seconds
+
+
+def _choices(
     gpu: Gpu, operation: Operation, tiles: Sequence[Tile], splits: Sequence[int], flop: float, *, loaded_share: float = 1.0, extra_bytes: int = 0
-) -> Choice:
+) -> list[Choice]:
     terms = operation.inputs * operation.taps
     memory = memory_seconds(gpu, operation.weight_bytes + operation.map_bytes + extra_bytes)
     choices = []
@@ -75,4 +89,4 @@ def _fastest(
             if split > 1:  # float32 partial sums are written and read
                 seconds += 2 * 4 * split * operation.pixels * operation.outputs / gpu.l2_bytes + REDUCE_S
             choices.append(Choice(seconds, (rows, columns), split))
-    return min(choices, key=lambda choice: choice.seconds)
+    return choices

@@ -12,7 +12,7 @@ from scm_export.networks.edm2 import PRESETS, UNet, UNetConfig
 from scm_export.networks.edm2_layers import MPConv
 
 Kind = Literal["convolution", "product", "modulation", "attention", "elementwise", "resampling", "small"]
-Follower = Literal["modulate", "mp_sum", ""]
+Follower = Literal["modulate", "norm_modulate", "mp_sum", ""]
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Operation:
     taps: int = 1
     """Size of the filter: 9 for a 3x3 convolution."""
     follower: Follower = ""
-    """The elementwise operation that follows a convolution or product, and that can be computed in its kernel."""
+    """The elementwise operation that follows a convolution or product. Its kernel can compute "modulate" and "mp_sum"."""
 
     @property
     def flop(self) -> float:
@@ -53,9 +53,10 @@ SMALL = 19
 """Operations on [N, channels of the embedding] or on the state: time features, label, their sum, casts, padding, the consistency step."""
 
 
-def operations(size: str, batch_size: int = 1) -> list[Operation]:
-    """Return the operations of one evaluation of EDM2 at 64x64x4, in its order, for a batch."""
-    found = [operation for part in _parts(network(PRESETS[size])) for operation in part]
+def operations(size: str, batch_size: int = 1, *, scm: bool = False) -> list[Operation]:
+    """Return the operations of one evaluation of EDM2 at 64x64x4, in its order, for a batch; ``scm``: with sCM's double normalization."""
+    config = replace(PRESETS[size], modulation="scale-shift") if scm else PRESETS[size]
+    found = [operation for part in _parts(network(config)) for operation in part]
     rows = {"small": 1, "modulation": 1}
     return [replace(one, pixels=one.pixels * batch_size) if one.kind not in rows else one for one in found]
 
@@ -105,8 +106,15 @@ def _block(name: str, block: Any, *, encoder: bool) -> Iterator[Operation]:
         yield elementwise("mp_cat_silu" if concatenates else "mp_silu", (3 if concatenates else 2) * inner, at=pixels // 4 if block.resample else pixels)
         if block.resample:
             yield from (elementwise("upsample", 5 * inner // 4, "resampling") for _ in range(2))
-    yield Operation("modulation", "emb_linear", 0, 1, block.emb_linear.weight.shape[1], block.emb_linear.weight.shape[0])
-    yield _product("conv_res0", resolution, block.conv_res0, "modulate")
+    yield Operation(
+        "modulation",
+        "emb_linear + 1" if block.config.modulation == "scale" else "emb_linear",
+        0,
+        1,
+        block.emb_linear.weight.shape[1],
+        block.emb_linear.weight.shape[0],
+    )
+    yield _product("conv_res0", resolution, block.conv_res0, "modulate" if block.config.modulation == "scale" else "norm_modulate")
     if not encoder and block.conv_skip is not None:
         yield _product("conv_skip", resolution, block.conv_skip)
     yield _product("conv_res1", resolution, block.conv_res1, "mp_sum")

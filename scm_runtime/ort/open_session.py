@@ -22,7 +22,7 @@ from scm_runtime.common.message_text import escape_controls
 from scm_runtime.devices.placement import CUDA_PROVIDER, check_cudnn, missing_cudnn
 from scm_runtime.errors import DeviceError, InferenceError, NativeOpsError
 from scm_runtime.ort.graph_check import check_graph
-from scm_runtime.ort.options import CacheContext, SessionSettings, configure
+from scm_runtime.ort.options import CONVOLUTION, CacheContext, SessionSettings, configure
 from scm_runtime.ort.session import Session
 
 # Graph optimizers of ONNX Runtime that allocate new weights, by name.
@@ -125,7 +125,7 @@ def _key(path: Path, settings: SessionSettings, context: CacheContext) -> str:
         providers=providers,
         device=settings.placement.hardware,
         library=context.library if settings.library else None,
-        session_options=settings.session_options,
+        session_options={**({CONVOLUTION: "own"} if settings.convolution == "own" else {}), **settings.session_options},
     )
 
 
