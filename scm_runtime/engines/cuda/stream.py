@@ -204,8 +204,8 @@ class CudaStream:
         """Enqueue an event, by default a new one, and return it. In a capture it becomes a part of the graph, and each launch records it."""
         event = event or self.new_event()
         if in_capture:
-            flags = self._driver.CUevent_record_flags.CU_EVENT_RECORD_EXTERNAL
-            check(self._driver.cuEventRecordWithFlags(event.handle, self._handle, int(flags)))
+            flag = int(self._driver.CUevent_record_flags.CU_EVENT_RECORD_EXTERNAL)
+            check(self._driver.cuEventRecordWithFlags(event.handle, self._handle, flag))
         else:
             check(self._driver.cuEventRecord(event.handle, self._handle))
         return event
@@ -214,7 +214,7 @@ class CudaStream:
     def elapsed(self, start: TimingEvent, end: TimingEvent) -> float:
         """Return the seconds between two recorded events. Waits for ``end``."""
         returned = self._driver.cuEventElapsedTime(start.handle, end.handle)
-        if returned[0].name == "CUDA_ERROR_NOT_READY":
+        if returned[0] and returned[0].name == "CUDA_ERROR_NOT_READY":
             self.wait_for(end)
             returned = self._driver.cuEventElapsedTime(start.handle, end.handle)
         return float(check(returned)) / 1000
