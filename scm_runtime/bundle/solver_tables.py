@@ -14,7 +14,7 @@ no solver's mathematics.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -90,7 +90,8 @@ class SolverTables:
         return tables
 
 
-def from_times(times: Sequence[float]) -> SolverStages:
+@lru_cache(256)
+def from_times(times: tuple[float, ...]) -> SolverStages:
     """Stages with one evaluation per step, from each time to the next."""
     return tuple(SolverStage(t, t_next) for t, t_next in pairwise(times))
 

@@ -245,7 +245,7 @@ def run_inline(job: Callable[[], Result]) -> Result:
 
 def _memory_errors(requests: Sequence[Request]) -> AbstractContextManager[None]:
     """Turn errors of exhausted memory in a block into OutOfMemoryError with the size of the batch."""
-    return memory_errors(f"a batch of {sum(len(request.trajectory) for request in requests)}")
+    return memory_errors(lambda: f"a batch of {sum(len(request.trajectory) for request in requests)}")
 
 
 def _returned_state(returned: object, x: NDArray[np.float32], step: int) -> NDArray[np.float32] | None:

@@ -118,24 +118,38 @@ class CudaStream:
         self._uploading.append(array)
         check(self._driver.cuMemcpyAsync(destination, array.ctypes.data, array.nbytes, self._handle))
 
-    @translate_errors
-    def download(self, source: int, shape: tuple[int, ...], dtype: type[np.generic], copied: TimingEvent | None = None) -> NDArray[Any]:
-        """Copy device memory to a new host array, and record the event ``copied``. Waits until the work enqueued before is done."""
+    def download(self, source: int, shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[Any]:
+        """Copy device memory to a new host array. Waits until the work enqueued before is done."""
         result = np.empty(shape, dtype)
-        flat = result.reshape(-1).view(np.uint8)
-        staging = self._pinned(min(flat.nbytes, STAGING_BYTES))
-        for start in range(0, flat.nbytes, STAGING_BYTES):
-            chunk = flat[start : start + STAGING_BYTES]
-            check(self._driver.cuMemcpyAsync(staging.address, source + start, chunk.nbytes, self._handle))
+        self._download(source, result.reshape(-1).view(np.uint8))
+        return result
+
+    def read(self, source: int, nbytes: int, copied: TimingEvent) -> NDArray[np.uint8]:
+        """Copy device memory to the host, and record the event ``copied``. Waits until the work enqueued before is done.
+
+        The result is valid until the next copy to the host: up to STAGING_BYTES it is the page-locked memory itself.
+        """
+        if nbytes > STAGING_BYTES:
+            result = np.empty(nbytes, np.uint8)
+            self._download(source, result, copied)
+            return result
+        staging = self._pinned(nbytes)
+        self.copy(staging.address, source, nbytes)
+        self.synchronize(copied)
+        return staging.array[:nbytes]
+
+    def _download(self, source: int, result: NDArray[np.uint8], copied: TimingEvent | None = None) -> None:
+        staging = self._pinned(min(result.nbytes, STAGING_BYTES))
+        for start in range(0, result.nbytes, STAGING_BYTES):
+            chunk = result[start : start + STAGING_BYTES]
+            self.copy(staging.address, source + start, chunk.nbytes)
             self.synchronize(copied)
             chunk[:] = staging.array[: chunk.nbytes]
-        return result
 
     def _pinned(self, nbytes: int) -> PinnedBuffer:
         """Return a pinned host buffer of at least ``nbytes`` bytes, which the next call may reuse."""
         if self._staging is None or self._staging.array.nbytes < nbytes:
-            self._staging = None  # safe: every copy into it is waited for
-            self.free_deferred()
+            self._staging = None  # safe: every copy into it is waited for, and the buffer is freed once it is not read any more
             self._staging = self.allocate_pinned(min(STAGING_BYTES, 1 << max(nbytes - 1, 4095).bit_length()))
         return self._staging
 

@@ -1,6 +1,6 @@
 """The thread that does all CUDA work of a Generator.
 
-One thread, because ONNX Runtime keeps captured CUDA graphs per thread, and because work on a stream must be enqueued in order.
+One thread, because ONNX Runtime keeps handles of CUDA's libraries per thread, and because work on a stream must be enqueued in order.
 """
 
 from __future__ import annotations
@@ -98,6 +98,11 @@ class CudaContext:
             raise
         result: Result = job.result()
         return result
+
+    @property
+    def is_current(self) -> bool:
+        """True in the context's thread."""
+        return self._jobs.is_current
 
     @property
     def context_lost(self) -> bool:
