@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ from scm_runtime.engines.cuda.open_engine import open_cuda_engine
 from scm_runtime.inputs.arguments import OutputType
 from scm_runtime.ort.options import SessionSettings
 from scm_runtime.ort.session import Session
+from support import ROOT, run_python
 from toy_bundle import SLOW_SCORE, SLOW_STEP, WIDTH, write_text_bundle
 
 SEEDS = [1, 2, 3]
@@ -91,6 +93,34 @@ def test_results_stay_on_the_device_for_dlpack(machine: Machine) -> None:
         assert isinstance(array, DeviceArray)
         assert machine.to_host == [2 * len(SEEDS) * 4]  # the flags of two steps
         assert isinstance(array.__dlpack__(stream=-1), Capsule)
+
+
+AT_EXIT = """
+import builtins
+from runtime.fake_cuda import PLACEMENT, Machine
+from runtime.fake_cuda_driver import Buffer
+from scm_runtime import Generator, generator
+from scm_runtime.engines.cuda import stream
+from scm_runtime.engines.cuda.open_engine import open_cuda_engine
+
+def close(self, stream=None, close=Buffer.close):
+    import fractions  # cuda-core, too, imports modules while it frees memory
+    close(self, stream)
+
+machine, Buffer.close = Machine(), close
+stream._import_cuda = machine.modules
+generator.resolve_device = lambda *_: PLACEMENT
+open_cuda_engine.__kwdefaults__["open_session"] = machine.open_session
+generate = Generator("digits", device="cuda", dtype="fp32", native_ops=False, cache_dir=False)
+results = [generate(seed=1, output_type="dlpack").array for _ in range(3)]
+builtins.kept = results[0], results[1].__dlpack__()  # dropped last when Python ends
+generate.close()
+"""
+
+
+def test_results_on_the_device_may_be_held_until_the_process_ends() -> None:
+    done = run_python(AT_EXIT, env={**os.environ, "PYTHONPATH": str(ROOT / "tests")})
+    assert (done.stdout, done.stderr) == ("", "")
 
 
 def test_spans_and_timings_come_from_the_device(machine: Machine) -> None:

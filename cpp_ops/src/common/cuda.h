@@ -25,17 +25,32 @@ __host__ __device__ constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t
 
 // -- Host --------------------------------------------------------------------------------------------------------------------
 
-// Launches a kernel. Returns null, or CUDA's error message. Clears the error state, so that a later cudaGetLastError() does not report this launch.
+// Clears the error state, so that a later cudaGetLastError() does not report `error`. Returns its message.
+inline const char* message_of(cudaError_t error) {
+  static_cast<void>(cudaGetLastError());
+  return cudaGetErrorString(error);
+}
+
+// Launches a kernel with `shared_bytes` of dynamic shared memory. Returns null, or CUDA's error message.
 template <typename... Parameters, typename... Arguments>
-const char* launch(void (*kernel)(Parameters...), dim3 grid, int threads, void* stream, const Arguments&... arguments) {
+const char* launch_with_shared(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes, void* stream, const Arguments&... arguments) {
+  if (shared_bytes > 48 * 1024) {  // more must be requested
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    if (error != cudaSuccess) return message_of(error);
+  }
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<std::size_t>(shared_bytes);
   config.stream = static_cast<cudaStream_t>(stream);
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
-  if (error == cudaSuccess) return nullptr;
-  static_cast<void>(cudaGetLastError());
-  return cudaGetErrorString(error);
+  return error == cudaSuccess ? nullptr : message_of(error);
+}
+
+// Launches a kernel without dynamic shared memory. Returns null, or CUDA's error message.
+template <typename... Parameters, typename... Arguments>
+const char* launch(void (*kernel)(Parameters...), dim3 grid, int threads, void* stream, const Arguments&... arguments) {
+  return launch_with_shared(kernel, grid, threads, 0, stream, arguments...);
 }
 
 // Returns a grid with enough blocks in x for `count` items, `per_block` items per block, and one row of blocks in y per sample, clamped to CUDA's limits.

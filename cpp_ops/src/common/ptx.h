@@ -46,6 +46,29 @@ __device__ __forceinline__ std::uint32_t pack<bfloat16>(float low, float high) {
   return both;
 }
 
+// Returns the dynamic shared memory of the block.
+__device__ __forceinline__ unsigned char* dynamic_shared_memory() {
+  extern __shared__ __align__(1024) unsigned char memory[];
+  return memory;
+}
+
+// Starts a copy of 16 bytes from global to shared memory. Writes zeros instead if `valid` is false; then `from` is not read, but must be aligned.
+__device__ __forceinline__ void start_copy(void* to, const void* from, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+               :
+               : "r"(static_cast<std::uint32_t>(__cvta_generic_to_shared(to))), "l"(__cvta_generic_to_global(from)), "r"(valid ? 16 : 0)
+               : "memory");
+}
+
+// Makes a group of the copies that the thread has started since the previous group.
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until at most the last kPending groups of the thread are unfinished. The copies of other threads are visible after a barrier.
+template <int kPending>
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
 // Loads four 8 x 8 matrices of 16-bit elements from shared memory. Lane l passes the address of row l % 8 of matrix l / 8, 16 aligned bytes, and receives
 // in r[i] the elements (g, 2t) and (g, 2t + 1) of matrix i.
 __device__ __forceinline__ void load_matrices(std::uint32_t (&r)[4], const void* row) {

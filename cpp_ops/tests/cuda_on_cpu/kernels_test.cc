@@ -22,80 +22,16 @@
 #include "philox_normal/op.h"
 #include "pixel_norm/op.h"
 #include "to_image/op.h"
+#include "values.h"
 
 namespace scm::testing {
 namespace {
 
-using Values = std::vector<double>;
-
 constexpr float kEps = 1e-4f;
-const double kNan = std::numeric_limits<double>::quiet_NaN(), kInfinity = std::numeric_limits<double>::infinity();
-
-// -- Elements -----------------------------------------------------------------------------------------------------------------
-
-template <typename T>
-constexpr double kRounding = 0x1p-24;  // of numbers near 1
-template <>
-constexpr double kRounding<float16> = 0x1p-11;
-template <>
-constexpr double kRounding<bfloat16> = 0x1p-8;
-
-template <typename T>
-std::vector<T> from_doubles(const Values& values) {
-  std::vector<T> result;
-  for (const double value : values) result.push_back(from_float<T>(static_cast<float>(value)));
-  return result;
-}
-
-template <typename T>
-Values to_doubles(const std::vector<T>& values) {
-  Values result;
-  for (const T value : values) {
-    if constexpr (std::is_integral_v<T>) {
-      result.push_back(value);
-    } else {
-      result.push_back(to_float(value));
-    }
-  }
-  return result;
-}
-
-template <typename T>
-std::vector<T> random(std::int64_t count, unsigned seed, double scale = 1) {
-  std::mt19937 generator(seed);
-  std::normal_distribution<double> normal(0, scale);
-  Values values(static_cast<std::size_t>(count));
-  for (double& value : values) value = normal(generator);
-  return from_doubles<T>(values);
-}
-
-// NaN equals NaN, and infinity equals infinity.
-::testing::AssertionResult close(const Values& actual, const Values& expected, double relative, double absolute) {
-  if (actual.size() != expected.size()) return ::testing::AssertionFailure() << actual.size() << " elements, expected " << expected.size();
-  for (std::size_t i = 0; i < actual.size(); ++i) {
-    if (actual[i] == expected[i] || (std::isnan(actual[i]) && std::isnan(expected[i]))) continue;
-    if (!(std::abs(actual[i] - expected[i]) <= absolute + relative * std::abs(expected[i]))) {
-      return ::testing::AssertionFailure() << "element " << i << " of " << actual.size() << " is " << actual[i] << ", expected " << expected[i];
-    }
-  }
-  return ::testing::AssertionSuccess();
-}
-
-template <typename T>
-::testing::AssertionResult close(const Values& actual, const Values& expected) {
-  return close(actual, expected, kRounding<T> + 2e-6, 1e-6);
-}
 
 template <typename T>
 struct KernelsTest : ::testing::Test {
   void TearDown() override { simulator::options = {}; }
-};
-
-struct Names {
-  template <typename T>
-  static std::string GetName(int) {
-    return std::is_same_v<T, float> ? "float" : std::is_same_v<T, float16> ? "float16" : "bfloat16";
-  }
 };
 
 using Elements = ::testing::Types<float, float16, bfloat16>;
@@ -116,35 +52,6 @@ const std::vector<Layout> kFewLayouts{{{}, false}, {{}, true}, {{1, 1, 1, 1}, tr
 std::ostream& operator<<(std::ostream& out, const Layout& layout) {
   for (const int offset : layout.offsets) out << offset << ' ';
   return out << (layout.in_place ? "in place" : "apart");
-}
-
-// Calls `run`, which launches one kernel and returns its outputs, with different thread orders and grid sizes, and expects the same bits.
-template <typename Run>
-std::vector<Values> run_in_all_orders(const Run& run) {
-  simulator::options = {};
-  const unsigned long before = simulator::launches;
-  const std::vector<Values> expected = run();
-  EXPECT_EQ(simulator::launches, before + 1);
-#ifdef __SANITIZE_ADDRESS__
-  return expected;  // too slow to repeat; addresses do not depend on the order
-#endif
-  for (const bool reversed : {false, true}) {
-    simulator::options.reversed = reversed;
-    simulator::options.max_blocks = reversed ? 0 : 2;
-    const std::vector<Values> actual = run();
-    for (std::size_t i = 0; i < expected.size(); ++i) {
-      EXPECT_TRUE(close(actual[i], expected[i], 0, 0)) << (reversed ? "reversed" : "in at most two blocks") << ", output " << i;
-    }
-  }
-  simulator::options = {};
-  return expected;
-}
-
-double mp_silu_of(double x) { return x / (1 + std::exp(-x)) / 0.596; }
-
-Values mp_silu_of(Values x) {
-  for (double& value : x) value = mp_silu_of(value);
-  return x;
 }
 
 Values pixel_norm_of(Values x, std::int64_t channels) {
@@ -385,6 +292,27 @@ TYPED_TEST(KernelsTest, NormsOfZerosAreZerosAndNaNStaysInItsRow) {
   }
 }
 
+// The modulation of a layer may be columns of a wider matrix, which may start anywhere.
+TYPED_TEST(KernelsTest, NormModulateSiLUReadsColumnsOfAWiderModulation) {
+  using T = TypeParam;
+  const std::int64_t samples = 3, pixels = 5;
+  for (const std::int64_t channels : {8, 64, 65, 1600}) {
+    for (const auto& [begin, columns] : {std::pair<std::int64_t, std::int64_t>{8, 2 * channels + 24}, {3, 2 * channels + 5}}) {
+      SCOPED_TRACE(::testing::Message() << channels << " channels, columns from " << begin << " of " << columns);
+      const std::vector<T> wider = random<T>(samples * columns, 2, 3);
+      std::vector<T> narrow;
+      for (std::int64_t sample = 0; sample < samples; ++sample) {
+        const auto from = wider.begin() + sample * columns + begin;
+        narrow.insert(narrow.end(), from, from + 2 * channels);
+      }
+      Array<T> y(random<T>(samples * pixels * channels, 1)), wide_modulation(wider), modulation(narrow), z(y.values().size()), expected(y.values().size());
+      EXPECT_EQ(norm_modulate_silu::cuda<T>({y.data(), wide_modulation.data() + begin, z.data(), samples, pixels, channels, columns, kEps}, nullptr), nullptr);
+      EXPECT_EQ(norm_modulate_silu::cuda<T>({y.data(), modulation.data(), expected.data(), samples, pixels, channels, 2 * channels, kEps}, nullptr), nullptr);
+      EXPECT_TRUE(close<T>(to_doubles(z.values()), to_doubles(expected.values())));
+    }
+  }
+}
+
 TYPED_TEST(KernelsTest, NormModulateSiLUFollowsItsFormula) {
   using T = TypeParam;
   for (const std::int64_t channels : kChannels) {
@@ -396,7 +324,7 @@ TYPED_TEST(KernelsTest, NormModulateSiLUFollowsItsFormula) {
         const auto outputs = run_in_all_orders([&]() -> std::vector<Values> {
           Array<T> y(input, layout.offsets[0]), modulation(modulations, layout.offsets[1]), z(input.size(), layout.offsets[2]);
           T* out = layout.in_place ? y.data() : z.data();
-          EXPECT_EQ(norm_modulate_silu::cuda<T>({y.data(), modulation.data(), out, samples, pixels, channels, kEps}, nullptr), nullptr);
+          EXPECT_EQ(norm_modulate_silu::cuda<T>({y.data(), modulation.data(), out, samples, pixels, channels, 2 * channels, kEps}, nullptr), nullptr);
           return {to_doubles(layout.in_place ? y.values() : z.values())};
         });
         Values expected = pixel_norm_of(to_doubles(input), channels);

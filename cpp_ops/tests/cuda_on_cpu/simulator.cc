@@ -2,11 +2,16 @@
 #include "simulator.h"
 
 #include <setjmp.h>
+#include <sys/mman.h>
 #include <ucontext.h>
 
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
+#include <deque>
 #include <memory>
+#include <new>
 #include <vector>
 
 #ifdef __SANITIZE_ADDRESS__
@@ -18,7 +23,7 @@ simulator::Index threadIdx, blockIdx, blockDim, gridDim;
 namespace simulator {
 
 Options options;
-unsigned long launches = 0;
+unsigned long launches = 0, bank_conflicts = 0;
 
 namespace {
 
@@ -45,18 +50,48 @@ void switch_to(Continuation& from, Continuation& to) {
   swapcontext(&from.context, &to.context);
 }
 
+struct Copy {
+  void* to;
+  const void* from;  // null: zeros
+
+  void perform() const {
+    if (from) {
+      std::memcpy(to, from, 16);
+    } else {
+      std::memset(to, 0, 16);
+    }
+  }
+};
+
 struct Fiber {
   Continuation continuation;
   std::unique_ptr<char[]> stack{new char[kStack]};
   State state = State::done;
   int site = 0;
   void* argument = nullptr;
+  bool value = false;                        // of block_or
+  std::deque<std::vector<Copy>> copies;      // groups that are not finished
+  std::vector<Copy> uncommitted;
 };
 
 std::vector<std::unique_ptr<Fiber>> fibers;  // reused by later launches
 Continuation scheduler;
 unsigned current = 0, threads = 0;
 const std::function<void()>* body = nullptr;
+
+// Dynamic shared memory: the last bytes before a page that is not accessible.
+constexpr std::size_t kShared = 256 * 1024;
+unsigned char *shared_end = nullptr, *shared = nullptr;
+
+void set_shared_size(std::size_t bytes) {
+  if (!shared_end) {
+    auto* memory = static_cast<unsigned char*>(mmap(nullptr, 2 * kShared, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    if (memory == MAP_FAILED || mprotect(memory, kShared, PROT_READ | PROT_WRITE) != 0) throw std::bad_alloc();
+    shared_end = memory + kShared;
+  }
+  if (bytes > kShared || bytes % 1024 != 0) fail("has a size of shared memory that the simulator does not support");
+  shared = shared_end - bytes;
+}
 
 // AddressSanitizer must be told which stack is in use.
 void enter(unsigned index) {
@@ -116,6 +151,7 @@ bool run_warp(unsigned first) {
 
 void run_block() {
   for (unsigned i = 0; i < threads; ++i) fibers[i]->state = State::ready;
+  std::memset(shared, 0xff, static_cast<std::size_t>(shared_end - shared));
   for (bool progress = true; progress;) {
     progress = false;
     for (unsigned i = 0; i < threads; i += kWarp) {
@@ -126,6 +162,7 @@ void run_block() {
     current = i;
     if (fibers[i]->state == State::at_barrier) fail("waits at a barrier that other threads of the block do not reach");
     if (fibers[i]->state == State::at_instruction) fail("waits at an instruction of its warp that other lanes do not reach");
+    if (!fibers[i]->copies.empty() || !fibers[i]->uncommitted.empty()) fail("ends before its copies are finished");
   }
 }
 
@@ -137,8 +174,9 @@ void fail(const char* what) {
   std::abort();
 }
 
-void run(Index grid, Index block, const std::function<void()>& thread) {
+void run(Index grid, Index block, std::size_t shared_bytes, const std::function<void()>& thread) {
   ++launches;
+  set_shared_size(shared_bytes);
   threads = block.x;
   if (block.y != 1 || block.z != 1 || grid.z != 1 || threads == 0 || threads > 1024 || threads % kWarp != 0) fail("has a block shape that the simulator does not support");
   while (fibers.size() < threads) {
@@ -179,6 +217,40 @@ void block_barrier(int site) {
   for (unsigned i = 0; i < threads; ++i) {
     if (fibers[i]->site != site) fail("is at another barrier than the rest of its block");
     fibers[i]->state = State::ready;
+  }
+}
+
+bool block_or(int site, bool value) {
+  fibers[current]->value = value;
+  block_barrier(site);
+  bool any = false;
+  for (unsigned i = 0; i < threads; ++i) any |= fibers[i]->value;
+  block_barrier(-site);  // no thread sets its next value before all have read this one
+  return any;
+}
+
+unsigned char* shared_memory() { return shared; }
+
+void start_copy(void* to, const void* from, bool valid) {
+  if (reinterpret_cast<std::uintptr_t>(to) % 16 != 0 || reinterpret_cast<std::uintptr_t>(from) % 16 != 0) fail("copies from or to an address that is not aligned");
+  const Copy copy{to, valid ? from : nullptr};
+  if (options.reversed) {
+    copy.perform();
+  } else {
+    fibers[current]->uncommitted.push_back(copy);
+  }
+}
+
+void commit_copies() {
+  Fiber& self = *fibers[current];
+  self.copies.push_back(std::move(self.uncommitted));
+  self.uncommitted.clear();
+}
+
+void wait_for_copies(std::size_t pending) {
+  auto& groups = fibers[current]->copies;
+  for (; groups.size() > pending; groups.pop_front()) {
+    for (const Copy& copy : groups.front()) copy.perform();
   }
 }
 

@@ -9,6 +9,7 @@
 // of registers and memory, slow code.
 #pragma once
 
+#include <cstddef>
 #include <functional>
 
 namespace simulator {
@@ -26,14 +27,24 @@ struct Options {
 };
 
 extern Options options;
-extern unsigned long launches;  // number of launches so far
+extern unsigned long launches;        // number of launches so far
+extern unsigned long bank_conflicts;  // number of 8-row reads by load_matrices so far in which two rows are in the same banks
 
-void run(Index grid, Index block, const std::function<void()>& thread);
+void run(Index grid, Index block, std::size_t shared_bytes, const std::function<void()>& thread);
 
 // Called by the running thread.
 void block_barrier(int site);
+bool block_or(int site, bool value);  // a barrier that returns whether any thread passed true
 // A warp-wide instruction. Every lane passes its `argument`; the last lane to arrive performs the instruction on the arguments of lanes 0 to 31.
 void warp_instruction(int site, void* argument, void (*perform)(void* const* lanes));
+
+// The block's dynamic shared memory, filled with NaN before each block and followed by an inaccessible page.
+unsigned char* shared_memory();
+// Copies of 16 bytes to shared memory that the thread waits for in groups. In the usual order of threads they are made as late as permitted, when the thread
+// waits, and in reversed order at once: a missing wait and memory that is still being read both show.
+void start_copy(void* to, const void* from, bool valid);
+void commit_copies();
+void wait_for_copies(std::size_t pending);  // until at most `pending` groups are unfinished
 
 [[noreturn]] void fail(const char* what);  // reports the thread and block, and aborts
 

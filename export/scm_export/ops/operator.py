@@ -80,15 +80,27 @@ class Operator:
     attributes: tuple[str, ...] = ()
     activated: bool = False
     """True if the operator has an optional second output, ``mp_silu`` of the first."""
+    calls: tuple[Operator, ...] = ()
+    """Operators that the body consists of, besides standard ones. Their first inputs have the rank of this operator's."""
+
+    @property
+    def identifier(self) -> str:
+        """Domain and name, ``"scm::PixelNorm"``."""
+        return f"{self.domain}::{self.name}"
 
     def node(
-        self, *inputs: Tensor, outputs: int = 1, shape: Sequence[int] | None = None, dtype: torch.dtype | None = None, **attributes: float
+        self,
+        *inputs: Tensor,
+        outputs: int = 1,
+        shape: Sequence[int] | None = None,
+        dtype: torch.dtype | None = None,
+        **attributes: float | Sequence[int],
     ) -> Sequence[Tensor]:
         """Emit a node in the traced graph. Unless given, shape and dtype of its outputs are those of the first input."""
         like = inputs[0]
         shapes = [like.shape if shape is None else shape] * outputs
         return torch.onnx.ops.symbolic_multi_out(
-            f"{self.domain}::{self.name}", inputs, {**attributes}, dtypes=[dtype or like.dtype] * outputs, shapes=shapes, version=OPS_VERSION
+            self.identifier, inputs, {**attributes}, dtypes=[dtype or like.dtype] * outputs, shapes=shapes, version=OPS_VERSION
         )
 
     def output_names(self, outputs: int) -> list[str]:
@@ -103,4 +115,5 @@ class Operator:
             body = body.replace(placeholder, str(list(axes)))
         attributes = f"<{', '.join(self.attributes)}>" if self.attributes else ""
         signature = f"{self.name} {attributes} ({', '.join(self.inputs)}) => ({', '.join(names)})"
-        return parser.parse_function(f'<domain: "{self.domain}", opset_import: ["": {opset}]>\n{signature} {{{body}}}')
+        imports = ", ".join(f'"{domain}": {version}' for domain, version in {"": opset, **{called.domain: OPS_VERSION for called in self.calls}}.items())
+        return parser.parse_function(f'<domain: "{self.domain}", opset_import: [{imports}]>\n{signature} {{{body}}}')

@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <map>
 #include <type_traits>
 #include <utility>
 
@@ -25,7 +26,7 @@ struct dim3 {
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9, cudaErrorLaunchFailure = 719 };
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9, cudaErrorLaunchFailure = 719 };
 struct CUstream_st;
 using cudaStream_t = CUstream_st*;
 
@@ -43,21 +44,60 @@ inline cudaError_t& last_error() {
 inline cudaError_t cudaGetLastError() { return std::exchange(last_error(), cudaSuccess); }
 
 inline const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaSuccess ? "no error" : error == cudaErrorInvalidConfiguration ? "invalid configuration argument" : "unspecified launch failure";
+  switch (error) {
+    case cudaSuccess:
+      return "no error";
+    case cudaErrorInvalidValue:
+      return "invalid argument";
+    case cudaErrorInvalidConfiguration:
+      return "invalid configuration argument";
+    default:
+      return "unspecified launch failure";
+  }
+}
+
+// The kernels that may use more than 48 KiB of dynamic shared memory, and how much. Hopper has 227 KiB.
+inline std::map<const void*, int>& shared_memory_limits() {
+  static std::map<const void*, int> limits;
+  return limits;
+}
+
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
+  if (bytes > 227 * 1024) return last_error() = cudaErrorInvalidValue;
+  shared_memory_limits()[reinterpret_cast<const void*>(kernel)] = bytes;
+  return cudaSuccess;
 }
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
   const dim3 grid = config->gridDim, block = config->blockDim;
   if (grid.x == 0 || grid.x > 0x7fffffffu || grid.y == 0 || grid.y > 65535 || grid.z != 1) return last_error() = cudaErrorInvalidConfiguration;
+  const auto limit = shared_memory_limits().find(reinterpret_cast<const void*>(kernel));
+  if (config->dynamicSmemBytes > static_cast<std::size_t>(limit == shared_memory_limits().end() ? 48 * 1024 : limit->second)) {
+    return last_error() = cudaErrorInvalidValue;
+  }
   if (simulator::options.refuse_launches) return last_error() = cudaErrorLaunchFailure;
-  simulator::run({grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, [=] { kernel(arguments...); });
+  simulator::run({grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, config->dynamicSmemBytes, [=] { kernel(arguments...); });
   return cudaSuccess;
 }
 
 // -- Barriers and shuffles -----------------------------------------------------------------------------------------------------
 
 inline void __syncthreads(int site = __builtin_LINE()) { simulator::block_barrier(site); }
+
+inline int __syncthreads_or(int value, int site = __builtin_LINE()) { return simulator::block_or(site, value != 0); }
+
+inline void __threadfence() {}  // blocks run one after another
+
+// Returns the old value and stores the next one; 0 follows `limit`.
+inline unsigned atomicInc(unsigned* address, unsigned limit) {
+  const unsigned old = *address;
+  *address = old >= limit ? 0 : old + 1;
+  return old;
+}
 
 inline void __syncwarp(int site = __builtin_LINE()) {
   simulator::warp_instruction(site, nullptr, [](void* const*) {});

@@ -19,6 +19,15 @@ std::uint32_t pack(float low, float high) {
   return from_float<T>(low).bits | static_cast<std::uint32_t>(from_float<T>(high).bits) << 16;
 }
 
+inline unsigned char* dynamic_shared_memory() { return simulator::shared_memory(); }
+inline void start_copy(void* to, const void* from, bool valid) { simulator::start_copy(to, from, valid); }
+inline void commit_copies() { simulator::commit_copies(); }
+
+template <int kPending>
+void wait_for_copies() {
+  simulator::wait_for_copies(kPending);
+}
+
 template <bool kTransposed>
 void load_matrices_of(std::uint32_t (&r)[4], const void* row, int site) {
   struct Lane {
@@ -29,6 +38,11 @@ void load_matrices_of(std::uint32_t (&r)[4], const void* row, int site) {
   Lane self{static_cast<const std::uint16_t*>(row), r};
   simulator::warp_instruction(site, &self, [](void* const* lanes) {
     const auto at = [&](int matrix, int i, int j) { return std::uint32_t{static_cast<Lane*>(lanes[matrix * 8 + i])->row[j]}; };
+    for (int m = 0; m < 4; ++m) {
+      unsigned banks = 0;  // groups of four
+      for (int i = 0; i < 8; ++i) banks |= 1u << (reinterpret_cast<std::uintptr_t>(static_cast<Lane*>(lanes[m * 8 + i])->row) / 16 % 8);
+      if (banks != 0xffu) ++simulator::bank_conflicts;
+    }
     for (int lane = 0; lane < 32; ++lane) {
       const int g = lane / 4, t = lane % 4;
       for (int m = 0; m < 4; ++m) {

@@ -1,0 +1,102 @@
+// Convolutions and matrix products on tensor cores, as an implicit GEMM: the rows are pixels, the columns output channels, the terms of a sum taps by input
+// channels. Blocks copy tiles of the input and of the weights into a ring of stages in shared memory, ahead of the products.
+#include "common/cuda.h"
+#include "convolution/mma.cuh"
+#include "convolution/op.h"
+#include "convolution/shapes.h"
+
+namespace scm::convolution {
+namespace {
+
+using Mma128x128 = MmaBlock<128, 128, 2, 2, 32, 4>;
+using Mma128x64 = MmaBlock<128, 64, 2, 2, 64, 3>;
+using Mma64x64 = MmaBlock<64, 64, 2, 2, 64, 4>;
+using Mma64x32 = MmaBlock<64, 32, 4, 1, 64, 4>;
+
+// -- Weights -----------------------------------------------------------------------------------------------------------------
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads) pack_kernel(const T* weight, T* packed, std::int64_t in, std::int64_t in_padded, std::int64_t out, int taps) {
+  for_each(
+      out * taps * in_padded,
+      [&](std::int64_t i) {
+        const std::int64_t row = quotient(i, in_padded), c = i - row * in_padded, o = quotient(row, taps), tap = row - o * taps;
+        if (c >= in) return T{0};
+        return taps == 9 ? weight[(o * in + c) * 9 + tap] : weight[c * out + o];
+      },
+      [&](std::int64_t i, T value) { packed[i] = value; });
+}
+
+// -- Launch ------------------------------------------------------------------------------------------------------------------
+
+template <typename B, bool kWideIn, bool kWideOut, typename T>
+const char* run(Launch<T> l, void* stream) {
+  l.tiles_m = static_cast<int>(ceil_div(l.outputs, B::kM));
+  l.tiles_n = static_cast<int>(ceil_div(l.out, B::kN));
+  const int tiles = l.tiles_m * l.tiles_n, at_once = l.split > 1 && tiles > kCounters ? kCounters : tiles;
+  for (l.first_tile = 0; l.first_tile < tiles; l.first_tile += at_once) {
+    l.tiles = tiles - l.first_tile < at_once ? tiles - l.first_tile : at_once;
+    const char* error = launch_with_shared(mma_kernel<T, B, kWideIn, kWideOut>, grid_of(l.tiles * l.split, 1), B::kThreads, B::kSharedBytes, stream, l);
+    if (error) return error;
+  }
+  return nullptr;
+}
+
+// Returns whether the epilogue may read and write 8 channels at a time.
+template <typename T>
+bool wide_out(const Params<T>& p) {
+  if (p.sizes.out % 8 != 0 || !aligned(16, p.y)) return false;
+  if (p.epilogue == Epilogue::modulate_silu) return p.scales_stride % 8 == 0 && aligned(16, p.scales);
+  return p.epilogue != Epilogue::mp_sum || aligned(16, p.skip);
+}
+
+}  // namespace
+
+template <typename T>
+const char* pack(const T* weight, const Sizes& s, T* packed, void* stream) {
+  return launch(pack_kernel<T>, grid_of(packed_size(s), kElementsPerBlock), kThreads, stream, weight, packed, s.in, padded(s.in), s.out, s.taps);
+}
+
+template <typename T>
+const char* cuda(const Params<T>& p, const Tile& tile, void* stream) {
+  const Sizes& s = p.sizes;
+  const std::int64_t outputs = s.samples * s.pixels(), terms = s.taps * padded(s.in);
+  if (outputs == 0) return nullptr;
+  // Indices of pixels, tiles and terms, and offsets in a tile, have 32 bits.
+  if (outputs >= 1 << 30 || s.out >= 1 << 20 || terms >= 1 << 23) return "more than 2^30 pixels or 2^20 channels";
+  Launch<T> l = {};
+  l.p = p;
+  l.width = static_cast<int>(s.width);
+  l.height = static_cast<int>(s.height);
+  l.pixels = static_cast<int>(s.pixels());
+  l.outputs = static_cast<int>(outputs);
+  l.out = static_cast<int>(s.out);
+  l.in = static_cast<int>(s.in);
+  l.in_padded = static_cast<int>(padded(s.in));
+  l.terms = static_cast<int>(terms);
+  l.steps = static_cast<int>(steps(s));
+  l.split = effective_split(s, tile);
+  l.pixels_first = outputs * s.in < packed_size(s);  // the larger operand is read from memory once, the other one stays in the cache
+  const bool wide_in = s.in % 8 == 0 && aligned(16, p.x);
+  if (!wide_in) return run<Mma64x32, false, false>(l, stream);
+  if (!wide_out(p)) return run<Mma64x32, true, false>(l, stream);
+  switch (tile.shape) {
+    case Shape::mma_128x128:
+      return run<Mma128x128, true, true>(l, stream);
+    case Shape::mma_128x64:
+      return run<Mma128x64, true, true>(l, stream);
+    case Shape::mma_64x64:
+      return run<Mma64x64, true, true>(l, stream);
+    case Shape::mma_64x32:
+      return run<Mma64x32, true, true>(l, stream);
+  }
+  return "invalid tile";
+}
+
+#define SCM_INSTANTIATE(T)                                              \
+  template const char* pack<T>(const T*, const Sizes&, T*, void*);      \
+  template const char* cuda<T>(const Params<T>&, const Tile&, void*);
+SCM_INSTANTIATE(float16)
+SCM_INSTANTIATE(bfloat16)
+
+}  // namespace scm::convolution

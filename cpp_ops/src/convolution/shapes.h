@@ -1,0 +1,40 @@
+// Sizes of the tiles, for the kernels and for their choice.
+#pragma once
+
+#include "convolution/op.h"
+
+namespace scm::convolution {
+
+struct TileSize {
+  int pixels, channels;
+};
+
+constexpr TileSize size_of(Shape shape) {
+  switch (shape) {
+    case Shape::mma_128x128:
+      return {128, 128};
+    case Shape::mma_128x64:
+      return {128, 64};
+    case Shape::mma_64x64:
+      return {64, 64};
+    case Shape::mma_64x32:
+      return {64, 32};
+  }
+  return {};
+}
+
+// Shared memory of a block, and the number of blocks that the registers of a multiprocessor permit.
+constexpr int shared_kib(Shape shape) { return shape == Shape::mma_64x32 ? 48 : shape == Shape::mma_128x64 ? 72 : 64; }
+constexpr int max_blocks(Shape shape) { return shape == Shape::mma_128x128 ? 2 : shape == Shape::mma_128x64 ? 3 : 5; }
+
+// Steps of 64 terms of a sum.
+inline std::int64_t steps(const Sizes& s) { return (s.taps * padded(s.in) + 63) / 64; }
+
+inline int effective_split(const Sizes& s, const Tile& tile) { return tile.split < steps(s) ? tile.split : static_cast<int>(steps(s)); }
+
+inline std::int64_t tiles(const Sizes& s, Shape shape) {
+  const auto [pixels, channels] = size_of(shape);
+  return ((s.samples * s.pixels() + pixels - 1) / pixels) * ((s.out + channels - 1) / channels);
+}
+
+}  // namespace scm::convolution

@@ -1,0 +1,328 @@
+// The CUDA convolution, run by simulator.h: every tile, split and epilogue, compared with sums in double, with the composition that it replaces, and with each
+// other to the bit.
+#include <gtest/gtest.h>
+
+#include <array>
+#include <ostream>
+#include <string>
+#include <vector>
+
+#include "convolution/op.h"
+#include "memory.h"
+#include "values.h"
+
+namespace scm::testing {
+namespace {
+
+using convolution::Device;
+using convolution::Epilogue;
+using convolution::Params;
+using convolution::Shape;
+using convolution::Sizes;
+using convolution::Tile;
+
+constexpr float kClip = 1.5f, kWeightSkip = 0.919f, kWeightSum = 0.394f;
+constexpr std::array kEpilogues{Epilogue::none, Epilogue::modulate_silu, Epilogue::mp_sum};
+const Device kA100{80, 108}, kH200{90, 132};
+
+std::vector<Shape> all_shapes() {
+  std::vector<Shape> shapes;
+  for (int i = 0; i < convolution::kShapes; ++i) shapes.push_back(static_cast<Shape>(i));
+  return shapes;
+}
+
+std::string text(const Sizes& s) {
+  return std::to_string(s.samples) + " x " + std::to_string(s.height) + " x " + std::to_string(s.width) + ", " + std::to_string(s.in) + " to " + std::to_string(s.out) +
+         " channels, " + std::to_string(s.taps) + " taps";
+}
+
+// -- References ----------------------------------------------------------------------------------------------------------------
+
+// The inputs of a run. The terms of a sum have a variance of 1 / terms, so that sums are of size 1.
+template <typename T>
+struct Inputs {
+  Sizes sizes;
+  std::vector<T> x, weight, scales, skip;
+  std::int64_t scales_stride;
+
+  explicit Inputs(const Sizes& s)
+      : sizes(s),
+        x(random<T>(s.samples * s.pixels() * s.in, 1)),
+        weight(random<T>(s.out * s.in * s.taps, 2, 1 / std::sqrt(static_cast<double>(s.in * s.taps)))),
+        scales(random<T>(s.samples * 2 * padded_out(s), 3)),
+        skip(random<T>(s.samples * s.pixels() * s.out, 4)),
+        scales_stride(2 * padded_out(s)) {}
+
+  static std::int64_t padded_out(const Sizes& s) { return convolution::padded(s.out); }
+
+  // Sample `sample` of `from` alone.
+  Inputs(const Inputs& from, std::int64_t sample) : Inputs(from) {
+    sizes.samples = 1;
+    const auto keep = [&](std::vector<T>& values) {
+      const std::size_t size = values.size() / static_cast<std::size_t>(from.sizes.samples), first = size * static_cast<std::size_t>(sample);
+      values = std::vector<T>(values.begin() + first, values.begin() + first + size);
+    };
+    keep(x);
+    keep(scales);
+    keep(skip);
+  }
+};
+
+template <typename T>
+Values sums_of(const Inputs<T>& in) {
+  const Sizes& s = in.sizes;
+  const Values x = to_doubles(in.x), weight = to_doubles(in.weight);
+  Values transposed(weight.size());  // [taps, in, out]
+  for (std::int64_t o = 0; o < s.out; ++o) {
+    for (std::int64_t c = 0; c < s.in; ++c) {
+      for (int tap = 0; tap < s.taps; ++tap) transposed[(tap * s.in + c) * s.out + o] = s.taps == 9 ? weight[(o * s.in + c) * 9 + tap] : weight[c * s.out + o];
+    }
+  }
+  Values sums(static_cast<std::size_t>(s.samples * s.pixels() * s.out));
+  for (std::int64_t pixel = 0; pixel < s.samples * s.pixels(); ++pixel) {
+    double* const sum = sums.data() + pixel * s.out;
+    for (int tap = 0; tap < s.taps; ++tap) {
+      const std::int64_t i = pixel / s.width % s.height + (s.taps == 9 ? tap / 3 - 1 : 0), j = pixel % s.width + (s.taps == 9 ? tap % 3 - 1 : 0);
+      if (i < 0 || i >= s.height || j < 0 || j >= s.width) continue;
+      const double* from = x.data() + ((pixel / s.pixels() * s.height + i) * s.width + j) * s.in;
+      for (std::int64_t c = 0; c < s.in; ++c) {
+        for (std::int64_t o = 0; o < s.out; ++o) sum[o] += from[c] * transposed[(tap * s.in + c) * s.out + o];
+      }
+    }
+  }
+  return sums;
+}
+
+template <typename T>
+Values epilogue_of(const Inputs<T>& in, Epilogue epilogue, Values sums) {
+  const Values scales = to_doubles(in.scales), skip = to_doubles(in.skip);
+  const Sizes& s = in.sizes;
+  for (std::size_t i = 0; i < sums.size(); ++i) {
+    if (epilogue == Epilogue::modulate_silu) {
+      const auto sample = static_cast<std::int64_t>(i) / (s.pixels() * s.out), channel = static_cast<std::int64_t>(i) % s.out;
+      sums[i] = mp_silu_of(sums[i] * scales[static_cast<std::size_t>(sample * in.scales_stride + channel)]);
+    } else if (epilogue == Epilogue::mp_sum) {
+      const double sum = skip[i] * double{kWeightSkip} + sums[i] * double{kWeightSum};
+      sums[i] = sum < -kClip ? -kClip : sum > kClip ? kClip : sum;
+    }
+  }
+  return sums;
+}
+
+// -- Runs ----------------------------------------------------------------------------------------------------------------------
+
+// Offsets from an aligned address, in elements.
+struct Layout {
+  int x = 0, y = 0, other = 0;
+  bool in_place = false;  // y is skip
+};
+
+template <typename T>
+Values run(const Inputs<T>& in, const Tile& tile, Epilogue epilogue, const Layout& layout = {}) {
+  const Sizes& s = in.sizes;
+  Array<T> x(in.x, layout.x), weight(in.weight), packed(static_cast<std::size_t>(convolution::packed_size(s)));
+  Array<T> y(in.skip.size(), layout.y), skip(in.skip, layout.other), scales(in.scales, layout.other);
+  Array<float> partials(static_cast<std::size_t>(convolution::partials_bytes(s, tile) / 4));
+  Array<std::uint32_t> counters(std::vector<std::uint32_t>(convolution::kCounters, 0));
+  const simulator::Options options = simulator::options;
+  simulator::options = {};
+  const unsigned long launches = simulator::launches;
+  EXPECT_EQ(convolution::pack<T>(weight.data(), s, packed.data(), nullptr), nullptr);
+  simulator::launches = launches;
+  simulator::options = options;
+  Params<T> p = {};
+  p.x = x.data();
+  p.weight = packed.data();
+  p.y = layout.in_place ? skip.data() : y.data();
+  p.sizes = s;
+  p.epilogue = epilogue;
+  if (epilogue == Epilogue::modulate_silu) p.scales = scales.data();
+  if (epilogue == Epilogue::mp_sum) p.skip = skip.data();
+  p.scales_stride = in.scales_stride;
+  p.weight_skip = kWeightSkip;
+  p.weight_sum = kWeightSum;
+  p.clip = kClip;
+  if (tile.split > 1) {
+    p.partials = partials.data();
+    p.counters = counters.data();
+  }
+  EXPECT_EQ(convolution::cuda<T>(p, tile, nullptr), nullptr);
+  EXPECT_EQ(counters.values(), std::vector<std::uint32_t>(convolution::kCounters, 0));
+  return to_doubles(layout.in_place ? skip.values() : y.values());
+}
+
+template <typename T>
+::testing::AssertionResult follows(const Inputs<T>& in, Epilogue epilogue, const Values& sums, const Values& actual) {
+  const auto exact = close(actual, epilogue_of(in, epilogue, sums), kRounding<T>, 3e-5);
+  if (!exact) return exact;
+  // The operators that it replaces round the sum first.
+  const Values composed = epilogue_of(in, epilogue, to_doubles(from_doubles<T>(sums)));
+  return close(actual, composed, 4 * kRounding<T>, 4 * kRounding<T>);
+}
+
+template <typename T>
+struct ConvolutionTest : ::testing::Test {
+  unsigned long conflicts = simulator::bank_conflicts;
+
+  void TearDown() override {
+    simulator::options = {};
+    EXPECT_EQ(simulator::bank_conflicts, conflicts);
+  }
+};
+
+using HalfElements = ::testing::Types<float16, bfloat16>;
+TYPED_TEST_SUITE(ConvolutionTest, HalfElements, Names);
+
+TYPED_TEST(ConvolutionTest, EveryTileSplitAndEpilogueFollowsTheFormulaAndTilesAgreeToTheBit) {
+  using T = TypeParam;
+  for (const Sizes& sizes : {Sizes{2, 9, 8, 72, 72, 9}, Sizes{1, 130, 1, 320, 136, 1}}) {
+    const Inputs<T> in(sizes);
+    const Values sums = sums_of(in);
+    for (const int split : {1, 2, 4, 8}) {
+      for (const Epilogue epilogue : kEpilogues) {
+        Values first;
+        for (const Shape shape : all_shapes()) {
+          SCOPED_TRACE(text(sizes) + ", epilogue " + std::to_string(static_cast<int>(epilogue)) + ", tile " + std::to_string(static_cast<int>(shape)) + ", split " +
+                       std::to_string(split));
+          const Values y = split == 4 ? run_in_all_orders([&] { return std::vector<Values>{run(in, {shape, split}, epilogue)}; })[0] : run(in, {shape, split}, epilogue);
+          EXPECT_TRUE(follows(in, epilogue, sums, y));
+          if (first.empty()) first = y;
+          EXPECT_TRUE(close(y, first, 0, 0));
+        }
+      }
+    }
+  }
+}
+
+TYPED_TEST(ConvolutionTest, AnySizesAndPointersFollowTheFormula) {
+  using T = TypeParam;
+  for (const Sizes& sizes : {Sizes{1, 1, 1, 1, 1, 9}, Sizes{3, 1, 7, 5, 9, 9}, Sizes{2, 7, 1, 8, 4, 9}, Sizes{1, 3, 5, 12, 17, 9}, Sizes{1, 2, 2, 24, 40, 9},
+                             Sizes{1, 1, 1, 7, 3, 1}, Sizes{2, 3, 3, 40, 33, 1}, Sizes{5, 1, 1, 16, 8, 1}}) {
+    const Inputs<T> in(sizes);
+    const Values sums = sums_of(in);
+    for (const Epilogue epilogue : kEpilogues) {
+      for (const Layout& layout : {Layout{}, Layout{1, 0, 0}, Layout{0, 3, 0}, Layout{0, 0, 1}, Layout{0, 0, 0, true}, Layout{1, 1, 1, true}}) {
+        if (layout.in_place && epilogue != Epilogue::mp_sum) continue;
+        for (const Tile tile : {Tile{Shape::mma_64x64, 1}, Tile{Shape::mma_128x128, 2}}) {
+          SCOPED_TRACE(text(sizes) + ", epilogue " + std::to_string(static_cast<int>(epilogue)) + ", offsets " + std::to_string(layout.x) + ' ' +
+                       std::to_string(layout.y) + ' ' + std::to_string(layout.other) + (layout.in_place ? ", in place" : ""));
+          EXPECT_TRUE(follows(in, epilogue, sums, run_in_all_orders([&] { return std::vector<Values>{run(in, tile, epilogue, layout)}; })[0]));
+        }
+      }
+    }
+  }
+}
+
+// The layers of EDM2 networks with an eighth of their channels, at the resolutions of 64 x 64 maps, with the tiles that `choose` takes.
+TYPED_TEST(ConvolutionTest, TheLayersOfEDM2FollowTheFormula) {
+  using T = TypeParam;
+  int number = 0;
+  for (const std::int64_t width : {8, 16, 24, 32, 40, 48, 56}) {
+    for (const std::int64_t level : {1, 2, 3, 4}) {
+      const std::int64_t side = 128 >> level, channels = width * level, below = width * (level < 4 ? level + 1 : 4);
+#ifdef __SANITIZE_ADDRESS__
+      if (side > 16 || width % 24 != 8) continue;  // too slow
+#endif
+      for (const Sizes& sizes : {Sizes{1, side, side, channels, channels, 9}, Sizes{1, side, side, below + channels, channels, 9}, Sizes{1, side, side, below, channels, 1}}) {
+        if (side == 64 && sizes.taps == 9 && sizes.in > 64) continue;  // too slow
+        const Epilogue epilogue = kEpilogues[static_cast<std::size_t>(number++) % 3];
+        const Tile tile = convolution::choose(sizes, number % 2 == 0 ? kA100 : kH200).tile;
+        SCOPED_TRACE(text(sizes) + ", tile " + std::to_string(static_cast<int>(tile.shape)) + ", split " + std::to_string(tile.split));
+        const Inputs<T> in(sizes);
+        EXPECT_TRUE(follows(in, epilogue, sums_of(in), run(in, tile, epilogue)));
+      }
+    }
+  }
+}
+
+TYPED_TEST(ConvolutionTest, ASampleIsTheSameToTheBitInAnyBatch) {
+  using T = TypeParam;
+  for (const Sizes& sizes : {Sizes{3, 5, 7, 40, 48, 9}, Sizes{3, 5, 7, 5, 4, 9}, Sizes{3, 9, 1, 136, 40, 1}}) {
+    const Inputs<T> batch(sizes);
+    for (const int split : {1, 3}) {
+      for (const Epilogue epilogue : kEpilogues) {
+        const Values together = run(batch, {Shape::mma_128x64, split}, epilogue);
+        for (std::int64_t sample = 0; sample < sizes.samples; ++sample) {
+          const Values alone = run(Inputs<T>(batch, sample), {Shape::mma_64x32, split}, epilogue);
+          const auto size = static_cast<std::ptrdiff_t>(alone.size());
+          EXPECT_TRUE(close(Values(together.begin() + sample * size, together.begin() + (sample + 1) * size), alone, 0, 0)) << text(sizes) << ", sample " << sample;
+        }
+      }
+    }
+  }
+}
+
+TYPED_TEST(ConvolutionTest, NaNAndInfinityStayWhereTheyBelong) {
+  using T = TypeParam;
+  for (const int taps : {9, 1}) {
+    for (const int split : {1, 2}) {
+      Inputs<T> in({2, 6, 5, 16, 24, taps});
+      in.x[(1 * 5 + 2) * 16 + 3] = from_doubles<T>({kNan})[0];
+      in.x[(30 + 4 * 5 + 4) * 16 + 15] = from_doubles<T>({kInfinity})[0];
+      const Values sums = sums_of(in);
+      for (const Epilogue epilogue : kEpilogues) {
+        EXPECT_TRUE(follows(in, epilogue, sums, run(in, {Shape::mma_64x64, split}, epilogue))) << taps << " taps, split " << split;
+      }
+    }
+  }
+}
+
+// Counters are needed only for the tiles of one launch.
+TYPED_TEST(ConvolutionTest, ASplitOfMoreTilesThanCountersTakesSeveralLaunches) {
+  using T = TypeParam;
+  const Inputs<T> in({1, 64 * 520, 1, 72, 8, 1});
+  const unsigned long before = simulator::launches;
+  EXPECT_TRUE(follows(in, Epilogue::none, sums_of(in), run(in, {Shape::mma_64x32, 2}, Epilogue::none)));
+  EXPECT_EQ(simulator::launches, before + 2);
+}
+
+TYPED_TEST(ConvolutionTest, AnEmptyBatchLaunchesNothing) {
+  const unsigned long before = simulator::launches;
+  EXPECT_EQ(run(Inputs<TypeParam>({0, 8, 8, 8, 8, 9}), {Shape::mma_64x64, 1}, Epilogue::mp_sum), Values{});
+  EXPECT_EQ(simulator::launches, before);
+}
+
+TYPED_TEST(ConvolutionTest, AFailedLaunchAndImpossibleSizesAreReported) {
+  using T = TypeParam;
+  Array<T> data(std::size_t{64 * 9});
+  Params<T> p = {};
+  p.x = p.weight = p.y = data.data();
+  p.sizes = {1, 1, 1, 8, 8, 1};
+  simulator::options.refuse_launches = true;
+  EXPECT_STREQ(convolution::cuda<T>(p, {Shape::mma_64x64, 1}, nullptr), "unspecified launch failure");
+  EXPECT_STREQ(convolution::pack<T>(data.data(), p.sizes, data.data(), nullptr), "unspecified launch failure");
+  p.sizes.height = std::int64_t{1} << 30;
+  EXPECT_STREQ(convolution::cuda<T>(p, {Shape::mma_64x64, 1}, nullptr), "more than 2^30 pixels or 2^20 channels");
+}
+
+// -- Choice --------------------------------------------------------------------------------------------------------------------
+
+TEST(ConvolutionChoiceTest, TheOrderOfASumDoesNotDependOnTheBatch) {
+  for (const Device& device : {kA100, kH200, Device{86, 82}, Device{89, 128}, Device{120, 170}}) {
+    for (const std::int64_t width : {64, 192, 448}) {
+      for (const std::int64_t level : {1, 2, 3, 4}) {
+        for (const int taps : {9, 1}) {
+          Sizes sizes{1, 128 >> level, 128 >> level, width * level, width * level, taps};
+          const convolution::Choice alone = convolution::choose(sizes, device);
+          EXPECT_TRUE(convolution::supported(alone.tile.shape, device));
+          for (const std::int64_t samples : {2, 3, 8, 33, 256}) {
+            sizes.samples = samples;
+            const convolution::Choice choice = convolution::choose(sizes, device);
+            EXPECT_EQ(choice.own, alone.own) << text(sizes);
+            EXPECT_EQ(choice.tile.split, alone.tile.split) << text(sizes);
+            EXPECT_EQ(convolution::family(choice.tile.shape), convolution::family(alone.tile.shape)) << text(sizes);
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST(ConvolutionChoiceTest, SmallMapsWithManyChannelsAreSplit) {
+  EXPECT_GT(convolution::choose({1, 8, 8, 1792, 1792, 9}, kH200).tile.split, 1);
+  EXPECT_GT(convolution::choose({1, 8, 8, 1792, 1792, 9}, kA100).tile.split, 1);
+  EXPECT_EQ(convolution::choose({1, 64, 64, 448, 448, 9}, kH200).tile.split, 1);
+}
+
+}  // namespace
+}  // namespace scm::testing
