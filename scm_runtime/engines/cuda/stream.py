@@ -7,6 +7,7 @@ methods that say otherwise. Buffers that were shared may be read and dropped in 
 from __future__ import annotations
 
 import importlib
+import sys
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -72,6 +73,7 @@ class CudaStream:
         self._uploading: list[NDArray[Any]] = []
         self._staging: PinnedBuffer | None = None
         self._closed = False
+        self._is_finalizing = sys.is_finalizing  # the modules' globals may be gone by then
 
     def _wrap_host_stream(self, handle: int) -> Any:
         if handle == LEGACY_STREAM:
@@ -157,7 +159,8 @@ class CudaStream:
         """Free a cuda-core buffer as soon as that is safe. May be called from any thread."""
         # The caller may be another thread during a capture, and the free would be captured as a part of the graph.
         self._deferred.append((buffer, ready_event))
-        if self._closed:
+        # At the end of the process, cuda-core can import nothing any more, and the memory is freed with the process.
+        if self._closed and not self._is_finalizing():
             with self._current_context():
                 self.free_deferred()
 
@@ -201,8 +204,8 @@ class CudaStream:
         """Enqueue an event, by default a new one, and return it. In a capture it becomes a part of the graph, and each launch records it."""
         event = event or self.new_event()
         if in_capture:
-            flags = self._driver.CUevent_record_flags.CU_EVENT_RECORD_EXTERNAL
-            check(self._driver.cuEventRecordWithFlags(event.handle, self._handle, int(flags)))
+            flag = int(self._driver.CUevent_record_flags.CU_EVENT_RECORD_EXTERNAL)
+            check(self._driver.cuEventRecordWithFlags(event.handle, self._handle, flag))
         else:
             check(self._driver.cuEventRecord(event.handle, self._handle))
         return event
@@ -211,7 +214,7 @@ class CudaStream:
     def elapsed(self, start: TimingEvent, end: TimingEvent) -> float:
         """Return the seconds between two recorded events. Waits for ``end``."""
         returned = self._driver.cuEventElapsedTime(start.handle, end.handle)
-        if returned[0].name == "CUDA_ERROR_NOT_READY":
+        if returned[0] and returned[0].name == "CUDA_ERROR_NOT_READY":
             self.wait_for(end)
             returned = self._driver.cuEventElapsedTime(start.handle, end.handle)
         return float(check(returned)) / 1000
