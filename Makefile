@@ -8,6 +8,7 @@
 PYTHON ?= python3
 VENV   := .venv
 FLOORS := build/floors
+STUB   := build/stub
 AUDIT  := build/audit
 BIN    := $(VENV)/bin
 CMAKE  := $(BIN)/cmake
@@ -23,12 +24,13 @@ KERNELS  := $(shell find cpp_ops -name '.*' -prune -o -type f -print)
 
 DEMO     := demo/digits.png
 LABELS   := 0,1,2,3,4,5,6,7,8,9,0,1,2,3,4,5,6,7,8,9
-# figures.py runs last: it shows the results of the others. Large models are measured by name: docs/benchmarks.md has the commands.
-BENCHES  := $(filter-out benchmarks/_% benchmarks/figures.py,$(wildcard benchmarks/*.py))
+# figures.py runs last: it shows the results of the others. Large models are measured by name: docs/benchmarks.md has the commands. The scripts left out
+# need a GPU: make first-gpu.
+BENCHES  := $(filter-out benchmarks/_% $(patsubst %,benchmarks/%.py,figures first_gpu autotune),$(wildcard benchmarks/*.py))
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:  # two pips must not install into .venv at the same time
-.PHONY: help demo test test-gpu lint types floors floors-runtime audit ops ops-test ops-sanitize ops-tsan soak kills fuzz bench bench-large format dist constraints clean
+.PHONY: help demo test test-gpu first-gpu test-stub lint types floors floors-runtime audit ops ops-test ops-sanitize ops-tsan soak kills fuzz bench bench-large format dist constraints clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | while IFS='	' read -r name what; do printf '  make %-15s %s\n' "$$name" "$$what"; done
@@ -68,6 +70,15 @@ test-gpu: $(FULL) ## run the GPU tests, and again under compute-sanitizer if it 
 	$(call build-ops,ON)
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 	! command -v compute-sanitizer > /dev/null || compute-sanitizer --error-exitcode 1 $(BIN)/python -m pytest -m gpu tests/ops $(ARGS)
+
+# It installs nothing: a machine with a GPU may have no network. Without .venv, PYTHON must have the packages.
+first-gpu: ## build, test, tune and measure on a GPU in ten minutes, and write a report to commit (ARGS="--minutes 20")
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/first_gpu.py $(ARGS)
+
+test-stub: $(FULL) ## run the CUDA path on a stub of a GPU, which computes nothing (tests/stub); skipped without nvcc, or if the packages cannot be installed
+	@if ! command -v "$${CUDACXX:-nvcc}" > /dev/null; then echo "SKIPPED: test-stub needs nvcc 13, which was not found. Install the CUDA toolkit, or set CUDACXX."; \
+	elif ! $(MAKE) --no-print-directory $(STUB)/.stamp-venv; then echo "SKIPPED: test-stub cannot install the packages in tests/stub/requirements.txt (see above)."; \
+	else $(MAKE) --no-print-directory run-stub; fi
 
 ops: $(FULL) ## build the native library and install it into .venv (SCM_OPS_CUDA=ON|OFF|AUTO, OPS_FLAGS for CMake)
 	$(call build-ops,$(or $(SCM_OPS_CUDA),AUTO))
@@ -156,6 +167,29 @@ endef
 
 $(OPS): $(FULL) $(KERNELS)
 	$(call build-ops,$(or $(SCM_OPS_CUDA),$(if $(wildcard build/ops/CMakeCache.txt),,OFF)))
+
+# -- The stub of a GPU --------------------------------------------------------------------------------------------------
+
+STUB_SITE = $$($(STUB)/venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+
+$(STUB)/.stamp-venv: tests/stub/requirements.txt
+	rm -rf $(STUB)/venv
+	$(BIN)/python -m venv $(STUB)/venv
+	$(STUB)/venv/bin/python -m pip --disable-pip-version-check --quiet install --no-deps -r $<
+	@touch $@
+
+# Two devices: there are tests that need a second one. -P: the package in this folder has no library for the stub.
+.PHONY: run-stub
+run-stub:
+	$(CMAKE) -S tests/stub -B $(STUB)/libraries $(call GENERATOR,$(STUB)/libraries) -DSCM_STUB_SITE_PACKAGES="$(STUB_SITE)"
+	$(CMAKE) --build $(STUB)/libraries --parallel $(JOBS)
+	$(call CONFIGURE,$(STUB)/ops) -DCMAKE_BUILD_TYPE=Release -DSCM_OPS_CUDA=ON -DSCM_OPS_CUDA_RUNTIME=Shared -DSCM_OPS_CUDA_ARCHITECTURES=90-real $(OPS_FLAGS)
+	$(CMAKE) --build $(STUB)/ops --parallel $(JOBS)
+	$(BIN)/python tests/stub/environment.py $(STUB)
+	$(CMAKE) --install $(STUB)/ops --prefix $(STUB)/packages
+	rm -f $(STUB)/log
+	LD_LIBRARY_PATH=$(abspath $(STUB)/libraries) SCM_STUB_LOG=$(abspath $(STUB)/log) SCM_STUB_DEVICES=2 PYTHONPATH=tests OMP_NUM_THREADS=1 \
+	$(STUB)/venv/bin/python -P -m pytest -p stub.plugin $(or $(ARGS),tests/stub tests/gpu)
 
 # -- The virtual environment ------------------------------------------------------------------------------------------
 

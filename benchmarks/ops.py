@@ -151,7 +151,7 @@ def node_model(case: Case) -> onnx.ModelProto:
         [helper.make_tensor_value_info(i, kind, list(x.shape)) for i, kind, x in zip(inputs, types, case.inputs, strict=True)],
         [onnx.ValueInfoProto(name=o) for o in outputs],
     )
-    body = ops.OPERATORS[name].function(OPSET, case.inputs[0].ndim, case.outputs)
+    body = ops.OPERATORS[f"scm::{name}"].function(OPSET, case.inputs[0].ndim, case.outputs)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid("scm", 1)], ir_version=9, functions=[body])
 
 

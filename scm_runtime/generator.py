@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, Unpack, cast
@@ -38,8 +39,6 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from PIL import Image
-
-CAPTURE_RUNS = 3  # two allocate memory, the third captures a CUDA graph
 
 
 class Generator(QueuedSampling):
@@ -87,7 +86,7 @@ class Generator(QueuedSampling):
             threads: number of intra-op threads; None for one per core.
             native_ops: True requires the kernels of the native library; False runs the function bodies in the graphs, which need no library; "auto" uses
                 the kernels if possible, otherwise the function bodies. ``info`` says which run, the logger ``scm_runtime`` why.
-            cuda_graph: on a GPU, capture repeated work as CUDA graphs, one per batch size; False captures none.
+            cuda_graph: on a GPU, capture calls as CUDA graphs for some batch sizes, and pad other batches to them; False captures none and pads nothing.
             gpu_mem_limit: limit in bytes of ONNX Runtime's GPU memory arena, for each graph; None for no limit.
             stream: CUDA stream to work on instead of a new one: a handle, or an object with ``__cuda_stream__``. Not the per-thread default stream.
             on_nonfinite: what to do if samples become NaN or infinite: "raise" NonFiniteError; "warn" in the log; or compute them again in "fp32", with
@@ -321,14 +320,19 @@ class Generator(QueuedSampling):
         num_inference_steps: int | None = None,
         sampler: str | None = None,
         conditioning: Mapping[str, ArrayLike] | None = None,
-    ) -> None:
+    ) -> tuple[int, ...]:
         """Generate and drop samples, so that the first real call is as fast as later ones: memory is allocated and CUDA graphs are captured.
+
+        Batches of these sizes are captured as they are. Others are padded to a captured size, see docs/embedding.md.
 
         Args:
             batch_sizes: batch sizes of the calls to come.
-            num_inference_steps: as in a call; one number of steps is enough for all.
+            num_inference_steps: as in a call. A CUDA graph is for one number of steps.
             sampler: as in a call.
             conditioning: values for inputs with dynamic dimensions, such as the length of a text, in the sizes to come. Other inputs get placeholders.
+
+        Returns:
+            The batch sizes that are captured as CUDA graphs now, in increasing order; none on a CPU.
 
         Raises:
             InvalidArgumentError, OutOfMemoryError, InferenceError: as in a call.
@@ -336,10 +340,13 @@ class Generator(QueuedSampling):
         sizes = list(batch_sizes) if isinstance(batch_sizes, Sequence) else []
         if not sizes or not all(is_int(size) and size >= 1 for size in sizes):
             raise InvalidArgumentError(f"batch_sizes must be a list of integers of at least 1, got {batch_sizes!r}")
-        for size in sorted(set(sizes), reverse=True):  # the largest first: it allocates the memory for all
-            values = placeholder_conditioning(self.manifest.conditioning, range(size)) | dict(conditioning or {})
-            for _ in range(CAPTURE_RUNS if self.info.device.startswith("cuda") else 1):
+        with self._loop as loop:
+            engine = loop.engine
+            for size in sorted(set(sizes), reverse=True):  # the largest first: it allocates the memory for all
+                engine.run(partial(engine.keep_batch_size, size))
+                values = placeholder_conditioning(self.manifest.conditioning, range(size)) | dict(conditioning or {})
                 self(seed=0, batch_size=size, num_inference_steps=num_inference_steps, sampler=sampler, conditioning=values, output_type="np")
+            return engine.run(lambda: engine.captured_batch_sizes)
 
     def encode(self, images: Image.Image | Sequence[Image.Image] | NDArray[np.uint8]) -> NDArray[np.float32]:
         """Encode images as latents.

@@ -1,13 +1,15 @@
-"""Helpers for tests in several folders: simulate a full disk, run subprocesses, read the contents of a folder."""
+"""Helpers for tests in several folders: recognize the stub of a GPU, simulate a full disk, run subprocesses, read the contents of a folder."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,15 @@ class Block:
 
 sys.meta_path.insert(0, Block)
 """
+
+
+@cache
+def on_stub() -> bool:
+    """Return True if the NVIDIA driver is the stub of tests/stub. Its kernels compute nothing, so values are not compared."""
+    try:
+        return hasattr(ctypes.CDLL("libcuda.so.1"), "scm_stub_mark")
+    except OSError:
+        return False
 
 
 def native_library() -> Path:

@@ -25,4 +25,8 @@ void add_channels_first(CustomOps& ops, const OrtApi& api);
 // True if this processor, and the operating system, support those kernels.
 bool has_dense_kernels(bool split_bf16);
 
+// These add operators of the domain `scm.channels_last` and the operators of the domain `scm.fused`, version 1, for CUDA, float16 and bfloat16.
+void add_convolution(CustomOps& ops, const OrtApi& api);
+void add_fused(CustomOps& ops, const OrtApi& api);
+
 }  // namespace scm

@@ -54,20 +54,20 @@ void add_scm(CustomOps& ops, const OrtApi& api) {
   for (const auto add : kOps) add(ops, api);
 }
 
-#ifdef SCM_OPS_BFLOAT16
-constexpr const char* kPrecisionKey = "scm.float32_matmul_precision";
-
-// Returns the precision that the session's configuration requests, in the terms of torch.set_float32_matmul_precision. Without the entry it is "highest": the
-// ONNX function bodies run, as they do for sessions on other devices.
-std::string matmul_precision(const OrtApi& api, const OrtSessionOptions* options) {
+// Returns an entry of the session's configuration, or `otherwise` if it is not set.
+[[maybe_unused]] std::string entry(const OrtApi& api, const OrtSessionOptions* options, const char* key, const char* otherwise) {
   int is_set = 0;
-  check(api, api.HasSessionConfigEntry(options, kPrecisionKey, &is_set));
-  if (!is_set) return "highest";
+  check(api, api.HasSessionConfigEntry(options, key, &is_set));
+  if (!is_set) return otherwise;
   std::array<char, 16> value{};
   std::size_t size = value.size();
-  check(api, api.GetSessionConfigEntry(options, kPrecisionKey, value.data(), &size));
+  check(api, api.GetSessionConfigEntry(options, key, value.data(), &size));
   return value.data();
 }
+
+#ifdef SCM_OPS_BFLOAT16
+// The precision that a session on the CPU requests, in the terms of torch.set_float32_matmul_precision. With "highest", the ONNX function bodies run.
+constexpr const char* kPrecisionKey = "scm.float32_matmul_precision";
 
 template <bool kSplitBf16>
 struct DenseDomains {
@@ -84,12 +84,28 @@ void add_dense_domains(const OrtApi& api, OrtSessionOptions* options) {
 }
 
 void register_dense_ops(const OrtApi& api, OrtSessionOptions* options) {
-  const std::string precision = matmul_precision(api, options);
+  const std::string precision = entry(api, options, kPrecisionKey, "highest");
   if (precision != "highest" && precision != "high" && precision != "medium") {
     throw Error{std::string(kPrecisionKey) + " must be highest, high or medium, got " + precision};
   }
   if (precision == "highest" || !has_dense_kernels(precision == "high")) return;
   (precision == "high" ? add_dense_domains<true> : add_dense_domains<false>)(api, options);
+}
+#endif
+
+#ifdef SCM_OPS_CUDA
+// What computes the convolutions of a session on CUDA: "own", these kernels; "cudnn", the ONNX function bodies. The kernels have no other devices or element
+// types, so a session without the entry, which may run anywhere, must not have them.
+constexpr const char* kConvolutionKey = "scm.convolution";
+
+// Returns whether the kernels were registered.
+bool register_convolutions(const OrtApi& api, OrtSessionOptions* options) {
+  const std::string convolution = entry(api, options, kConvolutionKey, "cudnn");
+  if (convolution != "own" && convolution != "cudnn") throw Error{std::string(kConvolutionKey) + " must be own or cudnn, got " + convolution};
+  if (convolution == "cudnn") return false;
+  static const Domain channels_last(api, "scm.channels_last", add_convolution), fused(api, "scm.fused", add_fused);
+  for (const Domain* domain : {&channels_last, &fused}) check(api, api.AddCustomOpDomain(options, domain->get()));
+  return true;
 }
 #endif
 
@@ -107,6 +123,9 @@ extern "C" SCM_OPS_EXPORT OrtStatus* ORT_API_CALL RegisterCustomOps(OrtSessionOp
   return scm::guarded(*api, "RegisterCustomOps", [&] {
     static const scm::Domain domain(*api, "scm", scm::add_scm);
     scm::check(*api, api->AddCustomOpDomain(options, domain.get()));
+#ifdef SCM_OPS_CUDA
+    if (scm::register_convolutions(*api, options)) return;  // the operators below are for the CPU, and one of their domains is the same
+#endif
 #ifdef SCM_OPS_BFLOAT16
     scm::register_dense_ops(*api, options);
 #endif

@@ -56,7 +56,7 @@ TYPED_TEST(NormModulateSiLUTest, DoesNotDependOnTheBatchAtAnyLevel) {
   const std::int64_t samples = 3, pixels = 5;
   const auto apply = [](CpuKernel<norm_modulate_silu::Params<T>> kernel, const Tensor& y, const Tensor& modulation, const Cuts& cuts) {
     Tensor z = empty_like(y.type, y.shape);
-    run_in_pieces(kernel, {data<T>(y), data<T>(modulation), data<T>(z), y.shape[0], y.shape[1], y.shape[2], kEps}, cuts);
+    run_in_pieces(kernel, {data<T>(y), data<T>(modulation), data<T>(z), y.shape[0], y.shape[1], y.shape[2], 2 * y.shape[2], kEps}, cuts);
     return z;
   };
   for (const auto& [level, kernel] : SCM_LEVELS(norm_modulate_silu, T)) {

@@ -64,16 +64,15 @@ class CellRun:
             self.times.append(seconds)
             self.parts.append(samples.timings)
 
-    def warm_up(self, calls: int) -> None:
-        """Create the arguments and make the first calls, which allocate memory and capture CUDA graphs."""
+    def warm_up(self) -> None:
+        """Create the arguments and make the first call, which allocates memory and captures a CUDA graph."""
         try:
             seeds = range(self.batch_size)
             self.arguments["conditioning"] = placeholder_conditioning(self.generator.manifest.conditioning, seeds)
         except MemoryError as error:
             self.error = str(error) or "out of memory"
-        for _ in range(calls):
-            if self.error is None:
-                self.call(keep=False)
+        if self.error is None:
+            self.call(keep=False)
 
     def measure_round(self, seconds: float) -> None:
         """Make the calls of one round. ``seconds`` is the time to measure over all rounds."""
@@ -94,11 +93,11 @@ class CellRun:
         return 1.0 if self.done(seconds) else min(sum(self.times) / seconds, 1.0) if seconds else 0.0
 
 
-def measure(runs: Sequence[CellRun], seconds: float, first_calls: int, progress: Progress, after_round: Callable[[], None]) -> None:
+def measure(runs: Sequence[CellRun], seconds: float, progress: Progress, after_round: Callable[[], None]) -> None:
     """Warm up all cells, then measure them in turns until each was measured for ``seconds``. ``after_round`` is called after each cell's turn."""
     for run in sorted(runs, key=lambda run: -run.batch_size):  # the largest first: it allocates the memory that the others reuse
-        progress(f"first calls: {run.name}", 0)
-        run.warm_up(first_calls)
+        progress(f"first call: {run.name}", 0)
+        run.warm_up()
         after_round()
     while unfinished := [run for run in runs if not run.done(seconds)]:
         for run in unfinished:

@@ -28,7 +28,7 @@ from scm_runtime.bundle.manifest import MANIFEST, Dtype
 from scm_runtime.devices.cpu import available_cores, processor_name
 from scm_runtime.devices.placement import Placement, resolve_device
 from scm_runtime.errors import InvalidArgumentError, ScmError
-from scm_runtime.generator import CAPTURE_RUNS, Generator
+from scm_runtime.generator import Generator
 from scm_runtime.inputs.arguments import CallArguments
 from scm_runtime.inputs.conditioning import placeholder_conditioning
 from scm_runtime.ort.native_ops import NativeOps
@@ -96,7 +96,7 @@ def run_bench(options: BenchOptions, other: tuple[Path, Result] | None = None, p
         try:
             progress("measuring the machine", 0)
             peak = measure_cpu_peak(options.threads) if placement.index is None else peak
-            measure(runs, options.seconds, CAPTURE_RUNS if generator.info.cuda_graph else 1, progress, device.update)
+            measure(runs, options.seconds, progress, device.update)
         except KeyboardInterrupt:
             if not any(run.times for run in runs):
                 raise

@@ -24,8 +24,9 @@ SAMPLERS = "samplers.json"
 COMBINE = "combine.onnx"
 
 OPS_DOMAIN = "scm"
-CHANNELS_LAST_DOMAIN = "scm.channels_last"  # standard ONNX operators in another memory layout: bundles need no kernels for this domain and the next
+CHANNELS_LAST_DOMAIN = "scm.channels_last"  # standard ONNX operators in another memory layout: bundles need no kernels for this domain and the next two
 CHANNELS_FIRST_DOMAIN = "scm.channels_first"
+FUSED_DOMAIN = "scm.fused"  # combinations of the operators above, without which their parts run
 OPS_VERSION = 1  # version of the operators that scm-export writes: docs/custom-ops.md
 
 MAX_FLOAT32 = 3.4028234663852886e38

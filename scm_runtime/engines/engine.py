@@ -20,6 +20,8 @@ from scm_runtime.inputs.call import Call
 
 Result = TypeVar("Result")
 PartName = Literal["noise", "step", "decode", "copy"]
+Output = Literal["pixels", "state", "device"]
+"""What is wanted of a trajectory: the decoder's output on the host, the last state, or the decoder's output on the device."""
 
 IDENTITY_WEIGHTS = (0.0, 0.0, 1.0)  # of base, state and result: the next state is the result
 
@@ -80,8 +82,22 @@ class Engine(Protocol):
     def asynchronous(self) -> bool:
         """True if work is queued on a device. Reading a state then waits for the device, and costs more than computing it."""
 
+    @property
+    def captured_batch_sizes(self) -> tuple[int, ...]:
+        """Batch sizes of which runs were captured as CUDA graphs, in increasing order."""
+
+    def keep_batch_size(self, batch_size: int) -> None:
+        """Run batches of this size as they are, if the engine pads others."""
+
     def run(self, job: Callable[[], Result]) -> Result:
         """Run a job on the thread that the engine needs, and return its result."""
+
+    def sample(self, trajectories: Sequence[Trajectory], outputs: Sequence[Output]) -> bool:
+        """Compute trajectories that were not started to their outputs at once, if the engine can do that better than step by step.
+
+        Returns:
+            True if all evaluations are done: ``evaluations_done`` is left unchanged, and the methods below return the results. False if nothing was done.
+        """
 
     def start(self, trajectory: Trajectory) -> None:
         """Set the first state: ``initial_scale`` times the call's latents, or times noise of draw 0."""

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from scm_runtime.bundle.manifest import Dtype
 from scm_runtime.common.interruptible import run_interruptibly
-from scm_runtime.engines.engine import TimedPart, Trajectory, combines, weights_of
+from scm_runtime.engines.engine import Output, TimedPart, Trajectory, combines, weights_of
 from scm_runtime.engines.sessions import BundleSessions
 
 Result = TypeVar("Result")
@@ -32,6 +32,7 @@ class HostEngine:
 
     asynchronous = False
     cuda_graph = False
+    captured_batch_sizes = ()
 
     def __init__(self, graphs: BundleSessions, dtype: Dtype, initial_scale: float) -> None:
         """Compute with open graphs.
@@ -48,6 +49,13 @@ class HostEngine:
     def run(self, job: Callable[[], Result]) -> Result:
         """Run a job on the caller's thread, or for the main thread on another, so that signals are handled meanwhile."""
         return run_interruptibly(job)
+
+    def keep_batch_size(self, batch_size: int) -> None:
+        """Do nothing: every batch runs as it is."""
+
+    def sample(self, trajectories: Sequence[Trajectory], outputs: Sequence[Output]) -> bool:
+        """Return False: step by step, a call can be ended between two steps."""
+        return False
 
     def start(self, trajectory: Trajectory) -> None:
         """Implement ``Engine.start``."""

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from scm_runtime.cache.graph_cache import GraphCache
 from scm_runtime.common.checks import is_int
@@ -29,6 +29,11 @@ RECORD_PLACEMENT = "session.record_ep_graph_assignment_info"  # which provider r
 # bfloat16 and also uses vector units (AVX512-BF16). "highest" leaves these operators to ONNX Runtime, as on every other CPU.
 MATMUL_PRECISION = "scm.float32_matmul_precision"
 PRECISIONS = ("highest", "high", "medium")
+
+# A session configuration entry of the native library, for CUDA and graphs in float16 or bfloat16. It sets what computes the convolutions over channels-last
+# maps, and the operations that follow them: "own" is the library, "cudnn" leaves them to ONNX Runtime.
+CONVOLUTION = "scm.convolution"
+Convolution = Literal["own", "cudnn"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,8 @@ class SessionSettings:
     """Custom-op library whose kernels replace the function bodies in the graph; None to run the function bodies."""
     cache: CacheContext | None = None
     """Cache of optimized graphs; None to optimize the graph each time it is opened."""
+    convolution: Convolution = "cudnn"
+    """Value of the entry ``CONVOLUTION``; the one in ``session_options`` overrides it."""
     session_options: Mapping[str, object] = field(default_factory=dict)
     """Attributes of ONNX Runtime's SessionOptions by name, and configuration entries, whose names contain a dot."""
     profile_dir: Path | None = None
@@ -78,6 +85,13 @@ def check_precision(precision: object) -> str:
     if isinstance(precision, str) and precision in PRECISIONS:
         return precision
     raise InvalidArgumentError(f"session_options: {MATMUL_PRECISION} must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+
+
+def check_convolution(convolution: object) -> Convolution:
+    """Return a value of the entry ``CONVOLUTION`` unchanged. Raises InvalidArgumentError if it is not "own" or "cudnn"."""
+    if convolution in ("own", "cudnn"):
+        return convolution
+    raise InvalidArgumentError(f"session_options: {CONVOLUTION} must be own or cudnn, got {convolution!r}")
 
 
 def configure(options: Any, settings: SessionSettings, profile_name: str) -> None:
@@ -113,6 +127,9 @@ def configure(options: Any, settings: SessionSettings, profile_name: str) -> Non
     entries[MATMUL_PRECISION] = check_precision(entries.get(MATMUL_PRECISION, "high"))
     if settings.library is None or not on_cpu or settings.low_memory:  # without constant folding, weights would be packed in every run
         del entries[MATMUL_PRECISION]
+    entries[CONVOLUTION] = check_convolution(entries.get(CONVOLUTION, settings.convolution))
+    if settings.library is None or on_cpu:
+        del entries[CONVOLUTION]
     for name, value in entries.items():  # each entry once: ONNX Runtime prints a line if an entry is set twice
         try:
             options.add_session_config_entry(name, str(value))

@@ -116,10 +116,6 @@ class Session:
             placed.setdefault(part.ep_name, Counter()).update(node.op_type for node in part.get_nodes())
         return placed
 
-    def release_captured_graph(self, graph_id: int) -> None:
-        """Free the CUDA graph that was captured under this ID. It must not be replayed again. Has no effect if the execution provider frees none."""
-        self._session.release_captured_graph(graph_id)
-
     def end_profiling(self) -> None:
         """Write the profile, if the settings have a ``profile_dir``."""
         if self.settings.profile_dir is not None:

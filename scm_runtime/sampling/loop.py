@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import numpy as np
@@ -22,14 +22,17 @@ from numpy.typing import NDArray
 from scm_runtime.bundle.manifest import Manifest
 from scm_runtime.common.memory import memory_errors
 from scm_runtime.common.runs import CancelScope, RunRegistry
-from scm_runtime.engines.engine import Engine
+from scm_runtime.engines.engine import Engine, Output
 from scm_runtime.errors import GenerationCancelledError, InvalidArgumentError
+from scm_runtime.inputs.arguments import OutputType
 from scm_runtime.samples import IMAGE_CHANNELS, OnSpan, Samples, Span, Timings
 from scm_runtime.sampling.deadline import cancelled_at
 from scm_runtime.sampling.nonfinite import NonFiniteHandler
 from scm_runtime.sampling.request import Request
 
 Result = TypeVar("Result")
+
+_OUTPUTS: dict[OutputType, Output] = {"pil": "pixels", "np": "pixels", "latent": "state", "dlpack": "device"}
 
 
 class SamplingLoop:
@@ -68,7 +71,7 @@ class SamplingLoop:
             with scope.active():
                 return self.engine.run(job)
 
-        with cancelled_at(request.deadline, scope):
+        with nullcontext() if request.deadline is None else cancelled_at(request.deadline, scope):
             if request.on_step is None:
                 samples: Samples = run(lambda: self._sample(request, run_inline))
             else:  # the callback runs on the caller's thread, outside of the scope
@@ -76,12 +79,30 @@ class SamplingLoop:
         return self.finalize(request, samples)
 
     def _sample(self, request: Request, run: Callable[[Callable[[], Any]], Any]) -> Samples:
-        run(lambda: self.start(request))
+        if request.on_step is not None or not self.evaluate_all([request]):
+            run(lambda: self.start(request))
         while not request.trajectory.done:
             run(lambda: self.step([request]))
             self.after_step(request, run)
         samples: Samples = run(lambda: self.decode_finished([request])[0])
         return samples
+
+    def evaluate_all(self, requests: Sequence[Request]) -> bool:
+        """Compute all evaluations of requests that have no callback and were not started. Call it in a job of the engine.
+
+        Returns:
+            False if the engine evaluates these requests step by step: nothing was done then.
+        """
+        self._runs.check()
+        started_ns = time.time_ns()
+        with _memory_errors(requests):
+            if not self.engine.sample([request.trajectory for request in requests], [_OUTPUTS[request.output_type] for request in requests]):
+                return False
+        self._runs.check()  # what is on the device cannot be ended early
+        for request in requests:
+            request.started_ns = started_ns
+            request.trajectory.evaluations_done = len(request.trajectory.call.evaluations)
+        return True
 
     def start(self, request: Request) -> None:
         """Set the first state of a request. Call it in a job of the engine."""
@@ -162,13 +183,15 @@ class SamplingLoop:
     def _samples(self, request: Request, array: Any) -> Samples:
         if self._on_span is not None:
             request.spans = self._spans(request)
+        call = request.trajectory.call
         seconds: dict[str, list[float]] = {"noise": [], "step": [], "decode": [], "copy": []}
-        for part in request.trajectory.parts:
-            seconds[part.name].append(self.engine.elapsed(part.start, part.end))
+        elapsed = self.engine.elapsed
+        for name, start, end in request.trajectory.parts:
+            seconds[name].append(elapsed(start, end))
         return Samples(
             array=array,
-            seeds=tuple(request.trajectory.call.seeds.tolist()),
-            conditioning=request.trajectory.call.conditioning,
+            seeds=tuple(call.seeds.tolist()),
+            conditioning=call.conditioning,
             timings=Timings(
                 noise=sum(seconds["noise"]),
                 steps=tuple(seconds["step"]),
@@ -224,7 +247,7 @@ def run_inline(job: Callable[[], Result]) -> Result:
 
 def _memory_errors(requests: Sequence[Request]) -> AbstractContextManager[None]:
     """Turn errors of exhausted memory in a block into OutOfMemoryError with the size of the batch."""
-    return memory_errors(f"a batch of {sum(len(request.trajectory) for request in requests)}")
+    return memory_errors(lambda: f"a batch of {sum(len(request.trajectory) for request in requests)}")
 
 
 def _returned_state(returned: object, x: NDArray[np.float32], step: int) -> NDArray[np.float32] | None:

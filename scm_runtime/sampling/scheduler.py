@@ -1,8 +1,9 @@
 """Continuous batching of the requests of ``submit``: one thread evaluates as many of them per step as fit into a batch.
 
 The time is an input per sample, so requests share an evaluation whatever step they are at: a new request joins at the next evaluation, and a finished one
-makes room. Requests share an evaluation if their conditioning has the same names and dynamic sizes. The request whose turn it is, see ``RequestQueue``, is
-in every batch, so none starves; those whose turns come later join if they fit. Samples do not depend on the batch that they are computed in.
+makes room. On a GPU, requests that begin together and take few evaluations are computed to their end in one piece; others join after that. Requests share an
+evaluation if their conditioning has the same names and dynamic sizes. The request whose turn it is, see ``RequestQueue``, is in every batch, so none
+starves; those whose turns come later join if they fit. Samples do not depend on the batch that they are computed in.
 """
 
 from __future__ import annotations
@@ -327,7 +328,12 @@ def check_batching(max_batch_size: object, max_wait_ms: object, max_queue: objec
 
 
 def _step(batch: Sequence[QueuedRequest]) -> None:
+    """Evaluate the next step of a batch, or all of them at once if the engine can and all requests are new."""
     loop = batch[0].loop
+    if not any(queued.started or queued.request.on_step for queued in batch) and loop.evaluate_all([queued.request for queued in batch]):
+        for queued in batch:
+            queued.started = True
+        return
     for queued in batch:
         if not queued.started:
             loop.start(queued.request)

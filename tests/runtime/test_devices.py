@@ -13,12 +13,15 @@ from typing import Any
 
 import pytest
 
-from scm_runtime import DeviceError, InvalidArgumentError
+from scm_runtime import DeviceError, InferenceError, InvalidArgumentError
+from scm_runtime.bundle.location import resolve_bundle
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
 from scm_runtime.devices import cuda_driver as driver
 from scm_runtime.devices import cuda_libraries as libraries
 from scm_runtime.devices import placement as devices
 from scm_runtime.devices.placement import CPU, check_cudnn, cuda_unavailable_reason, resolve_device
+from scm_runtime.ort.open_session import open_session
+from scm_runtime.ort.options import SessionSettings
 from support import run_python
 
 CUDA, PLUGIN, TENSORRT = "CUDAExecutionProvider", "CudaPluginExecutionProvider", "TensorrtExecutionProvider"
@@ -29,8 +32,8 @@ ERRORS = {100: "CUDA_ERROR_NO_DEVICE", 803: "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH",
 class FakeCuda:
     """Fake libcuda.so.1, with the functions that the package calls."""
 
-    def __init__(self, version: int = 13020, devices: tuple[str, ...] = ("NVIDIA L4",), init: int = 0) -> None:
-        self.version, self.devices, self.init = version, devices, init
+    def __init__(self, version: int = 13020, devices: tuple[str, ...] = ("NVIDIA L4",), init: int = 0, capability: tuple[int, int] = (8, 9)) -> None:
+        self.version, self.devices, self.init, self.capability = version, devices, init, capability
 
     def cuInit(self, _flags: int) -> int:
         return self.init
@@ -52,7 +55,7 @@ class FakeCuda:
         return self._give(out, 24 << 30)
 
     def cuDeviceGetAttribute(self, out: Any, attribute: int, _device: Any) -> int:
-        return self._give(out, {75: 8, 76: 9}[attribute])
+        return self._give(out, self.capability[attribute - 75])
 
     def cuGetErrorName(self, code: int, out: Any) -> int:
         return self._give(out, ERRORS[code].encode())
@@ -136,6 +139,23 @@ def test_cuda_is_the_first_gpu(machine: Callable[..., None]) -> None:
     assert second.providers[0] == (CUDA, {"device_id": "1", "gpu_mem_limit": str(1 << 30)})
 
 
+@pytest.mark.parametrize(("index", "named"), [(0, {}), (1, {"device_id": "1"})])
+def test_the_first_gpu_is_not_named_to_onnxruntime(machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch, index: int, named: dict[str, str]) -> None:
+    """It looks for a plugin if it is, and prints a line for every session. The first GPU is its default."""
+    machine(FakeCuda(devices=("NVIDIA L4", "NVIDIA H200")))
+    given: list[Any] = []
+
+    def refuse(*_: Any, providers: list[Any], **__: Any) -> None:
+        given.extend(providers)
+        raise RuntimeError("no GPU here")
+
+    monkeypatch.setattr(load_onnxruntime(), "InferenceSession", refuse)
+    placement = resolve_device(f"cuda:{index}", None, {"use_tf32": 0})
+    with pytest.raises(InferenceError, match="no GPU here"):
+        open_session(resolve_bundle("digits", None).folder / "noise.onnx", SessionSettings(placement))
+    assert given == [(CUDA, {"use_tf32": "0", **named}), ("CPUExecutionProvider", {})]
+
+
 def test_options_that_fit_no_device(machine: Callable[..., None]) -> None:
     machine(FakeCuda())
     for arguments, expected in (
@@ -179,6 +199,17 @@ def test_a_driver_that_is_too_old(machine: Callable[..., None]) -> None:
     assert "built for CUDA 13" in said
     assert "580 or newer" in said
     machine(FakeCuda(version=13000))
+    assert resolve_device("cuda").index == 0
+
+
+def test_a_gpu_that_is_too_old(machine: Callable[..., None]) -> None:
+    machine(FakeCuda(devices=("Tesla V100",), capability=(7, 0)))
+    said = refusal("cuda")
+    assert "cuda:0 is Tesla V100 7.0" in said
+    assert "built for CUDA 13, which supports compute capability 7.5 and newer" in said
+    assert "Use device='cpu'" in said
+    assert resolve_device("auto").device == "cpu"
+    machine(FakeCuda(capability=(12, 0)))
     assert resolve_device("cuda").index == 0
 
 

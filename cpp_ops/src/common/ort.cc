@@ -72,6 +72,29 @@ Scratch::~Scratch() {
   api_.ReleaseAllocator(allocator_);
 }
 
+Memory::~Memory() {
+  if (!data_) return;
+  if (OrtStatus* status = allocator_->api_.AllocatorFree(allocator_->allocator_, data_)) allocator_->api_.ReleaseStatus(status);
+}
+
+Allocator::Allocator(const OrtApi& api, const OrtKernelInfo* info) : api_(api) { check(api, api.KernelInfoGetAllocator(info, OrtMemTypeDefault, &allocator_)); }
+
+Memory Allocator::allocate(std::size_t bytes) const {
+  void* data = nullptr;
+  check(api_, api_.AllocatorAlloc(allocator_, bytes, &data));
+  return {*this, data};
+}
+
+Memory Allocator::allocate(const OrtKernelContext* context, std::size_t bytes) const {
+  const OrtMemoryInfo* where = nullptr;
+  check(api_, api_.AllocatorGetInfo(allocator_, &where));
+  void* data = nullptr;
+  check(api_, api_.KernelContext_GetScratchBuffer(context, where, bytes, &data));
+  return {*this, data};
+}
+
+std::unique_ptr<Allocator> Attributes::allocator() const { return info_ ? std::make_unique<Allocator>(api_, info_) : nullptr; }
+
 namespace {
 
 Input read_tensor(const OrtApi& api, const OrtValue* value) {

@@ -4,6 +4,7 @@
 #include <onnxruntime_c_api.h>
 
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
@@ -30,6 +31,50 @@ struct Input {
   }
 };
 
+class Allocator;
+
+// A block of an allocator's memory, which it owns, or none.
+class Memory {
+ public:
+  Memory() = default;
+  Memory(Memory&& other) noexcept : allocator_(std::exchange(other.allocator_, nullptr)), data_(std::exchange(other.data_, nullptr)) {}
+  Memory& operator=(Memory&& other) noexcept {
+    std::swap(allocator_, other.allocator_);
+    std::swap(data_, other.data_);
+    return *this;
+  }
+  ~Memory();
+
+  void* data() const { return data_; }
+
+ private:
+  friend class Allocator;
+  Memory(const Allocator& allocator, void* data) : allocator_(&allocator), data_(data) {}
+
+  const Allocator* allocator_ = nullptr;
+  void* data_ = nullptr;
+};
+
+// The session's allocator for the device of a kernel. It must outlive its memory.
+class Allocator {
+ public:
+  Allocator(const OrtApi& api, const OrtKernelInfo* info);
+  Allocator(const Allocator&) = delete;
+  Allocator& operator=(const Allocator&) = delete;
+  ~Allocator() { api_.ReleaseAllocator(allocator_); }
+
+  // Allocates memory for longer than a run.
+  Memory allocate(std::size_t bytes) const;
+  // Allocates memory for one run on a device with streams. It may be freed as soon as the work is enqueued: what gets it next waits for the run's stream.
+  Memory allocate(const OrtKernelContext* context, std::size_t bytes) const;
+
+ private:
+  friend class Memory;
+
+  const OrtApi& api_;
+  OrtAllocator* allocator_ = nullptr;
+};
+
 // A node's attributes and constant inputs, as available when a kernel is created or shapes are inferred.
 class Attributes {
  public:
@@ -42,6 +87,8 @@ class Attributes {
   std::vector<std::int64_t> integers(const char* name) const;
   // Returns an input without data if the input is not constant, and always during shape inference. The session owns the data.
   Input constant(std::size_t input) const;
+  // Returns the allocator of the kernel's device, or null during shape inference.
+  std::unique_ptr<Allocator> allocator() const;
 
  private:
   void read(const char* name, OrtOpAttrType type, void* data, std::size_t bytes, std::size_t* got) const;
@@ -51,7 +98,7 @@ class Attributes {
   const OrtShapeInferContext* context_ = nullptr;
 };
 
-// Temporary memory from the session's allocator for one kernel run.
+// Temporary memory on the CPU from the session's allocator, for one kernel run.
 class Scratch {
  public:
   Scratch(const OrtApi& api, const OrtKernelContext* context, std::size_t bytes);
@@ -80,6 +127,7 @@ class Context {
     return static_cast<T*>(raw_output(index, shape));
   }
   Scratch scratch(std::size_t bytes) const { return Scratch(api_, context_, bytes); }
+  Memory scratch(const Allocator& allocator, std::size_t bytes) const { return allocator.allocate(context_, bytes); }
   // Returns the session's cudaStream_t. Kernels are enqueued on it; nothing here synchronizes.
   void* cuda_stream() const;
 

@@ -8,7 +8,7 @@ void SCM_CPU(const Params<T>& p, std::int64_t begin, std::int64_t end) {
   std::int64_t sample = -1;
   float norm_scale = 0, norm_shift = 0;
   for (std::int64_t row = begin; row < end; ++row) {
-    const T* scale = p.modulation + row / p.pixels * 2 * p.channels;
+    const T* scale = p.modulation + row / p.pixels * p.modulation_stride;
     const T* shift = scale + p.channels;
     if (row / p.pixels != sample) {
       sample = row / p.pixels;

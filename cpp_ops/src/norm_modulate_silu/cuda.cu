@@ -14,7 +14,7 @@ struct Modulation {
   float inverse_channels, norm_scale, norm_shift;
 
   __device__ __forceinline__ Modulation(const Params<T>& p, std::int64_t sample, int lane, int lanes)
-      : scale(p.modulation + sample * 2 * p.channels), shift(scale + p.channels) {
+      : scale(p.modulation + sample * p.modulation_stride), shift(scale + p.channels) {
     inverse_channels = __fdividef(1.0f, static_cast<float>(p.channels));
     float squares_scale = 0, squares_shift = 0;
     for (std::int64_t v = lane; v < p.channels / kWidth; v += lanes) {
@@ -91,7 +91,7 @@ dim3 grid(std::int64_t pixels, std::int64_t rows, std::int64_t samples) {
 
 template <typename T>
 const char* cuda(const Params<T>& p, void* stream) {
-  const bool wide = p.channels % kVectorWidth<T> == 0 && aligned(16, p.y, p.modulation, p.z);
+  const bool wide = p.channels % kVectorWidth<T> == 0 && p.modulation_stride % kVectorWidth<T> == 0 && aligned(16, p.y, p.modulation, p.z);
   return with_row_shape<T>(p.channels, wide, [&](auto width, auto per_lane) {
     if constexpr (per_lane.value == 0) {
       return launch(long_rows<T, width.value>, grid(p.pixels, kThreads / kWarp, p.samples), kThreads, stream, p);

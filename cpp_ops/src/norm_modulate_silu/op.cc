@@ -32,7 +32,8 @@ struct NormModulateSiLU {
     const Input y = run.input(0), modulation = run.input(1);
     infer({y.shape, modulation.shape});
     const std::int64_t pixels = elements(y.shape, 1, y.shape.rank() - 1);
-    return {y.as<T>(), modulation.as<T>(), run.output<T>(0, y.shape), y.shape[0].value, pixels, y.shape.back().value, eps};
+    const std::int64_t channels = y.shape.back().value;
+    return {y.as<T>(), modulation.as<T>(), run.output<T>(0, y.shape), y.shape[0].value, pixels, channels, 2 * channels, eps};
   }
 
   template <typename T>

@@ -9,9 +9,9 @@ namespace scm::norm_modulate_silu {
 template <typename T>
 struct Params {
   const T* y;           // [samples * pixels, channels]
-  const T* modulation;  // [samples, 2, channels]
+  const T* modulation;  // [samples, 2, channels], modulation_stride elements between samples
   T* z;                 // may be y
-  std::int64_t samples, pixels, channels;
+  std::int64_t samples, pixels, channels, modulation_stride;
   float eps;
 };
 

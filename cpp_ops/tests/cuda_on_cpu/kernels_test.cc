@@ -292,6 +292,27 @@ TYPED_TEST(KernelsTest, NormsOfZerosAreZerosAndNaNStaysInItsRow) {
   }
 }
 
+// The modulation of a layer may be columns of a wider matrix, which may start anywhere.
+TYPED_TEST(KernelsTest, NormModulateSiLUReadsColumnsOfAWiderModulation) {
+  using T = TypeParam;
+  const std::int64_t samples = 3, pixels = 5;
+  for (const std::int64_t channels : {8, 64, 65, 1600}) {
+    for (const auto& [begin, columns] : {std::pair<std::int64_t, std::int64_t>{8, 2 * channels + 24}, {3, 2 * channels + 5}}) {
+      SCOPED_TRACE(::testing::Message() << channels << " channels, columns from " << begin << " of " << columns);
+      const std::vector<T> wider = random<T>(samples * columns, 2, 3);
+      std::vector<T> narrow;
+      for (std::int64_t sample = 0; sample < samples; ++sample) {
+        const auto from = wider.begin() + sample * columns + begin;
+        narrow.insert(narrow.end(), from, from + 2 * channels);
+      }
+      Array<T> y(random<T>(samples * pixels * channels, 1)), wide_modulation(wider), modulation(narrow), z(y.values().size()), expected(y.values().size());
+      EXPECT_EQ(norm_modulate_silu::cuda<T>({y.data(), wide_modulation.data() + begin, z.data(), samples, pixels, channels, columns, kEps}, nullptr), nullptr);
+      EXPECT_EQ(norm_modulate_silu::cuda<T>({y.data(), modulation.data(), expected.data(), samples, pixels, channels, 2 * channels, kEps}, nullptr), nullptr);
+      EXPECT_TRUE(close<T>(to_doubles(z.values()), to_doubles(expected.values())));
+    }
+  }
+}
+
 TYPED_TEST(KernelsTest, NormModulateSiLUFollowsItsFormula) {
   using T = TypeParam;
   for (const std::int64_t channels : kChannels) {
@@ -303,7 +324,7 @@ TYPED_TEST(KernelsTest, NormModulateSiLUFollowsItsFormula) {
         const auto outputs = run_in_all_orders([&]() -> std::vector<Values> {
           Array<T> y(input, layout.offsets[0]), modulation(modulations, layout.offsets[1]), z(input.size(), layout.offsets[2]);
           T* out = layout.in_place ? y.data() : z.data();
-          EXPECT_EQ(norm_modulate_silu::cuda<T>({y.data(), modulation.data(), out, samples, pixels, channels, kEps}, nullptr), nullptr);
+          EXPECT_EQ(norm_modulate_silu::cuda<T>({y.data(), modulation.data(), out, samples, pixels, channels, 2 * channels, kEps}, nullptr), nullptr);
           return {to_doubles(layout.in_place ? y.values() : z.values())};
         });
         Values expected = pixel_norm_of(to_doubles(input), channels);

@@ -10,7 +10,9 @@ from onnxscript import ir
 
 from scm_export.graphs.functions import attach_functions
 from scm_export.model import ImageDecoder, Latents
-from scm_export.ops import OPERATORS, Operator
+from scm_export.ops import Operator
+from scm_export.ops.philox_normal import PHILOX_NORMAL
+from scm_export.ops.to_image import TO_IMAGE
 from scm_runtime.bundle.manifest import OPS_DOMAIN
 
 BATCH = "batch"
@@ -25,7 +27,7 @@ def build_noise(sample_shape: Sequence[int], opset: int) -> ir.Model:
     """Build the noise graph: seeds int64 ``[N]``, draw int64 ``[]``, scale float32 ``[]`` to normal noise, float32 ``[N, *sample_shape]``."""
     inputs = [_value("seeds", ir.DataType.INT64, [BATCH]), _value("draw", ir.DataType.INT64, []), _value("scale", ir.DataType.FLOAT, [])]
     attributes = [ir.AttrInt64s("shape", sample_shape)]
-    return _single_node("noise", OPERATORS["PhiloxNormal"], inputs, attributes, _value("noise", ir.DataType.FLOAT, [BATCH, *sample_shape]), opset)
+    return _single_node("noise", PHILOX_NORMAL, inputs, attributes, _value("noise", ir.DataType.FLOAT, [BATCH, *sample_shape]), opset)
 
 
 def build_decode(sample_shape: Sequence[int], decoder: ImageDecoder | Latents, opset: int) -> ir.Model:
@@ -36,7 +38,7 @@ def build_decode(sample_shape: Sequence[int], decoder: ImageDecoder | Latents, o
         return _model("decode", [x], ir.Node("", "Identity", [x], outputs=[output], name="decode"), opset)
     channels, height, width = sample_shape
     attributes = [ir.AttrFloat32("scale", decoder.scale), ir.AttrFloat32("offset", decoder.offset)]
-    return _single_node("decode", OPERATORS["ToImage"], [x], attributes, _value("image", ir.DataType.UINT8, [BATCH, height, width, channels]), opset)
+    return _single_node("decode", TO_IMAGE, [x], attributes, _value("image", ir.DataType.UINT8, [BATCH, height, width, channels]), opset)
 
 
 def build_combine(sample_shape: Sequence[int], opset: int) -> ir.Model:

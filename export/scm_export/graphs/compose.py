@@ -51,7 +51,7 @@ def compose_sample(model: Model, steps: int, noise: ModelProto, step: ModelProto
     constants = [_constant(part.graph, tensor) for part in (noise, step, decode) for tensor in part.graph.initializer]
     graph = helper.make_graph(nodes, f"sample-{steps}", [seeds, *conditioning.values()], [output], constants, value_info=values)
     imports = {entry.domain: entry for part in (noise, step, decode) for entry in part.opset_import}
-    functions = {function.name: function for part in (noise, step, decode) for function in part.functions}
+    functions = {(function.domain, function.name): function for part in (noise, step, decode) for function in part.functions}
     return helper.make_model(graph, opset_imports=list(imports.values()), ir_version=step.ir_version, functions=list(functions.values()))
 
 

@@ -1,37 +1,44 @@
-"""Function bodies of the ``scm`` operators: attached to a graph, so that it runs without the native library, or inlined."""
+"""Function bodies of the operators of ``scm_export.ops``: attached to a graph, so that it runs without the native library, or inlined."""
 
 from __future__ import annotations
 
 import copy
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
-from onnx import FunctionProto
 from onnxscript import ir, optimizer, rewriter
 from onnxscript.rewriter import MatchResult
 from onnxscript.rewriter._matcher import SimplePatternMatcher
 
 from scm_export.errors import ExportError
-from scm_export.ops import OPERATORS
-from scm_runtime.bundle.manifest import CHANNELS_FIRST_DOMAIN, CHANNELS_LAST_DOMAIN, OPS_DOMAIN, OPS_VERSION
+from scm_export.ops import OPERATORS, Operator
+from scm_runtime.bundle.manifest import OPS_VERSION
 
 INLINE_BELOW = 1024  # bytes; smaller tensors are stored in their graphs, larger ones in the weights file
 
 
 def attach_functions(model: ir.Model) -> None:
-    """Add the function bodies of the ``scm`` operators that a model uses. Do this last: :func:`optimize` inlines them.
+    """Add the function bodies of the operators of ``scm_export.ops`` that a model uses. Do this last: :func:`optimize` inlines them.
 
     Raises:
         ExportError: nodes of one operator need different bodies.
     """
-    nodes: dict[str, list[ir.Node]] = defaultdict(list)
+    uses: dict[str, list[_Use]] = defaultdict(list)
     for node in model.graph.all_nodes():
-        if node.domain in (OPS_DOMAIN, CHANNELS_LAST_DOMAIN, CHANNELS_FIRST_DOMAIN):
-            nodes[node.op_type].append(node)
-    for name, group in nodes.items():
-        function = ir.serde.deserialize_function(_body(name, group, model.graph.opset_imports[""]))
+        if (identifier := f"{node.domain}::{node.op_type}") in OPERATORS:
+            uses[identifier].append(_use(node))
+    functions: list[ir.Function] = []
+    for operator in sorted(OPERATORS.values(), key=lambda operator: not operator.calls):  # those that call others first
+        if not (group := uses.pop(operator.identifier, [])):
+            continue
+        functions.append(_function(operator, group, model.graph.opset_imports[""]))
+        for node in functions[-1]:
+            if (called := f"{node.domain}::{node.op_type}") in OPERATORS:
+                uses[called].append(_Use(node, group[0].rank, f"of {operator.name}"))
+    for function in reversed(functions):
         model.functions[function.identifier()] = function
         model.graph.opset_imports[function.domain] = OPS_VERSION
 
@@ -68,18 +75,33 @@ def _with_fast_matcher(rule: rewriter.RewriteRule) -> rewriter.RewriteRule:
     return fast
 
 
-def _body(name: str, nodes: Sequence[ir.Node], opset: int) -> FunctionProto:
+@dataclass(frozen=True)
+class _Use:
+    """A node of an operator, with what is known of its first input: the rank, and the shape for messages."""
+
+    node: ir.Node
+    rank: int | None
+    shape: str
+
+
+def _use(node: ir.Node) -> _Use:
+    shape = node.inputs[0].shape if node.inputs[0] is not None else None
+    return _Use(node, None if shape is None else shape.rank(), str(shape))
+
+
+def _function(operator: Operator, uses: Sequence[_Use], opset: int) -> ir.Function:
     # If any node uses the optional output, all nodes get it: ONNX Runtime does not inline a body with more outputs than its node.
+    nodes = [use.node for use in uses]
     outputs = 2 if any(value.uses() or value.is_graph_output() for node in nodes for value in node.outputs[1:]) else 1
     for node in nodes:
         node.resize_outputs(outputs)
         for value in node.outputs[1:]:
             value.name = value.name or f"{node.outputs[0].name}_activated"
-    shapes = [node.inputs[0].shape if node.inputs[0] is not None else None for node in nodes]
-    bodies = [OPERATORS[name].function(opset, shape.rank(), outputs) for shape in shapes if shape is not None]
+    bodies = [operator.function(opset, use.rank, outputs) for use in uses if use.rank is not None]
     if len(bodies) < len(nodes) or any(body != bodies[0] for body in bodies):
-        raise ExportError(f"the first inputs of all {name} nodes in a graph must have one known rank, got the shapes {', '.join(map(str, shapes))}")
-    return bodies[0]
+        shapes = ", ".join(use.shape for use in uses)
+        raise ExportError(f"the first inputs of all {operator.name} nodes in a graph must have one known rank, got the shapes {shapes}")
+    return ir.serde.deserialize_function(bodies[0])
 
 
 def _only_small(node: ir.Node) -> bool | None:

@@ -14,7 +14,18 @@ from torch.nn import functional
 
 from scm_export.networks.edm2_config import PRESETS, UNetConfig
 from scm_export.networks.edm2_layers import MPConv, MPFourier, PositionalEmbedding, downsample, plain_linear, upsample
-from scm_export.ops import cosine_attention, modulate_silu, mp_cat_silu, mp_silu, mp_sum, norm_modulate_silu, pixel_norm_silu
+from scm_export.ops import (
+    conv3x3,
+    conv3x3_modulate_silu,
+    conv3x3_mp_sum,
+    cosine_attention,
+    matmul_mp_sum,
+    mp_cat_silu,
+    mp_silu,
+    mp_sum,
+    norm_modulate_silu_columns,
+    pixel_norm_silu,
+)
 
 __all__ = ["PRESETS", "PositionalEmbedding", "UNet", "UNetConfig"]
 
@@ -40,11 +51,11 @@ class Block(nn.Module):
         self.config, self.resample = config, resample
         self.heads = out_channels // config.channels_per_head if attention else 0
         self.conv_res0 = MPConv(res_channels, out_channels, (3, 3))
+        self.modulation_size = out_channels if config.modulation == "scale" else 2 * out_channels
+        self.columns = (0, self.modulation_size)  # of the modulations of all blocks
         if config.modulation == "scale":
             self.emb_gain = nn.Parameter(torch.zeros(()))
-            self.emb_linear = MPConv(emb_channels, out_channels)
-        else:
-            self.emb_linear = MPConv(emb_channels, 2 * out_channels)
+        self.emb_linear: MPConv | None = MPConv(emb_channels, self.modulation_size)  # None after UNet.fold
         self.conv_res1 = MPConv(out_channels, out_channels, (3, 3))
         self.conv_skip = MPConv(in_channels, out_channels, (1, 1)) if in_channels != out_channels else None
         self.attn_qkv = MPConv(out_channels, 3 * out_channels, (1, 1), groups=3) if self.heads else None
@@ -54,23 +65,27 @@ class Block(nn.Module):
         y: Tensor = x if self.conv_skip is None else self.conv_skip(x)
         return y
 
-    def modulate(self, y: Tensor, emb: Tensor) -> Tensor:
-        if self.config.modulation == "scale":
-            gain = 1.0 if self.emb_linear.folded else self.emb_gain
-            return modulate_silu(y, self.emb_linear(emb, gain=gain) + 1)
-        return norm_modulate_silu(y, self.emb_linear(emb))
-
-    def residual(self, activated: Tensor, emb: Tensor) -> Tensor:
-        y: Tensor = self.conv_res1(self.modulate(self.conv_res0(activated), emb))
+    def modulation(self, emb: Tensor) -> Tensor:
+        """What the embedding modulates this block's feature map with, ``[N, modulation_size]``: scales, or scales and shifts."""
+        assert self.emb_linear is not None
+        y: Tensor = self.emb_linear(emb, gain=self.emb_gain) + 1 if self.config.modulation == "scale" else self.emb_linear(emb)
         return y
 
+    def residual(self, activated: Tensor, modulations: Tensor) -> Tensor:
+        """The residual branch up to its last convolution."""
+        w = self.conv_res0.weight_as(activated.dtype)
+        if self.config.modulation == "scale":
+            return conv3x3_modulate_silu(activated, w, modulations, *self.columns)
+        return norm_modulate_silu_columns(conv3x3(activated, w), modulations, *self.columns)
+
     def merge(self, x: Tensor, y: Tensor) -> Tensor:
-        clip = self.config.clip_act
-        x = mp_sum(x, y, t=self.config.res_balance, clip=math.inf if self.heads else clip)
+        """Add the residual branch to the skip branch, then the attention."""
+        config, clip = self.config, self.config.clip_act
+        x = conv3x3_mp_sum(y, self.conv_res1.weight_as(y.dtype), x, t=config.res_balance, clip=math.inf if self.heads else clip)
         if self.attn_qkv is not None and self.attn_proj is not None:
             n, h, w, c = x.shape
             y = cosine_attention(self.attn_qkv(x).reshape(n, h * w, 3 * c), self.heads).reshape(n, h, w, c)
-            x = mp_sum(x, self.attn_proj(y), t=self.config.attn_balance, clip=clip)
+            x = matmul_mp_sum(y, self.attn_proj.weight_as(y.dtype).flatten(1), x, t=config.attn_balance, clip=clip)
         return x
 
 
@@ -78,20 +93,20 @@ class EncoderBlock(Block):
     def __init__(self, in_channels: int, out_channels: int, emb_channels: int, config: UNetConfig, *, resample: bool = False, attention: bool = False) -> None:
         super().__init__(in_channels, out_channels, out_channels, emb_channels, config, resample=resample, attention=attention)
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, modulations: Tensor) -> Tensor:
         x, activated = pixel_norm_silu(self.skip(downsample(x) if self.resample else x))
-        return self.merge(x, self.residual(activated, emb))
+        return self.merge(x, self.residual(activated, modulations))
 
 
 class DecoderBlock(Block):
     def __init__(self, in_channels: int, out_channels: int, emb_channels: int, config: UNetConfig, *, resample: bool = False, attention: bool = False) -> None:
         super().__init__(in_channels, in_channels, out_channels, emb_channels, config, resample=resample, attention=attention)
 
-    def forward(self, x: Tensor, activated: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, activated: Tensor, modulations: Tensor) -> Tensor:
         """Apply the block. ``activated`` is ``mp_silu(x)``."""
         if self.resample:
             x, activated = upsample(x), upsample(activated)
-        y = self.residual(activated, emb)
+        y = self.residual(activated, modulations)
         return self.merge(self.skip(x), y)
 
 
@@ -152,8 +167,17 @@ class UNet(nn.Module):
                 attention = res in config.attn_resolutions
                 self.dec[f"{res}x{res}_block{i}"] = DecoderBlock(c + skips.pop(), width, emb_channels, config, attention=attention)
                 c = width
+        self.emb_blocks: MPConv | None = None  # after fold, emb_linear of all blocks
+        begin = 0
+        for block in self.blocks:
+            block.columns = (begin, begin := begin + block.modulation_size)
         self.out_conv = MPConv(c, x_channels, (3, 3))
         self.out_gain = nn.Parameter(torch.zeros(()))
+
+    @property
+    def blocks(self) -> list[Block]:
+        """All residual blocks, in the order of their evaluation."""
+        return [block for block in (*self.enc.values(), *self.dec.values()) if isinstance(block, Block)]
 
     def normalize_weights_(self) -> None:
         """Normalize the weights of every layer in place (equation 66); part of each training step."""
@@ -162,15 +186,29 @@ class UNet(nn.Module):
                 module.normalize_()
 
     def fold(self) -> UNet:
-        """Fold weight normalization and gains into the weights, in place, for inference and export. Returns the network."""
+        """Fold weight normalization and gains into the weights, in place, and join the blocks' embedding layers, for inference and export.
+
+        Returns the network, which can no longer be trained.
+        """
         gains = {id(self.out_conv): float(self.out_gain.detach())}
-        for module in self.modules():
-            if isinstance(module, Block) and self.config.modulation == "scale":
-                gains[id(module.emb_linear)] = float(module.emb_gain.detach())
+        for block in self.blocks:
+            if self.config.modulation == "scale":
+                gains[id(block.emb_linear)] = float(block.emb_gain.detach())
         for module in self.modules():
             if isinstance(module, MPConv) and not module.folded:
                 module.fold(gains.get(id(module), 1.0))
+        if self.emb_blocks is None:
+            self.emb_blocks = MPConv.joined([block.emb_linear for block in self.blocks if block.emb_linear is not None])
+            for block in self.blocks:
+                block.emb_linear = None
         return self.requires_grad_(False)
+
+    def modulations(self, emb: Tensor) -> Tensor:
+        """What the embedding modulates the blocks' feature maps with: ``[N, S]``, whose ``columns`` each block uses."""
+        if self.emb_blocks is None:
+            return torch.cat([block.modulation(emb) for block in self.blocks], dim=1)
+        y: Tensor = self.emb_blocks(emb)
+        return y + 1 if self.config.modulation == "scale" else y
 
     def embed(self, c_noise: Tensor, class_labels: Tensor | None, guidance_scale: Tensor | None, t_end: Tensor | None) -> Tensor:
         features = self.emb_pos if self.emb_pos is not None else self.emb_fourier
@@ -216,13 +254,14 @@ class UNet(nn.Module):
         if config.patch_size > 1:
             x = functional.pixel_unshuffle(x, config.patch_size)
         x = x.permute(0, 2, 3, 1).to(self.compute_dtype)
+        modulations = self.modulations(emb)
         x = functional.pad(x, (0, 1), value=1.0)  # a channel of ones replaces the biases
         skips = []
         for block in self.enc.values():
-            x = block(x) if isinstance(block, MPConv) else block(x, emb)
+            x = block(x) if isinstance(block, MPConv) else block(x, modulations)
             skips.append(x)
         for name, block in self.dec.items():
             x, activated = mp_cat_silu(x, skips.pop(), t=config.concat_balance) if "block" in name else (x, mp_silu(x))
-            x = block(x, activated, emb)
+            x = block(x, activated, modulations)
         x = self.out_conv(x, gain=self.out_gain).float().permute(0, 3, 1, 2)
         return functional.pixel_shuffle(x, config.patch_size) if config.patch_size > 1 else x

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +59,15 @@ class MPConv(nn.Module):
         self.groups = groups
         self.folded = False
 
+    @classmethod
+    def joined(cls, layers: Sequence[MPConv]) -> MPConv:
+        """Return one folded layer with the outputs of several folded layers without groups, one after the other."""
+        weight = torch.cat([layer.weight.detach() for layer in layers])
+        with torch.device("meta"):
+            layer = cls(weight.shape[1], weight.shape[0], tuple(weight.shape[2:]))
+        layer.weight, layer.folded = nn.Parameter(weight), True
+        return layer
+
     def normalized_weight(self) -> Tensor:
         """Weight in which the vector of every output has magnitude sqrt(fan_in)."""
         w = self.weight.float()
@@ -80,8 +90,12 @@ class MPConv(nn.Module):
         self.weight.copy_(self.applied_weight(gain))
         self.folded = True
 
+    def weight_as(self, dtype: torch.dtype, gain: Tensor | float = 1.0) -> Tensor:
+        """Weight by which inputs of a dtype are multiplied: the stored one after :meth:`fold`, otherwise the normalized one times the gain."""
+        return (self.weight if self.folded else self.applied_weight(gain)).to(dtype)
+
     def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
-        w = (self.weight if self.folded else self.applied_weight(gain)).to(x.dtype)
+        w = self.weight_as(x.dtype, gain)
         if w.ndim == 2:
             return functional.linear(x, w)
         return conv3x3(x, w) if w.shape[-1] == 3 else matmul(x, w.flatten(1))
@@ -103,5 +117,5 @@ def downsample(x: Tensor) -> Tensor:
 
 def upsample(x: Tensor) -> Tensor:
     """Upsample by nearest neighbour: ``[N, H, W, C]`` to ``[N, 2H, 2W, C]``."""
-    n, h, w, c = x.shape
-    return x[:, :, None, :, None, :].expand(n, h, 2, w, 2, c).reshape(n, 2 * h, 2 * w, c)
+    _, h, w, c = x.shape
+    return x[:, :, None, :, None, :].expand(-1, h, 2, w, 2, c).reshape(-1, 2 * h, 2 * w, c)  # -1: in a graph, these shapes are constants

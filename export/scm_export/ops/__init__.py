@@ -1,6 +1,6 @@
 """The operators of docs/custom-ops.md, one per file: PyTorch reference, operator schema and ONNX function body.
 
-Networks and samplers call the functions in training and in export. While a step is traced, each call becomes a node of the domain ``scm``.
+Networks and samplers call the functions in training and in export. While a step is traced, each call becomes a node of its operator.
 Feature maps are channels last, ``[N, ..., C]``. EDM2 is arXiv 2312.02696, sCM is arXiv 2410.11081. Norms are always computed in float32.
 Unless stated otherwise, a function returns the dtype of its input.
 """
@@ -8,6 +8,16 @@ Unless stated otherwise, a function returns the dtype of its input.
 from scm_export.ops.consistency_step import CONSISTENCY_STEP, consistency_step
 from scm_export.ops.cosine_attention import COSINE_ATTENTION, cosine_attention
 from scm_export.ops.dense import CONV, CONV3X3, MATMUL, conv, conv3x3, matmul
+from scm_export.ops.fused import (
+    CONV3X3_MODULATE_SILU,
+    CONV3X3_MP_SUM,
+    MATMUL_MP_SUM,
+    NORM_MODULATE_SILU_COLUMNS,
+    conv3x3_modulate_silu,
+    conv3x3_mp_sum,
+    matmul_mp_sum,
+    norm_modulate_silu_columns,
+)
 from scm_export.ops.modulate_silu import MODULATE_SILU, modulate_silu
 from scm_export.ops.mp_cat import MP_CAT, mp_cat, mp_cat_silu
 from scm_export.ops.mp_silu import MP_SILU, mp_silu
@@ -19,7 +29,7 @@ from scm_export.ops.pixel_norm import PIXEL_NORM, pixel_norm, pixel_norm_silu
 from scm_export.ops.to_image import TO_IMAGE, to_image
 
 OPERATORS: dict[str, Operator] = {
-    operator.name: operator
+    operator.identifier: operator
     for operator in (
         PIXEL_NORM,
         MP_SILU,
@@ -34,6 +44,10 @@ OPERATORS: dict[str, Operator] = {
         CONV3X3,
         MATMUL,
         CONV,
+        CONV3X3_MODULATE_SILU,
+        CONV3X3_MP_SUM,
+        MATMUL_MP_SUM,
+        NORM_MODULATE_SILU_COLUMNS,
     )
 }
 
@@ -57,4 +71,8 @@ __all__ = [
     "conv",
     "conv3x3",
     "matmul",
+    "conv3x3_modulate_silu",
+    "conv3x3_mp_sum",
+    "matmul_mp_sum",
+    "norm_modulate_silu_columns",
 ]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from math import prod
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from scm_runtime.engines.cuda.stream import DeviceBuffer
+from scm_runtime.engines.cuda.handles import DeviceBuffer, PinnedBuffer
+from scm_runtime.engines.cuda.stream import CudaStream
 from scm_runtime.engines.cuda.thread import CudaContext
 from scm_runtime.ort.session import DeviceTensor
 
@@ -49,11 +51,13 @@ _cached_layout = lru_cache(64)(Layout)
 class TensorBlock:
     """One allocation of device memory that holds several tensors."""
 
-    def __init__(self, context: CudaContext, fields: Mapping[str, TensorSpec]) -> None:
-        """Allocate uninitialized memory for tensors of these dtypes and shapes. Raises OutOfMemoryError."""
+    def __init__(self, context: CudaContext, fields: Mapping[str, TensorSpec], *, cleared: bool = False) -> None:
+        """Allocate memory for tensors of these dtypes and shapes, filled with zeros if ``cleared``. Raises OutOfMemoryError."""
         self._layout, self._stream = _cached_layout(tuple(fields.items())), context.stream
         self.nbytes = self._layout.nbytes
         self._buffer: DeviceBuffer = self._stream.allocate(self._layout.total_nbytes)
+        if cleared:
+            self._stream.clear(self._buffer.address, self._buffer.nbytes)
 
     def address(self, name: str) -> int:
         """Return the device address of a tensor."""
@@ -70,3 +74,26 @@ class TensorBlock:
         for name, array in arrays.items():
             packed[name] = array
         self._stream.upload(self._buffer.address + first, packed)
+
+    def pinned(self, names: Sequence[str]) -> PinnedTensors:
+        """Return page-locked host memory from which some adjacent tensors can be written. Raises OutOfMemoryError."""
+        first, dtype = self._layout.structured_dtype(tuple(names))
+        return PinnedTensors(self._stream, self._buffer.address + first, dtype)
+
+
+class PinnedTensors:
+    """Page-locked host memory with the layout of some adjacent tensors of a block.
+
+    Attributes:
+        arrays: the tensors by name, to write to while no upload is in progress.
+    """
+
+    def __init__(self, stream: CudaStream, address: int, dtype: np.dtype[Any]) -> None:
+        self._stream, self._address = stream, address
+        self._buffer: PinnedBuffer = stream.allocate_pinned(dtype.itemsize)
+        record = self._buffer.array.view(dtype)
+        self.arrays: dict[str, NDArray[Any]] = {name: record[name][0] for name in dtype.names or ()}
+
+    def upload(self) -> None:
+        """Enqueue one copy of all tensors to the device."""
+        self._stream.copy(self._address, self._buffer.address, self._buffer.array.nbytes)

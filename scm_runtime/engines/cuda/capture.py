@@ -1,55 +1,60 @@
-"""Sessions bound to fixed device addresses, and the capture and replay of their runs as CUDA graphs."""
+"""Sessions bound to fixed device addresses, and the capture of repeated work as CUDA graphs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from scm_runtime.common.log import log
 from scm_runtime.engines.cuda.capture_lock import CAPTURE_LOCK
-from scm_runtime.engines.cuda.stream import is_fatal
+from scm_runtime.engines.cuda.cuda_errors import is_fatal
+from scm_runtime.engines.cuda.stream import CudaStream
 from scm_runtime.engines.cuda.thread import CudaContext
-from scm_runtime.errors import InferenceError, OutOfMemoryError, ScmError
+from scm_runtime.errors import InferenceError, OutOfMemoryError
 from scm_runtime.ort.session import BoundSession, DeviceTensor, Session
 
-# Runs before a capture, during which nothing may be allocated. ONNX Runtime adds two warm-up runs of its own, and its arena may still grow after those.
+# Runs before a capture, during which nothing may be allocated: ONNX Runtime allocates in the first run of a shape, and by another plan in the second.
 WARMUP_RUNS = 2
+# A capture can fail for a passing reason, such as another thread that synchronizes the device.
+CAPTURE_ATTEMPTS = 2
 
 
-class DeviceSession:
-    """An ONNX Runtime session on a CUDA device, with what is known about its nodes and its captures.
+@dataclass
+class CaptureSwitch:
+    """Whether some work may be captured. A capture that fails for another reason than memory turns it off."""
 
-    Attributes:
-        all_on_device: whether all of the graph's nodes run on the device.
-        capture_enabled: whether its runs are captured; set to False after a capture failed.
-        capture_count: number of CUDA graphs captured so far, including those given back.
-        live_captures: number of CUDA graphs that may be replayed.
-        shrink_arena: whether the next run frees the unused memory of the session's arena.
-    """
-
-    def __init__(self, context: CudaContext, ort_session: Session, *, all_on_device: bool, capture: bool) -> None:
-        self.context, self.ort_session, self.all_on_device, self.capture_enabled = context, ort_session, all_on_device, all_on_device and capture
-        self.capture_count = self.live_captures = 0
-        self.shrink_arena = False
-
-    def bind(self, inputs: Mapping[str, DeviceTensor], output: DeviceTensor, graph_id: int | None) -> BoundRun:
-        """Bind the session to device tensors. Its runs are captured under ``graph_id``, unless that is None."""
-        return BoundRun(self, inputs, output, graph_id)
+    enabled: bool
 
 
-class BoundRun:
-    """A session bound to fixed device addresses. Calling it enqueues a run."""
+@dataclass
+class LiveGraphs:
+    """The number of CUDA graphs of an engine that may be launched. They hold addresses of the sessions' arenas, which must not shrink meanwhile."""
 
-    def __init__(self, session: DeviceSession, inputs: Mapping[str, DeviceTensor], output: DeviceTensor, graph_id: int | None) -> None:
-        self._session, self._inputs, self._output = session, dict(inputs), output
-        self._graph_id = graph_id
-        self._uncaptured: BoundSession | None = None
-        self._captured: BoundSession | None = None
+    count: int = 0
+
+
+class RepeatedWork:
+    """Work that is enqueued again and again at the same addresses. Its first call captures it as a CUDA graph if that is possible; later calls launch it."""
+
+    def __init__(self, stream: CudaStream, enqueue: Callable[[bool], None], switch: CaptureSwitch, live: LiveGraphs, failed: str) -> None:
+        """Describe the work.
+
+        Args:
+            stream: the stream that the work is enqueued on.
+            enqueue: enqueues the work; doing it again must change nothing. The argument is True in a capture.
+            switch: whether it may be captured.
+            live: counts the graph while it exists.
+            failed: what the log says if the capture fails, before the reason.
+        """
+        self._stream, self._enqueue, self._switch, self._live, self._failed = stream, enqueue, switch, live, failed
+        self._may_capture = True
+        self._graph: Any = None
 
     @property
     def captured(self) -> bool:
-        """Whether the run was captured, and calls replay the CUDA graph."""
-        return self._captured is not None
+        """Whether calls launch a CUDA graph."""
+        return self._graph is not None
 
     def __call__(self) -> None:
         """Enqueue the work on the stream. A call that captures enqueues it several times, to warm up.
@@ -57,77 +62,122 @@ class BoundRun:
         Raises:
             OutOfMemoryError: the device is out of memory.
             InferenceError: ONNX Runtime failed.
-            GeneratorClosedError, or the error of a cancelled CancelScope: the run was terminated.
+            GeneratorClosedError, or the error of a cancelled CancelScope: a run was terminated.
         """
+        if self._graph is not None:
+            self._stream.graphs.launch(self._graph)
+        elif self._may_capture and self._switch.enabled:
+            self._warm_up_and_capture()
+        else:
+            self._enqueue(False)
+
+    def release(self) -> None:
+        """Free the CUDA graph, whose launches must be done. The work is not captured again."""
+        self._may_capture = False
+        if self._graph is not None:
+            graph, self._graph = self._graph, None
+            self._live.count -= 1
+            self._stream.graphs.destroy(graph)
+
+    def _warm_up_and_capture(self) -> None:
+        for _ in range(CAPTURE_ATTEMPTS):
+            for _ in range(WARMUP_RUNS):
+                self._enqueue(False)
+            try:
+                self._graph = self._capture()
+            except InferenceError as error:
+                if is_fatal(error):
+                    raise
+                failure = error
+                if isinstance(error, OutOfMemoryError):
+                    break  # for this shape only
+            else:
+                self._live.count += 1
+                self._stream.graphs.launch(self._graph)
+                return
+        self._may_capture = False
+        self._switch.enabled = self._switch.enabled and isinstance(failure, OutOfMemoryError)
+        log.info("%s: %s", self._failed, failure)
+        self._enqueue(False)
+
+    def _capture(self) -> Any:
+        with CAPTURE_LOCK.exclusive():
+            self._stream.graphs.begin()
+            try:
+                self._enqueue(True)
+                return self._stream.graphs.end()
+            except BaseException as error:
+                if not is_fatal(error):
+                    self._stream.graphs.abort()
+                raise
+
+
+class DeviceSession:
+    """An ONNX Runtime session on a CUDA device.
+
+    Attributes:
+        all_on_device: whether all of the graph's nodes run on the device.
+        switch: whether its runs may be captured.
+        live: the CUDA graphs of its engine.
+        shrink_arena: whether the next run without a live CUDA graph frees the unused memory of the session's arena.
+    """
+
+    def __init__(self, context: CudaContext, ort_session: Session, live: LiveGraphs, *, all_on_device: bool, capture: bool) -> None:
+        self.context, self.ort_session, self.live, self.all_on_device = context, ort_session, live, all_on_device
+        self.switch = CaptureSwitch(all_on_device and capture)
+        self.shrink_arena = False
+
+    def bind(self, inputs: Mapping[str, DeviceTensor], output: DeviceTensor) -> BoundRun:
+        """Bind the session to device tensors."""
+        return BoundRun(self, inputs, output)
+
+    def repeated(self, inputs: Mapping[str, DeviceTensor], output: DeviceTensor, *, capture: bool) -> RepeatedWork:
+        """Bind the session to device tensors. The runs are captured, if ``capture`` is True and the session allows it."""
+        run, switch = self.bind(inputs, output), self.switch if capture else CaptureSwitch(False)
+        failed = f"'{self.ort_session.path.name}' runs without a CUDA graph for a batch of {output.shape[0]}"
+        return RepeatedWork(self.context.stream, lambda _: run(), switch, self.live, failed)
+
+
+class BoundRun:
+    """A session bound to fixed device addresses. Calling it enqueues a run."""
+
+    def __init__(self, session: DeviceSession, inputs: Mapping[str, DeviceTensor], output: DeviceTensor) -> None:
+        self._session, self._inputs, self._output = session, dict(inputs), output
+        self._bound: BoundSession | None = None
+
+    def __call__(self) -> None:
+        """Enqueue a run. Raises what a run of ``RepeatedWork`` raises."""
         session = self._session
         if not session.all_on_device:
             self._run_with_copies()
-        elif session.shrink_arena and not session.live_captures:
+        elif session.shrink_arena and not session.live.count:
             session.shrink_arena = False
             self._run_and_shrink_arena()
-        elif self._captured is not None:
-            self._captured()
-        elif self._graph_id is None or not session.capture_enabled:
-            self._run_uncaptured()
         else:
-            self._warm_up_and_capture(self._graph_id)
+            self._run()
 
-    def release(self) -> None:
-        """Give back the captured graph, if there is one. The run must not be called afterwards."""
-        if self._captured is None or self._graph_id is None:
-            return
-        self._captured = None
-        self._session.live_captures -= 1
-        self._session.ort_session.release_captured_graph(self._graph_id)
-
-    def _run_uncaptured(self) -> None:
-        if self._uncaptured is None:
-            self._uncaptured = self._bind(None)
-        self._uncaptured()
+    def _run(self) -> None:
+        if self._bound is None:
+            self._bound = self._bind()
+        self._bound()
 
     def _run_with_copies(self) -> None:
         # ONNX Runtime copies the inputs of CPU nodes when they are bound, not when the session runs, and not in the order of the stream.
         self._session.context.stream.synchronize()
         self._session.ort_session.bind(self._inputs, self._output, run_options={"gpu_graph_id": "-1"})()
 
-    def _warm_up_and_capture(self, graph_id: int) -> None:
-        session = self._session
-        for _ in range(WARMUP_RUNS):
-            self._run_uncaptured()
-        bound = self._bind(graph_id)
-        try:
-            with CAPTURE_LOCK.exclusive():
-                try:
-                    bound()
-                except ScmError as error:
-                    if not is_fatal(error):
-                        session.context.stream.abort_capture()
-                    raise
-        except InferenceError as error:
-            if is_fatal(error):
-                raise
-            self._graph_id = None
-            # Out of memory concerns this shape only: nothing may be allocated during a capture. After any other failure the session is not captured again.
-            session.capture_enabled = session.capture_enabled and isinstance(error, OutOfMemoryError)
-            log.info("'%s' runs without a CUDA graph for a batch of %d: %s", session.ort_session.path.name, self._output.shape[0], error)
-            self._run_uncaptured()
-        else:
-            self._captured = bound
-            session.capture_count += 1
-            session.live_captures += 1
-
     def _run_and_shrink_arena(self) -> None:
         try:
-            self._bind(None, {"memory.enable_memory_arena_shrinkage": f"gpu:{self._session.context.index}"})()
+            self._bind({"memory.enable_memory_arena_shrinkage": f"gpu:{self._session.context.index}"})()
         except InferenceError as error:
             if is_fatal(error) or isinstance(error, OutOfMemoryError):
                 raise
             log.debug("'%s' could not shrink its arena: %s", self._session.ort_session.path.name, error)
-            self._run_uncaptured()
+            self._run()
 
-    def _bind(self, graph_id: int | None, options: Mapping[str, str] | None = None) -> BoundSession:
-        # All work is on one stream. Only downloads need the end of a run, and they synchronize themselves.
-        entries = {"disable_synchronize_execution_providers": "1", "gpu_graph_id": "-1" if graph_id is None else str(graph_id), **(options or {})}
+    def _bind(self, options: Mapping[str, str] | None = None) -> BoundSession:
+        # All work is on one stream: only downloads wait for its end. ONNX Runtime's own captures are not used.
+        entries = {"disable_synchronize_execution_providers": "1", "gpu_graph_id": "-1", **(options or {})}
         return self._session.ort_session.bind(self._inputs, self._output, run_options=entries)
 
 

@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from scm_runtime.engines.cuda.stream import LEGACY_STREAM, CudaStream, DeviceBuffer
+from scm_runtime.engines.cuda.handles import DeviceBuffer
+from scm_runtime.engines.cuda.stream import CudaStream
+from scm_runtime.engines.cuda.stream_argument import LEGACY_STREAM
 
 KDLCUDA = 2  # the device type kDLCUDA of DLPack
 

@@ -1,16 +1,13 @@
 """The engine for CUDA devices: states stay in device memory from noise to pixels, and work is enqueued on one stream ahead of the device.
 
-A call's seeds and conditioning are uploaded once. A step copies the states of its trajectories side by side into static buffers (``static_buffers``), runs
-the noise graph and the step graph there, and copies the results back. Merged trajectories may be at different steps. Only one flag per sample and step and
-the pixels are copied to the host.
+A call without a callback is computed as a whole, in one CUDA graph (``whole_call``). Calls with callbacks, and requests that join a running batch, are
+evaluated step by step (``stepwise``). Batches are padded to a few sizes (``batch_sizes``), whose graphs are captured once. Only one flag per sample and step
+and the pixels are copied to the host.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from itertools import count
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any, TypeVar, cast
 
@@ -18,46 +15,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scm_runtime.bundle.manifest import Dtype, Manifest
-from scm_runtime.engines.cuda.blocks import TensorBlock
+from scm_runtime.engines.cuda.batches import Batches
 from scm_runtime.engines.cuda.capture import EngineSessions
+from scm_runtime.engines.cuda.device_state import DeviceState, FinishedState
 from scm_runtime.engines.cuda.dlpack import DeviceArray
-from scm_runtime.engines.cuda.static_buffers import BatchShape, StaticBufferCache, StaticBuffers
+from scm_runtime.engines.cuda.handles import TimingEvent
+from scm_runtime.engines.cuda.stepwise import Stepwise
 from scm_runtime.engines.cuda.thread import CudaContext
-from scm_runtime.engines.engine import TimedPart, Trajectory, combines, weights_of
+from scm_runtime.engines.cuda.whole_call import WholeCall, WholeResult, plan_of
+from scm_runtime.engines.engine import Output, TimedPart, Trajectory
 from scm_runtime.engines.sessions import BundleSessions
-from scm_runtime.errors import GeneratorClosedError, OutOfMemoryError
+from scm_runtime.errors import GeneratorClosedError
 from scm_runtime.ort.session import DeviceTensor
 
 Result = TypeVar("Result")
 
-FLAG_BYTES = 4  # float32
-MAX_QUEUED_STEPS = 2  # one runs and the next is ready; a call that is cancelled cannot take back what is queued
-_serial_numbers = count(1)
 _leaked_on_purpose: list[Any] = []  # sessions whose destructors would abort the process, because their device's context is lost
-
-
-class _State:
-    """The seeds, conditioning, state and finite flags of one trajectory in device memory."""
-
-    def __init__(self, context: CudaContext, trajectory: Trajectory, shape: tuple[int, ...]) -> None:
-        call = trajectory.call
-        n, evaluations = len(trajectory), call.evaluations
-        state = (np.float32, (n, *shape))
-        conditioning = {f"conditioning {name}": value for name, value in call.conditioning.items()}
-        self.block = TensorBlock(
-            context,
-            {
-                "seeds": (np.int64, (n,)),
-                **{name: (value.dtype.type, value.shape) for name, value in conditioning.items()},
-                "finite": (np.float32, (len(evaluations), n)),
-                "x": state,
-                **({"base": state} if any(one.weights is not None for one in evaluations) else {}),
-            },
-        )
-        self.block.upload({"seeds": call.seeds, **conditioning})
-        self.serial = next(_serial_numbers)
-        self.flags_written = 0
-        """Number of evaluations whose flags are in ``finite``."""
 
 
 class CudaEngine:
@@ -72,116 +45,133 @@ class CudaEngine:
         self.provider = graphs.step.provider
         self._context, self._manifest = context, manifest
         self._graphs: BundleSessions | None = graphs
-        self._buffer_cache: StaticBufferCache | None = StaticBufferCache(context, sessions, manifest)
-        self._queued_steps: deque[Any] = deque()  # events at the ends of the latest steps
+        self._open_batches: Batches | None = Batches(context, sessions, dtype, manifest)
+        self._stepwise = Stepwise(context, manifest)
 
     @property
     def cuda_graph(self) -> bool:
         """Whether runs of the step graph are captured as CUDA graphs."""
-        return self._buffer_cache is not None and self._buffer_cache.sessions.step.capture_enabled
+        return self._open_batches is not None and self._open_batches.captures
+
+    @property
+    def captured_batch_sizes(self) -> tuple[int, ...]:
+        """Batch sizes with a CUDA graph, in increasing order."""
+        return self._batches.captured_sizes()
+
+    def keep_batch_size(self, batch_size: int) -> None:
+        """Capture batches of exactly this size, instead of padding them."""
+        self._batches.keep_size(batch_size)
 
     def run(self, job: Callable[[], Result]) -> Result:
         """Run a job in the context's thread, and return its result or raise its error. See ``CudaContext.run``."""
         return self._context.run(job)
 
+    def sample(self, trajectories: Sequence[Trajectory], outputs: Sequence[Output]) -> bool:
+        """Compute the trajectories from noise to their outputs in one CUDA graph. Returns False if that is not possible: nothing is done then."""
+        plan = plan_of([one.call for one in trajectories], decodes=any(output != "state" for output in outputs))
+        if plan is None or not self._batches.computes_whole_calls:
+            return False
+        n, state, decoded = sum(map(len, trajectories)), "state" in outputs, "pixels" in outputs
+
+        def compute(size: int) -> tuple[WholeCall, WholeResult]:
+            work = self._batches.whole_call(trajectories, plan, size)
+            work([one.call for one in trajectories])
+            return work, work.read(n, state=state, decoded=decoded)
+
+        work, result = self._batches.at_padded_size(trajectories, compute)
+        parts, at = work.parts(copies=state or decoded), 0
+        for one in trajectories:
+            rows = slice(at, at + len(one))
+            own = result if len(trajectories) == 1 else WholeResult(result.finite[:, rows], _rows(result.state, rows), _rows(result.decoded, rows))
+            decoded_rows = None if work.decoded is None else _rows_on_device(work.decoded, rows)
+            one.state = FinishedState(work.block, _rows_on_device(work.state, rows), decoded_rows, own)
+            one.parts += parts
+            at = rows.stop
+        return True
+
     def start(self, trajectory: Trajectory) -> None:
         """Upload the call's seeds and conditioning, and compute the initial state from its latents or from noise of draw 0."""
-        with self._recover_from_out_of_memory([trajectory]):
-            start, call, scale = self.timestamp(), trajectory.call, self._manifest.initial_scale
-            trajectory.state = state = _State(self._context, trajectory, self._manifest.sample.shape)
-            if call.latents is None:
-                self._draw_noise([trajectory], 0, scale, state.block.address("x"))
-            else:
-                state.block.upload({"x": call.latents * np.float32(scale)})
-            trajectory.parts.append(TimedPart("noise", start, self.timestamp()))
+        batches = self._batches
+        batches.at_padded_size([trajectory], lambda size: self._stepwise.start(trajectory, batches.static_buffers([trajectory], size)))
 
     def step(self, trajectories: Sequence[Trajectory]) -> None:
-        """Enqueue the next evaluation of each trajectory, all in one batch. Waits while MAX_QUEUED_STEPS earlier ones are not finished."""
-        if len(self._queued_steps) == MAX_QUEUED_STEPS:
-            self._context.stream.wait_for(self._queued_steps.popleft())
-        copy = self._context.stream.copy
-        with self._recover_from_out_of_memory(trajectories):
-            start, buffers = self.timestamp(), self._buffers_for(trajectories)
-            block, draws = buffers.block, {one.evaluations_done + 1 for one in trajectories}
-            if len(draws) > 1:  # the graph takes one draw number for the whole batch
-                to = block.address("noise")
-                for one in trajectories:
-                    self._draw_noise([one], one.evaluations_done + 1, 1.0, to)
-                    to += one.state.block.nbytes["x"]
-            self._load_inputs(buffers, trajectories)
-            block.upload({"t": _times(trajectories, 0), "t_next": _times(trajectories, 1), "draw": min(draws), "scale": 1.0})
-            if len(draws) == 1:
-                buffers.noise()
-            drawn = self.timestamp()
-            self._gather(buffers, "x", trajectories)
-            buffers.step()
-            if combines(trajectories):
-                self._combine(buffers, trajectories)
-            buffers.check()
-            x, flags = block.address("x_next"), block.address("finite")
-            for one in trajectories:
-                state, row = one.state, FLAG_BYTES * len(one)
-                if one.evaluation.weights is None and "base" in state.block.nbytes:
-                    copy(state.block.address("base"), state.block.address("x"), state.block.nbytes["x"])
-                copy(state.block.address("x"), x, state.block.nbytes["x"])
-                copy(state.block.address("finite") + state.flags_written * row, flags, row)
-                x, flags = x + state.block.nbytes["x"], flags + row
-                state.flags_written += 1
-            end = self.timestamp()
-            self._queued_steps.append(end)
-            for one in trajectories:
-                one.parts += (TimedPart("noise", start, drawn), TimedPart("step", drawn, end))
+        """Enqueue the next evaluation of each trajectory, all in one batch. Waits while two earlier ones are not finished."""
+        batches = self._batches
+        batches.at_padded_size(trajectories, lambda size: self._stepwise.step(trajectories, batches.static_buffers(trajectories, size)))
 
     def read_state(self, trajectory: Trajectory) -> NDArray[np.float32]:
         """Copy the state to the host: float32, ``[n, *sample]``."""
-        start, x = self.timestamp(), trajectory.state.block.tensor("x")
+        state = trajectory.state
+        if isinstance(state, FinishedState) and state.result.state is not None:
+            return state.result.state
+        start, x = self.timestamp(), self._state_tensor(trajectory)
         array = self._context.stream.download(x.address, x.shape, x.dtype)
         trajectory.parts.append(TimedPart("copy", start, self.timestamp()))
-        return cast(NDArray[np.float32], array)
+        return cast("NDArray[np.float32]", array)
 
     def set_state(self, trajectory: Trajectory, x: NDArray[np.float32]) -> None:
         """Replace the state with a finite host array."""
+        self._batches.at_padded_size([trajectory], lambda _: self._make_steppable(trajectory))
         trajectory.state.block.upload({"x": x})
         trajectory.state.flags_written = 0
 
     def finite_flags(self, trajectory: Trajectory) -> NDArray[np.bool_]:
         """Return which samples are finite after each evaluation since the state was last set: bool, ``[evaluations, n]``."""
         state = trajectory.state
+        if isinstance(state, FinishedState):
+            return state.result.finite
         if not state.flags_written:
             return np.ones((0, len(trajectory)), np.bool_)
         flags = self._context.stream.download(state.block.address("finite"), (state.flags_written, len(trajectory)), np.float32)
-        return cast(NDArray[np.bool_], flags == 0)
+        return cast("NDArray[np.bool_]", flags == 0)
 
     def decode(self, trajectories: Sequence[Trajectory]) -> list[NDArray[Any]]:
-        """Decode all states in one batch, and return the outputs of each trajectory on the host."""
-        with self._recover_from_out_of_memory(trajectories):
-            start = self.timestamp()
-            decoded = self._run_decoder(trajectories)
-            end = self.timestamp()
-            array = self._context.stream.download(decoded.address, decoded.shape, decoded.dtype)
-            copied, at, results = self.timestamp(), 0, []
+        """Return the decoder's outputs of each trajectory on the host. States that are not decoded yet are decoded in one batch."""
+        decoded = {one: one.state.result.decoded for one in trajectories if isinstance(one.state, FinishedState) and one.state.result.decoded is not None}
+        if waiting := [one for one in trajectories if one not in decoded]:
+            decoded |= zip(waiting, self._decode(waiting), strict=True)
+        return [decoded[one] for one in trajectories]
+
+    def _decode(self, trajectories: Sequence[Trajectory]) -> list[NDArray[Any]]:
+        start, n = self.timestamp(), sum(map(len, trajectories))
+        result = self._run_decoder(trajectories)
+        end = self.timestamp()
+        array = self._context.stream.download(result.address, (n, *result.shape[1:]), result.dtype)
+        copied, at, results = self.timestamp(), 0, []
+        for one in trajectories:
+            one.parts += (TimedPart("decode", start, end), TimedPart("copy", end, copied))
+            results.append(array[at : (at := at + len(one))])
+        return results if len(results) == 1 else [part.copy() for part in results]
+
+    def _run_decoder(self, trajectories: Sequence[Trajectory]) -> DeviceTensor:
+        """Decode the states in one batch. The next run of the decoder overwrites the result."""
+
+        def decode(size: int) -> DeviceTensor:
             for one in trajectories:
-                one.parts += (TimedPart("decode", start, end), TimedPart("copy", end, copied))
-                results.append(array[at : (at := at + len(one))])
-            return results if len(results) == 1 else [result.copy() for result in results]
+                self._make_steppable(one)
+            return self._stepwise.decode(trajectories, self._batches.static_buffers(trajectories, size))
+
+        return self._batches.at_padded_size(trajectories, decode)
 
     def decode_on_device(self, trajectory: Trajectory) -> DeviceArray:
-        """Decode the state and return a copy of the output in device memory. Waits for nothing, so the decoder's time is not measured."""
-        stream = self._context.stream
-        with self._recover_from_out_of_memory([trajectory]):
-            result = self._run_decoder([trajectory])
-            nbytes = np.dtype(result.dtype).itemsize * prod(result.shape)
-            buffer = stream.allocate(nbytes)
-            stream.copy(buffer.address, result.address, nbytes)
-            stream.share(buffer)
-            return DeviceArray(stream, buffer, result.shape, np.dtype(result.dtype))
+        """Decode the state, unless that was done, and return a copy of the output in device memory."""
+        stream, state = self._context.stream, trajectory.state
+        decoded = state.decoded if isinstance(state, FinishedState) else None
+        result = decoded or _rows_on_device(self._run_decoder([trajectory]), slice(0, len(trajectory)))
+        nbytes = np.dtype(result.dtype).itemsize * prod(result.shape)
+        buffer = self._batches.at_padded_size([trajectory], lambda _: stream.allocate(nbytes))
+        stream.copy(buffer.address, result.address, nbytes)
+        stream.share(buffer)
+        return DeviceArray(stream, buffer, result.shape, np.dtype(result.dtype))
 
-    def timestamp(self) -> Any:
+    def timestamp(self) -> TimingEvent:
         """Enqueue a timing event and return it."""
         return self._context.stream.record()
 
-    def elapsed(self, start: Any, end: Any) -> float:
+    def elapsed(self, start: TimingEvent, end: TimingEvent) -> float:
         """Return the seconds between two timing events. Waits for ``end``. May be called from any thread."""
+        if self._context.is_current:
+            return self._context.stream.elapsed(start, end)
         return self._context.run(lambda: self._context.stream.elapsed(start, end))
 
     def graphs(self) -> BundleSessions:
@@ -196,92 +186,48 @@ class CudaEngine:
             return
 
         def free() -> None:
-            graphs, self._graphs, self._buffer_cache = self.graphs(), None, None  # dropped in this thread
-            self._queued_steps.clear()
+            graphs, batches = self.graphs(), self._batches
+            self._graphs = self._open_batches = None  # dropped in this thread
+            self._stepwise.forget()
             self._context.stream.synchronize()
+            batches.clear()
             graphs.end_profiling()
 
         try:
             if self._context.context_lost:
-                _leaked_on_purpose.append((self._graphs, self._buffer_cache))
+                _leaked_on_purpose.append((self._graphs, self._open_batches))
             else:
                 self._context.run(free)
         finally:
-            self._graphs = self._buffer_cache = None
+            self._graphs = self._open_batches = None
             self._context.release()
 
-    def _buffers_for(self, trajectories: Sequence[Trajectory]) -> StaticBuffers:
-        """Return the static buffers for a batch of these trajectories."""
-        dtypes = {name: value.dtype.type for name, value in trajectories[0].call.conditioning.items()}
-        assert self._buffer_cache is not None, "the engine is closed"
-        return self._buffer_cache.get(_batch_shape(trajectories), dtypes)
+    @property
+    def _batches(self) -> Batches:
+        assert self._open_batches is not None, "the engine is closed"
+        return self._open_batches
 
-    def _load_inputs(self, buffers: StaticBuffers, trajectories: Sequence[Trajectory]) -> None:
-        """Copy the seeds and conditioning into the buffers, unless they are there already."""
-        serials = tuple(one.state.serial for one in trajectories)
-        if buffers.loaded == serials:
-            return
-        for name in ("seeds", *(f"conditioning {name}" for name in trajectories[0].call.conditioning)):
-            self._gather(buffers, name, trajectories)
-        buffers.loaded = serials
+    def _state_tensor(self, trajectory: Trajectory) -> DeviceTensor:
+        """Return where a trajectory's state is on the device."""
+        state = trajectory.state
+        return state.state if isinstance(state, FinishedState) else cast(DeviceTensor, state.block.tensor("x"))
 
-    def _gather(self, buffers: StaticBuffers, name: str, trajectories: Sequence[Trajectory]) -> None:
-        """Copy a tensor of each state side by side into the buffers."""
-        to = buffers.block.address(name)
-        for one in trajectories:
-            block = one.state.block
-            self._context.stream.copy(to, block.address(name), block.nbytes[name])
-            to += block.nbytes[name]
-
-    def _combine(self, buffers: StaticBuffers, trajectories: Sequence[Trajectory]) -> None:
-        """Combine the evaluation's result in ``x_next`` with ``x`` and ``base``. ``noise`` is no longer needed and takes a copy of the result."""
-        copy, to, x = self._context.stream.copy, buffers.block.address("base"), buffers.block.address("x")
-        for one in trajectories:
-            size = one.state.block.nbytes["x"]
-            copy(to, x if one.evaluation.weights is None else one.state.block.address("base"), size)
-            to, x = to + size, x + size
-        buffers.block.upload({"weights": weights_of(trajectories)})
-        copy(buffers.block.address("noise"), buffers.block.address("x_next"), buffers.block.nbytes["noise"])
-        buffers.combine()
-
-    def _draw_noise(self, trajectories: Sequence[Trajectory], draw: int, scale: float, to: int) -> None:
-        """Compute the noise of one draw for a batch of these trajectories, and copy it to the address ``to``."""
-        buffers = self._buffers_for(trajectories)
-        self._load_inputs(buffers, trajectories)
-        buffers.block.upload({"draw": draw, "scale": scale})
-        buffers.noise()
-        self._context.stream.copy(to, buffers.block.address("noise"), buffers.block.nbytes["noise"])
-
-    def _run_decoder(self, trajectories: Sequence[Trajectory]) -> DeviceTensor:
-        """Decode the states in one batch. The next run of the decoder overwrites the result."""
-        buffers = self._buffers_for(trajectories)
-        self._gather(buffers, "x", trajectories)
-        return buffers.decode()
-
-    @contextmanager
-    def _recover_from_out_of_memory(self, trajectories: Sequence[Trajectory]) -> Iterator[None]:
-        """If the device is out of memory, free what is not needed, and raise OutOfMemoryError with remedies."""
-        try:
-            yield
-        except OutOfMemoryError as error:
-            n = sum(map(len, trajectories))
-            if self._buffer_cache is not None:
-                self._buffer_cache.release_uncaptured(_batch_shape(trajectories))
-            self._context.stream.trim()
-            remedies = ["a smaller batch", *(["half precision (dtype='fp16' or 'bf16') if the bundle has it"] if self.dtype == "fp32" else [])]
-            raise OutOfMemoryError(
-                f"cuda:{self._context.index} is out of memory with a batch of {n} in {self.dtype}. "
-                f"Try {', '.join(remedies)}, or a larger gpu_mem_limit if one is set. The Generator is still usable. ({error})"
-            ) from error
+    def _make_steppable(self, trajectory: Trajectory) -> None:
+        """Copy a state of a call that was computed as a whole to memory of its own."""
+        if isinstance(trajectory.state, FinishedState):
+            x, state = self._state_tensor(trajectory), DeviceState(self._context, trajectory, self._manifest.sample.shape)
+            self._context.stream.copy(state.block.address("x"), x.address, state.block.nbytes["x"])
+            trajectory.state = state
 
 
-def _times(trajectories: Sequence[Trajectory], index: int) -> float | NDArray[np.float64]:
-    """Return ``t`` (index 0) or ``t_next`` (index 1) of the next evaluation for each sample; a single number for a single trajectory."""
-    times = [(one.evaluation.t, one.evaluation.t_next)[index] for one in trajectories]
-    return times[0] if len(times) == 1 else np.repeat(times, [len(one) for one in trajectories])
+def _rows(array: NDArray[Any] | None, rows: slice) -> NDArray[Any] | None:
+    """Return a copy of some rows: a view would keep the results of all trajectories in memory."""
+    return None if array is None else array[rows].copy()
 
 
-def _batch_shape(trajectories: Sequence[Trajectory]) -> BatchShape:
-    """Return the shape of a batch of all samples of these trajectories."""
-    sizes = tuple((name, value.shape[1:]) for name, value in sorted(trajectories[0].call.conditioning.items()))
-    return sum(map(len, trajectories)), sizes
+def _rows_on_device(tensor: DeviceTensor, rows: slice) -> DeviceTensor:
+    """Return some rows of a tensor."""
+    if rows == slice(0, tensor.shape[0]):
+        return tensor
+    row_nbytes = np.dtype(tensor.dtype).itemsize * prod(tensor.shape[1:])
+    return DeviceTensor(tensor.address + rows.start * row_nbytes, tensor.dtype, (rows.stop - rows.start, *tensor.shape[1:]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib.resources import files
@@ -9,8 +10,10 @@ from pathlib import Path
 
 from scm_runtime.bundle.manifest import Dtype, Manifest
 from scm_runtime.common.log import log
-from scm_runtime.engines.cuda.capture import DeviceSession, EngineSessions
+from scm_runtime.devices.placement import CPU_PROVIDER
+from scm_runtime.engines.cuda.capture import DeviceSession, EngineSessions, LiveGraphs
 from scm_runtime.engines.cuda.engine import CudaEngine
+from scm_runtime.engines.cuda.graph_options import GraphOptions, ways_to_open
 from scm_runtime.engines.cuda.thread import CudaContext
 from scm_runtime.engines.sessions import BundleSessions
 from scm_runtime.errors import DeviceError, InferenceError, InvalidArgumentError, NativeOpsError, OutOfMemoryError
@@ -59,7 +62,10 @@ def open_cuda_engine(
         graphs = BundleSessions(folder, manifest, dtype, opener.open)
         finite = opener.open_finite()
         sessions = (graphs.noise, graphs.step, finite, graphs.decode, *([graphs.combine] if manifest.samplers else []))
-        device_sessions = EngineSessions(*(DeviceSession(context, session, all_on_device=_is_all_on_device(session), capture=capture) for session in sessions))
+        live = LiveGraphs()
+        device_sessions = EngineSessions(
+            *(DeviceSession(context, session, live, all_on_device=_is_all_on_device(session), capture=capture) for session in sessions)
+        )
         return CudaEngine(context, graphs, device_sessions, dtype, manifest)
 
     return context.run(open_all)
@@ -69,41 +75,61 @@ class _Opener:
     """Opens each graph fully on the device if ONNX Runtime accepts that, otherwise with some nodes on the CPU."""
 
     def __init__(self, context: CudaContext, settings: SessionSettings, gpu_mem_limit: int | None, open_session: OpenSession) -> None:
-        (provider, extra), *rest = settings.placement.providers
-
-        def settings_for(cuda_graph: bool) -> SessionSettings:
-            options = cuda_options(context.index, gpu_mem_limit=gpu_mem_limit, cuda_graph=cuda_graph, stream_handle=context.stream_handle, extra=extra)
-            return replace(settings, placement=replace(settings.placement, providers=((provider, options), *rest)))
-
-        self._with_cpu_nodes, self._fully_on_device = settings_for(False), settings_for(True)
-        self._open_session = open_session
+        self._context, self._settings, self._gpu_mem_limit, self._open_session = context, settings, gpu_mem_limit, open_session
+        self._settings_for(settings, GraphOptions("cudnn", {}), cuda_graph=True)  # raises InvalidArgumentError before anything is opened
 
     def open(self, path: Path) -> Session:
         """Open a graph of the bundle."""
         # The optional graphs run on host arrays, which ONNX Runtime copies to the device as its nodes need them.
         if path.name.startswith(("encode.", "preview.")):
-            return self._open_session(path, self._with_cpu_nodes)
-        return self._open(path, self._fully_on_device, self._with_cpu_nodes)
+            return self._open_session(path, self._settings_for(self._settings, ways_to_open(path, self._settings)[-1], cuda_graph=False))
+        return self._open(path, self._settings)
 
     def open_finite(self) -> Session:
         """Open the graph that flags samples with NaN or infinity. It is not part of the bundle, so it is not cached."""
-        fully_on_device, with_cpu_nodes = (replace(settings, cache=None, library=None) for settings in (self._fully_on_device, self._with_cpu_nodes))
-        return self._open(FINITE, fully_on_device, with_cpu_nodes)
+        return self._open(FINITE, replace(self._settings, cache=None, library=None))
 
-    def _open(self, path: Path, fully_on_device: SessionSettings, with_cpu_nodes: SessionSettings) -> Session:
-        """Open a graph with all nodes on the device, or with some on the CPU if that fails.
+    def _open(self, path: Path, settings: SessionSettings) -> Session:
+        """Open a graph with all nodes on the device in the first way that ONNX Runtime accepts, or with some nodes on the CPU if it accepts none.
 
-        ``enable_cuda_graph`` is set even if nothing will be captured: with it, ONNX Runtime rejects a graph that has nodes on the CPU. Each run then says
-        whether it is captured, by its ``gpu_graph_id``.
+        With ``enable_cuda_graph`` ONNX Runtime rejects a graph that has nodes on the CPU. Its captures are not used: every run has the ``gpu_graph_id`` -1.
         """
+        *others, last = ways_to_open(path, settings)
+        for way in others:
+            try:
+                return self._open_session(path, self._settings_for(settings, way, cuda_graph=True))
+            except (DeviceError, NativeOpsError):
+                raise
+            except InferenceError as error:  # also OutOfMemoryError: packed weights are a copy of them
+                log.debug("'%s' does not open with %s: %s", path.name, way, error)
         try:
-            return self._open_session(path, fully_on_device)
+            return self._open_session(path, self._settings_for(settings, last, cuda_graph=True))
         except (OutOfMemoryError, DeviceError, NativeOpsError):
             raise
-        except InferenceError as error:  # if there is another reason, the second attempt raises it again
-            session = self._open_session(path, with_cpu_nodes)
-            log.info("'%s' runs with copies to the CPU and back, and without CUDA graphs: %s", path.name, error)
-            return session
+        except InferenceError as error:  # if there is another reason, the last attempt raises it again
+            log.debug("'%s' does not open with all nodes on the device: %s", path.name, error)
+        session = self._open_session(path, self._settings_for(settings, last, cuda_graph=False))
+        _report_cpu_nodes(path, session)
+        return session
+
+    def _settings_for(self, settings: SessionSettings, way: GraphOptions, *, cuda_graph: bool) -> SessionSettings:
+        (provider, given), *rest = settings.placement.providers
+        extra = {**way.provider_options, **given}
+        handle = self._context.stream_handle
+        options = cuda_options(self._context.index, gpu_mem_limit=self._gpu_mem_limit, cuda_graph=cuda_graph, stream_handle=handle, extra=extra)
+        placement = replace(settings.placement, providers=((provider, options), *rest))
+        return replace(settings, placement=placement, convolution=way.convolution)
+
+
+def _report_cpu_nodes(path: Path, session: Session) -> None:
+    """Log that a graph runs with copies and without CUDA graphs, why, and what helps."""
+    placed = session.node_placement().get(CPU_PROVIDER, Counter[str]())
+    operators = ", ".join(f"{count} {operator}" for operator, count in sorted(placed.items())) or "not recorded"
+    if session.settings.library is None:
+        remedy = "The native kernels need fewer of them: native_ops=True uses them, or says why they cannot be used."
+    else:
+        remedy = "Export the checkpoint again: newer versions of scm-export compute sizes when they export."
+    log.info("'%s' runs with copies to the CPU and back, and without CUDA graphs: it has nodes on the CPU, %s. %s", path.name, operators, remedy)
 
 
 def _is_all_on_device(session: Session) -> bool:
@@ -121,7 +147,7 @@ def cuda_options(
         gpu_mem_limit: maximum size of the session's arena in bytes, without the CUDA context and the workspaces of cuDNN and cuBLAS; None for no limit.
         cuda_graph: whether runs may be captured. If so, ONNX Runtime rejects graphs with nodes on the CPU.
         stream_handle: handle of the stream that the session uses.
-        extra: provider options given by the user, which override the defaults.
+        extra: other provider options, which override the defaults.
 
     Raises:
         InvalidArgumentError: ``extra`` contains an option that is set by another argument.
@@ -133,10 +159,8 @@ def cuda_options(
     options = {
         # Batch sizes vary: doubling the arena for each larger batch would waste memory.
         "arena_extend_strategy": "kSameAsRequested",
-        # An exhaustive search runs at the first call of each shape, and each batch size is a new shape. benchmarks/cuda.py compares the two.
+        # An exhaustive search runs at the first call of each shape, and each batch size is a new shape. benchmarks/cuda_calls.py compares the two.
         "cudnn_conv_algo_search": "HEURISTIC",
-        # fp32 is the reference for the other dtypes, and overflowing samples are repeated in it. For speed there are fp16 and bf16.
-        "use_tf32": "0",
     }
     if gpu_mem_limit is not None:
         options["gpu_mem_limit"] = str(gpu_mem_limit)

@@ -1,18 +1,20 @@
 """The thread that does all CUDA work of a Generator.
 
-One thread, because ONNX Runtime keeps captured CUDA graphs per thread, and because work on a stream must be enqueued in order.
+One thread, because ONNX Runtime keeps handles of CUDA's libraries per thread, and because work on a stream must be enqueued in order.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TypeVar
 
 from scm_runtime.common.job_thread import JobThread
 from scm_runtime.common.runs import interrupted_error
 from scm_runtime.engines.cuda.capture_lock import CAPTURE_LOCK
-from scm_runtime.engines.cuda.stream import CudaStream, is_fatal
+from scm_runtime.engines.cuda.cuda_errors import is_fatal
+from scm_runtime.engines.cuda.stream import CudaStream
 from scm_runtime.errors import DeviceError, GeneratorClosedError, InferenceError
 
 Result = TypeVar("Result")
@@ -89,7 +91,7 @@ class CudaContext:
                 raise InferenceError(health.fatal_error)
             self._jobs.put(job)
         try:
-            with CAPTURE_LOCK.released():
+            with CAPTURE_LOCK.released() if CAPTURE_LOCK.held else nullcontext():
                 job.wait()
         except BaseException:  # raised by a signal handler: Ctrl-C, for example
             if job.scope is not None:
@@ -97,6 +99,11 @@ class CudaContext:
             raise
         result: Result = job.result()
         return result
+
+    @property
+    def is_current(self) -> bool:
+        """True in the context's thread."""
+        return self._jobs.is_current
 
     @property
     def context_lost(self) -> bool:

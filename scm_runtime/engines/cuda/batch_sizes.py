@@ -1,0 +1,35 @@
+"""The batch sizes that are captured as CUDA graphs, and to which other batches are padded."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+
+# All sizes up to the default of max_batch_size; then steps of at most a third, so that a few graphs serve every size.
+BATCH_SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64)
+
+
+class BatchSizes:
+    """The sizes of one engine."""
+
+    def __init__(self, *, pads: bool) -> None:
+        """Start with BATCH_SIZES, or with no size if ``pads`` is False: every batch then runs as it is."""
+        self._sizes = list(BATCH_SIZES) if pads else []
+        self._pads = pads
+
+    def __contains__(self, size: int) -> bool:
+        """Return True if batches of this size are captured."""
+        return size in self._sizes
+
+    def add(self, size: int) -> None:
+        """Capture batches of exactly this size."""
+        if self._pads and size not in self._sizes:
+            insort(self._sizes, size)
+
+    def drop_from(self, size: int) -> None:
+        """Stop padding to this size and to larger ones, for which the device's memory does not suffice."""
+        self._sizes = [other for other in self._sizes if other < size]
+
+    def padded(self, n: int) -> int:
+        """Return the size at which a batch of n samples runs: the next captured one, or n if that is more than a third larger."""
+        at = bisect_left(self._sizes, n)
+        return self._sizes[at] if at < len(self._sizes) and 3 * self._sizes[at] <= 4 * n else n

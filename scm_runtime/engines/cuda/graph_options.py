@@ -1,0 +1,60 @@
+"""What a graph is opened with on CUDA: which kernels compute its convolutions, and options of ONNX Runtime's provider, by what it holds and its dtype.
+
+docs/architecture.md has what ONNX Runtime makes of the graphs of each family.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from scm_runtime.common.files import open_regular
+from scm_runtime.ort.options import CONVOLUTION, Convolution, SessionSettings, check_convolution
+
+HALF = ("fp16", "bf16")
+
+# Domains of operators over channels-last maps. An exporter that writes the second one gives every size in its graphs as a constant.
+CHANNELS_LAST, FUSED = b"scm.channels_last", b"scm.fused"
+
+
+class GraphOptions(NamedTuple):
+    """One way to open a graph."""
+
+    convolution: Convolution
+    provider_options: Mapping[str, str]
+    """Options of the CUDA provider; the user's override them."""
+
+
+def ways_to_open(path: Path, settings: SessionSettings) -> tuple[GraphOptions, ...]:
+    """Return the ways to open a graph, the fastest first. The last one suits every graph.
+
+    Args:
+        path: the ``.onnx`` file, named ``NAME.DTYPE.onnx`` or ``NAME.onnx``.
+        settings: settings of the session, with the user's choices.
+    """
+    dtype = path.name.split(".")[1]
+    domains = _domains(path) if dtype in HALF else set()
+    # Without TF32, ONNX Runtime 1.31 bars cuDNN from all tensor cores, those for float16 included. In fp32, which is the reference for the other dtypes and
+    # in which overflowing samples are repeated, that is wanted.
+    options = {"use_tf32": str(int(dtype in HALF))}
+    # Channels last for cuDNN's convolutions and pools. It has no bfloat16 kernels, and sizes that a graph computes would be copied between the devices.
+    # Diffusers' networks normalize groups of channels, around which it would add more transposes than it saves.
+    layouts = [{"prefer_nhwc": "1"}] if dtype == "fp16" and FUSED in domains else []
+    return tuple(GraphOptions(convolution, {**options, **layout}) for convolution in _convolutions(domains, settings) for layout in (*layouts, {}))
+
+
+def _convolutions(domains: set[bytes], settings: SessionSettings) -> tuple[Convolution, ...]:
+    chosen = settings.session_options.get(CONVOLUTION)
+    if chosen is not None:
+        return (check_convolution(chosen),)
+    return ("own", "cudnn") if settings.library is not None and domains else ("cudnn",)
+
+
+def _domains(path: Path) -> set[bytes]:
+    """Return which of the two domains a file mentions. Empty for a file that cannot be read, which ``open_session`` reports."""
+    with suppress(OSError, ValueError), open_regular(path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as contents:
+        return {domain for domain in (CHANNELS_LAST, FUSED) if contents.find(domain) >= 0}  # ValueError: an empty file
+    return set()
