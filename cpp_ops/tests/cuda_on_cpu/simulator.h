@@ -24,6 +24,7 @@ struct Options {
   unsigned max_blocks = 0;       // limit the grid to this many blocks in x and in y, so that kernels must loop; 0 for no limit
   unsigned only_blocks = 0;      // run only the first blocks of the grid, without changing its size; 0 for all
   bool refuse_launches = false;  // every launch fails
+  int major_capability = 8;      // the GPU's compute capability
 };
 
 extern Options options;
