@@ -67,11 +67,17 @@ class SolverTables:
                 )
             raise InvalidArgumentError(f"sampler must be one of {', '.join((manifest.solver, *manifest.samplers))}, got {sampler!r}")
         if sampler is None or sampler == manifest.solver:
+            if steps is None and timesteps is None:
+                return self._default
             return from_times(_times(manifest, steps, timesteps))
         if timesteps is not None:
             raise InvalidArgumentError(f"timesteps are for the sampler {manifest.solver!r}; for {sampler!r} give num_inference_steps")
         counts = manifest.samplers[sampler]
         return self._tables[sampler][_count(steps, counts, DIFFUSION_STEPS if DIFFUSION_STEPS in counts else max(counts))]
+
+    @cached_property
+    def _default(self) -> SolverStages:
+        return from_times(_times(self._manifest, None, None))
 
     @cached_property
     def _tables(self) -> dict[str, dict[int, SolverStages]]:

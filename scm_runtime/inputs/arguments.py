@@ -68,7 +68,8 @@ def gather_conditioning(manifest: Manifest, class_labels: Labels | None, argumen
     """
     named: dict[str, Any] = {name: arguments.get(name) for name in CONDITIONING}
     if class_labels is not None:
-        named[LABELS if manifest.labels is None else manifest.labels.name] = class_labels
+        labels = manifest.labels
+        named[LABELS if labels is None else labels.name] = class_labels
     others = arguments.get("conditioning")
     if others is None:
         return named

@@ -65,7 +65,7 @@ class RepeatedWork:
             GeneratorClosedError, or the error of a cancelled CancelScope: a run was terminated.
         """
         if self._graph is not None:
-            self._stream.launch(self._graph)
+            self._stream.graphs.launch(self._graph)
         elif self._may_capture and self._switch.enabled:
             self._warm_up_and_capture()
         else:
@@ -77,7 +77,7 @@ class RepeatedWork:
         if self._graph is not None:
             graph, self._graph = self._graph, None
             self._live.count -= 1
-            self._stream.destroy(graph)
+            self._stream.graphs.destroy(graph)
 
     def _warm_up_and_capture(self) -> None:
         for _ in range(CAPTURE_ATTEMPTS):
@@ -93,7 +93,7 @@ class RepeatedWork:
                     break  # for this shape only
             else:
                 self._live.count += 1
-                self._stream.launch(self._graph)
+                self._stream.graphs.launch(self._graph)
                 return
         self._may_capture = False
         self._switch.enabled = self._switch.enabled and isinstance(failure, OutOfMemoryError)
@@ -102,13 +102,13 @@ class RepeatedWork:
 
     def _capture(self) -> Any:
         with CAPTURE_LOCK.exclusive():
-            self._stream.begin_capture()
+            self._stream.graphs.begin()
             try:
                 self._enqueue(True)
-                return self._stream.end_capture()
+                return self._stream.graphs.end()
             except BaseException as error:
                 if not is_fatal(error):
-                    self._stream.abort_capture()
+                    self._stream.graphs.abort()
                 raise
 
 

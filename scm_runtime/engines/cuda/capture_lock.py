@@ -29,12 +29,14 @@ class CaptureLock:
         finally:
             self._release()
 
+    @property
+    def held(self) -> bool:
+        """Whether this thread holds the shared lock."""
+        return getattr(self._local, "held", False)
+
     @contextmanager
     def released(self) -> Iterator[None]:
-        """Release this thread's shared lock, if it holds one, while it waits for a job of another thread, which may want to capture."""
-        if not getattr(self._local, "held", False):
-            yield
-            return
+        """Release this thread's shared lock while it waits for a job of another thread, which may want to capture."""
         self._release()
         try:
             yield

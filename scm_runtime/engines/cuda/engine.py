@@ -227,5 +227,7 @@ def _rows(array: NDArray[Any] | None, rows: slice) -> NDArray[Any] | None:
 
 def _rows_on_device(tensor: DeviceTensor, rows: slice) -> DeviceTensor:
     """Return some rows of a tensor."""
+    if rows == slice(0, tensor.shape[0]):
+        return tensor
     row_nbytes = np.dtype(tensor.dtype).itemsize * prod(tensor.shape[1:])
     return DeviceTensor(tensor.address + rows.start * row_nbytes, tensor.dtype, (rows.stop - rows.start, *tensor.shape[1:]))

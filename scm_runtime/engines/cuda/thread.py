@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TypeVar
 
 from scm_runtime.common.job_thread import JobThread
@@ -90,7 +91,7 @@ class CudaContext:
                 raise InferenceError(health.fatal_error)
             self._jobs.put(job)
         try:
-            with CAPTURE_LOCK.released():
+            with CAPTURE_LOCK.released() if CAPTURE_LOCK.held else nullcontext():
                 job.wait()
         except BaseException:  # raised by a signal handler: Ctrl-C, for example
             if job.scope is not None:

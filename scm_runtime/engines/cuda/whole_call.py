@@ -101,7 +101,6 @@ class WholeCall:
         """Allocate the buffers. Raises OutOfMemoryError."""
         (n, sizes), count = shape, len(plan.combined)
         self.may_capture, self._stream, self._scale = capture, context.stream, np.float32(manifest.initial_scale)
-        self._size = n
         self._last_state = f"state {count}"
         row = -(-n // ALIGNED_NUMBERS) * ALIGNED_NUMBERS  # the flags of one evaluation, padded: 0 for a finite sample, otherwise NaN
         self._conditioning = [(name, f"conditioning {name}") for name, _ in sizes]
@@ -122,12 +121,14 @@ class WholeCall:
         self.block.upload({"initial scale": self._scale, "scale": 1.0, **{f"draw {k}": k for k in range(count + 1)}})
         self._inputs = self.block.pinned([*inputs, *(first_state if plan.has_latents else {})])
         self._loaded: tuple[SolverStages, ...] = ()
+        self._uploading = False
         # Recorded before the work, after the noise, after each evaluation, after decoding; and after a copy to the host.
         self._events = [context.stream.new_event() for _ in range(count + 3)]
         self._copied = context.stream.new_event()
         self._timed = _timed_parts(self._events, self._copied, decodes=plan.decodes)
         self.state, self._finite = self.block.tensor(self._last_state), self.block.tensor("finite")
         self.decoded = self.block.tensor("decoded") if plan.decodes else None
+        self._row_nbytes = {one: _row_nbytes(one) for one in (self.state, self._finite, self.decoded) if one is not None}
         enqueue = partial(_enqueue, context.stream, self._bind(sessions, plan, prod(manifest.sample.shape)), self._events)  # without a reference to self
         self._work = RepeatedWork(context.stream, enqueue, switch if capture else CaptureSwitch(False), live, f"calls with a batch of {n} run")
 
@@ -143,8 +144,11 @@ class WholeCall:
         self._work.release()
 
     def __call__(self, calls: Sequence[Call]) -> None:
-        """Enqueue the work for calls in one batch. The copies to the host of the calls before must be done. Raises what ``RepeatedWork`` raises."""
+        """Enqueue the work for calls in one batch; ``read`` waits for it. Raises what ``RepeatedWork`` raises."""
+        if self._uploading:  # the call before has failed
+            self._stream.synchronize()
         self._load(calls)
+        self._uploading = True
         self._inputs.upload()
         self._work()
 
@@ -206,14 +210,15 @@ class WholeCall:
             state: whether to copy the state, if ``decoded`` is False.
             decoded: whether to copy the decoder's output.
         """
-        first, last = self.state if state and not decoded else self._finite, self.decoded if decoded and self.decoded else self._finite
+        first = self.state if state and not decoded else self._finite
         start = first.address
-        end = last.address + _nbytes(last) if last is self._finite else last.address + _nbytes(last) // self._size * n
-        copied = self._stream.read(start, end - start, self._copied)
+        last, rows = (self.decoded, n) if decoded and self.decoded else (self._finite, self._finite.shape[0])
+        copied = self._stream.read(start, last.address - start + rows * self._row_nbytes[last], self._copied)
+        self._uploading = False
 
         def tensor(source: DeviceTensor, rows: int) -> NDArray[Any]:
             at = source.address - start
-            return copied[at : at + _nbytes(source) // source.shape[0] * rows].view(source.dtype).reshape(rows, *source.shape[1:])
+            return copied[at : at + rows * self._row_nbytes[source]].view(source.dtype).reshape(rows, *source.shape[1:])
 
         finite: NDArray[np.bool_] = tensor(self._finite, self._finite.shape[0])[:, :n] == 0
         return WholeResult(finite, tensor(first, n).copy() if first is self.state else None, tensor(last, n).copy() if last is self.decoded else None)
@@ -237,5 +242,5 @@ def _timed_parts(events: Sequence[TimingEvent], copied: TimingEvent, *, decodes:
     return [*parts, *([TimedPart("decode", ends[-1], decoded)] if decodes else []), TimedPart("copy", decoded, copied)]
 
 
-def _nbytes(tensor: DeviceTensor) -> int:
-    return np.dtype(tensor.dtype).itemsize * prod(tensor.shape)
+def _row_nbytes(tensor: DeviceTensor) -> int:
+    return np.dtype(tensor.dtype).itemsize * prod(tensor.shape[1:])
