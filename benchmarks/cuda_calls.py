@@ -12,6 +12,8 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -40,26 +42,25 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def options(bundle: str, dtypes: Sequence[Dtype], batch_sizes: Sequence[int], repeats: int) -> dict[str, Any]:
-    """Time every variant in turn, round after round."""
+    """Time every variant in turn, round after round. A variant that fails has an ``error``, and stops no other."""
     figures: dict[str, Any] = {}
-    for dtype in dtypes:
-        generators: dict[str, Generator] = {}
-        try:
+    for dtype, n in ((dtype, n) for dtype in dtypes for n in batch_sizes):
+        with ExitStack() as opened:
+            found: dict[str, dict[str, Any]] = {}
+            candidates: dict[str, Callable[[], object]] = {}
             for name, arguments in VARIANTS.items():
-                generators[name] = Generator(bundle, device="cuda", dtype=dtype, cache_dir=False, **arguments)
-            for n in batch_sizes:
-                candidates: dict[str, Callable[[], object]] = {}
-                first: dict[str, float] = {}
-                for name, generate in generators.items():
+                try:
+                    generate = opened.enter_context(Generator(bundle, device="cuda", dtype=dtype, cache_dir=False, **arguments))
+                    run = partial(generate, seed=0, batch_size=n, output_type="np")
                     start = time.perf_counter()
-                    generate(seed=0, batch_size=n, output_type="np")
-                    first[name] = (time.perf_counter() - start) * 1e3
-                    candidates[name] = lambda generate=generate, n=n: generate(seed=0, batch_size=n, output_type="np")  # type: ignore[misc]  # bound now
-                timed = interleaved(candidates, repeats)
-                figures[f"{dtype}, batch {n}"] = {name: {"first_call_ms": first[name], **timed[name]} for name in candidates}
-        finally:
-            for generate in generators.values():
-                generate.close()
+                    run()
+                except ScmError as error:
+                    found[name] = {"error": str(error)}
+                else:
+                    found[name], candidates[name] = {"first_call_ms": (time.perf_counter() - start) * 1e3}, run
+            for name, times in interleaved(candidates, repeats).items():
+                found[name] |= times
+        figures[f"{dtype}, batch {n}"] = found
     return figures
 
 

@@ -40,6 +40,10 @@ std::optional<convolution::Tile> forced_tile(const convolution::Device& device) 
 ConvolutionLayer::ConvolutionLayer(const Attributes& attributes, int taps) : taps_(taps), allocator_(attributes.allocator()) {
   if (!allocator_) return;
   check_launch(convolution::read_device(device_));
+  if (!convolution::supported(convolution::Shape::mma_64x64, device_)) {
+    const std::string got = std::to_string(device_.capability / 10) + "." + std::to_string(device_.capability % 10);
+    throw Error{"the GPU must have compute capability 8.0 or newer, got " + got + ". Without the session entry scm.convolution, cuDNN computes the convolutions"};
+  }
   forced_ = forced_tile(device_);
   const Input w = attributes.constant(1);
   if (!w.data) return;
