@@ -46,6 +46,9 @@ unsigned char* shared_memory();
 void start_copy(void* to, const void* from, bool valid);
 void commit_copies();
 void wait_for_copies(std::size_t pending);  // until at most `pending` groups are unfinished
+// Hopper's fence between copies that the thread has waited for and instructions that read shared memory by themselves.
+void publish_copies();
+bool copies_published();
 
 [[noreturn]] void fail(const char* what);  // reports the thread and block, and aborts
 
