@@ -20,6 +20,7 @@ from scm_runtime.common.installed import install_extras
 from scm_runtime.engines.cuda.cuda_errors import check, translate_errors
 from scm_runtime.engines.cuda.handles import DeviceBuffer, PinnedBuffer, TimingEvent
 from scm_runtime.engines.cuda.stream_argument import LEGACY_STREAM, parse_stream
+from scm_runtime.engines.cuda.stream_graphs import StreamGraphs
 from scm_runtime.errors import InvalidArgumentError, MissingDependencyError
 
 STAGING_BYTES = 64 << 20  # at most; larger results are copied in chunks, because pinned memory is taken from the whole machine
@@ -60,6 +61,7 @@ class CudaStream:
         self._handle = self._stream.handle
         self.stream_handle = int(self._handle)
         self.can_capture = self.stream_handle not in (0, LEGACY_STREAM)
+        self.graphs = StreamGraphs(self._driver, self._handle)
         self._pool: Any = None
         if self._device.properties.memory_pools_supported:
             # A private pool keeps freed memory for the next call, and returns all of it to the device when it is closed.
@@ -229,41 +231,6 @@ class CudaStream:
         """Wait for the work enqueued so far, and record an event after it. Does not wait for other streams, nor for work that the caller enqueues meanwhile."""
         self.wait_for(self.record(done or self._done))
         self._uploading.clear()
-
-    # -- Captures --------------------------------------------------------------------------------------------------------------------------------------------
-
-    @translate_errors
-    def begin_capture(self) -> None:
-        """Record the work that this thread enqueues from now on, instead of doing it. Allocations in other threads do not disturb the capture."""
-        check(self._driver.cuStreamBeginCapture(self._handle, self._driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL))
-
-    @translate_errors
-    def end_capture(self) -> Any:
-        """End a capture, and return its executable graph."""
-        graph = check(self._driver.cuStreamEndCapture(self._handle))
-        try:
-            return check(self._driver.cuGraphInstantiate(graph, 0))
-        finally:
-            check(self._driver.cuGraphDestroy(graph))
-
-    @translate_errors
-    def abort_capture(self) -> None:
-        """End a failed capture, and drop what was recorded."""
-        driver = self._driver
-        if check(driver.cuStreamIsCapturing(self._handle)) != driver.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE:
-            status, graph = driver.cuStreamEndCapture(self._handle)
-            if not int(status):  # otherwise it reports the failure that the caller knows about
-                check(driver.cuGraphDestroy(graph))
-
-    @translate_errors
-    def launch(self, graph: Any) -> None:
-        """Enqueue an executable graph."""
-        check(self._driver.cuGraphLaunch(graph, self._handle))
-
-    @translate_errors
-    def destroy(self, graph: Any) -> None:
-        """Free an executable graph whose launches are done."""
-        check(self._driver.cuGraphExecDestroy(graph))
 
     # -- Sharing ---------------------------------------------------------------------------------------------------------------------------------------------
 
