@@ -28,6 +28,7 @@ CUDNN_OPS = frozenset(
     )
 )
 OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}  # on Linux, by CUDA's major version. Source: CUDA's release notes, "minor version compatibility"
+OLDEST_CAPABILITY = {11: (3, 5), 12: (5, 0), 13: (7, 5)}  # of GPUs that CUDA compiles for, by its major version. Source: CUDA's release notes
 
 
 @dataclass(frozen=True)
@@ -186,6 +187,13 @@ def provider_unavailable_reason(provider: str, index: int, *, with_cudnn: bool =
     if index >= len(driver.devices):
         listed = "".join(f"; cuda:{device.index} is {device.name}" for device in driver.devices)
         return f"there is no device cuda:{index}: the driver has {len(driver.devices)}, numbered from 0{listed}. CUDA_VISIBLE_DEVICES may hide others."
+    device = driver.devices[index]
+    if major in OLDEST_CAPABILITY and tuple(map(int, device.compute_capability.split("."))) < OLDEST_CAPABILITY[major]:
+        oldest = ".".join(map(str, OLDEST_CAPABILITY[major]))
+        return (
+            f"cuda:{index} is {device.name} {device.compute_capability}, and ONNX Runtime {ort.__version__} is built for CUDA {major}, which supports "
+            f"compute capability {oldest} and newer. Use device='cpu', or install an onnxruntime-gpu for an older CUDA."
+        )
     missing = [library for library in load(names) if library.error is not None]
     demanded = missing if with_cudnn else [library for library in missing if not is_cudnn(library.name)]
     return f"{provider} needs {_missing_text(missing)}" if demanded else None

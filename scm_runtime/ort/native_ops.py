@@ -34,7 +34,25 @@ class CudaBuild(Struct, frozen=True):
     version: str
     """Version of the CUDA toolkit."""
     architectures: tuple[str, ...]
-    """Compute capabilities with machine code, without the dot: "90" is 9.0."""
+    """Compute capabilities with machine code, without the dot: "90" is 9.0. It also runs on later minor versions of the same major version."""
+    ptx: tuple[str, ...] | None = None
+    """Compute capabilities with PTX, which the driver compiles for later ones. None in builds that do not say so: they have it for the newest."""
+
+    def runs_on(self, compute_capability: str, driver_version: int | None) -> bool:
+        """Return whether there is code for a GPU.
+
+        Args:
+            compute_capability: the GPU's, for example "8.9".
+            driver_version: the newest CUDA version that the driver supports, 13020 for 13.2; None if it is not known.
+        """
+        here = _number(compute_capability.replace(".", ""))
+        if any(_number(built) // 10 == here // 10 and _number(built) <= here for built in self.architectures):
+            return True
+        major, _, minor = self.version.partition(".")
+        if driver_version is not None and driver_version < 1000 * int(major) + 10 * int(minor or 0):
+            return False  # a driver compiles PTX of its own CUDA version and of older ones
+        ptx = (max(self.architectures, key=_number),) if self.ptx is None else self.ptx
+        return any(built.isdigit() and int(built) <= here for built in ptx)  # "90a" is for 9.0 only
 
 
 class BuildInfo(Struct, frozen=True, kw_only=True):
@@ -114,6 +132,8 @@ def open_with_native_ops(
         reason = _unusable_reason(manifest, library, placement)
         if reason is None:
             return open_graphs(library), NativeOpsStatus(library, None)
+        if placement.index is not None:
+            level = logging.INFO  # on a GPU, the function bodies take several times as long
     except (NativeOpsError, InferenceError) as error:  # a session has no fallback, so all graphs are opened again
         if native_ops is True:
             raise
@@ -150,7 +170,7 @@ def _unusable_reason(manifest: Manifest, library: Library | None, placement: Pla
 
 
 def _unsupported_device_reason(library: Library, placement: Placement) -> str | None:
-    """Return why a library has no kernels for a device, or None if it has them."""
+    """Return why a library has no kernels for a device, with the remedy, or None if it has them."""
     if placement.device == "cpu":
         return None
     if placement.index is None:
@@ -164,12 +184,23 @@ def _unsupported_device_reason(library: Library, placement: Placement) -> str | 
     if driver.cuda_major is not None and driver.cuda_major < int(cuda.version.partition(".")[0]):
         supported = f"the NVIDIA driver supports CUDA up to {driver.cuda_version}"
         return f"'{library.path}' was built with CUDA {cuda.version}, and {supported}. Update it, or build with that CUDA: {build}"
-    oldest = min(map(int, cuda.architectures))
     if placement.index < len(driver.devices):
         device = driver.devices[placement.index]
-        if int(device.compute_capability.replace(".", "")) < oldest:
-            return f"'{library.path}' has kernels for compute capability {oldest / 10} and newer, and {device.name} has {device.compute_capability}"
+        if not cuda.runs_on(device.compute_capability, driver.version):
+            return f"'{library.path}' has {_capabilities(cuda)}, and {device.name} has {device.compute_capability}. Build it there: {build}"
     return None
+
+
+def _capabilities(cuda: CudaBuild) -> str:
+    """Describe for which GPUs a build has code: "kernels for compute capability 8.0, 9.0 and newer"."""
+    built = sorted(_number(name) for name in (*cuda.architectures, *(cuda.ptx or ())))
+    newer = " and newer" if cuda.ptx is None or cuda.ptx else ""
+    return f"kernels for compute capability {', '.join(str(number / 10) for number in dict.fromkeys(built))}{newer}"
+
+
+def _number(architecture: str) -> int:
+    """Return 90 for "90" and "90a"."""
+    return int(architecture.rstrip("af"))
 
 
 def _listed(ops: dict[str, int]) -> str:

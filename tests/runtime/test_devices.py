@@ -32,8 +32,8 @@ ERRORS = {100: "CUDA_ERROR_NO_DEVICE", 803: "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH",
 class FakeCuda:
     """Fake libcuda.so.1, with the functions that the package calls."""
 
-    def __init__(self, version: int = 13020, devices: tuple[str, ...] = ("NVIDIA L4",), init: int = 0) -> None:
-        self.version, self.devices, self.init = version, devices, init
+    def __init__(self, version: int = 13020, devices: tuple[str, ...] = ("NVIDIA L4",), init: int = 0, capability: tuple[int, int] = (8, 9)) -> None:
+        self.version, self.devices, self.init, self.capability = version, devices, init, capability
 
     def cuInit(self, _flags: int) -> int:
         return self.init
@@ -55,7 +55,7 @@ class FakeCuda:
         return self._give(out, 24 << 30)
 
     def cuDeviceGetAttribute(self, out: Any, attribute: int, _device: Any) -> int:
-        return self._give(out, {75: 8, 76: 9}[attribute])
+        return self._give(out, self.capability[attribute - 75])
 
     def cuGetErrorName(self, code: int, out: Any) -> int:
         return self._give(out, ERRORS[code].encode())
@@ -199,6 +199,17 @@ def test_a_driver_that_is_too_old(machine: Callable[..., None]) -> None:
     assert "built for CUDA 13" in said
     assert "580 or newer" in said
     machine(FakeCuda(version=13000))
+    assert resolve_device("cuda").index == 0
+
+
+def test_a_gpu_that_is_too_old(machine: Callable[..., None]) -> None:
+    machine(FakeCuda(devices=("Tesla V100",), capability=(7, 0)))
+    said = refusal("cuda")
+    assert "cuda:0 is Tesla V100 7.0" in said
+    assert "built for CUDA 13, which supports compute capability 7.5 and newer" in said
+    assert "Use device='cpu'" in said
+    assert resolve_device("auto").device == "cpu"
+    machine(FakeCuda(capability=(12, 0)))
     assert resolve_device("cuda").index == 0
 
 

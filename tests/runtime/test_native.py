@@ -302,7 +302,9 @@ def test_the_library_of_this_checkout() -> None:
 
 H200 = Placement("cuda:0", (("CUDAExecutionProvider", {}), ("CPUExecutionProvider", {})), "requested")
 OPENVINO = Placement("openvino", (("OpenVINOExecutionProvider", {}), ("CPUExecutionProvider", {})), "requested")
-CUDA_KERNELS = {"version": "13.0", "architectures": ["80", "86", "89", "90"]}
+CUDA_KERNELS = {"version": "13.0", "architectures": ["80", "86", "89", "90"], "ptx": ["90"]}
+WITHOUT_PTX = {"version": "13.0", "architectures": ["80", "90a"], "ptx": []}
+OLDER_BUILD = {"version": "13.0", "architectures": ["80", "86", "89", "90"]}  # says nothing about PTX
 
 
 @pytest.mark.parametrize(
@@ -312,10 +314,17 @@ CUDA_KERNELS = {"version": "13.0", "architectures": ["80", "86", "89", "90"]}
         (H200, CUDA_KERNELS, 13010, "12.0", None),  # newer GPUs compile the PTX
         (H200, None, 13000, "9.0", r"built without CUDA kernels\. .*make ops SCM_OPS_CUDA=ON"),
         (H200, CUDA_KERNELS, 12040, "9.0", r"built with CUDA 13\.0, and the NVIDIA driver supports CUDA up to 12\.4\. Update it"),
-        (H200, CUDA_KERNELS, 13000, "7.5", r"kernels for compute capability 8\.0 and newer, and Some GPU has 7\.5"),
+        (H200, OLDER_BUILD, 13010, "12.0", None),
+        (H200, CUDA_KERNELS, 13000, "7.5", r"kernels for compute capability 8\.0, 8\.6, 8\.9, 9\.0 and newer, and Some GPU has 7\.5\. Build it there: .*make ops"),
+        (H200, WITHOUT_PTX, 13000, "8.9", None),  # machine code for 8.0
+        (H200, WITHOUT_PTX, 13000, "10.0", r"kernels for compute capability 8\.0, 9\.0, and Some GPU has 10\.0"),
+        (H200, {**CUDA_KERNELS, "version": "13.2"}, 13000, "12.0", "Some GPU has 12"),  # the driver cannot compile this PTX
         (OPENVINO, CUDA_KERNELS, 13000, "9.0", "none for OpenVINOExecutionProvider"),
     ],
-    ids=["supported", "newer GPU", "no CUDA kernels", "old driver", "old GPU", "other provider"],
+    ids=[
+        *("supported", "newer GPU", "no CUDA kernels", "old driver", "newer GPU, older build", "old GPU", "later minor version", "no PTX", "PTX too new"),
+        "other provider",
+    ],
 )
 def test_kernels_on_other_devices(
     placement: Placement,

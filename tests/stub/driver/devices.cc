@@ -15,6 +15,7 @@ namespace {
 constexpr Model kModels[] = {
     {"h200", "NVIDIA H200", 9, 0, 150109880320, 132, 233472, 232448, 1980000, 3201000, 6144, 62914560},
     {"a100", "NVIDIA A100-SXM4-80GB", 8, 0, 85094825984, 108, 167936, 166912, 1410000, 1593000, 5120, 41943040},
+    {"v100", "Tesla V100-SXM2-16GB", 7, 0, 16945512448, 80, 98304, 98304, 1530000, 877000, 4096, 6291456},
     {"t4", "Tesla T4", 7, 5, 15828320256, 40, 65536, 65536, 1590000, 5001000, 256, 4194304},
     {"b200", "NVIDIA B200", 10, 0, 191503138816, 148, 233472, 232448, 1965000, 3996000, 8192, 132644864},
 };
@@ -28,7 +29,7 @@ const Model& model() {
     for (const Model& model : kModels) {
       if (strcasecmp(model.setting, name) == 0) return model;
     }
-    std::fprintf(stderr, "SCM_STUB_DEVICE must be h200, a100, t4 or b200, got %s\n", name);
+    std::fprintf(stderr, "SCM_STUB_DEVICE must be h200, a100, v100, t4 or b200, got %s\n", name);
     std::abort();
   }();
   return chosen;
