@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import click
-from _autotune.table import FOLDER, TABLE, Row, tile_size, tiles, updated
+from _autotune.table import FOLDER, TABLE, Row, tiles, updated
 from _autotune.timing import seconds
 from _common import save, stored_figures
-from _paper.gpus import GPUS
+from _paper.gpus import GPUS, Gpu
 from _paper.kernels import library, own_candidates
 from _paper.layers import Operation, operations
 
@@ -45,26 +45,25 @@ def shapes(sizes: Sequence[str]) -> list[Operation]:
     return [found[key] for key in sorted(found, reverse=True)]
 
 
-def measure(operation: Operation, numbers: dict[str, int], native: Library, most: int) -> dict[str, Any]:
+def measure(operation: Operation, gpu: Gpu, numbers: dict[str, int], native: Library, most: int) -> dict[str, Any]:
     """Return microseconds at batch 1 and MANY: of the library, and of tiles with splits, named as "mma_64x64 / 4"."""
-    gpu = GPUS["H200"]
-    sizes = {name: tile_size(name) for name in numbers}
     expected = library(gpu, operation).seconds
 
     def time_of(name: str, split: int, samples: int) -> float:
-        return seconds(operation, samples, expected * (1 if samples == 1 else samples / 2), native, (numbers[name], split)) * 1e6
+        return seconds(operation, samples, expected * max(1, samples / 2), native, (numbers[name], split)) * 1e6
 
     alone: dict[str, float] = {}
-    for choice in own_candidates(gpu, operation, sorted(set(sizes.values())))[:most]:
-        for name in (name for name, size in sizes.items() if size == choice.tile):
-            try:
-                alone[f"{name} / {choice.split}"] = time_of(name, choice.split, 1)
-            except Exception as error:  # noqa: BLE001  # ONNX Runtime's exceptions have no common base class; a tile may need another device
-                click.echo(f"  {name} / {choice.split}: {error}")
+    for choice in own_candidates(gpu, operation)[:most]:
+        name = f"{choice.instruction}_{choice.tile[0]}x{choice.tile[1]}"
+        try:
+            alone[f"{name} / {choice.split}"] = time_of(name, choice.split, 1)
+        except Exception as error:  # noqa: BLE001  # ONNX Runtime's exceptions have no common base class; a tile may need another device
+            click.echo(f"  {name} / {choice.split}: {error}")
     if not alone:
         raise click.ClickException("our kernel cannot run: no tile was measured")
-    split = int(min(alone, key=lambda name: alone[name]).split(" / ")[1])
-    many = {name: time_of(name.split(" / ")[0], split, MANY) for name in alone if name.endswith(f" / {split}")}
+    best, split = min(alone, key=lambda name: alone[name]).split(" / ")
+    family = best.split("_")[0]  # all of its tiles give the same bits for the same split
+    many = {name: time_of(name.split(" / ")[0], int(split), MANY) for name in alone if name.startswith(f"{family}_") and name.endswith(f" / {split}")}
     others = {str(samples): seconds(operation, samples, expected * max(1, samples / 2), native, None) * 1e6 for samples in (1, MANY)}
     return {"1": alone, str(MANY): many, "library": others}
 
@@ -85,7 +84,7 @@ def key(operation: Operation) -> str:
 
 @click.command()
 @click.option("--size", "sizes", type=click.Choice(list(PRESETS)), multiple=True, help="Sizes of EDM2 at 64x64x4; by default all.")
-@click.option("--candidates", "most", type=click.IntRange(1), default=8, show_default=True, help="Pairs of tile and split for each shape.")
+@click.option("--candidates", "most", type=click.IntRange(1), default=6, show_default=True, help="Pairs of tile and split for each shape.")
 @click.option("--seconds", "limit", type=float, default=float("inf"), help="Start no further shape after this time.")
 @click.option("--table", type=click.Path(dir_okay=False, path_type=Path), default=TABLE, help="The table to update; by default that of the library.")
 def main(sizes: tuple[str, ...], most: int, limit: float, table: Path) -> None:
@@ -98,6 +97,7 @@ def main(sizes: tuple[str, ...], most: int, limit: float, table: Path) -> None:
     native = find_library()
     if native is None or native.info.cuda is None:
         raise click.ClickException("the native library has no CUDA kernels: make ops SCM_OPS_CUDA=ON")
+    gpu = next((known for name, known in GPUS.items() if name in hardware), GPUS["H200"])
     numbers = tiles((FOLDER / "op.h").read_text())
     wanted = shapes(sizes or list(PRESETS))
     figures = {name: found for name, found in stored_figures(RESULT).items() if found.get("hardware") == hardware}
@@ -107,7 +107,7 @@ def main(sizes: tuple[str, ...], most: int, limit: float, table: Path) -> None:
         if time.monotonic() > end:
             click.echo("the time is over: call it again for the rest")
             break
-        figures[key(operation)] = {"hardware": hardware, **measure(operation, numbers, native, most)}
+        figures[key(operation)] = {"hardware": hardware, **measure(operation, gpu, numbers, native, most)}
         save(RESULT, figures)
         click.echo(f"{key(operation)}: {figures[key(operation)]}")
     capability = int(hardware.rsplit(" ", 1)[1].replace(".", ""))

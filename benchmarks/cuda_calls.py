@@ -12,6 +12,9 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
+from itertools import product
 from typing import Any
 
 import click
@@ -23,8 +26,10 @@ from scm_runtime.bundle.manifest import Dtype, read_manifest
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
 from scm_runtime.devices.placement import resolve_device
 from scm_runtime.errors import ScmError
+from scm_runtime.inputs.arguments import OutputType
 
 WARMUP_CALLS = 5  # they capture
+OUTPUTS: tuple[OutputType, ...] = ("np", "dlpack", "latent")
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "no CUDA graphs": {"cuda_graph": False},
@@ -37,46 +42,45 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def options(bundle: str, dtypes: Sequence[Dtype], batch_sizes: Sequence[int], repeats: int) -> dict[str, Any]:
-    """Time every variant in turn, round after round."""
+    """Time every variant in turn, round after round. A variant that fails has an ``error``, and stops no other."""
     figures: dict[str, Any] = {}
-    for dtype in dtypes:
-        generators: dict[str, Generator] = {}
-        try:
+    for dtype, n in ((dtype, n) for dtype in dtypes for n in batch_sizes):
+        with ExitStack() as opened:
+            found: dict[str, dict[str, Any]] = {}
+            candidates: dict[str, Callable[[], object]] = {}
             for name, arguments in VARIANTS.items():
-                generators[name] = Generator(bundle, device="cuda", dtype=dtype, cache_dir=False, **arguments)
-            for n in batch_sizes:
-                candidates: dict[str, Callable[[], object]] = {}
-                first: dict[str, float] = {}
-                for name, generate in generators.items():
+                try:
+                    generate = opened.enter_context(Generator(bundle, device="cuda", dtype=dtype, cache_dir=False, **arguments))
+                    run = partial(generate, seed=0, batch_size=n, output_type="np")
                     start = time.perf_counter()
-                    generate(seed=0, batch_size=n, output_type="np")
-                    first[name] = (time.perf_counter() - start) * 1e3
-                    candidates[name] = lambda generate=generate, n=n: generate(seed=0, batch_size=n, output_type="np")  # type: ignore[misc]  # bound now
-                timed = interleaved(candidates, repeats)
-                figures[f"{dtype}, batch {n}"] = {name: {"first_call_ms": first[name], **timed[name]} for name in candidates}
-        finally:
-            for generate in generators.values():
-                generate.close()
+                    run()
+                except ScmError as error:
+                    found[name] = {"error": str(error)}
+                else:
+                    found[name], candidates[name] = {"first_call_ms": (time.perf_counter() - start) * 1e3}, run
+            for name, times in interleaved(candidates, repeats).items():
+                found[name] |= times
+        figures[f"{dtype}, batch {n}"] = found
     return figures
 
 
 def overhead(bundle: str, dtypes: Sequence[Dtype], batch_sizes: Sequence[int], repeats: int) -> dict[str, Any]:
-    """Return the time of a call, of its work on the device, and the difference: medians of many calls."""
+    """Return the time of a call, of its work on the device, and the difference, per kind of output: medians of many calls."""
     figures: dict[str, Any] = {}
     for dtype in dtypes:
         with Generator(bundle, device="cuda", dtype=dtype) as generate:
-            for n in batch_sizes:
+            for n, output in product(batch_sizes, OUTPUTS):
                 for _ in range(WARMUP_CALLS):
-                    generate(seed=0, batch_size=n, output_type="np")
+                    generate(seed=0, batch_size=n, output_type=output)
                 calls = []
                 for _ in range(repeats):
                     start = time.perf_counter()
-                    timings = generate(seed=0, batch_size=n, output_type="np").timings
+                    timings = generate(seed=0, batch_size=n, output_type=output).timings
                     whole, parts = time.perf_counter() - start, {"noise": timings.noise, "steps": sum(timings.steps), "decode": timings.decode}
                     calls.append({"call": whole, **parts, "overhead": whole - sum(parts.values())})
                 medians = {name: statistics.median(call[name] for call in calls) for name in calls[0]}
                 fastest = min(call["overhead"] for call in calls)
-                figures[f"{dtype}, batch {n}"] = {
+                figures[f"{dtype}, batch {n}, {output}"] = {
                     **{f"{name}_ms": seconds * 1e3 for name, seconds in medians.items() if name != "overhead"},
                     "overhead_us": medians["overhead"] * 1e6,
                     "least_overhead_us": fastest * 1e6,

@@ -85,7 +85,8 @@ def main(minutes: float, sizes: tuple[str, ...], skip: tuple[str, ...], again: b
         work.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(TABLE, table)
     capability = int(hardware.rsplit(" ", 1)[1].replace(".", ""))
-    plan = Plan(sizes or (("XXS",) if dry_run else ("S", "XXL")), capability, results, work, table, seconds=0.2 if dry_run else 3.0)
+    chosen = sizes or (("XXS",) if dry_run else ("S", "XXL"))
+    plan = Plan(chosen, capability, results, work, table, seconds=0.2 if dry_run else 3.0, patience=4.0 if dry_run else 1.0)
     known, about = stages(plan), describe(hardware)
     if unknown := sorted(set(skip) - {stage.name for stage in known}):
         raise click.BadParameter(f"there is no stage {', '.join(unknown)}; there are: {', '.join(stage.name for stage in known)}", param_hint="--skip")

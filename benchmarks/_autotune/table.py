@@ -72,9 +72,3 @@ def tiles(header: str) -> dict[str, int]:
     found = re.search(r"enum class Shape : int \{(.*?)\};", header, re.DOTALL)
     assert found, "op.h has no list of shapes"
     return {name: int(number) for name, number in re.findall(r"(\w+) = (\d+)", found[1])}
-
-
-def tile_size(name: str) -> tuple[int, int]:
-    """Return the pixels and channels of a tile: (128, 64) for "mma_128x64"."""
-    pixels, channels = re.findall(r"\d+", name)[-2:]
-    return int(pixels), int(channels)

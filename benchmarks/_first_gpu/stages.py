@@ -6,8 +6,10 @@ import shutil
 import sys
 import sysconfig
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import torch
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
@@ -44,6 +46,8 @@ class Plan:
     """The table that autotune updates."""
     seconds: float
     """Time to measure each row of a bundle."""
+    patience: float = 1.0
+    """Factor of the stages' limits."""
 
 
 def stages(plan: Plan) -> list[Stage]:
@@ -69,13 +73,14 @@ def stages(plan: Plan) -> list[Stage]:
     again = [
         Stage(f"{row.name}, tuned", _into(row.commands, "bench-", "bench-tuned-"), row.limit_s, needs=(*row.needs, "autotune", "build again")) for row in rows
     ]
-    return [
+    operators = [python, str(BENCHMARKS / "ops.py"), "--device", "cuda", "--only", "operators"]
+    found = [
         *found,
         tuned,
         Stage("build again", build, 90, needs=("autotune",), unavailable=compilers),
         *again,
         Stage("calls", ([python, str(BENCHMARKS / "cuda_calls.py"), "--repeats", "30"],), 90),
-        Stage("operators", ([python, str(BENCHMARKS / "ops.py"), "--device", "cuda", "--only", "operators"],), 60),
+        Stage("operators", (operators,), 60, unavailable=None if torch.version.cuda else "this PyTorch was built without CUDA"),
         Stage(
             "sanitizer",
             ([sanitizer or "", "--error-exitcode", "1", *tests, "tests/ops"],),
@@ -83,6 +88,7 @@ def stages(plan: Plan) -> list[Stage]:
             unavailable=None if sanitizer else "compute-sanitizer was not found",
         ),
     ]
+    return [replace(stage, limit_s=stage.limit_s * plan.patience) for stage in found]
 
 
 def _build(plan: Plan) -> tuple[Command, ...]:
@@ -90,7 +96,8 @@ def _build(plan: Plan) -> tuple[Command, ...]:
     folder = str(plan.work / "ops")
     cmake, ninja = shutil.which("cmake") or "cmake", shutil.which("ninja")
     configure = [cmake, "-S", str(ROOT / "cpp_ops"), "-B", folder, "-DCMAKE_BUILD_TYPE=Release", "-DSCM_OPS_CUDA=ON"]
-    configure += [f"-DSCM_OPS_CUDA_ARCHITECTURES={plan.capability}-real", *(["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else [])]
+    architecture = "90a" if plan.capability == 90 else str(plan.capability)  # with wgmma
+    configure += [f"-DSCM_OPS_CUDA_ARCHITECTURES={architecture}-real", *(["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else [])]
     return configure, [cmake, "--build", folder, "--parallel"], [cmake, "--install", folder, "--prefix", sysconfig.get_path("platlib")]
 
 

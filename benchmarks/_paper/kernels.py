@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
-from _paper.gpus import FILL_S, LAUNCH_S, MEMORY_SHARE, OWN_SHARE, REDUCE_S, Gpu
+from _paper.gpus import FILL_S, LAUNCH_S, MEMORY_SHARE, REDUCE_S, Gpu
 from _paper.layers import Operation
 
 Tile = tuple[int, int]
 """Output pixels by output channels of a block."""
 
 LIBRARY_TILES: tuple[Tile, ...] = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 128), (64, 64))
-OWN_TILES: tuple[Tile, ...] = ((128, 128), (128, 64), (64, 64), (64, 32))  # those of cpp_ops/src/convolution
+# The tiles of cpp_ops/src/convolution, by instruction.
+OWN_TILES: dict[str, tuple[Tile, ...]] = {"mma": ((128, 128), (128, 64), (64, 64), (64, 32)), "wgmma": ((128, 128), (128, 64), (64, 64))}
 CUDNN_SPLITS = (1,)  # cuDNN's forward convolutions do not split the sum
 CUBLAS_SPLITS = (1, 2, 4, 8)
-OWN_SPLITS = (1, 2, 4, 8, 16)
+OWN_SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
 SPLIT_TERMS = 128  # a block of a split sum has at least so many terms
 
 
@@ -27,6 +28,8 @@ class Choice:
     seconds: float
     tile: Tile
     split: int
+    instruction: str = ""
+    """Of our kernel: a key of OWN_TILES."""
 
 
 def memory_seconds(gpu: Gpu, nbytes: float) -> float:
@@ -61,10 +64,15 @@ def own(gpu: Gpu, operation: Operation) -> Choice:
     return own_candidates(gpu, operation)[0]
 
 
-def own_candidates(gpu: Gpu, operation: Operation, tiles: Sequence[Tile] = OWN_TILES, splits: Sequence[int] = OWN_SPLITS) -> list[Choice]:
+def own_candidates(gpu: Gpu, operation: Operation) -> list[Choice]:
     """Return our kernel's choices, the fastest first."""
     read = 2 * operation.pixels * operation.outputs if operation.follower == "mp_sum" else 0
-    return sorted(_choices(gpu, operation, tiles, splits, gpu.tensor_flop * gpu.mma_share * OWN_SHARE, extra_bytes=read), key=_seconds)
+    found = [
+        replace(choice, instruction=instruction)
+        for instruction, share in gpu.own_shares.items()
+        for choice in _choices(gpu, operation, OWN_TILES[instruction], OWN_SPLITS, gpu.tensor_flop * share, extra_bytes=read)
+    ]
+    return sorted(found, key=_seconds)
 
 
 def _seconds(choice: Choice) -> float:
