@@ -711,6 +711,10 @@ Outcome run(const OrtCustomOp& op, std::vector<Tensor> inputs, const Attributes&
     outcome.error = take(op.CreateKernelV2(&op, &the_api, &info, &kernel));
     EXPECT_EQ(outcome.error.empty(), kernel != nullptr) << outcome.error;
     if (outcome.error.empty()) {
+      for (int i = 0; i < options.earlier_runs; ++i) {
+        OrtKernelContext earlier = context_of(op, inputs, options);
+        EXPECT_EQ(take(op.KernelComputeV2(kernel, &earlier)), "");
+      }
       outcome.error = take(op.KernelComputeV2(kernel, &context));
       op.KernelDestroy(kernel);
     }

@@ -35,6 +35,7 @@ struct Options {
   int failing_call = kNever;        // the API call that fails, counted from 0
   int constant = -1;                // the input that is constant; -1 for none
   std::string precision;            // "high" or "medium" selects the dense operators of that precision
+  int earlier_runs = 0;             // runs of the same kernel before the one whose outcome is returned
   bool no_output_memory = false;    // do not allocate outputs: for kernels that fail before they write
 };
 

@@ -406,8 +406,10 @@ class FakeDriver:
             return (ok,)
 
         def destroy(graph: Graph) -> tuple[Status]:
-            expect(not any(stream.queue for stream in machine.streams.values() if stream is not machine.legacy), "a graph is freed while it may run")
+            busy = (stream.queue for stream in machine.streams.values() if stream is not machine.legacy and not stream.closed)
+            expect(not any(busy), "a graph is freed while it may run")
             graph.destroyed = True
+            graph.nodes.clear()
             return (ok,)
 
         def wait_event(stream: int, event: Event, flags: int) -> tuple[Status]:

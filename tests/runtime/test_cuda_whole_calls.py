@@ -313,7 +313,7 @@ def test_a_call_whose_capture_fails_is_computed_without_a_graph(machine: Machine
         for seeds in ((1,), (1, 2), (1,)):
             trajectory = call(*seeds)
             np.testing.assert_array_equal(whole(engine, Trajectory(trajectory.call))[0], in_steps(host, trajectory)[1])
-    assert [record.getMessage().split(":")[0] for record in caplog.records] == ["calls with a batch of 1 run without a CUDA graph"]
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == ["calls run without a CUDA graph for a batch of 1"]
     assert machine.graphs == []
     assert not any(stream.capture for stream in machine.streams.values())
     engine.close()

@@ -63,6 +63,8 @@ constexpr double kLaunch = 2e-6;               // between two kernels of a CUDA 
 constexpr double kSplit = 1e-6, kPart = 2.5e-7;  // the last block waits for the others, and reads the parts one after another
 constexpr double kReachable = 0.85;            // of the memory's bandwidth
 constexpr double kCache = 2.5;                 // bandwidth of the cache by that of the memory
+// A library's kernel must be expected to be clearly faster: it may give other bits for another number of samples.
+constexpr double kPreference = 1.15;
 constexpr int kSplits[] = {1, 2, 3, 4, 6, 8, 12, 16};
 constexpr std::int64_t kManySamples = 4;
 
@@ -158,7 +160,7 @@ Choice choose(const Sizes& sizes, const Device& device) {
       }
     }
   });
-  choice.own = 1e6 * best <= library_microseconds(one, device);
+  choice.own = 1e6 * best <= kPreference * library_microseconds(one, device);
   if (sizes.samples == 1) return choice;
   const Tile alone = choice.tile;
   best = HUGE_VAL;

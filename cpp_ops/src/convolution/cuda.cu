@@ -40,7 +40,8 @@ __global__ void __launch_bounds__(B::kThreads, 2) kernel(const Launch<T> l) {
     Sums<B::kMatricesM, B::kMatricesN> sums = {};
     __syncthreads();  // all threads have read the previous unit's stages
     for (int i = 0; i < B::kAhead; ++i) load(i);
-    for (int i = 0; i < loads; ++i) {
+    int i = 0;
+    do {
       wait_for_copies<B::kAhead - 1>();
       if constexpr (B::kWgmma) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -48,19 +49,18 @@ __global__ void __launch_bounds__(B::kThreads, 2) kernel(const Launch<T> l) {
         __syncthreads();  // stage i is there, and the products of stage i - 2, whose memory is written next, are finished in all threads
         start_multiply_add_tile<T, B>(sums, stage(i));
         load(i + B::kAhead);
-        if (i + 1 < loads) {
-          wait_for_products<1>();
-        } else {
-          wait_for_products<0>();
-        }
+        wait_for_products<1>();
 #endif
       } else {
         __syncthreads();  // stage i is there, and all threads have read stage i - 1, whose memory is written next
         load(i + B::kAhead);
         multiply_add_tile<T, B>(sums, stage(i));
       }
-    }
+    } while (++i < loads);
     wait_for_copies<0>();
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    if constexpr (B::kWgmma) wait_for_products<0>();
+#endif
     if (l.split > 1 && !add_parts<T, B, B::kMatricesM, B::kMatricesN>(l, unit.tile, unit.part, sums)) continue;
     finish<kWideOut>(l, unit.first_pixel + B::warp_pixel(), unit.first_channel + B::warp_channel(), sums);
   }

@@ -111,10 +111,11 @@ TEST(ConvolutionOpTest, SplitSumsAreReproducible) {
   const Tensor x = random(kHalf, {1, 4, 4, 512}), w = random(kHalf, {16, 512, 3, 3}, 0.01, 1);  // few tiles, long sums
   const Tensor y = run("Conv3x3", {x, w}, {});
   expect_close(y, {1, 4, 4, 16}, sums(x, w), 1e-5);
-  for (const Outcome& outcome : fake_ort::run_concurrently(op_of("Conv3x3"), {x, w}, {}, {}, 1, 3)) {  // a kernel's counters serve several runs
-    EXPECT_EQ(outcome.error, "");
-    if (outcome.error.empty()) expect_same_bits(outcome.outputs.at(0), y);
-  }
+  Options several = constant_weight();
+  several.earlier_runs = 2;  // which leave the kernel's counters at zero
+  const Outcome last = fake_ort::run(op_of("Conv3x3"), {x, w}, {}, several);
+  EXPECT_EQ(last.error, "");
+  expect_same_bits(last.outputs.at(0), y);
 }
 
 TEST(ConvolutionOpTest, Conv3x3ModulateSiLUTakesItsColumnsOfTheScales) {

@@ -175,17 +175,17 @@ TYPED_TEST_SUITE(ConvolutionTest, HalfElements, Names);
 
 TYPED_TEST(ConvolutionTest, EveryTileSplitAndEpilogueFollowsTheFormulaAndTilesAgreeToTheBit) {
   using T = TypeParam;
-  for (const Sizes& sizes : {Sizes{2, 9, 8, 72, 72, 9}, Sizes{1, 130, 1, 320, 136, 1}}) {
+  for (const Sizes& sizes : {Sizes{2, 9, 8, 40, 72, 9}, Sizes{1, 130, 1, 264, 136, 1}}) {
     const Inputs<T> in(sizes);
     const Values sums = sums_of(in);
     for (const int split : {1, 2, 4, 8}) {
       for (const Epilogue epilogue : kEpilogues) {
-        if (split > 2 && epilogue == Epilogue::none) continue;
+        if (split > 1 && epilogue != kEpilogues[static_cast<std::size_t>(split) % 3]) continue;  // all with one part, one with several
         Values first;
         for (const Shape shape : all_shapes()) {
           SCOPED_TRACE(text(sizes) + ", epilogue " + std::to_string(static_cast<int>(epilogue)) + ", tile " + std::to_string(static_cast<int>(shape)) + ", split " +
                        std::to_string(split));
-          const bool all_orders = split == (sizes.taps == 9 ? 4 : 1) && epilogue == Epilogue::mp_sum;
+          const bool all_orders = split == (sizes.taps == 9 ? 4 : 2);
           const Values y = all_orders ? run_in_all_orders([&] { return std::vector<Values>{run(in, {shape, split}, epilogue)}; })[0] : run(in, {shape, split}, epilogue);
           EXPECT_TRUE(follows(in, epilogue, sums, y));
           if (first.empty()) first = y;
@@ -219,7 +219,7 @@ TYPED_TEST(ConvolutionTest, AnySizesAndPointersFollowTheFormula) {
 TYPED_TEST(ConvolutionTest, TheLayersOfEDM2FollowTheFormula) {
   using T = TypeParam;
   int number = 0;
-  for (const std::int64_t width : {8, 16, 24, 32, 40, 48, 56}) {
+  for (std::int64_t width = 8; width <= 56; width += std::is_same_v<T, float16> ? 8 : 16) {
     for (const std::int64_t level : {1, 2, 3, 4}) {
       const std::int64_t side = 128 >> level, channels = width * level, below = width * (level < 4 ? level + 1 : 4);
 #ifdef __SANITIZE_ADDRESS__
@@ -228,7 +228,7 @@ TYPED_TEST(ConvolutionTest, TheLayersOfEDM2FollowTheFormula) {
       for (Sizes sizes : {Sizes{1, side, side, channels, channels, 9}, Sizes{1, side, side, below + channels, channels, 9}, Sizes{1, side, side, below, channels, 1}}) {
         const Epilogue epilogue = kEpilogues[static_cast<std::size_t>(number++) % 3];
         const Tile tile = convolution::choose(sizes, number % 2 == 0 ? kA100 : kH200).tile;
-        sizes.height = std::min<std::int64_t>(side, 512 / (side * level));
+        sizes.height = std::min<std::int64_t>(side, 256 / (side * level));
         SCOPED_TRACE(text(sizes) + ", tile " + std::to_string(static_cast<int>(tile.shape)) + ", split " + std::to_string(tile.split));
         const Inputs<T> in(sizes);
         EXPECT_TRUE(follows(in, epilogue, sums_of(in), run(in, tile, epilogue)));

@@ -37,7 +37,7 @@ class LiveGraphs:
 class RepeatedWork:
     """Work that is enqueued again and again at the same addresses. Its first call captures it as a CUDA graph if that is possible; later calls launch it."""
 
-    def __init__(self, stream: CudaStream, enqueue: Callable[[bool], None], switch: CaptureSwitch, live: LiveGraphs, what: str) -> None:
+    def __init__(self, stream: CudaStream, enqueue: Callable[[bool], None], switch: CaptureSwitch, live: LiveGraphs, failed: str) -> None:
         """Describe the work.
 
         Args:
@@ -45,9 +45,9 @@ class RepeatedWork:
             enqueue: enqueues the work; doing it again must change nothing. The argument is True in a capture.
             switch: whether it may be captured.
             live: counts the graph while it exists.
-            what: names the work in the log: "'step.fp16.onnx' … for a batch of 4".
+            failed: what the log says if the capture fails, before the reason.
         """
-        self._stream, self._enqueue, self._switch, self._live, self._what = stream, enqueue, switch, live, what
+        self._stream, self._enqueue, self._switch, self._live, self._failed = stream, enqueue, switch, live, failed
         self._may_capture = True
         self._graph: Any = None
 
@@ -97,7 +97,7 @@ class RepeatedWork:
                 return
         self._may_capture = False
         self._switch.enabled = self._switch.enabled and isinstance(failure, OutOfMemoryError)
-        log.info("%s without a CUDA graph: %s", self._what, failure)
+        log.info("%s: %s", self._failed, failure)
         self._enqueue(False)
 
     def _capture(self) -> Any:
@@ -134,8 +134,8 @@ class DeviceSession:
     def repeated(self, inputs: Mapping[str, DeviceTensor], output: DeviceTensor, *, capture: bool) -> RepeatedWork:
         """Bind the session to device tensors. The runs are captured, if ``capture`` is True and the session allows it."""
         run, switch = self.bind(inputs, output), self.switch if capture else CaptureSwitch(False)
-        what = f"'{self.ort_session.path.name}' runs for a batch of {output.shape[0]}"
-        return RepeatedWork(self.context.stream, lambda _: run(), switch, self.live, what)
+        failed = f"'{self.ort_session.path.name}' runs without a CUDA graph for a batch of {output.shape[0]}"
+        return RepeatedWork(self.context.stream, lambda _: run(), switch, self.live, failed)
 
 
 class BoundRun:

@@ -130,7 +130,8 @@ class WholeCall:
         self.decoded = self.block.tensor("decoded") if plan.decodes else None
         self._row_nbytes = {one: _row_nbytes(one) for one in (self.state, self._finite, self.decoded) if one is not None}
         enqueue = partial(_enqueue, context.stream, self._bind(sessions, plan, prod(manifest.sample.shape)), self._events)  # without a reference to self
-        self._work = RepeatedWork(context.stream, enqueue, switch if capture else CaptureSwitch(False), live, f"calls with a batch of {n} run")
+        failed = f"calls run without a CUDA graph for a batch of {n}"
+        self._work = RepeatedWork(context.stream, enqueue, switch if capture else CaptureSwitch(False), live, failed)
 
     @property
     def captured(self) -> bool:
