@@ -13,13 +13,14 @@ using Mma128x128 = MmaBlock<128, 128, 2, 2, 32, 4>;
 using Mma128x64 = MmaBlock<128, 64, 2, 2, 64, 3>;
 using Mma64x64 = MmaBlock<64, 64, 2, 2, 64, 4>;
 using Mma64x32 = MmaBlock<64, 32, 4, 1, 64, 4>;
-using Wgmma128x128 = WgmmaBlock<128, 128, 4>;
-using Wgmma128x64 = WgmmaBlock<128, 64, 4>;
-using Wgmma64x64 = WgmmaBlock<64, 64, 4>;
+using Wgmma256x128 = WgmmaBlock<256, 128, 2, 4>;
+using Wgmma128x128 = WgmmaBlock<128, 128, 1, 4>;
+using Wgmma128x64 = WgmmaBlock<128, 64, 1, 4>;
+using Wgmma64x64 = WgmmaBlock<64, 64, 1, 4>;
 
 // kWideIn: the input channels are a multiple of 8 and x is aligned. kWideOut: the same of the outputs and of what the epilogue reads.
 template <typename T, typename B, bool kWideIn, bool kWideOut>
-__global__ void __launch_bounds__(B::kThreads, 2) kernel(const Launch<T> l) {
+__global__ void __launch_bounds__(B::kThreads, B::kBlocks) kernel(const Launch<T> l) {
 #ifndef __CUDA_ARCH_FEAT_SM90_ALL
   if constexpr (B::kWgmma) return;  // never launched
 #endif
@@ -62,7 +63,7 @@ __global__ void __launch_bounds__(B::kThreads, 2) kernel(const Launch<T> l) {
     if constexpr (B::kWgmma) wait_for_products<0>();
 #endif
     if (l.split > 1 && !add_parts<T, B, B::kMatricesM, B::kMatricesN>(l, unit.tile, unit.part, sums)) continue;
-    finish<kWideOut>(l, unit.first_pixel + B::warp_pixel(), unit.first_channel + B::warp_channel(), sums);
+    finish<B, kWideOut>(l, unit.first_pixel + B::warp_pixel(), unit.first_channel + B::warp_channel(), sums);
   }
 }
 
@@ -142,6 +143,8 @@ const char* cuda(const Params<T>& p, const Tile& tile, void* stream) {
       return run<Mma64x64, true, true>(l, stream);
     case Shape::mma_64x32:
       return run<Mma64x32, true, true>(l, stream);
+    case Shape::wgmma_256x128:
+      return run<Wgmma256x128, true, true>(l, stream);
     case Shape::wgmma_128x128:
       return run<Wgmma128x128, true, true>(l, stream);
     case Shape::wgmma_128x64:

@@ -1,7 +1,7 @@
 // What follows the sums of a convolution: partial sums are added, the epilogue is applied, the result is rounded and stored.
 //
-// A warp holds kMatricesM by kMatricesN products of 16 pixels by 8 columns, in the layout of mma's operand C (common/ptx.h). column() in loaders.cuh has the
-// channels of the columns.
+// A warp holds kMatricesM by kMatricesN products of 16 pixels by 8 columns, in the layout of mma's operand C (common/ptx.h). The pixels of the products begin
+// kMatrixPixels after one another; column() in loaders.cuh has the channels of the columns.
 #pragma once
 
 #include "convolution/loaders.cuh"
@@ -62,17 +62,17 @@ __device__ __forceinline__ void finish(const Launch<T>& l, int sample, int pixel
 }
 
 // Finishes the outputs of a warp. first_pixel and first_channel are the warp's.
-template <bool kWide, typename T, int kMatricesM, int kMatricesN>
-__device__ __forceinline__ void finish(const Launch<T>& l, int first_pixel, int first_channel, const Sums<kMatricesM, kMatricesN>& sums) {
-  static_assert(kMatricesN % 4 == 0);
+template <typename B, bool kWide, typename T>
+__device__ __forceinline__ void finish(const Launch<T>& l, int first_pixel, int first_channel, const Sums<B::kMatricesM, B::kMatricesN>& sums) {
+  static_assert(B::kMatricesN % 4 == 0);
   const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
 #pragma unroll
-  for (int row = 0; row < 2 * kMatricesM; ++row) {
-    const int pixel = first_pixel + row * 8 + g;
+  for (int row = 0; row < 2 * B::kMatricesM; ++row) {
+    const int pixel = first_pixel + row / 2 * B::kMatrixPixels + row % 2 * 8 + g;
     if (pixel >= l.outputs) continue;
     const int sample = l.p.epilogue == Epilogue::modulate_silu ? pixel / l.pixels : 0;
 #pragma unroll
-    for (int four = 0; four < kMatricesN / 4; ++four) {
+    for (int four = 0; four < B::kMatricesN / 4; ++four) {
       const int channel = first_channel + four * 32 + t * 8;
       const auto sum = [&](int i) { return sums[row / 2][four * 4 + i / 2][row % 2 * 2 + i % 2]; };
       if constexpr (kWide) {

@@ -49,6 +49,7 @@ struct Block {
   static constexpr int kM = kM_, kN = kN_, kThreads = kThreads_, kDepth = kDepth_, kStages = kStages_;
   static constexpr int kRowBytes = 2 * kDepth, kChunks = kDepth / 8;
   static constexpr int kStageBytes = (kM + kN) * kRowBytes, kSharedBytes = kStages * kStageBytes;
+  static constexpr int kBlocks = 2 * kSharedBytes <= 228 * 1024 ? 2 : 1;  // of a multiprocessor, for which the registers must suffice
   static constexpr int kRowsPerPass = kThreads / kChunks;  // rows that the threads copy together, a chunk each
   static_assert(kDepth == 32 || kDepth == 64);
   static_assert(kM % kRowsPerPass == 0 && kN % kRowsPerPass == 0 && kRowsPerPass % 16 == 0);

@@ -13,6 +13,7 @@ struct MmaBlock : Block<kM, kN, kWarpsM_ * kWarpsN_ * static_cast<int>(kWarp), k
   static constexpr int kWarpsM = kWarpsM_, kWarpsN = kWarpsN_;
   static constexpr int kWarpM = kM / kWarpsM, kWarpN = kN / kWarpsN;  // outputs of a warp
   static constexpr int kMatricesM = kWarpM / 16, kMatricesN = kWarpN / 8;
+  static constexpr int kMatrixPixels = 16;  // from a matrix to the next one below
 
   // The first outputs of the thread's warp, relative to the tile.
   static __device__ __forceinline__ int warp_pixel() { return threadIdx.x / kWarp % kWarpsM * kWarpM; }

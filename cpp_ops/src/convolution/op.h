@@ -35,21 +35,23 @@ const char* pack(const T* weight, const Sizes& sizes, T* packed, void* stream);
 
 // -- Tiles -------------------------------------------------------------------------------------------------------------------
 
-// Output pixels by output channels that a block computes. The numbers are those of the table tiles.inc.
+// Output pixels by output channels that a block computes. A block loads (pixels + channels) / (pixels * channels) elements for each multiply-add, so large tiles
+// need less bandwidth of the cache, and small tiles fill the device with small maps.
 enum class Shape : int {
   mma_128x128 = 0,
   mma_128x64 = 1,
   mma_64x64 = 2,
   mma_64x32 = 3,
-  wgmma_128x128 = 4,
-  wgmma_128x64 = 5,
-  wgmma_64x64 = 6,
+  wgmma_256x128 = 4,
+  wgmma_128x128 = 5,
+  wgmma_128x64 = 6,
+  wgmma_64x64 = 7,
 };
-constexpr int kShapes = 7;
+constexpr int kShapes = 8;
 
 // The instructions of a shape. All shapes of a family give the same bits for the same split.
 enum class Family : int { mma, wgmma };
-constexpr Family family(Shape shape) { return shape >= Shape::wgmma_128x128 ? Family::wgmma : Family::mma; }
+constexpr Family family(Shape shape) { return shape >= Shape::wgmma_256x128 ? Family::wgmma : Family::mma; }
 
 // `split` blocks share the sum of a tile; 1 to kMaxSplit. A split of more than the number of steps of 64 terms is reduced to that number.
 struct Tile {

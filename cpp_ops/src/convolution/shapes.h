@@ -11,6 +11,8 @@ struct TileSize {
 
 constexpr TileSize size_of(Shape shape) {
   switch (shape) {
+    case Shape::wgmma_256x128:
+      return {256, 128};
     case Shape::mma_128x128:
     case Shape::wgmma_128x128:
       return {128, 128};
