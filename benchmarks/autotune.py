@@ -63,7 +63,7 @@ def measure(operation: Operation, gpu: Gpu, numbers: dict[str, int], native: Lib
         raise click.ClickException("our kernel cannot run: no tile was measured")
     best, split = min(alone, key=lambda name: alone[name]).split(" / ")
     family = best.split("_")[0]  # all of its tiles give the same bits for the same split
-    many = {name: time_of(name.split(" / ")[0], int(split), MANY) for name in alone if name.startswith(f"{family}_") and name.endswith(f" / {split}")}
+    many = {f"{name} / {split}": time_of(name, int(split), MANY) for name in numbers if name.startswith(f"{family}_")}  # large tiles that lose alone too
     others = {str(samples): seconds(operation, samples, expected * max(1, samples / 2), native, None) * 1e6 for samples in (1, MANY)}
     return {"1": alone, str(MANY): many, "library": others}
 

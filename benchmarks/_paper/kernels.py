@@ -14,11 +14,12 @@ Tile = tuple[int, int]
 
 LIBRARY_TILES: tuple[Tile, ...] = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 128), (64, 64))
 # The tiles of cpp_ops/src/convolution, by instruction.
-OWN_TILES: dict[str, tuple[Tile, ...]] = {"mma": ((128, 128), (128, 64), (64, 64), (64, 32)), "wgmma": ((128, 128), (128, 64), (64, 64))}
+OWN_TILES: dict[str, tuple[Tile, ...]] = {"mma": ((128, 128), (128, 64), (64, 64), (64, 32)), "wgmma": ((256, 128), (128, 128), (128, 64), (64, 64))}
 CUDNN_SPLITS = (1,)  # cuDNN's forward convolutions do not split the sum
 CUBLAS_SPLITS = (1, 2, 4, 8)
 OWN_SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
 SPLIT_TERMS = 128  # a block of a split sum has at least so many terms
+LARGE_BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,23 @@ def library(gpu: Gpu, operation: Operation) -> Choice:
 
 
 def own(gpu: Gpu, operation: Operation) -> Choice:
-    """Return the time of our kernel, with the operation that follows in it."""
-    return own_candidates(gpu, operation)[0]
+    """Return the time of our kernel, with the operation that follows in it.
+
+    As in the library, the instruction and the split do not depend on the batch: the mean of the times per sample, of one sample and of a large batch, decides.
+    """
+    one, many, wanted = (_by_kind(own_candidates(gpu, replace(operation, pixels=pixels))) for pixels in _batches(operation))
+    return wanted[min(one, key=lambda kind: one[kind].seconds + many[kind].seconds / LARGE_BATCH)]
+
+
+def _batches(operation: Operation) -> tuple[int, int, int]:
+    """Return the pixels of one sample, of a large batch, and of the operation's batch."""
+    sample = operation.resolution**2
+    return sample, LARGE_BATCH * sample, operation.pixels
+
+
+def _by_kind(candidates: Sequence[Choice]) -> dict[tuple[str, int], Choice]:
+    """Return the fastest choice for each instruction and split, of choices in the order of their times."""
+    return {(choice.instruction, choice.split): choice for choice in reversed(candidates)}
 
 
 def own_candidates(gpu: Gpu, operation: Operation) -> list[Choice]:

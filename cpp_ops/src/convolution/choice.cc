@@ -8,86 +8,103 @@
 namespace scm::convolution {
 namespace {
 
-// Rates of a device. Sources: NVIDIA's architecture white papers, dense float16 with float32 accumulators at boost clocks. On Hopper, mma reaches 63 % of
-// wgmma's rate (arXiv 2402.13499). Newer devices are a guess.
+// Rates of a device that kernels reach, as in benchmarks/_paper/gpus.py. Sources: NVIDIA's architecture white papers, dense float16 with float32 accumulators at
+// boost clocks; on Hopper, mma reaches 63 % of wgmma's rate (arXiv 2402.13499). The cache of other devices than A100 and H200, and newer devices are a guess.
 struct Rates {
-  double mma, wgmma;  // operations a second and multiprocessor
-  double memory;      // bytes a second
-  int shared_kib;     // of a multiprocessor
+  double mma, wgmma;     // operations a second and multiprocessor
+  double cache, memory;  // bytes a second
+  int shared_kib;        // of a multiprocessor
 };
 
+constexpr double kMma = 0.85, kWgmma = 0.7;  // reached by the loops of the kernels, with operands in time: a guess
+constexpr double kReachable = 0.88;          // of the memory's bandwidth
+
 Rates rates_of(const Device& device) {
+  const auto rates = [](double mma, double wgmma, double cache, double memory, int shared_kib) {
+    return Rates{kMma * mma, kWgmma * wgmma, cache, kReachable * memory, shared_kib};
+  };
   switch (device.capability) {
     case 80:
-      return {312e12 / 108, 0, 1.94e12, 164};
+      return rates(312e12 / 108, 0, 3.5e12, 2.04e12, 164);
     case 86:
-      return {71e12 / 82, 0, 0.94e12, 100};
+      return rates(71e12 / 82, 0, 1.8e12, 0.94e12, 100);
     case 89:
-      return {165e12 / 128, 0, 1.0e12, 100};
+      return rates(165e12 / 128, 0, 3.5e12, 1.0e12, 100);
     case 90:
-      return {0.63 * 989e12 / 132, 989e12 / 132, 4.3e12, 228};
+      return rates(0.63 * 989e12 / 132, 989e12 / 132, 7.0e12, 4.8e12, 228);
     default:
-      return {3e12, 0, 1.8e12, device.capability < 120 ? 228 : 100};
+      return rates(3e12, 0, 5e12, 1.8e12, device.capability < 120 ? 228 : 100);
   }
 }
 
-// What the estimate knows of a shape. The efficiency is the share of a multiprocessor's rate that is left by the copies and the loads of operands with as many
-// blocks as fit: a guess, to be replaced by measured rows in tiles.inc.
+// What a block of a shape needs: shared memory, and registers, which permit so many blocks on a multiprocessor.
 struct Traits {
-  double efficiency;
-  int shared_kib, max_blocks;  // shared memory of a block; blocks of a multiprocessor that the registers permit
+  int shared_kib, max_blocks;
 };
 
 Traits traits_of(Shape shape) {
   switch (shape) {
     case Shape::mma_128x128:
-      return {0.78, 64, 2};
+      return {64, 2};
     case Shape::mma_128x64:
-      return {0.74, 72, 3};
+      return {72, 3};
     case Shape::mma_64x64:
-      return {0.60, 64, 4};
+      return {64, 4};
     case Shape::mma_64x32:
-      return {0.40, 48, 4};
+      return {48, 4};
+    case Shape::wgmma_256x128:
+      return {192, 1};
     case Shape::wgmma_128x128:
-      return {0.70, 128, 1};
+      return {128, 1};
     case Shape::wgmma_128x64:
-      return {0.62, 96, 2};
+      return {96, 2};
     case Shape::wgmma_64x64:
-      return {0.50, 64, 3};
+      return {64, 3};
   }
   return {};
 }
 
-constexpr double kLaunch = 2e-6;               // between two kernels of a CUDA graph
+constexpr double kLaunch = 2e-6;                 // between two kernels of a CUDA graph
 constexpr double kSplit = 1e-6, kPart = 2.5e-7;  // the last block waits for the others, and reads the parts one after another
-constexpr double kReachable = 0.85;            // of the memory's bandwidth
-constexpr double kCache = 2.5;                 // bandwidth of the cache by that of the memory
+constexpr double kAlone = 2;                     // times its share of the cache's bandwidth that a multiprocessor gets when most of the others are idle
 constexpr int kSplits[] = {1, 2, 3, 4, 6, 8, 12, 16};
-constexpr std::int64_t kManySamples = 4;
+constexpr std::int64_t kManySamples = 4, kLargeBatch = 8;
 
 // Bytes of the input, the weights and the output.
 double bytes(const Sizes& s) { return 2.0 * static_cast<double>(s.samples * s.pixels() * (s.in + s.out) + packed_size(s)); }
 
+// Blocks run in waves. A block takes the time of its operations, or of the loads of its operands from the cache, which all multiprocessors share.
 double seconds(const Sizes& s, const Tile& tile, const Device& device) {
   const Rates rates = rates_of(device);
   const Traits traits = traits_of(tile.shape);
   const auto [pixels, channels] = size_of(tile.shape);
   const int split = effective_split(s, tile), resident = std::max(1, std::min(rates.shared_kib / traits.shared_kib, traits.max_blocks));
-  const double block = 2.0 * pixels * channels * 64 * std::ceil(static_cast<double>(steps(s)) / split);
+  const double terms = 64 * std::ceil(static_cast<double>(steps(s)) / split);
   const double blocks = static_cast<double>(tiles(s, tile.shape)) * split, most = std::ceil(blocks / device.multiprocessors);  // on one multiprocessor
-  // One block alone does not hide its own latencies.
+  // One block of several that fit does not hide its own latencies.
   const double full = resident == 1 ? 1.0 : std::min(1.0, 0.55 + 0.45 * (most - 1) / (resident - 1));
-  const double compute = most * block / ((family(tile.shape) == Family::wgmma ? rates.wgmma : rates.mma) * traits.efficiency * full);
-  const double memory = bytes(s) / (rates.memory * kReachable);
-  const double parts = split == 1 ? 0.0 : blocks * pixels * channels * 8 / (rates.memory * kCache) + kSplit + split * kPart;
-  return kLaunch + std::max(compute, memory) + parts;
+  const double compute = 2.0 * pixels * channels * terms / ((family(tile.shape) == Family::wgmma ? rates.wgmma : rates.mma) * full);
+  const double share = std::min(1 / std::min<double>(blocks, device.multiprocessors), kAlone / device.multiprocessors);
+  const double loads = 2.0 * (pixels + channels) * terms / (rates.cache * share);
+  const double parts = split == 1 ? 0.0 : blocks * pixels * channels * 8 / rates.cache + kSplit + split * kPart;
+  return kLaunch + std::max(most * std::max(compute, loads), bytes(s) / rates.memory) + parts;
 }
 
-template <typename Each>
-void for_each_shape(const Device& device, const Each& each) {
+struct Estimate {
+  Shape shape;
+  double seconds;
+};
+
+// Returns the fastest shape of a family that the device supports.
+Estimate fastest(Family wanted, const Sizes& sizes, int split, const Device& device) {
+  Estimate best{Shape::mma_64x64, HUGE_VAL};
   for (int i = 0; i < kShapes; ++i) {
-    if (supported(static_cast<Shape>(i), device)) each(static_cast<Shape>(i));
+    const auto shape = static_cast<Shape>(i);
+    if (family(shape) != wanted || !supported(shape, device)) continue;
+    const double time = seconds(sizes, {shape, split}, device);
+    if (time < best.seconds) best = {shape, time};
   }
+  return best;
 }
 
 struct Row {
@@ -124,31 +141,22 @@ bool supported(Shape shape, const Device& device) {
 
 Tile choose(const Sizes& sizes, const Device& device) {
   if (const Row* row = row_of(sizes, device)) return {sizes.samples < kManySamples ? row->shape : row->shape_of_many, row->split};
-  Sizes one = sizes;
+  // The family and the split serve batches of any size: the mean of the times per sample, of one sample and of a large batch, decides.
+  Sizes one = sizes, many = sizes;
   one.samples = 1;
-  Tile alone = {Shape::mma_64x64, 1};
-  double best = HUGE_VAL;
-  for_each_shape(device, [&](Shape shape) {
+  many.samples = kLargeBatch;
+  Tile best = {Shape::mma_64x64, 1};
+  double shortest = HUGE_VAL;
+  for (const Family wanted : {Family::mma, Family::wgmma}) {
     for (const int split : kSplits) {
       if (split > steps(one)) continue;
-      const double time = seconds(one, {shape, split}, device);
-      if (time < best) {
-        best = time;
-        alone = {shape, split};
-      }
+      const double time = fastest(wanted, one, split, device).seconds + fastest(wanted, many, split, device).seconds / kLargeBatch;
+      if (time >= shortest) continue;
+      shortest = time;
+      best = {fastest(wanted, sizes, split, device).shape, split};
     }
-  });
-  Tile tile = alone;
-  best = HUGE_VAL;
-  for_each_shape(device, [&](Shape shape) {
-    if (family(shape) != family(alone.shape)) return;
-    const double time = seconds(sizes, {shape, alone.split}, device);
-    if (time < best) {
-      best = time;
-      tile.shape = shape;
-    }
-  });
-  return tile;
+  }
+  return best;
 }
 
 std::int64_t partials_bytes(const Sizes& sizes, const Tile& tile) {

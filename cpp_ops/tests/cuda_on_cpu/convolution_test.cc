@@ -319,6 +319,18 @@ TEST(ConvolutionChoiceTest, TheOrderOfASumDoesNotDependOnTheBatch) {
   }
 }
 
+// Large tiles load less from the cache for each product; small tiles fill the device.
+TEST(ConvolutionChoiceTest, LargeMapsTakeLargeTilesAndSmallMapsSmallTiles) {
+  EXPECT_EQ(convolution::choose({8, 64, 64, 448, 448, 9}, kH200).shape, Shape::wgmma_256x128);
+  EXPECT_EQ(convolution::choose({8, 64, 64, 448, 448, 9}, kA100).shape, Shape::mma_128x128);
+  for (const Device& device : {kH200, kA100}) {
+    for (const std::int64_t channels : {256, 768, 1792}) {
+      const Shape shape = convolution::choose({1, 8, 8, channels, channels, 9}, device).shape;
+      EXPECT_TRUE(shape == Shape::wgmma_64x64 || shape == Shape::mma_64x64 || shape == Shape::mma_64x32) << static_cast<int>(shape);
+    }
+  }
+}
+
 TEST(ConvolutionChoiceTest, SmallMapsWithManyChannelsAreSplit) {
   EXPECT_GT(convolution::choose({1, 8, 8, 1792, 1792, 9}, kH200).split, 1);
   EXPECT_GT(convolution::choose({1, 8, 8, 1792, 1792, 9}, kA100).split, 1);
