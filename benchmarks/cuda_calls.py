@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
+from itertools import product
 from typing import Any
 
 import click
@@ -25,8 +26,10 @@ from scm_runtime.bundle.manifest import Dtype, read_manifest
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
 from scm_runtime.devices.placement import resolve_device
 from scm_runtime.errors import ScmError
+from scm_runtime.inputs.arguments import OutputType
 
 WARMUP_CALLS = 5  # they capture
+OUTPUTS: tuple[OutputType, ...] = ("np", "dlpack", "latent")
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "no CUDA graphs": {"cuda_graph": False},
@@ -62,22 +65,22 @@ def options(bundle: str, dtypes: Sequence[Dtype], batch_sizes: Sequence[int], re
 
 
 def overhead(bundle: str, dtypes: Sequence[Dtype], batch_sizes: Sequence[int], repeats: int) -> dict[str, Any]:
-    """Return the time of a call, of its work on the device, and the difference: medians of many calls."""
+    """Return the time of a call, of its work on the device, and the difference, per kind of output: medians of many calls."""
     figures: dict[str, Any] = {}
     for dtype in dtypes:
         with Generator(bundle, device="cuda", dtype=dtype) as generate:
-            for n in batch_sizes:
+            for n, output in product(batch_sizes, OUTPUTS):
                 for _ in range(WARMUP_CALLS):
-                    generate(seed=0, batch_size=n, output_type="np")
+                    generate(seed=0, batch_size=n, output_type=output)
                 calls = []
                 for _ in range(repeats):
                     start = time.perf_counter()
-                    timings = generate(seed=0, batch_size=n, output_type="np").timings
+                    timings = generate(seed=0, batch_size=n, output_type=output).timings
                     whole, parts = time.perf_counter() - start, {"noise": timings.noise, "steps": sum(timings.steps), "decode": timings.decode}
                     calls.append({"call": whole, **parts, "overhead": whole - sum(parts.values())})
                 medians = {name: statistics.median(call[name] for call in calls) for name in calls[0]}
                 fastest = min(call["overhead"] for call in calls)
-                figures[f"{dtype}, batch {n}"] = {
+                figures[f"{dtype}, batch {n}, {output}"] = {
                     **{f"{name}_ms": seconds * 1e3 for name, seconds in medians.items() if name != "overhead"},
                     "overhead_us": medians["overhead"] * 1e6,
                     "least_overhead_us": fastest * 1e6,

@@ -132,11 +132,6 @@ class Stream:
             else:
                 self.put(work)
 
-    def wait(self, event: Event) -> None:
-        self.driver.check_call(any_thread=not self.driver.open)
-        self.put(lambda: event.stream.execute_to(event))
-        self.driver.waits.append((self.handle, event))
-
     def execute_to(self, event: Event) -> None:
         while not event.done:
             expect(self.queue, "waiting for an event that was never recorded")
@@ -412,10 +407,12 @@ class FakeDriver:
             graph.nodes.clear()
             return (ok,)
 
-        def wait_event(stream: int, event: Event, flags: int) -> tuple[Status]:
+        def wait_event(stream: int, event: DriverEvent, flags: int) -> tuple[Status]:
             expect(machine.pushed, "a default stream is used without a current context")
-            machine.streams[stream].put(lambda: event.stream.execute_to(event))
-            machine.waits.append((stream, event))
+            recorded = event.latest
+            assert recorded
+            machine.streams[stream].put(lambda: recorded.stream.execute_to(recorded))
+            machine.waits.append((stream, recorded))
             return (ok,)
 
         def push(context: Any) -> tuple[Status]:

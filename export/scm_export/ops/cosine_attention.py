@@ -39,7 +39,8 @@ COSINE_ATTENTION = Operator(
     output="y",
     output_type="T",
     sizes={"channels": lambda qkv: qkv[-1] // 3},
-    # A 0 in a shape keeps the size of that axis; a -1 would be undefined for an empty batch.
+    # A 0 in a shape keeps the size of that axis; a -1 would be undefined for an empty batch. The scale is a vector: ONNX Runtime would merge a single
+    # number into the product, which rounds differently.
     body=f"""
         three = Constant <value_ints = [3]> ()
         batch_and_length = Constant <value_ints = [0, 0]> ()
@@ -58,7 +59,8 @@ COSINE_ATTENTION = Operator(
         root = Sqrt (head_size_float)
         scale = Reciprocal (root)
         scale_T = CastLike (scale, qkv)
-        scaled_q = Mul (q, scale_T)
+        scales = Expand (scale_T, head_size)
+        scaled_q = Mul (q, scales)
         k_turned = Transpose <perm = [0, 1, 2, 4, 3]> (k)
         logits = MatMul (scaled_q, k_turned)
         weights = Softmax <axis = -1> (logits)

@@ -69,7 +69,7 @@ class CudaStream:
             threshold = self._driver.CUmemPool_attribute.CU_MEMPOOL_ATTR_RELEASE_THRESHOLD
             check(self._driver.cuMemPoolSetAttribute(self._pool.handle, threshold, self._driver.cuuint64_t(2**64 - 1)))
         self._memory: Any = self._pool or self._device.memory_resource
-        self._deferred: deque[tuple[Any, Any]] = deque()
+        self._deferred: deque[tuple[Any, TimingEvent | None]] = deque()
         self._free_events: deque[Any] = deque()
         self._done = self.new_event()  # of ``synchronize``
         self._uploading: list[NDArray[Any]] = []
@@ -157,7 +157,7 @@ class CudaStream:
             self._staging = self.allocate_pinned(min(STAGING_BYTES, 1 << max(nbytes - 1, 4095).bit_length()))
         return self._staging
 
-    def defer_free(self, buffer: Any, ready_event: Any) -> None:
+    def defer_free(self, buffer: Any, ready_event: TimingEvent | None) -> None:
         """Free a cuda-core buffer as soon as that is safe. May be called from any thread."""
         # The caller may be another thread during a capture, and the free would be captured as a part of the graph.
         self._deferred.append((buffer, ready_event))
@@ -178,9 +178,8 @@ class CudaStream:
                 buffer.close()  # in the order of the stream that it was allocated on
                 continue
             # The buffer was shared, and most consumers use it on the default stream. Freeing it there orders the free after their last use.
-            legacy = self._core.LEGACY_DEFAULT_STREAM
-            legacy.wait(ready_event)
-            buffer.close(legacy)
+            self.stream_wait_event(LEGACY_STREAM, ready_event)
+            buffer.close(self._core.LEGACY_DEFAULT_STREAM)
 
     @translate_errors
     def trim(self) -> None:
@@ -237,7 +236,7 @@ class CudaStream:
     @translate_errors
     def share(self, buffer: DeviceBuffer) -> None:
         """Prepare a buffer for consumers on other streams: record the event after which its contents are complete."""
-        buffer.ready_event = self._stream.record()
+        buffer.ready_event = self.record()
 
     @translate_errors
     def export_dlpack(self, buffer: DeviceBuffer, shape: tuple[int, ...], dtype: np.dtype[Any], max_version: tuple[int, int] | None) -> object:
@@ -247,7 +246,7 @@ class CudaStream:
             return self._utils.StridedMemoryView.from_buffer(view, shape, dtype=dtype).__dlpack__(max_version=max_version)
 
     @translate_errors
-    def stream_wait_event(self, stream: int, event: Any) -> None:
+    def stream_wait_event(self, stream: int, event: TimingEvent) -> None:
         """Make later work on a stream of this device, given by its handle, wait for an event. May be called from any thread."""
         with self._current_context():  # the handles of the default streams refer to the current context
             check(self._driver.cuStreamWaitEvent(stream, event.handle, 0))
