@@ -116,7 +116,7 @@ void ConvolutionLayer::run(const Context& run, convolution::Params<T> p) const {
   const convolution::Sizes& s = p.sizes;
   if (s.samples * s.pixels() * s.out == 0) return;
   void* const stream = run.cuda_stream();
-  const convolution::Tile tile = forced_ ? *forced_ : convolution::choose(s, device_).tile;
+  const convolution::Tile tile = forced_ ? *forced_ : convolution::choose(s, device_);
   Memory partials;
   if (const std::int64_t bytes = convolution::partials_bytes(s, tile); bytes > 0) {
     partials = run.scratch(*allocator_, static_cast<std::size_t>(bytes));

@@ -66,20 +66,9 @@ struct Device {
 // Returns whether the device can run the shape, and the library has code for it: wgmma only on compute capability 9.0.
 bool supported(Shape shape, const Device& device);
 
-struct Choice {
-  bool own;   // false: cuDNN or cuBLAS is expected to be faster
-  Tile tile;  // valid in both cases
-};
-
-// Looks the sizes up in the table tiles.inc, or else takes the tile with the shortest estimated time. `own`, the family and the split depend on the sizes of
-// one sample only.
-Choice choose(const Sizes& sizes, const Device& device);
-
-// Returns the expected time of the kernel in microseconds, for weights that are not in the cache.
-double estimated_microseconds(const Sizes& sizes, const Tile& tile, const Device& device);
-
-// The same for cuDNN, or cuBLAS, and a kernel for the epilogue after it.
-double library_microseconds(const Sizes& sizes, const Device& device);
+// Looks the sizes up in the table tiles.inc, or else takes the tile with the shortest estimated time. The family and the split depend on the sizes of one
+// sample only.
+Tile choose(const Sizes& sizes, const Device& device);
 
 // -- Workspace ---------------------------------------------------------------------------------------------------------------
 

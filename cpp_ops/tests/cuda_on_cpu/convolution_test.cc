@@ -227,7 +227,7 @@ TYPED_TEST(ConvolutionTest, TheLayersOfEDM2FollowTheFormula) {
 #endif
       for (Sizes sizes : {Sizes{1, side, side, channels, channels, 9}, Sizes{1, side, side, below + channels, channels, 9}, Sizes{1, side, side, below, channels, 1}}) {
         const Epilogue epilogue = kEpilogues[static_cast<std::size_t>(number++) % 3];
-        const Tile tile = convolution::choose(sizes, number % 2 == 0 ? kA100 : kH200).tile;
+        const Tile tile = convolution::choose(sizes, number % 2 == 0 ? kA100 : kH200);
         sizes.height = std::min<std::int64_t>(side, 256 / (side * level));
         SCOPED_TRACE(text(sizes) + ", tile " + std::to_string(static_cast<int>(tile.shape)) + ", split " + std::to_string(tile.split));
         const Inputs<T> in(sizes);
@@ -305,14 +305,13 @@ TEST(ConvolutionChoiceTest, TheOrderOfASumDoesNotDependOnTheBatch) {
       for (const std::int64_t level : {1, 2, 3, 4}) {
         for (const int taps : {9, 1}) {
           Sizes sizes{1, 128 >> level, 128 >> level, width * level, width * level, taps};
-          const convolution::Choice alone = convolution::choose(sizes, device);
-          EXPECT_TRUE(convolution::supported(alone.tile.shape, device));
+          const Tile alone = convolution::choose(sizes, device);
+          EXPECT_TRUE(convolution::supported(alone.shape, device));
           for (const std::int64_t samples : {2, 3, 8, 33, 256}) {
             sizes.samples = samples;
-            const convolution::Choice choice = convolution::choose(sizes, device);
-            EXPECT_EQ(choice.own, alone.own) << text(sizes);
-            EXPECT_EQ(choice.tile.split, alone.tile.split) << text(sizes);
-            EXPECT_EQ(convolution::family(choice.tile.shape), convolution::family(alone.tile.shape)) << text(sizes);
+            const Tile tile = convolution::choose(sizes, device);
+            EXPECT_EQ(tile.split, alone.split) << text(sizes);
+            EXPECT_EQ(convolution::family(tile.shape), convolution::family(alone.shape)) << text(sizes);
           }
         }
       }
@@ -321,9 +320,9 @@ TEST(ConvolutionChoiceTest, TheOrderOfASumDoesNotDependOnTheBatch) {
 }
 
 TEST(ConvolutionChoiceTest, SmallMapsWithManyChannelsAreSplit) {
-  EXPECT_GT(convolution::choose({1, 8, 8, 1792, 1792, 9}, kH200).tile.split, 1);
-  EXPECT_GT(convolution::choose({1, 8, 8, 1792, 1792, 9}, kA100).tile.split, 1);
-  EXPECT_EQ(convolution::choose({1, 64, 64, 448, 448, 9}, kH200).tile.split, 1);
+  EXPECT_GT(convolution::choose({1, 8, 8, 1792, 1792, 9}, kH200).split, 1);
+  EXPECT_GT(convolution::choose({1, 8, 8, 1792, 1792, 9}, kA100).split, 1);
+  EXPECT_EQ(convolution::choose({1, 64, 64, 448, 448, 9}, kH200).split, 1);
 }
 
 }  // namespace
