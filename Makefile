@@ -24,12 +24,13 @@ KERNELS  := $(shell find cpp_ops -name '.*' -prune -o -type f -print)
 
 DEMO     := demo/digits.png
 LABELS   := 0,1,2,3,4,5,6,7,8,9,0,1,2,3,4,5,6,7,8,9
-# figures.py runs last: it shows the results of the others. Large models are measured by name: docs/benchmarks.md has the commands.
-BENCHES  := $(filter-out benchmarks/_% benchmarks/figures.py,$(wildcard benchmarks/*.py))
+# figures.py runs last: it shows the results of the others. Large models are measured by name: docs/benchmarks.md has the commands. The scripts left out
+# need a GPU: make first-gpu.
+BENCHES  := $(filter-out benchmarks/_% $(patsubst %,benchmarks/%.py,figures first_gpu autotune),$(wildcard benchmarks/*.py))
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:  # two pips must not install into .venv at the same time
-.PHONY: help demo test test-gpu test-stub lint types floors floors-runtime audit ops ops-test ops-sanitize ops-tsan soak kills fuzz bench bench-large format dist constraints clean
+.PHONY: help demo test test-gpu first-gpu test-stub lint types floors floors-runtime audit ops ops-test ops-sanitize ops-tsan soak kills fuzz bench bench-large format dist constraints clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | while IFS='	' read -r name what; do printf '  make %-15s %s\n' "$$name" "$$what"; done
@@ -69,6 +70,10 @@ test-gpu: $(FULL) ## run the GPU tests, and again under compute-sanitizer if it 
 	$(call build-ops,ON)
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 	! command -v compute-sanitizer > /dev/null || compute-sanitizer --error-exitcode 1 $(BIN)/python -m pytest -m gpu tests/ops $(ARGS)
+
+# It installs nothing: a machine with a GPU may have no network. Without .venv, PYTHON must have the packages.
+first-gpu: ## build, test, tune and measure on a GPU in ten minutes, and write a report to commit (ARGS="--minutes 20")
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/first_gpu.py $(ARGS)
 
 test-stub: $(FULL) ## run the CUDA path on a stub of a GPU, which computes nothing (tests/stub); skipped without nvcc, or if the packages cannot be installed
 	@if ! command -v "$${CUDACXX:-nvcc}" > /dev/null; then echo "SKIPPED: test-stub needs nvcc 13, which was not found. Install the CUDA toolkit, or set CUDACXX."; \

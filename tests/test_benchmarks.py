@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,9 @@ def crashing(case, n, threads, device):
 def hanging(case, n, threads, device):
     time.sleep(60)
 """
+SCRIPT_FOLDERS = ("benchmarks", "examples/digits", "tests", "tests/fuzz", "tests/soak")
+OPTIONAL_PACKAGES = {"cuda", "cupy", "jax", "nvidia", "openvino", "tensorrt", "torch"}  # which a machine with a GPU may have
+
 TINY = Size("tiny", "edm2", 1000)
 
 
@@ -212,6 +216,16 @@ def test_the_digits_are_drawn_by_ours_and_by_a_plain_export(tmp_path: Path, monk
     row = json.loads((tmp_path / "peers.json").read_text())["figures"]["rows"]["digits, batch 2"]
     assert {name: found["status"] for name, found in row["peers"].items()} == dict.fromkeys(chosen, "ok")
     assert row["flop_per_sample"] > row["parameters"]
+
+
+@pytest.mark.parametrize("folder", SCRIPT_FOLDERS)
+def test_scripts_do_not_hide_packages(folder: str) -> None:
+    """The folder of a script comes first in sys.path: a module of its name, such as cuda, could not be imported."""
+    scripts = {path.stem for path in (ROOT / folder).glob("*.py")} | {path.parent.name for path in (ROOT / folder).glob("*/__init__.py")}
+    assert scripts
+    elsewhere = [entry for entry in sys.path if Path(entry or ".").resolve() not in {ROOT, *(ROOT / name for name in SCRIPT_FOLDERS)}]
+    known = OPTIONAL_PACKAGES | sys.stdlib_module_names
+    assert {name for name in scripts if name in known or PathFinder.find_spec(name, elsewhere)} == set()
 
 
 # ----------------------------------------------------------------------------

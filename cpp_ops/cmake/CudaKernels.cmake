@@ -1,7 +1,7 @@
 # Sets SCM_OPS_CUDA_FOUND: ON if CUDA kernels are to be built, for SCM_OPS_CUDA_ARCHITECTURES.
 set(SCM_OPS_CUDA_FOUND OFF)
-# Machine code for Ampere (A100, RTX 30), Ada and Hopper, and Hopper's PTX for later architectures.
-set(SCM_OPS_CUDA_ARCHITECTURES 80-real 86-real 89-real 90-real 90-virtual CACHE STRING "CUDA architectures to compile for")
+# Machine code for Ampere (A100, RTX 30), Ada and Hopper (90a has the wgmma instructions, which no other architecture has), and PTX for later architectures.
+set(SCM_OPS_CUDA_ARCHITECTURES 80-real 86-real 89-real 90a-real 90-virtual CACHE STRING "CUDA architectures to compile for")
 
 string(TOUPPER "${SCM_OPS_CUDA}" wanted)
 if(wanted STREQUAL "")  # an environment variable with an empty value

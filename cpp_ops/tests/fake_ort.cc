@@ -402,6 +402,29 @@ OrtStatus* ORT_API_CALL allocate(OrtAllocator*, std::size_t bytes, void** out) n
   return nullptr;
 }
 
+OrtStatus* ORT_API_CALL kernel_allocator(const OrtKernelInfo*, OrtMemType type, OrtAllocator** out) noexcept {
+  MAYBE_FAIL;
+  EXPECT_EQ(type, OrtMemTypeDefault);
+  ++live;
+  *out = new OrtAllocator{};
+  return nullptr;
+}
+
+OrtStatus* ORT_API_CALL allocator_info(const OrtAllocator*, const OrtMemoryInfo** out) noexcept {
+  MAYBE_FAIL;
+  static const OrtMemoryInfo where;
+  *out = &where;
+  return nullptr;
+}
+
+OrtStatus* ORT_API_CALL scratch_buffer(const OrtKernelContext*, const OrtMemoryInfo*, std::size_t bytes, void** out) noexcept { return allocate(nullptr, bytes, out); }
+
+OrtStatus* ORT_API_CALL compute_stream(const OrtKernelContext*, void** out) noexcept {
+  MAYBE_FAIL;
+  *out = nullptr;
+  return nullptr;
+}
+
 OrtStatus* ORT_API_CALL deallocate(OrtAllocator*, void* data) noexcept {
   --live;
   std::free(data);
@@ -491,15 +514,19 @@ OrtApi make_api() {
   api.ReleaseAllocator = release_allocator;
   api.AllocatorAlloc = allocate;
   api.AllocatorFree = deallocate;
+  api.KernelInfoGetAllocator = kernel_allocator;
+  api.AllocatorGetInfo = allocator_info;
+  api.KernelContext_GetScratchBuffer = scratch_buffer;
+  api.KernelContext_GetGPUComputeStream = compute_stream;
   return api;
 }
 
-const OrtApi api = make_api();  // trivially destructible: the library also uses it during static destruction
+const OrtApi the_api = make_api();  // trivially destructible: the library also uses it during static destruction
 
 std::uint32_t offered_api = 18;
 const char* offered_version = "1.18.0";
 
-const OrtApi* ORT_API_CALL get_api(std::uint32_t version) noexcept { return version <= offered_api ? &api : nullptr; }
+const OrtApi* ORT_API_CALL get_api(std::uint32_t version) noexcept { return version <= offered_api ? &the_api : nullptr; }
 const char* ORT_API_CALL get_version() noexcept { return offered_version; }
 
 const OrtApiBase base{get_api, get_version};
@@ -568,6 +595,8 @@ Spec spec(const Tensor& tensor) {
 }
 
 int live_objects() { return live; }
+
+const OrtApi& api() { return the_api; }
 
 namespace {
 
@@ -651,20 +680,25 @@ Outcome run(const std::string& name, std::vector<Tensor> inputs, const Attribute
   for (const Tensor& input : inputs) types.push_back(input.type);
   const OrtCustomOp* op = find(name, types, options.precision);
   if (!op) return {"there is no operator " + name + " for these types", {}, 0};
-  const std::size_t declared = op->GetOutputTypeCount(op);
+  return run(*op, std::move(inputs), attributes, options);
+}
+
+Outcome run(const OrtCustomOp& op, std::vector<Tensor> inputs, const Attributes& attributes, const Options& options) {
+  const std::string name = op.GetName(&op);
+  const std::size_t declared = op.GetOutputTypeCount(&op);
   EXPECT_LE(options.outputs.size(), declared);
   for (std::size_t i = 0; i < declared; ++i) {
     const bool present = i < options.outputs.size() && options.outputs[i];
-    EXPECT_TRUE(present || op->GetOutputCharacteristic(op, i) == INPUT_OUTPUT_OPTIONAL) << "output " << i << " is not optional";
+    EXPECT_TRUE(present || op.GetOutputCharacteristic(&op, i) == INPUT_OUTPUT_OPTIONAL) << "output " << i << " is not optional";
   }
   if (options.inplace_input >= 0) {
-    const auto allowed = may_inplace(*op);
+    const auto allowed = may_inplace(op);
     const std::pair<int, int> asked{options.inplace_input, 0};
     EXPECT_NE(std::find(allowed.begin(), allowed.end(), asked), allowed.end()) << "GetMayInplace does not permit this";
   }
 
   const std::vector<Tensor> before = inputs;
-  OrtKernelContext context = context_of(*op, inputs, options);
+  OrtKernelContext context = context_of(op, inputs, options);
   const int live_before = live;
   Outcome outcome;
   try {
@@ -674,11 +708,15 @@ Outcome run(const std::string& name, std::vector<Tensor> inputs, const Attribute
       if (static_cast<int>(i) != options.constant) info.constants[i].data = nullptr;
     }
     void* kernel = nullptr;
-    outcome.error = take(op->CreateKernelV2(op, &api, &info, &kernel));
+    outcome.error = take(op.CreateKernelV2(&op, &the_api, &info, &kernel));
     EXPECT_EQ(outcome.error.empty(), kernel != nullptr) << outcome.error;
     if (outcome.error.empty()) {
-      outcome.error = take(op->KernelComputeV2(kernel, &context));
-      op->KernelDestroy(kernel);
+      for (int i = 0; i < options.earlier_runs; ++i) {
+        OrtKernelContext earlier = context_of(op, inputs, options);
+        EXPECT_EQ(take(op.KernelComputeV2(kernel, &earlier)), "");
+      }
+      outcome.error = take(op.KernelComputeV2(kernel, &context));
+      op.KernelDestroy(kernel);
     }
   } catch (...) {
     ADD_FAILURE() << name << " threw an exception across the C ABI";
@@ -699,7 +737,7 @@ std::vector<Outcome> run_concurrently(const OrtCustomOp& op, std::vector<Tensor>
   const std::vector<Tensor> before = inputs;
   const OrtKernelInfo info{attributes, std::vector<OrtValue>(inputs.size(), OrtValue{ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED, {}, nullptr})};
   void* kernel = nullptr;
-  const std::string error = take(op.CreateKernelV2(&op, &api, &info, &kernel));
+  const std::string error = take(op.CreateKernelV2(&op, &the_api, &info, &kernel));
   if (!kernel) return {{error, {}, 0}};
   std::vector<Outcome> outcomes(static_cast<std::size_t>(callers * runs));
   in_parallel(callers, [&](int caller) {
@@ -764,6 +802,10 @@ Inference infer(const OrtCustomOp* op, const std::vector<Spec>& inputs, const At
 }
 
 }  // namespace
+
+Inference infer(const OrtCustomOp& op, const std::vector<Spec>& inputs, const Attributes& attributes, std::size_t outputs) {
+  return infer(&op, inputs, attributes, outputs, kNever);
+}
 
 Inference infer(const std::string& name, const std::vector<Spec>& inputs, const Attributes& attributes, std::size_t outputs, int failing_call,
                 const std::string& precision) {

@@ -35,6 +35,7 @@ struct Options {
   int failing_call = kNever;        // the API call that fails, counted from 0
   int constant = -1;                // the input that is constant; -1 for none
   std::string precision;            // "high" or "medium" selects the dense operators of that precision
+  int earlier_runs = 0;             // runs of the same kernel before the one whose outcome is returned
   bool no_output_memory = false;    // do not allocate outputs: for kernels that fail before they write
 };
 
@@ -46,6 +47,8 @@ struct Outcome {
 
 // Creates a kernel of the CPU operator that takes these inputs, runs it and destroys it.
 Outcome run(const std::string& op, std::vector<Tensor> inputs, const Attributes& attributes = {}, const Options& options = {});
+// Same for an operator of any device.
+Outcome run(const OrtCustomOp& op, std::vector<Tensor> inputs, const Attributes& attributes = {}, const Options& options = {});
 
 // Runs one kernel from several threads concurrently, `runs` times each, as concurrent runs of one session do: all share the inputs, each has its own outputs.
 std::vector<Outcome> run_concurrently(const OrtCustomOp& op, std::vector<Tensor> inputs, const Attributes& attributes, const Options& options, int callers,
@@ -73,6 +76,10 @@ struct Inference {
 // of them, whatever the node's types.
 Inference infer(const std::string& op, const std::vector<Spec>& inputs, const Attributes& attributes = {}, std::size_t outputs = 1, int failing_call = kNever,
                 const std::string& precision = "");
+// Same for an operator of any device, alone.
+Inference infer(const OrtCustomOp& op, const std::vector<Spec>& inputs, const Attributes& attributes = {}, std::size_t outputs = 1);
+
+const OrtApi& api();
 
 // What the library registers. `failures` are the errors of the registrations that failed: the first API call fails, then the second, and so on until
 // registration succeeds.

@@ -14,7 +14,7 @@ no solver's mathematics.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -67,11 +67,17 @@ class SolverTables:
                 )
             raise InvalidArgumentError(f"sampler must be one of {', '.join((manifest.solver, *manifest.samplers))}, got {sampler!r}")
         if sampler is None or sampler == manifest.solver:
+            if steps is None and timesteps is None:
+                return self._default
             return from_times(_times(manifest, steps, timesteps))
         if timesteps is not None:
             raise InvalidArgumentError(f"timesteps are for the sampler {manifest.solver!r}; for {sampler!r} give num_inference_steps")
         counts = manifest.samplers[sampler]
         return self._tables[sampler][_count(steps, counts, DIFFUSION_STEPS if DIFFUSION_STEPS in counts else max(counts))]
+
+    @cached_property
+    def _default(self) -> SolverStages:
+        return from_times(_times(self._manifest, None, None))
 
     @cached_property
     def _tables(self) -> dict[str, dict[int, SolverStages]]:
@@ -90,7 +96,8 @@ class SolverTables:
         return tables
 
 
-def from_times(times: Sequence[float]) -> SolverStages:
+@lru_cache(256)
+def from_times(times: tuple[float, ...]) -> SolverStages:
     """Stages with one evaluation per step, from each time to the next."""
     return tuple(SolverStage(t, t_next) for t, t_next in pairwise(times))
 

@@ -163,9 +163,9 @@ def inspect(bundle: str, as_json: bool, revision: str | None, skip_integrity: bo
 @threads_option
 @skip_integrity_option
 def smoke(bundle: str, as_json: bool, device: str, revision: str | None, native_ops: bool | None, threads: int | None, skip_integrity: bool) -> None:
-    """Check that BUNDLE works on this machine: it loads, and samples are finite, reproducible and independent of their batch. Also prints latencies.
+    """Check that BUNDLE works on this machine: it loads, and samples are finite, reproducible, independent of their batch and not of one color.
 
-    The exit code is 1 if a check fails. Text-to-image models get random embeddings, as their text encoder is not part of the bundle.
+    Also prints latencies. The exit code is 1 if a check fails. Text-to-image models get random embeddings, as their text encoder is not part of the bundle.
     """
     from scm_runtime.cli.smoke import show_result, smoke_test
 

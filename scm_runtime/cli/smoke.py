@@ -35,13 +35,15 @@ class StepsResult(Struct, frozen=True):
     """The same seeds gave the same samples again."""
     independent: bool
     """Samples do not depend on their batch."""
+    contrast: bool
+    """No decoded sample has the same value everywhere, as a black image has."""
     median_ms: dict[str, float]
     """Median latency in milliseconds by batch size."""
 
     @property
     def passed(self) -> bool:
         """True if all checks passed."""
-        return self.finite and self.deterministic and self.independent
+        return self.finite and self.deterministic and self.independent and self.contrast
 
 
 class SmokeResult(Struct, frozen=True):
@@ -75,9 +77,9 @@ def show_result(result: SmokeResult) -> None:
     sizes = list(result.results[0].median_ms)
     rows = []
     for row in result.results:
-        checks = ["yes" if check else Text("NO", BAD) for check in (row.finite, row.deterministic, row.independent)]
+        checks = ["yes" if check else Text("NO", BAD) for check in (row.finite, row.deterministic, row.independent, row.contrast)]
         rows.append((str(row.steps), *checks, *(f"{row.median_ms[size]:.1f} ms" for size in sizes)))
-    print_table(console, ("steps", "finite", "deterministic", "independent of the batch", *(f"batch {size}, median" for size in sizes)), rows)
+    print_table(console, ("steps", "finite", "deterministic", "independent of the batch", "contrast", *(f"batch {size}, median" for size in sizes)), rows)
 
 
 def _try_steps(generator: Generator, steps: int) -> StepsResult:
@@ -86,9 +88,9 @@ def _try_steps(generator: Generator, steps: int) -> StepsResult:
         conditioning = placeholder_conditioning(generator.manifest.conditioning, seeds)
         return generator(seed=seeds, num_inference_steps=steps, conditioning=conditioning, output_type=output_type)
 
-    finite, deterministic, independent = _check(draw, generator.dtype)
+    finite, deterministic, independent, contrast = _check(draw, generator.dtype)
     medians = {str(len(seeds)): statistics.median(draw(seeds, "np").timings.total for _ in range(REPEATS)) * 1e3 for seeds in ([7], [7, 8, 9, 10])}
-    return StepsResult(steps, finite, deterministic, independent, medians)
+    return StepsResult(steps, finite, deterministic, independent, contrast, medians)
 
 
 def _describe(generator: Generator) -> list[str]:
@@ -105,8 +107,8 @@ def _describe(generator: Generator) -> list[str]:
     return lines
 
 
-def _check(draw: Draw, dtype: Dtype) -> tuple[bool, bool, bool]:
-    """Return whether samples are finite, deterministic, and independent of their batch."""
+def _check(draw: Draw, dtype: Dtype) -> tuple[bool, bool, bool, bool]:
+    """Return whether samples are finite, deterministic, independent of their batch, and have contrast."""
     batch = draw([7, 8, 9, 10], "latent").array
     alone, reordered = draw([9], "latent").array, draw([10, 9, 7], "latent").array
     pixels = [draw(seeds, "np").array.astype(np.float32) for seeds in ([7, 9], [9])]
@@ -117,4 +119,5 @@ def _check(draw: Draw, dtype: Dtype) -> tuple[bool, bool, bool]:
         bool(np.array_equal(batch, draw([7, 8, 9, 10], "latent").array)),
         bool(np.allclose(alone[0], batch[2], rtol=0, atol=atol) and np.allclose(reordered[1], batch[2], rtol=0, atol=atol))
         and bool(np.abs(pixels[0][1] - pixels[1][0]).max() <= levels),
+        all(bool(sample.min() < sample.max()) for sample in pixels[0]),
     )

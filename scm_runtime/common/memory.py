@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
+from types import TracebackType
 
 from scm_runtime.common.message_text import first_line
 from scm_runtime.errors import OutOfMemoryError, ScmError
@@ -60,14 +61,24 @@ def out_of_memory_error(what: str, error: BaseException, remedy: str) -> OutOfMe
     return OutOfMemoryError(f"out of memory for {what}{size}. {remedy}.{reason}")
 
 
-@contextmanager
-def memory_errors(what: str, remedy: str = SMALLER_BATCH) -> Iterator[None]:
-    """Turn errors in this block for which ``is_out_of_memory`` is True into OutOfMemoryError, with the arguments of ``out_of_memory_error``."""
-    try:
-        yield
-    except ScmError:
-        raise
-    except (MemoryError, ImportError, OSError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise out_of_memory_error(what, error, remedy) from error
+def memory_errors(what: str | Callable[[], str], remedy: str = SMALLER_BATCH) -> AbstractContextManager[None]:
+    """Turn errors in a block for which ``is_out_of_memory`` is True into OutOfMemoryError, with the arguments of ``out_of_memory_error``.
+
+    ``what`` may be a function that returns the text.
+    """
+    return _MemoryErrors(what, remedy)
+
+
+class _MemoryErrors(AbstractContextManager[None]):
+    __slots__ = ("_remedy", "_what")
+
+    def __init__(self, what: str | Callable[[], str], remedy: str) -> None:
+        self._what, self._remedy = what, remedy
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        if isinstance(error, ScmError) or not isinstance(error, MemoryError | ImportError | OSError) or not is_out_of_memory(error):
+            return
+        raise out_of_memory_error(self._what if isinstance(self._what, str) else self._what(), error, self._remedy) from error

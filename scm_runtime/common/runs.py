@@ -7,8 +7,8 @@ takes no lock that a signal handler, a finalizer or a forked child could find lo
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Self
 
@@ -148,14 +148,22 @@ class CancelScope:
         if self.cancelled:
             raise self.error()
 
-    @contextmanager
-    def active(self) -> Iterator[None]:
+    def active(self) -> AbstractContextManager[None]:
         """Context manager: the runs that this thread begins belong to this scope, and not to one around it."""
-        outer, _current.scope = current_scope(), self
-        try:
-            yield
-        finally:
-            _current.scope = outer
+        return _Active(self)
+
+
+class _Active(AbstractContextManager[None]):
+    __slots__ = ("_outer", "_scope")
+
+    def __init__(self, scope: CancelScope) -> None:
+        self._scope = scope
+
+    def __enter__(self) -> None:
+        self._outer, _current.scope = current_scope(), self._scope
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        _current.scope = self._outer
 
 
 _current = threading.local()

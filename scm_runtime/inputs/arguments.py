@@ -48,9 +48,12 @@ class CallArguments(BatchArguments, total=False):
 CONDITIONING = ("guidance_scale", "prompt_embeds", "prompt_attention_mask")  # inputs with an argument each, besides class_labels
 
 
+_NAMES = {kind: frozenset(name for base in (BatchArguments, kind) for name in base.__annotations__) for kind in (BatchArguments, CallArguments)}
+
+
 def check_names(arguments: Mapping[str, object], kind: type[BatchArguments]) -> None:
     """Raise TypeError for an unknown argument, as Python does."""
-    known = {name for base in (BatchArguments, kind) for name in base.__annotations__}
+    known = _NAMES[kind]
     if unknown := sorted(arguments.keys() - known):
         raise TypeError(f"got an unexpected keyword argument {unknown[0]!r}: known are class_labels, {', '.join(sorted(known))}")
 
@@ -65,7 +68,8 @@ def gather_conditioning(manifest: Manifest, class_labels: Labels | None, argumen
     """
     named: dict[str, Any] = {name: arguments.get(name) for name in CONDITIONING}
     if class_labels is not None:
-        named[LABELS if manifest.labels is None else manifest.labels.name] = class_labels
+        labels = manifest.labels
+        named[LABELS if labels is None else labels.name] = class_labels
     others = arguments.get("conditioning")
     if others is None:
         return named

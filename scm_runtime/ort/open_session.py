@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from scm_runtime.common.load_onnxruntime import load_onnxruntime
 from scm_runtime.common.log import log, log_once
 from scm_runtime.common.memory import MORE_MEMORY, NOEXEC, is_out_of_memory, out_of_memory_error, unmapped_library
 from scm_runtime.common.message_text import escape_controls
-from scm_runtime.devices.placement import check_cudnn, missing_cudnn
+from scm_runtime.devices.placement import CUDA_PROVIDER, check_cudnn, missing_cudnn
 from scm_runtime.errors import DeviceError, InferenceError, NativeOpsError
 from scm_runtime.ort.graph_check import check_graph
 from scm_runtime.ort.options import CONVOLUTION, CacheContext, SessionSettings, configure
@@ -179,6 +179,15 @@ def _create(path: Path, settings: SessionSettings, set_options: SetOptions) -> A
             raise InferenceError(f"ONNX Runtime {ort.__version__} cannot open '{path}': {reason}. {remedy}") from error
 
 
+def _quiet_providers(providers: Iterable[tuple[str, Mapping[str, str]]]) -> list[tuple[str, dict[str, str]]]:
+    """Return the providers and their options without the device of the CUDA provider if that is the first one, which is ONNX Runtime's default.
+
+    If the device is named, ONNX Runtime 1.29 and newer look for a plugin, and write a line to stderr if none is registered. The line comes from the logger
+    that all sessions of the process share: its level belongs to the host, and cannot be read in order to restore it.
+    """
+    return [(name, {key: value for key, value in options.items() if (name, key, value) != (CUDA_PROVIDER, "device_id", "0")}) for name, options in providers]
+
+
 def _create_with_weights(path: Path, options: Any, settings: SessionSettings) -> Any:
     """Create the session; pass it the weights from memory if ONNX Runtime does not follow the link to them in the Hugging Face cache.
 
@@ -191,7 +200,7 @@ def _create_with_weights(path: Path, options: Any, settings: SessionSettings) ->
         return load_onnxruntime().InferenceSession(
             os.fspath(path),
             options,
-            providers=list(settings.placement.providers),
+            providers=_quiet_providers(settings.placement.providers),
             disabled_optimizers=list(COPYING_OPTIMIZERS) if settings.low_memory else [],
             enable_fallback=0,  # a fallback prints to the host's stdout
         )

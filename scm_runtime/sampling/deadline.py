@@ -48,11 +48,8 @@ def read_deadline(timeout: object) -> Deadline | None:
 
 
 @contextmanager
-def cancelled_at(deadline: Deadline | None, scope: CancelScope) -> Iterator[None]:
+def cancelled_at(deadline: Deadline, scope: CancelScope) -> Iterator[None]:
     """Context manager that cancels a scope if its block lasts until the deadline."""
-    if deadline is None:
-        yield
-        return
     timer = call_at(deadline.at, lambda: scope.cancel(deadline.error))
     try:
         yield

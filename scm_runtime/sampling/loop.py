@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import numpy as np
@@ -71,7 +71,7 @@ class SamplingLoop:
             with scope.active():
                 return self.engine.run(job)
 
-        with cancelled_at(request.deadline, scope):
+        with nullcontext() if request.deadline is None else cancelled_at(request.deadline, scope):
             if request.on_step is None:
                 samples: Samples = run(lambda: self._sample(request, run_inline))
             else:  # the callback runs on the caller's thread, outside of the scope
@@ -183,13 +183,15 @@ class SamplingLoop:
     def _samples(self, request: Request, array: Any) -> Samples:
         if self._on_span is not None:
             request.spans = self._spans(request)
+        call = request.trajectory.call
         seconds: dict[str, list[float]] = {"noise": [], "step": [], "decode": [], "copy": []}
-        for part in request.trajectory.parts:
-            seconds[part.name].append(self.engine.elapsed(part.start, part.end))
+        elapsed = self.engine.elapsed
+        for name, start, end in request.trajectory.parts:
+            seconds[name].append(elapsed(start, end))
         return Samples(
             array=array,
-            seeds=tuple(request.trajectory.call.seeds.tolist()),
-            conditioning=request.trajectory.call.conditioning,
+            seeds=tuple(call.seeds.tolist()),
+            conditioning=call.conditioning,
             timings=Timings(
                 noise=sum(seconds["noise"]),
                 steps=tuple(seconds["step"]),
@@ -245,7 +247,7 @@ def run_inline(job: Callable[[], Result]) -> Result:
 
 def _memory_errors(requests: Sequence[Request]) -> AbstractContextManager[None]:
     """Turn errors of exhausted memory in a block into OutOfMemoryError with the size of the batch."""
-    return memory_errors(f"a batch of {sum(len(request.trajectory) for request in requests)}")
+    return memory_errors(lambda: f"a batch of {sum(len(request.trajectory) for request in requests)}")
 
 
 def _returned_state(returned: object, x: NDArray[np.float32], step: int) -> NDArray[np.float32] | None:

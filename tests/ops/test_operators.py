@@ -55,58 +55,83 @@ def weights(*shape: int) -> NDArray[Any]:
 
 
 CASES: dict[str, list[Case]] = {
-    "PixelNorm": [Case((shape,), {"eps": 1e-4}) for shape in MAPS] + [Case((EXTREMES,), {"eps": 1e-4}), Case(((2, 5),), {"eps": 0.5})],
-    "MPSiLU": [*(Case((shape,), {}) for shape in [*MAPS, ()]), Case((NOT_FINITE,), {}), Case((np.linspace(-200, 200, 801).reshape(1, -1),), {})],
-    "MPSum": [
+    "scm::PixelNorm": [Case((shape,), {"eps": 1e-4}) for shape in MAPS] + [Case((EXTREMES,), {"eps": 1e-4}), Case(((2, 5),), {"eps": 0.5})],
+    "scm::MPSiLU": [*(Case((shape,), {}) for shape in [*MAPS, ()]), Case((NOT_FINITE,), {}), Case((np.linspace(-200, 200, 801).reshape(1, -1),), {})],
+    "scm::MPSum": [
         Case((NOT_FINITE, np.ones((2, 3))), {"t": 0.3, "clip": math.inf}),
         *(Case((shape, shape), {"t": 0.3, "clip": 256.0}) for shape in MAPS),
         *(Case(((3, 5), (3, 5)), {"t": t, "clip": clip}) for t, clip in [(0.0, math.inf), (1.0, math.inf), (0.5, 0.5)]),
     ],
-    "MPCat": [
+    "scm::MPCat": [
         Case((NOT_FINITE, np.ones((2, 1))), {"t": 0.5}),
         *(Case((shape, (*shape[:-1], width)), {"t": 0.5}) for shape, width in zip(MAPS, (64, 1, 3, 65, 7, 128, 7, 7), strict=True)),
         *(Case(((3, 5, 3), (3, 5, 4)), {"t": t}) for t in (0.0, 0.3, 1.0)),
     ],
-    "ModulateSiLU": [*(Case((shape, (shape[0], shape[-1])), {}) for shape in MAPS), Case((NOT_FINITE, np.array([[1.0, -1, -1], [1, 1, -math.inf]])), {})],
-    "NormModulateSiLU": [
+    "scm::ModulateSiLU": [*(Case((shape, (shape[0], shape[-1])), {}) for shape in MAPS), Case((NOT_FINITE, np.array([[1.0, -1, -1], [1, 1, -math.inf]])), {})],
+    "scm::NormModulateSiLU": [
         *(Case((shape, (shape[0], 2 * shape[-1])), {"eps": 1e-4}) for shape in MAPS),
         Case((NOT_FINITE, np.ones((2, 6))), {"eps": 1e-4}),
         Case((np.ones((1, 3)), np.array([[1.0, 1, 1, -math.inf, 1, math.inf]])), {"eps": 1e-4}),
     ],
-    "CosineAttention": [
+    "scm::CosineAttention": [
         Case(((n, length, 3 * channels),), {"heads": heads, "eps": 1e-4})
         for n, length, channels, heads in [
             *((1, 1, 1, 1), (3, 5, 3, 3), (3, 64, 64, 2), (1, 77, 65, 1), (3, 77, 24, 3), (0, 5, 8, 2), (3, 0, 8, 2)),
             *((1, 64, 64, 1), (1, 77, 64, 1), (3, 256, 128, 2), (1, 1024, 64, 1)),  # heads of 64 channels, as in the networks
         ]
     ],
-    "ConsistencyStep": [
+    "scm::ConsistencyStep": [
         Case((shape, shape, shape, TIMES[: shape[0]], TIMES[::-1][: shape[0]].copy()), {"sigma_data": 0.5})
         for shape in [(3, 1), (1, 3, 7, 7), (3, 4, 5, 65), (0, 3, 7, 7), (3, 3, 0, 7)]
     ],
-    "PhiloxNormal": [
+    "scm::PhiloxNormal": [
         Case((SEEDS[:n], np.array(draw), np.array(scale)), {"shape": shape})
         for n, draw, scale, shape in [(6, 0, 1.0, (3, 8, 8)), (3, 2**32 - 1, 0.5, (65,)), (1, 7, 80.0, (1, 1, 1)), (0, 1, 1.0, (3, 5)), (3, 1, 1.0, (3, 0, 5))]
     ],
-    "Conv3x3": [
+    "scm.channels_last::Conv3x3": [
         Case((shape, weights(shape[-1], 3, 3, outputs).transpose(3, 0, 1, 2)), {})
         for shape, outputs in [
             *(((1, 1, 1, 1), 1), ((3, 2, 3, 5), 4), ((1, 4, 4, 33), 65), ((3, 8, 8, 64), 48), ((2, 33, 17, 31), 32), ((1, 32, 32, 64), 64)),
             ((0, 4, 4, 7), 3),
         ]
     ],
-    "MatMul": [
+    "scm.channels_last::MatMul": [
         Case((shape, weights(shape[-1], outputs)), {})
         for shape, outputs in [((1, 1), 1), ((3, 4, 5, 65), 33), ((2, 16, 16, 64), 192), ((1, 1023, 96), 48), ((0, 4, 7), 3), ((3, 0, 7), 3)]
     ],
-    "Conv": [
+    "scm.channels_first::Conv": [
         Case((shape, weights(shape[1], side, side, outputs).transpose(3, 0, 1, 2), (outputs,)), {"pads": (side // 2,) * 4})
         for side, shape, outputs in [
             *((3, (1, 1, 1, 1), 1), (3, (3, 3, 2, 5), 4), (3, (1, 33, 4, 4), 65), (3, (3, 64, 8, 8), 48), (3, (2, 31, 33, 17), 32), (3, (0, 7, 4, 4), 3)),
             *((1, (1, 1, 1, 1), 1), (1, (3, 33, 7, 5), 65), (1, (2, 64, 33, 17), 48), (1, (0, 7, 4, 4), 3)),
         ]
     ],
-    "ToImage": [
+    "scm.fused::Conv3x3ModulateSiLU": [
+        Case((shape, weights(shape[-1], 3, 3, end - begin).transpose(3, 0, 1, 2), (shape[0], columns)), {"begin": (begin,), "end": (end,)})
+        for shape, columns, begin, end in [
+            *(((1, 1, 1, 1), 1, 0, 1), ((3, 2, 3, 5), 9, 5, 9), ((1, 4, 4, 33), 100, 7, 72), ((3, 8, 8, 64), 64, 16, 64), ((2, 33, 17, 31), 40, 0, 32)),
+            *(((1, 16, 16, 64), 256, 128, 192), ((0, 4, 4, 7), 5, 2, 5)),
+        ]
+    ],
+    "scm.fused::Conv3x3MPSum": [
+        Case((shape, weights(shape[-1], 3, 3, outputs).transpose(3, 0, 1, 2), (*shape[:-1], outputs)), {"t": t, "clip": clip})
+        for shape, outputs, t, clip in [
+            *(((1, 1, 1, 1), 1, 0.3, 256.0), ((3, 2, 3, 5), 4, 0.0, 0.5), ((1, 4, 4, 33), 65, 1.0, math.inf), ((3, 8, 8, 64), 48, 0.3, math.inf)),
+            *(((2, 33, 17, 31), 32, 0.3, 0.5), ((1, 16, 16, 64), 64, 0.3, 256.0), ((0, 4, 4, 7), 3, 0.3, 256.0)),
+        ]
+    ],
+    "scm.fused::MatMulMPSum": [
+        Case((shape, weights(shape[-1], outputs), (*shape[:-1], outputs)), {"t": t, "clip": clip})
+        for shape, outputs, t, clip in [
+            *(((1, 1), 1, 0.3, 256.0), ((3, 4, 5, 65), 33, 0.0, 0.5), ((2, 16, 16, 64), 64, 0.3, 256.0), ((1, 1023, 96), 48, 1.0, math.inf)),
+            *(((0, 4, 7), 3, 0.3, 256.0), ((3, 0, 7), 3, 0.3, 256.0)),
+        ]
+    ],
+    "scm.fused::NormModulateSiLU": [
+        Case((shape, (shape[0], before + 2 * shape[-1] + after)), {"begin": (before,), "end": (before + 2 * shape[-1],), "eps": 1e-4})
+        for shape, before, after in zip(MAPS, (0, 0, 7, 64, 1, 3, 2, 0), (0, 5, 0, 32, 1, 0, 2, 0), strict=True)
+    ],
+    "scm::ToImage": [
         *(Case((shape,), {"scale": 64.0, "offset": 127.5}) for shape in [(1, 1, 7, 5), (3, 3, 5, 7), (2, 4, 64, 65), (0, 3, 5, 7), (3, 3, 0, 7)]),
         Case(((3, 3, 65, 65),), {"scale": 127.5, "offset": 127.5}),
         Case((LEVELS,), {"scale": 64.0, "offset": 127.5}),
@@ -132,19 +157,23 @@ def _name(kind: str, dtype: str) -> str:
 
 def in_torch(op: str, inputs: Arrays, attributes: Mapping[str, Attribute], outputs: int) -> Arrays:
     functions: dict[str, Callable[..., Tensor | tuple[Tensor, Tensor]]] = {
-        "PixelNorm": (ops.pixel_norm, ops.pixel_norm_silu)[outputs - 1],
-        "MPSiLU": ops.mp_silu,
-        "MPSum": (ops.mp_sum, ops.mp_sum_silu)[outputs - 1],
-        "MPCat": (ops.mp_cat, ops.mp_cat_silu)[outputs - 1],
-        "ModulateSiLU": ops.modulate_silu,
-        "NormModulateSiLU": ops.norm_modulate_silu,
-        "CosineAttention": ops.cosine_attention,
-        "ConsistencyStep": ops.consistency_step,
-        "PhiloxNormal": lambda seeds, draw, scale, shape: ops.philox_normal(seeds, int(draw), shape, float(scale)),
-        "ToImage": ops.to_image,
-        "Conv3x3": ops.conv3x3,
-        "MatMul": lambda x, w: ops.matmul(x, w.t()),
-        "Conv": ops.conv,
+        "scm::PixelNorm": (ops.pixel_norm, ops.pixel_norm_silu)[outputs - 1],
+        "scm::MPSiLU": ops.mp_silu,
+        "scm::MPSum": (ops.mp_sum, ops.mp_sum_silu)[outputs - 1],
+        "scm::MPCat": (ops.mp_cat, ops.mp_cat_silu)[outputs - 1],
+        "scm::ModulateSiLU": ops.modulate_silu,
+        "scm::NormModulateSiLU": ops.norm_modulate_silu,
+        "scm::CosineAttention": ops.cosine_attention,
+        "scm::ConsistencyStep": ops.consistency_step,
+        "scm::PhiloxNormal": lambda seeds, draw, scale, shape: ops.philox_normal(seeds, int(draw), shape, float(scale)),
+        "scm::ToImage": ops.to_image,
+        "scm.channels_last::Conv3x3": ops.conv3x3,
+        "scm.channels_last::MatMul": lambda x, w: ops.matmul(x, w.t()),
+        "scm.channels_first::Conv": ops.conv,
+        "scm.fused::Conv3x3ModulateSiLU": lambda x, w, scales, begin, end: ops.conv3x3_modulate_silu(x, w, scales, *begin, *end),
+        "scm.fused::Conv3x3MPSum": ops.conv3x3_mp_sum,
+        "scm.fused::MatMulMPSum": lambda x, w, skip, t, clip: ops.matmul_mp_sum(x, w.t(), skip, t, clip),
+        "scm.fused::NormModulateSiLU": lambda y, modulation, begin, end, eps: ops.norm_modulate_silu_columns(y, modulation, begin[0], end[0], eps),
     }
     found = functions[op](*(torch.from_numpy(array) for array in inputs), **attributes)
     return tuple(tensor.numpy() for tensor in (found if isinstance(found, tuple) else (found,)))
@@ -183,17 +212,19 @@ def _model(op: str, inputs: Arrays, attributes: Mapping[str, Attribute], outputs
         for name, array in zip(operator.inputs, inputs, strict=True)
     ]
     asked = [helper.make_tensor_value_info(name, result, None) for name in names]
-    node = helper.make_node(op, list(operator.inputs), names, domain=operator.domain)
-    node.attribute.extend(helper.make_attribute(name, value) for name, value in attributes.items())
+    node = helper.make_node(operator.name, list(operator.inputs), names, domain=operator.domain)
+    sizes = operator.size_attributes([array.shape for array in inputs])
+    node.attribute.extend(helper.make_attribute(name, value) for name, value in {**attributes, **sizes}.items())
+    functions = [called.function(opset, inputs[0].ndim) for called in operator.calls] + [operator.function(opset, inputs[0].ndim, outputs)]
     return helper.make_model(
-        helper.make_graph([node], op, given, asked),
-        functions=[operator.function(opset, inputs[0].ndim, outputs)],
-        opset_imports=[helper.make_opsetid("", opset), helper.make_opsetid(operator.domain, OPS_VERSION)],
+        helper.make_graph([node], operator.name, given, asked),
+        functions=functions,
+        opset_imports=[helper.make_opsetid("", opset), *(helper.make_opsetid(function.domain, OPS_VERSION) for function in functions)],
         ir_version=ir_version(opset),
     )
 
 
-PRODUCTS = ("Conv3x3", "MatMul", "Conv")
+PRODUCTS = ("scm.channels_last", "scm.channels_first", "scm.fused")
 IMPLEMENTATIONS = [
     pytest.param(in_torch, id="torch"),
     pytest.param(in_reference_evaluator, id="body in the reference evaluator"),
@@ -219,7 +250,7 @@ def test_an_operator_matches_its_reference(op: str, dtype: str, implementation: 
             expected = in_torch(op, wide, case.attributes, outputs)
             found = implementation(op, inputs, case.attributes, outputs)
             kind = _name(OPERATORS[op].output_type, dtype)
-            atol, rtol = SPLIT_BF16_TOLERANCE if op in PRODUCTS and kind == "float32" else OP_TOLERANCE[kind]
+            atol, rtol = SPLIT_BF16_TOLERANCE if OPERATORS[op].domain in PRODUCTS and kind == "float32" else OP_TOLERANCE[kind]
             for one, other in zip(found, expected, strict=True):
                 message = f"inputs {[array.shape for array in inputs]}, attributes {dict(case.attributes)}, {outputs} outputs"
                 assert (one.dtype, one.shape) == (np.dtype(kind), other.shape), message

@@ -22,20 +22,24 @@ from scm_export.errors import ExportError
 from scm_export.families import build_model
 from scm_export.graphs.trace import trace_step
 from scm_export.model import ImageDecoder, Model
-from scm_export.ops import OPERATORS, operators_as_nodes
+from scm_export.ops import OPERATORS, Operator, operators_as_nodes
 from scm_export.parametrisation import Step
 from scm_runtime import Generator
-from scm_runtime.bundle.manifest import CHANNELS_LAST_DOMAIN, OPS_DOMAIN, OPS_VERSION, read_manifest
+from scm_runtime.bundle.manifest import OPS_DOMAIN, OPS_VERSION, read_manifest
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
 
 onnxruntime = load_onnxruntime()
 
-USED = {"PixelNorm", "MPSiLU", "MPSum", "MPCat", "NormModulateSiLU", "CosineAttention", "ConsistencyStep", "Conv3x3", "MatMul"}
+USED = {
+    *("scm::PixelNorm", "scm::MPSiLU", "scm::MPSum", "scm::MPCat", "scm::CosineAttention", "scm::ConsistencyStep"),
+    *("scm.channels_last::Conv3x3", "scm.channels_last::MatMul"),
+    *("scm.fused::NormModulateSiLU", "scm.fused::Conv3x3MPSum", "scm.fused::MatMulMPSum"),
+}
 GRAPHS = {
-    "noise.onnx": {"PhiloxNormal"},
+    "noise.onnx": {"scm::PhiloxNormal"},
     "step.fp32.onnx": USED,
-    "decode.fp32.onnx": {"ToImage"},
-    "sample-2.fp32.onnx": {"PhiloxNormal", *USED, "ToImage"},
+    "decode.fp32.onnx": {"scm::ToImage"},
+    "sample-2.fp32.onnx": {"scm::PhiloxNormal", *USED, "scm::ToImage"},
 }
 
 
@@ -66,6 +70,10 @@ def run(model: ModelProto | Path, **values: Tensor) -> NDArray[Any]:
     return np.asarray(session.run(None, {name: value.numpy() for name, value in values.items()})[0])
 
 
+def operator_of(node: onnx.NodeProto) -> Operator:
+    return OPERATORS[f"{node.domain}::{node.op_type}"]
+
+
 def scm_nodes(model: ModelProto) -> list[onnx.NodeProto]:
     return [node for node in model.graph.node if node.domain.startswith(OPS_DOMAIN)]
 
@@ -74,11 +82,14 @@ def scm_nodes(model: ModelProto) -> list[onnx.NodeProto]:
 def test_a_graph_contains_operators_with_all_attributes_and_their_function_bodies(tiny_bundle: Path, name: str) -> None:
     model = onnx.load(tiny_bundle / name, load_external_data=False)
     nodes = scm_nodes(model)
-    assert {node.op_type for node in nodes} == {function.name for function in model.functions} == GRAPHS[name]
-    domains = {OPS_DOMAIN, CHANNELS_LAST_DOMAIN} if "Conv3x3" in GRAPHS[name] else {OPS_DOMAIN}
+    assert {operator_of(node).identifier for node in nodes} == GRAPHS[name]
+    called = {operator.identifier for used in GRAPHS[name] for operator in OPERATORS[used].calls}
+    assert sorted(f"{function.domain}::{function.name}" for function in model.functions) == sorted(GRAPHS[name] | called)
+    domains = {used.partition("::")[0] for used in GRAPHS[name]}
     assert {entry.domain: entry.version for entry in model.opset_import} == {"": 20} | dict.fromkeys(domains, OPS_VERSION)
     for node in nodes:
-        assert {attribute.name for attribute in node.attribute} == set(OPERATORS[node.op_type].attributes)
+        operator = operator_of(node)
+        assert {attribute.name for attribute in node.attribute} == {*operator.attributes, *operator.sizes}
         # Networks of this family use both outputs of every norm and concatenation, and one output of every sum.
         assert len(node.output) == (2 if node.op_type in ("PixelNorm", "MPCat") else 1)
     if name in ("noise.onnx", "decode.fp32.onnx"):

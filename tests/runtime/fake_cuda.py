@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.fake_cuda_driver import LEGACY, FakeDriver, Stream, expect
+from runtime.fake_cuda_driver import FakeDriver, Graph, Stream, expect
 from scm_runtime.common.runs import CancelScope, RunRegistry
 from scm_runtime.devices.placement import CPU, Placement
-from scm_runtime.engines.cuda.capture_lock import CAPTURE_LOCK
 from scm_runtime.errors import InferenceError, OutOfMemoryError
 from scm_runtime.ort.open_session import open_session
 from scm_runtime.ort.options import SessionSettings
@@ -25,10 +24,10 @@ PLACEMENT = Placement("cuda:0", (("CUDAExecutionProvider", {}), ("CPUExecutionPr
 
 @dataclass(frozen=True)
 class GraphRun:
-    """A run of a session on a batch of n samples."""
+    """A run of a session on a batch of n samples, which is done or becomes a part of a captured graph."""
 
     graph: str
-    graph_id: int
+    captured: bool
     n: int
     shrinks: bool = False
 
@@ -37,8 +36,7 @@ class Machine(FakeDriver):
     """Simulated devices, a record of the sessions opened and run on them, and faults that tests inject.
 
     Attributes:
-        runs: all runs of sessions, in order.
-        released: file name and ID of each captured graph that was given back.
+        runs: all runs of sessions, in order, without those that a launch of a captured graph repeats.
         opened: file name of each graph that was opened, and whether with ``enable_cuda_graph``.
         refuses_graphs: file names of graphs that have nodes on the CPU.
         fails_to_capture: file names of graphs whose captures fail.
@@ -52,7 +50,6 @@ class Machine(FakeDriver):
         super().__init__()
         self.runs: list[GraphRun] = []
         self.opened: list[tuple[str, bool]] = []
-        self.released: list[tuple[str, int]] = []
         self.refuses_graphs: set[str] = set()
         self.fails_to_capture: set[str] = set()
         self.terminates_capture = False
@@ -80,12 +77,6 @@ class FakeSession(Session):
         self.settings = settings
         self.machine, self.stream, self.capture = machine, stream, capture
         self.all_on_device = path.name not in machine.refuses_graphs
-        self.captured: dict[int, tuple[Any, ...]] = {}
-
-    def release_captured_graph(self, graph_id: int) -> None:
-        expect(not self.stream.queue, "a captured graph is freed while it may run")
-        del self.captured[graph_id]
-        self.machine.released.append((self.path.name, graph_id))
 
     def bind(self, inputs: Mapping[str, DeviceTensor], output: DeviceTensor, *, run_options: Mapping[str, str] | None = None) -> Any:
         return FakeBound(self, dict(inputs), output, dict(run_options or {}))
@@ -105,45 +96,42 @@ class FakeBound:
             self._run()
 
     def _run(self) -> None:
-        session, machine, graph_id = self.session, self.session.machine, int(self.options.get("gpu_graph_id", "0"))
+        session, machine, graph = self.session, self.session.machine, self.session.stream.capture
         name, n = session.path.name, self.output.shape[0]
         machine.inside_run = True
         try:
             machine.check_call()
-            machine.runs.append(GraphRun(name, graph_id, n, "memory.enable_memory_arena_shrinkage" in self.options))
+            run = GraphRun(name, graph is not None, n, "memory.enable_memory_arena_shrinkage" in self.options)
+            machine.runs.append(run)
             waits = self.options.get("disable_synchronize_execution_providers") != "1"
             expect(waits != session.all_on_device, "a run must wait for the device only if it has nodes on the CPU")
+            expect(self.options["gpu_graph_id"] == "-1", "ONNX Runtime captures the run")
             if machine.fatal:
                 raise InferenceError(f"'{name}' failed: CUDA failure 700: an illegal memory access was encountered ; GPU=0.")
             if machine.largest_batch is not None and n > machine.largest_batch:
                 raise OutOfMemoryError(f"'{name}' failed: Failed to allocate memory for requested buffer of size 123")
-            for region in (*self.inputs.values(), self.output):
-                machine.bytes_at(region.address, _nbytes(region), queueing=True)
-            if session.capture and graph_id != -1:
-                self._capture_or_replay(graph_id)
-            session.stream.put(self._compute)
+            memory = [(region.address, _nbytes(region)) for region in (*self.inputs.values(), self.output)]
+            for address, nbytes in memory:
+                machine.bytes_at(address, nbytes, queueing=True)
+            live = [one for other in machine.graphs if not other.destroyed for one in other.runs]
+            expect(not run.shrinks or not any(one.graph == name for one in live), "memory of a captured graph is freed")
+            if graph is not None:
+                self._capture(graph, run)
+            session.stream.put(self._compute, memory)
         finally:
             machine.inside_run = False
 
-    def _capture_or_replay(self, graph_id: int) -> None:
+    def _capture(self, graph: Graph, run: GraphRun) -> None:
         session, machine = self.session, self.session.machine
-        addresses = (self.output, *sorted(self.inputs.items()))
-        if graph_id in session.captured:
-            expect(session.captured[graph_id] == addresses, "a captured graph is replayed at other addresses")
-            expect(not machine.runs[-1].shrinks, "memory of a captured graph is freed")
-            return
-        expect(CAPTURE_LOCK._capturing, "a graph is captured without the exclusive lock")
-        expect(session.stream.handle != LEGACY, "the default stream cannot be captured")
-        if self.output.shape[0] in machine.no_memory_to_capture:
-            raise OutOfMemoryError(f"'{session.path.name}' failed: Failed to allocate memory for requested buffer of size 123")
+        expect(session.capture, "a session with nodes on the CPU is captured")
+        if run.n in machine.no_memory_to_capture:
+            raise OutOfMemoryError(f"'{run.graph}' failed: Failed to allocate memory for requested buffer of size 123")
         if machine.terminates_capture:
-            session.stream.capturing = True
             session.settings.runs.terminate()
             session.settings.runs.check()
-        if session.path.name in machine.fails_to_capture:
-            session.stream.capturing = True  # ONNX Runtime leaves the stream in capture mode
-            raise InferenceError(f"'{session.path.name}' failed: operation not permitted when stream is capturing.")
-        session.captured[graph_id] = addresses
+        if run.graph in machine.fails_to_capture:
+            raise InferenceError(f"'{run.graph}' failed: operation not permitted when stream is capturing.")
+        graph.runs.append(run)
 
     def _read(self) -> dict[str, NDArray[Any]]:
         return {

@@ -27,6 +27,11 @@ LEGACY = 1
 class Status(IntEnum):
     CUDA_SUCCESS = 0
     CUDA_ERROR_OUT_OF_MEMORY = 2
+    CUDA_ERROR_NOT_READY = 600
+
+
+THREAD_LOCAL = 1  # capture mode
+EXTERNAL = 1  # flag of cuEventRecordWithFlags
 
 
 class Misuse(BaseException):
@@ -57,7 +62,6 @@ class Allocation:
 class Event:
     driver: FakeDriver
     stream: Stream
-    timed: bool
     at: int
     done: bool = False
 
@@ -69,12 +73,23 @@ class Event:
         self.driver.check_call()
         self.stream.execute_to(self)
 
-    def __sub__(self, other: Event) -> float:
-        expect(self.timed, "the later event records no time")
-        expect(other.timed, "the earlier event records no time")
-        expect(self.done, "the later event is not done")
-        expect(other.done, "the earlier event is not done")
-        return float(self.at - other.at)
+
+@dataclass(eq=False)
+class DriverEvent:
+    """An event of the driver API, which can be recorded many times."""
+
+    latest: Event | None = None
+
+
+@dataclass(eq=False)
+class Graph:
+    """A captured graph: its work, the device memory that it uses, and events that each launch records."""
+
+    nodes: list[tuple[Callable[[], None] | DriverEvent, list[tuple[int, int]]]] = field(default_factory=list)
+    runs: list[Any] = field(default_factory=list)
+    """Runs of sessions in it."""
+    launches: int = 0
+    destroyed: bool = False
 
 
 @dataclass(eq=False)
@@ -83,29 +98,39 @@ class Stream:
     index: int
     handle: int
     queue: list[Callable[[], None] | Event] = field(default_factory=list)
-    capturing: bool = False
+    capture: Graph | None = None
     closed: bool = False
 
     @property
     def device(self) -> Any:
         return SimpleNamespace(device_id=self.index)
 
-    def put(self, work: Callable[[], None] | Event) -> None:
+    def put(self, work: Callable[[], None] | Event, memory: list[tuple[int, int]] | None = None) -> None:
+        """Enqueue work that uses some device memory, given by addresses and sizes; in a capture, record it."""
         expect(not self.closed, "work on a closed stream")
-        if self.capturing:
-            raise CudaError("CUDA_ERROR_STREAM_CAPTURE_INVALIDATED: operation failed due to a previous error during capture")
-        self.queue.append(work)
+        if self.capture is None:
+            self.queue.append(work)
+            return
+        expect(memory is not None and not isinstance(work, Event), "work that a capture must not contain")
+        assert not isinstance(work, Event)
+        self.capture.nodes.append((work, memory or []))
 
     def record(self, options: Any = None) -> Event:
         self.driver.check_call()
-        event = Event(self.driver, self, bool(options and options.timing_enabled), self.driver.tick())
+        event = Event(self.driver, self, self.driver.tick())
         self.put(event)
         return event
 
-    def wait(self, event: Event) -> None:
-        self.driver.check_call(any_thread=not self.driver.open)
-        self.put(lambda: event.stream.execute_to(event))
-        self.driver.waits.append((self.handle, event))
+    def launch(self, graph: Graph) -> None:
+        expect(not graph.destroyed, "a destroyed graph is launched")
+        graph.launches += 1
+        for work, memory in graph.nodes:
+            for address, nbytes in memory:
+                self.driver.bytes_at(address, nbytes, queueing=True)
+            if isinstance(work, DriverEvent):
+                work.latest = self.record()
+            else:
+                self.put(work)
 
     def execute_to(self, event: Event) -> None:
         while not event.done:
@@ -134,6 +159,7 @@ class Buffer:
         self._allocation.freed = True
         self._driver.check_call(any_thread=not self._driver.open)
         stream, allocation = stream or self._stream, self._allocation
+        expect(stream.capture is None, "memory is freed in a capture")
 
         def free() -> None:
             allocation.reclaimed = True
@@ -159,7 +185,7 @@ class Pinned:
         driver.pinned[self.handle] = self
 
     def close(self) -> None:
-        self.driver.check_call()
+        self.driver.check_call(any_thread=not self.driver.open)
         del self.driver.pinned[self.handle]
 
 
@@ -193,6 +219,7 @@ class FakeDriver:
         self.leaked: list[int] = []
         self.to_host: list[int] = []
         self.device_syncs = 0
+        self.graphs: list[Graph] = []
 
     def make_stream(self, index: int = 0, handle: int | None = None) -> Stream:
         stream = Stream(self, index, 0xC0DE00 + 16 * len(self.streams) if handle is None else handle)
@@ -203,12 +230,12 @@ class FakeDriver:
         self.ticks += 1
         return self.ticks
 
-    def check_call(self, *, any_thread: bool = False) -> None:
-        """Raise Misuse if CUDA must not be called now in this thread."""
+    def check_call(self, *, any_thread: bool = False, stream: Stream | None = None) -> None:
+        """Raise Misuse if CUDA must not be called now in this thread. Work on the stream that captures is allowed."""
         if not any_thread and not self.allow_other_threads:
             self.threads.add(threading.get_ident())
             expect(len(self.threads) == 1, "CUDA was called from a second thread")
-        expect(not CAPTURE_LOCK._capturing or self.inside_run, "CUDA was called while a graph was captured")
+        expect(not CAPTURE_LOCK._capturing or self.inside_run or (stream and stream.capture), "CUDA was called while a graph was captured")
 
     inside_run = False
 
@@ -234,7 +261,7 @@ class FakeDriver:
         raise Misuse(f"{nbytes} bytes at {address:#x} are not in an allocation of the device")
 
     def copy(self, to: int, source: int, nbytes: int, stream: Stream) -> tuple[Status]:
-        self.check_call()
+        self.check_call(stream=stream)
         before: bytes | None = None
         if source >= DEVICE_MEMORY:
             self.bytes_at(source, nbytes, queueing=True)
@@ -257,7 +284,14 @@ class FakeDriver:
             else:
                 ctypes.memmove(to, data, nbytes)
 
-        stream.put(work)
+        device_only = source >= DEVICE_MEMORY and to >= DEVICE_MEMORY
+        stream.put(work, [(source, nbytes), (to, nbytes)] if device_only else None)
+        return (Status.CUDA_SUCCESS,)
+
+    def clear(self, address: int, value: int, nbytes: int, stream: Stream) -> tuple[Status]:
+        self.check_call(stream=stream)
+        self.bytes_at(address, nbytes, queueing=True)
+        stream.put(lambda: self.bytes_at(address, nbytes, queueing=False).fill(value), [(address, nbytes)])
         return (Status.CUDA_SUCCESS,)
 
     def modules(self) -> tuple[Any, Any, Any]:
@@ -322,14 +356,63 @@ class FakeDriver:
                 machine.check_call()
                 return Pinned(machine, size)
 
-        def end_capture(handle: int) -> tuple[Status, int]:
-            machine.streams[handle].capturing = False
-            return ok, 0
+        def record(event: DriverEvent, handle: int, flags: int = 0) -> tuple[Status]:
+            stream = machine.streams[handle]
+            machine.check_call(stream=stream)
+            expect((flags == EXTERNAL) == (stream.capture is not None), "an event is recorded with the wrong flag")
+            if stream.capture is None:
+                event.latest = stream.record()
+            else:
+                stream.capture.nodes.append((event, []))
+            return (ok,)
 
-        def wait_event(stream: int, event: Event, flags: int) -> tuple[Status]:
+        def elapsed(start: DriverEvent, end: DriverEvent) -> tuple[Status, float | None]:
+            machine.check_call()
+            assert start.latest
+            assert end.latest
+            return (ok, float(end.latest.at - start.latest.at)) if end.latest.done else (Status.CUDA_ERROR_NOT_READY, None)
+
+        def synchronize(event: DriverEvent) -> tuple[Status]:
+            assert event.latest
+            event.latest.sync()
+            return (ok,)
+
+        def begin_capture(handle: int, mode: int) -> tuple[Status]:
+            stream = machine.streams[handle]
+            expect(mode == THREAD_LOCAL, "a capture disturbs other threads")
+            expect(CAPTURE_LOCK._capturing, "a graph is captured without the exclusive lock")
+            expect(handle != LEGACY, "the default stream cannot be captured")
+            expect(stream.capture is None, "a capture begins in a capture")
+            stream.capture = Graph()
+            return (ok,)
+
+        def end_capture(handle: int) -> tuple[Status, Graph | None]:
+            stream = machine.streams[handle]
+            graph, stream.capture = stream.capture, None
+            return ok, graph
+
+        def instantiate(graph: Graph, flags: int) -> tuple[Status, Graph]:
+            machine.graphs.append(graph)
+            return ok, graph
+
+        def launch(graph: Graph, handle: int) -> tuple[Status]:
+            machine.check_call()
+            machine.streams[handle].launch(graph)
+            return (ok,)
+
+        def destroy(graph: Graph) -> tuple[Status]:
+            busy = (stream.queue for stream in machine.streams.values() if stream is not machine.legacy and not stream.closed)
+            expect(not any(busy), "a graph is freed while it may run")
+            graph.destroyed = True
+            graph.nodes.clear()
+            return (ok,)
+
+        def wait_event(stream: int, event: DriverEvent, flags: int) -> tuple[Status]:
             expect(machine.pushed, "a default stream is used without a current context")
-            machine.streams[stream].put(lambda: event.stream.execute_to(event))
-            machine.waits.append((stream, event))
+            recorded = event.latest
+            assert recorded
+            machine.streams[stream].put(lambda: recorded.stream.execute_to(recorded))
+            machine.waits.append((stream, recorded))
             return (ok,)
 
         def push(context: Any) -> tuple[Status]:
@@ -339,7 +422,6 @@ class FakeDriver:
         core = SimpleNamespace(
             Device=Device,
             Stream=Streams,
-            EventOptions=lambda timing_enabled: SimpleNamespace(timing_enabled=timing_enabled),
             LEGACY_DEFAULT_STREAM=self.legacy,
             DeviceMemoryResource=Pool,
             DeviceMemoryResourceOptions=lambda: None,
@@ -349,6 +431,8 @@ class FakeDriver:
         driver = SimpleNamespace(
             CUmemPool_attribute=SimpleNamespace(CU_MEMPOOL_ATTR_RELEASE_THRESHOLD=1),
             CUstreamCaptureStatus=SimpleNamespace(CU_STREAM_CAPTURE_STATUS_NONE=0),
+            CUstreamCaptureMode=SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL=THREAD_LOCAL),
+            CUevent_record_flags=SimpleNamespace(CU_EVENT_RECORD_EXTERNAL=EXTERNAL),
             cuuint64_t=int,
             cuCtxGetCurrent=lambda: (ok, "context"),
             cuCtxPushCurrent=push,
@@ -356,9 +440,20 @@ class FakeDriver:
             cuMemPoolSetAttribute=lambda pool, attribute, value: (ok,),
             cuMemPoolTrimTo=lambda pool, keep: (ok,),
             cuMemcpyAsync=lambda to, source, nbytes, handle: machine.copy(to, source, nbytes, machine.streams[handle]),
-            cuStreamIsCapturing=lambda handle: (ok, int(machine.streams[handle].capturing)),
+            cuMemsetD8Async=lambda address, value, nbytes, handle: machine.clear(address, value, nbytes, machine.streams[handle]),
+            cuEventCreate=lambda flags: (ok, DriverEvent()),
+            cuEventDestroy=lambda event: (ok,),
+            cuEventRecord=record,
+            cuEventRecordWithFlags=record,
+            cuEventSynchronize=synchronize,
+            cuEventElapsedTime=elapsed,
+            cuStreamIsCapturing=lambda handle: (ok, int(machine.streams[handle].capture is not None)),
+            cuStreamBeginCapture=begin_capture,
             cuStreamEndCapture=end_capture,
+            cuGraphInstantiate=instantiate,
             cuGraphDestroy=lambda graph: (ok,),
+            cuGraphLaunch=launch,
+            cuGraphExecDestroy=destroy,
             cuStreamWaitEvent=wait_event,
         )
         return core, SimpleNamespace(StridedMemoryView=View), driver

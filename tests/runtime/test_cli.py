@@ -265,7 +265,7 @@ def test_smoke(tiny_bundle: Path) -> None:
     result = call("smoke", tiny_bundle, "--threads", "1")
     assert result.exit_code == 0, result.output
     assert "NO" not in result.stdout
-    assert result.stdout.count("yes") == 6  # three checks, one and two steps
+    assert result.stdout.count("yes") == 8  # four checks, one and two steps
     assert result.stdout.count(" ms") == 5  # loading, and a latency for batch 1 and 4 with one and two steps
 
 
@@ -283,6 +283,27 @@ def test_smoke_tells_of_a_bundle_that_is_not_deterministic(tiny_bundle: Path, mo
     assert result.exit_code == 1
     assert "NO" in result.stdout
     assert "Export it again" in result.stderr
+
+
+@pytest.mark.parametrize("level", [0, 255, 77])
+@pytest.mark.parametrize("sample", [0, 1])
+def test_smoke_fails_on_an_image_of_one_color(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, level: int, sample: int) -> None:
+    original = Generator.__call__
+
+    def paint(self: Generator, *arguments: object, **keywords: object) -> object:
+        samples = original(self, *arguments, **keywords)  # type: ignore[arg-type]
+        if samples.array.dtype == np.uint8 and len(samples.array) > sample:
+            samples.array[sample] = level
+        return samples
+
+    monkeypatch.setattr(Generator, "__call__", paint)
+    result = call("smoke", tiny_bundle, "--json")
+    assert result.exit_code == 1
+    document = msgspec.json.decode(result.stdout)
+    assert document["passed"] is False
+    assert [row["contrast"] for row in document["results"]] == [False, False]
+    assert all(row["finite"] and row["deterministic"] for row in document["results"])
+    assert "see the failed checks" in result.stderr
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["inspect", "--help"], ["smoke", "--help"], ["bench", "--help"]], ids=" ".join)

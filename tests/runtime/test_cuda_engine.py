@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import weakref
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,7 +27,7 @@ from runtime.fake_cuda_driver import LEGACY, Capsule, CudaError, Stream
 from scm_runtime.bundle.manifest import read_manifest
 from scm_runtime.bundle.solver_tables import SolverTables, from_times
 from scm_runtime.common.runs import CancelScope
-from scm_runtime.engines.cuda import static_buffers
+from scm_runtime.engines.cuda import shape_cache
 from scm_runtime.engines.cuda import stream as cuda
 from scm_runtime.engines.cuda.capture_lock import CaptureLock
 from scm_runtime.engines.cuda.dlpack import DeviceArray
@@ -52,6 +53,7 @@ from scm_runtime.ort.session import Session
 
 DIGITS = Path(scm_runtime.__file__).parent / "bundles" / "digits.scm"
 MANIFEST = read_manifest(DIGITS)
+LOOP = {"noise.onnx", "step.fp32.onnx", "finite.onnx", "decode.fp32.onnx"}  # graphs of the sampling loop
 
 
 @pytest.fixture
@@ -179,7 +181,7 @@ def test_merged_trajectories_at_the_same_step_draw_noise_in_one_run(engine: Cuda
         engine.start(other)
         machine.runs.clear()
         step(engine, one, other)
-        assert [(run.graph, run.n) for run in machine.runs if run.graph_id != -1] == [("noise.onnx", 3), ("step.fp32.onnx", 3), ("finite.onnx", 3)]
+        assert [(run.graph, run.n) for run in machine.runs if run.captured] == [("noise.onnx", 3), ("step.fp32.onnx", 3), ("finite.onnx", 3)]
         step(engine, one, other)
         return engine.decode([one, other])
 
@@ -236,62 +238,59 @@ def test_finite_graph_matches_the_code_that_builds_it() -> None:
     assert (flags == 0).tolist() == [True, False, False, False]
 
 
+def launched(machine: Machine) -> dict[str, int]:
+    """Return how often runs of each graph were launched as a part of a CUDA graph."""
+    counts: Counter[str] = Counter()
+    for graph in machine.graphs:
+        for run in graph.runs:
+            counts[run.graph] += graph.launches
+    return dict(counts)
+
+
 def test_every_shape_is_captured_once_and_replayed(engine: CudaEngine, machine: Machine) -> None:
     sampled(engine, call(1))
     sampled(engine, call(1, 2))
-    numbers = {run.n: run.graph_id for run in machine.runs}  # of the last run of each size, after its warm-up runs
-    assert len(set(numbers.values())) == 2
-    assert -1 not in numbers.values()
+    graphs = len(machine.graphs)
+    assert sorted((run.graph, run.n) for graph in machine.graphs for run in graph.runs) == sorted((name, n) for name in LOOP for n in (1, 2))
     machine.runs.clear()
     sampled(engine, call(3, 4))
-    assert {run.graph_id for run in machine.runs} == {numbers[2]}
+    assert machine.runs == []
+    assert len(machine.graphs) == graphs
     assert engine.cuda_graph
-    assert engine._buffer_cache is not None
-    assert engine._buffer_cache.sessions.step.capture_count == 2
+    assert engine.captured_batch_sizes == (1, 2)
 
 
 def test_the_number_of_captured_shapes_is_limited(engine: CudaEngine, machine: Machine, host: HostEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(static_buffers, "MAX_GRAPHS", 2)
-    monkeypatch.setattr(static_buffers, "MAX_UNCAPTURED", 1)
+    monkeypatch.setattr(shape_cache, "MAX_GRAPHS", 2)
+    monkeypatch.setattr(shape_cache, "MAX_UNCAPTURED", 1)
     for n in (1, 2, 3, 4, 3, 1):
         np.testing.assert_array_equal(sampled(engine, call(*range(n))), sampled(host, call(*range(n))))
-    assert {run.n for run in machine.runs if run.graph_id != -1} == {1, 2}
-    assert engine._buffer_cache is not None
-    assert engine._buffer_cache.sessions.step.capture_count == 2
+    assert engine.captured_batch_sizes == (1, 2)
+    assert {run.n for run in machine.runs if run.captured} == {1, 2}
 
 
 def test_a_captured_shape_that_is_idle_gives_its_graphs_back(engine: CudaEngine, machine: Machine, host: HostEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(static_buffers, "MAX_GRAPHS", 2)
-    monkeypatch.setattr(static_buffers, "IDLE_USES", 20)
+    monkeypatch.setattr(shape_cache, "MAX_GRAPHS", 2)
+    monkeypatch.setattr(shape_cache, "IDLE_USES", 20)
 
     def sample(n: int) -> None:
         np.testing.assert_array_equal(sampled(engine, call(*range(n))), sampled(host, call(*range(n))))
 
     for n in (1, 2, 3):
         sample(n)
-    assert machine.released == []
+    assert not any(graph.destroyed for graph in machine.graphs)
     for _ in range(10):  # the shape 1 is idle while 2 and 3 are in use
         sample(2)
         sample(3)
-    assert {graph for graph, _ in machine.released} == {"noise.onnx", "step.fp32.onnx", "finite.onnx", "decode.fp32.onnx"}
-    assert len({graph_id for _, graph_id in machine.released}) == 1
-    machine.runs.clear()
-    sample(3)
+    assert {(run.graph, run.n) for graph in machine.graphs if graph.destroyed for run in graph.runs} == {(name, 1) for name in LOOP}
+    assert engine.captured_batch_sizes == (2, 3)
+    launches = sum(graph.launches for graph in machine.graphs)
     sample(1)
-    captured = {run.n: run.graph_id != -1 for run in machine.runs}
-    assert captured == {3: True, 1: False}
-
-
-def test_the_number_of_captures_is_limited_in_all(engine: CudaEngine, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("MAX_GRAPHS", 1), ("IDLE_USES", 0), ("MAX_CAPTURES", 3)):
-        monkeypatch.setattr(static_buffers, name, value)
-    for n in (1, 2, 3, 4, 5, 4, 5):
-        sampled(engine, call(*range(n)))
-    assert {run.n for run in machine.runs if run.graph_id != -1} == {1, 2, 3}
+    assert sum(graph.launches for graph in machine.graphs) == launches
 
 
 def test_buffers_without_a_graph_are_evicted(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(static_buffers, "MAX_UNCAPTURED", 1)
+    monkeypatch.setattr(shape_cache, "MAX_UNCAPTURED", 1)
     engine = opened(machine, cuda_graph=False)
     used = []
     for n in (4, 5, 4, 5):
@@ -305,7 +304,7 @@ def test_buffers_without_a_graph_are_evicted(machine: Machine, monkeypatch: pyte
 def test_without_cuda_graphs(machine: Machine, host: HostEngine) -> None:
     engine = opened(machine, cuda_graph=False)
     np.testing.assert_array_equal(sampled(engine, call(1, 2)), sampled(host, call(1, 2)))
-    assert {run.graph_id for run in machine.runs} == {-1}
+    assert machine.graphs == []
     assert not engine.cuda_graph
     engine.close()
 
@@ -320,8 +319,7 @@ def test_a_graph_with_nodes_on_the_cpu(machine: Machine, host: HostEngine, caplo
     assert [record.getMessage().split(":")[0] for record in caplog.records] == [f"'{name}' runs with copies to the CPU and back, and without CUDA graphs"]
     for seeds in ((1, 2), (3, 4), (1, 2)):
         np.testing.assert_array_equal(sampled(engine, call(*seeds)), sampled(host, call(*seeds)))
-    captured = {run.graph for run in machine.runs if run.graph_id != -1}
-    assert captured == ({"noise.onnx", "step.fp32.onnx", "finite.onnx", "decode.fp32.onnx"} - {name} if cuda_graph else set())
+    assert launched(machine).keys() == (LOOP - {name} if cuda_graph else set())
     engine.close()
 
 
@@ -332,8 +330,8 @@ def test_a_graph_whose_capture_fails_runs_uncaptured(machine: Machine, host: Hos
         for seeds in ((1,), (1, 2), (1,)):
             np.testing.assert_array_equal(sampled(engine, call(*seeds)), sampled(host, call(*seeds)))
     assert [record.getMessage().split(":")[0] for record in caplog.records] == ["'step.fp32.onnx' runs without a CUDA graph for a batch of 1"]
-    assert sum(run.graph_id != -1 for run in machine.runs if run.graph == "step.fp32.onnx") == 1
-    assert not engine.cuda_graph
+    assert sum(run.captured for run in machine.runs if run.graph == "step.fp32.onnx") == 2  # it is tried twice
+    assert launched(machine).keys() == LOOP - {"step.fp32.onnx"}
     engine.close()
 
 
@@ -341,8 +339,7 @@ def test_a_shape_whose_capture_runs_out_of_memory_runs_uncaptured(engine: CudaEn
     machine.no_memory_to_capture = {2}
     for seeds in ((1, 2), (3,), (4, 5)):
         np.testing.assert_array_equal(sampled(engine, call(*seeds)), sampled(host, call(*seeds)))
-    steps = [run for run in machine.runs if run.graph == "step.fp32.onnx" and run.graph_id != -1]
-    assert [run.n for run in steps] == [2, 1, 1]  # one failed attempt; then a capture and a replay
+    assert [run.n for run in machine.runs if run.graph == "step.fp32.onnx" and run.captured] == [2, 1]  # one failed attempt, and a capture
     assert engine.cuda_graph
 
 
@@ -381,7 +378,7 @@ def test_the_default_stream_is_never_captured(machine: Machine, host: HostEngine
     engine = opened(machine, 0)  # as torch numbers it; for ONNX Runtime 0 means that no stream is given
     assert engine._context.stream_handle == LEGACY
     np.testing.assert_array_equal(sampled(engine, call(1)), sampled(host, call(1)))
-    assert {run.graph_id for run in machine.runs} == {-1}
+    assert machine.graphs == []
     engine.close()
 
 
@@ -511,7 +508,7 @@ def test_arenas_without_captured_graphs_shrink_after_out_of_memory(machine: Mach
     sampled(engine, call(1))
     sampled(engine, call(1))
     shrunk = [run for run in machine.runs if run.shrinks]
-    assert shrunk == [GraphRun(graph, -1, 1, True) for graph in ("noise.onnx", "step.fp32.onnx", "finite.onnx", "decode.fp32.onnx") if not cuda_graph]
+    assert shrunk == [GraphRun(graph, False, 1, True) for graph in ("noise.onnx", "step.fp32.onnx", "finite.onnx", "decode.fp32.onnx") if not cuda_graph]
     engine.close()
 
 

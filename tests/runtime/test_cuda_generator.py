@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,8 +21,10 @@ from scm_runtime.devices.placement import CPU
 from scm_runtime.engines.cuda import stream as cuda
 from scm_runtime.engines.cuda.dlpack import DeviceArray
 from scm_runtime.engines.cuda.open_engine import open_cuda_engine
+from scm_runtime.inputs.arguments import OutputType
 from scm_runtime.ort.options import SessionSettings
 from scm_runtime.ort.session import Session
+from support import ROOT, run_python
 from toy_bundle import SLOW_SCORE, SLOW_STEP, WIDTH, write_text_bundle
 
 SEEDS = [1, 2, 3]
@@ -88,8 +91,36 @@ def test_results_stay_on_the_device_for_dlpack(machine: Machine) -> None:
     with opened() as generate:
         array = generate(seed=SEEDS, output_type="dlpack").array
         assert isinstance(array, DeviceArray)
-        assert machine.to_host == [2 * len(SEEDS) * 4]  # the flags of two steps
+        assert machine.to_host == [2 * 256]  # the flags of two steps, each padded
         assert isinstance(array.__dlpack__(stream=-1), Capsule)
+
+
+AT_EXIT = """
+import builtins
+from runtime.fake_cuda import PLACEMENT, Machine
+from runtime.fake_cuda_driver import Buffer
+from scm_runtime import Generator, generator
+from scm_runtime.engines.cuda import stream
+from scm_runtime.engines.cuda.open_engine import open_cuda_engine
+
+def close(self, stream=None, close=Buffer.close):
+    import fractions  # cuda-core, too, imports modules while it frees memory
+    close(self, stream)
+
+machine, Buffer.close = Machine(), close
+stream._import_cuda = machine.modules
+generator.resolve_device = lambda *_: PLACEMENT
+open_cuda_engine.__kwdefaults__["open_session"] = machine.open_session
+generate = Generator("digits", device="cuda", dtype="fp32", native_ops=False, cache_dir=False)
+results = [generate(seed=1, output_type="dlpack").array for _ in range(3)]
+builtins.kept = results[0], results[1].__dlpack__()  # dropped last when Python ends
+generate.close()
+"""
+
+
+def test_results_on_the_device_may_be_held_until_the_process_ends() -> None:
+    done = run_python(AT_EXIT, env={**os.environ, "PYTHONPATH": str(ROOT / "tests")})
+    assert (done.stdout, done.stderr) == ("", "")
 
 
 def test_spans_and_timings_come_from_the_device(machine: Machine) -> None:
@@ -192,6 +223,62 @@ def test_waiting_requests_are_batched(machine: Machine, on_cpu: Generator) -> No
     assert max(run.n for run in machine.runs if run.graph == "step.fp32.onnx") > 1
 
 
+def test_requests_that_begin_together_are_computed_in_one_graph(machine: Machine, on_cpu: Generator) -> None:
+    with opened(max_wait_ms=2000.0, max_batch_size=9) as generate:
+        kinds: list[OutputType] = ["np", "latent", "dlpack"]
+        futures = [generate.submit(seed=seed, output_type=kinds[seed % 3]) for seed in range(9)]
+        samples = [future.result(60) for future in futures]
+        pixels, latents = (on_cpu(seed=0, batch_size=9, output_type=kind).array for kind in kinds[:2])
+        for seed in (0, 3, 6):
+            np.testing.assert_array_equal(samples[seed].array, pixels[seed : seed + 1])
+            np.testing.assert_array_equal(samples[seed + 1].array, latents[seed + 1 : seed + 2])
+            assert isinstance(samples[seed + 2].array, DeviceArray)
+        assert [len(graph.runs) for graph in machine.graphs] == [8]  # three noise, two steps with their checks, and the decoder
+        assert {run.n for run in machine.runs} == {10}
+        del samples, futures
+        gc.collect()
+
+
+def test_a_request_with_a_callback_and_one_that_joins_it_are_evaluated_in_steps(machine: Machine, on_cpu: Generator) -> None:
+    seen: list[int] = []
+    with opened(max_wait_ms=2000.0, max_batch_size=2) as generate:
+        observed = generate.submit(seed=1, output_type="np", callback_on_step_end=lambda _generator, step, t, tensors: seen.append(step))
+        other = generate.submit(seed=2, output_type="np")
+        for seed, future in ((1, observed), (2, other)):
+            np.testing.assert_array_equal(future.result(60).array, on_cpu(seed=seed, output_type="np").array)
+    assert seen == [0, 1]
+    assert all(len(graph.runs) == 1 for graph in machine.graphs)
+
+
+def test_warmup_captures_the_sizes_that_it_is_given(machine: Machine) -> None:
+    with opened() as generate:
+        assert generate.warmup((9, 2)) == (2, 9)
+        machine.runs.clear()
+        for n in (2, 9):
+            generate(seed=list(range(n)), output_type="np")
+        assert machine.runs == []
+        generate(seed=SEEDS, output_type="np")
+        assert generate.warmup() == (1, 2, 3, 9)
+
+
+def test_a_request_that_is_cancelled_while_its_graph_runs_gets_no_result(machine: Machine, on_cpu: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    begins, late, run = threading.Event(), threading.Event(), FakeSession.__call__
+
+    def announced(session: FakeSession, **inputs: Any) -> Any:
+        begins.set()
+        assert late.wait(TIMEOUT_S)
+        return run(session, **inputs)
+
+    with opened() as generate:
+        generate.warmup((3,))
+        monkeypatch.setattr(FakeSession, "__call__", announced)
+        future = generate.submit(seed=SEEDS)
+        assert begins.wait(TIMEOUT_S)
+        assert future.cancel()
+        late.set()
+        np.testing.assert_array_equal(generate(seed=SEEDS, output_type="np").array, on_cpu(seed=SEEDS, output_type="np").array)
+
+
 def test_decode_runs_outside_of_cuda_graphs(machine: Machine, on_cpu: Generator) -> None:
     latents = on_cpu(seed=SEEDS, output_type="latent").array
     with opened() as generate:
@@ -258,7 +345,7 @@ def test_a_terminated_capture_leaves_the_stream_usable(machine: Machine) -> None
     machine.terminates_capture = True
     with pytest.raises(GeneratorClosedError, match="while this call ran"):
         generate(seed=SEEDS)
-    assert not any(stream.capturing for stream in machine.streams.values())
+    assert not any(stream.capture for stream in machine.streams.values())
     generate.close()
     gc.collect()
     assert machine.used == 0

@@ -13,12 +13,15 @@ from typing import Any
 
 import pytest
 
-from scm_runtime import DeviceError, InvalidArgumentError
+from scm_runtime import DeviceError, InferenceError, InvalidArgumentError
+from scm_runtime.bundle.location import resolve_bundle
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
 from scm_runtime.devices import cuda_driver as driver
 from scm_runtime.devices import cuda_libraries as libraries
 from scm_runtime.devices import placement as devices
 from scm_runtime.devices.placement import CPU, check_cudnn, cuda_unavailable_reason, resolve_device
+from scm_runtime.ort.open_session import open_session
+from scm_runtime.ort.options import SessionSettings
 from support import run_python
 
 CUDA, PLUGIN, TENSORRT = "CUDAExecutionProvider", "CudaPluginExecutionProvider", "TensorrtExecutionProvider"
@@ -134,6 +137,23 @@ def test_cuda_is_the_first_gpu(machine: Callable[..., None]) -> None:
     assert first.providers == ((CUDA, {"device_id": "0"}), ("CPUExecutionProvider", {}))
     assert (second.index, second.hardware) == (1, "NVIDIA H200 8.9")
     assert second.providers[0] == (CUDA, {"device_id": "1", "gpu_mem_limit": str(1 << 30)})
+
+
+@pytest.mark.parametrize(("index", "named"), [(0, {}), (1, {"device_id": "1"})])
+def test_the_first_gpu_is_not_named_to_onnxruntime(machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch, index: int, named: dict[str, str]) -> None:
+    """It looks for a plugin if it is, and prints a line for every session. The first GPU is its default."""
+    machine(FakeCuda(devices=("NVIDIA L4", "NVIDIA H200")))
+    given: list[Any] = []
+
+    def refuse(*_: Any, providers: list[Any], **__: Any) -> None:
+        given.extend(providers)
+        raise RuntimeError("no GPU here")
+
+    monkeypatch.setattr(load_onnxruntime(), "InferenceSession", refuse)
+    placement = resolve_device(f"cuda:{index}", None, {"use_tf32": 0})
+    with pytest.raises(InferenceError, match="no GPU here"):
+        open_session(resolve_bundle("digits", None).folder / "noise.onnx", SessionSettings(placement))
+    assert given == [(CUDA, {"use_tf32": "0", **named}), ("CPUExecutionProvider", {})]
 
 
 def test_options_that_fit_no_device(machine: Callable[..., None]) -> None:

@@ -315,7 +315,13 @@ OLDER_BUILD = {"version": "13.0", "architectures": ["80", "86", "89", "90"]}  # 
         (H200, None, 13000, "9.0", r"built without CUDA kernels\. .*make ops SCM_OPS_CUDA=ON"),
         (H200, CUDA_KERNELS, 12040, "9.0", r"built with CUDA 13\.0, and the NVIDIA driver supports CUDA up to 12\.4\. Update it"),
         (H200, OLDER_BUILD, 13010, "12.0", None),
-        (H200, CUDA_KERNELS, 13000, "7.5", r"kernels for compute capability 8\.0, 8\.6, 8\.9, 9\.0 and newer, and Some GPU has 7\.5\. Build it there: .*make ops"),
+        (
+            H200,
+            CUDA_KERNELS,
+            13000,
+            "7.5",
+            r"kernels for compute capability 8\.0, 8\.6, 8\.9, 9\.0 and newer, and Some GPU has 7\.5\. Build it there: .*make ops",
+        ),
         (H200, WITHOUT_PTX, 13000, "8.9", None),  # machine code for 8.0
         (H200, WITHOUT_PTX, 13000, "10.0", r"kernels for compute capability 8\.0, 9\.0, and Some GPU has 10\.0"),
         (H200, {**CUDA_KERNELS, "version": "13.2"}, 13000, "12.0", "Some GPU has 12"),  # the driver cannot compile this PTX

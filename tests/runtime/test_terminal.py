@@ -271,7 +271,7 @@ def test_json_of_generate_and_smoke(tmp_path: Path) -> None:
     smoke = document("smoke", "digits")
     assert smoke["passed"] is True
     assert [row["steps"] for row in smoke["results"]] == [1, 2]
-    assert all(row["finite"] and row["deterministic"] and row["independent"] for row in smoke["results"])
+    assert all(row["finite"] and row["deterministic"] and row["independent"] and row["contrast"] for row in smoke["results"])
 
 
 @pytest.mark.parametrize("program", ["scm_runtime", "scm_export"])

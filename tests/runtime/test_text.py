@@ -468,5 +468,5 @@ def test_smoke_names_the_placeholder_inputs(bundle: Path, plain: Path) -> None:
     for path in (bundle, plain):
         result = call("smoke", path)
         assert result.exit_code == 0, result.output
-        assert result.stdout.count("yes") == 6
+        assert result.stdout.count("yes") == 8
         assert "random values for prompt_embeds float32 [N, tokens, 5], 7 tokens" in result.stdout

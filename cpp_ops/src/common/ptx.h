@@ -111,4 +111,106 @@ __device__ __forceinline__ void multiply_add_tf32(float (&c)[4], const std::uint
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// -- Hopper's products of matrices in shared memory, sm_90a only. A warpgroup, 128 neighboring threads, executes them together ------------------------------
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+// Returns the descriptor of a matrix of 16 terms in rows of 128 bytes, 64 terms of 16 bits, in which chunk c of row r, 16 bytes, is stored at position
+// c ^ r % 8. `rows` is aligned to 1024 bytes, plus 32 bytes for each 16 terms before. ("Matrix-descriptor", 128-byte swizzle, K-major.)
+__device__ __forceinline__ std::uint64_t matrix_descriptor(const void* rows) {
+  const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(rows));
+  constexpr std::uint64_t eight_rows = 1024 >> 4, swizzle_of_128_bytes = 1;
+  return (address & 0x3ffffu) >> 4 | std::uint64_t{1} << 16 | eight_rows << 32 | swizzle_of_128_bytes << 62;
+}
+
+// Makes what the thread wrote to shared memory visible to start_multiply_add, before a barrier.
+__device__ __forceinline__ void publish_shared_memory() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Orders the accesses to sums before the products that follow.
+__device__ __forceinline__ void publish_sums() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+// Starts C += A B for 16-bit T with A [64, 16] and B [16, n]; n is 8 times the first dimension of c. The rows of the descriptors are the rows of A and the columns
+// of B. Warp w of the warpgroup holds rows 16 w to 16 w + 15 of C, 8 columns in each c[i], as in multiply_add.
+template <typename T>
+__device__ void start_multiply_add(float (&c)[8][4], std::uint64_t a, std::uint64_t b);
+template <typename T>
+__device__ void start_multiply_add(float (&c)[16][4], std::uint64_t a, std::uint64_t b);
+
+#define SCM_WGMMA_64(type)                                                                \
+  asm volatile(                                                                           \
+      "{\n.reg .pred add;\nsetp.ne.b32 add, 1, 0;\n"                                      \
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " "                     \
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, " \
+      "%32, %33, add, 1, 1, 0, 0;\n}\n"                                                   \
+      : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]),                       \
+        "+f"(c[1][0]), "+f"(c[1][1]), "+f"(c[1][2]), "+f"(c[1][3]),                       \
+        "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]),                       \
+        "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3]),                       \
+        "+f"(c[4][0]), "+f"(c[4][1]), "+f"(c[4][2]), "+f"(c[4][3]),                       \
+        "+f"(c[5][0]), "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]),                       \
+        "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]),                       \
+        "+f"(c[7][0]), "+f"(c[7][1]), "+f"(c[7][2]), "+f"(c[7][3])                        \
+      : "l"(a), "l"(b))
+#define SCM_WGMMA_128(type)                                                               \
+  asm volatile(                                                                           \
+      "{\n.reg .pred add;\nsetp.ne.b32 add, 1, 0;\n"                                      \
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " "                    \
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "  \
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "  \
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, " \
+      "%64, %65, add, 1, 1, 0, 0;\n}\n"                                                   \
+      : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]),                       \
+        "+f"(c[1][0]), "+f"(c[1][1]), "+f"(c[1][2]), "+f"(c[1][3]),                       \
+        "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]),                       \
+        "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3]),                       \
+        "+f"(c[4][0]), "+f"(c[4][1]), "+f"(c[4][2]), "+f"(c[4][3]),                       \
+        "+f"(c[5][0]), "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]),                       \
+        "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]),                       \
+        "+f"(c[7][0]), "+f"(c[7][1]), "+f"(c[7][2]), "+f"(c[7][3]),                       \
+        "+f"(c[8][0]), "+f"(c[8][1]), "+f"(c[8][2]), "+f"(c[8][3]),                       \
+        "+f"(c[9][0]), "+f"(c[9][1]), "+f"(c[9][2]), "+f"(c[9][3]),                       \
+        "+f"(c[10][0]), "+f"(c[10][1]), "+f"(c[10][2]), "+f"(c[10][3]),                   \
+        "+f"(c[11][0]), "+f"(c[11][1]), "+f"(c[11][2]), "+f"(c[11][3]),                   \
+        "+f"(c[12][0]), "+f"(c[12][1]), "+f"(c[12][2]), "+f"(c[12][3]),                   \
+        "+f"(c[13][0]), "+f"(c[13][1]), "+f"(c[13][2]), "+f"(c[13][3]),                   \
+        "+f"(c[14][0]), "+f"(c[14][1]), "+f"(c[14][2]), "+f"(c[14][3]),                   \
+        "+f"(c[15][0]), "+f"(c[15][1]), "+f"(c[15][2]), "+f"(c[15][3])                    \
+      : "l"(a), "l"(b))
+
+template <>
+__device__ __forceinline__ void start_multiply_add<float16>(float (&c)[8][4], std::uint64_t a, std::uint64_t b) {
+  SCM_WGMMA_64("f16");
+}
+
+template <>
+__device__ __forceinline__ void start_multiply_add<bfloat16>(float (&c)[8][4], std::uint64_t a, std::uint64_t b) {
+  SCM_WGMMA_64("bf16");
+}
+
+template <>
+__device__ __forceinline__ void start_multiply_add<float16>(float (&c)[16][4], std::uint64_t a, std::uint64_t b) {
+  SCM_WGMMA_128("f16");
+}
+
+template <>
+__device__ __forceinline__ void start_multiply_add<bfloat16>(float (&c)[16][4], std::uint64_t a, std::uint64_t b) {
+  SCM_WGMMA_128("bf16");
+}
+
+#undef SCM_WGMMA_64
+#undef SCM_WGMMA_128
+
+// Makes a group of the products that were started since the previous group.
+__device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// Waits until at most the last kPending groups are unfinished.
+template <int kPending>
+__device__ __forceinline__ void wait_for_products() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+#endif
+
 }  // namespace scm

@@ -32,26 +32,39 @@ Rates rates_of(const Device& device) {
   }
 }
 
-// The share of a multiprocessor's rate that a tile reaches with as many blocks as fit: what the copies and the loads of operands leave. Estimates, to be replaced
-// by measured rows in tiles.inc.
-double efficiency(Shape shape) {
+// What the estimate knows of a shape. The efficiency is the share of a multiprocessor's rate that is left by the copies and the loads of operands with as many
+// blocks as fit: a guess, to be replaced by measured rows in tiles.inc.
+struct Traits {
+  double efficiency;
+  int shared_kib, max_blocks;  // shared memory of a block; blocks of a multiprocessor that the registers permit
+};
+
+Traits traits_of(Shape shape) {
   switch (shape) {
     case Shape::mma_128x128:
-      return 0.78;
+      return {0.78, 64, 2};
     case Shape::mma_128x64:
-      return 0.74;
+      return {0.74, 72, 3};
     case Shape::mma_64x64:
-      return 0.60;
+      return {0.60, 64, 5};
     case Shape::mma_64x32:
-      return 0.40;
+      return {0.40, 48, 4};
+    case Shape::wgmma_128x128:
+      return {0.70, 128, 1};
+    case Shape::wgmma_128x64:
+      return {0.62, 96, 2};
+    case Shape::wgmma_64x64:
+      return {0.50, 64, 3};
   }
-  return 0;
+  return {};
 }
 
 constexpr double kLaunch = 2e-6;               // between two kernels of a CUDA graph
 constexpr double kSplit = 1e-6, kPart = 2.5e-7;  // the last block waits for the others, and reads the parts one after another
 constexpr double kReachable = 0.85;            // of the memory's bandwidth
 constexpr double kCache = 2.5;                 // bandwidth of the cache by that of the memory
+// A library's kernel must be expected to be clearly faster: it may give other bits for another number of samples.
+constexpr double kPreference = 1.15;
 constexpr int kSplits[] = {1, 2, 3, 4, 6, 8, 12, 16};
 constexpr std::int64_t kManySamples = 4;
 
@@ -60,13 +73,14 @@ double bytes(const Sizes& s) { return 2.0 * static_cast<double>(s.samples * s.pi
 
 double seconds(const Sizes& s, const Tile& tile, const Device& device) {
   const Rates rates = rates_of(device);
+  const Traits traits = traits_of(tile.shape);
   const auto [pixels, channels] = size_of(tile.shape);
-  const int split = effective_split(s, tile), resident = std::max(1, std::min(rates.shared_kib / shared_kib(tile.shape), max_blocks(tile.shape)));
+  const int split = effective_split(s, tile), resident = std::max(1, std::min(rates.shared_kib / traits.shared_kib, traits.max_blocks));
   const double block = 2.0 * pixels * channels * 64 * std::ceil(static_cast<double>(steps(s)) / split);
   const double blocks = static_cast<double>(tiles(s, tile.shape)) * split, most = std::ceil(blocks / device.multiprocessors);  // on one multiprocessor
   // One block alone does not hide its own latencies.
   const double full = resident == 1 ? 1.0 : std::min(1.0, 0.55 + 0.45 * (most - 1) / (resident - 1));
-  const double compute = most * block / (rates.mma * efficiency(tile.shape) * full);
+  const double compute = most * block / ((family(tile.shape) == Family::wgmma ? rates.wgmma : rates.mma) * traits.efficiency * full);
   const double memory = bytes(s) / (rates.memory * kReachable);
   const double parts = split == 1 ? 0.0 : blocks * pixels * channels * 8 / (rates.memory * kCache) + kSplit + split * kPart;
   return kLaunch + std::max(compute, memory) + parts;
@@ -104,7 +118,12 @@ const Row* row_of(const Sizes& s, const Device& device) {
 
 }  // namespace
 
-bool supported(Shape, const Device& device) { return device.capability >= 80; }
+bool supported(Shape shape, const Device& device) {
+#ifdef SCM_OPS_SM90A
+  if (family(shape) == Family::wgmma) return device.capability == 90;
+#endif
+  return family(shape) == Family::mma && device.capability >= 80;
+}
 
 double estimated_microseconds(const Sizes& sizes, const Tile& tile, const Device& device) { return 1e6 * seconds(sizes, tile, device); }
 
@@ -141,7 +160,7 @@ Choice choose(const Sizes& sizes, const Device& device) {
       }
     }
   });
-  choice.own = 1e6 * best <= library_microseconds(one, device);
+  choice.own = 1e6 * best <= kPreference * library_microseconds(one, device);
   if (sizes.samples == 1) return choice;
   const Tile alone = choice.tile;
   best = HUGE_VAL;

@@ -4,6 +4,7 @@
 #include "convolution/mma.cuh"
 #include "convolution/op.h"
 #include "convolution/shapes.h"
+#include "convolution/wgmma.cuh"
 
 namespace scm::convolution {
 namespace {
@@ -12,6 +13,58 @@ using Mma128x128 = MmaBlock<128, 128, 2, 2, 32, 4>;
 using Mma128x64 = MmaBlock<128, 64, 2, 2, 64, 3>;
 using Mma64x64 = MmaBlock<64, 64, 2, 2, 64, 4>;
 using Mma64x32 = MmaBlock<64, 32, 4, 1, 64, 4>;
+using Wgmma128x128 = WgmmaBlock<128, 128, 4>;
+using Wgmma128x64 = WgmmaBlock<128, 64, 4>;
+using Wgmma64x64 = WgmmaBlock<64, 64, 4>;
+
+// kWideIn: the input channels are a multiple of 8 and x is aligned. kWideOut: the same of the outputs and of what the epilogue reads.
+template <typename T, typename B, bool kWideIn, bool kWideOut>
+__global__ void __launch_bounds__(B::kThreads, 2) kernel(const Launch<T> l) {
+#ifndef __CUDA_ARCH_FEAT_SM90_ALL
+  if constexpr (B::kWgmma) return;  // never launched
+#endif
+  unsigned char* const shared = dynamic_shared_memory();
+  for (int index = blockIdx.x; index < l.tiles * l.split; index += gridDim.x) {
+    const Unit unit(l, index, B::kM, B::kN);
+    const int loads = unit.steps * (kStep / B::kDepth);
+    InputLoader<T, B, kWideIn> input(l, unit.first_pixel, unit.first_step);
+    WeightLoader<T, B> weight(l, unit.first_channel, unit.first_step);
+    const auto stage = [&](int i) { return shared + i % B::kStages * B::kStageBytes; };
+    const auto load = [&](int i) {
+      if (i < loads) {
+        input.load(stage(i));
+        weight.load(stage(i) + B::kM * B::kRowBytes);
+      }
+      commit_copies();
+    };
+    Sums<B::kMatricesM, B::kMatricesN> sums = {};
+    __syncthreads();  // all threads have read the previous unit's stages
+    for (int i = 0; i < B::kAhead; ++i) load(i);
+    int i = 0;
+    do {
+      wait_for_copies<B::kAhead - 1>();
+      if constexpr (B::kWgmma) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+        publish_shared_memory();
+        __syncthreads();  // stage i is there, and the products of stage i - 2, whose memory is written next, are finished in all threads
+        start_multiply_add_tile<T, B>(sums, stage(i));
+        load(i + B::kAhead);
+        wait_for_products<1>();
+#endif
+      } else {
+        __syncthreads();  // stage i is there, and all threads have read stage i - 1, whose memory is written next
+        load(i + B::kAhead);
+        multiply_add_tile<T, B>(sums, stage(i));
+      }
+    } while (++i < loads);
+    wait_for_copies<0>();
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    if constexpr (B::kWgmma) wait_for_products<0>();
+#endif
+    if (l.split > 1 && !add_parts<T, B, B::kMatricesM, B::kMatricesN>(l, unit.tile, unit.part, sums)) continue;
+    finish<kWideOut>(l, unit.first_pixel + B::warp_pixel(), unit.first_channel + B::warp_channel(), sums);
+  }
+}
 
 // -- Weights -----------------------------------------------------------------------------------------------------------------
 
@@ -36,7 +89,7 @@ const char* run(Launch<T> l, void* stream) {
   const int tiles = l.tiles_m * l.tiles_n, at_once = l.split > 1 && tiles > kCounters ? kCounters : tiles;
   for (l.first_tile = 0; l.first_tile < tiles; l.first_tile += at_once) {
     l.tiles = tiles - l.first_tile < at_once ? tiles - l.first_tile : at_once;
-    const char* error = launch_with_shared(mma_kernel<T, B, kWideIn, kWideOut>, grid_of(l.tiles * l.split, 1), B::kThreads, B::kSharedBytes, stream, l);
+    const char* error = launch_with_shared(kernel<T, B, kWideIn, kWideOut>, grid_of(l.tiles * l.split, 1), B::kThreads, B::kSharedBytes, stream, l);
     if (error) return error;
   }
   return nullptr;
@@ -89,6 +142,12 @@ const char* cuda(const Params<T>& p, const Tile& tile, void* stream) {
       return run<Mma64x64, true, true>(l, stream);
     case Shape::mma_64x32:
       return run<Mma64x32, true, true>(l, stream);
+    case Shape::wgmma_128x128:
+      return run<Wgmma128x128, true, true>(l, stream);
+    case Shape::wgmma_128x64:
+      return run<Wgmma128x64, true, true>(l, stream);
+    case Shape::wgmma_64x64:
+      return run<Wgmma64x64, true, true>(l, stream);
   }
   return "invalid tile";
 }

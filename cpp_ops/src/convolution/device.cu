@@ -1,6 +1,5 @@
+#include "common/cuda.h"
 #include "convolution/device.h"
-
-#include <cuda_runtime.h>
 
 namespace scm::convolution {
 namespace {

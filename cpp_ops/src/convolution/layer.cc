@@ -1,5 +1,8 @@
 #include "convolution/layer.h"
 
+#include <cstdio>
+#include <cstdlib>
+
 #include "common/custom_op.h"
 #include "convolution/device.h"
 
@@ -19,11 +22,29 @@ void pack_weight(const Input& w, const convolution::Sizes& sizes, void* packed, 
   }
 }
 
+// Returns the tile that is to be measured in place of the chosen one, if the environment names one (benchmarks/autotune.py).
+std::optional<convolution::Tile> forced_tile(const convolution::Device& device) {
+  constexpr const char* kVariable = "SCM_CONVOLUTION_TILE";
+  const char* const value = std::getenv(kVariable);
+  if (!value) return std::nullopt;
+  int shape = 0, split = 0;
+  char rest = 0;
+  const bool valid = std::sscanf(value, "%d,%d%c", &shape, &split, &rest) == 2 && shape >= 0 && shape < convolution::kShapes && split >= 1 &&
+                     split <= convolution::kMaxSplit && convolution::supported(static_cast<convolution::Shape>(shape), device);
+  if (!valid) throw Error{std::string(kVariable) + " must be the number of a tile that this device can run and a split, such as 2,4; got " + value};
+  return convolution::Tile{static_cast<convolution::Shape>(shape), split};
+}
+
 }  // namespace
 
 ConvolutionLayer::ConvolutionLayer(const Attributes& attributes, int taps) : taps_(taps), allocator_(attributes.allocator()) {
   if (!allocator_) return;
   check_launch(convolution::read_device(device_));
+  if (!convolution::supported(convolution::Shape::mma_64x64, device_)) {
+    const std::string got = std::to_string(device_.capability / 10) + "." + std::to_string(device_.capability % 10);
+    throw Error{"the GPU must have compute capability 8.0 or newer, got " + got + ". Without the session entry scm.convolution, cuDNN computes the convolutions"};
+  }
+  forced_ = forced_tile(device_);
   const Input w = attributes.constant(1);
   if (!w.data) return;
   check(Shape{{}, false}, w.shape);
@@ -95,7 +116,7 @@ void ConvolutionLayer::run(const Context& run, convolution::Params<T> p) const {
   const convolution::Sizes& s = p.sizes;
   if (s.samples * s.pixels() * s.out == 0) return;
   void* const stream = run.cuda_stream();
-  const convolution::Tile tile = convolution::choose(s, device_).tile;
+  const convolution::Tile tile = forced_ ? *forced_ : convolution::choose(s, device_).tile;
   Memory partials;
   if (const std::int64_t bytes = convolution::partials_bytes(s, tile); bytes > 0) {
     partials = run.scratch(*allocator_, static_cast<std::size_t>(bytes));

@@ -3,6 +3,7 @@
 
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <vector>
 
 #include "common/ort.h"
@@ -42,6 +43,7 @@ class ConvolutionLayer {
   const int taps_;
   const std::unique_ptr<Allocator> allocator_;
   convolution::Device device_{};
+  std::optional<convolution::Tile> forced_;  // in place of the chosen tile
   Memory packed_;
   mutable std::mutex mutex_;  // guards counters_
   mutable std::vector<StreamCounters> counters_;

@@ -25,6 +25,24 @@ struct Launch {
   bool pixels_first;              // neighboring blocks have neighboring pixels and the same weights, else the opposite
 };
 
+// What a block computes at a time: a part of the sums of a tile.
+struct Unit {
+  int tile, part;                  // the tile of this launch
+  int first_pixel, first_channel;  // of the tile
+  int first_step, steps;           // of the part
+
+  template <typename T>
+  __device__ __forceinline__ Unit(const Launch<T>& l, int index, int pixels, int channels) {
+    tile = index / l.split;
+    part = index - tile * l.split;
+    const int inner = l.pixels_first ? l.tiles_m : l.tiles_n, outer_index = (l.first_tile + tile) / inner, inner_index = l.first_tile + tile - outer_index * inner;
+    first_pixel = (l.pixels_first ? inner_index : outer_index) * pixels;
+    first_channel = (l.pixels_first ? outer_index : inner_index) * channels;
+    first_step = part * l.steps / l.split;
+    steps = (part + 1) * l.steps / l.split - first_step;
+  }
+};
+
 // Shapes of a block: kM pixels by kN output channels, kDepth terms at a time, kStages of them in shared memory.
 template <int kM_, int kN_, int kThreads_, int kDepth_, int kStages_>
 struct Block {

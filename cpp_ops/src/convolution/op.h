@@ -41,12 +41,15 @@ enum class Shape : int {
   mma_128x64 = 1,
   mma_64x64 = 2,
   mma_64x32 = 3,
+  wgmma_128x128 = 4,
+  wgmma_128x64 = 5,
+  wgmma_64x64 = 6,
 };
-constexpr int kShapes = 4;
+constexpr int kShapes = 7;
 
 // The instructions of a shape. All shapes of a family give the same bits for the same split.
-enum class Family : int { mma };
-constexpr Family family(Shape) { return Family::mma; }
+enum class Family : int { mma, wgmma };
+constexpr Family family(Shape shape) { return shape >= Shape::wgmma_128x128 ? Family::wgmma : Family::mma; }
 
 // `split` blocks share the sum of a tile; 1 to kMaxSplit. A split of more than the number of steps of 64 terms is reduced to that number.
 struct Tile {
@@ -60,7 +63,7 @@ struct Device {
   int multiprocessors;
 };
 
-// Returns whether the device can run the shape.
+// Returns whether the device can run the shape, and the library has code for it: wgmma only on compute capability 9.0.
 bool supported(Shape shape, const Device& device);
 
 struct Choice {

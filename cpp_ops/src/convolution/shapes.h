@@ -12,20 +12,19 @@ struct TileSize {
 constexpr TileSize size_of(Shape shape) {
   switch (shape) {
     case Shape::mma_128x128:
+    case Shape::wgmma_128x128:
       return {128, 128};
     case Shape::mma_128x64:
+    case Shape::wgmma_128x64:
       return {128, 64};
     case Shape::mma_64x64:
+    case Shape::wgmma_64x64:
       return {64, 64};
     case Shape::mma_64x32:
       return {64, 32};
   }
   return {};
 }
-
-// Shared memory of a block, and the number of blocks that the registers of a multiprocessor permit.
-constexpr int shared_kib(Shape shape) { return shape == Shape::mma_64x32 ? 48 : shape == Shape::mma_128x64 ? 72 : 64; }
-constexpr int max_blocks(Shape shape) { return shape == Shape::mma_128x128 ? 2 : shape == Shape::mma_128x64 ? 3 : 5; }
 
 // Steps of 64 terms of a sum.
 inline std::int64_t steps(const Sizes& s) { return (s.taps * padded(s.in) + 63) / 64; }

@@ -72,6 +72,7 @@ struct Fiber {
   bool value = false;                        // of block_or
   std::deque<std::vector<Copy>> copies;      // groups that are not finished
   std::vector<Copy> uncommitted;
+  bool published = true;
 };
 
 std::vector<std::unique_ptr<Fiber>> fibers;  // reused by later launches
@@ -251,8 +252,13 @@ void wait_for_copies(std::size_t pending) {
   auto& groups = fibers[current]->copies;
   for (; groups.size() > pending; groups.pop_front()) {
     for (const Copy& copy : groups.front()) copy.perform();
+    fibers[current]->published = false;
   }
 }
+
+void publish_copies() { fibers[current]->published = true; }
+
+bool copies_published() { return fibers[current]->published; }
 
 void warp_instruction(int site, void* argument, void (*perform)(void* const* lanes)) {
   Fiber& self = *fibers[current];

@@ -24,6 +24,7 @@ struct Options {
   unsigned max_blocks = 0;       // limit the grid to this many blocks in x and in y, so that kernels must loop; 0 for no limit
   unsigned only_blocks = 0;      // run only the first blocks of the grid, without changing its size; 0 for all
   bool refuse_launches = false;  // every launch fails
+  int major_capability = 8;      // the GPU's compute capability
 };
 
 extern Options options;
@@ -45,6 +46,9 @@ unsigned char* shared_memory();
 void start_copy(void* to, const void* from, bool valid);
 void commit_copies();
 void wait_for_copies(std::size_t pending);  // until at most `pending` groups are unfinished
+// Hopper's fence between copies that the thread has waited for and instructions that read shared memory by themselves.
+void publish_copies();
+bool copies_published();
 
 [[noreturn]] void fail(const char* what);  // reports the thread and block, and aborts
 

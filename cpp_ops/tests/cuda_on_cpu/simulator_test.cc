@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "common/ptx.h"
 #include "cuda_runtime.h"
 
 namespace {
@@ -12,6 +13,7 @@ constexpr int kBlock = 64;
 void launch(void (*kernel)(int*), int* data) {
   cudaLaunchConfig_t config = {};
   config.blockDim = dim3(kBlock);
+  config.dynamicSmemBytes = 16 * 1024;
   ASSERT_EQ(cudaLaunchKernelEx(&config, kernel, data), cudaSuccess);
 }
 
@@ -75,6 +77,78 @@ TEST(SimulatorDeathTest, RejectsBarriersThatNotAllThreadsReach) {
 TEST(SimulatorDeathTest, RejectsInstructionsOfAWarpThatNotAllLanesReach) {
   EXPECT_DEATH(run(shuffle_of_some, false), "instruction of its warp");
   EXPECT_DEATH(run(shuffle_of_some, true), "instruction of its warp");
+}
+
+enum class Wait { none, early, late };
+
+// Each thread copies four numbers to shared memory, in a group of its own, and reads its neighbor's.
+template <Wait kWait>
+__global__ void copy_async(int* data) {
+  alignas(16) static const int numbers[4] = {1, 2, 3, 4};
+  auto* const shared = reinterpret_cast<int*>(scm::dynamic_shared_memory());
+  scm::start_copy(shared + threadIdx.x * 4, numbers, threadIdx.x % 3 != 0);
+  scm::commit_copies();
+  scm::commit_copies();
+  if (kWait == Wait::early) scm::wait_for_copies<1>();
+  __syncthreads();
+  data[threadIdx.x] = shared[(kBlock - 1 - threadIdx.x) * 4 + 3];
+  if (kWait != Wait::none) scm::wait_for_copies<0>();
+}
+
+TEST(SimulatorTest, CopiesAreThereAfterAWaitAndABarrier) {
+  for (const bool reversed : {false, true}) {
+    const std::vector<int> data = run(copy_async<Wait::early>, reversed);
+    for (int i = 0; i < kBlock; ++i) EXPECT_EQ(data[i], (kBlock - 1 - i) % 3 == 0 ? 0 : 4);
+  }
+  EXPECT_NE(run(copy_async<Wait::late>, false), run(copy_async<Wait::late>, true));
+}
+
+TEST(SimulatorDeathTest, RejectsCopiesThatNobodyWaitsFor) { EXPECT_DEATH(run(copy_async<Wait::none>, false), "before its copies are finished"); }
+
+template <bool kPublishCopies, bool kPublishSums>
+__global__ void products(int*) {
+  alignas(16) static const int zeros[4] = {};
+  unsigned char* const shared = scm::dynamic_shared_memory();
+  for (int i = 0; i < 16; ++i) scm::start_copy(shared + (i * kBlock + threadIdx.x) * 16, zeros, true);
+  scm::commit_copies();
+  scm::wait_for_copies<0>();
+  if (kPublishCopies) scm::publish_shared_memory();
+  __syncthreads();
+  float sums[8][4] = {};
+  if (kPublishSums) scm::publish_sums();
+  scm::start_multiply_add<scm::float16>(sums, scm::matrix_descriptor(shared), scm::matrix_descriptor(shared + 8192));
+  scm::commit_products();
+  scm::wait_for_products<0>();
+}
+
+TEST(SimulatorDeathTest, RejectsProductsWithoutTheirFences) {
+  run(products<true, true>, false);
+  EXPECT_DEATH(run(products<false, true>, false), "before its copies are published");
+  EXPECT_DEATH(run(products<true, false>, true), "before its sums are published");
+}
+
+TEST(SimulatorTest, CountsBankConflicts) {
+  const auto kernel = [](int*) {
+    std::uint32_t r[4];
+    scm::load_matrices(r, scm::dynamic_shared_memory() + threadIdx.x % 32 * 144);
+    scm::load_matrices(r, scm::dynamic_shared_memory() + threadIdx.x % 32 * 64);
+  };
+  const unsigned long before = simulator::bank_conflicts;
+  run(kernel, false);
+  EXPECT_EQ(simulator::bank_conflicts, before + 2 * 4);  // two warps, four matrices
+}
+
+// As on a GPU, a kernel must request more than 48 KiB, and there is a limit.
+TEST(SimulatorTest, RejectsSharedMemoryThatWasNotRequested) {
+  cudaLaunchConfig_t config = {};
+  config.blockDim = dim3(kBlock);
+  config.dynamicSmemBytes = 64 * 1024;
+  int* data = nullptr;
+  EXPECT_EQ(cudaLaunchKernelEx(&config, products<true, true>, data), cudaErrorInvalidValue);
+  EXPECT_EQ(cudaFuncSetAttribute(products<true, true>, cudaFuncAttributeMaxDynamicSharedMemorySize, 228 * 1024), cudaErrorInvalidValue);
+  EXPECT_EQ(cudaFuncSetAttribute(products<true, true>, cudaFuncAttributeMaxDynamicSharedMemorySize, 64 * 1024), cudaSuccess);
+  EXPECT_EQ(cudaLaunchKernelEx(&config, products<true, true>, data), cudaSuccess);
+  EXPECT_EQ(cudaGetLastError(), cudaErrorInvalidValue);
 }
 
 TEST(SimulatorTest, RejectsGridsThatAGpuRefuses) {

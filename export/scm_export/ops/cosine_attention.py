@@ -38,15 +38,17 @@ COSINE_ATTENTION = Operator(
     attributes=("heads", "eps"),
     output="y",
     output_type="T",
-    # All sizes are computed: a -1 in a shape is undefined for an empty batch, and ONNX Runtime inserts one where a single size is not constant.
+    sizes={"channels": lambda qkv: qkv[-1] // 3},
+    # A 0 in a shape keeps the size of that axis; a -1 would be undefined for an empty batch. The scale is a vector: ONNX Runtime would merge a single
+    # number into the product, which rounds differently.
     body=f"""
         three = Constant <value_ints = [3]> ()
-        heads_scalar = Constant <value_int: int = @heads> ()
+        batch_and_length = Constant <value_ints = [0, 0]> ()
         one = Constant <value_ints = [1]> ()
+        heads_scalar = Constant <value_int: int = @heads> ()
         heads = Reshape (heads_scalar, one)
-        batch_and_length = Shape <end = 2> (qkv)
-        qkv_channels = Shape <start = 2> (qkv)
-        channels = Div (qkv_channels, three)
+        channels_scalar = Constant <value_int: int = @channels> ()
+        channels = Reshape (channels_scalar, one)
         head_size = Div (channels, heads)
         split_shape = Concat <axis = 0> (batch_and_length, three, heads, head_size)
         split_qkv = Reshape (qkv, split_shape)
@@ -57,7 +59,8 @@ COSINE_ATTENTION = Operator(
         root = Sqrt (head_size_float)
         scale = Reciprocal (root)
         scale_T = CastLike (scale, qkv)
-        scaled_q = Mul (q, scale_T)
+        scales = Expand (scale_T, head_size)
+        scaled_q = Mul (q, scales)
         k_turned = Transpose <perm = [0, 1, 2, 4, 3]> (k)
         logits = MatMul (scaled_q, k_turned)
         weights = Softmax <axis = -1> (logits)

@@ -49,13 +49,14 @@ MP_CAT = Operator(
     output="y",
     output_type="T",
     activated=True,
-    # sqrt(A + B) / sqrt(A) = sqrt(1 + B / A) needs the fewest nodes. They run at every call, since a dynamic batch keeps shapes from being constants.
+    sizes={"channels_a": lambda a, b: a[-1], "channels_b": lambda a, b: b[-1]},
+    # sqrt(A + B) / sqrt(A) = sqrt(1 + B / A) needs the fewest nodes.
     body=f"""
         {balance_statements("share_a", "share_b")}
-        shape_a = Shape <start = -1> (a)
-        shape_b = Shape <start = -1> (b)
-        channels_a = Cast <to = 1> (shape_a)
-        channels_b = Cast <to = 1> (shape_b)
+        size_a = Constant <value_int: int = @channels_a> ()
+        size_b = Constant <value_int: int = @channels_b> ()
+        channels_a = Cast <to = 1> (size_a)
+        channels_b = Cast <to = 1> (size_b)
         b_to_a = Div (channels_b, channels_a)
         a_to_b = Div (channels_a, channels_b)
         joined_to_a = Add (b_to_a, one)

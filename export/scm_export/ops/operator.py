@@ -5,10 +5,10 @@ The operators are specified in docs/custom-ops.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from onnx import FunctionProto, parser
@@ -78,6 +78,9 @@ class Operator:
     output_type: str
     body: str
     attributes: tuple[str, ...] = ()
+    sizes: Mapping[str, Callable[..., int]] = field(default_factory=dict)
+    """Further attributes, by name: sizes that only the body reads, each a function of the shapes of the inputs. ONNX Runtime computes what a body takes from
+    the operator Shape in every run, on a GPU with copies to the host, even if that size is static."""
     activated: bool = False
     """True if the operator has an optional second output, ``mp_silu`` of the first."""
     calls: tuple[Operator, ...] = ()
@@ -98,10 +101,15 @@ class Operator:
     ) -> Sequence[Tensor]:
         """Emit a node in the traced graph. Unless given, shape and dtype of its outputs are those of the first input."""
         like = inputs[0]
+        sizes = self.size_attributes([x.shape for x in inputs])
         shapes = [like.shape if shape is None else shape] * outputs
         return torch.onnx.ops.symbolic_multi_out(
-            self.identifier, inputs, {**attributes}, dtypes=[dtype or like.dtype] * outputs, shapes=shapes, version=OPS_VERSION
+            self.identifier, inputs, {**attributes, **sizes}, dtypes=[dtype or like.dtype] * outputs, shapes=shapes, version=OPS_VERSION
         )
+
+    def size_attributes(self, shapes: Sequence[Sequence[int]]) -> dict[str, int]:
+        """Return the attributes ``sizes`` of a node, from the shapes of its inputs."""
+        return {name: size(*shapes) for name, size in self.sizes.items()}
 
     def output_names(self, outputs: int) -> list[str]:
         """Names of the first ``outputs`` outputs, 1 or 2."""
@@ -113,7 +121,8 @@ class Operator:
         body = self.body + (silu_statements(names[0], "activated") if outputs == 2 else "")
         for placeholder, axes in (("{inner_axes}", range(1, rank - 1)), ("{sample_axes}", range(1, rank))):
             body = body.replace(placeholder, str(list(axes)))
-        attributes = f"<{', '.join(self.attributes)}>" if self.attributes else ""
+        names_of_attributes = (*self.attributes, *self.sizes)
+        attributes = f"<{', '.join(names_of_attributes)}>" if names_of_attributes else ""
         signature = f"{self.name} {attributes} ({', '.join(self.inputs)}) => ({', '.join(names)})"
         imports = ", ".join(f'"{domain}": {version}' for domain, version in {"": opset, **{called.domain: OPS_VERSION for called in self.calls}}.items())
         return parser.parse_function(f'<domain: "{self.domain}", opset_import: [{imports}]>\n{signature} {{{body}}}')

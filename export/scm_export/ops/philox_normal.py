@@ -104,7 +104,7 @@ PHILOX_NORMAL = Operator(
     attributes=("shape",),
     output="noise",
     output_type="float",
-    # The same algorithm as philox_normal(); words are int64.
+    # The same algorithm as philox_normal(); words are int64. The key has the shape [N, 1, ...], the counter [1, *shape].
     body=f"""
         low32 = Constant <value_int = {LOW32}> ()
         thirty_two_signed = Constant <value_int = 32> ()
@@ -114,15 +114,19 @@ PHILOX_NORMAL = Operator(
         zero = Constant <value_int = 0> ()
         one = Constant <value_int = 1> ()
         first = Constant <value_ints = [0]> ()
-        last = Constant <value_ints = [1]> ()
+        one_sample = Constant <value_ints = [1]> ()
 
-        column = Unsqueeze (seeds, last)
+        shape = Constant <value_ints: ints = @shape> ()
+        zeros = Mul (shape, zero)
+        ones = Add (zeros, one)
+        column_shape = Concat <axis = 0> (first, ones)
+        column = Reshape (seeds, column_shape)
         key0 = BitwiseAnd (column, low32)
         {_high("column", "key1")}
-        shape = Constant <value_ints: ints = @shape> ()
         size = ReduceProd <keepdims = 0> (shape)
         elements = Range (zero, size, one)
-        row = Unsqueeze (elements, first)
+        row_shape = Concat <axis = 0> (one_sample, shape)
+        row = Reshape <allowzero = 1> (elements, row_shape)
         r0_0 = Unsqueeze (draw, first)
         r0_1 = Constant <value_ints = [0]> ()
         r0_2 = BitwiseAnd (row, low32)
@@ -139,9 +143,6 @@ PHILOX_NORMAL = Operator(
         sin = Sin (v)
         z_double = Mul (radius, sin)
         z = Cast <to = 1> (z_double)
-        scaled = Mul (z, scale)
-        batch = Shape (seeds)
-        noise_shape = Concat <axis = 0> (batch, shape)
-        noise = Reshape <allowzero = 1> (scaled, noise_shape)
+        noise = Mul (z, scale)
     """,
 )

@@ -34,7 +34,7 @@ class Batches:
         self._context, self.sessions, self._dtype, self._manifest = context, sessions, dtype, manifest
         self.computes_whole_calls = all(session.all_on_device for session in sessions.all)
         self._whole_calls = CaptureSwitch(self.computes_whole_calls and sessions.step.switch.enabled)
-        self._sizes = BatchSizes(pads=sessions.step.switch.enabled)
+        self._sizes = BatchSizes(pads=any(session.switch.enabled for session in sessions.all))
         self._cache: ShapeCache[StaticBuffers | WholeCall] = ShapeCache()
 
     @property

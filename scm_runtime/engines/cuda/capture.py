@@ -37,7 +37,7 @@ class LiveGraphs:
 class RepeatedWork:
     """Work that is enqueued again and again at the same addresses. Its first call captures it as a CUDA graph if that is possible; later calls launch it."""
 
-    def __init__(self, stream: CudaStream, enqueue: Callable[[bool], None], switch: CaptureSwitch, live: LiveGraphs, what: str) -> None:
+    def __init__(self, stream: CudaStream, enqueue: Callable[[bool], None], switch: CaptureSwitch, live: LiveGraphs, failed: str) -> None:
         """Describe the work.
 
         Args:
@@ -45,9 +45,9 @@ class RepeatedWork:
             enqueue: enqueues the work; doing it again must change nothing. The argument is True in a capture.
             switch: whether it may be captured.
             live: counts the graph while it exists.
-            what: names the work in the log: "'step.fp16.onnx' … for a batch of 4".
+            failed: what the log says if the capture fails, before the reason.
         """
-        self._stream, self._enqueue, self._switch, self._live, self._what = stream, enqueue, switch, live, what
+        self._stream, self._enqueue, self._switch, self._live, self._failed = stream, enqueue, switch, live, failed
         self._may_capture = True
         self._graph: Any = None
 
@@ -65,7 +65,7 @@ class RepeatedWork:
             GeneratorClosedError, or the error of a cancelled CancelScope: a run was terminated.
         """
         if self._graph is not None:
-            self._stream.launch(self._graph)
+            self._stream.graphs.launch(self._graph)
         elif self._may_capture and self._switch.enabled:
             self._warm_up_and_capture()
         else:
@@ -77,7 +77,7 @@ class RepeatedWork:
         if self._graph is not None:
             graph, self._graph = self._graph, None
             self._live.count -= 1
-            self._stream.destroy(graph)
+            self._stream.graphs.destroy(graph)
 
     def _warm_up_and_capture(self) -> None:
         for _ in range(CAPTURE_ATTEMPTS):
@@ -93,22 +93,22 @@ class RepeatedWork:
                     break  # for this shape only
             else:
                 self._live.count += 1
-                self._stream.launch(self._graph)
+                self._stream.graphs.launch(self._graph)
                 return
         self._may_capture = False
         self._switch.enabled = self._switch.enabled and isinstance(failure, OutOfMemoryError)
-        log.info("%s without a CUDA graph: %s", self._what, failure)
+        log.info("%s: %s", self._failed, failure)
         self._enqueue(False)
 
     def _capture(self) -> Any:
         with CAPTURE_LOCK.exclusive():
-            self._stream.begin_capture()
+            self._stream.graphs.begin()
             try:
                 self._enqueue(True)
-                return self._stream.end_capture()
+                return self._stream.graphs.end()
             except BaseException as error:
                 if not is_fatal(error):
-                    self._stream.abort_capture()
+                    self._stream.graphs.abort()
                 raise
 
 
@@ -134,8 +134,8 @@ class DeviceSession:
     def repeated(self, inputs: Mapping[str, DeviceTensor], output: DeviceTensor, *, capture: bool) -> RepeatedWork:
         """Bind the session to device tensors. The runs are captured, if ``capture`` is True and the session allows it."""
         run, switch = self.bind(inputs, output), self.switch if capture else CaptureSwitch(False)
-        what = f"'{self.ort_session.path.name}' runs for a batch of {output.shape[0]}"
-        return RepeatedWork(self.context.stream, lambda _: run(), switch, self.live, what)
+        failed = f"'{self.ort_session.path.name}' runs without a CUDA graph for a batch of {output.shape[0]}"
+        return RepeatedWork(self.context.stream, lambda _: run(), switch, self.live, failed)
 
 
 class BoundRun:

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 class CaptureLock:
     """A process-wide lock: shared by jobs that may call CUDA, exclusive while one of them captures a CUDA graph.
 
-    ONNX Runtime captures in CUDA's global mode. An allocation in any other thread of the process, also on another device, fails then and invalidates the
-    capture. Threads that the host application uses for its own CUDA calls do not take this lock.
+    The captures are in CUDA's thread-local mode, in which allocations in other threads are allowed. But opening or closing a session in another thread
+    synchronizes the whole device, which CUDA refuses while a stream of it captures. Threads of the host application do not take this lock.
     """
 
     def __init__(self) -> None:
@@ -29,12 +29,14 @@ class CaptureLock:
         finally:
             self._release()
 
+    @property
+    def held(self) -> bool:
+        """Whether this thread holds the shared lock."""
+        return getattr(self._local, "held", False)
+
     @contextmanager
     def released(self) -> Iterator[None]:
-        """Release this thread's shared lock, if it holds one, while it waits for a job of another thread, which may want to capture."""
-        if not getattr(self._local, "held", False):
-            yield
-            return
+        """Release this thread's shared lock while it waits for a job of another thread, which may want to capture."""
         self._release()
         try:
             yield

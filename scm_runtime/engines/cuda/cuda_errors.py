@@ -26,12 +26,11 @@ def is_fatal(error: BaseException) -> bool:
 
 def check(returned: tuple[Any, ...]) -> Any:
     """Return the result of a driver call without its status. Raises InferenceError or OutOfMemoryError if the call failed."""
-    status, *values = returned
-    if int(status):
+    if status := returned[0]:
         if "OUT_OF_MEMORY" in status.name:
             raise OutOfMemoryError(f"the device is out of memory: {status.name}")
         raise InferenceError(f"CUDA failed: {status.name}")
-    return values[0] if values else None
+    return returned[1] if len(returned) > 1 else None
 
 
 def translate_errors(function: Callable[P, Result]) -> Callable[P, Result]:

@@ -9,8 +9,9 @@ import numpy as np
 
 from scm_runtime.engines.cuda.blocks import TensorBlock
 from scm_runtime.engines.cuda.thread import CudaContext
-from scm_runtime.engines.cuda.whole_call import WholeCall, WholeResult
+from scm_runtime.engines.cuda.whole_call import WholeResult
 from scm_runtime.engines.engine import Trajectory
+from scm_runtime.ort.session import DeviceTensor
 
 _serial_numbers = count(1)
 
@@ -44,8 +45,11 @@ class DeviceState:
 class FinishedState:
     """The result of a trajectory whose call was computed as a whole. The next call of its shape overwrites what is on the device."""
 
-    work: WholeCall
-    first: int
-    """Index of its first sample in the batch."""
+    block: TensorBlock
+    """Holds the memory of the call."""
+    state: DeviceTensor
+    """The last state, ``[n, *sample]``."""
+    decoded: DeviceTensor | None
+    """The decoder's output, ``[n, ...]``."""
     result: WholeResult
     """What is on the host."""

@@ -54,6 +54,6 @@ class DeviceArray:
             raise BufferError(f"cannot export to the DLPack device {tuple(dl_device)}: the array is on {self.__dlpack_device__()}")
         if stream == 0 or (stream is not None and stream < -1):
             raise BufferError(f"stream must be None, -1, 1, 2 or the handle of a stream, got {stream}")
-        if stream != -1:
+        if stream != -1 and self._buffer.ready_event is not None:
             self._stream.stream_wait_event(stream or LEGACY_STREAM, self._buffer.ready_event)
         return self._stream.export_dlpack(self._buffer, self.shape, self.dtype, max_version)

@@ -83,7 +83,8 @@ class CudaEngine:
         for one in trajectories:
             rows = slice(at, at + len(one))
             own = result if len(trajectories) == 1 else WholeResult(result.finite[:, rows], _rows(result.state, rows), _rows(result.decoded, rows))
-            one.state = FinishedState(work, at, own)
+            decoded_rows = None if work.decoded is None else _rows_on_device(work.decoded, rows)
+            one.state = FinishedState(work.block, _rows_on_device(work.state, rows), decoded_rows, own)
             one.parts += parts
             at = rows.stop
         return True
@@ -155,9 +156,8 @@ class CudaEngine:
     def decode_on_device(self, trajectory: Trajectory) -> DeviceArray:
         """Decode the state, unless that was done, and return a copy of the output in device memory."""
         stream, state = self._context.stream, trajectory.state
-        decoded = state.work.decoded if isinstance(state, FinishedState) else None
-        first = state.first if decoded is not None else 0
-        result = _rows_on_device(decoded or self._run_decoder([trajectory]), first, len(trajectory))
+        decoded = state.decoded if isinstance(state, FinishedState) else None
+        result = decoded or _rows_on_device(self._run_decoder([trajectory]), slice(0, len(trajectory)))
         nbytes = np.dtype(result.dtype).itemsize * prod(result.shape)
         buffer = self._batches.at_padded_size([trajectory], lambda _: stream.allocate(nbytes))
         stream.copy(buffer.address, result.address, nbytes)
@@ -170,6 +170,8 @@ class CudaEngine:
 
     def elapsed(self, start: TimingEvent, end: TimingEvent) -> float:
         """Return the seconds between two timing events. Waits for ``end``. May be called from any thread."""
+        if self._context.is_current:
+            return self._context.stream.elapsed(start, end)
         return self._context.run(lambda: self._context.stream.elapsed(start, end))
 
     def graphs(self) -> BundleSessions:
@@ -208,9 +210,7 @@ class CudaEngine:
     def _state_tensor(self, trajectory: Trajectory) -> DeviceTensor:
         """Return where a trajectory's state is on the device."""
         state = trajectory.state
-        if isinstance(state, DeviceState):
-            return state.block.tensor("x")
-        return _rows_on_device(state.work.state, state.first, len(trajectory))
+        return state.state if isinstance(state, FinishedState) else cast(DeviceTensor, state.block.tensor("x"))
 
     def _make_steppable(self, trajectory: Trajectory) -> None:
         """Copy a state of a call that was computed as a whole to memory of its own."""
@@ -225,7 +225,9 @@ def _rows(array: NDArray[Any] | None, rows: slice) -> NDArray[Any] | None:
     return None if array is None else array[rows].copy()
 
 
-def _rows_on_device(tensor: DeviceTensor, first: int, count: int) -> DeviceTensor:
-    """Return ``count`` rows of a tensor from the row ``first`` on."""
-    shape = (count, *tensor.shape[1:])
-    return DeviceTensor(tensor.address + first * (np.dtype(tensor.dtype).itemsize * prod(shape[1:])), tensor.dtype, shape)
+def _rows_on_device(tensor: DeviceTensor, rows: slice) -> DeviceTensor:
+    """Return some rows of a tensor."""
+    if rows == slice(0, tensor.shape[0]):
+        return tensor
+    row_nbytes = np.dtype(tensor.dtype).itemsize * prod(tensor.shape[1:])
+    return DeviceTensor(tensor.address + rows.start * row_nbytes, tensor.dtype, (rows.stop - rows.start, *tensor.shape[1:]))

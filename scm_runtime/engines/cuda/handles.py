@@ -20,7 +20,7 @@ class DeviceBuffer:
 
     def __init__(self, buffer: Any, stream: CudaStream) -> None:
         self._buffer, self._stream = buffer, stream
-        self.ready_event: Any = None
+        self.ready_event: TimingEvent | None = None
         """The event after which a shared buffer holds its contents; None if the buffer is not shared."""
         self.address, self.nbytes = int(buffer.handle), int(buffer.size)
 

@@ -159,7 +159,7 @@ def cuda_options(
     options = {
         # Batch sizes vary: doubling the arena for each larger batch would waste memory.
         "arena_extend_strategy": "kSameAsRequested",
-        # An exhaustive search runs at the first call of each shape, and each batch size is a new shape. benchmarks/cuda.py compares the two.
+        # An exhaustive search runs at the first call of each shape, and each batch size is a new shape. benchmarks/cuda_calls.py compares the two.
         "cudnn_conv_algo_search": "HEURISTIC",
     }
     if gpu_mem_limit is not None:

@@ -7,6 +7,7 @@ methods that say otherwise. Buffers that were shared may be read and dropped in 
 from __future__ import annotations
 
 import importlib
+import sys
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from scm_runtime.common.installed import install_extras
 from scm_runtime.engines.cuda.cuda_errors import check, translate_errors
 from scm_runtime.engines.cuda.handles import DeviceBuffer, PinnedBuffer, TimingEvent
 from scm_runtime.engines.cuda.stream_argument import LEGACY_STREAM, parse_stream
+from scm_runtime.engines.cuda.stream_graphs import StreamGraphs
 from scm_runtime.errors import InvalidArgumentError, MissingDependencyError
 
 STAGING_BYTES = 64 << 20  # at most; larger results are copied in chunks, because pinned memory is taken from the whole machine
@@ -59,6 +61,7 @@ class CudaStream:
         self._handle = self._stream.handle
         self.stream_handle = int(self._handle)
         self.can_capture = self.stream_handle not in (0, LEGACY_STREAM)
+        self.graphs = StreamGraphs(self._driver, self._handle)
         self._pool: Any = None
         if self._device.properties.memory_pools_supported:
             # A private pool keeps freed memory for the next call, and returns all of it to the device when it is closed.
@@ -66,12 +69,13 @@ class CudaStream:
             threshold = self._driver.CUmemPool_attribute.CU_MEMPOOL_ATTR_RELEASE_THRESHOLD
             check(self._driver.cuMemPoolSetAttribute(self._pool.handle, threshold, self._driver.cuuint64_t(2**64 - 1)))
         self._memory: Any = self._pool or self._device.memory_resource
-        self._deferred: deque[tuple[Any, Any]] = deque()
+        self._deferred: deque[tuple[Any, TimingEvent | None]] = deque()
         self._free_events: deque[Any] = deque()
         self._done = self.new_event()  # of ``synchronize``
         self._uploading: list[NDArray[Any]] = []
         self._staging: PinnedBuffer | None = None
         self._closed = False
+        self._is_finalizing = sys.is_finalizing  # the modules' globals may be gone by then
 
     def _wrap_host_stream(self, handle: int) -> Any:
         if handle == LEGACY_STREAM:
@@ -118,32 +122,47 @@ class CudaStream:
         self._uploading.append(array)
         check(self._driver.cuMemcpyAsync(destination, array.ctypes.data, array.nbytes, self._handle))
 
-    @translate_errors
-    def download(self, source: int, shape: tuple[int, ...], dtype: type[np.generic], copied: TimingEvent | None = None) -> NDArray[Any]:
-        """Copy device memory to a new host array, and record the event ``copied``. Waits until the work enqueued before is done."""
+    def download(self, source: int, shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[Any]:
+        """Copy device memory to a new host array. Waits until the work enqueued before is done."""
         result = np.empty(shape, dtype)
-        flat = result.reshape(-1).view(np.uint8)
-        staging = self._pinned(min(flat.nbytes, STAGING_BYTES))
-        for start in range(0, flat.nbytes, STAGING_BYTES):
-            chunk = flat[start : start + STAGING_BYTES]
-            check(self._driver.cuMemcpyAsync(staging.address, source + start, chunk.nbytes, self._handle))
+        self._download(source, result.reshape(-1).view(np.uint8))
+        return result
+
+    def read(self, source: int, nbytes: int, copied: TimingEvent) -> NDArray[np.uint8]:
+        """Copy device memory to the host, and record the event ``copied``. Waits until the work enqueued before is done.
+
+        The result is valid until the next copy to the host: up to STAGING_BYTES it is the page-locked memory itself.
+        """
+        if nbytes > STAGING_BYTES:
+            result = np.empty(nbytes, np.uint8)
+            self._download(source, result, copied)
+            return result
+        staging = self._pinned(nbytes)
+        self.copy(staging.address, source, nbytes)
+        self.synchronize(copied)
+        return staging.array[:nbytes]
+
+    def _download(self, source: int, result: NDArray[np.uint8], copied: TimingEvent | None = None) -> None:
+        staging = self._pinned(min(result.nbytes, STAGING_BYTES))
+        for start in range(0, result.nbytes, STAGING_BYTES):
+            chunk = result[start : start + STAGING_BYTES]
+            self.copy(staging.address, source + start, chunk.nbytes)
             self.synchronize(copied)
             chunk[:] = staging.array[: chunk.nbytes]
-        return result
 
     def _pinned(self, nbytes: int) -> PinnedBuffer:
         """Return a pinned host buffer of at least ``nbytes`` bytes, which the next call may reuse."""
         if self._staging is None or self._staging.array.nbytes < nbytes:
-            self._staging = None  # safe: every copy into it is waited for
-            self.free_deferred()
+            self._staging = None  # safe: every copy into it is waited for, and the buffer is freed once it is not read any more
             self._staging = self.allocate_pinned(min(STAGING_BYTES, 1 << max(nbytes - 1, 4095).bit_length()))
         return self._staging
 
-    def defer_free(self, buffer: Any, ready_event: Any) -> None:
+    def defer_free(self, buffer: Any, ready_event: TimingEvent | None) -> None:
         """Free a cuda-core buffer as soon as that is safe. May be called from any thread."""
         # The caller may be another thread during a capture, and the free would be captured as a part of the graph.
         self._deferred.append((buffer, ready_event))
-        if self._closed:
+        # At the end of the process, cuda-core can import nothing any more, and the memory is freed with the process.
+        if self._closed and not self._is_finalizing():
             with self._current_context():
                 self.free_deferred()
 
@@ -159,9 +178,8 @@ class CudaStream:
                 buffer.close()  # in the order of the stream that it was allocated on
                 continue
             # The buffer was shared, and most consumers use it on the default stream. Freeing it there orders the free after their last use.
-            legacy = self._core.LEGACY_DEFAULT_STREAM
-            legacy.wait(ready_event)
-            buffer.close(legacy)
+            self.stream_wait_event(LEGACY_STREAM, ready_event)
+            buffer.close(self._core.LEGACY_DEFAULT_STREAM)
 
     @translate_errors
     def trim(self) -> None:
@@ -187,8 +205,8 @@ class CudaStream:
         """Enqueue an event, by default a new one, and return it. In a capture it becomes a part of the graph, and each launch records it."""
         event = event or self.new_event()
         if in_capture:
-            flags = self._driver.CUevent_record_flags.CU_EVENT_RECORD_EXTERNAL
-            check(self._driver.cuEventRecordWithFlags(event.handle, self._handle, int(flags)))
+            flag = int(self._driver.CUevent_record_flags.CU_EVENT_RECORD_EXTERNAL)
+            check(self._driver.cuEventRecordWithFlags(event.handle, self._handle, flag))
         else:
             check(self._driver.cuEventRecord(event.handle, self._handle))
         return event
@@ -197,7 +215,7 @@ class CudaStream:
     def elapsed(self, start: TimingEvent, end: TimingEvent) -> float:
         """Return the seconds between two recorded events. Waits for ``end``."""
         returned = self._driver.cuEventElapsedTime(start.handle, end.handle)
-        if returned[0].name == "CUDA_ERROR_NOT_READY":
+        if returned[0] and returned[0].name == "CUDA_ERROR_NOT_READY":
             self.wait_for(end)
             returned = self._driver.cuEventElapsedTime(start.handle, end.handle)
         return float(check(returned)) / 1000
@@ -213,47 +231,12 @@ class CudaStream:
         self.wait_for(self.record(done or self._done))
         self._uploading.clear()
 
-    # -- Captures --------------------------------------------------------------------------------------------------------------------------------------------
-
-    @translate_errors
-    def begin_capture(self) -> None:
-        """Record the work that this thread enqueues from now on, instead of doing it. Allocations in other threads do not disturb the capture."""
-        check(self._driver.cuStreamBeginCapture(self._handle, self._driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL))
-
-    @translate_errors
-    def end_capture(self) -> Any:
-        """End a capture, and return its executable graph."""
-        graph = check(self._driver.cuStreamEndCapture(self._handle))
-        try:
-            return check(self._driver.cuGraphInstantiate(graph, 0))
-        finally:
-            check(self._driver.cuGraphDestroy(graph))
-
-    @translate_errors
-    def abort_capture(self) -> None:
-        """End a failed capture, and drop what was recorded."""
-        driver = self._driver
-        if check(driver.cuStreamIsCapturing(self._handle)) != driver.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE:
-            status, graph = driver.cuStreamEndCapture(self._handle)
-            if not int(status):  # otherwise it reports the failure that the caller knows about
-                check(driver.cuGraphDestroy(graph))
-
-    @translate_errors
-    def launch(self, graph: Any) -> None:
-        """Enqueue an executable graph."""
-        check(self._driver.cuGraphLaunch(graph, self._handle))
-
-    @translate_errors
-    def destroy(self, graph: Any) -> None:
-        """Free an executable graph whose launches are done."""
-        check(self._driver.cuGraphExecDestroy(graph))
-
     # -- Sharing ---------------------------------------------------------------------------------------------------------------------------------------------
 
     @translate_errors
     def share(self, buffer: DeviceBuffer) -> None:
         """Prepare a buffer for consumers on other streams: record the event after which its contents are complete."""
-        buffer.ready_event = self._stream.record()
+        buffer.ready_event = self.record()
 
     @translate_errors
     def export_dlpack(self, buffer: DeviceBuffer, shape: tuple[int, ...], dtype: np.dtype[Any], max_version: tuple[int, int] | None) -> object:
@@ -263,7 +246,7 @@ class CudaStream:
             return self._utils.StridedMemoryView.from_buffer(view, shape, dtype=dtype).__dlpack__(max_version=max_version)
 
     @translate_errors
-    def stream_wait_event(self, stream: int, event: Any) -> None:
+    def stream_wait_event(self, stream: int, event: TimingEvent) -> None:
         """Make later work on a stream of this device, given by its handle, wait for an event. May be called from any thread."""
         with self._current_context():  # the handles of the default streams refer to the current context
             check(self._driver.cuStreamWaitEvent(stream, event.handle, 0))

@@ -1,12 +1,13 @@
 """The thread that does all CUDA work of a Generator.
 
-One thread, because ONNX Runtime keeps captured CUDA graphs per thread, and because work on a stream must be enqueued in order.
+One thread, because ONNX Runtime keeps handles of CUDA's libraries per thread, and because work on a stream must be enqueued in order.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TypeVar
 
 from scm_runtime.common.job_thread import JobThread
@@ -90,7 +91,7 @@ class CudaContext:
                 raise InferenceError(health.fatal_error)
             self._jobs.put(job)
         try:
-            with CAPTURE_LOCK.released():
+            with CAPTURE_LOCK.released() if CAPTURE_LOCK.held else nullcontext():
                 job.wait()
         except BaseException:  # raised by a signal handler: Ctrl-C, for example
             if job.scope is not None:
@@ -98,6 +99,11 @@ class CudaContext:
             raise
         result: Result = job.result()
         return result
+
+    @property
+    def is_current(self) -> bool:
+        """True in the context's thread."""
+        return self._jobs.is_current
 
     @property
     def context_lost(self) -> bool:

@@ -11,6 +11,7 @@ Nothing can be read or changed between the evaluations: calls with callbacks, an
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
 from itertools import pairwise
 from math import prod
 from typing import Any, NamedTuple
@@ -20,15 +21,19 @@ from numpy.typing import NDArray
 
 from scm_runtime.bundle.manifest import Manifest
 from scm_runtime.bundle.solver_tables import SolverStages
-from scm_runtime.engines.cuda.blocks import TensorBlock, TensorSpec
+from scm_runtime.engines.cuda.blocks import ALIGNMENT, TensorBlock, TensorSpec
 from scm_runtime.engines.cuda.capture import CaptureSwitch, EngineSessions, LiveGraphs, RepeatedWork
+from scm_runtime.engines.cuda.handles import TimingEvent
 from scm_runtime.engines.cuda.static_buffers import BatchShape
+from scm_runtime.engines.cuda.stream import CudaStream
 from scm_runtime.engines.cuda.thread import CudaContext
 from scm_runtime.engines.engine import TimedPart
 from scm_runtime.inputs.call import Call
+from scm_runtime.ort.session import DeviceTensor
 
 # Calls with more evaluations are not computed as a whole: they could not be cancelled for too long, and their graphs would be large.
 MAX_EVALUATIONS = 4
+ALIGNED_NUMBERS = ALIGNMENT // 4  # in float32
 
 
 class CallPlan(NamedTuple):
@@ -47,11 +52,16 @@ def plan_of(calls: Sequence[Call], *, decodes: bool) -> CallPlan | None:
     evaluations = calls[0].evaluations
     if len(evaluations) > MAX_EVALUATIONS:
         return None
-    combined, has_latents = tuple(one.weights is not None for one in evaluations), calls[0].latents is not None
+    combined, has_latents = _combined(evaluations), calls[0].latents is not None
     for call in calls[1:]:
-        if (call.latents is not None) != has_latents or tuple(one.weights is not None for one in call.evaluations) != combined:
+        if (call.latents is not None) != has_latents or len(call.evaluations) > MAX_EVALUATIONS or _combined(call.evaluations) != combined:
             return None
     return CallPlan(combined, has_latents, decodes)
+
+
+@lru_cache(64)
+def _combined(evaluations: SolverStages) -> tuple[bool, ...]:
+    return tuple(one.weights is not None for one in evaluations)
 
 
 class WholeResult(NamedTuple):
@@ -70,6 +80,7 @@ class WholeCall:
 
     Attributes:
         may_capture: whether the work is captured when it is first done.
+        block: all tensors.
         state: the state after the last evaluation in device memory, ``[N, *sample]``.
         decoded: the decoder's output in device memory, or None if the plan has none.
     """
@@ -90,9 +101,8 @@ class WholeCall:
         """Allocate the buffers. Raises OutOfMemoryError."""
         (n, sizes), count = shape, len(plan.combined)
         self.may_capture, self._stream, self._scale = capture, context.stream, np.float32(manifest.initial_scale)
-        self._size = n
         self._last_state = f"state {count}"
-        self._flags = tuple(f"finite {k}" for k in range(count))  # 0 for a finite sample, otherwise NaN
+        row = -(-n // ALIGNED_NUMBERS) * ALIGNED_NUMBERS  # the flags of one evaluation, padded: 0 for a finite sample, otherwise NaN
         self._conditioning = [(name, f"conditioning {name}") for name, _ in sizes]
         state: TensorSpec = (np.float32, (n, *manifest.sample.shape))
         number: TensorSpec = (np.float32, (n,))
@@ -104,20 +114,24 @@ class WholeCall:
         first_state = {"state 0": state}
         states = {f"state {k}": state for k in range(1, count)} | ({"result": state} if any(plan.combined) else {})
         decoded: TensorSpec = (np.uint8 if manifest.output.kind == "image" else np.float32, (n, *manifest.output.shape))
-        outputs: dict[str, TensorSpec] = {self._last_state: state, **dict.fromkeys(self._flags, number), **({"decoded": decoded} if plan.decodes else {})}
+        outputs: dict[str, TensorSpec] = {self._last_state: state, "finite": (np.float32, (count, row)), **({"decoded": decoded} if plan.decodes else {})}
         noise = {f"noise {k}": state for k in range(1, count + 1)}
         # In this order: the inputs are written by one copy, and the outputs read by one.
-        self._block = TensorBlock(context, constants | inputs | first_state | states | noise | outputs)
-        self._block.upload({"initial scale": self._scale, "scale": 1.0, **{f"draw {k}": k for k in range(count + 1)}})
-        self._inputs = self._block.pinned([*inputs, *(first_state if plan.has_latents else {})])
+        self.block = TensorBlock(context, constants | inputs | first_state | states | noise | outputs)
+        self.block.upload({"initial scale": self._scale, "scale": 1.0, **{f"draw {k}": k for k in range(count + 1)}})
+        self._inputs = self.block.pinned([*inputs, *(first_state if plan.has_latents else {})])
         self._loaded: tuple[SolverStages, ...] = ()
+        self._uploading = False
         # Recorded before the work, after the noise, after each evaluation, after decoding; and after a copy to the host.
         self._events = [context.stream.new_event() for _ in range(count + 3)]
         self._copied = context.stream.new_event()
-        self.state = self._block.tensor(self._last_state)
-        self.decoded = self._block.tensor("decoded") if plan.decodes else None
-        self._parts = self._bind(sessions, plan, prod(manifest.sample.shape))
-        self._work = RepeatedWork(context.stream, self._enqueue, switch if capture else CaptureSwitch(False), live, f"calls with a batch of {n} run")
+        self._timed = _timed_parts(self._events, self._copied, decodes=plan.decodes)
+        self.state, self._finite = self.block.tensor(self._last_state), self.block.tensor("finite")
+        self.decoded = self.block.tensor("decoded") if plan.decodes else None
+        self._row_nbytes = {one: _row_nbytes(one) for one in (self.state, self._finite, self.decoded) if one is not None}
+        enqueue = partial(_enqueue, context.stream, self._bind(sessions, plan, prod(manifest.sample.shape)), self._events)  # without a reference to self
+        failed = f"calls run without a CUDA graph for a batch of {n}"
+        self._work = RepeatedWork(context.stream, enqueue, switch if capture else CaptureSwitch(False), live, failed)
 
     @property
     def captured(self) -> bool:
@@ -131,8 +145,11 @@ class WholeCall:
         self._work.release()
 
     def __call__(self, calls: Sequence[Call]) -> None:
-        """Enqueue the work for calls in one batch. The copies to the host of the calls before must be done. Raises what ``RepeatedWork`` raises."""
+        """Enqueue the work for calls in one batch; ``read`` waits for it. Raises what ``RepeatedWork`` raises."""
+        if self._uploading:  # the call before has failed
+            self._stream.synchronize()
         self._load(calls)
+        self._uploading = True
         self._inputs.upload()
         self._work()
 
@@ -158,7 +175,8 @@ class WholeCall:
 
     def _bind(self, sessions: EngineSessions, plan: CallPlan, size: int) -> list[Sequence[Callable[[], None]]]:
         """Return the runs of the noise, of each evaluation and of the decoder."""
-        tensor = self._block.tensor
+        tensor = self.block.tensor
+        finite = tensor("finite")
         conditioning = {name: tensor(field) for name, field in self._conditioning}
 
         def draw(k: int, to: str) -> Callable[[], None]:
@@ -168,7 +186,9 @@ class WholeCall:
         def evaluation(k: int, base: int, *, combined: bool) -> list[Callable[[], None]]:
             x, result = tensor(f"state {k}"), tensor(f"state {k + 1}")
             inputs = {"x": x, "t": tensor(f"t {k}"), "t_next": tensor(f"t_next {k}"), "noise": tensor(f"noise {k + 1}")}
-            check = sessions.finite.bind({"x": result._replace(shape=(result.shape[0], size))}, tensor(self._flags[k]))
+            row = finite.shape[1] * np.dtype(np.float32).itemsize
+            flags = DeviceTensor(finite.address + k * row, np.float32, result.shape[:1])
+            check = sessions.finite.bind({"x": result._replace(shape=(result.shape[0], size))}, flags)
             if not combined:
                 return [sessions.step.bind(inputs | conditioning, result), check]
             assert sessions.combine is not None
@@ -183,14 +203,6 @@ class WholeCall:
         parts.append([sessions.decode.bind({"x": tensor(self._last_state)}, tensor("decoded"))] if plan.decodes else [])
         return parts
 
-    def _enqueue(self, in_capture: bool) -> None:
-        record = self._stream.record
-        record(self._events[0], in_capture=in_capture)
-        for runs, event in zip(self._parts, self._events[1:], strict=True):
-            for run in runs:
-                run()
-            record(event, in_capture=in_capture)
-
     def read(self, n: int, *, state: bool, decoded: bool) -> WholeResult:
         """Copy the flags of the first n samples to the host, with the last state or the decoder's output, in one copy. Waits until the work is done.
 
@@ -199,28 +211,37 @@ class WholeCall:
             state: whether to copy the state, if ``decoded`` is False.
             decoded: whether to copy the decoder's output.
         """
-        block, size = self._block, self._size
-        first = self._last_state if state and not decoded else self._flags[0]
-        last = "decoded" if decoded else self._flags[-1]
-        start = block.address(first)
-        end = block.address(last) + block.nbytes[last] // size * n
-        copied = self._stream.download(start, (end - start,), np.uint8, self._copied)
+        first = self.state if state and not decoded else self._finite
+        start = first.address
+        last, rows = (self.decoded, n) if decoded and self.decoded else (self._finite, self._finite.shape[0])
+        copied = self._stream.read(start, last.address - start + rows * self._row_nbytes[last], self._copied)
+        self._uploading = False
 
-        def tensor(name: str) -> NDArray[Any]:
-            at, spec = block.address(name) - start, block.tensor(name)
-            return copied[at : at + block.nbytes[name] // size * n].view(spec.dtype).reshape(n, *spec.shape[1:])
+        def tensor(source: DeviceTensor, rows: int) -> NDArray[Any]:
+            at = source.address - start
+            return copied[at : at + rows * self._row_nbytes[source]].view(source.dtype).reshape(rows, *source.shape[1:])
 
-        finite = np.array([tensor(name) == 0 for name in self._flags])
-        return WholeResult(finite, tensor(first) if first == self._last_state else None, tensor(last) if decoded else None)
+        finite: NDArray[np.bool_] = tensor(self._finite, self._finite.shape[0])[:, :n] == 0
+        return WholeResult(finite, tensor(first, n).copy() if first is self.state else None, tensor(last, n).copy() if last is self.decoded else None)
 
     def parts(self, *, copies: bool) -> list[TimedPart]:
         """Return the timed parts of the latest call."""
-        start, drawn, *ends, decoded = self._events
-        parts = [TimedPart("noise", start, drawn)]
-        for before, after in pairwise((drawn, *ends)):
-            parts.append(TimedPart("step", before, after))
-        if self.decoded is not None:
-            parts.append(TimedPart("decode", ends[-1], decoded))
-        if copies:
-            parts.append(TimedPart("copy", decoded, self._copied))
-        return parts
+        return self._timed if copies else self._timed[:-1]
+
+
+def _enqueue(stream: CudaStream, parts: Sequence[Sequence[Callable[[], None]]], events: Sequence[TimingEvent], in_capture: bool) -> None:
+    stream.record(events[0], in_capture=in_capture)
+    for runs, event in zip(parts, events[1:], strict=True):
+        for run in runs:
+            run()
+        stream.record(event, in_capture=in_capture)
+
+
+def _timed_parts(events: Sequence[TimingEvent], copied: TimingEvent, *, decodes: bool) -> list[TimedPart]:
+    start, drawn, *ends, decoded = events
+    parts = [TimedPart("noise", start, drawn), *(TimedPart("step", *pair) for pair in pairwise((drawn, *ends)))]
+    return [*parts, *([TimedPart("decode", ends[-1], decoded)] if decodes else []), TimedPart("copy", decoded, copied)]
+
+
+def _row_nbytes(tensor: DeviceTensor) -> int:
+    return np.dtype(tensor.dtype).itemsize * prod(tensor.shape[1:])

@@ -1,0 +1,1 @@
+"""The stages of ``make first-gpu``, what runs them within their time, and the report."""

@@ -1,0 +1,105 @@
+"""Run stages one after another, each within its time, and keep the outcome of each as it comes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from _first_gpu.stages import ROOT, Command, Stage
+
+TAIL_LINES = 25  # of the output, in the record of a stage
+OK, FAILED, TIMED_OUT, SKIPPED = "ok", "failed", "timed out", "skipped"
+
+Outcome = dict[str, Any]
+"""``status``, ``seconds``, and ``reason`` or the last lines of the ``output``."""
+
+
+def run_stages(
+    stages: Sequence[Stage],
+    outcomes: dict[str, Outcome],
+    *,
+    limit_s: float,
+    environment: Mapping[str, str],
+    keep: Callable[[], None],
+    say: Callable[[str], None],
+) -> None:
+    """Run the stages that have not succeeded yet.
+
+    Args:
+        stages: in their order.
+        outcomes: those of an earlier run by stage; each stage that ends replaces its own.
+        limit_s: time for all stages. A stage that does not get its own limit before it is over gets the rest.
+        environment: environment variables of the commands.
+        keep: called after each stage, to store the outcomes.
+        say: shows a line.
+    """
+    end = time.monotonic() + limit_s
+    for stage in stages:
+        if outcomes.get(stage.name, {}).get("status") == OK:
+            say(f"{stage.name}: done before")
+            continue
+        missing = [name for name in stage.needs if outcomes.get(name, {}).get("status") != OK]
+        left = min(stage.limit_s, end - time.monotonic())
+        reason = stage.unavailable or (f"needs {', '.join(missing)}" if missing else "no time was left" if left < 1 else None)
+        if reason is not None:
+            outcomes[stage.name] = {"status": SKIPPED, "seconds": 0.0, "reason": reason}
+        else:
+            say(f"{stage.name}: at most {left:.0f} s")
+            outcomes[stage.name] = run_stage(stage.commands, left, environment)
+        say(f"{stage.name}: {outcomes[stage.name]['status']}{f', {reason}' if reason else ''}, {outcomes[stage.name]['seconds']:.0f} s")
+        keep()
+
+
+def run_stage(commands: Sequence[Command], limit_s: float, environment: Mapping[str, str]) -> Outcome:
+    """Run commands in the root of the repository until one fails, or the time is over."""
+    start = time.monotonic()
+    with tempfile.TemporaryFile() as output:
+        status = OK
+        for command in commands:
+            status = _run(command, limit_s - (time.monotonic() - start), output, environment)
+            if status != OK:
+                break
+        output.seek(0)
+        lines = output.read().decode(errors="replace").splitlines()
+    return {"status": status, "seconds": round(time.monotonic() - start, 1), "output": lines[-TAIL_LINES:]}
+
+
+def _run(command: Command, limit_s: float, output: Any, environment: Mapping[str, str]) -> str:
+    try:
+        # A session of its own: the processes that the command has started end with it.
+        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env=dict(environment), start_new_session=True)
+    except OSError as error:
+        output.write(f"{command[0]}: {error}\n".encode())
+        return FAILED
+    try:
+        return OK if process.wait(max(limit_s, 0.1)) == 0 else FAILED
+    except subprocess.TimeoutExpired:
+        return TIMED_OUT
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file in one operation, so that an interrupted run leaves the previous one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text)
+    part.replace(path)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Return the contents of a JSON file; an empty dict if there is none, or if it is damaged."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

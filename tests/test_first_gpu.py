@@ -1,0 +1,209 @@
+"""``make first-gpu``: a stage that fails, hangs or cannot run stops no other, outcomes are kept as they come, and a second call goes on. No GPU is used."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from support import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))  # the scripts import one another from there
+
+import autotune
+import first_gpu
+from _autotune.table import FOLDER, Row, read_rows, tiles, updated
+from _autotune.timing import model, node_count
+from _first_gpu.report import DRY_RUN, report
+from _first_gpu.runner import Outcome, run_stages
+from _first_gpu.stages import Plan, Stage, stages
+from _paper.kernels import OWN_TILES
+from _paper.layers import Operation
+
+from scm_runtime.devices.placement import Placement
+
+HARDWARE = "NVIDIA H200 9.0, ONNX Runtime 1.31.1"
+
+
+def python(program: str) -> list[str]:
+    return [sys.executable, "-c", program]
+
+
+def run(stages: list[Stage], outcomes: dict[str, Outcome] | None = None, limit_s: float = 60.0) -> dict[str, Outcome]:
+    found: dict[str, Outcome] = {} if outcomes is None else outcomes
+    run_stages(stages, found, limit_s=limit_s, environment={"WORD": "from the environment"}, keep=lambda: None, say=lambda _: None)
+    return found
+
+
+def test_a_stage_that_fails_stops_only_those_that_need_it() -> None:
+    outcomes = run(
+        [
+            Stage("works", (python("import os; print(os.environ['WORD'])"),), 30),
+            Stage("fails", (python("print('about to fail'); raise SystemExit(3)"), python("print('not reached')")), 30),
+            Stage("needs it", (python("print(1)"),), 30, needs=("fails",)),
+            Stage("is missing", (["no-such-program"],), 30),
+            Stage("cannot run", (python("print(1)"),), 30, unavailable="nvcc was not found"),
+            Stage("last", (python("print(2)"),), 30, needs=("works",)),
+        ]
+    )
+    assert [outcome["status"] for outcome in outcomes.values()] == ["ok", "failed", "skipped", "failed", "skipped", "ok"]
+    assert outcomes["works"]["output"] == ["from the environment"]
+    assert outcomes["fails"]["output"] == ["about to fail"]
+    assert outcomes["needs it"]["reason"] == "needs fails"
+    assert "no-such-program" in outcomes["is missing"]["output"][0]
+    assert outcomes["cannot run"]["reason"] == "nvcc was not found"
+
+
+def test_a_stage_that_hangs_is_ended_with_its_children(tmp_path: Path) -> None:
+    child = f"import time; time.sleep(3); open({str(tmp_path / 'alive')!r}, 'w')"
+    hangs = f"import subprocess, sys, time; print('started', flush=True); subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
+    outcomes = run([Stage("hangs", (python(hangs),), 2), Stage("next", (python("print(1)"),), 30)])
+    assert [outcome["status"] for outcome in outcomes.values()] == ["timed out", "ok"]
+    assert outcomes["hangs"]["output"] == ["started"]
+    time.sleep(2)
+    assert not (tmp_path / "alive").exists()
+
+
+def test_what_does_not_fit_into_the_time_is_left_for_the_next_call(tmp_path: Path) -> None:
+    count = f"open({str(tmp_path / 'count')!r}, 'a').write('x')"
+    chosen = [Stage("first", (python(count),), 30), Stage("second", (python("print(1)"),), 30)]
+    outcomes: dict[str, Outcome] = run(chosen[:1])
+    run(chosen, outcomes, limit_s=0)
+    assert outcomes["second"] == {"status": "skipped", "seconds": 0.0, "reason": "no time was left"}
+    run(chosen, outcomes)
+    assert outcomes["second"]["status"] == "ok"
+    assert (tmp_path / "count").read_text() == "x", "what succeeded is not run again"
+
+
+def plan(folder: Path) -> Plan:
+    return Plan(("S", "XXL"), 90, folder, folder / "work", folder / "tiles.inc", 3.0)
+
+
+def test_every_command_of_the_repository_exists(tmp_path: Path) -> None:
+    found = stages(plan(tmp_path))
+    names = [stage.name for stage in found]
+    assert len(set(names)) == len(names)
+    assert names.index("row S") < names.index("row XXL") < names.index("autotune") < names.index("row XXL, tuned")
+    for stage in found:
+        assert set(stage.needs) <= set(names[: names.index(stage.name)])
+        for command in stage.commands:
+            assert all(Path(word).exists() for word in command if word.endswith(".py")), command
+    assert any("-DSCM_OPS_CUDA_ARCHITECTURES=90a-real" in word for command in found[0].commands for word in command)
+
+
+def cell(steps: int, batch_size: int, median: float | None) -> dict[str, Any]:
+    shares = {"product_share": 0.42, "copy_share": None}
+    return {
+        "steps": steps,
+        "batch_size": batch_size,
+        "median_ms": median,
+        "min_ms": median,
+        "images_per_second": 9.0,
+        "error": None if median else "no",
+        **shares,
+    }
+
+
+def test_the_report_has_rows_a_roofline_and_what_failed(tmp_path: Path) -> None:
+    result = {"cells": [cell(1, 1, 3.5), cell(2, 1, 7.0), cell(2, 8, None)], "peak": {"product_gflops": 790e3, "copy_gb_per_second": 4200.0}}
+    (tmp_path / "bench-XXL.json").write_text(json.dumps(result))
+    outcomes: dict[str, Outcome] = {
+        "tests": {"status": "ok", "seconds": 12.0, "output": ["...", "12 passed in 11.0s"]},
+        "operators": {"status": "failed", "seconds": 3.0, "output": ["Traceback", "no torch"]},
+    }
+    text = report({"hardware": "NVIDIA H200 9.0", "driver": "580"}, ["XXL", "S"], outcomes, tmp_path, dry_run=False)
+    assert "| EDM2-XXL | 2 | 1 | 7 | 7 | 9 | 42% | – |" in text
+    assert "| EDM2-XXL | 2 | 8 | failed |" in text
+    row = next(line for line in text.splitlines() if line.startswith("| EDM2-XXL | 7.00 | 3.50 |"))
+    roofline, reached, paper = (part.strip() for part in row.split("|")[4:7])
+    assert 1.3 < float(roofline) < 1.8
+    assert reached == f"{float(roofline) / 3.5:.0%}"
+    assert float(paper) > float(roofline)
+    assert "## operators: failed\n\n```\nTraceback\nno torch\n```" in text
+    assert "12 passed" in text
+    assert DRY_RUN not in text
+    assert DRY_RUN in report({"hardware": "x"}, [], {}, tmp_path, dry_run=True)
+
+
+def test_a_dry_run_writes_into_the_build_folder_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    placement = Placement("cuda:0", (("CUDAExecutionProvider", {}),), "", "NVIDIA H200 9.0")
+    monkeypatch.setattr(first_gpu, "resolve_device", lambda _: placement)
+    monkeypatch.setattr(first_gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(first_gpu, "BENCHMARKS", tmp_path / "benchmarks")
+    calls: list[str] = []
+
+    def chosen(plan: Plan) -> list[Stage]:
+        calls.append(str(plan.table))
+        return [Stage("writes", (python("print(1)"),), 30), Stage("build", (python("raise SystemExit(1)"),), 30)]
+
+    monkeypatch.setattr(first_gpu, "stages", chosen)
+    done = CliRunner(catch_exceptions=False).invoke(first_gpu.main, ["--dry-run", "--skip", "build"])
+    assert done.exit_code == 0, done.output
+    work = tmp_path / "build" / "first-gpu"
+    assert calls == [str(work / "tiles.inc")]
+    assert not (tmp_path / "benchmarks").exists()
+    record = json.loads((work / "results" / "first-gpu.json").read_text())
+    assert {name: outcome["status"] for name, outcome in record["stages"].items()} == {"build": "ok", "writes": "ok"}
+    assert DRY_RUN in (work / "results" / "first-gpu.md").read_text()
+    assert "there is no stage nothing" in CliRunner().invoke(first_gpu.main, ["--dry-run", "--skip", "nothing"]).output
+
+
+def test_without_a_gpu_the_scripts_say_so() -> None:
+    for script in (first_gpu.main, autotune.main):
+        done = CliRunner().invoke(script, [])
+        assert done.exit_code == 1
+        assert "no GPU, nothing" in done.output
+
+
+# ----------------------------------------------------------------------------
+# The table of measured tiles.
+
+
+def test_the_table_is_the_same_whatever_the_order_of_the_measurements() -> None:
+    rows = [Row(90, 64, 1792, 1792, 9, True, 8, "mma_64x64", "mma_128x64"), Row(90, 4096, 448, 448, 9, False, 1, "mma_128x128", "mma_128x128")]
+    text = updated("", rows, HARDWARE)
+    assert text == updated(updated("", rows[1:], HARDWARE), rows[:1], HARDWARE) == updated(text, reversed(rows), HARDWARE)
+    assert f"measured on {HARDWARE}.\n" in text
+    assert text.splitlines()[-2:] == [
+        "SCM_TILE(90, 64, 1792, 1792, 9, true, 8, mma_64x64, mma_128x64)",
+        "SCM_TILE(90, 4096, 448, 448, 9, false, 1, mma_128x128, mma_128x128)",
+    ]
+    other = updated(text, [Row(80, 64, 1792, 1792, 9, True, 2, "mma_64x64", "mma_64x64")], "NVIDIA A100 8.0")
+    assert len(read_rows(other)) == 3
+    assert f"measured on NVIDIA A100 8.0; {HARDWARE}.\n" in other
+
+
+def test_the_table_and_the_paper_model_know_the_librarys_tiles() -> None:
+    numbers = tiles((FOLDER / "op.h").read_text())
+    assert list(numbers.values()) == list(range(len(numbers)))
+    assert {f"{instruction}_{pixels}x{channels}" for instruction, sizes in OWN_TILES.items() for pixels, channels in sizes} == set(numbers)
+    text = (FOLDER / "tiles.inc").read_text()
+    assert updated(text, [], None) == text
+
+
+def test_the_fastest_of_each_is_taken_and_the_split_does_not_depend_on_the_batch() -> None:
+    one = Operation("convolution", "conv_res0", 8, 64, 1792, 1792, 9, "modulate")
+    times = {"1": {"mma_64x64 / 8": 30.0, "mma_64x32 / 8": 25.0, "mma_128x64 / 4": 26.0}, "8": {"mma_64x64 / 8": 90.0, "mma_64x32 / 8": 99.0}}
+    assert autotune.row(one, {**times, "library": {"1": 40.0, "8": 80.0}}, 90) == Row(90, 64, 1792, 1792, 9, True, 8, "mma_64x32", "mma_64x64")
+    assert autotune.row(one, {**times, "library": {"1": 20.0, "8": 80.0}}, 90).own is False
+
+
+def test_each_shape_is_measured_once_with_what_follows_it() -> None:
+    found = autotune.shapes(["XXL"])
+    keys = [(one.taps, one.pixels, one.inputs, one.outputs) for one in found]
+    assert len(set(keys)) == len(keys)
+    assert [one.follower for one in found if (one.pixels, one.inputs, one.outputs) == (4096, 448, 448)] == ["modulate"]
+
+
+def test_the_timed_graph_reads_more_weights_than_a_cache_holds() -> None:
+    one = Operation("convolution", "conv_res0", 8, 64, 512, 512, 9)
+    count = node_count(one, 20e-6)
+    assert count * one.weight_bytes > 60e6
+    made = model(one, 2, 3)
+    assert [node.op_type for node in made.graph.node] == ["Conv3x3"] * 3
+    assert len({value.raw_data for value in made.graph.initializer}) == 3
