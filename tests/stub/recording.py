@@ -42,7 +42,8 @@ class Recording:
         driver().scm_stub_mark(b"read")
         with self._log.open(encoding="utf-8") as file:
             file.seek(self._start)
-            rows = [line.rstrip("\n").split("\t") for line in file]
+            complete = file.read().rpartition("\n")[0]  # another thread may have written a part of its line
+        rows = [line.split("\t") for line in complete.splitlines()]
         return [Line(kind, tuple(details)) for _, _, _, kind, *details in rows if not kinds or kind in kinds]
 
     def faults(self) -> list[Line]:
