@@ -1,6 +1,6 @@
 """Bundles of EDM2 with random weights.
 
-    python -m stub.edm2 XXS fp16 FOLDER
+python -m stub.edm2 XXS fp16 FOLDER
 """
 
 from __future__ import annotations

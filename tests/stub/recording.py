@@ -24,6 +24,18 @@ def driver() -> Any:
     return ctypes.CDLL("libcuda.so.1")
 
 
+def new_stream(device: int = 0, *, non_blocking: bool = True) -> int:
+    """Create a stream on a device, and return its handle."""
+    cuda, context, stream = driver(), ctypes.c_void_p(), ctypes.c_void_p()
+    cuda.cuInit(0)
+    cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
+    cuda.cuCtxPushCurrent_v2(context)
+    cuda.cuStreamCreate(ctypes.byref(stream), int(non_blocking))
+    cuda.cuCtxPopCurrent_v2(None)
+    assert stream.value is not None
+    return stream.value
+
+
 class Recording:
     """The lines of this process since the recording was created, or since ``restart``."""
 
