@@ -48,15 +48,17 @@ def test_a_stage_that_fails_stops_only_those_that_need_it() -> None:
             Stage("needs it", (python("print(1)"),), 30, needs=("fails",)),
             Stage("is missing", (["no-such-program"],), 30),
             Stage("cannot run", (python("print(1)"),), 30, unavailable="nvcc was not found"),
+            Stage("skips all tests", (python("print('3 skipped')"),), 30, expects=" passed"),
             Stage("last", (python("print(2)"),), 30, needs=("works",)),
         ]
     )
-    assert [outcome["status"] for outcome in outcomes.values()] == ["ok", "failed", "skipped", "failed", "skipped", "ok"]
+    assert [outcome["status"] for outcome in outcomes.values()] == ["ok", "failed", "skipped", "failed", "skipped", "failed", "ok"]
     assert outcomes["works"]["output"] == ["from the environment"]
     assert outcomes["fails"]["output"] == ["about to fail"]
     assert outcomes["needs it"]["reason"] == "needs fails"
     assert "no-such-program" in outcomes["is missing"]["output"][0]
     assert outcomes["cannot run"]["reason"] == "nvcc was not found"
+    assert outcomes["skips all tests"]["reason"] == "the output has no 'passed'"
 
 
 def test_a_stage_that_hangs_is_ended_with_its_children(tmp_path: Path) -> None:

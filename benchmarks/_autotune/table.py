@@ -13,7 +13,7 @@ TABLE = FOLDER / "tiles.inc"
 HEADER = """\
 // The measured choice of the convolution's kernel by shape, one line a shape:
 //   SCM_TILE(capability, pixels of a sample, in, out, taps, own, split, tile for 1 to 3 samples, tile for more)
-// `own` is false where cuDNN or cuBLAS was faster. The tiles are numbered as in op.h, without `Shape::`. Shapes that are not listed are estimated (choice.cc).
+// `own` is false where cuDNN or cuBLAS was faster; nothing reads it yet. The tiles are those of op.h. Shapes that are not listed are estimated (choice.cc).
 // Written by benchmarks/autotune.py; measured on {hardware}.
 """
 NOTHING = "nothing yet"

@@ -9,8 +9,9 @@ from typing import Any
 
 from _paper.forms import FORMS, ideal_seconds
 from _paper.gpus import GPUS, Gpu
-from _paper.layers import operations
+from _paper.layers import RESOLUTION, operations
 from _paper.tables import table
+from _peers.models import edm2_config
 
 from _first_gpu.runner import OK, SKIPPED, Outcome, read
 
@@ -28,7 +29,7 @@ def report(about: Mapping[str, str], sizes: Sequence[str], outcomes: Mapping[str
     parts += ["## Stages", table(("stage", "outcome", "seconds"), [_stage_row(name, outcome) for name, outcome in outcomes.items()])]
     rows = [row for size in sizes for kind in ("bench", "bench-tuned") for row in _bench_rows(size, kind, read(results / f"{kind}-{size}.json"))]
     if rows:
-        text = "EDM2 with sCM's changes, 64x64x4, fp16, random weights; whole calls. Tuned: with the measured table of tiles."
+        text = "EDM2 with sCM's changes, fp16, random weights; whole calls. Tuned: with the measured table of tiles."
         parts += ["## Rows", text, table(("model", "steps", "batch", "median ms", "min ms", "images/s", "of matmul", "of copy"), rows)]
     steps = [row for size in sizes for row in _roofline_rows(size, about["hardware"], results)]
     if steps:
@@ -66,7 +67,7 @@ def _roofline_rows(size: str, hardware: str, results: Path) -> list[list[str]]:
     medians = {cell["steps"]: cell["median_ms"] for cell in result.get("cells", ()) if cell["batch_size"] == 1}
     peak = result.get("peak", {})
     product, copied = peak.get("product_gflops"), peak.get("copy_gb_per_second")
-    if not (medians.get(1) and medians.get(2) and product and copied):
+    if edm2_config(size).img_resolution != RESOLUTION or not (medians.get(1) and medians.get(2) and product and copied):
         return []
     step = medians[2] - medians[1]
     known = next((gpu for name, gpu in GPUS.items() if name in hardware), None)

@@ -52,8 +52,11 @@ def run_stages(
             outcomes[stage.name] = {"status": SKIPPED, "seconds": 0.0, "reason": reason}
         else:
             say(f"{stage.name}: at most {left:.0f} s")
-            outcomes[stage.name] = run_stage(stage.commands, left, environment)
-        say(f"{stage.name}: {outcomes[stage.name]['status']}{f', {reason}' if reason else ''}, {outcomes[stage.name]['seconds']:.0f} s")
+            outcome = outcomes[stage.name] = run_stage(stage.commands, left, environment)
+            if outcome["status"] == OK and stage.expects not in "\n".join(outcome["output"]):
+                outcome |= {"status": FAILED, "reason": f"the output has no {stage.expects.strip()!r}"}
+        ended = outcomes[stage.name]
+        say(", ".join((f"{stage.name}: {ended['status']}", *([ended["reason"]] if "reason" in ended else []), f"{ended['seconds']:.0f} s")))
         keep()
 
 

@@ -49,6 +49,7 @@ class Operation:
         return 2 * self.pixels * (self.inputs + self.outputs)
 
 
+RESOLUTION = PRESETS["XXL"].img_resolution  # of all sizes
 SMALL = 19
 """Operations on [N, channels of the embedding] or on the state: time features, label, their sum, casts, padding, the consistency step."""
 

@@ -1,6 +1,7 @@
 // The operators of scm.channels_last and scm.fused for CUDA: their shapes, attributes, weights, workspace and errors, with the kernels run by simulator.h and on
 // the fake ONNX Runtime. convolution_test.cc has the kernels' arithmetic.
 #include <cmath>
+#include <cstdlib>
 
 #include "ops.h"
 #include "simulator.h"
@@ -116,6 +117,25 @@ TEST(ConvolutionOpTest, SplitSumsAreReproducible) {
   const Outcome last = fake_ort::run(op_of("Conv3x3"), {x, w}, {}, several);
   EXPECT_EQ(last.error, "");
   expect_same_bits(last.outputs.at(0), y);
+}
+
+TEST(ConvolutionOpTest, TheEnvironmentReplacesTheChosenTile) {
+  const Tensor x = random(kHalf, {1, 4, 4, 64}), w = random(kHalf, {16, 64, 3, 3}, 0.1, 1);
+  const auto with_tile = [&](const char* value) {
+    ::setenv("SCM_CONVOLUTION_TILE", value, 1);
+    const Outcome outcome = fake_ort::run(op_of("Conv3x3"), {x, w}, {}, constant_weight());
+    ::unsetenv("SCM_CONVOLUTION_TILE");
+    return outcome;
+  };
+  for (const char* value : {"0,1", "2,4", "3,9"}) {
+    SCOPED_TRACE(value);
+    const Outcome outcome = with_tile(value);
+    ASSERT_EQ(outcome.error, "");
+    expect_close(outcome.outputs.at(0), {1, 4, 4, 16}, sums(x, w), 1e-5);
+  }
+  for (const char* value : {"", "2", "2,0", "2,17", "-1,1", "99,1", "2,4,1", "large"}) {
+    EXPECT_NE(with_tile(value).error.find("SCM_CONVOLUTION_TILE must be the number of a tile"), std::string::npos) << value;
+  }
 }
 
 TEST(ConvolutionOpTest, Conv3x3ModulateSiLUTakesItsColumnsOfTheScales) {
