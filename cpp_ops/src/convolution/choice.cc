@@ -79,7 +79,7 @@ double seconds(const Sizes& s, const Tile& tile, const Device& device) {
   const Traits traits = traits_of(tile.shape);
   const auto [pixels, channels] = size_of(tile.shape);
   const int split = effective_split(s, tile), resident = std::max(1, std::min(rates.shared_kib / traits.shared_kib, traits.max_blocks));
-  const double terms = 64 * std::ceil(static_cast<double>(steps(s)) / split);
+  const double terms = 64.0 * static_cast<double>((steps(s) + split - 1) / split);
   const double blocks = static_cast<double>(tiles(s, tile.shape)) * split, most = std::ceil(blocks / device.multiprocessors);  // on one multiprocessor
   // One block of several that fit does not hide its own latencies.
   const double full = resident == 1 ? 1.0 : std::min(1.0, 0.55 + 0.45 * (most - 1) / (resident - 1));
@@ -145,7 +145,8 @@ Tile choose(const Sizes& sizes, const Device& device) {
   Sizes one = sizes, many = sizes;
   one.samples = 1;
   many.samples = kLargeBatch;
-  Tile best = {Shape::mma_64x64, 1};
+  Family best = Family::mma;
+  int best_split = 1;
   double shortest = HUGE_VAL;
   for (const Family wanted : {Family::mma, Family::wgmma}) {
     for (const int split : kSplits) {
@@ -153,10 +154,11 @@ Tile choose(const Sizes& sizes, const Device& device) {
       const double time = fastest(wanted, one, split, device).seconds + fastest(wanted, many, split, device).seconds / kLargeBatch;
       if (time >= shortest) continue;
       shortest = time;
-      best = {fastest(wanted, sizes, split, device).shape, split};
+      best = wanted;
+      best_split = split;
     }
   }
-  return best;
+  return {fastest(best, sizes, best_split, device).shape, best_split};
 }
 
 std::int64_t partials_bytes(const Sizes& sizes, const Tile& tile) {
