@@ -8,8 +8,8 @@
 namespace scm::convolution {
 namespace {
 
-// Rates of a device that kernels reach, as in benchmarks/_paper/gpus.py. Sources: NVIDIA's architecture white papers, dense float16 with float32 accumulators at
-// boost clocks; on Hopper, mma reaches 63 % of wgmma's rate (arXiv 2402.13499). The cache of other devices than A100 and H200, and newer devices are a guess.
+// Rates of a device that kernels reach, as in benchmarks/_paper/gpus.py. Sources: NVIDIA's architecture white papers, dense float16 with float32 accumulators
+// at boost clocks; on Hopper, mma reaches 63 % of wgmma's rate (arXiv 2402.13499). The cache of other devices than A100 and H200, and newer devices are a guess.
 struct Rates {
   double mma, wgmma;     // operations a second and multiprocessor
   double cache, memory;  // bytes a second
