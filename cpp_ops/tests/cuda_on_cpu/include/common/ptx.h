@@ -131,7 +131,8 @@ inline void multiply_add_tf32(float (&c)[4], const std::uint32_t (&a)[4], std::u
 
 // -- Hopper's products of matrices in shared memory ---------------------------------------------------------------------------------
 //
-// A warp multiplies its 16 rows. Products are computed as late as permitted, when the thread waits, and in reversed order at once, like copies.
+// A warp multiplies its 16 rows. Products are computed at once, and in reversed order as late as permitted, when the thread waits: the opposite of copies, so
+// that a copy into memory that products still read shows.
 
 struct Products {
   float (*c)[4];  // of the lane
@@ -198,9 +199,9 @@ void start_multiply_add(float (&c)[kMatrices][4], std::uint64_t a, std::uint64_t
   if (!simulator::copies_published()) simulator::fail("starts products before its copies are published");
   Products products{c, a, b, kMatrices * 8, decoded<T>};
   if (simulator::options.reversed) {
-    simulator::warp_instruction(site, &products, multiply_warp);
-  } else {
     product_state().uncommitted.push_back(products);
+  } else {
+    simulator::warp_instruction(site, &products, multiply_warp);
   }
 }
 
