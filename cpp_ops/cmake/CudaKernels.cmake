@@ -2,6 +2,8 @@
 set(SCM_OPS_CUDA_FOUND OFF)
 # Machine code for Ampere (A100, RTX 30), Ada and Hopper (90a has the wgmma instructions, which no other architecture has), and PTX for later architectures.
 set(SCM_OPS_CUDA_ARCHITECTURES 80-real 86-real 89-real 90a-real 90-virtual CACHE STRING "CUDA architectures to compile for")
+# 90a is 90 with more instructions, for the same devices.
+list(TRANSFORM SCM_OPS_CUDA_ARCHITECTURES REPLACE "^90-real$" "90a-real")
 
 string(TOUPPER "${SCM_OPS_CUDA}" wanted)
 if(wanted STREQUAL "")  # an environment variable with an empty value

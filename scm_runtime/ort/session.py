@@ -18,6 +18,7 @@ from scm_runtime.common.runs import Run
 from scm_runtime.errors import BundleError, DeviceError, InferenceError, InvalidArgumentError, ScmError
 from scm_runtime.ort.options import RECORD_PLACEMENT, SessionSettings
 
+NO_CODE = "no kernel image is available"  # CUDA's words when a library has no code for the GPU
 UNCAPTURED = {"gpu_graph_id": "-1"}  # run option: host arrays have no fixed addresses that a CUDA graph could replay
 
 
@@ -168,4 +169,9 @@ def run_error(path: Path, error: Exception, run: Run, what: str) -> ScmError:
         return run.error()
     if is_out_of_memory(error):
         return out_of_memory_error(f"{what} in '{path.name}'", error, SMALLER_BATCH)
+    if NO_CODE in str(error):
+        return DeviceError(
+            f"this build of ONNX Runtime, or of the native kernels, has no code for the GPU: {what} in '{path.name}' failed: {escape_controls(str(error))}. "
+            "Use device='cpu', or install an onnxruntime-gpu that supports the GPU; native_ops=False does without the native kernels."
+        )
     return InferenceError(f"'{path.name}' failed: {escape_controls(str(error))}.")

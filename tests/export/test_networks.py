@@ -59,7 +59,9 @@ def test_folding_changes_nothing_but_the_weights(config: UNetConfig) -> None:
         expected = net(x, t, given)
         folded = copy.deepcopy(net).fold()
         torch.testing.assert_close(folded(x, t, given), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(copy.deepcopy(folded).fold()(x, t, given), folded(x, t, given), rtol=0, atol=0)
     assert expected.std() > 0.01
+    assert sum(p.numel() for p in folded.parameters()) == sum(p.numel() for p in net.parameters())
     assert not torch.equal(folded.state_dict()["out_conv.weight"], net.state_dict()["out_conv.weight"])
 
 

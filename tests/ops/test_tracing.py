@@ -158,6 +158,20 @@ def test_an_output_used_by_one_node_is_kept_in_all_nodes() -> None:
     np.testing.assert_allclose(run(model, **inputs()), expected.numpy(), atol=1e-5)
 
 
+def test_an_operator_in_another_ones_body_has_the_outputs_of_the_nodes_in_the_graph() -> None:
+    weight = torch.linspace(-0.2, 0.2, 5 * 5 * 9).reshape(5, 5, 3, 3)
+
+    def function(x: Tensor) -> Tensor:
+        y, activated = ops.mp_sum_silu(x, x * 2, t=0.3)
+        return ops.conv3x3_mp_sum(activated, weight, y, t=0.3, clip=0.5)
+
+    model = of_a_network(function)
+    assert {function.name for function in model.functions} == {"Conv3x3MPSum", "Conv3x3", "MPSum", "ConsistencyStep"}
+    x, t, t_next, noise = inputs().values()
+    expected = ops.consistency_step(x, function(x / 0.5), noise, t, t_next, 0.5)
+    np.testing.assert_allclose(run(model, **inputs()), expected.numpy(), atol=1e-5)
+
+
 def test_one_operator_with_inputs_of_two_ranks_is_rejected() -> None:
     def function(x: Tensor) -> Tensor:
         scale = x.mean((1, 2))

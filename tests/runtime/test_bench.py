@@ -405,12 +405,12 @@ def interrupting(monkeypatch: pytest.MonkeyPatch, method: str, at: int) -> None:
     calls = 0
     original = getattr(CellRun, method)
 
-    def interrupted(row: CellRun, argument: Any) -> None:
+    def interrupted(row: CellRun, *arguments: Any) -> None:
         nonlocal calls
         calls += 1
         if calls == at:
             raise KeyboardInterrupt
-        original(row, argument)
+        original(row, *arguments)
 
     monkeypatch.setattr(CellRun, method, interrupted)
 

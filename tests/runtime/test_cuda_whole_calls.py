@@ -270,6 +270,21 @@ def test_all_batch_sizes_share_the_graphs_of_a_few(engine: CudaEngine, machine: 
     assert len(machine.graphs) == len([size for size in BATCH_SIZES if size <= 40])
 
 
+def test_padding_holds_valid_inputs(engine: CudaEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph may look up its label in a table: a row that is cut off must not hold anything else."""
+    labels, run = list[int](), FakeSession.__call__
+
+    def watched(session: FakeSession, **inputs: Any) -> Any:
+        labels.extend(inputs.get("class_labels", ()))
+        return run(session, **inputs)
+
+    monkeypatch.setattr(FakeSession, "__call__", watched)
+    whole(engine, call(*range(9)))
+    in_steps(engine, call(*range(9)))
+    assert len(labels) >= 2 * 2 * 10
+    assert set(labels) <= set(range(10))
+
+
 def test_a_kept_size_is_not_padded(engine: CudaEngine, machine: Machine) -> None:
     engine.run(lambda: engine.keep_batch_size(9))
     whole(engine, call(*range(9)))

@@ -16,12 +16,14 @@ import pytest
 from scm_runtime import DeviceError, InferenceError, InvalidArgumentError
 from scm_runtime.bundle.location import resolve_bundle
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
+from scm_runtime.common.runs import Run, RunRegistry
 from scm_runtime.devices import cuda_driver as driver
 from scm_runtime.devices import cuda_libraries as libraries
 from scm_runtime.devices import placement as devices
 from scm_runtime.devices.placement import CPU, check_cudnn, cuda_unavailable_reason, resolve_device
 from scm_runtime.ort.open_session import open_session
 from scm_runtime.ort.options import SessionSettings
+from scm_runtime.ort.session import run_error
 from support import run_python
 
 CUDA, PLUGIN, TENSORRT = "CUDAExecutionProvider", "CudaPluginExecutionProvider", "TensorrtExecutionProvider"
@@ -211,6 +213,15 @@ def test_a_gpu_that_is_too_old(machine: Callable[..., None]) -> None:
     assert resolve_device("auto").device == "cpu"
     machine(FakeCuda(capability=(12, 0)))
     assert resolve_device("cuda").index == 0
+
+
+def test_a_gpu_without_code_in_onnxruntime() -> None:
+    """It shows in the first run: which GPUs a build of ONNX Runtime has code for is not known before."""
+    failed = RuntimeError("CUDA error cudaErrorNoKernelImageForDevice: no kernel image is available for execution on the device")
+    error = run_error(Path("step.fp16.onnx"), failed, Run(RunRegistry(), None), "a batch of 1 on cuda:0")
+    assert isinstance(error, DeviceError)
+    assert "has no code for the GPU: a batch of 1 on cuda:0 in 'step.fp16.onnx' failed" in str(error)
+    assert "Use device='cpu'" in str(error)
 
 
 def test_no_such_gpu(machine: Callable[..., None]) -> None:

@@ -46,10 +46,10 @@ def _driver_names(header: str) -> set[str]:
 
 def _tables(header: str, typedefs: str, names: set[str]) -> str:
     """Return names.h: which function a name stands for since which version of CUDA, and the names of errors."""
-    since = defaultdict(set)
+    since: dict[str, set[int]] = defaultdict(set)
     for name, version in re.findall(r"PFN_(cu\w+?)_v(\d+)(?:_pt[sd][sz])?\)", typedefs):
         since[name].add(int(version))
-    rows = []
+    rows: list[tuple[int, str, str]] = []
     for name in sorted({re.sub(r"_v\d$", "", name) for name in names}):
         functions = [function for function in (name, *(f"{name}_v{k}" for k in range(2, 6))) if function in names]
         if name == "cuGraphInstantiate":  # the name of the newest function has no version

@@ -24,6 +24,18 @@ def driver() -> Any:
     return ctypes.CDLL("libcuda.so.1")
 
 
+def new_stream(device: int = 0, *, non_blocking: bool = True) -> int:
+    """Create a stream on a device, and return its handle."""
+    cuda, context, stream = driver(), ctypes.c_void_p(), ctypes.c_void_p()
+    cuda.cuInit(0)
+    cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
+    cuda.cuCtxPushCurrent_v2(context)
+    cuda.cuStreamCreate(ctypes.byref(stream), int(non_blocking))
+    cuda.cuCtxPopCurrent_v2(None)
+    assert stream.value is not None
+    return stream.value
+
+
 class Recording:
     """The lines of this process since the recording was created, or since ``restart``."""
 
@@ -42,7 +54,8 @@ class Recording:
         driver().scm_stub_mark(b"read")
         with self._log.open(encoding="utf-8") as file:
             file.seek(self._start)
-            rows = [line.rstrip("\n").split("\t") for line in file]
+            complete = file.read().rpartition("\n")[0]  # another thread may have written a part of its line
+        rows = [line.split("\t") for line in complete.splitlines()]
         return [Line(kind, tuple(details)) for _, _, _, kind, *details in rows if not kinds or kind in kinds]
 
     def faults(self) -> list[Line]:

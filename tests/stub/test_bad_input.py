@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from scm_runtime import Generator, InvalidArgumentError, NativeOpsError
-from stub.recording import Recording, driver
+from stub.recording import Recording, driver, new_stream
 
 IMAGE = (28, 28, 1)
 OUT_OF_MEMORY, SYSTEM_NOT_READY = 2, 802  # of CUresult
@@ -36,7 +36,7 @@ except scm_runtime.ScmError as error:
 
 def run(device: str = "cuda", options: str = "{}", **variables: str) -> str:
     """Run the program in a process of its own, which sees a stub with these variables. Returns what it prints."""
-    environment = {**os.environ, **{f"SCM_STUB_{name}": value for name, value in variables.items()}, "SCM_CACHE_DIR": ""}
+    environment = {**os.environ, "SCM_CACHE_DIR": "", "SCM_STUB_LOG": "", **{f"SCM_STUB_{name}": value for name, value in variables.items()}}
     command = [sys.executable, "-P", "-c", PROGRAM, device, options]
     return subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=120).stdout
 
@@ -89,9 +89,9 @@ def test_a_device_older_than_the_native_library(device: str) -> None:
 
 
 def test_a_device_newer_than_a_native_library_without_ptx() -> None:
-    printed = run(DEVICE="b200")
+    printed = run(DEVICE="rtx5090")
     assert f"{(1, *IMAGE)} cuda:0 False" in printed
-    assert "has kernels for compute capability 9.0, and NVIDIA B200 has 10.0" in printed
+    assert "has kernels for compute capability 9.0, and NVIDIA GeForce RTX 5090 has 12.0" in printed
 
 
 def test_native_ops_true_requires_kernels_for_the_device() -> None:
@@ -107,20 +107,22 @@ def test_a_device_that_onnxruntime_has_no_code_for() -> None:
     assert "device='cpu'" in printed
 
 
+def test_a_device_that_onnxruntime_lacks_machine_code_for() -> None:
+    """CUDA 13 supports it, and the build of ONNX Runtime does not."""
+    printed = run(DEVICE="b200")
+    assert "DeviceError" in printed
+    assert "no kernel image is available" in printed
+    assert "device='cpu'" in printed
+
+
 def test_a_device_that_is_too_small_for_the_weights() -> None:
     printed = run(MEMORY=str(4 << 20))
     assert "OutOfMemoryError" in printed
 
 
 def test_a_stream_of_another_device() -> None:
-    context, stream = ctypes.c_void_p(), ctypes.c_void_p()
-    cuda = driver()
-    cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), 1)
-    cuda.cuCtxPushCurrent_v2(context)
-    cuda.cuStreamCreate(ctypes.byref(stream), 1)
-    cuda.cuCtxPopCurrent_v2(None)
-    with pytest.raises(InvalidArgumentError, match="a stream of cuda:1. Pass device='cuda:1'"):
-        on_gpu(stream=stream.value)
+    with pytest.raises(InvalidArgumentError, match=r"a stream of cuda:1\. Pass device='cuda:1'"):
+        on_gpu(stream=new_stream(1))
 
 
 # ----------------------------------------------------------------------------
@@ -128,19 +130,17 @@ def test_a_stream_of_another_device() -> None:
 
 
 @pytest.mark.parametrize("function", ["cuGraphInstantiateWithFlags", "cuStreamBeginCapture_v2"])
-def test_no_memory_for_a_graph_costs_that_shape_its_graph(function: str, recording: Recording, caplog: pytest.LogCaptureFixture) -> None:
+def test_no_memory_for_a_graph_costs_that_shape_only(function: str, recording: Recording, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO), on_gpu() as generate:
         with failing(function, OUT_OF_MEMORY):
             assert generate(class_labels=3, seed=1).array.shape == (1, *IMAGE)
         assert "without a CUDA graph" in caplog.text
         assert "out of memory" in caplog.text.lower().replace("_", " ")
-        recording.restart()
         assert generate(class_labels=3, seed=1).array.shape == (1, *IMAGE)
-        assert not recording.graph_launches()
         for _ in range(2):
             recording.restart()
             assert generate(class_labels=[3] * 4, seed=1).array.shape == (4, *IMAGE)
-        assert recording.graph_launches(), "another shape is still captured"
+        assert recording.graph_launches() > 0, "another shape is still captured"
 
 
 @pytest.mark.stub_faults("UNSAFE")

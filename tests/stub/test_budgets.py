@@ -18,7 +18,10 @@ class Budget(NamedTuple):
     transposes: int
 
 
-BUDGETS: dict[Literal["fp16", "bf16"], Budget] = {"fp16": Budget(launches=230, transposes=2), "bf16": Budget(launches=230, transposes=2)}
+BUDGETS: dict[Literal["fp16", "bf16"], Budget] = {
+    "fp16": Budget(launches=230, transposes=2),
+    "bf16": Budget(launches=230, transposes=6),  # ONNX Runtime has no channels-last kernels for it
+}
 
 
 @pytest.mark.parametrize("dtype", BUDGETS)
@@ -48,8 +51,8 @@ def test_a_repeated_call_uploads_and_downloads_once(edm2_xxs: Export, recording:
             generate(seed=seed, **call)
         recording.restart()
         generate(seed=3, **call)
-    copies = recording.copies()
-    assert copies["HD"] + copies["PD"] == 1
-    assert copies["DH"] + copies["DP"] == 1
-    assert recording.graph_launches() == 1
-    assert len(recording.lines("sync")) <= 2
+        copies = recording.copies()
+        assert copies["HD"] + copies["PD"] == 1
+        assert copies["DH"] + copies["DP"] == 1
+        assert recording.graph_launches() == 1
+        assert len(recording.lines("sync")) <= 2

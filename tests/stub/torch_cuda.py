@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.utils.dlpack
 
-from stub.recording import driver
+from stub.recording import driver, new_stream
 
 KDLCUDA = 2
 BYTES_BEFORE_TENSOR = 32  # of a DLManagedTensorVersioned: version, manager_ctx, deleter, flags
@@ -21,14 +21,7 @@ class Stream:
     """A stream of its own, like ``torch.cuda.Stream``."""
 
     def __init__(self, device: str = "cuda:0") -> None:
-        context, handle = ctypes.c_void_p(), ctypes.c_void_p()
-        cuda = driver()
-        cuda.cuInit(0)
-        cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), torch.device(device).index or 0)
-        cuda.cuCtxPushCurrent_v2(context)
-        cuda.cuStreamCreate(ctypes.byref(handle), 1)
-        cuda.cuCtxPopCurrent_v2(None)
-        self.cuda_stream = handle.value
+        self.cuda_stream = new_stream(torch.device(device).index or 0)
 
 
 class DefaultStream:
@@ -67,7 +60,7 @@ class Tensor:
         strides = [int(np.prod(shape[i + 1 :])) for i in range(len(shape))]
         assert not tensor.strides or [tensor.strides[i] for i in range(tensor.ndim)] == strides, "not contiguous"
         memory = (ctypes.c_char * (int(np.prod(shape)) * dtype.itemsize)).from_address(tensor.data + tensor.offset)
-        self._array = np.frombuffer(memory, dtype).reshape(shape)
+        self._array = np.frombuffer(memoryview(memory), dtype).reshape(shape)
 
     def cpu(self) -> torch.Tensor:
         """Return a copy."""
@@ -86,7 +79,7 @@ def install() -> None:
     }
     for name, replacement in replaced.items():
         setattr(torch.cuda, name, replacement)
-    torch.utils.dlpack.from_dlpack = Tensor
+    setattr(torch.utils.dlpack, "from_dlpack", Tensor)  # noqa: B010  # another type than the function's
 
 
 _streams: list[Any] = [DefaultStream]

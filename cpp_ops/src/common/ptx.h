@@ -129,8 +129,8 @@ __device__ __forceinline__ void publish_shared_memory() { asm volatile("fence.pr
 // Orders the accesses to sums before the products that follow.
 __device__ __forceinline__ void publish_sums() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
-// Starts C += A B for 16-bit T with A [64, 16] and B [16, n]; n is 8 times the first dimension of c. The rows of the descriptors are the rows of A and the columns
-// of B. Warp w of the warpgroup holds rows 16 w to 16 w + 15 of C, 8 columns in each c[i], as in multiply_add.
+// Starts C += A B for 16-bit T with A [64, 16] and B [16, n]; n is 8 times the first dimension of c. The rows of the descriptors are the rows of A and the
+// columns of B. Warp w of the warpgroup holds rows 16 w to 16 w + 15 of C, 8 columns in each c[i], as in multiply_add.
 template <typename T>
 __device__ void start_multiply_add(float (&c)[8][4], std::uint64_t a, std::uint64_t b);
 template <typename T>

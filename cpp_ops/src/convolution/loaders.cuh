@@ -35,7 +35,8 @@ struct Unit {
   __device__ __forceinline__ Unit(const Launch<T>& l, int index, int pixels, int channels) {
     tile = index / l.split;
     part = index - tile * l.split;
-    const int inner = l.pixels_first ? l.tiles_m : l.tiles_n, outer_index = (l.first_tile + tile) / inner, inner_index = l.first_tile + tile - outer_index * inner;
+    const int inner = l.pixels_first ? l.tiles_m : l.tiles_n, outer_index = (l.first_tile + tile) / inner;
+    const int inner_index = l.first_tile + tile - outer_index * inner;
     first_pixel = (l.pixels_first ? inner_index : outer_index) * pixels;
     first_channel = (l.pixels_first ? outer_index : inner_index) * channels;
     first_step = part * l.steps / l.split;

@@ -15,6 +15,7 @@ from scm_export.errors import ExportError
 from scm_export.example_inputs import EXAMPLE_SIZE, example_conditioning
 from scm_export.graphs.bf16_casts import insert_float32_casts
 from scm_export.graphs.build import BATCH, ir_version
+from scm_export.graphs.constant_shapes import use_constant_shapes
 from scm_export.graphs.dense_layers import replace_dense_layers
 from scm_export.graphs.functions import attach_functions, optimize
 from scm_export.graphs.trace_errors import explain, fixed_batch, quiet_tracer
@@ -122,6 +123,7 @@ def _trace(
             assert program is not None
             traced: ir.Model = program.model
             optimize(traced)
+            use_constant_shapes(traced)
             fold_weight_transposes(traced)
             if operators:
                 replace_dense_layers(traced)

@@ -52,7 +52,8 @@ CUresult forbidden_by_capture(const char* function) {
     const bool global = capture->mode == CU_STREAM_CAPTURE_MODE_GLOBAL && (own || thread_mode == CU_STREAM_CAPTURE_MODE_GLOBAL);
     if (!global && !(own && capture->mode == CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)) continue;
     capture->invalidated = true;
-    say("UNSAFE", "%s while stream %d captures (mode %d, %s thread)", function, capture->origin->id, static_cast<int>(capture->mode), own ? "its own" : "another");
+    const char* thread = own ? "its own" : "another";
+    say("UNSAFE", "%s while stream %d captures (mode %d, %s thread)", function, capture->origin->id, static_cast<int>(capture->mode), thread);
     result = CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
   }
   return result;
@@ -125,7 +126,8 @@ STUB_API(cuStreamIsCapturing)(CUstream handle, CUstreamCaptureStatus* status) {
   return CUDA_SUCCESS;
 }
 STUB_API(cuStreamGetCaptureInfo_v3)
-(CUstream handle, CUstreamCaptureStatus* status, cuuint64_t* id, CUgraph* graph, const CUgraphNode** dependencies, const CUgraphEdgeData** edges, size_t* count) {
+(CUstream handle, CUstreamCaptureStatus* status, cuuint64_t* id, CUgraph* graph, const CUgraphNode** dependencies, const CUgraphEdgeData** edges,
+ size_t* count) {
   const stub::Lock lock(stub::mutex());
   const CUresult error = cuStreamIsCapturing(handle, status);
   if (error != CUDA_SUCCESS || *status != CU_STREAM_CAPTURE_STATUS_ACTIVE) return error;

@@ -18,6 +18,7 @@ constexpr Model kModels[] = {
     {"v100", "Tesla V100-SXM2-16GB", 7, 0, 16945512448, 80, 98304, 98304, 1530000, 877000, 4096, 6291456},
     {"t4", "Tesla T4", 7, 5, 15828320256, 40, 65536, 65536, 1590000, 5001000, 256, 4194304},
     {"b200", "NVIDIA B200", 10, 0, 191503138816, 148, 233472, 232448, 1965000, 3996000, 8192, 132644864},
+    {"rtx5090", "NVIDIA GeForce RTX 5090", 12, 0, 34190917632, 170, 102400, 101376, 2407000, 14001000, 512, 100663296},
 };
 
 }  // namespace
@@ -29,7 +30,7 @@ const Model& model() {
     for (const Model& model : kModels) {
       if (strcasecmp(model.setting, name) == 0) return model;
     }
-    std::fprintf(stderr, "SCM_STUB_DEVICE must be h200, a100, v100, t4 or b200, got %s\n", name);
+    std::fprintf(stderr, "SCM_STUB_DEVICE must be h200, a100, v100, t4, b200 or rtx5090, got %s\n", name);
     std::abort();
   }();
   return chosen;
