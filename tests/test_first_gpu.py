@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -61,14 +60,13 @@ def test_a_stage_that_fails_stops_only_those_that_need_it() -> None:
     assert outcomes["skips all tests"]["reason"] == "the output has no 'passed'"
 
 
-def test_a_stage_that_hangs_is_ended_with_its_children(tmp_path: Path) -> None:
-    child = f"import time; time.sleep(3); open({str(tmp_path / 'alive')!r}, 'w')"
-    hangs = f"import subprocess, sys, time; print('started', flush=True); subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
-    outcomes = run([Stage("hangs", (python(hangs),), 2), Stage("next", (python("print(1)"),), 30)])
+def test_a_stage_that_hangs_is_ended_with_its_children() -> None:
+    hangs = "import subprocess, time; print(subprocess.Popen(['sleep', '60']).pid, flush=True); time.sleep(60)"
+    outcomes = run([Stage("hangs", (python(hangs),), 8), Stage("next", (python("print(1)"),), 30)])
     assert [outcome["status"] for outcome in outcomes.values()] == ["timed out", "ok"]
-    assert outcomes["hangs"]["output"] == ["started"]
-    time.sleep(2)
-    assert not (tmp_path / "alive").exists()
+    (child,) = outcomes["hangs"]["output"]
+    status = Path("/proc", child, "status")
+    assert not status.exists() or "zombie" in status.read_text()
 
 
 def test_what_does_not_fit_into_the_time_is_left_for_the_next_call(tmp_path: Path) -> None:
@@ -95,7 +93,7 @@ def test_every_command_of_the_repository_exists(tmp_path: Path) -> None:
         assert set(stage.needs) <= set(names[: names.index(stage.name)])
         for command in stage.commands:
             assert all(Path(word).exists() for word in command if word.endswith(".py")), command
-    assert any("-DSCM_OPS_CUDA_ARCHITECTURES=90a-real" in word for command in found[0].commands for word in command)
+    assert any("-DSCM_OPS_CUDA_ARCHITECTURES=90-real" in word for command in found[0].commands for word in command)
 
 
 def cell(steps: int, batch_size: int, median: float | None) -> dict[str, Any]:

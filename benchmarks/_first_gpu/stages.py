@@ -99,8 +99,7 @@ def _build(plan: Plan) -> tuple[Command, ...]:
     folder = str(plan.work / "ops")
     cmake, ninja = shutil.which("cmake") or "cmake", shutil.which("ninja")
     configure = [cmake, "-S", str(ROOT / "cpp_ops"), "-B", folder, "-DCMAKE_BUILD_TYPE=Release", "-DSCM_OPS_CUDA=ON"]
-    architecture = "90a" if plan.capability == 90 else str(plan.capability)  # with wgmma
-    configure += [f"-DSCM_OPS_CUDA_ARCHITECTURES={architecture}-real", *(["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else [])]
+    configure += [f"-DSCM_OPS_CUDA_ARCHITECTURES={plan.capability}-real", *(["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else [])]
     return configure, [cmake, "--build", folder, "--parallel"], [cmake, "--install", folder, "--prefix", sysconfig.get_path("platlib")]
 
 
