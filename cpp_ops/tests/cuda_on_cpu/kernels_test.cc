@@ -308,7 +308,8 @@ TYPED_TEST(KernelsTest, NormModulateSiLUReadsColumnsOfAWiderModulation) {
       Array<T> y(random<T>(samples * pixels * channels, 1)), wide_modulation(wider), modulation(narrow), z(y.values().size()), expected(y.values().size());
       EXPECT_EQ(norm_modulate_silu::cuda<T>({y.data(), wide_modulation.data() + begin, z.data(), samples, pixels, channels, columns, kEps}, nullptr), nullptr);
       EXPECT_EQ(norm_modulate_silu::cuda<T>({y.data(), modulation.data(), expected.data(), samples, pixels, channels, 2 * channels, kEps}, nullptr), nullptr);
-      EXPECT_TRUE(close<T>(to_doubles(z.values()), to_doubles(expected.values())));
+      // Loads of another width add the squares in another order, so either result may be rounded the other way.
+      EXPECT_TRUE(close(to_doubles(z.values()), to_doubles(expected.values()), 2 * kRounding<T> + 2e-6, 1e-6));
     }
   }
 }
