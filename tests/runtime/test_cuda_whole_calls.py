@@ -507,7 +507,7 @@ def test_close_frees_graphs_and_memory(machine: Machine) -> None:
     engine.close()
     gc.collect()
     assert all(graph.destroyed for graph in machine.graphs)
-    assert (machine.used, machine.leaked, machine.pinned) == (0, [], {})
+    assert (machine.used, machine.leaked, machine.pinned, machine.events) == (0, [], {}, [])
 
 
 def test_the_parts_of_a_call_are_timed_by_its_graph(engine: CudaEngine) -> None:
