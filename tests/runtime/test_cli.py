@@ -10,7 +10,8 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -22,7 +23,9 @@ from PIL import Image
 import scm_runtime
 import toy_bundle
 from scm_runtime import Generator, Manifest, Samples
+from scm_runtime.bundle.manifest import OutputSpec
 from scm_runtime.cli import main
+from scm_runtime.cli.smoke import _check
 from scm_runtime.engines.engine import Trajectory
 from scm_runtime.engines.host import HostEngine
 from scm_runtime.samples import grid
@@ -286,7 +289,7 @@ def test_smoke_tells_of_a_bundle_that_is_not_deterministic(tiny_bundle: Path, mo
 
 
 @pytest.mark.parametrize("level", [0, 255, 77])
-@pytest.mark.parametrize("sample", [0, 1])
+@pytest.mark.parametrize("sample", range(4))
 def test_smoke_fails_on_an_image_of_one_color(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, level: int, sample: int) -> None:
     original = Generator.__call__
 
@@ -304,6 +307,17 @@ def test_smoke_fails_on_an_image_of_one_color(tiny_bundle: Path, monkeypatch: py
     assert [row["contrast"] for row in document["results"]] == [False, False]
     assert all(row["finite"] and row["deterministic"] for row in document["results"])
     assert "see the failed checks" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "contrast"),
+    [("image", (2, 2, 1), False), ("image", (1, 1, 3), True), ("image", (1, 1, 1), True), ("latent", (4, 2, 2), False), ("latent", (1,), True)],
+)
+def test_smoke_looks_for_contrast_between_pixels(kind: Literal["image", "latent"], shape: tuple[int, ...], contrast: bool) -> None:
+    def constant(seeds: Sequence[int], output_type: str) -> Any:
+        return SimpleNamespace(array=np.full((len(seeds), *shape), 77, np.uint8 if kind == "image" else np.float32))
+
+    assert _check(constant, "fp32", OutputSpec(kind=kind, shape=shape)) == (True, True, True, contrast)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["inspect", "--help"], ["smoke", "--help"], ["bench", "--help"]], ids=" ".join)

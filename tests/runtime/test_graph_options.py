@@ -17,7 +17,7 @@ from scm_runtime.common.load_onnxruntime import load_onnxruntime
 from scm_runtime.devices.placement import CPU, Placement
 from scm_runtime.engines.cuda import graph_options
 from scm_runtime.engines.cuda import stream as cuda
-from scm_runtime.engines.cuda.graph_options import ways_to_open
+from scm_runtime.engines.cuda.graph_options import CHUNK, FUSED, ways_to_open
 from scm_runtime.engines.cuda.open_engine import open_cuda_engine
 from scm_runtime.engines.cuda.thread import CudaContext
 from scm_runtime.errors import InferenceError, InvalidArgumentError, OutOfMemoryError
@@ -63,6 +63,12 @@ def ways(folder: Path, name: str, contents: bytes, settings: SessionSettings = W
 )
 def test_ways_by_what_a_graph_holds_and_its_dtype(tmp_path: Path, name: str, contents: bytes, expected: list[str]) -> None:
     assert ways(tmp_path, name, contents) == expected
+
+
+@pytest.mark.parametrize("missing", range(len(FUSED) + 1))
+def test_a_domain_may_begin_in_one_chunk_of_the_file_and_end_in_the_next(tmp_path: Path, missing: int) -> None:
+    contents = b" " * (CHUNK - missing) + FUSED + b" " * CHUNK
+    assert ways(tmp_path, "step.fp16.onnx", contents, SessionSettings(PLACEMENT)) == ["cudnn NHWC", "cudnn"]
 
 
 def test_own_kernels_need_the_library(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ docs/architecture.md has what ONNX Runtime makes of the graphs of each family.
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -17,7 +16,9 @@ from scm_runtime.ort.options import CONVOLUTION, Convolution, SessionSettings, c
 HALF = ("fp16", "bf16")
 
 # Domains of operators over channels-last maps. An exporter that writes the second one gives every size in its graphs as a constant.
-CHANNELS_LAST, FUSED = b"scm.channels_last", b"scm.fused"
+DOMAINS = CHANNELS_LAST, FUSED = b"scm.channels_last", b"scm.fused"
+
+CHUNK = 1 << 20  # bytes of a graph that are searched at once
 
 
 class GraphOptions(NamedTuple):
@@ -54,7 +55,14 @@ def _convolutions(domains: set[bytes], settings: SessionSettings) -> tuple[Convo
 
 
 def _domains(path: Path) -> set[bytes]:
-    """Return which of the two domains a file mentions. Empty for a file that cannot be read, which ``open_session`` reports."""
-    with suppress(OSError, ValueError), open_regular(path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as contents:
-        return {domain for domain in (CHANNELS_LAST, FUSED) if contents.find(domain) >= 0}  # ValueError: an empty file
-    return set()
+    """Return which of the two domains a file mentions. A file that cannot be read mentions none; ``open_session`` reports it.
+
+    The file is not mapped into memory: the process would end if another one truncated it meanwhile.
+    """
+    found, end = set[bytes](), b""
+    with suppress(OSError), open_regular(path) as file:
+        while len(found) < len(DOMAINS) and (chunk := file.read(CHUNK)):
+            contents = end + chunk
+            found.update(domain for domain in DOMAINS if domain in contents)
+            end = contents[1 - max(map(len, DOMAINS)) :]  # a name may begin in one chunk and end in the next
+    return found
