@@ -3,6 +3,7 @@
 #include <cmath>
 #include <iterator>
 
+#include "convolution/choice.h"
 #include "convolution/shapes.h"
 
 namespace scm::convolution {
@@ -94,39 +95,25 @@ struct Estimate {
   double seconds;
 };
 
-// Returns the fastest shape of a family that the device supports.
+// Returns the fastest shape of a family that the device supports, for sizes that it can have.
 Estimate fastest(Family wanted, const Sizes& sizes, int split, const Device& device) {
   Estimate best{Shape::mma_64x64, HUGE_VAL};
   for (int i = 0; i < kShapes; ++i) {
     const auto shape = static_cast<Shape>(i);
-    if (family(shape) != wanted || !supported(shape, device)) continue;
+    if (family(shape) != wanted || !supported(shape, device) || (shape != kNarrowShape && !wide(sizes))) continue;
     const double time = seconds(sizes, {shape, split}, device);
     if (time < best.seconds) best = {shape, time};
   }
   return best;
 }
 
-struct Row {
-  int capability;
-  std::int64_t pixels, in, out;
-  int taps, split;
-  Shape shape, shape_of_many;
-};
-
-// Returns the row of the sizes, unless the library was built without code for its tiles.
-const Row* row_of(const Sizes& s, const Device& device) {
-  static constexpr Row rows[] = {
+constexpr Row kRows[] = {
 #define SCM_TILE(capability, pixels, in, out, taps, split, shape, shape_of_many) {capability, pixels, in, out, taps, split, Shape::shape, Shape::shape_of_many},
 #include "convolution/tiles.inc"
 #undef SCM_TILE
-      {},
-  };
-  const auto* found = std::find_if(std::begin(rows), std::end(rows) - 1, [&](const Row& row) {
-    return row.capability == device.capability && row.pixels == s.pixels() && row.in == s.in && row.out == s.out && row.taps == s.taps;
-  });
-  const bool usable = found != std::end(rows) - 1 && supported(found->shape, device) && supported(found->shape_of_many, device);
-  return usable ? found : nullptr;
-}
+    {},  // the table may be empty, an array not
+};
+static_assert(independent_of_batch(std::begin(kRows), std::end(kRows)), "both tiles of a row must be of the same family, mma or wgmma");
 
 }  // namespace
 
@@ -137,8 +124,20 @@ bool supported(Shape shape, const Device& device) {
   return family(shape) == Family::mma && device.capability >= 80;
 }
 
+std::optional<Tile> look_up(const Row* begin, const Row* end, const Sizes& s, const Device& device) {
+  const Row* const row = std::find_if(begin, end, [&](const Row& known) {
+    return known.capability == device.capability && known.pixels == s.pixels() && known.in == s.in && known.out == s.out && known.taps == s.taps;
+  });
+  if (row == end || !supported(row->shape, device) || !supported(row->shape_of_many, device)) return std::nullopt;
+  return Tile{s.samples < kManySamples ? row->shape : row->shape_of_many, row->split};
+}
+
 Tile choose(const Sizes& sizes, const Device& device) {
-  if (const Row* row = row_of(sizes, device)) return {sizes.samples < kManySamples ? row->shape : row->shape_of_many, row->split};
+  const auto measured = look_up(std::begin(kRows), std::end(kRows) - 1, sizes, device);
+  return measured ? *measured : estimate(sizes, device);
+}
+
+Tile estimate(const Sizes& sizes, const Device& device) {
   // The family and the split serve batches of any size: the mean of the times per sample, of one sample and of a large batch, decides.
   Sizes one = sizes, many = sizes;
   one.samples = 1;
