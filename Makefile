@@ -71,7 +71,7 @@ test-gpu: $(FULL) ## run the GPU tests, and again under compute-sanitizer if it 
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 	! command -v compute-sanitizer > /dev/null || compute-sanitizer --error-exitcode 1 $(BIN)/python -m pytest -m gpu tests/ops $(ARGS)
 
-# It installs nothing: a machine with a GPU may have no network. Without .venv, PYTHON must have the packages.
+# It installs the library that it builds, but no packages: a machine with a GPU may have no network. Without .venv, PYTHON must have the packages.
 first-gpu: ## build, test, tune and measure on a GPU in ten minutes, and write a report to commit (ARGS="--minutes 20")
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/first_gpu.py $(ARGS)
 
