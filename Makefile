@@ -71,12 +71,13 @@ test-gpu: $(FULL) ## run the GPU tests, and again under compute-sanitizer if it 
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 	! command -v compute-sanitizer > /dev/null || compute-sanitizer --error-exitcode 1 $(BIN)/python -m pytest -m gpu tests/ops $(ARGS)
 
-# It installs nothing: a machine with a GPU may have no network. Without .venv, PYTHON must have the packages.
+# It installs the library that it builds, but no packages: a machine with a GPU may have no network. Without .venv, PYTHON must have the packages.
 first-gpu: ## build, test, tune and measure on a GPU in ten minutes, and write a report to commit (ARGS="--minutes 20")
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/first_gpu.py $(ARGS)
 
 test-stub: $(FULL) ## run the CUDA path on a stub of a GPU, which computes nothing (tests/stub); skipped without nvcc, or if the packages cannot be installed
 	@if ! command -v "$${CUDACXX:-nvcc}" > /dev/null; then echo "SKIPPED: test-stub needs nvcc 13, which was not found. Install the CUDA toolkit, or set CUDACXX."; \
+	elif ! "$${CUDACXX:-nvcc}" --version | grep -Eq 'release (1[3-9]|[2-9][0-9])\.'; then echo "SKIPPED: test-stub needs nvcc 13, the version of CUDA in tests/stub/requirements.txt, got: $$("$${CUDACXX:-nvcc}" --version | tail -n 2 | head -n 1)"; \
 	elif ! $(MAKE) --no-print-directory $(STUB)/.stamp-venv; then echo "SKIPPED: test-stub cannot install the packages in tests/stub/requirements.txt (see above)."; \
 	else $(MAKE) --no-print-directory run-stub; fi
 
@@ -102,7 +103,7 @@ kills: $(FULL) $(OPS) ## kill exports and generations 200 times: nothing may be 
 fuzz: $(FULL) ## read mutated files for an hour (SECONDS=600 for another time, SEED=1 for other files); inputs that fail are written to build/fuzz
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/fuzz/campaign.py --seconds $(or $(SECONDS),3600) --seed $(or $(SEED),0)
 
-bench: $(FULL) $(OPS) ## run every script in benchmarks/
+bench: $(FULL) $(OPS) ## run the scripts in benchmarks/ that need no GPU
 	@set -e; for script in $(BENCHES) benchmarks/figures.py; do echo "== $$(date +%T) $$script"; $(BIN)/python "$$script"; done
 
 bench-large: $(FULL) $(OPS) ## export and run the models of 1.5 billion parameters: most of an hour, 14 GB of memory, 15 GB of disk

@@ -1,7 +1,7 @@
 """What is the overhead of a call on a GPU, and which options of the CUDA provider are worth setting?
 
 The overhead is the time of a call, from seeds to pixels on the host, minus the time of its noise, steps and decoder on the device; the target is 100 us.
-Options: CUDA graphs, the search for convolution algorithms, channels last, TF32. Each is measured together with the first call of a shape, which includes
+Options: CUDA graphs, cuDNN's convolutions and its search for algorithms, channels last, TF32, fused biases. Each is measured together with the first call of a shape, which includes
 searching and capturing. Without a GPU nothing is measured.
 """
 
@@ -33,11 +33,11 @@ OUTPUTS: tuple[OutputType, ...] = ("np", "dlpack", "latent")
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "no CUDA graphs": {"cuda_graph": False},
-    "EXHAUSTIVE": {"provider_options": {"cudnn_conv_algo_search": "EXHAUSTIVE"}},
-    "DEFAULT": {"provider_options": {"cudnn_conv_algo_search": "DEFAULT"}},
-    "prefer_nhwc": {"provider_options": {"prefer_nhwc": "1"}},
-    "prefer_nhwc, EXHAUSTIVE": {"provider_options": {"prefer_nhwc": "1", "cudnn_conv_algo_search": "EXHAUSTIVE"}},
-    "TF32": {"provider_options": {"use_tf32": "1"}},
+    "cudnn": {"session_options": {"scm.convolution": "cudnn"}},
+    "cudnn, EXHAUSTIVE": {"session_options": {"scm.convolution": "cudnn"}, "provider_options": {"cudnn_conv_algo_search": "EXHAUSTIVE"}},
+    "prefer_nhwc=0": {"provider_options": {"prefer_nhwc": "0"}},
+    "use_tf32=0": {"provider_options": {"use_tf32": "0"}},
+    "fuse_conv_bias=1": {"provider_options": {"fuse_conv_bias": "1"}},
 }
 
 

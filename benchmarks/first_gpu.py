@@ -4,7 +4,7 @@
     make first-gpu ARGS="--minutes 20 --size S"
     python benchmarks/first_gpu.py --dry-run --skip build     on the stub GPU (tests/stub): small models, meaningless figures
 
-It runs with the Python that it is called with, and installs no packages: that Python needs onnxruntime-gpu, onnx, torch and the other packages of the tests.
+It runs with the Python that it is called with, and installs the library that it builds there, but no packages: that Python needs onnxruntime-gpu, onnx, torch and the other packages of the tests.
 Each stage has a time limit, and one that fails stops no other. Each outcome is written as it comes; a second call goes on where the first one ended.
 """
 
@@ -25,7 +25,7 @@ from typing import Any
 import click
 from _autotune.table import TABLE
 from _first_gpu.report import report
-from _first_gpu.runner import OK, read, run_stages, write
+from _first_gpu.runner import read, run_stages, write
 from _first_gpu.stages import BENCHMARKS, ROOT, Plan, stages
 
 from scm_export.networks.edm2 import PRESETS
@@ -34,6 +34,8 @@ from scm_runtime.devices.placement import resolve_device
 from scm_runtime.errors import ScmError
 
 RECORD = "first-gpu.json"
+OUTPUTS = (f":(exclude){TABLE.relative_to(ROOT)}", ":(exclude)benchmarks/results")
+"""Files that a call writes: they do not make the next one another version's."""
 
 
 def folder_name(hardware: str) -> str:
@@ -44,13 +46,19 @@ def folder_name(hardware: str) -> str:
 def describe(hardware: str) -> dict[str, str]:
     """Return the GPU, its driver, and the versions of what runs."""
     about = {"hardware": hardware, "ONNX Runtime": load_onnxruntime().__version__, "Python": platform.python_version()}
-    query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"]
-    for name, command in (("driver, largest clock, power limit", query), ("commit", ["git", "-C", str(ROOT), "describe", "--always", "--dirty"])):
-        try:
-            about[name] = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.splitlines()[0].strip()
-        except (OSError, subprocess.SubprocessError, IndexError):
-            continue
+    if driver := _first_line("nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"):
+        about["driver, largest clock, power limit"] = driver
+    if commit := _first_line("git", "-C", str(ROOT), "describe", "--always"):
+        about["commit"] = commit + ("-dirty" if _first_line("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no", "--", ".", *OUTPUTS) else "")
     return about
+
+
+def _first_line(*command: str) -> str | None:
+    """Return the first line that a command prints; None if it fails or prints nothing."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.splitlines()[0].strip()
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return None
 
 
 def environment(results: Path) -> dict[str, str]:
@@ -93,14 +101,12 @@ def main(minutes: float, sizes: tuple[str, ...], skip: tuple[str, ...], again: b
     earlier = read(results / RECORD)
     same = earlier.get("about", {}).get("commit") == about.get("commit") and earlier.get("sizes") == list(plan.sizes)
     outcomes: dict[str, Any] = dict(earlier["stages"]) if same and not again else {}
-    for name in skip:
-        outcomes[name] = {"status": OK, "seconds": 0.0, "reason": "left out"}
 
     def keep() -> None:
         store(results, about, plan, outcomes, dry_run=dry_run)
 
     results.mkdir(parents=True, exist_ok=True)
-    run_stages(known, outcomes, limit_s=60 * minutes, environment=environment(results), keep=keep, say=click.echo)
+    run_stages(known, outcomes, limit_s=60 * minutes, environment=environment(results), keep=keep, say=click.echo, left_out=skip)
     keep()
     click.echo(
         f"\n{(results / 'first-gpu.md').read_text()}\nThe report is {results / 'first-gpu.md'}: commit the folder" + (f" and {table}." if not dry_run else ".")

@@ -1,4 +1,4 @@
-"""What does a step of EDM2 cost on a GPU, on paper? FLOP, bytes, launches and times by resolution and kind, in three forms of the graph.
+"""What does a step of EDM2 cost on a GPU, on paper? FLOP, bytes, launches and times by resolution and kind, in four forms of the graph.
 
     python benchmarks/paper_model.py                      XXL on an H200: the tables of NOTES.md
     python benchmarks/paper_model.py --size S --gpu A100

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,8 +21,9 @@ sys.path.insert(0, str(ROOT / "benchmarks"))  # the scripts import one another f
 import paper_model
 from _paper.forms import FORMS
 from _paper.gpus import GPUS
-from _paper.kernels import library, own
+from _paper.kernels import library
 from _paper.layers import Operation, network, operations
+from _paper.own import TILES, own, seconds
 
 # Billions of multiply-adds of the published networks (arXiv 2312.02696, table 6), attention included.
 PUBLISHED = {"XS": 45, "S": 102, "M": 181, "L": 282, "XL": 406, "XXL": 552}
@@ -64,6 +68,51 @@ def test_a_small_map_is_faster_with_a_split_sum() -> None:
     assert own(GPUS["H200"], small).split > 1
     assert own(GPUS["H200"], small).seconds < library(GPUS["H200"], small).seconds
     assert library(GPUS["H200"], large).split == 1
+
+
+CHOOSE = """
+#include <iostream>
+#include "convolution/op.h"
+int main() {
+  int capability, multiprocessors, taps;
+  std::int64_t samples, side, in, out;
+  while (std::cin >> capability >> multiprocessors >> samples >> side >> in >> out >> taps) {
+    const auto tile = scm::convolution::choose({samples, side, side, in, out, taps}, {capability, multiprocessors});
+    std::cout << static_cast<int>(tile.shape) << ' ' << tile.split << '\\n';
+  }
+}
+"""
+CAPABILITIES = {"H200": 90, "A100": 80}
+
+
+@pytest.fixture(scope="module")
+def choose(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library's choice of a tile as a program, without measured rows."""
+    compiler = shutil.which("c++")
+    if compiler is None:
+        pytest.skip("there is no C++ compiler")
+    folder, source = tmp_path_factory.mktemp("choice"), ROOT / "cpp_ops" / "src"
+    (folder / "main.cc").write_text(CHOOSE)
+    (folder / "convolution").mkdir()
+    (folder / "convolution" / "tiles.inc").write_text("")
+    program = folder / "choose"
+    files = [str(folder / "main.cc"), str(source / "convolution" / "choice.cc")]
+    subprocess.run([compiler, "-std=c++17", "-DSCM_OPS_SM90A", f"-I{folder}", f"-I{source}", *files, "-o", str(program)], check=True)
+    return program
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+@pytest.mark.parametrize("name", GPUS)
+def test_the_estimates_are_those_of_the_tiles_that_the_library_chooses(choose: Path, name: str, batch_size: int) -> None:
+    gpu = GPUS[name]
+    layers = {one for size in PRESETS for one in operations(size, batch_size) if one.kind in ("convolution", "product")}
+    plain = [one for one in {replace(one, name="", follower="") for one in layers} if one.inputs % 8 == one.outputs % 8 == 0]
+    asked = [f"{CAPABILITIES[name]} {gpu.multiprocessors} {batch_size} {one.resolution} {one.inputs} {one.outputs} {one.taps}\n" for one in plain]
+    answers = subprocess.run([str(choose)], input="".join(asked), capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(answers) == len(plain) > 100
+    for one, answer in zip(plain, answers, strict=True):
+        tile, split = map(int, answer.split())
+        assert seconds(gpu, one, TILES[tile], split) == pytest.approx(own(gpu, one).seconds, rel=1e-6), one
 
 
 def test_weights_are_read_once_for_a_whole_batch() -> None:

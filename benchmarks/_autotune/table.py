@@ -1,7 +1,8 @@
-"""The table of measured shapes, cpp_ops/src/convolution/tiles.inc: which kernel, tile and split a convolution or product gets."""
+"""The table of measured shapes, cpp_ops/src/convolution/tiles.inc: which tile and split a convolution or product gets."""
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass
@@ -11,14 +12,14 @@ FOLDER = Path(__file__).parents[2] / "cpp_ops" / "src" / "convolution"
 TABLE = FOLDER / "tiles.inc"
 
 HEADER = """\
-// The measured choice of the convolution's kernel by shape, one line a shape:
-//   SCM_TILE(capability, pixels of a sample, in, out, taps, own, split, tile for 1 to 3 samples, tile for more)
-// `own` is false where cuDNN or cuBLAS was faster; nothing reads it yet. The tiles are those of op.h. Shapes that are not listed are estimated (choice.cc).
+// The measured tile of the convolution by shape, one line a shape:
+//   SCM_TILE(capability, pixels of a sample, in, out, taps, split, tile for 1 to 3 samples, tile for more)
+// The tiles are those of op.h; both of a line are of one family. Shapes that are not listed are estimated (choice.cc).
 // Written by benchmarks/autotune.py; measured on {hardware}.
 """
 NOTHING = "nothing yet"
 MEASURED = re.compile(r"measured on (.*)\.$", re.MULTILINE)
-ROW = re.compile(r"^SCM_TILE\((\d+), (\d+), (\d+), (\d+), (\d+), (true|false), (\d+), (\w+), (\w+)\)$", re.MULTILINE)
+ROW = re.compile(r"^SCM_TILE\((\d+), (\d+), (\d+), (\d+), (\d+), (\d+), (\w+), (\w+)\)$", re.MULTILINE)
 
 
 @dataclass(frozen=True, order=True)
@@ -30,12 +31,15 @@ class Row:
     inputs: int
     outputs: int
     taps: int
-    own: bool
     split: int
     tile: str
     """Name of the tile in op.h for 1 to 3 samples."""
     tile_of_many: str
     """The same for more samples."""
+
+    def __post_init__(self) -> None:
+        if family(self.tile) != family(self.tile_of_many):
+            raise ValueError(f"both tiles must be of one family, or a sample's bits would depend on the batch: got {self.tile} and {self.tile_of_many}")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -44,16 +48,17 @@ class Row:
 
     def line(self) -> str:
         """Return the line."""
-        fields = (str(value).lower() if isinstance(value, bool) else str(value) for value in astuple(self))
-        return f"SCM_TILE({', '.join(fields)})\n"
+        return f"SCM_TILE({', '.join(map(str, astuple(self)))})\n"
+
+
+def family(tile: str) -> str:
+    """Return the family of a tile, "mma" or "wgmma": all tiles of a family give the same bits for the same split."""
+    return tile.split("_")[0]
 
 
 def read_rows(text: str) -> list[Row]:
-    """Return the rows of a table."""
-    rows = []
-    for capability, pixels, inputs, outputs, taps, own, split, tile, tile_of_many in ROW.findall(text):
-        rows.append(Row(int(capability), int(pixels), int(inputs), int(outputs), int(taps), own == "true", int(split), tile, tile_of_many))
-    return rows
+    """Return the rows of a table. Raises ValueError for a row whose tiles are of two families."""
+    return [Row(*(int(number) for number in numbers), tile, tile_of_many) for *numbers, tile, tile_of_many in ROW.findall(text)]
 
 
 def updated(text: str, rows: Iterable[Row], hardware: str | None) -> str:
@@ -72,3 +77,12 @@ def tiles(header: str) -> dict[str, int]:
     found = re.search(r"enum class Shape : int \{(.*?)\};", header, re.DOTALL)
     assert found, "op.h has no list of shapes"
     return {name: int(number) for name, number in re.findall(r"(\w+) = (\d+)", found[1])}
+
+
+def sources_hash() -> str:
+    """Return a hash of what the measured times depend on: the sources of the kernels, without the choice among them."""
+    digest = hashlib.sha256()
+    for path in sorted([*FOLDER.glob("*"), *(FOLDER.parent / "common").glob("*.h")]):
+        if path.name not in (TABLE.name, "choice.cc"):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ def run_stages(
     environment: Mapping[str, str],
     keep: Callable[[], None],
     say: Callable[[str], None],
+    left_out: Collection[str] = (),
 ) -> None:
     """Run the stages that have not succeeded yet.
 
@@ -39,6 +40,7 @@ def run_stages(
         environment: environment variables of the commands.
         keep: called after each stage, to store the outcomes.
         say: shows a line.
+        left_out: names of stages that are not run now.
     """
     end = time.monotonic() + limit_s
     for stage in stages:
@@ -47,7 +49,8 @@ def run_stages(
             continue
         missing = [name for name in stage.needs if outcomes.get(name, {}).get("status") != OK]
         left = min(stage.limit_s, end - time.monotonic())
-        reason = stage.unavailable or (f"needs {', '.join(missing)}" if missing else "no time was left" if left < 1 else None)
+        unavailable = "left out" if stage.name in left_out else stage.unavailable
+        reason = unavailable or (f"needs {', '.join(missing)}" if missing else "no time was left" if left < 1 else None)
         if reason is not None:
             outcomes[stage.name] = {"status": SKIPPED, "seconds": 0.0, "reason": reason}
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import sysconfig
@@ -13,6 +14,7 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
+CUDA_FOLDER = "/usr/local/cuda/bin"
 Command = list[str]
 
 
@@ -57,15 +59,17 @@ def stages(plan: Plan) -> list[Stage]:
     python, sanitizer = sys.executable, shutil.which("compute-sanitizer")
     tests = [python, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
     sizes = [word for size in plan.sizes for word in ("--size", size)]
-    build = _build(plan)
-    compilers = None if shutil.which("nvcc") else "nvcc was not found: install the CUDA toolkit, or use a library that has the kernels"
+    nvcc = find_nvcc()
+    build = _build(plan, nvcc)
+    compilers = None if nvcc else "nvcc was not found: install the CUDA toolkit or set CUDACXX, or use a library that has the kernels"
     found = [
         Stage("build", build, 150, unavailable=compilers),
         Stage("tests", ([*tests, "tests/gpu", "tests/ops"],), 120, expects=" passed"),
     ]
     for size in plan.sizes:
         bundle = plan.work / f"{size}.scm"
-        row = [python, "-m", "scm_runtime", "bench", str(bundle), "--device", "cuda", "--dtype", "fp16", "--batch-sizes", "1,8", "--steps", "1,2"]
+        row = [python, "-m", "scm_runtime", "bench", str(bundle), "--device", "cuda", "--dtype", "fp16", "--native-ops"]
+        row += ["--batch-sizes", "1,8", "--steps", "1,2"]
         found += [
             Stage(f"bundle {size}", ([python, str(BENCHMARKS / "_first_gpu" / "random_bundle.py"), size, str(bundle)],), 150),
             Stage(f"row {size}", ([*row, "--seconds", str(plan.seconds), "-o", str(plan.results / f"bench-{size}.json")],), 120, needs=(f"bundle {size}",)),
@@ -94,13 +98,22 @@ def stages(plan: Plan) -> list[Stage]:
     return [replace(stage, limit_s=stage.limit_s * plan.patience) for stage in found]
 
 
-def _build(plan: Plan) -> tuple[Command, ...]:
-    """Return the commands that build the native library for this GPU alone, and put it where this Python finds it."""
+def find_nvcc() -> str | None:
+    """Return the path of nvcc, or None: the one that CUDACXX names, else that in PATH, else that in CUDA's usual folder."""
+    if named := os.environ.get("CUDACXX"):
+        return shutil.which(named)
+    return shutil.which("nvcc") or shutil.which("nvcc", path=CUDA_FOLDER)
+
+
+def _build(plan: Plan, nvcc: str | None) -> tuple[Command, ...]:
+    """Return the commands that build the native library for this GPU alone, put it where this Python finds it, and check that it does."""
     folder = str(plan.work / "ops")
     cmake, ninja = shutil.which("cmake") or "cmake", shutil.which("ninja")
-    configure = [cmake, "-S", str(ROOT / "cpp_ops"), "-B", folder, "-DCMAKE_BUILD_TYPE=Release", "-DSCM_OPS_CUDA=ON"]
+    configure = [cmake, "-S", str(ROOT / "cpp_ops"), "-B", folder, "-DCMAKE_BUILD_TYPE=Release", "-DSCM_OPS_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}"]
     configure += [f"-DSCM_OPS_CUDA_ARCHITECTURES={plan.capability}-real", *(["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else [])]
-    return configure, [cmake, "--build", folder, "--parallel"], [cmake, "--install", folder, "--prefix", sysconfig.get_path("platlib")]
+    packages = sysconfig.get_path("platlib")
+    check = [sys.executable, str(BENCHMARKS / "_first_gpu" / "installed.py"), packages]
+    return configure, [cmake, "--build", folder, "--parallel"], [cmake, "--install", folder, "--prefix", packages], check
 
 
 def _into(commands: Sequence[Command], old: str, new: str) -> tuple[Command, ...]:

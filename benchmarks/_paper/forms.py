@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from _paper import kernels
 from _paper.gpus import FILL_S, LAUNCH_S, Gpu
 from _paper.layers import Operation
+from _paper.own import own
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def _with_own(gpu: Gpu, step: Sequence[Operation], choose: Callable[[Operation, 
     launches += [Launch("modulation", 0, kernels.memory_seconds(gpu, nbytes) + FILL_S + LAUNCH_S, flop, nbytes), *_additions(modulations[0])]
     for one in step:
         if one.kind in ("convolution", "product"):
-            product = Launch(f"{one.kind}, ours", one.resolution, kernels.own(gpu, one).seconds, one.flop, one.weight_bytes + one.map_bytes)
+            product = Launch(f"{one.kind}, ours", one.resolution, own(gpu, one).seconds, one.flop, one.weight_bytes + one.map_bytes)
             ours = [product, *(_follower(gpu, one) if one.follower == "norm_modulate" else [])]
             launches += choose(one, ours, _unfused(gpu, one))
         elif one.kind != "modulation":

@@ -28,6 +28,8 @@ class Gpu:
     """Bandwidth of the L2 cache, reads by one multiprocessor."""
     multicast_share: float
     """Share of the loads of a library's tile that are left when pairs of blocks load a matrix once (clusters of Hopper); 1 without."""
+    shared_kib: int
+    """Shared memory of a multiprocessor."""
 
 
 GPUS = {
@@ -36,9 +38,9 @@ GPUS = {
         # H200 data sheet: 989 TFLOP/s, 4.8 TB/s. Library: cuBLAS reaches 750 to 800 TFLOP/s with products of 8192 (the clock falls with the power).
         # mma.sync: 62.9 % of the peak on Hopper, which only wgmma reaches (arXiv 2402.13499). wgmma: a guess for loads by cp.async, without TMA.
         # L2: what a product at the library's rate needs with tiles of 128 x 256 in pairs; one multiprocessor: 85 % of 64 bytes a clock.
-        Gpu("H200", 132, 989e12, 0.80, {"mma": 0.629 * OWN_SHARE, "wgmma": 0.70}, 4.8e12, 7.0e12, 95e9, 0.75),
+        Gpu("H200", 132, 989e12, 0.80, {"mma": 0.629 * OWN_SHARE, "wgmma": 0.70}, 4.8e12, 7.0e12, 95e9, 0.75, 228),
         # A100 80 GB data sheet: 312 TFLOP/s, 2.04 TB/s. mma.sync is the only instruction. L2: as above, with single tiles of 128 x 256.
-        Gpu("A100", 108, 312e12, 0.85, {"mma": OWN_SHARE}, 2.04e12, 3.5e12, 75e9, 1.0),
+        Gpu("A100", 108, 312e12, 0.85, {"mma": OWN_SHARE}, 2.04e12, 3.5e12, 75e9, 1.0, 164),
     )
 }
 

@@ -1,9 +1,9 @@
-"""Seconds of a kernel on paper: the larger of arithmetic, traffic from the L2 cache and traffic from memory, in whole waves of tiles."""
+"""Seconds of the kernels of cuDNN, cuBLAS and ONNX Runtime on paper: the larger of arithmetic, traffic from the L2 cache and traffic from memory, in whole waves of tiles."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import ceil
 
 from _paper.gpus import FILL_S, LAUNCH_S, MEMORY_SHARE, REDUCE_S, Gpu
@@ -13,13 +13,9 @@ Tile = tuple[int, int]
 """Output pixels by output channels of a block."""
 
 LIBRARY_TILES: tuple[Tile, ...] = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 128), (64, 64))
-# The tiles of cpp_ops/src/convolution, by instruction.
-OWN_TILES: dict[str, tuple[Tile, ...]] = {"mma": ((128, 128), (128, 64), (64, 64), (64, 32)), "wgmma": ((256, 128), (128, 128), (128, 64), (64, 64))}
 CUDNN_SPLITS = (1,)  # cuDNN's forward convolutions do not split the sum
 CUBLAS_SPLITS = (1, 2, 4, 8)
-OWN_SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
 SPLIT_TERMS = 128  # a block of a split sum has at least so many terms
-LARGE_BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -29,8 +25,6 @@ class Choice:
     seconds: float
     tile: Tile
     split: int
-    instruction: str = ""
-    """Of our kernel: a key of OWN_TILES."""
 
 
 def memory_seconds(gpu: Gpu, nbytes: float) -> float:
@@ -57,58 +51,21 @@ def follower_bytes(operation: Operation) -> int:
 def library(gpu: Gpu, operation: Operation) -> Choice:
     """Return cuDNN's or cuBLAS' time for channels-last maps."""
     splits = CUDNN_SPLITS if operation.taps > 1 else CUBLAS_SPLITS
-    return min(_choices(gpu, operation, LIBRARY_TILES, splits, gpu.tensor_flop * gpu.library_share, loaded_share=gpu.multicast_share), key=_seconds)
+    return min(_choices(gpu, operation, splits), key=lambda choice: choice.seconds)
 
 
-def own(gpu: Gpu, operation: Operation) -> Choice:
-    """Return the time of our kernel, with the operation that follows in it.
-
-    As in the library, the instruction and the split do not depend on the batch: the mean of the times per sample, of one sample and of a large batch, decides.
-    """
-    one, many, wanted = (_by_kind(own_candidates(gpu, replace(operation, pixels=pixels))) for pixels in _batches(operation))
-    return wanted[min(one, key=lambda kind: one[kind].seconds + many[kind].seconds / LARGE_BATCH)]
-
-
-def _batches(operation: Operation) -> tuple[int, int, int]:
-    """Return the pixels of one sample, of a large batch, and of the operation's batch."""
-    sample = operation.resolution**2
-    return sample, LARGE_BATCH * sample, operation.pixels
-
-
-def _by_kind(candidates: Sequence[Choice]) -> dict[tuple[str, int], Choice]:
-    """Return the fastest choice for each instruction and split, of choices in the order of their times."""
-    return {(choice.instruction, choice.split): choice for choice in reversed(candidates)}
-
-
-def own_candidates(gpu: Gpu, operation: Operation) -> list[Choice]:
-    """Return our kernel's choices, the fastest first."""
-    read = 2 * operation.pixels * operation.outputs if operation.follower == "mp_sum" else 0
-    found = [
-        replace(choice, instruction=instruction)
-        for instruction, share in gpu.own_shares.items()
-        for choice in _choices(gpu, operation, OWN_TILES[instruction], OWN_SPLITS, gpu.tensor_flop * share, extra_bytes=read)
-    ]
-    return sorted(found, key=_seconds)
-
-
-def _seconds(choice: Choice) -> float:
-    return choice.seconds
-
-
-def _choices(
-    gpu: Gpu, operation: Operation, tiles: Sequence[Tile], splits: Sequence[int], flop: float, *, loaded_share: float = 1.0, extra_bytes: int = 0
-) -> list[Choice]:
+def _choices(gpu: Gpu, operation: Operation, splits: Sequence[int]) -> list[Choice]:
     terms = operation.inputs * operation.taps
-    memory = memory_seconds(gpu, operation.weight_bytes + operation.map_bytes + extra_bytes)
+    memory = memory_seconds(gpu, operation.weight_bytes + operation.map_bytes)
     choices = []
-    for rows, columns in tiles:
+    for rows, columns in LIBRARY_TILES:
         for split in splits:
             if split > 1 and terms / split < SPLIT_TERMS:
                 continue
             blocks = ceil(operation.pixels / rows) * ceil(operation.outputs / columns) * split
-            arithmetic = 2 * rows * columns * terms / split / (flop / gpu.multiprocessors)
+            arithmetic = 2 * rows * columns * terms / split / (gpu.library_share * gpu.tensor_flop / gpu.multiprocessors)
             busy = min(blocks, gpu.multiprocessors)
-            loads = loaded_share * 2 * (rows + columns) * terms / split / min(gpu.l2_bytes / busy, gpu.l2_bytes_each)
+            loads = gpu.multicast_share * 2 * (rows + columns) * terms / split / min(gpu.l2_bytes / busy, gpu.l2_bytes_each)
             seconds = max(ceil(blocks / gpu.multiprocessors) * max(arithmetic, loads), memory) + FILL_S + LAUNCH_S
             if split > 1:  # float32 partial sums are written and read
                 seconds += 2 * 4 * split * operation.pixels * operation.outputs / gpu.l2_bytes + REDUCE_S

@@ -11,7 +11,7 @@ import pytest
 
 import scm_runtime
 from runtime.fake_cuda import PLACEMENT, Machine
-from scm_runtime.bundle.manifest import WEIGHTS, read_manifest
+from scm_runtime.bundle.manifest import WEIGHTS, Dtype, read_manifest
 from scm_runtime.cache.graph_cache import GraphCache
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
 from scm_runtime.devices.placement import CPU, Placement
@@ -80,6 +80,11 @@ def test_the_users_choice_is_the_only_one(tmp_path: Path, chosen: str, expected:
     assert ways(tmp_path, "step.fp16.onnx", NEW, replace(WITH_LIBRARY, session_options={CONVOLUTION: chosen})) == expected
 
 
+@pytest.mark.parametrize(("name", "contents"), [("step.fp32.onnx", NEW), ("decode.fp16.onnx", b"... scm.channels_first ..."), ("noise.onnx", NEW)])
+def test_the_users_choice_of_own_kernels_leaves_graphs_without_such_kernels_alone(tmp_path: Path, name: str, contents: bytes) -> None:
+    assert ways(tmp_path, name, contents, replace(WITH_LIBRARY, session_options={CONVOLUTION: "own"})) == ["cudnn"]
+
+
 def test_a_choice_that_does_not_exist(tmp_path: Path) -> None:
     settings = replace(WITH_LIBRARY, session_options={CONVOLUTION: "fast"})
     for check in (lambda: ways(tmp_path, "step.fp16.onnx", NEW, settings), lambda: configure(load_onnxruntime().SessionOptions(), settings, "step")):
@@ -115,6 +120,23 @@ def test_optimized_graphs_are_cached_by_the_choice(tmp_path: Path) -> None:
     context = CacheContext(GraphCache(tmp_path, 1), {"step.fp16.onnx": "1", WEIGHTS: "2"}, "3")
     keys = {_key(Path("step.fp16.onnx"), replace(WITH_LIBRARY, convolution=choice), context) for choice in ("own", "cudnn")}
     assert len(keys) == 2
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("fp16", "own"), ("fp32", "cudnn")])
+def test_the_users_choice_reaches_only_the_sessions_with_such_kernels(machine: Machine, dtype: Dtype, expected: str) -> None:
+    """ONNX Runtime would refuse an fp32 graph in whose domain there are kernels for other types only."""
+    entries = {}
+
+    def open_session(path: Path, settings: SessionSettings) -> Session:
+        options = load_onnxruntime().SessionOptions()
+        if settings.library is not None:
+            configure(options, settings, "graph")
+            entries[path.name] = options.get_session_config_entry(CONVOLUTION)
+        return machine.open_session(path, replace(settings, library=None))
+
+    settings = replace(WITH_LIBRARY, session_options={CONVOLUTION: "own"})
+    open_cuda_engine(CudaContext(0), DIGITS, read_manifest(DIGITS), dtype, settings, open_session=open_session).close()
+    assert (entries["noise.onnx"], entries[f"step.{dtype}.onnx"]) == ("cudnn", expected)
 
 
 def attempts(machine: Machine, refuse: Refuse, placement: Placement = PLACEMENT) -> list[str]:

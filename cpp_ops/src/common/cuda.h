@@ -25,8 +25,9 @@ __host__ __device__ constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t
 
 // -- Host --------------------------------------------------------------------------------------------------------------------
 
-// Clears the error state, so that a later cudaGetLastError() does not report `error`. Returns its message.
+// Returns null for success, or CUDA's message. Clears the error state then, so that a later cudaGetLastError() does not report `error`.
 inline const char* message_of(cudaError_t error) {
+  if (error == cudaSuccess) return nullptr;
   static_cast<void>(cudaGetLastError());
   return cudaGetErrorString(error);
 }
@@ -35,16 +36,15 @@ inline const char* message_of(cudaError_t error) {
 template <typename... Parameters, typename... Arguments>
 const char* launch_with_shared(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes, void* stream, const Arguments&... arguments) {
   if (shared_bytes > 48 * 1024) {  // more must be requested
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-    if (error != cudaSuccess) return message_of(error);
+    const char* const error = message_of(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+    if (error) return error;
   }
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = static_cast<std::size_t>(shared_bytes);
   config.stream = static_cast<cudaStream_t>(stream);
-  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
-  return error == cudaSuccess ? nullptr : message_of(error);
+  return message_of(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
 }
 
 // Launches a kernel without dynamic shared memory. Returns null, or CUDA's error message.

@@ -3,16 +3,18 @@
 #include <cmath>
 #include <iterator>
 
+#include "convolution/choice.h"
 #include "convolution/shapes.h"
 
 namespace scm::convolution {
 namespace {
 
-// Rates of a device that kernels reach, as in benchmarks/_paper/gpus.py. Sources: NVIDIA's architecture white papers, dense float16 with float32 accumulators
+// The estimate and its figures are those of benchmarks/_paper/own.py and gpus.py; a test compares the choices. Sources: NVIDIA's architecture white papers, dense float16 with float32 accumulators
 // at boost clocks; on Hopper, mma reaches 63 % of wgmma's rate (arXiv 2402.13499). The cache of other devices than A100 and H200, and newer devices are a guess.
 struct Rates {
   double mma, wgmma;     // operations a second and multiprocessor
   double cache, memory;  // bytes a second
+  double cache_alone;    // the cache's for one multiprocessor
   int shared_kib;        // of a multiprocessor
 };
 
@@ -20,20 +22,20 @@ constexpr double kMma = 0.85, kWgmma = 0.7;  // reached by the loops of the kern
 constexpr double kReachable = 0.88;          // of the memory's bandwidth
 
 Rates rates_of(const Device& device) {
-  const auto rates = [](double mma, double wgmma, double cache, double memory, int shared_kib) {
-    return Rates{kMma * mma, kWgmma * wgmma, cache, kReachable * memory, shared_kib};
+  const auto rates = [](double mma, double wgmma, double cache, double cache_alone, double memory, int shared_kib) {
+    return Rates{kMma * mma, kWgmma * wgmma, cache, kReachable * memory, cache_alone, shared_kib};
   };
   switch (device.capability) {
     case 80:
-      return rates(312e12 / 108, 0, 3.5e12, 2.04e12, 164);
+      return rates(312e12 / 108, 0, 3.5e12, 75e9, 2.04e12, 164);
     case 86:
-      return rates(71e12 / 82, 0, 1.8e12, 0.94e12, 100);
+      return rates(71e12 / 82, 0, 1.8e12, 92e9, 0.94e12, 100);
     case 89:
-      return rates(165e12 / 128, 0, 3.5e12, 1.0e12, 100);
+      return rates(165e12 / 128, 0, 3.5e12, 137e9, 1.0e12, 100);
     case 90:
-      return rates(0.63 * 989e12 / 132, 989e12 / 132, 7.0e12, 4.8e12, 228);
+      return rates(0.629 * 989e12 / 132, 989e12 / 132, 7.0e12, 95e9, 4.8e12, 228);
     default:
-      return rates(3e12, 0, 5e12, 1.8e12, device.capability < 120 ? 228 : 100);
+      return rates(3e12, 0, 5e12, 100e9, 1.8e12, device.capability < 120 ? 228 : 100);
   }
 }
 
@@ -64,9 +66,8 @@ Traits traits_of(Shape shape) {
   return {};
 }
 
-constexpr double kLaunch = 2e-6;                 // between two kernels of a CUDA graph
+constexpr double kLaunch = 2.5e-6;               // from the last kernel of a CUDA graph, and filling the pipeline
 constexpr double kSplit = 1e-6, kPart = 2.5e-7;  // the last block waits for the others, and reads the parts one after another
-constexpr double kAlone = 2;                     // times its share of the cache's bandwidth that a multiprocessor gets when most of the others are idle
 constexpr int kSplits[] = {1, 2, 3, 4, 6, 8, 12, 16};
 constexpr std::int64_t kManySamples = 4, kLargeBatch = 8;
 
@@ -84,8 +85,7 @@ double seconds(const Sizes& s, const Tile& tile, const Device& device) {
   // One block of several that fit does not hide its own latencies.
   const double full = resident == 1 ? 1.0 : std::min(1.0, 0.55 + 0.45 * (most - 1) / (resident - 1));
   const double compute = 2.0 * pixels * channels * terms / ((family(tile.shape) == Family::wgmma ? rates.wgmma : rates.mma) * full);
-  const double share = std::min(1 / std::min<double>(blocks, device.multiprocessors), kAlone / device.multiprocessors);
-  const double loads = 2.0 * (pixels + channels) * terms / (rates.cache * share);
+  const double loads = 2.0 * (pixels + channels) * terms / std::min(rates.cache / std::min<double>(blocks, device.multiprocessors), rates.cache_alone);
   const double parts = split == 1 ? 0.0 : blocks * pixels * channels * 8 / rates.cache + kSplit + split * kPart;
   return kLaunch + std::max(most * std::max(compute, loads), bytes(s) / rates.memory) + parts;
 }
@@ -95,40 +95,25 @@ struct Estimate {
   double seconds;
 };
 
-// Returns the fastest shape of a family that the device supports.
+// Returns the fastest shape of a family that the device supports, for sizes that it can have.
 Estimate fastest(Family wanted, const Sizes& sizes, int split, const Device& device) {
   Estimate best{Shape::mma_64x64, HUGE_VAL};
   for (int i = 0; i < kShapes; ++i) {
     const auto shape = static_cast<Shape>(i);
-    if (family(shape) != wanted || !supported(shape, device)) continue;
+    if (family(shape) != wanted || !supported(shape, device) || (shape != kNarrowShape && !wide(sizes))) continue;
     const double time = seconds(sizes, {shape, split}, device);
     if (time < best.seconds) best = {shape, time};
   }
   return best;
 }
 
-struct Row {
-  int capability;
-  std::int64_t pixels, in, out;
-  int taps, split;
-  Shape shape, shape_of_many;
-};
-
-// Returns the row of the sizes, unless the library was built without code for its tiles.
-const Row* row_of(const Sizes& s, const Device& device) {
-  static constexpr Row rows[] = {
-#define SCM_TILE(capability, pixels, in, out, taps, own, split, shape, shape_of_many) \
-  {capability, pixels, in, out, taps, split, Shape::shape, Shape::shape_of_many},
+constexpr Row kRows[] = {
+#define SCM_TILE(capability, pixels, in, out, taps, split, shape, shape_of_many) {capability, pixels, in, out, taps, split, Shape::shape, Shape::shape_of_many},
 #include "convolution/tiles.inc"
 #undef SCM_TILE
-      {},
-  };
-  const auto* found = std::find_if(std::begin(rows), std::end(rows) - 1, [&](const Row& row) {
-    return row.capability == device.capability && row.pixels == s.pixels() && row.in == s.in && row.out == s.out && row.taps == s.taps;
-  });
-  const bool usable = found != std::end(rows) - 1 && supported(found->shape, device) && supported(found->shape_of_many, device);
-  return usable ? found : nullptr;
-}
+    {},  // the table may be empty, an array not
+};
+static_assert(independent_of_batch(std::begin(kRows), std::end(kRows)), "both tiles of a row must be of the same family, mma or wgmma");
 
 }  // namespace
 
@@ -139,8 +124,20 @@ bool supported(Shape shape, const Device& device) {
   return family(shape) == Family::mma && device.capability >= 80;
 }
 
+std::optional<Tile> look_up(const Row* begin, const Row* end, const Sizes& s, const Device& device) {
+  const Row* const row = std::find_if(begin, end, [&](const Row& known) {
+    return known.capability == device.capability && known.pixels == s.pixels() && known.in == s.in && known.out == s.out && known.taps == s.taps;
+  });
+  if (row == end || !supported(row->shape, device) || !supported(row->shape_of_many, device)) return std::nullopt;
+  return Tile{s.samples < kManySamples ? row->shape : row->shape_of_many, row->split};
+}
+
 Tile choose(const Sizes& sizes, const Device& device) {
-  if (const Row* row = row_of(sizes, device)) return {sizes.samples < kManySamples ? row->shape : row->shape_of_many, row->split};
+  const auto measured = look_up(std::begin(kRows), std::end(kRows) - 1, sizes, device);
+  return measured ? *measured : estimate(sizes, device);
+}
+
+Tile estimate(const Sizes& sizes, const Device& device) {
   // The family and the split serve batches of any size: the mean of the times per sample, of one sample and of a large batch, decides.
   Sizes one = sizes, many = sizes;
   one.samples = 1;

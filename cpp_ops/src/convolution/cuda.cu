@@ -22,7 +22,10 @@ using Wgmma64x64 = WgmmaBlock<64, 64, 1, 4>;
 template <typename T, typename B, bool kWideIn, bool kWideOut>
 __global__ void __launch_bounds__(B::kThreads, B::kBlocks) kernel(const Launch<T> l) {
 #ifndef __CUDA_ARCH_FEAT_SM90_ALL
-  if constexpr (B::kWgmma) return;  // never launched
+  if constexpr (B::kWgmma) {
+    __trap();  // the driver compiled PTX although there is machine code: the launch fails, instead of leaving the output as it was
+    return;
+  }
 #endif
   unsigned char* const shared = dynamic_shared_memory();
   for (int index = blockIdx.x; index < l.tiles * l.split; index += gridDim.x) {
@@ -117,7 +120,9 @@ const char* cuda(const Params<T>& p, const Tile& tile, void* stream) {
   const std::int64_t outputs = s.samples * s.pixels(), terms = s.taps * padded(s.in);
   if (outputs == 0) return nullptr;
   // Indices of pixels, tiles and terms, and offsets in a tile, have 32 bits.
-  if (outputs >= 1 << 30 || s.out >= 1 << 20 || terms >= 1 << 23) return "more than 2^30 pixels or 2^20 channels";
+  if (outputs >= 1 << 30) return "a convolution takes fewer than 2^30 pixels of all samples";
+  if (s.out >= 1 << 20) return "a convolution takes fewer than 2^20 output channels";
+  if (terms >= 1 << 23) return "a convolution takes fewer than 2^23 terms, taps by input channels";
   Launch<T> l = {};
   l.p = p;
   l.width = static_cast<int>(s.width);

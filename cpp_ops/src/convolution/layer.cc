@@ -87,6 +87,14 @@ convolution::Sizes ConvolutionLayer::sizes(const Shape& x, const Shape& w) const
   return {rank > 1 ? x[0].value : 1, rank > 1 ? elements(x, 1, rank - 1) : 1, 1, in, out, taps_};
 }
 
+convolution::Tile ConvolutionLayer::tile(const convolution::Sizes& s) const {
+  if (forced_) return *forced_;
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const auto [known, is_new] = tiles_.try_emplace({s.samples, s.pixels(), s.in, s.out});
+  if (is_new) known->second = convolution::choose(s, device_);
+  return known->second;
+}
+
 std::uint32_t* ConvolutionLayer::counters(void* stream) const {
   const std::lock_guard<std::mutex> lock(mutex_);
   for (const StreamCounters& known : counters_) {
@@ -116,7 +124,7 @@ void ConvolutionLayer::run(const Context& run, convolution::Params<T> p) const {
   const convolution::Sizes& s = p.sizes;
   if (s.samples * s.pixels() * s.out == 0) return;
   void* const stream = run.cuda_stream();
-  const convolution::Tile tile = forced_ ? *forced_ : convolution::choose(s, device_);
+  const convolution::Tile tile = this->tile(s);
   Memory partials;
   if (const std::int64_t bytes = convolution::partials_bytes(s, tile); bytes > 0) {
     partials = run.scratch(*allocator_, static_cast<std::size_t>(bytes));

@@ -1,6 +1,8 @@
 // A convolution or matrix product with the weights of one node, on CUDA.
 #pragma once
 
+#include <array>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -38,6 +40,7 @@ class ConvolutionLayer {
   std::size_t in_axis() const { return taps_ == 9 ? 1 : 0; }  // of w: [out, in, 3, 3] or [in, out]
   std::size_t out_axis() const { return 1 - in_axis(); }
   convolution::Sizes sizes(const Shape& x, const Shape& w) const;
+  convolution::Tile tile(const convolution::Sizes& sizes) const;
   std::uint32_t* counters(void* stream) const;
 
   const int taps_;
@@ -45,7 +48,8 @@ class ConvolutionLayer {
   convolution::Device device_{};
   std::optional<convolution::Tile> forced_;  // in place of the chosen tile
   Memory packed_;
-  mutable std::mutex mutex_;  // guards counters_
+  mutable std::mutex mutex_;  // guards the members below
+  mutable std::map<std::array<std::int64_t, 4>, convolution::Tile> tiles_;  // chosen before, by samples, pixels, in and out
   mutable std::vector<StreamCounters> counters_;
 };
 

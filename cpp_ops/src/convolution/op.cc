@@ -1,8 +1,7 @@
 // Convolutions and matrix products on CUDA, alone and with the operation that follows: Conv3x3 of the domain scm.channels_last, and the domain scm.fused.
-#include <cmath>
-
 #include "convolution/layer.h"
-#include "norm_modulate_silu/op.h"
+#include "mp_sum/blend.h"
+#include "norm_modulate_silu/operands.h"
 #include "ops.h"
 
 namespace scm {
@@ -33,18 +32,6 @@ struct Columns {
     const std::vector<std::int64_t> values = attributes.integers(name);
     if (values.size() != 1) throw Error{std::string(name) + " must have 1 element, got " + std::to_string(values.size())};
     return values[0];
-  }
-};
-
-// The weights of mp_sum(skip, y; t) (EDM2, arXiv 2312.02696, equation 88), and its bound.
-struct Blend {
-  float weight_skip, weight_y, clip;
-
-  explicit Blend(const Attributes& attributes) : clip(attributes.real("clip")) {
-    if (!(clip >= 0)) throw Error{"clip must be at least 0, got " + std::to_string(clip)};
-    const double t = static_cast<double>(attributes.real("t")), scale = 1 / std::hypot(1 - t, t);
-    weight_skip = static_cast<float>((1 - t) * scale);
-    weight_y = static_cast<float>(t * scale);
   }
 };
 
@@ -109,7 +96,7 @@ struct Conv3x3ModulateSiLU {
 template <int kTaps>
 struct LayerMPSum {
   static constexpr std::array kInputs{Argument{"x"}, Argument{"w"}, Argument{"skip"}};
-  static constexpr std::array kOutputs{Argument{"y"}};
+  static constexpr std::array kOutputs{Argument{"z"}};
   static constexpr std::array kInplace{Inplace{2, 0}};
 
   ConvolutionLayer layer;
@@ -133,8 +120,8 @@ struct LayerMPSum {
     p.y = run.output<T>(0, y);
     p.epilogue = Epilogue::mp_sum;
     p.skip = skip.as<T>();
-    p.weight_skip = blend.weight_skip;
-    p.weight_sum = blend.weight_y;
+    p.weight_skip = blend.weight_a;
+    p.weight_sum = blend.weight_b;
     p.clip = blend.clip;
     layer.run(run, p);
   }
@@ -150,21 +137,14 @@ struct MatMulMPSum : LayerMPSum<1> {
   using LayerMPSum::LayerMPSum;
 };
 
-struct NormModulateSiLU {
-  static constexpr const char* kName = "NormModulateSiLU";
-  static constexpr std::array kInputs{Argument{"y"}, Argument{"modulation"}};
-  static constexpr std::array kOutputs{Argument{"z"}};
-  static constexpr std::array kInplace{Inplace{0, 0}};
-
-  float eps;
+struct NormModulateSiLU : norm_modulate_silu::Operands {
   Columns columns;
 
-  explicit NormModulateSiLU(const Attributes& attributes) : eps(attributes.real("eps")), columns(attributes) {}
+  explicit NormModulateSiLU(const Attributes& attributes) : Operands(attributes), columns(attributes) {}
 
   Shapes infer(const Shapes& inputs) const {
     const Shape& y = inputs[0];
-    check_rank_at_least("y", y, 2);
-    check_has_channels("y", y);
+    check(y);
     columns.check("modulation", inputs[1], y.ranked ? y[0] : Dim{}, y.ranked ? sum(y.back(), y.back()) : Dim{}, "twice the channels of y");
     return {y};
   }
@@ -173,10 +153,8 @@ struct NormModulateSiLU {
   void cuda(Context& run) const {
     const Input y = run.input(0), modulation = run.input(1);
     infer({y.shape, modulation.shape});
-    const std::int64_t samples = y.shape[0].value, pixels = elements(y.shape, 1, y.shape.rank() - 1), channels = y.shape.back().value;
-    const T* const columns_of_first = modulation.as<T>() + columns.begin;
-    const norm_modulate_silu::Params<T> p{y.as<T>(), columns_of_first, run.output<T>(0, y.shape), samples, pixels, channels, modulation.shape[1].value, eps};
-    if (samples * pixels > 0) check_launch(norm_modulate_silu::cuda(p, run.cuda_stream()));
+    const auto p = params<T>(run, y, modulation, columns.begin);
+    if (p.samples * p.pixels > 0) check_launch(norm_modulate_silu::cuda(p, run.cuda_stream()));
   }
 };
 

@@ -69,7 +69,7 @@ struct Device {
 bool supported(Shape shape, const Device& device);
 
 // Looks the sizes up in the table tiles.inc, or else takes the tile with the shortest estimated time. The family and the split depend on the sizes of one
-// sample only.
+// sample only. Takes some microseconds.
 Tile choose(const Sizes& sizes, const Device& device);
 
 // -- Workspace ---------------------------------------------------------------------------------------------------------------
@@ -107,7 +107,7 @@ struct Params {
 };
 
 // Launches the kernel; more than one only if a split needs more than kCounters tiles. Does nothing if the output is empty. Pointers that are not aligned to
-// 16 bytes and any number of channels are correct, but slower. Returns null, or CUDA's error message.
+// 16 bytes and any number of channels are correct, but slower: they run as mma_64x32. Returns null, or CUDA's error message.
 template <typename T>
 const char* cuda(const Params<T>& p, const Tile& tile, void* stream);
 

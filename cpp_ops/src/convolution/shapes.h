@@ -28,6 +28,11 @@ constexpr TileSize size_of(Shape shape) {
   return {};
 }
 
+// Only this shape has kernels for channels that are no multiples of 8, and for pointers that are not aligned.
+constexpr Shape kNarrowShape = Shape::mma_64x32;
+
+inline bool wide(const Sizes& s) { return s.in % 8 == 0 && s.out % 8 == 0; }
+
 // Steps of 64 terms of a sum.
 inline std::int64_t steps(const Sizes& s) { return (s.taps * padded(s.in) + 63) / 64; }
 

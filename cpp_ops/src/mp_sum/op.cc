@@ -1,7 +1,6 @@
 #include "mp_sum/op.h"
 
-#include <cmath>
-
+#include "mp_sum/blend.h"
 #include "ops.h"
 
 namespace scm {
@@ -13,11 +12,9 @@ struct MPSum {
   static constexpr std::array kOutputs{Argument{"y"}, Argument{"activated", Type::element, true}};
   static constexpr std::array kInplace{Inplace{0, 0}, Inplace{1, 0}};
 
-  float t, clip;
+  Blend blend;
 
-  explicit MPSum(const Attributes& attributes) : t(attributes.real("t")), clip(attributes.real("clip")) {
-    if (!(clip >= 0)) throw Error{"clip must be at least 0, got " + std::to_string(clip)};
-  }
+  explicit MPSum(const Attributes& attributes) : blend(attributes) {}
 
   Shapes infer(const Shapes& inputs) const {
     check_same("a", inputs[0], "b", inputs[1]);
@@ -30,8 +27,7 @@ struct MPSum {
     infer({a.shape, b.shape});
     T* y = run.output<T>(0, a.shape);
     T* activated = run.output<T>(1, a.shape);
-    const double scale = 1 / std::hypot(1.0 - t, t);
-    return {a.as<T>(), b.as<T>(), y, activated, elements(a.shape), static_cast<float>((1.0 - t) * scale), static_cast<float>(t * scale), clip};
+    return {a.as<T>(), b.as<T>(), y, activated, elements(a.shape), blend.weight_a, blend.weight_b, blend.clip};
   }
 
   template <typename T>

@@ -1,24 +1,15 @@
-#include "norm_modulate_silu/op.h"
-
+#include "norm_modulate_silu/operands.h"
 #include "ops.h"
 
 namespace scm {
 namespace {
 
-struct NormModulateSiLU {
-  static constexpr const char* kName = "NormModulateSiLU";
-  static constexpr std::array kInputs{Argument{"y"}, Argument{"modulation"}};
-  static constexpr std::array kOutputs{Argument{"z"}};
-  static constexpr std::array kInplace{Inplace{0, 0}};
-
-  float eps;
-
-  explicit NormModulateSiLU(const Attributes& attributes) : eps(attributes.real("eps")) {}
+struct NormModulateSiLU : norm_modulate_silu::Operands {
+  using Operands::Operands;
 
   Shapes infer(const Shapes& inputs) const {
     const Shape &y = inputs[0], &modulation = inputs[1];
-    check_rank_at_least("y", y, 2);
-    check_has_channels("y", y);
+    check(y);
     check_rank("modulation", modulation, 2);
     if (y.ranked) {
       check_dim("modulation", modulation, 0, y[0], "the samples of y");
@@ -31,9 +22,7 @@ struct NormModulateSiLU {
   norm_modulate_silu::Params<T> params(Context& run) const {
     const Input y = run.input(0), modulation = run.input(1);
     infer({y.shape, modulation.shape});
-    const std::int64_t pixels = elements(y.shape, 1, y.shape.rank() - 1);
-    const std::int64_t channels = y.shape.back().value;
-    return {y.as<T>(), modulation.as<T>(), run.output<T>(0, y.shape), y.shape[0].value, pixels, channels, 2 * channels, eps};
+    return Operands::params<T>(run, y, modulation, 0);
   }
 
   template <typename T>

@@ -208,6 +208,7 @@ TEST(ConvolutionOpTest, RejectsShapesAndAttributesThatDoNotFit) {
   const std::vector<std::int64_t> two{0, 1};
   for (const auto& [name, inputs, attributes, error] : std::vector<Case>{
            {"Conv3x3", {x, random(kHalf, {10, 7, 3, 3})}, {}, "w must have 8 (the channels of x) on axis 1, got the shape [10, 7, 3, 3]"},
+           {"Conv3x3", {random(kHalf, {2, 3, 4, 0}), random(kHalf, {10, 0, 3, 3})}, {}, "x must have at least 1 channel, got the shape [2, 3, 4, 0]"},
            {"Conv3x3", {random(kHalf, {3, 4, 8}), w}, {}, "x must have 4 axes, got the shape [3, 4, 8]"},
            {"Conv3x3", {x, random(kHalf, {10, 8, 1, 3})}, {}, "w must have 3 (the kernel height) on axis 2"},
            {"Conv3x3ModulateSiLU", {x, w, scales}, columns(21, 31), "scales must have at least end = 31 columns, got the shape [2, 30]"},

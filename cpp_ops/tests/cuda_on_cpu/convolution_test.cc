@@ -3,113 +3,28 @@
 #include <gtest/gtest.h>
 
 #include <array>
-#include <ostream>
 #include <string>
 #include <vector>
 
-#include "convolution/op.h"
+#include "convolution_inputs.h"
 #include "memory.h"
-#include "values.h"
 
 namespace scm::testing {
 namespace {
 
-using convolution::Device;
 using convolution::Epilogue;
 using convolution::Params;
 using convolution::Shape;
 using convolution::Sizes;
 using convolution::Tile;
 
-constexpr float kClip = 1.5f, kWeightSkip = 0.919f, kWeightSum = 0.394f;
 constexpr std::array kEpilogues{Epilogue::none, Epilogue::modulate_silu, Epilogue::mp_sum};
-const Device kA100{80, 108}, kH200{90, 132};
 
 std::vector<Shape> all_shapes() {
   std::vector<Shape> shapes;
   for (int i = 0; i < convolution::kShapes; ++i) shapes.push_back(static_cast<Shape>(i));
   return shapes;
 }
-
-std::string text(const Sizes& s) {
-  return std::to_string(s.samples) + " x " + std::to_string(s.height) + " x " + std::to_string(s.width) + ", " + std::to_string(s.in) + " to " + std::to_string(s.out) +
-         " channels, " + std::to_string(s.taps) + " taps";
-}
-
-// -- References ----------------------------------------------------------------------------------------------------------------
-
-// The inputs of a run. The terms of a sum have a variance of 1 / terms, so that sums are of size 1.
-template <typename T>
-struct Inputs {
-  Sizes sizes;
-  std::vector<T> x, weight, scales, skip;
-  std::int64_t scales_stride;
-
-  explicit Inputs(const Sizes& s)
-      : sizes(s),
-        x(random<T>(s.samples * s.pixels() * s.in, 1)),
-        weight(random<T>(s.out * s.in * s.taps, 2, 1 / std::sqrt(static_cast<double>(s.in * s.taps)))),
-        scales(random<T>(s.samples * 2 * padded_out(s), 3)),
-        skip(random<T>(s.samples * s.pixels() * s.out, 4)),
-        scales_stride(2 * padded_out(s)) {}
-
-  static std::int64_t padded_out(const Sizes& s) { return convolution::padded(s.out); }
-
-  // Sample `sample` of `from` alone.
-  Inputs(const Inputs& from, std::int64_t sample) : Inputs(from) {
-    sizes.samples = 1;
-    const auto keep = [&](std::vector<T>& values) {
-      const std::size_t size = values.size() / static_cast<std::size_t>(from.sizes.samples), first = size * static_cast<std::size_t>(sample);
-      values = std::vector<T>(values.begin() + first, values.begin() + first + size);
-    };
-    keep(x);
-    keep(scales);
-    keep(skip);
-  }
-};
-
-template <typename T>
-Values sums_of(const Inputs<T>& in) {
-  const Sizes& s = in.sizes;
-  const Values x = to_doubles(in.x), weight = to_doubles(in.weight);
-  Values transposed(weight.size());  // [taps, in, out]
-  for (std::int64_t o = 0; o < s.out; ++o) {
-    for (std::int64_t c = 0; c < s.in; ++c) {
-      for (int tap = 0; tap < s.taps; ++tap) transposed[(tap * s.in + c) * s.out + o] = s.taps == 9 ? weight[(o * s.in + c) * 9 + tap] : weight[c * s.out + o];
-    }
-  }
-  Values sums(static_cast<std::size_t>(s.samples * s.pixels() * s.out));
-  for (std::int64_t pixel = 0; pixel < s.samples * s.pixels(); ++pixel) {
-    double* const sum = sums.data() + pixel * s.out;
-    for (int tap = 0; tap < s.taps; ++tap) {
-      const std::int64_t i = pixel / s.width % s.height + (s.taps == 9 ? tap / 3 - 1 : 0), j = pixel % s.width + (s.taps == 9 ? tap % 3 - 1 : 0);
-      if (i < 0 || i >= s.height || j < 0 || j >= s.width) continue;
-      const double* from = x.data() + ((pixel / s.pixels() * s.height + i) * s.width + j) * s.in;
-      for (std::int64_t c = 0; c < s.in; ++c) {
-        for (std::int64_t o = 0; o < s.out; ++o) sum[o] += from[c] * transposed[(tap * s.in + c) * s.out + o];
-      }
-    }
-  }
-  return sums;
-}
-
-template <typename T>
-Values epilogue_of(const Inputs<T>& in, Epilogue epilogue, Values sums) {
-  const Values scales = to_doubles(in.scales), skip = to_doubles(in.skip);
-  const Sizes& s = in.sizes;
-  for (std::size_t i = 0; i < sums.size(); ++i) {
-    if (epilogue == Epilogue::modulate_silu) {
-      const auto sample = static_cast<std::int64_t>(i) / (s.pixels() * s.out), channel = static_cast<std::int64_t>(i) % s.out;
-      sums[i] = mp_silu_of(sums[i] * scales[static_cast<std::size_t>(sample * in.scales_stride + channel)]);
-    } else if (epilogue == Epilogue::mp_sum) {
-      const double sum = skip[i] * double{kWeightSkip} + sums[i] * double{kWeightSum};
-      sums[i] = sum < -kClip ? -kClip : sum > kClip ? kClip : sum;
-    }
-  }
-  return sums;
-}
-
-// -- Runs ----------------------------------------------------------------------------------------------------------------------
 
 // Offsets from an aligned address, in elements.
 struct Layout {
@@ -294,48 +209,13 @@ TYPED_TEST(ConvolutionTest, AFailedLaunchAndImpossibleSizesAreReported) {
   simulator::options.refuse_launches = true;
   EXPECT_STREQ(convolution::cuda<T>(p, {Shape::mma_64x64, 1}, nullptr), "unspecified launch failure");
   EXPECT_STREQ(convolution::pack<T>(data.data(), p.sizes, data.data(), nullptr), "unspecified launch failure");
-  p.sizes.height = std::int64_t{1} << 30;
-  EXPECT_STREQ(convolution::cuda<T>(p, {Shape::mma_64x64, 1}, nullptr), "more than 2^30 pixels or 2^20 channels");
-}
-
-// -- Choice --------------------------------------------------------------------------------------------------------------------
-
-TEST(ConvolutionChoiceTest, TheOrderOfASumDoesNotDependOnTheBatch) {
-  for (const Device& device : {kA100, kH200, Device{86, 82}, Device{89, 128}, Device{120, 170}}) {
-    for (const std::int64_t width : {64, 192, 448}) {
-      for (const std::int64_t level : {1, 2, 3, 4}) {
-        for (const int taps : {9, 1}) {
-          Sizes sizes{1, 128 >> level, 128 >> level, width * level, width * level, taps};
-          const Tile alone = convolution::choose(sizes, device);
-          EXPECT_TRUE(convolution::supported(alone.shape, device));
-          for (const std::int64_t samples : {2, 3, 8, 33, 256}) {
-            sizes.samples = samples;
-            const Tile tile = convolution::choose(sizes, device);
-            EXPECT_EQ(tile.split, alone.split) << text(sizes);
-            EXPECT_EQ(convolution::family(tile.shape), convolution::family(alone.shape)) << text(sizes);
-          }
-        }
-      }
-    }
-  }
-}
-
-// Large tiles load less from the cache for each product; small tiles fill the device.
-TEST(ConvolutionChoiceTest, LargeMapsTakeLargeTilesAndSmallMapsSmallTiles) {
-  EXPECT_EQ(convolution::choose({8, 64, 64, 448, 448, 9}, kH200).shape, Shape::wgmma_256x128);
-  EXPECT_EQ(convolution::choose({8, 64, 64, 448, 448, 9}, kA100).shape, Shape::mma_128x128);
-  for (const Device& device : {kH200, kA100}) {
-    for (const std::int64_t channels : {256, 768, 1792}) {
-      const Shape shape = convolution::choose({1, 8, 8, channels, channels, 9}, device).shape;
-      EXPECT_TRUE(shape == Shape::wgmma_64x64 || shape == Shape::mma_64x64 || shape == Shape::mma_64x32) << static_cast<int>(shape);
-    }
-  }
-}
-
-TEST(ConvolutionChoiceTest, SmallMapsWithManyChannelsAreSplit) {
-  EXPECT_GT(convolution::choose({1, 8, 8, 1792, 1792, 9}, kH200).split, 1);
-  EXPECT_GT(convolution::choose({1, 8, 8, 1792, 1792, 9}, kA100).split, 1);
-  EXPECT_EQ(convolution::choose({1, 64, 64, 448, 448, 9}, kH200).split, 1);
+  const auto error_of = [&](const Sizes& sizes) {
+    p.sizes = sizes;
+    return std::string(convolution::cuda<T>(p, {Shape::mma_64x64, 1}, nullptr));
+  };
+  EXPECT_NE(error_of({2, std::int64_t{1} << 29, 1, 8, 8, 1}).find("fewer than 2^30 pixels"), std::string::npos);
+  EXPECT_NE(error_of({1, 1, 1, 8, std::int64_t{1} << 20, 1}).find("fewer than 2^20 output channels"), std::string::npos);
+  EXPECT_NE(error_of({1, 1, 1, std::int64_t{1} << 20, 8, 9}).find("fewer than 2^23 terms"), std::string::npos);
 }
 
 }  // namespace

@@ -48,10 +48,13 @@ def ways_to_open(path: Path, settings: SessionSettings) -> tuple[GraphOptions, .
 
 
 def _convolutions(domains: set[bytes], settings: SessionSettings) -> tuple[Convolution, ...]:
+    """Return the choices for a graph in which the library has the operators of ``domains``; the user's "own" does not concern other graphs."""
     chosen = settings.session_options.get(CONVOLUTION)
     if chosen is not None:
-        return (check_convolution(chosen),)
-    return ("own", "cudnn") if settings.library is not None and domains else ("cudnn",)
+        check_convolution(chosen)
+    if settings.library is None or not domains or chosen == "cudnn":
+        return ("cudnn",)
+    return ("own",) if chosen == "own" else ("own", "cudnn")
 
 
 def _domains(path: Path) -> set[bytes]:

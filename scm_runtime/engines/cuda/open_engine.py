@@ -18,7 +18,7 @@ from scm_runtime.engines.cuda.thread import CudaContext
 from scm_runtime.engines.sessions import BundleSessions
 from scm_runtime.errors import DeviceError, InferenceError, InvalidArgumentError, NativeOpsError, OutOfMemoryError
 from scm_runtime.ort.open_session import open_session
-from scm_runtime.ort.options import SessionSettings
+from scm_runtime.ort.options import CONVOLUTION, SessionSettings
 from scm_runtime.ort.session import Session
 
 OpenSession = Callable[[Path, SessionSettings], Session]
@@ -118,7 +118,8 @@ class _Opener:
         handle = self._context.stream_handle
         options = cuda_options(self._context.index, gpu_mem_limit=self._gpu_mem_limit, cuda_graph=cuda_graph, stream_handle=handle, extra=extra)
         placement = replace(settings.placement, providers=((provider, options), *rest))
-        return replace(settings, placement=placement, convolution=way.convolution)
+        session_options = {name: value for name, value in settings.session_options.items() if name != CONVOLUTION}  # which the way has followed
+        return replace(settings, placement=placement, convolution=way.convolution, session_options=session_options)
 
 
 def _report_cpu_nodes(path: Path, session: Session) -> None:
