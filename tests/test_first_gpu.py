@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +28,7 @@ from _paper.layers import Operation
 from _paper.own import TILES
 
 from scm_runtime.devices.placement import Placement
+from scm_runtime.ort.native_ops import LIBRARY
 
 HARDWARE = "NVIDIA H200 9.0, ONNX Runtime 1.31.1"
 PLACEMENT = Placement("cuda:0", (("CUDAExecutionProvider", {}),), "", "NVIDIA H200 9.0")
@@ -133,26 +135,105 @@ def test_the_report_has_rows_a_roofline_and_what_failed(tmp_path: Path) -> None:
     assert DRY_RUN in report({"hardware": "x"}, [], {}, tmp_path, dry_run=True)
 
 
-def test_a_dry_run_writes_into_the_build_folder_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository with a table of tiles, on a machine with a GPU."""
+    root = tmp_path / "repository"
     monkeypatch.setattr(first_gpu, "resolve_device", lambda _: PLACEMENT)
-    monkeypatch.setattr(first_gpu, "ROOT", tmp_path)
-    monkeypatch.setattr(first_gpu, "BENCHMARKS", tmp_path / "benchmarks")
-    calls: list[str] = []
+    monkeypatch.setattr(first_gpu, "ROOT", root)
+    monkeypatch.setattr(first_gpu, "BENCHMARKS", root / "benchmarks")
+    table = root / "cpp_ops" / "src" / "convolution" / "tiles.inc"
+    table.parent.mkdir(parents=True)
+    table.write_text("")
+    (root / "code.py").write_text("")
+    git(root, "init", "--quiet")
+    commit(root)
+    return root
 
-    def chosen(plan: Plan) -> list[Stage]:
-        calls.append(str(plan.table))
-        return [Stage("writes", (python("print(1)"),), 30), Stage("build", (python("raise SystemExit(1)"),), 30)]
 
-    monkeypatch.setattr(first_gpu, "stages", chosen)
-    done = CliRunner(catch_exceptions=False).invoke(first_gpu.main, ["--dry-run", "--skip", "build"])
+def git(root: Path, *arguments: str) -> None:
+    subprocess.run(["git", "-C", str(root), "-c", "user.name=x", "-c", "user.email=x@example.com", *arguments], check=True)
+
+
+def commit(root: Path) -> None:
+    git(root, "add", "--all")
+    git(root, "commit", "--quiet", "--message", "x")
+
+
+def first_gpu_with(monkeypatch: pytest.MonkeyPatch, chosen: list[Stage], *arguments: str) -> dict[str, Outcome]:
+    """Run the stages. Returns the outcomes."""
+    plans: list[Plan] = []
+
+    def stages(plan: Plan) -> list[Stage]:
+        plans.append(plan)
+        return chosen
+
+    monkeypatch.setattr(first_gpu, "stages", stages)
+    done = CliRunner(catch_exceptions=False).invoke(first_gpu.main, list(arguments))
     assert done.exit_code == 0, done.output
-    work = tmp_path / "build" / "first-gpu"
-    assert calls == [str(work / "tiles.inc")]
-    assert not (tmp_path / "benchmarks").exists()
-    record = json.loads((work / "results" / "first-gpu.json").read_text())
-    assert {name: outcome["status"] for name, outcome in record["stages"].items()} == {"build": "ok", "writes": "ok"}
+    record = json.loads((plans[0].results / "first-gpu.json").read_text())
+    return dict(record["stages"])
+
+
+def test_a_dry_run_writes_into_the_build_folder_only(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    outcomes = first_gpu_with(monkeypatch, [Stage("writes", (python("print(1)"),), 30)], "--dry-run")
+    assert outcomes["writes"]["status"] == "ok"
+    assert not (repository / "benchmarks").exists()
+    work = repository / "build" / "first-gpu"
+    assert (work / "tiles.inc").exists()
     assert DRY_RUN in (work / "results" / "first-gpu.md").read_text()
     assert "there is no stage nothing" in CliRunner().invoke(first_gpu.main, ["--dry-run", "--skip", "nothing"]).output
+
+
+def test_a_stage_that_is_left_out_is_run_by_the_next_call(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = [Stage("build", (python("print(1)"),), 30), Stage("row", (python("print(2)"),), 30, needs=("build",))]
+    first = first_gpu_with(monkeypatch, chosen, "--skip", "build")
+    assert {name: (one["status"], one["reason"]) for name, one in first.items()} == {"build": ("skipped", "left out"), "row": ("skipped", "needs build")}
+    assert [one["status"] for one in first_gpu_with(monkeypatch, chosen).values()] == ["ok", "ok"]
+    assert [one["status"] for one in first_gpu_with(monkeypatch, chosen, "--skip", "build").values()] == ["ok", "ok"], "what was done before stays done"
+
+
+def test_a_second_call_goes_on_after_autotune_but_not_with_other_code(repository: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    table = repository / "cpp_ops" / "src" / "convolution" / "tiles.inc"
+    tune = f"open({str(table)!r}, 'a').write('x'); open({str(tmp_path / 'runs')!r}, 'a').write('x')"
+    chosen = [Stage("autotune", (python(tune),), 30)]
+    for _ in range(2):
+        first_gpu_with(monkeypatch, chosen)
+    assert (tmp_path / "runs").read_text() == "x"
+    (repository / "code.py").write_text("changed")
+    first_gpu_with(monkeypatch, chosen)
+    assert (tmp_path / "runs").read_text() == "xx"
+    commit(repository)
+    first_gpu_with(monkeypatch, chosen)
+    assert (tmp_path / "runs").read_text() == "xxx"
+
+
+@pytest.mark.parametrize("where", ["CUDACXX", "PATH", "the usual folder"])
+def test_nvcc_is_found_where_cmake_is_told_to_look(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nvcc = tmp_path / "cuda" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(nvcc.parent if where == "PATH" else tmp_path))
+    monkeypatch.setenv("CUDACXX", str(nvcc) if where == "CUDACXX" else "")
+    monkeypatch.setattr("_first_gpu.stages.CUDA_FOLDER", str(nvcc.parent if where == "the usual folder" else tmp_path))
+    build = stages(plan(tmp_path))[0]
+    assert build.unavailable is None
+    assert f"-DCMAKE_CUDA_COMPILER={nvcc}" in build.commands[0]
+    monkeypatch.setenv("CUDACXX", str(tmp_path / "missing"))
+    assert "nvcc was not found" in str(stages(plan(tmp_path))[0].unavailable)
+
+
+def test_a_build_fails_if_this_python_does_not_find_the_library(tmp_path: Path) -> None:
+    check = [sys.executable, str(ROOT / "benchmarks" / "_first_gpu" / "installed.py"), str(tmp_path)]
+    build = next(stage for stage in stages(plan(tmp_path)) if stage.name == "build")
+    assert build.commands[-1][:2] == check[:2]
+    (tmp_path / "scm_runtime" / "_native").mkdir(parents=True)
+    (tmp_path / "scm_runtime" / "_native" / LIBRARY).touch()
+    outcome = run([Stage("build", (check,), 60)])["build"]
+    assert outcome["status"] == "failed"
+    assert "was installed, and scm_runtime finds" in outcome["output"][-1]
+    rows = [stage for stage in stages(plan(tmp_path)) if stage.name.startswith("row")]
+    assert all("--native-ops" in stage.commands[0] for stage in rows), "a row without the kernels fails"
 
 
 def test_without_a_gpu_the_scripts_say_so() -> None:
