@@ -77,6 +77,7 @@ first-gpu: ## build, test, tune and measure on a GPU in ten minutes, and write a
 
 test-stub: $(FULL) ## run the CUDA path on a stub of a GPU, which computes nothing (tests/stub); skipped without nvcc, or if the packages cannot be installed
 	@if ! command -v "$${CUDACXX:-nvcc}" > /dev/null; then echo "SKIPPED: test-stub needs nvcc 13, which was not found. Install the CUDA toolkit, or set CUDACXX."; \
+	elif ! "$${CUDACXX:-nvcc}" --version | grep -Eq 'release (1[3-9]|[2-9][0-9])\.'; then echo "SKIPPED: test-stub needs nvcc 13, the version of CUDA in tests/stub/requirements.txt, got: $$("$${CUDACXX:-nvcc}" --version | tail -n 2 | head -n 1)"; \
 	elif ! $(MAKE) --no-print-directory $(STUB)/.stamp-venv; then echo "SKIPPED: test-stub cannot install the packages in tests/stub/requirements.txt (see above)."; \
 	else $(MAKE) --no-print-directory run-stub; fi
 

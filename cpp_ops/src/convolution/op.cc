@@ -96,7 +96,7 @@ struct Conv3x3ModulateSiLU {
 template <int kTaps>
 struct LayerMPSum {
   static constexpr std::array kInputs{Argument{"x"}, Argument{"w"}, Argument{"skip"}};
-  static constexpr std::array kOutputs{Argument{"y"}};
+  static constexpr std::array kOutputs{Argument{"z"}};
   static constexpr std::array kInplace{Inplace{2, 0}};
 
   ConvolutionLayer layer;
