@@ -34,7 +34,6 @@ struct KernelsTest : ::testing::Test {
   void TearDown() override { simulator::options = {}; }
 };
 
-using Elements = ::testing::Types<float, float16, bfloat16>;
 TYPED_TEST_SUITE(KernelsTest, Elements, Names);
 
 // -- Runs ---------------------------------------------------------------------------------------------------------------------
