@@ -86,10 +86,10 @@ class DevicePool(QueuedSampling):
         future.add_done_callback(lambda _: self._release(i))
         return future
 
-    def warmup(self, batch_sizes: Sequence[int] = (1,), **arguments: Any) -> None:
-        """Warm up each Generator; the arguments are those of ``Generator.warmup``."""
-        for generator in self.generators:
-            generator.warmup(batch_sizes, **arguments)
+    def warmup(self, batch_sizes: Sequence[int] = (1,), **arguments: Any) -> tuple[int, ...]:
+        """Warm up each Generator; the arguments are those of ``Generator.warmup``. Returns the batch sizes that are captured on all devices."""
+        captured = [set(generator.warmup(batch_sizes, **arguments)) for generator in self.generators]
+        return tuple(sorted(set.intersection(*captured)))
 
     def close(self, *, wait: bool = False) -> None:
         """Close each Generator; ``wait`` is that of ``Generator.close``."""

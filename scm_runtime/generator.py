@@ -96,7 +96,8 @@ class Generator(QueuedSampling):
             profile_dir: folder for ONNX Runtime's profile of every session, written when the Generator is closed.
             cache_dir: folder of optimized graphs, with which the next process opens the bundle faster. None: the folder in SCM_CACHE_DIR, or the platform's
                 folder for caches; False: no cache. It holds at most SCM_CACHE_MAX_BYTES, 4 GiB by default, and is not used if it cannot be written to.
-            max_batch_size: maximum number of samples that ``submit``, ``async_`` and ``stream`` compute in one evaluation.
+            max_batch_size: maximum number of samples that ``submit``, ``async_`` and ``stream`` compute in one evaluation. On a GPU, batches of this size
+                are captured as they are.
             max_wait_ms: how long a request may wait for others to fill a batch, in milliseconds; 0 for no wait.
             max_queue: maximum number of unfinished requests of ``submit``, ``async_`` and ``stream``; another raises QueueFullError. None for no limit.
             verify_integrity: compare the SHA-256 of every file with the manifest. False saves reading large bundles; presence and sizes are always
@@ -146,6 +147,7 @@ class Generator(QueuedSampling):
         self._runs = opened.runs
         self._loop = SharedResource(SamplingLoop(opened.engine, nonfinite, self._runs, self.manifest, attributes, on_span), SamplingLoop.close)
         self._max_batch_size, self._scheduler = max_batch_size, BatchScheduler(max_batch_size, max_wait, max_queue)
+        self._keep_batch_size(max_batch_size)
         weakref.finalize(self, self._scheduler.stop_when_idle).atexit = False
 
     def __enter__(self) -> Self:
@@ -172,7 +174,8 @@ class Generator(QueuedSampling):
     def close(self, *, wait: bool = False) -> None:
         """End the running calls, and free the sessions, their threads and their memory.
 
-        Runs of ONNX Runtime are terminated within their current step. Unfinished calls and requests of ``submit`` raise GeneratorClosedError, as later
+        Runs of ONNX Runtime are terminated within their current step. On a GPU, what is enqueued is finished: a call of up to four evaluations and 256
+        samples times evaluations, or two steps of others. Unfinished calls and requests of ``submit`` raise GeneratorClosedError, as later
         calls do. ``close`` returns when nothing of this Generator runs any more, but waits only briefly for callbacks of the user.
 
         It may be called more than once, and from a callback: there it does not wait, and the call that the callback belongs to ends like the others. A
@@ -242,8 +245,8 @@ class Generator(QueuedSampling):
                 pixels on the device, for ``torch.from_dlpack(out.array)``. A bundle without decoder returns latents for all four.
             callback_on_step_end: called on the caller's thread after each step as ``callback(generator, step, t, {"latents": x})``, with t the time at the
                 start of the step and x float32 ``[N, *sample]``. It may return a dict whose "latents" replace x, or False to end the call.
-            timeout: time limit in seconds, which includes waiting for other calls; None for no limit. At its end the running step is terminated. Callbacks are
-                not interrupted.
+            timeout: time limit in seconds, which includes waiting for other calls; None for no limit. At its end the running step is terminated; on a GPU
+                what is enqueued is finished, see ``close``. Callbacks are not interrupted.
 
         Returns:
             The samples, with their seeds, conditioning and timings.
@@ -284,9 +287,9 @@ class Generator(QueuedSampling):
         Up to ``max_batch_size`` samples share an evaluation; a larger request runs alone. The samples are those of a call, bit for bit if the device
         computes a sample the same way in every batch. PIL images are made when ``Samples.images`` is first read.
 
-        ``cancel()`` of the future works until the samples are ready. The running step is terminated if no other request shares it; otherwise the request
-        takes part in no further step. ``callback_on_step_end`` and callbacks of the future run on the thread that computes all requests, or after
-        ``timeout`` on the one that ends all requests at theirs: they delay the others, and must not wait for one of them.
+        ``cancel()`` of the future works until the samples are ready. The running step is terminated if no other request shares it, except what is enqueued
+        on a GPU, see ``close``; otherwise the request takes part in no further step. ``callback_on_step_end`` and callbacks of the future run on the thread
+        that computes all requests, or after ``timeout`` on the one that ends all requests at theirs: they delay the others, and must not wait for one of them.
 
         Returns:
             A future. Its ``result()`` raises what a call raises: GeneratorClosedError if the Generator is closed before the samples are ready, except with
@@ -323,7 +326,9 @@ class Generator(QueuedSampling):
     ) -> tuple[int, ...]:
         """Generate and drop samples, so that the first real call is as fast as later ones: memory is allocated and CUDA graphs are captured.
 
-        Batches of these sizes are captured as they are. Others are padded to a captured size, see docs/embedding.md.
+        Batches of these sizes are captured as they are. Others are padded to a captured size, see docs/embedding.md. What is captured are calls with this
+        number of steps and sampler that return pixels. The first call of another kind captures graphs of its own: with another number of steps, with
+        ``latents`` or ``output_type="latent"``, with a callback, or a request of ``submit`` that joins others at a later step.
 
         Args:
             batch_sizes: batch sizes of the calls to come.
@@ -343,10 +348,16 @@ class Generator(QueuedSampling):
         with self._loop as loop:
             engine = loop.engine
             for size in sorted(set(sizes), reverse=True):  # the largest first: it allocates the memory for all
-                engine.run(partial(engine.keep_batch_size, size))
+                self._keep_batch_size(size)
                 values = placeholder_conditioning(self.manifest.conditioning, range(size)) | dict(conditioning or {})
                 self(seed=0, batch_size=size, num_inference_steps=num_inference_steps, sampler=sampler, conditioning=values, output_type="np")
             return engine.run(lambda: engine.captured_batch_sizes)
+
+    def _keep_batch_size(self, batch_size: int) -> None:
+        """Capture batches of this size as they are, if the device captures any."""
+        with self._loop as loop:
+            if loop.engine.asynchronous:
+                loop.engine.run(partial(loop.engine.keep_batch_size, batch_size))
 
     def encode(self, images: Image.Image | Sequence[Image.Image] | NDArray[np.uint8]) -> NDArray[np.float32]:
         """Encode images as latents.

@@ -65,13 +65,14 @@ class CellRun:
             self.parts.append(samples.timings)
 
     def warm_up(self) -> None:
-        """Create the arguments and make the first call, which allocates memory and captures a CUDA graph."""
+        """Create the arguments and make the first call, which allocates memory and captures a CUDA graph for exactly this batch size."""
         try:
             seeds = range(self.batch_size)
             self.arguments["conditioning"] = placeholder_conditioning(self.generator.manifest.conditioning, seeds)
         except MemoryError as error:
             self.error = str(error) or "out of memory"
         if self.error is None:
+            self.generator._keep_batch_size(self.batch_size)
             self.call(keep=False)
 
     def measure_round(self, seconds: float) -> None:

@@ -76,7 +76,7 @@ class Engine(Protocol):
 
     @property
     def cuda_graph(self) -> bool:
-        """True if runs of the step graph are captured as CUDA graphs."""
+        """True if runs of the step graph are captured as CUDA graphs, and none of their captures has failed."""
 
     @property
     def asynchronous(self) -> bool:

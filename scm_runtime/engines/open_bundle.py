@@ -50,7 +50,7 @@ class GeneratorInfo:
     native_ops_reason: str | None
     """Why the native kernels are not used, with the remedy; None if they are."""
     cuda_graph: bool = False
-    """True if calls, or runs of the step graph, are captured as CUDA graphs, for a batch size each."""
+    """True if calls, or runs of the step graph, are to be captured as CUDA graphs, for a batch size each. The log names those of which a capture fails."""
     nodes: Mapping[str, int] = field(default_factory=dict)
     """Number of nodes of the step graph that each execution provider runs, after ONNX Runtime's optimizations."""
 

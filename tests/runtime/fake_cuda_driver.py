@@ -220,6 +220,7 @@ class FakeDriver:
         self.to_host: list[int] = []
         self.device_syncs = 0
         self.graphs: list[Graph] = []
+        self.events: list[DriverEvent] = []
 
     def make_stream(self, index: int = 0, handle: int | None = None) -> Stream:
         stream = Stream(self, index, 0xC0DE00 + 16 * len(self.streams) if handle is None else handle)
@@ -263,6 +264,7 @@ class FakeDriver:
     def copy(self, to: int, source: int, nbytes: int, stream: Stream) -> tuple[Status]:
         self.check_call(stream=stream)
         before: bytes | None = None
+        pinned = next((one for at, one in self.pinned.items() if at <= source < at + one.size), None)
         if source >= DEVICE_MEMORY:
             self.bytes_at(source, nbytes, queueing=True)
         else:
@@ -274,6 +276,7 @@ class FakeDriver:
             self.to_host.append(nbytes)
 
         def work() -> None:
+            expect(pinned is None or pinned.handle in self.pinned, "page-locked memory was freed before the copy was done")
             if source >= DEVICE_MEMORY:
                 data = self.bytes_at(source, nbytes, queueing=False).tobytes()
             else:
@@ -366,6 +369,14 @@ class FakeDriver:
                 stream.capture.nodes.append((event, []))
             return (ok,)
 
+        def create_event(flags: int) -> tuple[Status, DriverEvent]:
+            machine.events.append(DriverEvent())
+            return ok, machine.events[-1]
+
+        def destroy_event(event: DriverEvent) -> tuple[Status]:
+            machine.events.remove(event)
+            return (ok,)
+
         def elapsed(start: DriverEvent, end: DriverEvent) -> tuple[Status, float | None]:
             machine.check_call()
             assert start.latest
@@ -441,8 +452,8 @@ class FakeDriver:
             cuMemPoolTrimTo=lambda pool, keep: (ok,),
             cuMemcpyAsync=lambda to, source, nbytes, handle: machine.copy(to, source, nbytes, machine.streams[handle]),
             cuMemsetD8Async=lambda address, value, nbytes, handle: machine.clear(address, value, nbytes, machine.streams[handle]),
-            cuEventCreate=lambda flags: (ok, DriverEvent()),
-            cuEventDestroy=lambda event: (ok,),
+            cuEventCreate=create_event,
+            cuEventDestroy=destroy_event,
             cuEventRecord=record,
             cuEventRecordWithFlags=record,
             cuEventSynchronize=synchronize,

@@ -332,6 +332,7 @@ def test_a_graph_whose_capture_fails_runs_uncaptured(machine: Machine, host: Hos
     assert [record.getMessage().split(":")[0] for record in caplog.records] == ["'step.fp32.onnx' runs without a CUDA graph for a batch of 1"]
     assert sum(run.captured for run in machine.runs if run.graph == "step.fp32.onnx") == 2  # it is tried twice
     assert launched(machine).keys() == LOOP - {"step.fp32.onnx"}
+    assert not engine.cuda_graph
     engine.close()
 
 
@@ -537,6 +538,7 @@ def test_close_frees_all_memory_and_ends_the_thread(machine: Machine) -> None:
     assert machine.used == 0
     assert machine.leaked == []
     assert machine.pinned == {}
+    assert machine.events == []
     assert session() is None
     assert not thread.is_alive()
     engine.close()
@@ -544,17 +546,6 @@ def test_close_frees_all_memory_and_ends_the_thread(machine: Machine) -> None:
         engine.run(lambda: None)
     with pytest.raises(GeneratorClosedError):
         engine.graphs()
-
-
-def test_a_thread_may_have_the_identifier_of_the_engines_ended_one(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = opened(machine)
-    context = engine._context
-    ended = context._jobs.thread.ident
-    engine.close()
-    monkeypatch.setattr(threading, "get_ident", lambda: ended)  # the system uses it for a later thread
-    assert not context.is_current
-    with pytest.raises(GeneratorClosedError):
-        context.run(lambda: None)
 
 
 def test_memory_of_finished_calls_is_freed_in_the_engines_thread(machine: Machine) -> None:
@@ -653,6 +644,15 @@ def test_a_cancelled_job_that_waits_for_another_is_withdrawn(engine: CudaEngine)
         occupied.result(10)
     engine.run(lambda: None)
     assert not ran
+
+
+def test_another_thread_with_the_identifier_of_the_ended_one_is_told_apart(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = opened(machine)
+    engine.close()
+    monkeypatch.setattr(threading, "get_ident", lambda ident=engine._context._jobs.thread.ident: ident)
+    assert not engine._context.is_current
+    with pytest.raises(GeneratorClosedError):
+        engine._context.run(lambda: None)
 
 
 def test_a_dropped_context_ends_its_thread(machine: Machine) -> None:

@@ -17,6 +17,7 @@ from runtime.fake_cuda import PLACEMENT, FakeSession, Machine
 from runtime.fake_cuda_driver import Capsule
 from scheduler_control import TIMEOUT_S, engine_of, wait_until
 from scm_runtime import GenerationTimeoutError, Generator, GeneratorClosedError, NonFiniteError, OutOfMemoryError, generator
+from scm_runtime.bench.cells import CellRun
 from scm_runtime.devices.placement import CPU
 from scm_runtime.engines.cuda import stream as cuda
 from scm_runtime.engines.cuda.dlpack import DeviceArray
@@ -234,7 +235,7 @@ def test_requests_that_begin_together_are_computed_in_one_graph(machine: Machine
             np.testing.assert_array_equal(samples[seed + 1].array, latents[seed + 1 : seed + 2])
             assert isinstance(samples[seed + 2].array, DeviceArray)
         assert [len(graph.runs) for graph in machine.graphs] == [8]  # three noise, two steps with their checks, and the decoder
-        assert {run.n for run in machine.runs} == {10}
+        assert {run.n for run in machine.runs} == {9}
         del samples, futures
         gc.collect()
 
@@ -259,6 +260,22 @@ def test_warmup_captures_the_sizes_that_it_is_given(machine: Machine) -> None:
         assert machine.runs == []
         generate(seed=SEEDS, output_type="np")
         assert generate.warmup() == (1, 2, 3, 9)
+
+
+def test_large_batches_of_stream_are_captured(machine: Machine) -> None:
+    with opened(max_batch_size=66) as generate:
+        for _ in range(2):
+            list(generate.stream(66, seed=0))
+        assert [graph.launches for graph in machine.graphs] == [2]
+
+
+def test_a_benchmark_captures_its_batch_sizes(machine: Machine) -> None:
+    with opened() as generate:
+        cell = CellRun(generate, 2, 9, {"seed": list(range(9)), "output_type": "np"})
+        cell.warm_up()
+        assert cell.error is None
+    assert {run.n for run in machine.runs} == {9}
+    assert machine.graphs
 
 
 def test_a_request_that_is_cancelled_while_its_graph_runs_gets_no_result(machine: Machine, on_cpu: Generator, monkeypatch: pytest.MonkeyPatch) -> None:

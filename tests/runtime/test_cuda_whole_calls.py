@@ -321,15 +321,21 @@ def test_an_idle_graph_gives_its_place_and_memory_to_another(engine: CudaEngine,
     assert engine.captured_batch_sizes == (2, 3)
 
 
-def test_a_call_whose_capture_fails_is_computed_without_a_graph(machine: Machine, host: HostEngine, caplog: pytest.LogCaptureFixture) -> None:
-    machine.fails_to_capture = {"step.fp32.onnx"}
-    engine = opened(machine)
+@pytest.mark.parametrize("name", ["step.fp32.onnx", "decode.fp32.onnx"])
+def test_if_a_part_cannot_be_captured_the_others_are(machine: Machine, host: HostEngine, caplog: pytest.LogCaptureFixture, name: str) -> None:
+    engine, trajectory = opened(machine), call(3)
+    captured = whole(engine, trajectory)[0]
+    machine.fails_to_capture = {name}
     with caplog.at_level(logging.INFO, "scm_runtime"):
-        for seeds in ((1,), (1, 2), (1,)):
-            trajectory = call(*seeds)
-            np.testing.assert_array_equal(whole(engine, Trajectory(trajectory.call))[0], in_steps(host, trajectory)[1])
-    assert [record.getMessage().split(":")[0] for record in caplog.records] == ["calls run without a CUDA graph for a batch of 1"]
-    assert machine.graphs == []
+        other = call(1, 2)
+        np.testing.assert_array_equal(whole(engine, Trajectory(other.call))[0], in_steps(host, Trajectory(other.call))[1])
+        assert not engine.run(lambda: engine.sample([Trajectory(other.call)], ["pixels"]))
+        np.testing.assert_array_equal(in_steps(engine, Trajectory(other.call))[1], in_steps(host, Trajectory(other.call))[1])
+    whole_call, part = (record.getMessage().split(":")[0] for record in caplog.records)
+    assert (whole_call, part) == ("calls run without a CUDA graph for a batch of 2", f"'{name}' runs without a CUDA graph for a batch of 2")
+    assert {graph.runs[0].graph for graph in machine.graphs if len(graph.runs) == 1} == set(LOOP) - {name}
+    assert engine.cuda_graph == (name != "step.fp32.onnx")
+    np.testing.assert_array_equal(whole(engine, Trajectory(trajectory.call))[0], captured)  # its graph exists
     assert not any(stream.capture for stream in machine.streams.values())
     engine.close()
 
@@ -348,16 +354,127 @@ def test_a_batch_that_fits_only_without_padding_is_computed(machine: Machine, ho
     machine.largest_batch = 9
     pixels = in_steps(host, Trajectory(trajectory.call))[1]
     with caplog.at_level(logging.INFO, "scm_runtime"):
-        for _ in range(2):
+        for _ in range(3):
             np.testing.assert_array_equal(whole(engine, Trajectory(trajectory.call))[0], pixels)
-    assert [record.getMessage() for record in caplog.records] == [
-        "The memory of cuda:0 does not suffice for a batch of 10: batches of 9 and more are not padded any more."
-    ]
-    assert sum(run.n == 10 for run in machine.runs) == 1
+    message = "The memory of cuda:0 does not suffice for a batch of {}: batches of 9 are not padded to it any more."
+    assert [record.getMessage() for record in caplog.records] == [message.format(10), message.format(12)]
+    assert [sum(run.n == n for run in machine.runs) for n in (10, 12)] == [2, 2]
     with pytest.raises(OutOfMemoryError, match="batch of 11 in fp32"):
         whole(engine, call(*range(11)))
     whole(engine, call(1))
     engine.close()
+
+
+def allocations_fail(engine: CudaEngine, monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+    """Let the next allocations of device memory fail."""
+    stream, left = engine._context.stream, times
+    allocate = stream.allocate
+
+    def failing(nbytes: int) -> Any:
+        nonlocal left
+        left -= 1
+        if left >= 0:
+            raise OutOfMemoryError("the device is out of memory")
+        return allocate(nbytes)
+
+    monkeypatch.setattr(stream, "allocate", failing)
+
+
+def test_memory_that_is_short_for_a_moment_changes_nothing(engine: CudaEngine, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole(engine, call(*range(12)))
+    allocations_fail(engine, monkeypatch, 1)
+    for n in (9, 10, 11, 12):
+        whole(engine, call(*range(n)))
+    assert engine.captured_batch_sizes == (10, 12)
+    assert {run.n for run in machine.runs} == {10, 12}
+
+
+def test_sizes_that_were_asked_for_or_captured_stay(engine: CudaEngine, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine.run(lambda: engine.keep_batch_size(14))
+    whole(engine, call(*range(10)))
+    for n in (9, 13):
+        with monkeypatch.context() as patch:
+            allocations_fail(engine, patch, 2)
+            in_steps(engine, call(*range(n)))
+    machine.runs.clear()
+    for n in (9, 13):
+        whole(engine, call(*range(n)))
+    assert {run.n for run in machine.runs} == {14}  # the graph of 10 is launched
+    assert engine.captured_batch_sizes == (10, 14)
+
+
+def test_a_result_on_the_device_is_kept_while_memory_is_short(engine: CudaEngine, machine: Machine, host: HostEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The decoder's result is in a buffer that is freed when memory runs out."""
+    trajectory = call(*range(9))
+
+    def job() -> Any:
+        engine.start(trajectory)
+        while not trajectory.done:
+            engine.step([trajectory])
+            trajectory.evaluations_done += 1
+        engine._run_decoder([trajectory])
+        allocations_fail(engine, monkeypatch, 1)
+        return engine.decode_on_device(trajectory)
+
+    array = engine.run(job)
+    machine.allow_other_threads = True
+    ready = array._buffer.ready_event.handle.latest
+    ready.stream.execute_to(ready)
+    found = machine.bytes_at(array._buffer.address, array._buffer.nbytes, queueing=False).view(array.dtype).reshape(array.shape)
+    np.testing.assert_array_equal(found, in_steps(host, Trajectory(trajectory.call))[1])
+
+
+def test_a_batch_is_tried_again_with_the_memory_of_the_first_attempt(engine: CudaEngine, machine: Machine) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        free, before, after = engine._batches._free_memory, [], list[int]()
+
+        def watched(trajectories: Sequence[Trajectory], size: int) -> None:
+            before.append(machine.used)
+            free(trajectories, size)
+            after.append(machine.used)
+
+        engine._batches._free_memory = watched  # type: ignore[method-assign]
+        machine.largest_batch = 4
+        with pytest.raises(OutOfMemoryError):
+            whole(engine, call(*range(8)))
+    finally:
+        gc.enable()
+    assert len(after) == 2
+    assert all(before)
+    assert not any(after)
+
+
+def test_page_locked_memory_of_the_host_is_told_apart(engine: CudaEngine, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host's memory is short, so smaller graphs or half precision do not help."""
+
+    class Exhausted:
+        def allocate(self, nbytes: int) -> Any:
+            raise RuntimeError("CUDA_ERROR_OUT_OF_MEMORY: unable to allocate enough memory")
+
+    whole(engine, call(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._context.stream._core, "LegacyPinnedMemoryResource", Exhausted)
+        with pytest.raises(OutOfMemoryError, match=r"no more page-locked memory: \d+ bytes") as raised:
+            whole(engine, call(*range(9)))
+    assert "cuda:0" not in str(raised.value)
+    whole(engine, call(*range(9)))
+    assert engine.captured_batch_sizes == (1, 10)
+
+
+def test_a_shape_whose_capture_ran_out_of_memory_takes_no_place_of_a_graph(engine: CudaEngine, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shape_cache, "MAX_GRAPHS", 1)
+    machine.no_memory_to_capture = {2}
+    whole(engine, call(1, 2))
+    whole(engine, call(1))
+    assert engine.captured_batch_sizes == (1,)
+
+
+def test_large_calls_are_evaluated_in_steps(engine: CudaEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(whole_call, "MAX_SAMPLE_EVALUATIONS", 8)
+    assert engine.run(lambda: engine.sample([call(1, 2), call(3, 4)], ["pixels", "pixels"]))
+    assert not engine.run(lambda: engine.sample([call(1, 2), call(3, 4, 5)], ["pixels", "pixels"]))
 
 
 def test_a_failed_batch_leaves_no_memory_behind(engine: CudaEngine, machine: Machine) -> None:
@@ -390,7 +507,7 @@ def test_close_frees_graphs_and_memory(machine: Machine) -> None:
     engine.close()
     gc.collect()
     assert all(graph.destroyed for graph in machine.graphs)
-    assert (machine.used, machine.leaked, machine.pinned) == (0, [], {})
+    assert (machine.used, machine.leaked, machine.pinned, machine.events) == (0, [], {}, [])
 
 
 def test_the_parts_of_a_call_are_timed_by_its_graph(engine: CudaEngine) -> None:

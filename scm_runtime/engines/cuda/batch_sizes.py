@@ -15,19 +15,24 @@ class BatchSizes:
         """Start with BATCH_SIZES, or with no size if ``pads`` is False: every batch then runs as it is."""
         self._sizes = list(BATCH_SIZES) if pads else []
         self._pads = pads
+        self._kept: set[int] = set()
 
     def __contains__(self, size: int) -> bool:
         """Return True if batches of this size are captured."""
         return size in self._sizes
 
     def add(self, size: int) -> None:
-        """Capture batches of exactly this size."""
+        """Capture batches of exactly this size, always."""
+        self._kept.add(size)
         if self._pads and size not in self._sizes:
             insort(self._sizes, size)
 
-    def drop_from(self, size: int) -> None:
-        """Stop padding to this size and to larger ones, for which the device's memory does not suffice."""
-        self._sizes = [other for other in self._sizes if other < size]
+    def drop(self, size: int) -> bool:
+        """Stop padding to this size, for which the device's memory does not suffice. Returns False if it was added: then it stays."""
+        if size in self._kept:
+            return False
+        self._sizes.remove(size)
+        return True
 
     def padded(self, n: int) -> int:
         """Return the size at which a batch of n samples runs: the next captured one, or n if that is more than a third larger."""

@@ -11,6 +11,7 @@ from scm_runtime.bundle.manifest import Dtype, Manifest
 from scm_runtime.common.log import log
 from scm_runtime.engines.cuda.batch_sizes import BatchSizes
 from scm_runtime.engines.cuda.capture import CaptureSwitch, EngineSessions
+from scm_runtime.engines.cuda.cuda_errors import PinnedMemoryError
 from scm_runtime.engines.cuda.shape_cache import ShapeCache
 from scm_runtime.engines.cuda.static_buffers import BatchShape, StaticBuffers
 from scm_runtime.engines.cuda.thread import CudaContext
@@ -26,21 +27,32 @@ class Batches:
 
     Attributes:
         sessions: the sessions of the engine.
-        computes_whole_calls: whether calls can be computed as a whole: all nodes of all graphs are on the device.
     """
 
     def __init__(self, context: CudaContext, sessions: EngineSessions, dtype: Dtype, manifest: Manifest) -> None:
         """Start without buffers."""
         self._context, self.sessions, self._dtype, self._manifest = context, sessions, dtype, manifest
-        self.computes_whole_calls = all(session.all_on_device for session in sessions.all)
-        self._whole_calls = CaptureSwitch(self.computes_whole_calls and sessions.step.switch.enabled)
+        self._all_on_device = all(session.all_on_device for session in sessions.all)
+        self._captures_whole_calls = self._all_on_device and sessions.step.switch.enabled  # unless it turns out that CUDA refuses
+        self._whole_calls = CaptureSwitch(self._captures_whole_calls)
         self._sizes = BatchSizes(pads=any(session.switch.enabled for session in sessions.all))
         self._cache: ShapeCache[StaticBuffers | WholeCall] = ShapeCache()
 
     @property
     def captures(self) -> bool:
         """Whether runs of the step graph are captured as CUDA graphs."""
-        return self._whole_calls.enabled or self.sessions.step.switch.enabled
+        return self.sessions.step.switch.enabled
+
+    def computes_whole(self, trajectories: Sequence[Trajectory], plan: CallPlan) -> bool:
+        """Return whether calls of these trajectories are computed as a whole.
+
+        All nodes must be on the device. Once a capture has failed, only calls whose graphs exist are: the parts of others can be captured.
+        """
+        if not self._captures_whole_calls:
+            return self._all_on_device
+        if self._whole_calls.enabled and all(session.switch.enabled for session in self.sessions.all):
+            return True
+        return (_batch_shape(trajectories, self._sizes.padded(sum(map(len, trajectories)))), plan) in self._cache.captured()
 
     def captured_sizes(self) -> tuple[int, ...]:
         """Return the batch sizes that are captured, in increasing order."""
@@ -71,44 +83,55 @@ class Batches:
         return cast(WholeCall, self._cache.get((shape, plan), make, capture=size in self._sizes and self._whole_calls.enabled))
 
     def at_padded_size(self, trajectories: Sequence[Trajectory], work: Callable[[int], Result]) -> Result:
-        """Do work that takes the size at which a batch of these trajectories runs. If memory does not suffice, try it without padding.
+        """Do work that takes the size at which a batch of these trajectories runs.
+
+        If memory runs out, free what is not needed and do the work again; if that does not help, without padding.
 
         Raises:
-            OutOfMemoryError: the device is out of memory also without padding. What is not needed was freed.
+            OutOfMemoryError: memory runs out each time. What is not needed was freed.
         """
         n = sum(map(len, trajectories))
         size = self._sizes.padded(n)
-        try:
-            return work(size)
-        except OutOfMemoryError as error:
-            self._free_memory(trajectories, size)
-            if size == n:
-                raise self._out_of_memory(n, error) from error
-        try:
-            result = work(n)
-        except OutOfMemoryError as error:
-            self._free_memory(trajectories, n)
-            raise self._out_of_memory(n, error) from error
-        self._sizes.drop_from(size)
-        log.info("The memory of cuda:%d does not suffice for a batch of %d: batches of %d and more are not padded any more.", self._context.index, size, n)
+        rows, result = self._with_memory(trajectories, (size, size, n) if size != n else (n, n), work)
+        if rows != size and size not in self.captured_sizes() and self._sizes.drop(size):
+            log.info("The memory of cuda:%d does not suffice for a batch of %d: batches of %d are not padded to it any more.", self._context.index, size, n)
         return result
+
+    def with_memory(self, trajectories: Sequence[Trajectory], work: Callable[[], Result]) -> Result:
+        """Do work that allocates memory for these trajectories. If memory runs out, free what is not needed and do it again. Raises OutOfMemoryError."""
+        n = sum(map(len, trajectories))
+        return self._with_memory(trajectories, (n, n), lambda _: work())[1]
+
+    def _with_memory(self, trajectories: Sequence[Trajectory], sizes: Sequence[int], work: Callable[[int], Result]) -> tuple[int, Result]:
+        """Do work at the first of some sizes for which the memory suffices. Return the size and the result."""
+        for size in sizes:
+            try:
+                return size, work(size)
+            except PinnedMemoryError:
+                raise
+            except OutOfMemoryError as error:
+                message, cause = str(error), error.__cause__ and error.__cause__.with_traceback(None)
+            # The error is dropped now, and with it the frames of the failed work: what they held can be freed.
+            self._free_memory(trajectories, size)
+        raise self._out_of_memory(sum(map(len, trajectories)), message) from cause
 
     def clear(self) -> None:
         """Drop all buffers and graphs, whose work must be done."""
         self._cache.clear()
 
     def _free_memory(self, trajectories: Sequence[Trajectory], size: int) -> None:
-        """Free the buffers of this batch, and those without a captured graph. Let the arenas shrink at the next run."""
-        self._cache.release(lambda key: cast("tuple[BatchShape, CallPlan | None]", key)[0] == _batch_shape(trajectories, size))
+        """Free the buffers for single evaluations of this batch, and all without a captured graph. Let the arenas shrink at the next run."""
+        evaluations = _batch_shape(trajectories, size), None  # some of their parts may be captured
+        self._cache.release(lambda key: key == evaluations)
         for session in self.sessions.all:
             session.shrink_arena = True
         self._context.stream.trim()
 
-    def _out_of_memory(self, n: int, error: OutOfMemoryError) -> OutOfMemoryError:
+    def _out_of_memory(self, n: int, message: str) -> OutOfMemoryError:
         remedies = ["a smaller batch", *(["half precision (dtype='fp16' or 'bf16') if the bundle has it"] if self._dtype == "fp32" else [])]
         return OutOfMemoryError(
             f"cuda:{self._context.index} is out of memory with a batch of {n} in {self._dtype}. "
-            f"Try {', '.join(remedies)}, or a larger gpu_mem_limit if one is set. The Generator is still usable. ({error})"
+            f"Try {', '.join(remedies)}, or a larger gpu_mem_limit if one is set. The Generator is still usable. ({message})"
         )
 
 

@@ -56,6 +56,11 @@ class RepeatedWork:
         """Whether calls launch a CUDA graph."""
         return self._graph is not None
 
+    @property
+    def waits(self) -> bool:
+        """Whether the next call captures the work."""
+        return self._graph is None and self._may_capture and self._switch.enabled
+
     def __call__(self) -> None:
         """Enqueue the work on the stream. A call that captures enqueues it several times, to warm up.
 
@@ -66,7 +71,7 @@ class RepeatedWork:
         """
         if self._graph is not None:
             self._stream.graphs.launch(self._graph)
-        elif self._may_capture and self._switch.enabled:
+        elif self.waits:
             self._warm_up_and_capture()
         else:
             self._enqueue(False)
@@ -88,15 +93,15 @@ class RepeatedWork:
             except InferenceError as error:
                 if is_fatal(error):
                     raise
-                failure = error
-                if isinstance(error, OutOfMemoryError):
+                failure, out_of_memory = str(error), isinstance(error, OutOfMemoryError)  # not the error: its traceback would keep this frame
+                if out_of_memory:
                     break  # for this shape only
             else:
                 self._live.count += 1
                 self._stream.graphs.launch(self._graph)
                 return
         self._may_capture = False
-        self._switch.enabled = self._switch.enabled and isinstance(failure, OutOfMemoryError)
+        self._switch.enabled = self._switch.enabled and out_of_memory
         log.info("%s: %s", self._failed, failure)
         self._enqueue(False)
 

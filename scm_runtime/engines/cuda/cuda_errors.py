@@ -18,6 +18,10 @@ _FATAL_MESSAGES = (
 )
 
 
+class PinnedMemoryError(OutOfMemoryError):
+    """The host has no more page-locked memory. Freeing memory of the device does not help."""
+
+
 def is_fatal(error: BaseException) -> bool:
     """Return True if a CUDA error makes the device's context unusable in this process."""
     message = str(error).lower()

@@ -50,7 +50,7 @@ class CudaEngine:
 
     @property
     def cuda_graph(self) -> bool:
-        """Whether runs of the step graph are captured as CUDA graphs."""
+        """Whether runs of the step graph are captured as CUDA graphs, and none of their captures has failed for another reason than memory."""
         return self._open_batches is not None and self._open_batches.captures
 
     @property
@@ -69,7 +69,7 @@ class CudaEngine:
     def sample(self, trajectories: Sequence[Trajectory], outputs: Sequence[Output]) -> bool:
         """Compute the trajectories from noise to their outputs in one CUDA graph. Returns False if that is not possible: nothing is done then."""
         plan = plan_of([one.call for one in trajectories], decodes=any(output != "state" for output in outputs))
-        if plan is None or not self._batches.computes_whole_calls:
+        if plan is None or not self._batches.computes_whole(trajectories, plan):
             return False
         n, state, decoded = sum(map(len, trajectories)), "state" in outputs, "pixels" in outputs
 
@@ -111,7 +111,7 @@ class CudaEngine:
 
     def set_state(self, trajectory: Trajectory, x: NDArray[np.float32]) -> None:
         """Replace the state with a finite host array."""
-        self._batches.at_padded_size([trajectory], lambda _: self._make_steppable(trajectory))
+        self._batches.with_memory([trajectory], lambda: self._make_steppable(trajectory))
         trajectory.state.block.upload({"x": x})
         trajectory.state.flags_written = 0
 
@@ -155,14 +155,16 @@ class CudaEngine:
 
     def decode_on_device(self, trajectory: Trajectory) -> DeviceArray:
         """Decode the state, unless that was done, and return a copy of the output in device memory."""
-        stream, state = self._context.stream, trajectory.state
+        stream, output, state = self._context.stream, self._manifest.output, trajectory.state
+        shape, dtype = (len(trajectory), *output.shape), np.dtype(np.uint8 if output.kind == "image" else np.float32)
+        nbytes = dtype.itemsize * prod(shape)
+        # Before the decoder runs: if memory runs out here, the buffers that hold its result are freed.
+        buffer = self._batches.with_memory([trajectory], lambda: stream.allocate(nbytes))
         decoded = state.decoded if isinstance(state, FinishedState) else None
-        result = decoded or _rows_on_device(self._run_decoder([trajectory]), slice(0, len(trajectory)))
-        nbytes = np.dtype(result.dtype).itemsize * prod(result.shape)
-        buffer = self._batches.at_padded_size([trajectory], lambda _: stream.allocate(nbytes))
+        result = decoded or self._run_decoder([trajectory])
         stream.copy(buffer.address, result.address, nbytes)
         stream.share(buffer)
-        return DeviceArray(stream, buffer, result.shape, np.dtype(result.dtype))
+        return DeviceArray(stream, buffer, shape, dtype)
 
     def timestamp(self) -> TimingEvent:
         """Enqueue a timing event and return it."""

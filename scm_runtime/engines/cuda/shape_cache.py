@@ -18,7 +18,11 @@ class Entry(Protocol):
     """Buffers of one shape, and the work bound to them."""
 
     may_capture: bool
-    """Whether the work is captured when it is first done."""
+    """Whether the entry was made to be captured."""
+
+    @property
+    def waits(self) -> bool:
+        """Whether the work is still to be captured, when it is first done."""
 
     @property
     def captured(self) -> bool:
@@ -53,7 +57,7 @@ class ShapeCache(Generic[E]):
             self._entries.pop(key, None)
             others = [other for other, (kept, _) in self._entries.items() if not kept.captured]
             if len(others) >= MAX_UNCAPTURED:
-                del self._entries[others[0]]
+                self._entries.pop(others[0])[0].release()
             entry = make(capture and self._make_room_to_capture())
         self._entries[key] = entry, self._uses
         self._entries.move_to_end(key)
@@ -75,7 +79,7 @@ class ShapeCache(Generic[E]):
     def _make_room_to_capture(self) -> bool:
         """Return True if another shape may be captured, after an idle one has made room if necessary."""
         captured = self.captured()
-        waiting = sum(entry.may_capture and not entry.captured for entry, _ in self._entries.values())
+        waiting = sum(entry.waits and not entry.captured for entry, _ in self._entries.values())
         if len(captured) + waiting < MAX_GRAPHS:
             return True
         if not captured or self._uses - self._entries[captured[0]][1] <= IDLE_USES:

@@ -22,7 +22,7 @@ class StaticBuffers:
 
     Attributes:
         size: number of rows.
-        may_capture: whether the runs are captured when they are first done.
+        may_capture: whether the runs are to be captured.
         block: all tensors but the decoder's output.
         loaded: serial numbers of the states whose seeds and conditioning are in the buffers. Rows beyond theirs hold zeros or those of earlier batches.
         noise, step, check: runs of the noise graph, the step graph and the graph that flags samples with NaN or infinity.
@@ -89,6 +89,11 @@ class StaticBuffers:
         block, run = self._decoder
         run()
         return block.tensor("decoded")
+
+    @property
+    def waits(self) -> bool:
+        """Whether any of the runs is still to be captured."""
+        return any(run.waits for run in self._runs())
 
     @property
     def captured(self) -> bool:

@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scm_runtime.common.installed import install_extras
-from scm_runtime.engines.cuda.cuda_errors import check, translate_errors
+from scm_runtime.common.memory import MORE_MEMORY, SMALLER_BATCH, is_out_of_memory
+from scm_runtime.engines.cuda.cuda_errors import PinnedMemoryError, check, translate_errors
 from scm_runtime.engines.cuda.handles import DeviceBuffer, PinnedBuffer, TimingEvent
 from scm_runtime.engines.cuda.stream_argument import LEGACY_STREAM, parse_stream
 from scm_runtime.engines.cuda.stream_graphs import StreamGraphs
@@ -102,8 +103,16 @@ class CudaStream:
 
     @translate_errors
     def allocate_pinned(self, nbytes: int) -> PinnedBuffer:
-        """Allocate page-locked host memory. Raises OutOfMemoryError."""
-        return PinnedBuffer(self._core.LegacyPinnedMemoryResource().allocate(nbytes), nbytes, self)
+        """Allocate page-locked host memory. Raises PinnedMemoryError."""
+        try:
+            buffer = self._core.LegacyPinnedMemoryResource().allocate(nbytes)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise PinnedMemoryError(
+                f"the host has no more page-locked memory: {nbytes} bytes were requested. {SMALLER_BATCH}. {MORE_MEMORY}. ({error})"
+            ) from error
+        return PinnedBuffer(buffer, nbytes, self)
 
     @translate_errors
     def clear(self, destination: int, nbytes: int) -> None:
@@ -183,7 +192,8 @@ class CudaStream:
 
     @translate_errors
     def trim(self) -> None:
-        """Return the free memory of the pool to the device."""
+        """Wait for the work enqueued so far, and return the free memory of the pool to the device."""
+        self.synchronize()  # page-locked memory is freed at once, and uploads may still read it
         self.free_deferred()
         self.synchronize()
         if self._pool is not None:
@@ -257,9 +267,9 @@ class CudaStream:
         self.synchronize()
         self._staging = None
         self.free_deferred()
-        for event in self._free_events:
-            check(self._driver.cuEventDestroy(event))
-        self._free_events.clear()
+        del self._done
+        while self._free_events:  # events that other threads drop meanwhile are appended
+            check(self._driver.cuEventDestroy(self._free_events.popleft()))
         self._closed = True
         if self._pool is not None:
             self._pool.close()

@@ -31,8 +31,9 @@ from scm_runtime.engines.engine import TimedPart
 from scm_runtime.inputs.call import Call
 from scm_runtime.ort.session import DeviceTensor
 
-# Calls with more evaluations are not computed as a whole: they could not be cancelled for too long, and their graphs would be large.
+# Calls with more evaluations, or samples times evaluations, are not computed as a whole: what is enqueued cannot be cancelled, and graphs would be large.
 MAX_EVALUATIONS = 4
+MAX_SAMPLE_EVALUATIONS = 256
 ALIGNED_NUMBERS = ALIGNMENT // 4  # in float32
 
 
@@ -50,7 +51,7 @@ class CallPlan(NamedTuple):
 def plan_of(calls: Sequence[Call], *, decodes: bool) -> CallPlan | None:
     """Return the plan for calls in one batch, or None if they cannot be computed as a whole."""
     evaluations = calls[0].evaluations
-    if len(evaluations) > MAX_EVALUATIONS:
+    if len(evaluations) > MAX_EVALUATIONS or len(evaluations) * sum(len(call.seeds) for call in calls) > MAX_SAMPLE_EVALUATIONS:
         return None
     combined, has_latents = _combined(evaluations), calls[0].latents is not None
     for call in calls[1:]:
@@ -79,7 +80,7 @@ class WholeCall:
     """The buffers and the work of calls of one shape and plan.
 
     Attributes:
-        may_capture: whether the work is captured when it is first done.
+        may_capture: whether the work is to be captured.
         block: all tensors.
         state: the state after the last evaluation in device memory, ``[N, *sample]``.
         decoded: the decoder's output in device memory, or None if the plan has none.
@@ -134,14 +135,19 @@ class WholeCall:
         self._work = RepeatedWork(context.stream, enqueue, switch if capture else CaptureSwitch(False), live, failed)
 
     @property
+    def waits(self) -> bool:
+        """Whether the next call captures the work."""
+        return self._work.waits
+
+    @property
     def captured(self) -> bool:
         """Whether the work was captured as a CUDA graph."""
         return self._work.captured
 
     def release(self) -> None:
-        """Free the CUDA graph."""
-        if self.captured:
-            self._stream.synchronize()  # it is not destroyed while it runs
+        """Free the CUDA graph. Waits for the work enqueued so far if that uses it, or the page-locked inputs."""
+        if self.captured or self._uploading:
+            self._stream.synchronize()
         self._work.release()
 
     def __call__(self, calls: Sequence[Call]) -> None:
