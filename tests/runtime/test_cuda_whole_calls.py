@@ -428,7 +428,7 @@ def test_a_batch_is_tried_again_with_the_memory_of_the_first_attempt(engine: Cud
     gc.collect()
     gc.disable()
     try:
-        free, before, after = engine._batches._free_memory, [], list[int]()
+        free, before, after = engine._batches._free_memory, list[int](), list[int]()
 
         def watched(trajectories: Sequence[Trajectory], size: int) -> None:
             before.append(machine.used)
