@@ -81,8 +81,8 @@ class JobThread:
 
     @property
     def is_current(self) -> bool:
-        """True in this thread. False in a later thread that the system gave its identifier."""
-        return threading.get_ident() == self.thread.ident and self.thread.is_alive()
+        """True in this thread."""
+        return threading.current_thread() is self.thread  # another thread may get the identifier of one that has ended
 
     def job(self, function: Callable[[], Any]) -> Job:
         """Return a job for this thread, in the active CancelScope. ``put`` queues it."""

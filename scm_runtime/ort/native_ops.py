@@ -34,8 +34,7 @@ class CudaBuild(Struct, frozen=True):
     version: str
     """Version of the CUDA toolkit."""
     architectures: tuple[str, ...]
-    """Compute capabilities with machine code, without the dot: "90" is 9.0. It also runs on later minor versions of the same major version, except for those
-    that end in "a": "100a" is for 10.0 only."""
+    """Compute capabilities with machine code, without the dot: "90" is 9.0. It also runs on later minor versions of the same major version; "90a" does not."""
     ptx: tuple[str, ...] | None = None
     """Compute capabilities with PTX, which the driver compiles for later ones. None in builds that do not say so: they have it for the newest."""
 
@@ -47,7 +46,7 @@ class CudaBuild(Struct, frozen=True):
             driver_version: the newest CUDA version that the driver supports, 13020 for 13.2; None if it is not known.
         """
         here = _number(compute_capability.replace(".", ""))
-        if any(_has_machine_code(built, here) for built in self.architectures):
+        if any(_runs_on(built, here) for built in self.architectures):
             return True
         major, _, minor = self.version.partition(".")
         if driver_version is not None and driver_version < 1000 * int(major) + 10 * int(minor or 0):
@@ -199,10 +198,10 @@ def _capabilities(cuda: CudaBuild) -> str:
     return f"kernels for compute capability {', '.join(str(number / 10) for number in dict.fromkeys(built))}{newer}"
 
 
-def _has_machine_code(built: str, here: int) -> bool:
-    """Return whether machine code for an architecture, "90" for example, runs on a compute capability, 90 for 9.0."""
-    number = _number(built)
-    return number == here if built.endswith("a") else number // 10 == here // 10 and number <= here
+def _runs_on(architecture: str, here: int) -> bool:
+    """Return whether machine code for an architecture runs on a compute capability, 90 for 9.0."""
+    built = _number(architecture)
+    return built == here if architecture.endswith("a") else built // 10 == here // 10 and built <= here
 
 
 def _number(architecture: str) -> int:

@@ -548,17 +548,6 @@ def test_close_frees_all_memory_and_ends_the_thread(machine: Machine) -> None:
         engine.graphs()
 
 
-def test_a_thread_may_have_the_identifier_of_the_engines_ended_one(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = opened(machine)
-    context = engine._context
-    ended = context._jobs.thread.ident
-    engine.close()
-    monkeypatch.setattr(threading, "get_ident", lambda: ended)  # the system uses it for a later thread
-    assert not context.is_current
-    with pytest.raises(GeneratorClosedError):
-        context.run(lambda: None)
-
-
 def test_memory_of_finished_calls_is_freed_in_the_engines_thread(machine: Machine) -> None:
     engine = opened(machine)
     sampled(engine, call(1))

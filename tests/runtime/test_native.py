@@ -304,7 +304,7 @@ H200 = Placement("cuda:0", (("CUDAExecutionProvider", {}), ("CPUExecutionProvide
 OPENVINO = Placement("openvino", (("OpenVINOExecutionProvider", {}), ("CPUExecutionProvider", {})), "requested")
 CUDA_KERNELS = {"version": "13.0", "architectures": ["80", "86", "89", "90"], "ptx": ["90"]}
 WITHOUT_PTX = {"version": "13.0", "architectures": ["80", "90a"], "ptx": []}
-ONE_DEVICE = {"version": "13.0", "architectures": ["100a"], "ptx": ["100a"]}
+ONE_GPU_ONLY = {"version": "13.0", "architectures": ["100a"], "ptx": ["100a"]}
 OLDER_BUILD = {"version": "13.0", "architectures": ["80", "86", "89", "90"]}  # says nothing about PTX
 
 
@@ -325,14 +325,14 @@ OLDER_BUILD = {"version": "13.0", "architectures": ["80", "86", "89", "90"]}  # 
         ),
         (H200, WITHOUT_PTX, 13000, "8.9", None),  # machine code for 8.0
         (H200, WITHOUT_PTX, 13000, "10.0", r"kernels for compute capability 8\.0, 9\.0, and Some GPU has 10\.0"),
-        (H200, ONE_DEVICE, 13000, "10.0", None),
-        (H200, ONE_DEVICE, 13000, "10.3", r"kernels for compute capability 10\.0, and Some GPU has 10\.3"),
+        (H200, ONE_GPU_ONLY, 13000, "10.0", None),
+        (H200, ONE_GPU_ONLY, 13000, "10.3", r"kernels for compute capability 10\.0, and Some GPU has 10\.3"),
         (H200, {**CUDA_KERNELS, "version": "13.2"}, 13000, "12.0", "Some GPU has 12"),  # the driver cannot compile this PTX
         (OPENVINO, CUDA_KERNELS, 13000, "9.0", "none for OpenVINOExecutionProvider"),
     ],
     ids=[
         *("supported", "newer GPU", "no CUDA kernels", "old driver", "newer GPU, older build", "old GPU", "later minor version", "no PTX"),
-        *("architecture-specific code", "a later minor version than it", "PTX too new", "other provider"),
+        *("code for one GPU", "code for another GPU", "PTX too new", "other provider"),
     ],
 )
 def test_kernels_on_other_devices(
