@@ -38,7 +38,7 @@ RESULT = "autotune"
 
 
 def shapes(sizes: Sequence[str]) -> list[Operation]:
-    """Return the shapes of some networks that our kernel computes with a choice of tiles: with the operation that follows, if it is followed by one anywhere."""
+    """Return the shapes of some networks that our kernel computes with a choice of tiles, each once, with the operation that follows it anywhere."""
     found: dict[tuple[int, ...], Operation] = {}
     for size in sizes:
         for one in operations(size):

@@ -1,8 +1,8 @@
 """What is the overhead of a call on a GPU, and which options of the CUDA provider are worth setting?
 
 The overhead is the time of a call, from seeds to pixels on the host, minus the time of its noise, steps and decoder on the device; the target is 100 us.
-Options: CUDA graphs, cuDNN's convolutions and its search for algorithms, channels last, TF32, fused biases. Each is measured together with the first call of a shape, which includes
-searching and capturing. Without a GPU nothing is measured.
+Options: CUDA graphs, cuDNN's convolutions and its search for algorithms, channels last, TF32, fused biases. Each is measured together with the first call of a
+shape, which includes searching and capturing. Without a GPU nothing is measured.
 """
 
 from __future__ import annotations

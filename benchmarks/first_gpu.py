@@ -4,8 +4,9 @@
     make first-gpu ARGS="--minutes 20 --size S"
     python benchmarks/first_gpu.py --dry-run --skip build     on the stub GPU (tests/stub): small models, meaningless figures
 
-It runs with the Python that it is called with, and installs the library that it builds there, but no packages: that Python needs onnxruntime-gpu, onnx, torch and the other packages of the tests.
-Each stage has a time limit, and one that fails stops no other. Each outcome is written as it comes; a second call goes on where the first one ended.
+It runs with the Python that it is called with, and installs the library that it builds there, but no packages: that Python needs onnxruntime-gpu, onnx, torch
+and the other packages of the tests. Each stage has a time limit, and one that fails stops no other. Each outcome is written as it comes; a second call goes on
+where the first one ended.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ def describe(hardware: str) -> dict[str, str]:
     if driver := _first_line("nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"):
         about["driver, largest clock, power limit"] = driver
     if commit := _first_line("git", "-C", str(ROOT), "describe", "--always"):
-        about["commit"] = commit + ("-dirty" if _first_line("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no", "--", ".", *OUTPUTS) else "")
+        about["commit"] = commit + (
+            "-dirty" if _first_line("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no", "--", ".", *OUTPUTS) else ""
+        )
     return about
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,20 +15,15 @@ from support import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))  # the scripts import one another from there
 
-import _common
 import autotune
 import first_gpu
-from _autotune.table import FOLDER, Row, family, read_rows, tiles, updated
-from _autotune.timing import model, node_count
 from _first_gpu.report import DRY_RUN, report
 from _first_gpu.runner import Outcome, run_stages
 from _first_gpu.stages import Plan, Stage, stages
-from _paper.layers import Operation
-from _paper.own import TILES
 
 from scm_runtime.devices.placement import Placement
+from scm_runtime.ort.native_ops import LIBRARY
 
-HARDWARE = "NVIDIA H200 9.0, ONNX Runtime 1.31.1"
 PLACEMENT = Placement("cuda:0", (("CUDAExecutionProvider", {}),), "", "NVIDIA H200 9.0")
 
 
@@ -133,26 +128,105 @@ def test_the_report_has_rows_a_roofline_and_what_failed(tmp_path: Path) -> None:
     assert DRY_RUN in report({"hardware": "x"}, [], {}, tmp_path, dry_run=True)
 
 
-def test_a_dry_run_writes_into_the_build_folder_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository with a table of tiles, on a machine with a GPU."""
+    root = tmp_path / "repository"
     monkeypatch.setattr(first_gpu, "resolve_device", lambda _: PLACEMENT)
-    monkeypatch.setattr(first_gpu, "ROOT", tmp_path)
-    monkeypatch.setattr(first_gpu, "BENCHMARKS", tmp_path / "benchmarks")
-    calls: list[str] = []
+    monkeypatch.setattr(first_gpu, "ROOT", root)
+    monkeypatch.setattr(first_gpu, "BENCHMARKS", root / "benchmarks")
+    table = root / "cpp_ops" / "src" / "convolution" / "tiles.inc"
+    table.parent.mkdir(parents=True)
+    table.write_text("")
+    (root / "code.py").write_text("")
+    git(root, "init", "--quiet")
+    commit(root)
+    return root
 
-    def chosen(plan: Plan) -> list[Stage]:
-        calls.append(str(plan.table))
-        return [Stage("writes", (python("print(1)"),), 30), Stage("build", (python("raise SystemExit(1)"),), 30)]
 
-    monkeypatch.setattr(first_gpu, "stages", chosen)
-    done = CliRunner(catch_exceptions=False).invoke(first_gpu.main, ["--dry-run", "--skip", "build"])
+def git(root: Path, *arguments: str) -> None:
+    subprocess.run(["git", "-C", str(root), "-c", "user.name=x", "-c", "user.email=x@example.com", *arguments], check=True)
+
+
+def commit(root: Path) -> None:
+    git(root, "add", "--all")
+    git(root, "commit", "--quiet", "--message", "x")
+
+
+def first_gpu_with(monkeypatch: pytest.MonkeyPatch, chosen: list[Stage], *arguments: str) -> dict[str, Outcome]:
+    """Run the stages. Returns the outcomes."""
+    plans: list[Plan] = []
+
+    def stages(plan: Plan) -> list[Stage]:
+        plans.append(plan)
+        return chosen
+
+    monkeypatch.setattr(first_gpu, "stages", stages)
+    done = CliRunner(catch_exceptions=False).invoke(first_gpu.main, list(arguments))
     assert done.exit_code == 0, done.output
-    work = tmp_path / "build" / "first-gpu"
-    assert calls == [str(work / "tiles.inc")]
-    assert not (tmp_path / "benchmarks").exists()
-    record = json.loads((work / "results" / "first-gpu.json").read_text())
-    assert {name: outcome["status"] for name, outcome in record["stages"].items()} == {"build": "ok", "writes": "ok"}
+    record = json.loads((plans[0].results / "first-gpu.json").read_text())
+    return dict(record["stages"])
+
+
+def test_a_dry_run_writes_into_the_build_folder_only(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    outcomes = first_gpu_with(monkeypatch, [Stage("writes", (python("print(1)"),), 30)], "--dry-run")
+    assert outcomes["writes"]["status"] == "ok"
+    assert not (repository / "benchmarks").exists()
+    work = repository / "build" / "first-gpu"
+    assert (work / "tiles.inc").exists()
     assert DRY_RUN in (work / "results" / "first-gpu.md").read_text()
     assert "there is no stage nothing" in CliRunner().invoke(first_gpu.main, ["--dry-run", "--skip", "nothing"]).output
+
+
+def test_a_stage_that_is_left_out_is_run_by_the_next_call(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = [Stage("build", (python("print(1)"),), 30), Stage("row", (python("print(2)"),), 30, needs=("build",))]
+    first = first_gpu_with(monkeypatch, chosen, "--skip", "build")
+    assert {name: (one["status"], one["reason"]) for name, one in first.items()} == {"build": ("skipped", "left out"), "row": ("skipped", "needs build")}
+    assert [one["status"] for one in first_gpu_with(monkeypatch, chosen).values()] == ["ok", "ok"]
+    assert [one["status"] for one in first_gpu_with(monkeypatch, chosen, "--skip", "build").values()] == ["ok", "ok"], "what was done before stays done"
+
+
+def test_a_second_call_goes_on_after_autotune_but_not_with_other_code(repository: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    table = repository / "cpp_ops" / "src" / "convolution" / "tiles.inc"
+    tune = f"open({str(table)!r}, 'a').write('x'); open({str(tmp_path / 'runs')!r}, 'a').write('x')"
+    chosen = [Stage("autotune", (python(tune),), 30)]
+    for _ in range(2):
+        first_gpu_with(monkeypatch, chosen)
+    assert (tmp_path / "runs").read_text() == "x"
+    (repository / "code.py").write_text("changed")
+    first_gpu_with(monkeypatch, chosen)
+    assert (tmp_path / "runs").read_text() == "xx"
+    commit(repository)
+    first_gpu_with(monkeypatch, chosen)
+    assert (tmp_path / "runs").read_text() == "xxx"
+
+
+@pytest.mark.parametrize("where", ["CUDACXX", "PATH", "the usual folder"])
+def test_nvcc_is_found_where_cmake_is_told_to_look(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nvcc = tmp_path / "cuda" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(nvcc.parent if where == "PATH" else tmp_path))
+    monkeypatch.setenv("CUDACXX", str(nvcc) if where == "CUDACXX" else "")
+    monkeypatch.setattr("_first_gpu.stages.CUDA_FOLDER", str(nvcc.parent if where == "the usual folder" else tmp_path))
+    build = stages(plan(tmp_path))[0]
+    assert build.unavailable is None
+    assert f"-DCMAKE_CUDA_COMPILER={nvcc}" in build.commands[0]
+    monkeypatch.setenv("CUDACXX", str(tmp_path / "missing"))
+    assert "nvcc was not found" in str(stages(plan(tmp_path))[0].unavailable)
+
+
+def test_a_build_fails_if_this_python_does_not_find_the_library(tmp_path: Path) -> None:
+    check = [sys.executable, str(ROOT / "benchmarks" / "_first_gpu" / "installed.py"), str(tmp_path)]
+    build = next(stage for stage in stages(plan(tmp_path)) if stage.name == "build")
+    assert build.commands[-1][:2] == check[:2]
+    (tmp_path / "scm_runtime" / "_native").mkdir(parents=True)
+    (tmp_path / "scm_runtime" / "_native" / LIBRARY).touch()
+    outcome = run([Stage("build", (check,), 60)])["build"]
+    assert outcome["status"] == "failed"
+    assert "was installed, and scm_runtime finds" in outcome["output"][-1]
+    rows = [stage for stage in stages(plan(tmp_path)) if stage.name.startswith("row")]
+    assert all("--native-ops" in stage.commands[0] for stage in rows), "a row without the kernels fails"
 
 
 def test_without_a_gpu_the_scripts_say_so() -> None:
@@ -160,102 +234,3 @@ def test_without_a_gpu_the_scripts_say_so() -> None:
         done = CliRunner().invoke(script, [])
         assert done.exit_code == 1
         assert "no GPU, nothing" in done.output
-
-
-# ----------------------------------------------------------------------------
-# The table of measured tiles.
-
-
-def test_the_table_is_the_same_whatever_the_order_of_the_measurements() -> None:
-    rows = [Row(90, 64, 1792, 1792, 9, 8, "mma_64x64", "mma_128x64"), Row(90, 4096, 448, 448, 9, 1, "mma_128x128", "mma_128x128")]
-    text = updated("", rows, HARDWARE)
-    assert text == updated(updated("", rows[1:], HARDWARE), rows[:1], HARDWARE) == updated(text, reversed(rows), HARDWARE)
-    assert f"measured on {HARDWARE}.\n" in text
-    assert text.splitlines()[-2:] == [
-        "SCM_TILE(90, 64, 1792, 1792, 9, 8, mma_64x64, mma_128x64)",
-        "SCM_TILE(90, 4096, 448, 448, 9, 1, mma_128x128, mma_128x128)",
-    ]
-    other = updated(text, [Row(80, 64, 1792, 1792, 9, 2, "mma_64x64", "mma_64x64")], "NVIDIA A100 8.0")
-    assert len(read_rows(other)) == 3
-    assert f"measured on NVIDIA A100 8.0; {HARDWARE}.\n" in other
-
-
-def test_the_table_and_the_paper_model_know_the_librarys_tiles() -> None:
-    numbers = tiles((FOLDER / "op.h").read_text())
-    assert list(numbers.values()) == list(range(len(numbers)))
-    assert [tile.name for tile in TILES] == list(numbers)
-    text = (FOLDER / "tiles.inc").read_text()
-    assert updated(text, [], None) == text
-
-
-LAYER = Operation("convolution", "conv_res0", 8, 64, 1792, 1792, 9, "modulate")
-
-
-def test_the_fastest_tiles_of_the_family_and_split_that_suit_both_batches_are_taken() -> None:
-    alone = {"mma_64x64 / 8": 30.0, "mma_64x32 / 8": 25.0, "wgmma_64x64 / 4": 22.0, "mma_64x32 / 4": 20.0}
-    many = {"mma_64x64 / 8": 90.0, "mma_64x32 / 8": 99.0, "wgmma_64x64 / 4": 300.0, "mma_128x64 / 2": 10.0}
-    assert autotune.row(LAYER, {"1": alone, "8": many}, 90) == Row(90, 64, 1792, 1792, 9, 8, "mma_64x32", "mma_64x64")
-
-
-def test_a_row_has_tiles_of_one_family() -> None:
-    with pytest.raises(ValueError, match="both tiles must be of one family"):
-        read_rows("SCM_TILE(90, 64, 1792, 1792, 9, 8, mma_64x64, wgmma_64x64)\n")
-
-
-@pytest.fixture
-def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, tuple[int, int] | None]]:
-    """Batches and tiles that ``autotune`` measures, without a GPU: large tiles are the fastest in large batches, and small ones alone."""
-    calls: list[tuple[int, tuple[int, int] | None]] = []
-
-    def time(_: Operation, samples: int, __: float, ___: object, tile: tuple[int, int] | None) -> float:
-        calls.append((samples, tile))
-        return 1e-3 if tile is None else (50e-6 + 1e-6 * tile[0] if samples == 1 else 400e-6 - 1e-6 * tile[0])
-
-    native = SimpleNamespace(info=SimpleNamespace(cuda=True), path=tmp_path)
-    monkeypatch.setattr(autotune, "seconds", time)
-    monkeypatch.setattr(autotune, "resolve_device", lambda _: PLACEMENT)
-    monkeypatch.setattr(autotune, "find_library", lambda: native)
-    monkeypatch.setattr(autotune, "shapes", lambda _: [LAYER])
-    monkeypatch.setattr(_common, "RESULTS", tmp_path)
-    return calls
-
-
-def test_all_tiles_of_the_chosen_family_are_measured_in_both_batches(measured: list[Any], tmp_path: Path) -> None:
-    table = tmp_path / "tiles.inc"
-    done = CliRunner(catch_exceptions=False).invoke(autotune.main, ["--table", str(table)])
-    assert done.exit_code == 0, done.output
-    (found,) = read_rows(table.read_text())
-    names = list(tiles((FOLDER / "op.h").read_text()))
-    chosen = [name for name in names if family(name) == family(found.tile)]
-    assert (found.tile, found.tile_of_many) == (chosen[0], chosen[-1])
-    assert {(n, (names.index(name), found.split)) for n in (1, 8) for name in chosen} <= set(measured)
-    assert "our kernel is faster than cuDNN or cuBLAS for 1." in done.output
-
-
-def test_shapes_are_measured_again_only_if_the_kernels_have_changed(measured: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = ["--table", str(tmp_path / "tiles.inc")]
-    for expected in (True, False):
-        measured.clear()
-        CliRunner(catch_exceptions=False).invoke(autotune.main, arguments)
-        assert bool(measured) is expected
-    monkeypatch.setattr(autotune, "sources_hash", lambda: "other kernels")
-    CliRunner(catch_exceptions=False).invoke(autotune.main, arguments)
-    assert measured
-
-
-def test_each_shape_is_measured_once_with_what_follows_it() -> None:
-    found = autotune.shapes(["XXL"])
-    keys = [(one.taps, one.pixels, one.inputs, one.outputs) for one in found]
-    assert len(set(keys)) == len(keys)
-    assert [one.follower for one in found if (one.taps, one.pixels, one.inputs, one.outputs) == (9, 4096, 448, 448)] == ["modulate"]
-    assert all(one.kind == "convolution" or one.follower == "mp_sum" for one in found), "cuBLAS computes other products"
-    assert all(one.inputs % 8 == one.outputs % 8 == 0 for one in found), "there is one kernel for others"
-
-
-def test_the_timed_graph_reads_more_weights_than_a_cache_holds() -> None:
-    one = Operation("convolution", "conv_res0", 8, 64, 512, 512, 9)
-    count = node_count(one, 20e-6)
-    assert count * one.weight_bytes > 60e6
-    made = model(one, 2, 3)
-    assert [node.op_type for node in made.graph.node] == ["Conv3x3"] * 3
-    assert len({value.raw_data for value in made.graph.initializer}) == 3

@@ -58,7 +58,10 @@ def family(tile: str) -> str:
 
 def read_rows(text: str) -> list[Row]:
     """Return the rows of a table. Raises ValueError for a row whose tiles are of two families."""
-    return [Row(*(int(number) for number in numbers), tile, tile_of_many) for *numbers, tile, tile_of_many in ROW.findall(text)]
+    rows = []
+    for capability, pixels, inputs, outputs, taps, split, tile, tile_of_many in ROW.findall(text):
+        rows.append(Row(int(capability), int(pixels), int(inputs), int(outputs), int(taps), int(split), tile, tile_of_many))
+    return rows
 
 
 def updated(text: str, rows: Iterable[Row], hardware: str | None) -> str:

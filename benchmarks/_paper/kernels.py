@@ -1,4 +1,7 @@
-"""Seconds of the kernels of cuDNN, cuBLAS and ONNX Runtime on paper: the larger of arithmetic, traffic from the L2 cache and traffic from memory, in whole waves of tiles."""
+"""Seconds of the kernels of cuDNN, cuBLAS and ONNX Runtime on paper, in whole waves of tiles.
+
+The larger of arithmetic, traffic from the L2 cache and traffic from memory counts.
+"""
 
 from __future__ import annotations
 

@@ -9,8 +9,9 @@
 namespace scm::convolution {
 namespace {
 
-// The estimate and its figures are those of benchmarks/_paper/own.py and gpus.py; a test compares the choices. Sources: NVIDIA's architecture white papers, dense float16 with float32 accumulators
-// at boost clocks; on Hopper, mma reaches 63 % of wgmma's rate (arXiv 2402.13499). The cache of other devices than A100 and H200, and newer devices are a guess.
+// Rates of a device that kernels reach. The estimate and its figures are those of benchmarks/_paper/own.py and gpus.py, and a test compares the choices.
+// Sources: NVIDIA's architecture white papers, dense float16 with float32 accumulators at boost clocks; on Hopper, mma reaches 62.9 % of wgmma's rate (arXiv
+// 2402.13499). The cache of other devices than A100 and H200, and newer devices are a guess.
 struct Rates {
   double mma, wgmma;     // operations a second and multiprocessor
   double cache, memory;  // bytes a second
