@@ -95,7 +95,7 @@ def test_a_modified_function_body_shows_which_implementation_runs(op: str, tiny_
     modified = tmp_path / "modified.scm"
     shutil.copytree(tiny_bundle, modified)
     model = onnx.load(modified / "step.fp32.onnx", load_external_data=False)
-    (function,) = (function for function in model.functions if function.name == op)
+    (function,) = (function for function in model.functions if (function.domain, function.name) == (OPS_DOMAIN, op))
     result = function.output[0]
     for node in function.node:
         node.output[:] = ["true_result" if name == result else name for name in node.output]
