@@ -265,7 +265,7 @@ def test_merged_trajectories_at_different_steps_are_padded(engine: CudaEngine, h
 
 def test_all_batch_sizes_share_the_graphs_of_a_few(engine: CudaEngine, machine: Machine) -> None:
     sizes = np.random.default_rng(0).permutation(np.arange(1, 34))
-    for n in (*sizes, *sizes):
+    for n in (*sizes, *sizes[:5]):
         whole(engine, call(*range(n)))
     assert len(machine.graphs) == len([size for size in BATCH_SIZES if size <= 40])
 
