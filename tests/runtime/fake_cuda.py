@@ -11,15 +11,28 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+import scm_runtime
 from runtime.fake_cuda_driver import FakeDriver, Graph, Stream, expect
+from scm_runtime.bundle.manifest import read_manifest
+from scm_runtime.bundle.solver_tables import from_times
 from scm_runtime.common.runs import CancelScope, RunRegistry
 from scm_runtime.devices.placement import CPU, Placement
+from scm_runtime.engines.engine import Trajectory
 from scm_runtime.errors import InferenceError, OutOfMemoryError
+from scm_runtime.inputs.call import Call
 from scm_runtime.ort.open_session import open_session
 from scm_runtime.ort.options import SessionSettings
 from scm_runtime.ort.session import DeviceTensor, Session
 
 PLACEMENT = Placement("cuda:0", (("CUDAExecutionProvider", {}), ("CPUExecutionProvider", {})), "device='cuda'")
+DIGITS = Path(scm_runtime.__file__).parent / "bundles" / "digits.scm"
+MANIFEST = read_manifest(DIGITS)
+
+
+def call(*seeds: int, steps: int = 2, latents: NDArray[np.float32] | None = None) -> Trajectory:
+    """Return a call of the digits bundle. The label of a sample is the last digit of its seed."""
+    labels = np.array([seed % 10 for seed in seeds], np.int64)
+    return Trajectory(Call(np.array(seeds, np.int64), {"class_labels": labels}, from_times(MANIFEST.times[str(steps)]), latents))
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,10 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-import scm_runtime
-from runtime.fake_cuda import PLACEMENT, GraphRun, Machine
+from runtime.fake_cuda import DIGITS, MANIFEST, PLACEMENT, GraphRun, Machine, call
 from runtime.fake_cuda_driver import LEGACY, Capsule, CudaError, Stream
 from scm_runtime.bundle.manifest import read_manifest
-from scm_runtime.bundle.solver_tables import SolverTables, from_times
+from scm_runtime.bundle.solver_tables import SolverTables
 from scm_runtime.common.runs import CancelScope
 from scm_runtime.engines.cuda import shape_cache
 from scm_runtime.engines.cuda import stream as cuda
@@ -51,8 +50,6 @@ from scm_runtime.ort.open_session import open_session
 from scm_runtime.ort.options import SessionSettings
 from scm_runtime.ort.session import Session
 
-DIGITS = Path(scm_runtime.__file__).parent / "bundles" / "digits.scm"
-MANIFEST = read_manifest(DIGITS)
 LOOP = {"noise.onnx", "step.fp32.onnx", "finite.onnx", "decode.fp32.onnx"}  # graphs of the sampling loop
 
 
@@ -78,11 +75,6 @@ def engine(machine: Machine) -> Iterator[CudaEngine]:
     made = opened(machine)
     yield made
     made.close()
-
-
-def call(*seeds: int, steps: int = 2, latents: NDArray[np.float32] | None = None) -> Trajectory:
-    labels = np.array([seed % 10 for seed in seeds], np.int64)
-    return Trajectory(Call(np.array(seeds, np.int64), {"class_labels": labels}, from_times(MANIFEST.times[str(steps)]), latents))
 
 
 def step(engine: Engine, *trajectories: Trajectory) -> None:

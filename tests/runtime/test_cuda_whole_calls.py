@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-import scm_runtime
-from runtime.fake_cuda import PLACEMENT, FakeSession, Machine
+from runtime.fake_cuda import DIGITS, MANIFEST, PLACEMENT, FakeSession, Machine, call
 from scm_runtime.bundle.manifest import read_manifest
 from scm_runtime.bundle.solver_tables import SolverTables, from_times
 from scm_runtime.engines.cuda import shape_cache, whole_call
@@ -31,8 +30,6 @@ from scm_runtime.inputs.call import Call
 from scm_runtime.ort.open_session import open_session
 from scm_runtime.ort.options import SessionSettings
 
-DIGITS = Path(scm_runtime.__file__).parent / "bundles" / "digits.scm"
-MANIFEST = read_manifest(DIGITS)
 LOOP = ("noise.onnx", "noise.onnx", "noise.onnx", "step.fp32.onnx", "finite.onnx", "step.fp32.onnx", "finite.onnx", "decode.fp32.onnx")  # of two steps
 
 
@@ -66,11 +63,6 @@ def engine(machine: Machine) -> Iterator[CudaEngine]:
     made = opened(machine)
     yield made
     made.close()
-
-
-def call(*seeds: int, steps: int = 2, latents: NDArray[np.float32] | None = None) -> Trajectory:
-    labels = np.array([seed % 10 for seed in seeds], np.int64)
-    return Trajectory(Call(np.array(seeds, np.int64), {"class_labels": labels}, from_times(MANIFEST.times[str(steps)]), latents))
 
 
 def in_steps(engine: Engine, trajectory: Trajectory) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -10,13 +10,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from scm_runtime.bundle.manifest import CHANNELS_LAST_DOMAIN, FUSED_DOMAIN
 from scm_runtime.common.files import open_regular
 from scm_runtime.ort.options import CONVOLUTION, Convolution, SessionSettings, check_convolution
 
 HALF = ("fp16", "bf16")
 
 # Domains of operators over channels-last maps. An exporter that writes the second one gives every size in its graphs as a constant.
-DOMAINS = CHANNELS_LAST, FUSED = b"scm.channels_last", b"scm.fused"
+DOMAINS = CHANNELS_LAST, FUSED = CHANNELS_LAST_DOMAIN.encode(), FUSED_DOMAIN.encode()
 
 CHUNK = 1 << 20  # bytes of a graph that are searched at once
 
