@@ -1,35 +1,46 @@
-"""Where does the time of a step go? Milliseconds by type of operator, from ONNX Runtime's profile of the step graph, batch 1.
+"""Where does the time of a step go? Milliseconds by type of operator, from ONNX Runtime's profile of the step graph.
 
-    python benchmarks/breakdown.py           XXS
-    python benchmarks/breakdown.py XXS S     both
+    python benchmarks/breakdown.py                                 XXS at batch 1
+    python benchmarks/breakdown.py CM LCM SANA-Sprint              the small models of diffusers' families at batch 1
+    python benchmarks/breakdown.py XXS S --batch-sizes 1,8
 
-Profiling has an overhead of some percent: compare shares. "arithmetic" is the number of operations of convolutions and matrix products per second of their
-own time; ``peers.json`` has the machine's peak ("roof").
+Each model is measured with the native kernels, with them in bfloat16, and with the function bodies. Profiling has an overhead of some percent: compare
+shares. "arithmetic" is the number of operations of convolutions and matrix products per second of their own time; ``peers.json`` has the machine's peak
+("roof").
 """
 
 from __future__ import annotations
 
 import json
 import statistics
-import sys
 import tempfile
+import time
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from _common import save_and_print
-from _peers.models import edm2_config, random_checkpoint
-from torch.utils.flop_counter import FlopCounterMode
+import click
+from _common import AGAIN, Cells
+from _peers.case import Case
+from _peers.machine import physical_cores
+from _peers.ours import arguments
+from _peers.preparing import prepared
+from _peers.sizes import SIZES
 
-from scm_export import export
-from scm_export.checkpoints import load_checkpoint
-from scm_export.families import build_model
 from scm_runtime import Generator
+from scm_runtime.ort.options import MATMUL_PRECISION
 
-KNOWN = ("XXS", "S")
-CALLS = {"XXS": 20, "S": 4}  # of two steps each; the first call is not counted
-PRODUCTS = ("Conv", "Conv3x3", "FusedConv", "MatMul", "FusedMatMul", "Gemm", "CosineAttention")
+SECONDS, MIN_CALLS = 6.0, 3  # of calls of two steps each; the first call is not counted
+PRODUCTS = (
+    *("Conv", "FusedConv", "MatMul", "FusedMatMul", "Gemm", "Attention"),
+    *("Conv3x3", "CosineAttention", "Conv3x3ModulateSiLU", "Conv3x3MPSum", "MatMulMPSum"),
+)
+WAYS: dict[str, dict[str, Any]] = {
+    "kernels": {"native_ops": True},
+    "kernels, bf16": {"native_ops": True, "session_options": {MATMUL_PRECISION: "medium"}},
+    "function bodies": {"native_ops": False},
+}
 
 
 def by_operator(profile: Path, skip: int) -> tuple[dict[str, float], float]:
@@ -51,47 +62,56 @@ def by_operator(profile: Path, skip: int) -> tuple[dict[str, float], float]:
     return dict(sorted(medians.items(), key=lambda item: -item[1])), statistics.median(whole)
 
 
-def flop_of_a_step(checkpoint: Path) -> float:
-    model = build_model(load_checkpoint(checkpoint))
-    x, t = torch.randn(1, *model.sample_shape), torch.full((1,), 1.0)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model.step(x, t, t * 0.5, x, {"class_labels": torch.zeros(1, dtype=torch.int64)})
-    return float(counter.get_total_flops())
-
-
-def measure(size: str) -> dict[str, Any]:
-    """Measure one size with the native kernels and with the function bodies."""
-    figures: dict[str, Any] = {}
+def measure(case: Case, n: int, options: dict[str, Any]) -> dict[str, Any]:
+    """Return milliseconds and shares of a step by operator."""
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        checkpoint = random_checkpoint(edm2_config(size), folder / f"{size}.pt")
-        flop = flop_of_a_step(checkpoint)
-        bundle = export(checkpoint, folder / f"{size}.scm", verify=False, steps=()).path
-        for name, native in (("kernels", "auto"), ("function bodies", False)):
-            profiles = folder / name
-            profiles.mkdir()
-            with Generator(bundle, native_ops=native, profile_dir=profiles, cache_dir=False) as generate:  # type: ignore[arg-type]  # bool or "auto"
-                for _ in range(CALLS[size]):
-                    generate(3, seed=0, output_type="latent")
-                if name == "kernels" and not generate.info.native_ops:
-                    continue
-            operators, whole = by_operator(next(profiles.glob("step*.json")), skip=2)
-            products = sum(value for operator, value in operators.items() if operator in PRODUCTS)
-            figures[name] = {
-                "step_ms": whole,
-                "ms": operators,
-                "share": {operator: round(value / whole, 3) for operator, value in operators.items()},
-                "between_operators_ms": max(0.0, whole - sum(operators.values())),
-                "arithmetic_flop_per_s": flop / products * 1e3,
-            }
-    return {"flop": flop, **figures}
+        profiles = Path(temporary)
+        with Generator(case.bundle, device="cpu", threads=physical_cores(), profile_dir=profiles, cache_dir=False, **options) as generate:
+            given = arguments(case, n)
+            generate(**given)
+            end, calls = time.perf_counter() + SECONDS, 0
+            while calls < MIN_CALLS or time.perf_counter() < end:
+                generate(**given)
+                calls += 1
+        operators, whole = by_operator(next(profiles.glob("step*.json")), skip=given["num_inference_steps"])
+    products = sum(value for operator, value in operators.items() if operator in PRODUCTS)
+    return {
+        "step_ms": whole,
+        "ms": operators,
+        "share": {operator: round(value / whole, 3) for operator, value in operators.items()},
+        "between_operators_ms": max(0.0, whole - sum(operators.values())),
+        "arithmetic_flop_per_s": n * case.facts.flop / given["num_inference_steps"] / products * 1e3,
+    }
 
 
-def main() -> None:
-    sizes = sys.argv[1:] or KNOWN[:1]
-    if unknown := sorted(set(sizes) - set(KNOWN)):
-        sys.exit(f"no size {', '.join(unknown)}; there are {', '.join(KNOWN)}")
-    save_and_print("breakdown", {size: measure(size) for size in sizes})
+def table(row: dict[str, Any]) -> str:
+    """Return the milliseconds of all ways as a table, the largest of the first way first, without operators that take less than half a percent."""
+    ways = [name for name in WAYS if name in row]
+    operators = list(dict.fromkeys(operator for way in ways for operator, share in row[way]["share"].items() if share >= 0.005))
+    lines = [["a step", *(f"{row[way]['step_ms']:.2f}" for way in ways)]]
+    lines += [[one, *(f"{row[way]['ms'][one]:.2f} ({row[way]['share'][one]:.0%})" if one in row[way]["ms"] else "-" for way in ways)] for one in operators]
+    return "\n".join(f"{line[0]:24}" + "".join(f"{cell:>22}" for cell in line[1:]) for line in ([["ms", *ways], *lines]))
+
+
+@click.command(help=__doc__.split("\n")[0])
+@click.argument("sizes", nargs=-1, type=click.Choice(list(SIZES)))
+@click.option("--batch-sizes", default="1", show_default=True)
+@AGAIN
+def main(sizes: tuple[str, ...], batch_sizes: str, again: bool) -> None:
+    try:
+        batches = [int(n) for n in batch_sizes.split(",")]
+    except ValueError as error:
+        raise click.BadParameter(f"--batch-sizes must be whole numbers separated by commas, got {batch_sizes}") from error
+    cells = Cells("breakdown", again=again)
+    for size in sizes or ("XXS",):
+        for n in batches:
+            name = f"{size}, batch {n}"
+            if not all(cells.is_measured(name, way) for way in WAYS):
+                case = prepared(size, max(batches))
+                cells.note(name, "flop", value=n * case.facts.flop / (len(case.facts.times) - 1))
+                for way, options in WAYS.items():
+                    cells.measure(name, way, by=partial(measure, case, n, options), show=False)
+            print(f"\n{name}\n{table(cells.get(name))}", flush=True)
 
 
 if __name__ == "__main__":

@@ -15,12 +15,14 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import click
 import numpy as np
-from _common import save_and_print
+from _common import AGAIN, Cells
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
@@ -185,39 +187,44 @@ def guidance_of_a_long_step(generate: Generator) -> float:
     return BASE + round(products * STEP_S / (time.monotonic() - start))
 
 
-def main() -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets its background jobs ignore Ctrl-C
-    seconds: dict[str, list[float]] = {name: [] for name in (*WAYS, "close", "exit", "exit_idle")}
-    next_call_s: dict[str, list[float]] = {name: [] for name in WAYS}
+def measure_way(bundle: Path, way: Callable[[Generator, dict[str, Any]], float], slow: dict[str, Any]) -> dict[str, float]:
+    """Return the seconds until the Generator is free, those of the call that follows, and the growth of the process's memory in MB."""
     expected = toy_bundle.sample([1], FAST["prompt_embeds"], steps=1)
+    seconds: list[float] = []
+    next_call_s: list[float] = []
+    with opened(bundle) as generate:
+        generate.submit(**FAST, guidance_scale=BASE + 2).result()
+        before = resident_mb()
+        for _ in range(ROUNDS):
+            seconds.append(way(generate, slow))
+            start = time.monotonic()
+            np.testing.assert_allclose(generate(**FAST).array, expected, atol=1e-6)
+            next_call_s.append(time.monotonic() - start)
+        grown = resident_mb() - before
+    return {"median_s": median(seconds), "max_s": max(seconds), "next_call_max_s": max(next_call_s), "resident_grown_mb": grown}
+
+
+def repeated(measure: Callable[[], float]) -> dict[str, float]:
+    """Return median and maximum of several rounds."""
+    seconds = [measure() for _ in range(ROUNDS)]
+    return {"median_s": median(seconds), "max_s": max(seconds)}
+
+
+@click.command(help=__doc__.split("\n")[0])
+@AGAIN
+def main(again: bool) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets its background jobs ignore Ctrl-C
+    cells = Cells("cancelling", again=again)
     with tempfile.TemporaryDirectory() as folder:
         bundle = toy_bundle.write_text_bundle(Path(folder) / "slow.scm", graphs={"step": STEP})
         with opened(bundle) as generate:
             guidance = guidance_of_a_long_step(generate)
-            slow = {**FAST, "guidance_scale": guidance}
-            generate.submit(**FAST, guidance_scale=BASE + 2).result()
-            before = resident_mb()
-            for _ in range(ROUNDS):
-                for name, way in WAYS.items():
-                    seconds[name].append(way(generate, slow))
-                    start = time.monotonic()
-                    np.testing.assert_allclose(generate(**FAST).array, expected, atol=1e-6)
-                    next_call_s[name].append(time.monotonic() - start)
-            after = resident_mb()
-        for _ in range(ROUNDS):
-            seconds["close"].append(at_close(opened(bundle), slow))
-            seconds["exit"].append(at_exit(bundle, guidance))
-            seconds["exit_idle"].append(at_exit(bundle, 0.0))
-    save_and_print(
-        "cancelling",
-        {
-            "products_per_step": guidance - BASE,
-            "step_s": STEP_S,
-            "seconds": {name: {"median": median(found), "max": max(found)} for name, found in seconds.items()},
-            "next_call_s": {name: max(found) for name, found in next_call_s.items()},
-            "resident_mb": {"before": before, "after": after},
-        },
-    )
+        slow = {**FAST, "guidance_scale": guidance}
+        for name, way in WAYS.items():
+            cells.measure(name, by=partial(measure_way, bundle, way, slow))
+        cells.measure("close", by=lambda: repeated(lambda: at_close(opened(bundle), slow)))
+        cells.measure("exit", by=lambda: repeated(lambda: at_exit(bundle, guidance)))
+        cells.measure("exit_idle", by=lambda: repeated(lambda: at_exit(bundle, 0.0)))
 
 
 if __name__ == "__main__":

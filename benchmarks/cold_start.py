@@ -18,10 +18,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from _common import save_and_print, stored_figures
+import click
+from _common import AGAIN, Cells
 
 from export import in_a_process, write_checkpoint
 
@@ -83,21 +85,25 @@ def measure(bundle: str, rounds: int, folder: Path) -> dict[str, Any]:
     return {"rounds": rounds, "cache_mib": round(size / 2**20, 1), "medians": medians}
 
 
-def main() -> None:
-    names = sys.argv[1:] or USUAL
-    if unknown := sorted(set(names) - set(ROUNDS)):
-        sys.exit(f"no model {', '.join(unknown)}; there are {', '.join(ROUNDS)}")
-    figures = stored_figures("cold_start")
-    for name in names:
-        preset = name.split()[0]
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary)
-            bundle = "digits"
-            if preset != "digits":
-                checkpoint = in_a_process(write_checkpoint, preset, folder)
-                bundle = in_a_process(export_bundle, checkpoint)
-            figures[name] = measure(bundle, ROUNDS[name], folder)
-    save_and_print("cold_start", figures)
+def measure_model(name: str) -> dict[str, Any]:
+    """Make the bundle of a model and measure it."""
+    preset = name.split()[0]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        bundle = "digits"
+        if preset != "digits":
+            checkpoint = in_a_process(write_checkpoint, preset, folder)
+            bundle = in_a_process(export_bundle, checkpoint)
+        return measure(bundle, ROUNDS[name], folder)
+
+
+@click.command(help=__doc__.split("\n")[0])
+@click.argument("names", nargs=-1, type=click.Choice(list(ROUNDS)))
+@AGAIN
+def main(names: tuple[str, ...], again: bool) -> None:
+    cells = Cells("cold_start", again=again)
+    for name in names or USUAL:
+        cells.measure(name, by=partial(measure_model, name))
 
 
 if __name__ == "__main__":

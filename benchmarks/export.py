@@ -17,12 +17,14 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
 
 # Nothing large is imported here: on Linux, the peak of a process includes the size of its parent when it was started.
-from _common import save_and_print, stored_figures
+import click
+from _common import AGAIN, Cells
 
 DTYPES = {"XXS": ("fp32",), "S": ("fp32",), "XXL": ("fp32", "fp16"), "SANA-Sprint": ("bf16",)}
 USUAL = ("XXS",)
@@ -121,27 +123,26 @@ def in_a_process(function: Callable[..., T], *args: object) -> T:
         return pool.submit(function, *args).result()
 
 
-def measure(name: str) -> dict[str, Any]:
-    """Return the rows of one model, by ``name dtype``."""
-    rows = {}
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint = in_a_process(write_checkpoint, name, Path(folder))
-        for dtype in DTYPES[name]:
-            with tempfile.TemporaryDirectory() as out:
-                bundle = Path(out) / "bundle.scm"
-                row = in_a_process(export_bundle, checkpoint, bundle, dtype)
-                rows[f"{name} {dtype}"] = {**row, "run": in_a_process(run_two_steps, bundle)}
-    return rows
+def measure(checkpoint: Path, dtype: str) -> dict[str, Any]:
+    """Return the row of one model and dtype."""
+    with tempfile.TemporaryDirectory() as out:
+        bundle = Path(out) / "bundle.scm"
+        row = in_a_process(export_bundle, checkpoint, bundle, dtype)
+        return {**row, "run": in_a_process(run_two_steps, bundle)}
 
 
-def main() -> None:
-    names = sys.argv[1:] or USUAL
-    if unknown := sorted(set(names) - set(DTYPES)):
-        sys.exit(f"no model {', '.join(unknown)}; there are {', '.join(DTYPES)}")
-    rows = stored_figures("export")
-    for name in names:
-        rows |= measure(name)
-        save_and_print("export", rows)
+@click.command(help=__doc__.split("\n")[0])
+@click.argument("names", nargs=-1, type=click.Choice(list(DTYPES)))
+@AGAIN
+def main(names: tuple[str, ...], again: bool) -> None:
+    cells = Cells("export", again=again)
+    for name in names or USUAL:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder)
+            new = not all(cells.is_measured(f"{name} {dtype}") for dtype in DTYPES[name])
+            checkpoint = in_a_process(write_checkpoint, name, path) if new else path
+            for dtype in DTYPES[name]:
+                cells.measure(f"{name} {dtype}", by=partial(measure, checkpoint, dtype))
 
 
 if __name__ == "__main__":

@@ -25,8 +25,9 @@ from typing import Any
 
 import click
 from _autotune.table import TABLE
+from _common import read_json, write_whole
 from _first_gpu.report import report
-from _first_gpu.runner import read, run_stages, write
+from _first_gpu.runner import run_stages
 from _first_gpu.stages import BENCHMARKS, ROOT, Plan, stages
 
 from scm_export.networks.edm2 import PRESETS
@@ -73,8 +74,8 @@ def environment(results: Path) -> dict[str, str]:
 def store(results: Path, about: Mapping[str, str], plan: Plan, outcomes: dict[str, Any], *, dry_run: bool) -> None:
     """Write the record and the report."""
     date = datetime.now(UTC).date().isoformat()
-    write(results / RECORD, json.dumps({"about": about, "date": date, "dry_run": dry_run, "sizes": plan.sizes, "stages": outcomes}, indent=2) + "\n")
-    write(results / "first-gpu.md", report(about, plan.sizes, outcomes, results, dry_run=dry_run))
+    write_whole(results / RECORD, json.dumps({"about": about, "date": date, "dry_run": dry_run, "sizes": plan.sizes, "stages": outcomes}, indent=2) + "\n")
+    write_whole(results / "first-gpu.md", report(about, plan.sizes, outcomes, results, dry_run=dry_run))
 
 
 @click.command()
@@ -101,7 +102,7 @@ def main(minutes: float, sizes: tuple[str, ...], skip: tuple[str, ...], again: b
     known, about = stages(plan), describe(hardware)
     if unknown := sorted(set(skip) - {stage.name for stage in known}):
         raise click.BadParameter(f"there is no stage {', '.join(unknown)}; there are: {', '.join(stage.name for stage in known)}", param_hint="--skip")
-    earlier = read(results / RECORD)
+    earlier = read_json(results / RECORD)
     same = earlier.get("about", {}).get("commit") == about.get("commit") and earlier.get("sizes") == list(plan.sizes)
     outcomes: dict[str, Any] = dict(earlier["stages"]) if same and not again else {}
 

@@ -21,11 +21,12 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _common import interleaved, save_and_print
+from _common import Cells, interleaved
 from _peers.models import DIGITS, edm2_config, random_checkpoint
 
 from scm_export import export
@@ -179,18 +180,18 @@ def peak_memory(bundle: Path, streamed: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=5)
-    seconds = parser.parse_args().seconds
+    parser.add_argument("--again", action="store_true", help="measure again what was measured before")
+    chosen = parser.parse_args()
+    seconds, cells = chosen.seconds, Cells("host", again=chosen.again)
     with tempfile.TemporaryDirectory() as folder:
         checkpoints = {"digits 28x28": DIGITS, "XXS 32x32x4": random_checkpoint(edm2_config("XXS"), Path(folder) / "xxs.pt")}
         bundles = {name: export(path, Path(folder) / f"{path.stem}.scm", verify=False, steps=()).path for name, path in checkpoints.items()}
         digits, xxs = bundles
-        figures = {
-            "call": {digits: call_overhead(bundles[digits], 500)},  # for larger graphs the noise is larger than the overhead
-            "threads": {digits: measure_threads(bundles[digits], 40), xxs: measure_threads(bundles[xxs], 8)},
-            "clients": {name: measure_clients(bundle, seconds) for name, bundle in bundles.items()},
-            "memory, MiB": {digits: peak_memory(bundles[digits], 1000), xxs: peak_memory(bundles[xxs], 64)},
-        }
-    save_and_print("host", figures)
+        cells.measure("call", digits, by=partial(call_overhead, bundles[digits], 500))  # for larger graphs the noise is larger than the overhead
+        for name, repeats, streamed in ((digits, 40, 1000), (xxs, 8, 64)):
+            cells.measure("threads", name, by=partial(measure_threads, bundles[name], repeats))
+            cells.measure("clients", name, by=partial(measure_clients, bundles[name], seconds))
+            cells.measure("memory, MiB", name, by=partial(peak_memory, bundles[name], streamed))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Are the native operators worth their library? Each kernel against its own function body and PyTorch eager; then whole steps.
 
-    python benchmarks/ops.py [--device cpu|cuda] [--only operators|steps] [--size XXS] [--size S]
+    python benchmarks/ops.py [--device cpu|cuda] [--only operators|steps] [--size XXS] [--size S] [--again]
 
 Operators: the same single-node graph runs in ONNX Runtime with the library (kernel) and without (body); PyTorch runs the reference function.
 Bandwidth counts inputs and outputs once, relative to the bandwidth of copying a tensor of 256 MB. Steps: EDM2 with sCM's changes and random
@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from _common import interleaved, save_and_print, stored_figures
+from _common import Cells, interleaved
 from _peers.models import random_checkpoint
 from onnx import helper
 
@@ -179,35 +179,39 @@ def copy_bandwidth(device: str) -> float:
     return 2 * COPY_BYTES / sorted(times)[len(times) // 2] / 1e9
 
 
-def operators(device: str) -> dict[str, Any]:
-    bandwidth = copy_bandwidth(device)
-    figures: dict[str, Any] = {"copy bandwidth, GB/s": bandwidth}
+def operators(device: str, *, again: bool) -> None:
+    """Time each operator of ``cases``."""
+    kept = Cells(f"ops-{device}", again=again)
+    kept.measure("copy bandwidth, GB/s", by=partial(copy_bandwidth, device))
     for case in cases(device):
-        model = node_model(case)
-        named = {f"i{k}": x for k, x in enumerate(case.inputs)}
-        candidates = {
-            "kernel": bound(session(model, device, native=True), named, device),
-            "body": bound(session(model, device, native=False), named, device),
-            "PyTorch eager": torch_call(case.eager, case.inputs, device),
-        }
-        if case.operator == "CosineAttention":
-            n, length, _ = case.inputs[0].shape
-            q, k, v = case.inputs[0].reshape(n, length, 3, -1, 64).permute(2, 0, 3, 1, 4).contiguous().unbind(0)
-            candidates["PyTorch scaled_dot_product_attention"] = torch_call(torch.nn.functional.scaled_dot_product_attention, (q, k, v), device)
-        found = interleaved(candidates, repeats=10 if case.size == "64 MB" else 50, warmup=3)
-        kernel = found["kernel"]["median_ms"]
-        with torch.inference_mode():
-            results = case.eager(*case.inputs)
-        tensors = [*case.inputs, *(results if isinstance(results, tuple) else (results,))]
-        moved = sum(x.numel() * x.element_size() for x in tensors if isinstance(x, torch.Tensor))
-        entry: dict[str, Any] = {name: value["median_ms"] for name, value in found.items()}
-        entry |= {f"x {name}": value["median_ms"] / kernel for name, value in found.items() if name != "kernel"}
-        entry["GB/s"] = moved / kernel / 1e6
-        if case.size == "64 MB":
-            entry["share of copy bandwidth"] = entry["GB/s"] / bandwidth
-        figures[f"{case.operator}, {case.size}"] = entry
-        print(f"{case.operator}, {case.size}", entry, flush=True)
-    return figures
+        kept.measure(f"{case.operator}, {case.size}", by=partial(time_operator, case, device, kept.get("copy bandwidth, GB/s")))
+
+
+def time_operator(case: Case, device: str, bandwidth: float) -> dict[str, float]:
+    """Return the milliseconds of each candidate, ratios to the kernel, and the kernel's bandwidth."""
+    model = node_model(case)
+    named = {f"i{k}": x for k, x in enumerate(case.inputs)}
+    candidates = {
+        "kernel": bound(session(model, device, native=True), named, device),
+        "body": bound(session(model, device, native=False), named, device),
+        "PyTorch eager": torch_call(case.eager, case.inputs, device),
+    }
+    if case.operator == "CosineAttention":
+        n, length, _ = case.inputs[0].shape
+        q, k, v = case.inputs[0].reshape(n, length, 3, -1, 64).permute(2, 0, 3, 1, 4).contiguous().unbind(0)
+        candidates["PyTorch scaled_dot_product_attention"] = torch_call(torch.nn.functional.scaled_dot_product_attention, (q, k, v), device)
+    found = interleaved(candidates, repeats=10 if case.size == "64 MB" else 50, warmup=3)
+    kernel = found["kernel"]["median_ms"]
+    with torch.inference_mode():
+        results = case.eager(*case.inputs)
+    tensors = [*case.inputs, *(results if isinstance(results, tuple) else (results,))]
+    moved = sum(x.numel() * x.element_size() for x in tensors if isinstance(x, torch.Tensor))
+    entry = {name: value["median_ms"] for name, value in found.items()}
+    entry |= {f"x {name}": value["median_ms"] / kernel for name, value in found.items() if name != "kernel"}
+    entry["GB/s"] = moved / kernel / 1e6
+    if case.size == "64 MB":
+        entry["share of copy bandwidth"] = entry["GB/s"] / bandwidth
+    return entry
 
 
 SIZES: dict[str, tuple[UNetConfig, int]] = {
@@ -217,39 +221,42 @@ SIZES: dict[str, tuple[UNetConfig, int]] = {
 """Sizes of the steps: the network, and the number of runs of each candidate."""
 
 
-def steps(device: str, sizes: list[str]) -> dict[str, Any]:
-    """Time whole steps. "plain" is the result of torch.onnx.export if it traces through the operators."""
-    figures = stored_figures(f"ops-steps-{device}")
-    for name, (config, repeats) in SIZES.items():
-        if name.split()[0] not in sizes:
-            continue
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary)
-            model = build_model(load_checkpoint(random_checkpoint(config, folder / "model.pt")))
-            writer = BundleWriter(folder)
-            writer.graph("scm.onnx", trace_step(model, OPSET))
-            writer.graph("plain.onnx", trace_step(model, OPSET, operators=False))
-            writer.close()
-            torch.manual_seed(0)
-            x, t = torch.randn(1, *model.sample_shape, device=device), torch.full((1,), 1.5, device=device)
-            inputs = {"x": x, "t": t, "t_next": t - 0.5, "noise": x.flip(-1).contiguous(), "class_labels": torch.tensor([3], device=device)}
-            step = model.step.to(device)
-            *state, labels = inputs.values()
-            candidates = {
-                "native": bound(session(folder / "scm.onnx", device, native=True), inputs, device),
-                "bodies": bound(session(folder / "scm.onnx", device, native=False), inputs, device),
-                "plain": bound(session(folder / "plain.onnx", device, native=False), inputs, device),
-                "PyTorch eager": torch_call(lambda *a, step=step: step(*a[:4], {"class_labels": a[4]}), (*state, labels), device),
-            }
-            found = interleaved(candidates, repeats=repeats, warmup=3)
-        native = found["native"]
-        figures[name] = {
-            **found,
-            **{f"x {other}": found[other]["median_ms"] / native["median_ms"] for other in found if other != "native"},
-            **{f"x {other}, of the minima": found[other]["min_ms"] / native["min_ms"] for other in found if other != "native"},
+def steps(device: str, sizes: list[str], *, again: bool) -> None:
+    """Time whole steps."""
+    kept = Cells(f"ops-steps-{device}", again=again)
+    for name in SIZES:
+        if name.split()[0] in sizes:
+            kept.measure(name, by=partial(time_steps, name, device))
+
+
+def time_steps(size: str, device: str) -> dict[str, Any]:
+    """Return the milliseconds of each candidate and ratios. "plain" is the result of torch.onnx.export if it traces through the operators."""
+    config, repeats = SIZES[size]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        model = build_model(load_checkpoint(random_checkpoint(config, folder / "model.pt")))
+        writer = BundleWriter(folder)
+        writer.graph("scm.onnx", trace_step(model, OPSET))
+        writer.graph("plain.onnx", trace_step(model, OPSET, operators=False))
+        writer.close()
+        torch.manual_seed(0)
+        x, t = torch.randn(1, *model.sample_shape, device=device), torch.full((1,), 1.5, device=device)
+        inputs = {"x": x, "t": t, "t_next": t - 0.5, "noise": x.flip(-1).contiguous(), "class_labels": torch.tensor([3], device=device)}
+        step = model.step.to(device)
+        *state, labels = inputs.values()
+        candidates = {
+            "native": bound(session(folder / "scm.onnx", device, native=True), inputs, device),
+            "bodies": bound(session(folder / "scm.onnx", device, native=False), inputs, device),
+            "plain": bound(session(folder / "plain.onnx", device, native=False), inputs, device),
+            "PyTorch eager": torch_call(lambda *a: step(*a[:4], {"class_labels": a[4]}), (*state, labels), device),
         }
-        print(name, figures[name], flush=True)
-    return figures
+        found = interleaved(candidates, repeats=repeats, warmup=3)
+    native = found["native"]
+    return {
+        **found,
+        **{f"x {other}": found[other]["median_ms"] / native["median_ms"] for other in found if other != "native"},
+        **{f"x {other}, of the minima": found[other]["min_ms"] / native["min_ms"] for other in found if other != "native"},
+    }
 
 
 def main() -> None:
@@ -257,11 +264,12 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--only", choices=["operators", "steps"])
     parser.add_argument("--size", choices=[name.split()[0] for name in SIZES], action="append")
+    parser.add_argument("--again", action="store_true", help="measure again what was measured before")
     chosen = parser.parse_args()
     if chosen.only != "steps":
-        save_and_print(f"ops-{chosen.device}", operators(chosen.device))
+        operators(chosen.device, again=chosen.again)
     if chosen.only != "operators":
-        save_and_print(f"ops-steps-{chosen.device}", steps(chosen.device, chosen.size or ["XXS"]))
+        steps(chosen.device, chosen.size or ["XXS"], again=chosen.again)
 
 
 if __name__ == "__main__":

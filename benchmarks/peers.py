@@ -1,132 +1,113 @@
 """How fast are the alternatives? Two steps from the same noise to the same final state, with the same weights, by scm_runtime and its peers.
 
     python benchmarks/peers.py                             digits and XXS at batch 1, on the CPU
-    python benchmarks/peers.py --all                       all models and peers: hours, of which XXL takes one; 16 GB of memory, 20 GB of disk (TMPDIR)
+    python benchmarks/peers.py --preset short              the small models at batch 1 and 8: starts nothing after 13 minutes
+    python benchmarks/peers.py --preset large              S and XXL at batch 1 and 8: 16 GB of memory, 20 GB of disk
+    python benchmarks/peers.py --all                       all models and peers: hours
     python benchmarks/peers.py --device cuda --sizes S,XXL --batch-sizes 1,8,64 --steps 1
 
 Each peer runs in its own process, which loads the model and samples on command; the processes take turns. In addition to latency: memory of the process,
 time from its start to the first result with empty caches, and install size. Each peer uses the best settings in its documentation, which the results name
-(``_peers/catalogue.py``). Results are compared with PyTorch's in float32; a peer that computes something else is not timed. A peer that is not installed or
-fails is reported, and does not affect the others. Rows that are not measured stay in the results if they are from this machine.
+(``_peers/catalogue.py``). Results are compared with PyTorch's in float32; a peer that computes something else is not timed. A peer that is not installed,
+fails or takes too long is reported, and does not affect the others. The figures of a peer are written as soon as they are valid; another run measures only
+what is missing or was measured with another build of scm_runtime or another version of the peer. Peers that take long to start come last. The models are kept
+in ``build/peers``.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
-from _common import save, stored_figures
-from _peers.case import Case
-from _peers.catalogue import PEERS, Peer
-from _peers.client import worker_environment
+from _common import AGAIN, Cells
+from _peers.catalogue import ANCHOR, PEERS, Peer, install_own
+from _peers.installed import versions
 from _peers.machine import gpu, physical_cores
+from _peers.preparing import FOLDER, NotPreparedError, measure_peak_rates, prepared
+from _peers.presets import PRESETS, Preset
 from _peers.rounds import Plan, Row
-from _peers.sizes import DISK_WEIGHTS, SIZES, available_bytes, memory_shortage, preparing_bytes
+from _peers.sizes import SIZES
 
-STAGES = ("checkpoint", "bundle", "plain")
-FEW = ("digits", "XXS")
+USUAL = Preset(("digits", "XXS"), (1,), seconds=15, min_rounds=3, cell_s=1800, minutes=float("inf"))
 CUDA_BATCH_SIZES = (1, 8, 64)
-
-
-class NotPreparedError(RuntimeError):
-    """The models of a size cannot be prepared on this machine."""
 
 
 def show_progress(line: str) -> None:
     print(line, flush=True)
 
 
-@contextmanager
-def prepared(size: str, samples: int, steps: int, device: str, work: Path | None) -> Iterator[Case]:
-    """Prepare the models of a size, in a temporary folder or in ``work``, which is kept.
-
-    Raises:
-        NotPreparedError: there is too little memory or disk space, or the preparation fails.
-    """
-    with tempfile.TemporaryDirectory(prefix="peers-") as temporary:
-        folder = Path(temporary) / size if work is None else work / f"{size}-{device}-{samples}-{steps}"
-        if not (folder / "case.json").exists():
-            _check_room(size, folder.parent)
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            for stage in STAGES:
-                show_progress(f"  making the {stage}")
-                _run_stage(stage, folder, size, samples, steps, device)
-        yield Case.load(folder)
-
-
-def _check_room(size: str, parent: Path) -> None:
-    """Raise NotPreparedError if memory or disk space do not suffice, before minutes are spent."""
-    parent.mkdir(parents=True, exist_ok=True)
-    if reason := memory_shortage(preparing_bytes(SIZES[size]), f"making {SIZES[size].title}", available_bytes()):
-        raise NotPreparedError(reason)
-    need, free = DISK_WEIGHTS * SIZES[size].weights_bytes, shutil.disk_usage(parent).free
-    if need > free:
-        raise NotPreparedError(f"making {SIZES[size].title} needs about {need / 1e9:.0f} GB of disk, and '{parent}' has {free / 1e9:.0f} GB free: set TMPDIR")
-
-
-def _run_stage(stage: str, folder: Path, size: str, samples: int, steps: int, device: str) -> None:
-    options = ["--samples", str(samples), "--steps", str(steps), "--device", device]
-    command = [sys.executable, "-m", "_peers.prepare", stage, str(folder), size, *options]
-    done = _python(command, folder)
-    if done.returncode:
-        said = [line for line in done.stderr.splitlines() if line.strip()]
-        raise NotPreparedError(f"making the {stage} of {SIZES[size].title} failed: {said[-1].strip() if said else f'exit code {done.returncode}'}")
-
-
-def _python(command: Sequence[str], scratch: Path) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, **worker_environment(scratch, physical_cores()), "PYTHONPATH": path}
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-
-
-def measure_peak_rates(device: str, threads: int) -> dict[str, float] | None:
-    """Return the peak rates of the machine, or None without PyTorch."""
-    program = f"import json; from _peers.machine import peak_rates; print(json.dumps(peak_rates({device!r}, {threads})))"
-    with tempfile.TemporaryDirectory() as scratch:
-        done = _python([sys.executable, "-c", program], Path(scratch))
-    return None if done.returncode else dict(json.loads(done.stdout))
-
-
 def chosen_peers(device: str, names: Sequence[str], *, everything: bool) -> list[Peer]:
-    """Return the named peers, or those that run by default."""
-    return [peer for peer in PEERS[device].values() if (peer.name in names if names else everything or peer.always)]
+    """Return the named peers, or those that run by default, and the one that all are compared with."""
+    return [peer for peer in PEERS[device].values() if peer.name == ANCHOR or (peer.name in names if names else everything or peer.always)]
 
 
 def row_name(size: str, n: int, steps: int) -> str:
     return f"{size}, batch {n}" + ("" if steps == 2 else f", {steps} step{'s' * (steps > 1)}")
 
 
-def measure_size(
-    size: str, batch_sizes: Sequence[int], steps: int, peers: Sequence[Peer], plan: Plan, work: Path | None
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the rows of one size as they are measured."""
-    with prepared(size, max(batch_sizes), steps, plan.device, work) as case, tempfile.TemporaryDirectory(prefix="peers-") as scratch:
-        for n in batch_sizes:
-            show_progress(f"{SIZES[size].title}, batch {n}, {steps} steps")
-            start = time.perf_counter()
-            found = Row(case, SIZES[size], n, plan, Path(scratch) / str(n), lambda line: show_progress(line)).measure(peers)
-            facts = {"parameters": case.facts.parameters, "flop_per_sample": case.facts.flop}
-            about = {
-                "date": datetime.now(UTC).date().isoformat(),
-                "size": size,
-                "title": SIZES[size].title,
-                "batch_size": n,
-                "steps": steps,
-                "threads": plan.threads,
-            }
-            yield row_name(size, n, steps), {**about, **facts, "took_s": round(time.perf_counter() - start), "peers": found}
+class Measurement:
+    """Measures the cells that are missing, until the time is over."""
+
+    def __init__(self, cells: Cells, plan: Plan, steps: int, peers: Sequence[Peer], minutes: float, work: Path) -> None:
+        self.cells, self.plan, self.steps, self.peers, self.work = cells, plan, steps, peers, work
+        self._end = time.monotonic() + 60 * minutes
+
+    def measure(self, batch_sizes: dict[str, Sequence[int]]) -> bool:
+        """Measure batch sizes of models; return whether there was time for all. Slow peers come last."""
+        for slow in (False, True):
+            for size, numbers in batch_sizes.items():
+                for n in numbers:
+                    missing = [peer for peer in self.peers if peer.slow == slow and not self._is_measured(row_name(size, n, self.steps), peer)]
+                    if missing and time.monotonic() > self._end:
+                        return False
+                    if missing:
+                        self._row(size, n, missing, max(numbers))
+        return True
+
+    def _is_measured(self, row: str, peer: Peer) -> bool:
+        path = ("rows", row, "peers", peer.name)
+        return self.cells.is_measured(*path) and self.cells.get(*path).get("versions") in (None, versions(peer.distributions, peer.packages))
+
+    def _row(self, size: str, n: int, peers: Sequence[Peer], samples: int) -> None:
+        """Measure some peers with one size and batch size."""
+        try:
+            case = prepared(size, samples, self.steps, self.plan.device, self.work, show_progress)
+        except NotPreparedError as error:
+            show_progress(f"{SIZES[size].title}: {error}")
+            self.cells.note("not_measured", size, value=str(error))
+            return
+        self.cells.note("not_measured", size, value=None)
+        name, start = row_name(size, n, self.steps), time.monotonic()
+        show_progress(f"{SIZES[size].title}, batch {n}, {self.steps} steps")
+        kept = self.cells.get("rows", name) or {}
+        about = {
+            "date": datetime.now(UTC).date().isoformat(),
+            "size": size,
+            "title": SIZES[size].title,
+            "batch_size": n,
+            "steps": self.steps,
+            "threads": self.plan.threads,
+            "parameters": case.facts.parameters,
+            "flop_per_sample": case.facts.flop,
+        }
+        # Figures of another build would be compared with those of this one.
+        current = {peer: found for peer, found in kept.get("peers", {}).items() if self.cells.is_current("rows", name, "peers", peer)}
+        self.cells.note("rows", name, value={**about, "took_s": kept.get("took_s", 0) if current else 0, "peers": current})
+        anchor = None if any(peer.name == ANCHOR for peer in peers) else PEERS[self.plan.device][ANCHOR]
+        with tempfile.TemporaryDirectory(prefix="peers-") as scratch:
+            keep = partial(self._keep, name)
+            Row(case, SIZES[size], n, self.plan, Path(scratch) / "workers", show_progress, keep).measure(peers, anchor)
+        self.cells.note("rows", name, "took_s", value=self.cells.get("rows", name, "took_s") + round(time.monotonic() - start))
+
+    def _keep(self, row: str, peer: str, figures: dict[str, Any]) -> None:
+        self.cells.keep("rows", row, "peers", peer, figures=figures)
 
 
 def show(rows: dict[str, Any]) -> None:
@@ -144,10 +125,18 @@ def show(rows: dict[str, Any]) -> None:
             )
 
 
-def _in_order(rows: dict[str, Any]) -> dict[str, Any]:
-    """Return the rows in the order of the tables."""
-    sizes = list(SIZES)
-    return dict(sorted(rows.items(), key=lambda item: (sizes.index(item[1]["size"]), item[1]["batch_size"], item[1]["steps"])))
+def in_order(device: str, figures: dict[str, Any]) -> dict[str, Any]:
+    """Return the figures with rows and peers in the order of the tables."""
+    sizes, names = list(SIZES), list(PEERS[device])
+
+    def place(row: tuple[str, Any]) -> tuple[int, int, int]:
+        return sizes.index(row[1]["size"]), row[1]["batch_size"], row[1]["steps"]
+
+    def rank(peer: tuple[str, Any]) -> int:
+        return names.index(peer[0]) if peer[0] in names else len(names)
+
+    rows = dict(sorted(figures.get("rows", {}).items(), key=place))
+    return {**figures, "rows": {name: {**row, "peers": dict(sorted(row["peers"].items(), key=rank))} for name, row in rows.items()}}
 
 
 def _split_names(context: click.Context, parameter: click.Parameter, value: str | None) -> list[str]:
@@ -159,32 +148,44 @@ def _check_names(names: Sequence[str], known: Sequence[str], what: str) -> None:
         raise click.BadParameter(f"there is no {what} {', '.join(map(repr, unknown))}; there are: {'; '.join(known)}")
 
 
+def _preset(context: click.Context, parameter: click.Parameter, value: str | None) -> Preset:
+    return PRESETS[value] if value else USUAL
+
+
 @click.command(help=__doc__.split("\n")[0])
-@click.option("--sizes", callback=_split_names, help=f"Any of {', '.join(SIZES)}; by default {', '.join(FEW)}.")
+@click.option("--preset", type=click.Choice(list(PRESETS)), callback=_preset, help="Models, batch sizes and durations, unless other options give them.")
+@click.option("--sizes", callback=_split_names, help=f"Any of {', '.join(SIZES)}; by default {', '.join(USUAL.sizes)}.")
 @click.option("--batch-sizes", callback=_split_names, help="By default 1; with --all 1,8, of XXL 1; on a GPU 1,8,64.")
 @click.option("--steps", type=click.IntRange(1), default=2, show_default=True)
 @click.option("--peers", "names", callback=_split_names, help="By name, separated by commas; an unknown name lists them.")
 @click.option("--all", "everything", is_flag=True, help="All sizes and peers, unless other options select some.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
-@click.option("--seconds", type=float, default=15.0, show_default=True, help="Duration of the rounds of one size and batch size.")
+@click.option("--seconds", type=float, help=f"Duration of the rounds of one size and batch size; by default {USUAL.seconds:.0f}.")
 @click.option("--rounds", type=click.IntRange(1), help="Exact number of rounds, in place of --seconds.")
-@click.option("--least-rounds", "min_rounds", type=click.IntRange(1), default=3, show_default=True, help="Minimum number of rounds, however long they take.")
+@click.option("--least-rounds", "min_rounds", type=click.IntRange(1), help=f"Minimum number of rounds, however long they take; by default {USUAL.min_rounds}.")
+@click.option("--minutes", type=float, help="Start nothing after this time: another run continues.")
 @click.option("--threads", type=click.IntRange(1), help="By default the number of physical cores that this process may use.")
-@click.option("--patience", "timeout", type=float, default=1800.0, show_default=True, help="Seconds to wait for an answer before a peer is reported as failed.")
-@click.option("--work", type=click.Path(path_type=Path), help="Folder in which the models are kept for the next run.")
+@click.option("--patience", "cell_s", type=float, help=f"Seconds for a peer in one row, after which it is given up; by default {USUAL.cell_s:.0f}.")
+@click.option("--work", type=click.Path(path_type=Path), default=FOLDER, help="Folder in which the models are kept.")
+@click.option("--install", is_flag=True, help="First install the peers that need an environment of their own, into build/peers.")
+@AGAIN
 def main(
+    preset: Preset,
     sizes: list[str],
     batch_sizes: list[str],
     steps: int,
     names: list[str],
     everything: bool,
     device: str,
-    seconds: float,
+    seconds: float | None,
     rounds: int | None,
-    min_rounds: int,
+    min_rounds: int | None,
+    minutes: float | None,
     threads: int | None,
-    timeout: float,
-    work: Path | None,
+    cell_s: float | None,
+    work: Path,
+    install: bool,
+    again: bool,
 ) -> None:
     _check_names(sizes, list(SIZES), "size")
     names = _join_names(names, list(PEERS[device]))
@@ -197,27 +198,34 @@ def main(
         raise click.BadParameter(f"--batch-sizes must be whole numbers separated by commas, got {','.join(batch_sizes)}") from error
     if any(n < 1 for n in batches):
         raise click.BadParameter(f"--batch-sizes must be at least 1, got {','.join(batch_sizes)}")
-    plan = Plan(device, threads or physical_cores(), seconds, rounds, min_rounds, timeout)
-    peers, result = chosen_peers(device, names, everything=everything), "peers" if device == "cpu" else "peers-cuda"
-    figures = stored_figures(result)
-    figures["roof"] = measure_peak_rates(device, plan.threads)
-    figures["gpu"] = gpu() if device == "cuda" else None
-    figures.setdefault("rows", {})
-    figures.setdefault("not_measured", {})
-    new: dict[str, Any] = {}
-    for size in sizes or (list(SIZES) if everything else FEW):
-        figures["not_measured"].pop(size, None)
-        try:
-            usual = CUDA_BATCH_SIZES if device == "cuda" else SIZES[size].cpu_batch_sizes if everything else (1,)
-            for name, row in measure_size(size, batches or usual, steps, peers, plan, work):
-                new[name] = row
-                figures["rows"] = _in_order({**figures["rows"], name: row})
-                save(result, figures)
-        except NotPreparedError as error:
-            show_progress(f"{SIZES[size].title}: {error}")
-            figures["not_measured"][size] = str(error)
-            save(result, figures)
-    show(new)
+    chosen = replace(
+        preset,
+        sizes=tuple(sizes or (SIZES if everything else preset.sizes)),
+        seconds=preset.seconds if seconds is None else seconds,
+        min_rounds=min_rounds or preset.min_rounds,
+        minutes=preset.minutes if minutes is None else minutes,
+        cell_s=cell_s or preset.cell_s,
+    )
+    plan = Plan(device, threads or physical_cores(), chosen.seconds, rounds, chosen.min_rounds, chosen.cell_s)
+    peers = chosen_peers(device, names, everything=everything)
+    if install:
+        install_own(peers)
+    cells = Cells("peers" if device == "cpu" else "peers-cuda", again=again, order=partial(in_order, device), threads=plan.threads)
+    cells.measure("roof", by=lambda: measure_peak_rates(device, plan.threads))
+    cells.note("gpu", value=gpu() if device == "cuda" else None)
+    wanted = dict(_batch_sizes(chosen, batches, device, everything=everything))
+    done = Measurement(cells, plan, steps, peers, chosen.minutes, work).measure(wanted)
+    rows = cells.get("rows") or {}
+    show({name: rows[name] for size, numbers in wanted.items() for n in numbers if (name := row_name(size, n, steps)) in rows})
+    if not done:
+        show_progress(f"\nThe {chosen.minutes:g} minutes are over, and not everything is measured. Call it again for the rest.")
+
+
+def _batch_sizes(chosen: Preset, batches: Sequence[int], device: str, *, everything: bool) -> Iterator[tuple[str, Sequence[int]]]:
+    """Yield each size with its batch sizes."""
+    for size in chosen.sizes:
+        usual = CUDA_BATCH_SIZES if device == "cuda" else SIZES[size].cpu_batch_sizes if everything else chosen.batch_sizes
+        yield size, batches or usual
 
 
 def _join_names(parts: list[str], known: list[str]) -> list[str]:

@@ -13,15 +13,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
-from _common import interleaved, save_and_print, stored_figures
+from _common import AGAIN, Cells, interleaved
 from _peers.case import Case
 from _peers.ours import open_generator
+from _peers.preparing import prepared
 from _peers.sizes import SIZES
-from peers import prepared
 
 THREADS = 2
 CALLS = 4
@@ -58,7 +59,8 @@ def measure(case: Case, n: int, changed: dict[str, object], seconds: float) -> d
 @click.option("--sizes", default="CM", show_default=True, help=f"Any of {', '.join(SIZES)}.")
 @click.option("--batch-sizes", default="1,8", show_default=True)
 @click.option("--seconds", default=10.0, show_default=True, help="Duration of the timing of each model and batch size.")
-def main(option: str, sizes: str, batch_sizes: str, seconds: float) -> None:
+@AGAIN
+def main(option: str, sizes: str, batch_sizes: str, seconds: float, again: bool) -> None:
     name, _, value = option.partition("=")
     try:
         changed: dict[str, object] = {name: json.loads(value)}
@@ -67,13 +69,13 @@ def main(option: str, sizes: str, batch_sizes: str, seconds: float) -> None:
     batches = [int(n) for n in batch_sizes.split(",")]
     if unknown := set(sizes.split(",")) - set(SIZES):
         raise click.BadParameter(f"there is no size {', '.join(sorted(unknown))}; there are: {', '.join(SIZES)}")
-    figures = stored_figures("session_options")
-    rows = figures.setdefault(option, {})
+    cells = Cells("session_options", again=again)
     for size in sizes.split(","):
-        with prepared(size, max(batches), 2, "cpu", None) as case:
-            for n in batches:
-                rows[f"{size}, batch {n}"] = measure(case, n, changed, seconds)
-    save_and_print("session_options", figures)
+        if all(cells.is_measured(option, f"{size}, batch {n}") for n in batches):
+            continue
+        case = prepared(size, max(batches))
+        for n in batches:
+            cells.measure(option, f"{size}, batch {n}", by=partial(measure, case, n, changed, seconds))
 
 
 if __name__ == "__main__":

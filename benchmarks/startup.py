@@ -10,7 +10,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from _common import save_and_print
+import click
+from _common import AGAIN, Cells
 
 ROUNDS = 15
 BASE = "import numpy, onnxruntime"
@@ -22,7 +23,8 @@ PROGRAMS = {
 }
 
 
-def main() -> None:
+def measure() -> dict[str, float]:
+    """Return the median milliseconds of each program, run in turn."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "digit.png"
         programs = {name: [sys.executable, "-c", code.format(out=out)] for name, code in PROGRAMS.items()}
@@ -35,9 +37,16 @@ def main() -> None:
                 start = time.perf_counter()
                 subprocess.run(command, check=True, capture_output=True, env=environment)
                 times[name].append((time.perf_counter() - start) * 1e3)
-        medians = {name: statistics.median(values[1:]) for name, values in times.items()}
-    with_ours, base = medians["numpy + onnxruntime + scm_runtime"], medians["numpy + onnxruntime"]
-    save_and_print("startup", {"median_ms": medians, "import scm_runtime adds, ms": with_ours - base})
+        return {name: statistics.median(values[1:]) for name, values in times.items()}
+
+
+@click.command(help=__doc__)
+@AGAIN
+def main(again: bool) -> None:
+    cells = Cells("startup", again=again)
+    cells.measure("median_ms", by=measure)
+    medians = cells.get("median_ms")
+    cells.note("import scm_runtime adds, ms", value=medians["numpy + onnxruntime + scm_runtime"] - medians["numpy + onnxruntime"])
 
 
 if __name__ == "__main__":

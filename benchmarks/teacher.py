@@ -12,7 +12,6 @@ results.
 from __future__ import annotations
 
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,9 +21,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import click
 import msgspec
 import torch
-from _common import save_and_print, stored_figures
+from _common import AGAIN, Cells
 from _peers.models import DIGITS, edm2_config, random_checkpoint
 from _peers.sizes import BASE_BYTES, SIZES, available_bytes, memory_shortage, preparing_bytes
 
@@ -115,14 +115,13 @@ def row(size: str) -> dict[str, Any]:
     return {"title": title, "status": "ok", "date": datetime.now(UTC).date().isoformat(), "native_ops": native, "sampler": SAMPLER, **found}
 
 
-def main() -> None:
-    sizes = sys.argv[1:] or USUAL
-    if unknown := sorted(set(sizes) - set(KNOWN)):
-        sys.exit(f"no size {', '.join(unknown)}; there are {', '.join(KNOWN)}")
-    figures = stored_figures("teacher")
-    for size in sizes:
-        figures[size] = row(size)
-        save_and_print("teacher", figures)
+@click.command(help=__doc__.split("\n")[0])
+@click.argument("sizes", nargs=-1, type=click.Choice(KNOWN))
+@AGAIN
+def main(sizes: tuple[str, ...], again: bool) -> None:
+    cells = Cells("teacher", again=again)
+    for size in sizes or USUAL:
+        cells.measure(size, by=partial(row, size))
 
 
 if __name__ == "__main__":

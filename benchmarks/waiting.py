@@ -6,7 +6,8 @@ import statistics
 import threading
 import time
 
-from _common import save_and_print
+import click
+from _common import AGAIN, Cells
 
 from scm_runtime import Generator
 
@@ -31,12 +32,19 @@ def images_per_second(waiting: int) -> float:
     return measured / elapsed
 
 
-def main() -> None:
+def measure() -> dict[str, float]:
+    """Return images per second by the number of waiting requests, measured in turn."""
     rates: dict[int, list[float]] = {waiting: [] for waiting in WAITING}
     for _ in range(ROUNDS):
         for waiting, found in rates.items():
             found.append(images_per_second(waiting))
-    save_and_print("waiting", {"images_per_second": {str(waiting): statistics.median(found) for waiting, found in rates.items()}})
+    return {str(waiting): statistics.median(found) for waiting, found in rates.items()}
+
+
+@click.command(help=__doc__)
+@AGAIN
+def main(again: bool) -> None:
+    Cells("waiting", again=again).measure("images_per_second", by=measure)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from _common import read_json
 from _paper.forms import FORMS, ideal_seconds
 from _paper.gpus import GPUS, Gpu
 from _paper.layers import RESOLUTION, operations
 from _paper.tables import table
 from _peers.models import edm2_config
 
-from _first_gpu.runner import OK, SKIPPED, Outcome, read
+from _first_gpu.runner import OK, SKIPPED, Outcome
 
 DRY_RUN = "A dry run: nothing here was computed by a GPU, and no figure means anything."
 ROOFLINE = """\
@@ -27,7 +28,7 @@ def report(about: Mapping[str, str], sizes: Sequence[str], outcomes: Mapping[str
     if dry_run:
         parts.append(DRY_RUN)
     parts += ["## Stages", table(("stage", "outcome", "seconds"), [_stage_row(name, outcome) for name, outcome in outcomes.items()])]
-    rows = [row for size in sizes for kind in ("bench", "bench-tuned") for row in _bench_rows(size, kind, read(results / f"{kind}-{size}.json"))]
+    rows = [row for size in sizes for kind in ("bench", "bench-tuned") for row in _bench_rows(size, kind, read_json(results / f"{kind}-{size}.json"))]
     if rows:
         text = "EDM2 with sCM's changes, fp16, random weights; whole calls. Tuned: with the measured table of tiles."
         parts += ["## Rows", text, table(("model", "steps", "batch", "median ms", "min ms", "images/s", "of matmul", "of copy"), rows)]
@@ -63,7 +64,7 @@ def _bench_rows(size: str, kind: str, result: Mapping[str, Any]) -> list[list[st
 
 
 def _roofline_rows(size: str, hardware: str, results: Path) -> list[list[str]]:
-    result = read(results / f"bench-tuned-{size}.json") or read(results / f"bench-{size}.json")
+    result = read_json(results / f"bench-tuned-{size}.json") or read_json(results / f"bench-{size}.json")
     medians = {cell["steps"]: cell["median_ms"] for cell in result.get("cells", ()) if cell["batch_size"] == 1}
     peak = result.get("peak", {})
     product, copied = peak.get("product_gflops"), peak.get("copy_gb_per_second")

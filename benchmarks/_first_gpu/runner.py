@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from _first_gpu.stages import ROOT, Command, Stage
@@ -92,20 +90,3 @@ def _run(command: Command, limit_s: float, output: Any, environment: Mapping[str
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file in one operation, so that an interrupted run leaves the previous one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text)
-    part.replace(path)
-
-
-def read(path: Path) -> dict[str, Any]:
-    """Return the contents of a JSON file; an empty dict if there is none, or if it is damaged."""
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -38,6 +38,8 @@ class Facts:
     parameters: int
     flop: float
     """Operations per sample in all steps: matrix products and convolutions; a multiply-add counts as two."""
+    made_with: str = ""
+    """Sources and packages that it was made with."""
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,18 @@ If the best settings depend on the machine, a peer has several variants: all are
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import venv
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from scm_runtime.ort.options import MATMUL_PRECISION
+
+ENVIRONMENTS = Path(__file__).parents[2] / "build" / "peers" / "environments"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,13 +41,41 @@ class Peer:
     """Approximate memory as a multiple of the float32 weights."""
     always: bool = True
     """Whether it runs by default."""
+    slow: bool = False
+    """Whether it takes long to start, so that it is measured after the others."""
     environment: dict[str, str] = field(default_factory=dict)
+    own: str | None = None
+    """Name of its own virtual environment in ``ENVIRONMENTS``, for packages that exclude those of the others."""
+
+    @property
+    def python(self) -> Path:
+        """The interpreter that runs it."""
+        return Path(sys.executable) if self.own is None else ENVIRONMENTS / self.own / "bin" / "python"
+
+    @property
+    def packages(self) -> Path | None:
+        """The folder of its packages, if it has an environment of its own."""
+        return None if self.own is None else next((ENVIRONMENTS / self.own).glob("lib/python*/site-packages"), None)
 
     def missing(self) -> str | None:
         """Return why it cannot run on this machine, or None."""
+        if self.own is not None:
+            return None if self.python.exists() else f"{self.install} is not installed: python benchmarks/peers.py --install"
         if find_spec(self.needs) is None:
             return f"{self.needs} is not installed: pip install {self.install}"
         return None
+
+
+def install_own(peers: Iterable[Peer]) -> None:
+    """Install peers with environments of their own, where they are missing. Raises subprocess.CalledProcessError if pip fails."""
+    for peer in peers:
+        if peer.own is None or peer.python.exists():
+            continue
+        folder = ENVIRONMENTS / peer.own
+        part = folder.with_name(f".{folder.name}.part")  # a virtual environment may be moved, as long as only its interpreter is used
+        venv.create(part, with_pip=True, clear=True)
+        subprocess.run([part / "bin" / "python", "-m", "pip", "--disable-pip-version-check", "--quiet", "install", *peer.install.split()], check=True)
+        part.rename(folder)
 
 
 OURS = Peer(
@@ -71,7 +106,7 @@ EAGER = Peer(
     distributions=("torch", "numpy"),
     variants=({"channels_last": False}, {"channels_last": True}),
 )
-COMPILED = replace(EAGER, name="torch.compile", opener="_peers.pytorch:open_compiled", variants=({"freezing": True},), memory=2.8)
+COMPILED = replace(EAGER, name="torch.compile", opener="_peers.pytorch:open_compiled", variants=({"freezing": True},), memory=2.8, slow=True)
 OPENVINO = Peer(
     name="OpenVINO f32",
     opener="_peers.plain:open_openvino",
@@ -81,6 +116,18 @@ OPENVINO = Peer(
     distributions=("openvino",),
     variants=({"precision": "f32", "hint": "LATENCY"}, {"precision": "f32", "hint": "THROUGHPUT"}),
     memory=1.4,  # in addition to the memory-mapped file
+)
+# onnxruntime-openvino has the files of onnxruntime, and its version of ONNX Runtime is older.
+PROVIDER = Peer(
+    name="ONNX Runtime, OpenVINO f32",
+    opener="_peers.plain:open_openvino_provider",
+    dtype="fp32",
+    needs="onnxruntime",
+    install="onnxruntime-openvino numpy",
+    distributions=("onnxruntime-openvino", "numpy"),
+    variants=OPENVINO.variants,
+    memory=OPENVINO.memory,
+    own="onnxruntime-openvino",
 )
 DIFFUSERS = replace(
     EAGER,
@@ -108,6 +155,8 @@ CPU_PEERS = (
     COMPILED,
     OPENVINO,
     _in("bf16", OPENVINO, "OpenVINO bf16"),
+    PROVIDER,
+    _in("bf16", PROVIDER, "ONNX Runtime, OpenVINO bf16"),
     DIFFUSERS,
     _in("bf16", EAGER, "PyTorch eager bf16", always=False),
     _in("bf16", COMPILED, "torch.compile bf16", always=False),

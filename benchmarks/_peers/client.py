@@ -31,7 +31,7 @@ class WorkerFailedError(RuntimeError):
 class Worker:
     """A process that runs one peer."""
 
-    def __init__(self, spec: dict[str, Any], scratch: Path, timeout: float, environment: dict[str, str] | None = None) -> None:
+    def __init__(self, spec: dict[str, Any], scratch: Path, timeout: float, environment: dict[str, str] | None = None, python: Path | None = None) -> None:
         """Start the process and wait for its first result.
 
         Args:
@@ -39,16 +39,17 @@ class Worker:
             scratch: an empty folder for its log and its caches, so that every start is a cold start.
             timeout: seconds to wait for an answer.
             environment: additional environment variables of the process.
+            python: the interpreter; by default this one.
 
         Raises:
             WorkerFailedError: there is no first result.
         """
         scratch.mkdir(parents=True)
-        self._log, self._timeout = scratch / "log.txt", timeout
+        self._log, self.timeout = scratch / "log.txt", timeout
         start = time.perf_counter()
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", PROGRAM, str(PACKAGE), json.dumps(spec)],
+                [str(python or sys.executable), "-c", PROGRAM, str(PACKAGE), json.dumps(spec)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -62,7 +63,7 @@ class Worker:
             self.close(timeout=0)
             raise
         self.cold_start_s = time.perf_counter() - start
-        self.error_share = float(ready["error_share"])
+        self.error_share, self.first_ms = float(ready["error_share"]), float(ready["first_ms"])
 
     def draw(self, warm: int, count: int) -> list[float]:
         """Return the milliseconds of each of ``count`` calls, after ``warm`` untimed ones."""
@@ -84,8 +85,8 @@ class Worker:
         assert self._process.stdout is not None
         with selectors.DefaultSelector() as selector:
             selector.register(self._process.stdout, selectors.EVENT_READ)
-            if not selector.select(self._timeout):
-                raise WorkerFailedError(f"no answer within {self._timeout:.0f} s")
+            if not selector.select(max(0.0, self.timeout)):
+                raise WorkerFailedError(f"no answer within {self.timeout:.0f} s")
         line = self._process.stdout.readline()
         if not line:
             raise WorkerFailedError(self._how_it_ended())

@@ -1,4 +1,4 @@
-"""Size of an installation on disk: the files of a distribution and of all its dependencies in this environment."""
+"""Size of an installation on disk: the files of a distribution and of all its dependencies, in this environment or in that of another interpreter."""
 
 from __future__ import annotations
 
@@ -13,27 +13,42 @@ from packaging.utils import canonicalize_name
 EDITABLE = {"scm-runtime": ("scm_runtime",)}  # its RECORD lists no modules; the exporter is not needed to run a bundle
 
 
-def install_bytes(requirements: tuple[str, ...]) -> int | None:
-    """Return the size of the requirements and their dependencies; None if one of them is not installed."""
+def install_bytes(requirements: tuple[str, ...], packages: Path | None = None) -> int | None:
+    """Return the size of the requirements and their dependencies; None if one of them is not installed.
+
+    Args:
+        requirements: names of distributions, with extras.
+        packages: the folder of the packages (site-packages) of another environment; None for this one.
+    """
     try:
-        return sum(map(_own_bytes, sorted(_closure(requirements))))
+        return sum(_own_bytes(name, packages) for name in sorted(_closure(requirements, packages)))
     except metadata.PackageNotFoundError:
         return None
 
 
-def versions(requirements: tuple[str, ...]) -> dict[str, str]:
+def versions(requirements: tuple[str, ...], packages: Path | None = None) -> dict[str, str]:
     """Return the versions of the requirements that are installed."""
     found = {}
     for text in requirements:
         name = Requirement(text).name
         try:
-            found[name] = metadata.version(name)
+            found[name] = _distribution(name, packages).version
         except metadata.PackageNotFoundError:
             continue
     return found
 
 
-def _closure(requirements: tuple[str, ...]) -> set[str]:
+def _distribution(name: str, packages: Path | None) -> metadata.Distribution:
+    if packages is None:
+        return metadata.distribution(name)
+    wanted = canonicalize_name(name)
+    for found in metadata.distributions(path=[str(packages)]):
+        if canonicalize_name(found.metadata["Name"]) == wanted:
+            return found
+    raise metadata.PackageNotFoundError(name)
+
+
+def _closure(requirements: tuple[str, ...], packages: Path | None) -> set[str]:
     """Return the names of all required distributions whose markers apply to this environment."""
     seen: set[tuple[str, frozenset[str]]] = set()
     waiting = [Requirement(text) for text in requirements]
@@ -43,7 +58,7 @@ def _closure(requirements: tuple[str, ...]) -> set[str]:
         if key in seen:
             continue
         seen.add(key)
-        for text in metadata.requires(requirement.name) or ():
+        for text in _distribution(requirement.name, packages).requires or ():
             needed = Requirement(text)
             extras = requirement.extras or {""}
             if needed.marker is None or any(needed.marker.evaluate({"extra": extra}) for extra in extras):
@@ -52,8 +67,8 @@ def _closure(requirements: tuple[str, ...]) -> set[str]:
 
 
 @cache
-def _own_bytes(name: str) -> int:
-    distribution = metadata.distribution(name)
+def _own_bytes(name: str, packages: Path | None) -> int:
+    distribution = _distribution(name, packages)
     total = 0
     for file in distribution.files or ():
         if file.suffix != ".pyc":

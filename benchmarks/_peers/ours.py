@@ -17,6 +17,17 @@ def open_generator(case: Case, n: int, threads: int, device: str, **options: Any
     from scm_runtime import Generator
 
     generate = Generator(case.bundle, device=device, threads=threads if device == "cpu" else None, **options)
+    given = arguments(case, n)
+
+    def draw() -> NDArray[np.float32]:
+        array: NDArray[np.float32] = generate(**given).array
+        return array
+
+    return draw
+
+
+def arguments(case: Case, n: int) -> dict[str, Any]:
+    """Return the arguments of a Generator's call."""
     steps = len(case.facts.times) - 1
     given: dict[str, Any] = {"seed": case.facts.seeds[:n], "latents": case.noises(n)[0], "num_inference_steps": steps, "output_type": "latent"}
     for name, value in case.conditioning(n).items():
@@ -24,9 +35,4 @@ def open_generator(case: Case, n: int, threads: int, device: str, **options: Any
             given[name] = value.tolist() if value.ndim == 1 else value
         else:
             given.setdefault("conditioning", {})[name] = value
-
-    def draw() -> NDArray[np.float32]:
-        array: NDArray[np.float32] = generate(**given).array
-        return array
-
-    return draw
+    return given

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
@@ -51,6 +52,20 @@ def open_openvino(case: Case, n: int, threads: int, device: str, *, hint: str, p
         return found
 
     return _on_host(case, n, run)
+
+
+def open_openvino_provider(case: Case, n: int, threads: int, device: str, *, hint: str, precision: str) -> Draw:
+    """Open it in ONNX Runtime with OpenVINO's execution provider and a fixed batch size."""
+    ort: Any = import_module("onnxruntime")
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.add_free_dimension_override_by_name("batch", n)
+    settings = {"PERFORMANCE_HINT": hint, "INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads}
+    provider = {"device_type": device.upper(), "load_config": json.dumps({device.upper(): settings})}
+    session = ort.InferenceSession(str(case.plain("fp32")), options, providers=[("OpenVINOExecutionProvider", provider)])
+    if (opened := session.get_providers()[0]) != "OpenVINOExecutionProvider":
+        raise RuntimeError(f"ONNX Runtime opened the session on {opened}, not on OpenVINOExecutionProvider")
+    return _on_host(case, n, lambda inputs: session.run(None, inputs)[0])
 
 
 def _inputs(case: Case, n: int) -> Callable[[int], dict[str, NDArray[Any]]]:

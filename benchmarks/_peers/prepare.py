@@ -1,6 +1,6 @@
-"""Prepare the models of one size, with one process per stage, so that the memory of a stage is freed before the next one.
+"""Prepare the models of one size. ``preparing.py`` starts it.
 
-python -m _peers.prepare checkpoint|bundle|plain FOLDER SIZE --samples N --steps K --device cpu|cuda
+python -m _peers.prepare checkpoint,bundle,plain FOLDER SIZE --samples N --steps K --device cpu|cuda
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def make_bundle(size: str, folder: Path, device: str) -> None:
     export(checkpoint_of(folder), folder / "bundle.scm", dtype=dtype, latents=SIZES[size].family in LATENTS, verify=False, steps=())
 
 
-def make_plain(size: str, folder: Path, samples: int, steps: int, device: str) -> None:
+def make_plain(size: str, folder: Path, samples: int, steps: int, device: str, made_with: str) -> None:
     """Write the plain export, the inputs, and PyTorch's result in float32."""
     checkpoint = checkpoint_of(folder)
     model = build_model(load(checkpoint), BuildOptions(latents=SIZES[size].family in LATENTS))
@@ -59,6 +59,7 @@ def make_plain(size: str, folder: Path, samples: int, steps: int, device: str) -
         seeds=seeds(samples).tolist(),
         parameters=model.parameters,
         flop=flop / samples,
+        made_with=made_with,
     )
     case = Case(folder, facts)
     case.plain("").parent.mkdir(exist_ok=True)
@@ -93,20 +94,22 @@ def draw_reference(model: Model, folder: Path, samples: int, steps: int) -> tupl
 
 
 @click.command()
-@click.argument("stage", type=click.Choice(["checkpoint", "bundle", "plain"]))
+@click.argument("stages")
 @click.argument("folder", type=click.Path(path_type=Path, exists=True))
 @click.argument("size", type=click.Choice(list(SIZES)))
 @click.option("--samples", type=int, required=True)
 @click.option("--steps", type=int, required=True)
 @click.option("--device", required=True)
-def main(stage: str, folder: Path, size: str, samples: int, steps: int, device: str) -> None:
-    """Run one stage."""
-    if stage == "checkpoint":
+@click.option("--made-with", required=True)
+def main(stages: str, folder: Path, size: str, samples: int, steps: int, device: str, made_with: str) -> None:
+    """Run some of the stages, separated by commas."""
+    chosen = stages.split(",")
+    if "checkpoint" in chosen:
         write_checkpoint(size, folder)
-    elif stage == "bundle":
+    if "bundle" in chosen:
         make_bundle(size, folder, device)
-    else:
-        make_plain(size, folder, samples, steps, device)
+    if "plain" in chosen:
+        make_plain(size, folder, samples, steps, device, made_with)
 
 
 if __name__ == "__main__":

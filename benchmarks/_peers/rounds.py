@@ -23,6 +23,8 @@ SHORT_MS = 1000.0  #    a turn of shorter calls begins with an untimed one
 TRIAL_ROUNDS = 3
 
 Progress = Callable[[str], None]
+Keep = Callable[[str, dict[str, Any]], None]
+"""Keeps the figures of a peer, by its name."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +34,18 @@ class Plan:
     device: str
     threads: int
     seconds: float
-    """Duration of the rounds of one size and batch size, once all peers are loaded."""
+    """Duration of the rounds of one group of peers, once all are loaded."""
     rounds: int | None
     """Exact number of rounds, in place of ``seconds``."""
     min_rounds: int
     """Minimum number of rounds, however long they take."""
-    timeout: float
-    """Seconds to wait for a peer's answer."""
+    cell_s: float
+    """Limit of one peer: the seconds of its start, with all variants, and of its turns."""
+
+    @property
+    def least_rounds(self) -> int:
+        """Number of rounds after which the figures of a peer are valid."""
+        return self.min_rounds if self.rounds is None else self.rounds
 
 
 @dataclass(eq=False)
@@ -53,8 +60,10 @@ class Candidate:
     """Milliseconds of each call, by round."""
     ratios: list[float] = field(default_factory=list)
     """Median of its turn divided by that of the anchor in the same round, by round."""
-    last_ms: float | None = None
+    last_ms: float = 0.0
     """Approximate milliseconds of a call."""
+    spent_s: float = 0.0
+    """Seconds of its start and its turns."""
 
     @property
     def times(self) -> list[float]:
@@ -62,35 +71,38 @@ class Candidate:
 
     def turn(self) -> None:
         """Run for one turn."""
-        if self.last_ms is None:
-            self.last_ms = self.worker.draw(0, 1)[0]
+        start = time.monotonic()
         short = self.last_ms < SHORT_MS
         count = max(1, min(MAX_CALLS_PER_TURN, round(TURN_MS / self.last_ms)))
         turn = self.worker.draw(int(short), count)
         self.last_ms = statistics.median(turn)
         self.turns.append(turn)
+        self.spent_s += time.monotonic() - start
         time.sleep(PAUSE_S)
 
 
 class Row:
     """Measures one size and batch size."""
 
-    def __init__(self, case: Case, size: Size, n: int, plan: Plan, scratch: Path, show_progress: Progress) -> None:
-        self.case, self.size, self.n, self.plan, self.scratch, self.show_progress = case, size, n, plan, scratch, show_progress
-        self.peers: dict[str, dict[str, Any]] = {}
+    def __init__(self, case: Case, size: Size, n: int, plan: Plan, scratch: Path, show_progress: Progress, keep: Keep) -> None:
+        """Prepare to measure. ``keep`` gets the figures of a peer as soon as they are valid, and again after each further round."""
+        self.case, self.size, self.n, self.plan, self.scratch, self.show_progress, self.keep = case, size, n, plan, scratch, show_progress, keep
         self._anchor: Candidate | None = None
+        self._only_for_comparison: Peer | None = None
         self._starts = 0
 
-    def measure(self, peers: Sequence[Peer]) -> dict[str, dict[str, Any]]:
-        """Return the figures by name of the peer; for a peer that cannot run, its status and the reason."""
+    def measure(self, peers: Sequence[Peer], anchor: Peer | None = None) -> None:
+        """Measure peers. ``anchor`` runs with them for comparison, if it is not among them, and its own figures are not kept again."""
+        self._only_for_comparison = anchor
         waiting = [peer for peer in peers if self._is_here(peer)]
+        if anchor is not None and waiting:
+            waiting.insert(0, anchor)
         try:
             while waiting:
                 waiting = self._group(waiting)
         finally:
             if self._anchor is not None:
-                self._finish(self._anchor)
-        return {peer.name: self.peers[peer.name] for peer in peers}
+                self._anchor.worker.close()
 
     def _is_here(self, peer: Peer) -> bool:
         if reason := peer.missing():
@@ -103,7 +115,8 @@ class Row:
 
     def _report(self, peer: Peer, status: str, reason: str) -> None:
         self.show_progress(f"  {peer.name}: {status}: {reason}")
-        self.peers[peer.name] = {"status": status, "reason": reason, "dtype": peer.dtype}
+        if peer is not self._only_for_comparison:
+            self.keep(peer.name, {"status": status, "reason": reason, "dtype": peer.dtype})
 
     # -- A group: the anchor and as many others as fit into memory ----------------------------------------------------------
 
@@ -124,36 +137,34 @@ class Row:
                     group.append(found)
                     if peer.name == ANCHOR:
                         self._anchor = found
-            if group:
-                self._rounds([*running, *group])
+            self._rounds([*running, *group])
         finally:
             for candidate in group:
                 if candidate is not self._anchor:
-                    self._finish(candidate)
+                    candidate.worker.close()
         return waiting
 
     def _start(self, peer: Peer) -> Candidate | None:
         """Start the peer with the variant that is fastest on this machine."""
         found: list[Candidate] = []
-        reason = "nothing to run"
+        start, reason = time.monotonic(), "nothing to run"
         for options in peer.variants if self.size.trial else peer.variants[:1]:
             try:
-                found.append(self._open(peer, options))
+                found.append(self._open(peer, options, start + self.plan.cell_s))
             except WorkerFailedError as error:
-                reason = str(error)
+                reason = self._too_long(time.monotonic() - start) or str(error)
         if len(found) > 1:
             for _ in range(TRIAL_ROUNDS):
-                self._turns(found)
+                reason = self._turns(found) or reason
         if not found:
-            if peer.name not in self.peers:
-                self._report(peer, "failed", reason)
+            self._report(peer, "failed", reason)
             return None
-        self.peers.pop(peer.name, None)  # remove the report of a variant that failed
         best = min(found, key=lambda candidate: min(map(statistics.median, candidate.turns), default=0.0))
         for candidate in found:
             if candidate is not best:
                 candidate.worker.close()
         best.turns.clear()
+        best.spent_s = time.monotonic() - start
         if not best.worker.error_share <= LARGEST_ERROR[peer.dtype]:
             best.worker.close()
             self._report(peer, "wrong", f"its result is off by {best.worker.error_share:.2g} of the reference, more than {LARGEST_ERROR[peer.dtype]:.2g}")
@@ -161,7 +172,7 @@ class Row:
         self.show_progress(f"  {peer.name}: ready, first result after {best.worker.cold_start_s:.1f} s, {_settings(best.options)}")
         return best
 
-    def _open(self, peer: Peer, options: Mapping[str, Any]) -> Candidate:
+    def _open(self, peer: Peer, options: Mapping[str, Any], end: float) -> Candidate:
         spec = {
             "opener": peer.opener,
             "folder": str(self.case.folder),
@@ -172,58 +183,85 @@ class Row:
         }
         self._starts += 1
         before = gpu_bytes_used() if self.plan.device == "cuda" else None
-        worker = Worker(spec, self.scratch / str(self._starts), self.plan.timeout, peer.environment)
+        worker = Worker(spec, self.scratch / str(self._starts), end - time.monotonic(), peer.environment, peer.python)
         after = gpu_bytes_used() if before is not None else None
-        return Candidate(peer, dict(options), worker, after - before if before is not None and after is not None else None)
+        return Candidate(peer, dict(options), worker, after - before if before is not None and after is not None else None, last_ms=worker.first_ms)
+
+    def _too_long(self, spent_s: float) -> str | None:
+        """Return the reason for which a peer is given up after some time, or None."""
+        return f"it takes more than {self.plan.cell_s:.0f} s" if spent_s >= self.plan.cell_s else None
 
     def _rounds(self, running: list[Candidate]) -> None:
-        end, done = time.perf_counter() + self.plan.seconds, 0
-        while running and (done < self.plan.rounds if self.plan.rounds is not None else done < self.plan.min_rounds or time.perf_counter() < end):
-            self._turns(running)
+        """Let the candidates take turns; one leaves when it has reached its limit, and all end with the anchor if there is nothing else."""
+        end, done, plan = time.perf_counter() + self.plan.seconds, 0, self.plan
+        while running and (done < plan.rounds if plan.rounds is not None else done < plan.min_rounds or time.perf_counter() < end):
+            for candidate in [candidate for candidate in running if candidate is not self._anchor and self._cannot_go_on(candidate)]:
+                running.remove(candidate)
+            if not any(candidate.peer is not self._only_for_comparison for candidate in running):
+                break
+            self._turns(running, report=True)
             done += 1
-            anchor = next((candidate for candidate in running if candidate.peer.name == ANCHOR), None)
+            anchor = self._anchor if self._anchor in running else None
             for candidate in running:
                 if anchor is not None and candidate is not anchor:
                     candidate.ratios.append(statistics.median(candidate.turns[-1]) / statistics.median(anchor.turns[-1]))
+                if done >= plan.least_rounds:
+                    self._keep(candidate)
 
-    def _turns(self, running: list[Candidate]) -> None:
-        """Run one turn of each candidate, and remove those that fail from the list."""
+    def _cannot_go_on(self, candidate: Candidate) -> bool:
+        """Return whether another turn would exceed the limit; keep what was measured until then."""
+        if candidate.spent_s + candidate.last_ms / 1e3 <= self.plan.cell_s:
+            return False
+        if candidate.turns:
+            self._keep(candidate)
+        else:
+            self._report(candidate.peer, "failed", f"its start and one call take more than {self.plan.cell_s:.0f} s")
+        return True
+
+    def _turns(self, running: list[Candidate], *, report: bool = False) -> str | None:
+        """Run one turn of each candidate, and remove those that fail from the list. Return the reason of the last failure."""
+        reason = None
         for candidate in list(running):
+            left = self.plan.cell_s - (0.0 if candidate is self._anchor else candidate.spent_s)  # the anchor runs as long as the others do
+            candidate.worker.timeout = max(1.0, left)
             try:
                 candidate.turn()
             except WorkerFailedError as error:
                 running.remove(candidate)
-                candidate.turns.clear()
                 candidate.worker.close()
                 if candidate is self._anchor:
                     self._anchor = None
-                self._report(candidate.peer, "failed", f"while drawing: {error}")
+                reason = f"while drawing: {error}"
+                if report:
+                    self._report(candidate.peer, "failed", reason)
+        return reason
 
-    def _finish(self, candidate: Candidate) -> None:
-        """Record the figures of a candidate, and end its process."""
-        peer = candidate.peer
+    def _keep(self, candidate: Candidate) -> None:
+        """Keep the figures of a candidate."""
+        peer, plan = candidate.peer, self.plan
+        if peer is self._only_for_comparison:
+            return
         try:
-            if peer.name in self.peers:  # it has failed
-                return
             memory = candidate.worker.memory()
-            self.peers[peer.name] = {
-                "status": "ok",
-                "dtype": peer.dtype,
-                "settings": f"{self.plan.threads} threads, {_settings(candidate.options)}" if self.plan.device == "cpu" else _settings(candidate.options),
-                "versions": versions(peer.distributions),
-                **summary(candidate.times, self.n),
-                **({"times_as_long": statistics.median(candidate.ratios)} if candidate.ratios else {}),
-                **memory,
-                **({"gpu_bytes": candidate.gpu_bytes} if candidate.gpu_bytes is not None else {}),
-                "cold_start_s": candidate.worker.cold_start_s,
-                "install_bytes": install_bytes(peer.distributions),
-                "error_share": candidate.worker.error_share,
-                "largest_error_share": LARGEST_ERROR[peer.dtype],
-            }
         except WorkerFailedError as error:
-            self._report(peer, "failed", f"at its end: {error}")
-        finally:
-            candidate.worker.close()
+            self._report(peer, "failed", f"after its turn: {error}")
+            return
+        figures = {
+            "status": "ok",
+            "dtype": peer.dtype,
+            "settings": f"{plan.threads} threads, {_settings(candidate.options)}" if plan.device == "cpu" else _settings(candidate.options),
+            "versions": versions(peer.distributions, peer.packages),
+            **summary(candidate.times, self.n),
+            "rounds": len(candidate.turns),
+            **({"times_as_long": statistics.median(candidate.ratios)} if candidate.ratios else {}),
+            **memory,
+            **({"gpu_bytes": candidate.gpu_bytes} if candidate.gpu_bytes is not None else {}),
+            "cold_start_s": candidate.worker.cold_start_s,
+            "install_bytes": install_bytes(peer.distributions, peer.packages),
+            "error_share": candidate.worker.error_share,
+            "largest_error_share": LARGEST_ERROR[peer.dtype],
+        }
+        self.keep(peer.name, figures)
 
 
 def summary(times: Sequence[float], n: int) -> dict[str, float]:

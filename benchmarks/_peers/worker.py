@@ -55,8 +55,9 @@ def serve(spec: dict[str, Any], out: TextIO) -> None:
     model, n = Case.load(Path(spec["folder"])), int(spec["batch_size"])
     module, _, function = spec["opener"].partition(":")
     draw: Draw = getattr(import_module(module), function)(model, n, spec["threads"], spec["device"], **spec["options"])
+    start = time.perf_counter()
     first = np.asarray(draw())
-    answer(ready=True, error_share=model.error(first))
+    answer(ready=True, first_ms=(time.perf_counter() - start) * 1e3, error_share=model.error(first))
     for line in sys.stdin:
         match line.split():
             case ["draw", warm, count]:
