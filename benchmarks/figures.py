@@ -11,15 +11,29 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import click
+from _figures.aims import aims
 from _figures.plots import PLOTS
-from _figures.tables import TABLES
+from _figures.tables import costs, latency, quality, teacher
 
 ROOT = Path(__file__).parents[1]
 THEMES = ("light", "dark")
+TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
+    "peers": ("peers", latency),
+    "peers-costs": ("peers", costs),
+    "aims": ("peers", aims),
+    "peers-cuda": ("peers-cuda", latency),
+    "teacher": ("teacher", teacher),
+    "quality": ("quality", quality),
+    "quality-sct": ("quality-sct", quality),
+    "peers-zen4": ("amd-zen4/peers", latency),
+    "aims-zen4": ("amd-zen4/peers", aims),
+}
+"""By marker name: the results that a table shows, and the function that formats it."""
 
 
 def read_results(folder: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from click.testing import CliRunner
 
@@ -17,12 +18,11 @@ from support import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))  # the scripts import one another from there
 
 import _common
-import figures
 import peers
-from _figures.tables import milliseconds
-from _peers.case import INPUTS, REFERENCE, Case, Facts
+from _peers import catalogue, preparing
+from _peers.case import INPUTS, REFERENCE, WITHOUT_DOUBLE, Case, Facts
 from _peers.catalogue import PEERS, Peer
-from _peers.installed import install_bytes
+from _peers.installed import install_bytes, versions
 from _peers.rounds import Plan, Row
 from _peers.sizes import SIZES, Size
 
@@ -56,6 +56,13 @@ def crashing(case, n, threads, device):
 
 def hanging(case, n, threads, device):
     time.sleep(60)
+
+def slow(case, n, threads, device):
+    draws = steady(case, n, threads, device)
+    def draw():
+        time.sleep(0.5)
+        return draws()
+    return draw
 """
 SCRIPT_FOLDERS = ("benchmarks", "examples/digits", "tests", "tests/fuzz", "tests/soak")
 OPTIONAL_PACKAGES = {"cuda", "cupy", "jax", "nvidia", "openvino", "tensorrt", "torch"}  # which a machine with a GPU may have
@@ -82,9 +89,11 @@ def case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Case:
     return Case.load(folder)
 
 
-def measure(case: Case, peers: list[Peer], size: Size = TINY, timeout: float = 60.0) -> dict[str, dict[str, Any]]:
-    plan = Plan("cpu", 1, seconds=0.0, rounds=2, min_rounds=1, timeout=timeout)
-    return Row(case, size, 2, plan, case.folder / "scratch", lambda line: None).measure(peers)
+def measure(case: Case, peers: list[Peer], size: Size = TINY, cell_s: float = 60.0, rounds: int = 2, anchor: Peer | None = None) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    plan = Plan("cpu", 1, seconds=0.0, rounds=rounds, min_rounds=1, cell_s=cell_s)
+    Row(case, size, 2, plan, case.folder / "scratch", lambda line: None, found.__setitem__).measure(peers, anchor)
+    return found
 
 
 def test_peers_that_cannot_run_are_reported_and_stop_nobody(case: Case) -> None:
@@ -124,9 +133,36 @@ def test_peers_that_cannot_run_are_reported_and_stop_nobody(case: Case) -> None:
 
 
 def test_a_peer_that_never_answers_is_given_up(case: Case) -> None:
-    found = measure(case, [fake("hanging", "hanging"), fake("scm_runtime", "steady")], timeout=5.0)
-    assert found["hanging"] == {"status": "failed", "reason": "no answer within 5 s", "dtype": "fp32"}
+    found = measure(case, [fake("hanging", "hanging"), fake("scm_runtime", "steady")], cell_s=4.0)
+    assert found["hanging"] == {"status": "failed", "reason": "it takes more than 4 s", "dtype": "fp32"}
     assert found["scm_runtime"]["status"] == "ok"
+
+
+def test_a_peer_ends_at_its_limit_and_keeps_the_rounds_until_then(case: Case) -> None:
+    found = measure(case, [fake("scm_runtime", "steady"), fake("slow", "slow")], cell_s=5.0, rounds=100)
+    assert 1 <= found["slow"]["rounds"] < 10
+    assert found["slow"]["rounds"] <= found["scm_runtime"]["rounds"]
+    assert "times_as_long" in found["slow"]
+
+
+def test_what_was_measured_before_a_run_ends_is_kept(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: dict[str, dict[str, Any]] = {}
+
+    def keep(name: str, figures: dict[str, Any]) -> None:
+        found[name] = figures
+        if figures["rounds"] == 3:
+            raise KeyboardInterrupt
+
+    plan = Plan("cpu", 1, seconds=60.0, rounds=None, min_rounds=2, cell_s=60.0)
+    with pytest.raises(KeyboardInterrupt):
+        Row(case, TINY, 2, plan, case.folder / "scratch", lambda line: None, keep).measure([fake("scm_runtime", "steady"), fake("another", "steady")])
+    assert {name: figures["rounds"] for name, figures in found.items()} == {"scm_runtime": 3, "another": 2}
+
+
+def test_a_peer_that_is_measured_later_is_compared_with_ours_whose_figures_stay(case: Case) -> None:
+    found = measure(case, [fake("another", "steady")], anchor=fake("scm_runtime", "steady"))
+    assert list(found) == ["another"]
+    assert found["another"]["times_as_long"] > 0
 
 
 def test_of_several_variants_one_that_works_is_measured(case: Case) -> None:
@@ -151,14 +187,11 @@ def test_peers_that_do_not_fit_at_once_take_turns_and_one_that_never_fits_is_ski
     assert "times_as_long" in found["b"]
 
 
-def test_too_little_memory_is_found_out_before_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers, "available_bytes", lambda: 8_000_000_000)
-    monkeypatch.setattr(peers, "_run_stage", lambda *_: pytest.fail("it started"))
-    with (
-        pytest.raises(peers.NotPreparedError, match=r"making EDM2-XXL 64x64x4 needs about 10.3 GB of memory, and 8.0 GB"),
-        peers.prepared("XXL", 1, 2, "cpu", None),
-    ):
-        pass
+def test_too_little_memory_is_found_out_before_it_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preparing, "available_bytes", lambda: 8_000_000_000)
+    monkeypatch.setattr(preparing, "_run_stages", lambda *_: pytest.fail("it started"))
+    with pytest.raises(preparing.NotPreparedError, match=r"making EDM2-XXL 64x64x4 needs about 10.3 GB of memory, and 8.0 GB"):
+        preparing.prepared("XXL", 1, work=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -189,33 +222,68 @@ def test_names_with_commas_are_understood() -> None:
     assert set(SIZES) >= {"digits", "XXS", "S", "XXL"}
 
 
-def test_rows_stand_in_the_order_of_sizes_whenever_they_were_measured() -> None:
+def test_rows_and_peers_stand_in_the_order_of_the_tables_whenever_they_were_measured() -> None:
     measured = [("XXL", 1), ("S", 8), ("digits", 8), ("S", 1)]
-    rows = {f"{size}, batch {n}": {"size": size, "batch_size": n, "steps": 2} for size, n in measured}
-    assert list(peers._in_order(rows)) == ["digits, batch 8", "S, batch 1", "S, batch 8", "XXL, batch 1"]
+    ones: dict[str, Any] = {name: {} for name in ("OpenVINO f32", "a peer of the past", "scm_runtime")}
+    rows = {f"{size}, batch {n}": {"size": size, "batch_size": n, "steps": 2, "peers": ones} for size, n in measured}
+    found = peers.in_order("cpu", {"roof": {}, "rows": rows})["rows"]
+    assert list(found) == ["digits, batch 8", "S, batch 1", "S, batch 8", "XXL, batch 1"]
+    assert list(found["S, batch 1"]["peers"]) == ["scm_runtime", "OpenVINO f32", "a peer of the past"]
 
 
-def test_the_digits_are_drawn_by_ours_and_by_a_plain_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from _peers import prepare  # imports torch
+def test_a_peer_with_an_environment_of_its_own_runs_there(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catalogue, "ENVIRONMENTS", tmp_path / "environments")
+    own = fake("own", "steady", own="its-packages", install="its-packages", distributions=("its-packages",))
+    assert measure(case, [own])["own"]["reason"] == "its-packages is not installed: python benchmarks/peers.py --install"
+    python = own.python
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\ntouch "{tmp_path}/used"\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    info = tmp_path / "environments/its-packages/lib/python3/site-packages/its_packages-1.5.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: its-packages\nVersion: 1.5\n")
+    (info / "RECORD").write_text("its_packages.py,,1000\n")
+    found = measure(case, [own])["own"]
+    assert (found["status"], found["versions"], found["install_bytes"]) == ("ok", {"its-packages": "1.5"}, 1000)
+    assert (tmp_path / "used").exists()
+    assert versions(("its-packages",)) == {}
 
-    in_a_process = peers._run_stage
 
-    def run_stage(stage: str, folder: Path, size: str, *options: Any) -> None:
-        """Run one stage in a process of its own, as the script does, and the others here: each process takes seconds to import torch."""
-        if stage == "checkpoint":
-            in_a_process(stage, folder, size, *options)
-        else:
-            named = zip(("--samples", "--steps", "--device"), map(str, options), strict=True)
-            prepare.main([stage, str(folder), size, *(word for pair in named for word in pair)], standalone_mode=False)
+def test_the_digits_are_drawn_by_ours_and_by_a_plain_export_and_not_again(tmp_path: Path, small_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from _peers import models, prepare  # imports torch
 
-    monkeypatch.setattr(peers, "_run_stage", run_stage)
+    def run_stages(stages: tuple[str, ...], folder: Path, size: str, *options: Any) -> None:
+        """Make the models in this process, which has imported torch, of a smaller network."""
+        named = zip(("--samples", "--steps", "--device", "--made-with"), (*map(str, options), preparing.made_with()), strict=True)
+        prepare.main([",".join(stages), str(folder), size, *(word for pair in named for word in pair)], standalone_mode=False)
+
+    def run() -> dict[str, Any]:
+        arguments = ["--sizes", "digits", "--batch-sizes", "2", "--rounds", "1", "--peers", ",".join(chosen), "--work", str(tmp_path / "work")]
+        done = CliRunner().invoke(peers.main, arguments)
+        assert done.exit_code == 0, done.output
+        row: dict[str, Any] = json.loads((tmp_path / "peers.json").read_text())["figures"]["rows"]["digits, batch 2"]
+        return row
+
+    monkeypatch.setattr(models, "DIGITS", small_checkpoint)
+    monkeypatch.setattr(preparing, "USUAL_SAMPLES", 2)
+    monkeypatch.setattr(preparing, "_run_stages", run_stages)
+    monkeypatch.setattr(peers, "measure_peak_rates", lambda *_: {"copy_bytes_per_s": 1e10})
     monkeypatch.setattr(_common, "RESULTS", tmp_path)
     chosen = ["scm_runtime, function bodies", "ONNX Runtime, plain export"]
-    done = CliRunner().invoke(peers.main, ["--sizes", "digits", "--batch-sizes", "2", "--rounds", "1", "--peers", ",".join(chosen)])
-    assert done.exit_code == 0, done.output
-    row = json.loads((tmp_path / "peers.json").read_text())["figures"]["rows"]["digits, batch 2"]
-    assert {name: found["status"] for name, found in row["peers"].items()} == dict.fromkeys(chosen, "ok")
+    row = run()
+    assert {name: row["peers"][name]["status"] for name in chosen} == dict.fromkeys(chosen, "ok")
     assert row["flop_per_sample"] > row["parameters"]
+    single = onnx.load(Case.load(tmp_path / "work" / "digits-cpu-2").plain(WITHOUT_DOUBLE), load_external_data=False)
+    assert not [node for node in single.graph.node for a in node.attribute if a.name == "to" and a.i == onnx.TensorProto.DOUBLE]
+
+    measured: list[str] = []
+    monkeypatch.setattr(Row, "measure", lambda self, peers, anchor: measured.extend(peer.name for peer in peers))
+    assert run()["peers"] == row["peers"]
+    assert [name for name in measured if name in chosen] == []
+    monkeypatch.setattr(_common, "build", lambda: "library of tomorrow, sources of today")
+    monkeypatch.setattr(preparing, "_run_stages", run_stages)
+    run()
+    assert set(chosen) <= set(measured)
 
 
 @pytest.mark.parametrize("folder", SCRIPT_FOLDERS)
@@ -226,114 +294,3 @@ def test_scripts_do_not_hide_packages(folder: str) -> None:
     elsewhere = [entry for entry in sys.path if Path(entry or ".").resolve() not in {ROOT, *(ROOT / name for name in SCRIPT_FOLDERS)}]
     known = OPTIONAL_PACKAGES | sys.stdlib_module_names
     assert {name for name in scripts if name in known or PathFinder.find_spec(name, elsewhere)} == set()
-
-
-# ----------------------------------------------------------------------------
-# The tables and plots of docs/benchmarks.md.
-
-
-def peer(status: str = "ok", median: float = 10.0, **fields: Any) -> dict[str, Any]:
-    if status != "ok":
-        return {"status": status, "reason": "it is not here", "dtype": "fp32"}
-    return {
-        "status": status,
-        "dtype": "fp32",
-        "settings": "2 threads, defaults",
-        "versions": {"numpy": "2.4.6"},
-        "median_ms": median,
-        "p95_ms": median * 1.1,
-        "min_ms": median * 0.9,
-        "samples_per_s": 1e3 / median,
-        "draws": 10,
-        "peak_bytes": 200_000_000,
-        "cold_start_s": 0.5,
-        "install_bytes": 1_300_000_000,
-        "error_share": 1e-6,
-        **fields,
-    }
-
-
-FIGURES = ("recognised", "frechet", "precision", "recall", "near", "copies")
-
-
-@pytest.fixture
-def results(tmp_path: Path) -> Path:
-    """A folder of results, next to a page with markers for their tables."""
-    row = {"date": "2026-11-23", "size": "XXS", "title": "EDM2-XXS", "batch_size": 1, "steps": 2, "threads": 2}
-    found = {
-        "scm_runtime": peer(),
-        "PyTorch eager": peer(median=1500.0, times_as_long=150.0),
-        "OpenVINO bf16": peer(median=8.0, times_as_long=0.8) | {"dtype": "bf16"},
-        "torch.compile": peer("failed"),
-    }
-    machine = {"cpu": "Some(R) CPU", "cores": 2, "python": "3.11.7", "onnxruntime": "1.32.0"}
-    evaluations = {"1 step": 5.0, "2 steps": 10.0, "63 evaluations": 315.0}
-    teacher = {"title": "digits", "status": "ok", "date": "2026-11-23", "median_ms": evaluations, "times_as_fast": {"1 step": 63.0, "2 steps": 31.5}}
-    skipped = {"title": "EDM2-XXL", "status": "skipped", "reason": "needs memory"}
-    folder = tmp_path / "results"
-    folder.mkdir()
-    (folder / "peers.json").write_text(json.dumps({"machine": machine, "figures": {"rows": {"XXS, batch 1": {**row, "peers": found}}}}))
-    (folder / "teacher.json").write_text(json.dumps({"machine": machine, "figures": {"digits": teacher, "XXL": skipped}}))
-    good, fair = dict.fromkeys(FIGURES, (0.25, 0.125)), dict.fromkeys(FIGURES, (0.5, None))
-    rows = [{"sampler": "teacher", "through": through, "sets": sets, "figures": shown} for through, sets, shown in (("PyTorch", 1, fair), ("fp32", 3, good))]
-    changes = {"fp32": {"recognised": 0.001, "recall": 0.0021}}
-    quality = {"samples": 10_000, "real": dict.fromkeys(FIGURES, 0.75), "rows": rows, "export_changes": changes}
-    (folder / "quality.json").write_text(json.dumps(quality))
-    places = "\n".join(f"<!-- {name}:begin -->\n<!-- {name}:end -->" for name in ("peers", "peers-costs", "teacher", "quality"))
-    (tmp_path / "benchmarks.md").write_text(f"# Title\n\n{places}\n\nThe end\n")
-    return folder
-
-
-def run_figures(results: Path, *arguments: str) -> Any:
-    folder = results.parent
-    return CliRunner().invoke(
-        figures.main, ["--page", str(folder / "benchmarks.md"), "--images", str(folder / "images"), "--results", str(results), *arguments]
-    )
-
-
-def test_tables_and_plots_are_written_and_a_change_is_noticed(results: Path) -> None:
-    assert run_figures(results, "--check").exit_code == 1
-    done = run_figures(results)
-    assert done.exit_code == 0, done.output
-    page = results.parent / "benchmarks.md"
-    text = page.read_text()
-    assert "| EDM2-XXS | 1 | 10.0 ms | 1.50 s | **8.00 ms** | 150.00 |" in text
-    assert "Not measured: torch.compile, EDM2-XXS, batch 1: it is not here." in text
-    assert "| digits | 315 ms | 10.0 ms (32×) | 5.00 ms (63×) |" in text
-    assert "EDM2-XXL: needs memory." in text
-    assert "| 10 000 samples per set | sets, source |" in text
-    assert "| teacher | 3, fp32 bundle | 0.250 ± 0.125 |" in text
-    assert "fp32 0.21% (recall)." in text
-    assert text.startswith("# Title")
-    assert text.endswith("The end\n")
-    drawn = {path.name: path.read_bytes() for path in (results.parent / "images").iterdir()}
-    assert set(drawn) == {f"{name}-{theme}.svg" for name in ("peers", "teacher") for theme in ("light", "dark")}
-    assert run_figures(results, "--check").exit_code == 0
-    assert run_figures(results).exit_code == 0
-    assert {path.name: path.read_bytes() for path in (results.parent / "images").iterdir()} == drawn  # the output is reproducible
-
-    page.write_text(text.replace("1.50 s", "1.40 s"))
-    done = run_figures(results, "--check")
-    assert done.exit_code == 1
-    assert "benchmarks.md" in done.output
-    assert "Write them again: python benchmarks/figures.py" in done.output
-    page.write_text(text)
-    (results / "teacher.json").write_text((results / "teacher.json").read_text().replace('"date"', '"day": 1, "date"'))
-    done = run_figures(results, "--check")
-    assert done.exit_code == 1
-    assert "teacher-dark.svg" in done.output
-    assert "peers-dark.svg" not in done.output
-
-
-def test_a_page_without_markers_is_an_error(results: Path) -> None:
-    (results.parent / "benchmarks.md").write_text("no markers\n")
-    done = run_figures(results)
-    assert done.exit_code == 1
-    assert "<!-- peers:begin -->" in done.output
-
-
-@pytest.mark.parametrize(
-    ("value", "text"), [(0.5, "0.50 ms"), (12.34, "12.3 ms"), (123.4, "123 ms"), (1234.0, "1.23 s"), (12345.0, "12.3 s"), (317_000.0, "317 s")]
-)
-def test_times_have_three_figures(value: float, text: str) -> None:
-    assert milliseconds(value) == text

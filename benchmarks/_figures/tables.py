@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 OURS = "scm_runtime"
@@ -167,15 +167,3 @@ def _notes(result: Mapping[str, Any]) -> list[str]:
                 batch_sizes.setdefault((name, row["title"], found["reason"]), []).append(str(row["batch_size"]))
     said = [f"{name}, {title}, batch {' and '.join(sizes)}: {reason}" for (name, title, reason), sizes in batch_sizes.items()]
     return [f"Not measured: {note}." for note in (*missing, *said, *result["figures"].get("not_measured", {}).values())]
-
-
-TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
-    "peers": ("peers", latency),
-    "peers-costs": ("peers", costs),
-    "peers-cuda": ("peers-cuda", latency),
-    "teacher": ("teacher", teacher),
-    "quality": ("quality", quality),
-    "quality-sct": ("quality-sct", quality),
-    "peers-zen4": ("amd-zen4/peers", latency),
-}
-"""By marker name: the results that a table shows, and the function that formats it."""

@@ -19,6 +19,7 @@ Draw = Callable[[], NDArray[np.float32]]
 """Samples a batch once, from given noise to the final state, float32 ``[N, *sample]`` on the host."""
 
 LATENTS = ("sana-sprint", "latent-consistency")  # families that are measured without their decoder, which is the same for all peers
+WITHOUT_DOUBLE = "fp32.without-double"  # a form of the plain export
 FACTS, INPUTS, REFERENCE = "case.json", "inputs.npz", "reference.npy"
 
 

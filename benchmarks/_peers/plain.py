@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from _peers.case import Case, Draw
+from _peers.case import WITHOUT_DOUBLE, Case, Draw
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -62,7 +62,7 @@ def open_openvino_provider(case: Case, n: int, threads: int, device: str, *, hin
     options.add_free_dimension_override_by_name("batch", n)
     settings = {"PERFORMANCE_HINT": hint, "INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads}
     provider = {"device_type": device.upper(), "load_config": json.dumps({device.upper(): settings})}
-    session = ort.InferenceSession(str(case.plain("fp32")), options, providers=[("OpenVINOExecutionProvider", provider)])
+    session = ort.InferenceSession(str(case.plain(WITHOUT_DOUBLE)), options, providers=[("OpenVINOExecutionProvider", provider)])
     if (opened := session.get_providers()[0]) != "OpenVINOExecutionProvider":
         raise RuntimeError(f"ONNX Runtime opened the session on {opened}, not on OpenVINOExecutionProvider")
     return _on_host(case, n, lambda inputs: session.run(None, inputs)[0])

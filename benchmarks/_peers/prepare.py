@@ -10,10 +10,11 @@ from typing import Any
 
 import click
 import numpy as np
+import onnx
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from _peers.case import INPUTS, LATENTS, REFERENCE, Case, Facts
+from _peers.case import INPUTS, LATENTS, REFERENCE, WITHOUT_DOUBLE, Case, Facts
 from _peers.models import write_checkpoint
 from _peers.sizes import SIZES
 from scm_export import export, ops
@@ -69,7 +70,20 @@ def make_plain(size: str, folder: Path, samples: int, steps: int, device: str, m
         writer = BundleWriter(case.plain(dtype).parent)
         writer.graph(case.plain(dtype).name, trace_step(model, OPSET, operators=False))
         writer.close()
+    if device == "cpu":
+        write_without_double(case.plain("fp32"), case.plain(WITHOUT_DOUBLE))
     case.save()
+
+
+def write_without_double(source: Path, target: Path) -> None:
+    """Write the graph with sines and cosines in float32, beside its weights: OpenVINO's provider leaves float64 to its ONNX Runtime, which lacks them."""
+    model = onnx.load(source, load_external_data=False)
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "Cast" and attribute.name == "to" and attribute.i == onnx.TensorProto.DOUBLE:
+                attribute.i = onnx.TensorProto.FLOAT
+    del model.graph.value_info[:]  # the types before
+    onnx.save(model, target)
 
 
 def seeds(samples: int) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -51,9 +52,10 @@ def prepared(size: str, samples: int, steps: int = 2, device: str = "cpu", work:
 
 
 def made_with() -> str:
-    """Return what a prepared case depends on: the sources of the exporter and the packages."""
-    sources = build().partition(", ")[2]
-    return json.dumps({"sources": sources, **{name: machine().get(name) for name in ("python", "torch", "onnx")}})
+    """Return what a prepared case depends on: sources and packages."""
+    own = b"".join((Path(__file__).parent / name).read_bytes() for name in ("models.py", "prepare.py"))
+    sources = {"sources": build().partition(", ")[2], "prepare": hashlib.sha256(own).hexdigest()[:12]}
+    return json.dumps({**sources, **{name: machine().get(name) for name in ("python", "torch", "onnx")}})
 
 
 def _check_room(size: str, work: Path) -> None:
