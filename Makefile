@@ -24,9 +24,6 @@ KERNELS  := $(shell find cpp_ops -name '.*' -prune -o -type f -print)
 
 DEMO     := demo/digits.png
 LABELS   := 0,1,2,3,4,5,6,7,8,9,0,1,2,3,4,5,6,7,8,9
-# figures.py runs last: it shows the results of the others. Large models are measured by name: docs/benchmarks.md has the commands. The scripts left out
-# need a GPU: make first-gpu.
-BENCHES  := $(filter-out benchmarks/_% $(patsubst %,benchmarks/%.py,figures first_gpu autotune),$(wildcard benchmarks/*.py))
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:  # two pips must not install into .venv at the same time
@@ -103,11 +100,11 @@ kills: $(FULL) $(OPS) ## kill exports and generations 200 times: nothing may be 
 fuzz: $(FULL) ## read mutated files for an hour (SECONDS=600 for another time, SEED=1 for other files); inputs that fail are written to build/fuzz
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/fuzz/campaign.py --seconds $(or $(SECONDS),3600) --seed $(or $(SEED),0)
 
-bench: $(FULL) $(OPS) ## run the scripts in benchmarks/ that need no GPU
-	@set -e; for script in $(BENCHES) benchmarks/figures.py; do echo "== $$(date +%T) $$script"; $(BIN)/python "$$script"; done
+bench: $(FULL) $(OPS) ## measure the small models on the CPU for 20 minutes; another call goes on (ARGS="--minutes 60")
+	$(BIN)/python benchmarks/all_scripts.py short $(ARGS)
 
-bench-large: $(FULL) $(OPS) ## export and run the models of 1.5 billion parameters: most of an hour, 14 GB of memory, 15 GB of disk
-	$(BIN)/python benchmarks/export.py XXL SANA-Sprint
+bench-large: $(FULL) $(OPS) ## measure the models of up to 1.6 billion parameters on the CPU: hours, 16 GB of memory, 20 GB of disk
+	$(BIN)/python benchmarks/all_scripts.py large $(ARGS)
 
 format: $(FULL) ## apply ruff's format and fixes
 	$(BIN)/ruff check --fix
