@@ -16,6 +16,7 @@ from support import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))  # the scripts import one another from there
 
 import _common
+import all_scripts
 import figures
 from _common import Cells
 from _figures.aims import aims
@@ -123,6 +124,33 @@ def test_the_build_names_the_library_by_its_contents(tmp_path: Path, monkeypatch
     _common.build.cache_clear()
     assert len(found) == 2
     assert len({text.partition(", ")[2] for text in found}) == 1
+
+
+# ----------------------------------------------------------------------------
+# All scripts
+
+
+def test_scripts_run_until_the_time_is_over_and_one_that_fails_stops_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = tmp_path / "log"
+    (tmp_path / "good.py").write_text(f"import sys; open({str(log)!r}, 'a').write(f'good {{sys.argv[1:]}}\\n')\n")
+    (tmp_path / "bad.py").write_text("raise SystemExit(3)\n")
+    wait = f"import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    open({str(log)!r}, 'a').write('interrupted\\n')\n"
+    (tmp_path / "long.py").write_text(wait)
+    (tmp_path / "figures.py").write_text(f"open({str(log)!r}, 'a').write('figures\\n')\n")
+    scripts = (("bad.py",), ("good.py", "--preset", "short"), ("long.py",), ("good.py",))
+    monkeypatch.setattr(all_scripts, "FOLDER", tmp_path)
+    monkeypatch.setattr(all_scripts, "SERIES", {"short": all_scripts.Series(20, scripts)})
+    done = CliRunner().invoke(all_scripts.main, ["short", "--minutes", "0.1"])
+    assert log.read_text().splitlines() == ["good ['--preset', 'short']", "interrupted", "figures"]
+    assert done.exit_code == 1
+    assert "Call it again for the rest: long.py; good.py" in done.output
+    assert "failed, as its output says: bad.py" in done.output
+
+
+def test_every_script_that_measures_on_the_cpu_is_run() -> None:
+    others = {"all_scripts", "figures", "paper_model", "autotune", "cuda_calls", "first_gpu"}  # these measure nothing, or need a GPU
+    scripts = {path.name for path in (ROOT / "benchmarks").glob("[!_]*.py") if path.stem not in others}
+    assert {script[0] for script in all_scripts.SERIES["short"].scripts} == scripts
 
 
 # ----------------------------------------------------------------------------
