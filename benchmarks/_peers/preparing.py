@@ -43,11 +43,15 @@ def prepared(size: str, samples: int, steps: int = 2, device: str = "cpu", work:
             return case
     shutil.rmtree(folder, ignore_errors=True)
     _check_room(size, work)
-    folder.mkdir(parents=True)
-    # A large model is made in one process per stage, so that the memory of a stage is freed before the next one; PyTorch takes seconds to import.
-    for stages in [STAGES] if SIZES[size].trial else [(stage,) for stage in STAGES]:
-        show_progress(f"  {SIZES[size].title}: making the {', the '.join(stages)}")
-        _run_stages(stages, folder, size, samples, steps, device)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=work) as temporary:
+        made = Path(temporary) / folder.name
+        made.mkdir()
+        # A large model is made in one process per stage, so that the memory of a stage is freed before the next one; PyTorch takes seconds to import.
+        for stages in [STAGES] if SIZES[size].trial else [(stage,) for stage in STAGES]:
+            show_progress(f"  {SIZES[size].title}: making the {', the '.join(stages)}")
+            _run_stages(stages, made, size, samples, steps, device)
+        shutil.rmtree(folder, ignore_errors=True)  # another script may have made it meanwhile
+        made.rename(folder)
     return Case.load(folder)
 
 
