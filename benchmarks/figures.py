@@ -37,8 +37,9 @@ TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
 
 
 def read_results(folder: Path) -> dict[str, Any]:
-    """Return all results by name; those of another machine are named FOLDER/NAME."""
-    return {path.relative_to(folder).with_suffix("").as_posix(): json.loads(path.read_text("utf-8")) for path in sorted(folder.rglob("*.json"))}
+    """Return all results by name; those of another machine are named FOLDER/NAME. Left out are those whose first row is not measured yet."""
+    found = {path.relative_to(folder).with_suffix("").as_posix(): json.loads(path.read_text("utf-8")) for path in sorted(folder.rglob("*.json"))}
+    return {name: result for name, result in found.items() if result.get("figures", {}).get("rows") != {}}
 
 
 def with_tables(text: str, results: dict[str, Any]) -> str:

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from functools import partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -183,15 +183,22 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="measure again what was measured before")
     chosen = parser.parse_args()
     seconds, cells = chosen.seconds, Cells("host", again=chosen.again)
+    digits, xxs = "digits 28x28", "XXS 32x32x4"
     with tempfile.TemporaryDirectory() as folder:
-        checkpoints = {"digits 28x28": DIGITS, "XXS 32x32x4": random_checkpoint(edm2_config("XXS"), Path(folder) / "xxs.pt")}
-        bundles = {name: export(path, Path(folder) / f"{path.stem}.scm", verify=False, steps=()).path for name, path in checkpoints.items()}
-        digits, xxs = bundles
-        cells.measure("call", digits, by=partial(call_overhead, bundles[digits], 500))  # for larger graphs the noise is larger than the overhead
+
+        @cache
+        def bundle(name: str) -> Path:
+            checkpoint = DIGITS if name == digits else random_checkpoint(edm2_config("XXS"), Path(folder) / "xxs.pt")
+            return export(checkpoint, Path(folder) / f"{checkpoint.stem}.scm", verify=False, steps=()).path
+
+        def measure(what: str, name: str, function: Callable[..., dict[str, Any]], argument: float) -> None:
+            cells.measure(what, name, by=lambda: function(bundle(name), argument))
+
+        measure("call", digits, call_overhead, 500)  # for larger graphs the noise is larger than the overhead
         for name, repeats, streamed in ((digits, 40, 1000), (xxs, 8, 64)):
-            cells.measure("threads", name, by=partial(measure_threads, bundles[name], repeats))
-            cells.measure("clients", name, by=partial(measure_clients, bundles[name], seconds))
-            cells.measure("memory, MiB", name, by=partial(peak_memory, bundles[name], streamed))
+            measure("threads", name, measure_threads, repeats)
+            measure("clients", name, measure_clients, seconds)
+            measure("memory, MiB", name, peak_memory, streamed)
 
 
 if __name__ == "__main__":
