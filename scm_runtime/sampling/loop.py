@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from scm_runtime.bundle.manifest import Manifest
 from scm_runtime.common.memory import memory_errors
 from scm_runtime.common.runs import CancelScope, RunRegistry
-from scm_runtime.engines.engine import Engine, Output
+from scm_runtime.engines.engine import Engine, Output, PartName
 from scm_runtime.errors import GenerationCancelledError, InvalidArgumentError
 from scm_runtime.inputs.arguments import OutputType
 from scm_runtime.samples import IMAGE_CHANNELS, OnSpan, Samples, Span, Timings
@@ -73,14 +73,31 @@ class SamplingLoop:
 
         with nullcontext() if request.deadline is None else cancelled_at(request.deadline, scope):
             if request.on_step is None:
-                samples: Samples = run(lambda: self._sample(request, run_inline))
-            else:  # the callback runs on the caller's thread, outside of the scope
-                samples = self._sample(request, run)
+                samples: Samples = run(lambda: self._sample(request))
+            else:
+                samples = self._sample_with_callback(request, run)
         return self.finalize(request, samples)
 
-    def _sample(self, request: Request, run: Callable[[Callable[[], Any]], Any]) -> Samples:
-        if request.on_step is not None or not self.evaluate_all([request]):
-            run(lambda: self.start(request))
+    def _sample(self, request: Request) -> Samples:
+        """Compute a request without a callback, in a job of the engine."""
+        if self.evaluate_all([request]):
+            return self.decode_finished([request])[0]
+        engine, trajectory = self.engine, request.trajectory
+        with _memory_errors([request]), engine.one_run():
+            request.started_ns = time.time_ns()
+            engine.start(trajectory)
+            while not trajectory.done:
+                self._runs.check()
+                engine.step([trajectory])
+                trajectory.evaluations_done += 1
+                if not engine.asynchronous:
+                    self.nonfinite.check(trajectory)  # may compute all steps again
+            self._runs.check()
+            return self._decode([request])[0]
+
+    def _sample_with_callback(self, request: Request, run: Callable[[Callable[[], Any]], Any]) -> Samples:
+        """Compute a request in one job for each part: the callback runs between them, on the caller's thread and outside of the scope."""
+        run(lambda: self.start(request))
         while not request.trajectory.done:
             run(lambda: self.step([request]))
             self.after_step(request, run)
@@ -184,19 +201,22 @@ class SamplingLoop:
         if self._on_span is not None:
             request.spans = self._spans(request)
         call = request.trajectory.call
-        seconds: dict[str, list[float]] = {"noise": [], "step": [], "decode": [], "copy": []}
-        elapsed = self.engine.elapsed
+        seconds: dict[PartName, float] = {"noise": 0.0, "decode": 0.0, "copy": 0.0}
+        steps, elapsed = [], self.engine.elapsed
         for name, start, end in request.trajectory.parts:
-            seconds[name].append(elapsed(start, end))
+            if name == "step":
+                steps.append(elapsed(start, end))
+            else:
+                seconds[name] += elapsed(start, end)
         return Samples(
             array=array,
             seeds=tuple(call.seeds.tolist()),
             conditioning=call.conditioning,
             timings=Timings(
-                noise=sum(seconds["noise"]),
-                steps=tuple(seconds["step"]),
-                decode=sum(seconds["decode"]),
-                copy=sum(seconds["copy"]),
+                noise=seconds["noise"],
+                steps=tuple(steps),
+                decode=seconds["decode"],
+                copy=seconds["copy"],
                 total=time.perf_counter() - request.start,
                 waited=max(request.started_ns - request.start_ns, 0) / 1e9,
             ),
