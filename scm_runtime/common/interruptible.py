@@ -17,13 +17,15 @@ Result = TypeVar("Result")
 _idle: list[JobThread] = []  # at most one: starting a thread takes longer than handing it a function
 
 
-def run_interruptibly(function: Callable[[], Result]) -> Result:
+def run_interruptibly(function: Callable[[], Result], *, brief: bool = False) -> Result:
     """Call a function and return its result. On the main thread, call it in another thread, so that signal handlers run meanwhile.
+
+    A function that is ``brief``, a few milliseconds, is called directly: signals can wait for it, and on a busy machine a change of threads takes as long.
 
     If a handler raises, as that of Ctrl-C does, the runs of the function are terminated, and the handler's exception is raised once the function has ended.
     At the exit of the process, when runs may begin only on the exiting thread, and where no thread can be started, the function is called directly.
     """
-    if threading.current_thread() is not threading.main_thread() or exit_began():
+    if brief or threading.current_thread() is not threading.main_thread() or exit_began():
         return function()
     try:
         thread = _idle.pop()

@@ -117,7 +117,9 @@ class RunRegistry:
     def current_run(self) -> Run | None:
         """Return the shared run that a run of this thread takes part in; None if there is none, or it belongs to another registry or CancelScope."""
         run = _current.run
-        return run if run is not None and run.registry is self and run.scope is _current.scope else None
+        if run is None or run.registry is not self or run.scope is not _current.scope:
+            return None
+        return run
 
     @property
     def terminated(self) -> bool:
@@ -129,7 +131,7 @@ class RunRegistry:
         if self._terminated or (_exit_thread is not None and is_exiting()):
             raise closed_error()
         scope = _current.scope
-        if scope is not None and scope.cancelled:
+        if scope is not None and scope._error is not None:
             raise scope.error()
 
     def terminate(self) -> None:

@@ -90,8 +90,8 @@ class Engine(Protocol):
     def keep_batch_size(self, batch_size: int) -> None:
         """Run batches of this size as they are, if the engine pads others."""
 
-    def run(self, job: Callable[[], Result]) -> Result:
-        """Run a job on the thread that the engine needs, and return its result."""
+    def run(self, job: Callable[[], Result], *, brief: bool = False) -> Result:
+        """Run a job on the thread that the engine needs, and return its result. ``brief`` says that it takes at most a few milliseconds."""
 
     def one_run(self) -> AbstractContextManager[object]:
         """Context manager around the work of one call in a job: its runs of graphs are registered together if that saves time."""

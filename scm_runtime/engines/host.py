@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from scm_runtime.bundle.manifest import Dtype
 from scm_runtime.common.interruptible import run_interruptibly
-from scm_runtime.engines.engine import Output, TimedPart, Trajectory, combines, weights_of
+from scm_runtime.engines.engine import Output, TimedPart, Trajectory, weights_of
 from scm_runtime.engines.sessions import BundleSessions
 from scm_runtime.ort.session import shared_run
 
@@ -28,8 +28,17 @@ _ONE = np.array(1, np.float32)
 class _HostState:
     x: NDArray[np.float32]  #               [n, *sample]
     base: NDArray[np.float32]  #            x at the beginning of the step
-    finite: list[NDArray[np.bool_]] = field(default_factory=list)  # [n] per evaluation
+    finite: list[NDArray[np.bool_] | None] = field(default_factory=list)  # [n] per evaluation; None if all are True
     all_finite: bool = True
+
+    def advance(self, x: NDArray[np.float32], finite: NDArray[np.bool_] | None, *, begins_step: bool) -> None:
+        """Replace the state by the result of an evaluation."""
+        if begins_step:
+            self.base = self.x
+        self.x = x
+        self.finite.append(finite)
+        if finite is not None and not finite.all():
+            self.all_finite = False
 
 
 class HostEngine:
@@ -51,9 +60,9 @@ class HostEngine:
         self.provider = graphs.step.provider
         self._graphs, self._initial_scale = graphs, np.array(initial_scale, np.float32)
 
-    def run(self, job: Callable[[], Result]) -> Result:
-        """Run a job on the caller's thread, or for the main thread on another, so that signals are handled meanwhile."""
-        return run_interruptibly(job)
+    def run(self, job: Callable[[], Result], *, brief: bool = False) -> Result:
+        """Run a job on the caller's thread, or for the main thread on another unless it is brief, so that signals are handled meanwhile."""
+        return run_interruptibly(job, brief=brief)
 
     def keep_batch_size(self, batch_size: int) -> None:
         """Do nothing: every batch runs as it is."""
@@ -76,24 +85,23 @@ class HostEngine:
     def step(self, trajectories: Sequence[Trajectory]) -> None:
         """Implement ``Engine.step``."""
         start = perf_counter()
-        inputs = [self._step_inputs(one) for one in trajectories]
-        batch = inputs[0] if len(inputs) == 1 else {name: np.concatenate([one[name] for one in inputs]) for name in inputs[0]}
-        noise_end = perf_counter()
-        x = self._graphs.step(**batch)
-        if combines(trajectories):
-            base = _concatenated([one.state.base if one.evaluation.weights else one.state.x for one in trajectories])
-            x = self._graphs.combine(x=batch["x"], base=base, result=x, weights=weights_of(trajectories))
-        is_finite = np.isfinite(x)
-        all_finite = np.count_nonzero(is_finite) == x.size
-        finite = _all_true(len(x)) if all_finite else is_finite.reshape(len(x), -1).all(axis=1)
-        parts, at = (TimedPart("noise", start, noise_end), TimedPart("step", noise_end, perf_counter())), 0
-        for one in trajectories:
-            rows, state = slice(at, at := at + len(one)), one.state
-            if one.evaluation.weights is None:
-                state.base = state.x
-            state.x = x[rows]
-            state.finite.append(finite[rows])
-            state.all_finite = state.all_finite and (all_finite or bool(finite[rows].all()))
+        if len(trajectories) == 1:
+            inputs = self._step_inputs(trajectories[0])
+        else:
+            listed = [self._step_inputs(one) for one in trajectories]
+            inputs = {name: np.concatenate([one[name] for one in listed]) for name in listed[0]}
+        drawn = perf_counter()
+        x = self._graphs.step(**inputs)
+        weights = [one.call.evaluations[one.evaluations_done].weights for one in trajectories]
+        if any(weights):
+            base = _concatenated([one.state.base if own else one.state.x for one, own in zip(trajectories, weights, strict=True)])
+            x = self._graphs.combine(x=inputs["x"], base=base, result=x, weights=weights_of(trajectories))
+        finite = np.isfinite(x)
+        flags = None if np.count_nonzero(finite) == x.size else finite.reshape(len(x), -1).all(axis=1)
+        parts, at = (TimedPart("noise", start, drawn), TimedPart("step", drawn, perf_counter())), 0
+        for one, own in zip(trajectories, weights, strict=True):
+            rows = slice(at, at := at + len(one.call.seeds))
+            one.state.advance(x[rows], None if flags is None else flags[rows], begins_step=own is None)
             one.parts += parts
 
     def read_state(self, trajectory: Trajectory) -> NDArray[np.float32]:
@@ -106,11 +114,13 @@ class HostEngine:
 
     def finite_flags(self, trajectory: Trajectory) -> NDArray[np.bool_]:
         """Implement ``Engine.finite_flags``."""
-        return np.array(trajectory.state.finite, np.bool_).reshape(-1, len(trajectory.state.x))
+        n = len(trajectory.state.x)
+        return np.array([np.ones(n, np.bool_) if flags is None else flags for flags in trajectory.state.finite], np.bool_).reshape(-1, n)
 
     def all_finite(self, trajectory: Trajectory) -> bool:
         """Implement ``Engine.all_finite``."""
-        return cast(bool, trajectory.state.all_finite)
+        all_finite: bool = trajectory.state.all_finite
+        return all_finite
 
     def decode(self, trajectories: Sequence[Trajectory]) -> list[NDArray[Any]]:
         """Implement ``Engine.decode``."""
@@ -144,19 +154,20 @@ class HostEngine:
         self._graphs.end_profiling()
 
     def _step_inputs(self, trajectory: Trajectory) -> dict[str, NDArray[Any]]:
-        call, (t, t_next, _), k = trajectory.call, trajectory.evaluation, trajectory.evaluations_done + 1
-        n = len(call.seeds)
-        return {**call.conditioning, "x": trajectory.state.x, "t": _times(t, n), "t_next": _times(t_next, n), "noise": self._noise(call.seeds, k, _ONE)}
+        call, k = trajectory.call, trajectory.evaluations_done
+        (t, t_next, _), n = call.evaluations[k], len(call.seeds)
+        return {**call.conditioning, "x": trajectory.state.x, "t": _times(t, n), "t_next": _times(t_next, n), "noise": self._noise(call.seeds, k + 1, _ONE)}
 
     def _noise(self, seeds: NDArray[np.int64], draw: int, scale: NDArray[np.float32]) -> NDArray[np.float32]:
-        return cast("NDArray[np.float32]", self._graphs.noise(seeds=seeds, draw=_draw_number(draw), scale=scale))
+        noise: NDArray[np.float32] = self._graphs.noise(seeds=seeds, draw=_draw_number(draw), scale=scale)
+        return noise
 
 
 def _times(t: float, n: int) -> NDArray[np.float32]:
     return _repeated(t, n) if n <= MAX_CACHED_LENGTH else np.full(n, t, np.float32)
 
 
-# Small arrays that most calls need. They are read-only.
+# Small inputs that most calls need. They are read-only.
 
 
 @lru_cache(CACHED_INPUTS)
@@ -167,11 +178,6 @@ def _repeated(t: float, n: int) -> NDArray[np.float32]:
 @lru_cache(CACHED_INPUTS)
 def _draw_number(draw: int) -> NDArray[np.int64]:
     return _read_only(np.array(draw, np.int64))
-
-
-@lru_cache(CACHED_INPUTS)
-def _all_true(n: int) -> NDArray[np.bool_]:
-    return _read_only(np.ones(n, np.bool_))
 
 
 def _read_only(array: NDArray[Any]) -> NDArray[Any]:

@@ -95,7 +95,8 @@ class Session:
             BundleError: the output has another shape than ``expect`` says.
             GeneratorClosedError, or the error of a cancelled CancelScope: the run was terminated.
         """
-        if (shared := self.settings.runs.current_run()) is not None:
+        shared = self.settings.runs.current_run()
+        if shared is not None:
             return self._run(inputs, shared)
         with self.settings.runs.run(_run_options(UNCAPTURED)) as run:
             return self._run(inputs, run)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -27,6 +28,7 @@ from scm_runtime.errors import GenerationCancelledError, InvalidArgumentError
 from scm_runtime.inputs.arguments import OutputType
 from scm_runtime.samples import IMAGE_CHANNELS, OnSpan, Samples, Span, Timings
 from scm_runtime.sampling.deadline import cancelled_at
+from scm_runtime.sampling.durations import CallDurations
 from scm_runtime.sampling.nonfinite import NonFiniteHandler
 from scm_runtime.sampling.request import Request
 
@@ -58,7 +60,9 @@ class SamplingLoop:
             on_span: receives the spans, if it is not None.
         """
         self.engine, self.nonfinite, self._runs = engine, nonfinite, runs
-        self._manifest, self._attributes, self._on_span = manifest, attributes, on_span
+        self._attributes, self._on_span = attributes, on_span
+        self._has_decoder = manifest.output.kind == "image"
+        self._durations = CallDurations()
 
     def sample(self, request: Request) -> Samples:
         """Compute a request from noise to samples, on any thread. Raises what ``Generator.__call__`` raises.
@@ -72,31 +76,34 @@ class SamplingLoop:
                 return self.engine.run(job)
 
         with nullcontext() if request.deadline is None else cancelled_at(request.deadline, scope):
-            if request.on_step is None:
-                samples: Samples = run(lambda: self._sample(request))
+            if request.on_step is not None:
+                samples = self._sample_in_parts(request, run)
             else:
-                samples = self._sample_with_callback(request, run)
+                with scope.active():
+                    samples = self.engine.run(partial(self._sample, request), brief=self._durations.is_brief(request))
         return self.finalize(request, samples)
 
     def _sample(self, request: Request) -> Samples:
         """Compute a request without a callback, in a job of the engine."""
-        if self.evaluate_all([request]):
-            return self.decode_finished([request])[0]
         engine, trajectory = self.engine, request.trajectory
-        with _memory_errors([request]), engine.one_run():
+        if engine.asynchronous:
+            return self.decode_finished([request])[0] if self.evaluate_all([request]) else self._sample_in_parts(request, run_inline)
+        with _memory_errors([request]), engine.one_run():  # which ends early if it is terminated between two runs, too
             request.started_ns = time.time_ns()
             engine.start(trajectory)
-            while not trajectory.done:
-                self._runs.check()
-                engine.step([trajectory])
+            for _ in trajectory.call.evaluations:
+                engine.step((trajectory,))
                 trajectory.evaluations_done += 1
-                if not engine.asynchronous:
-                    self.nonfinite.check(trajectory)  # may compute all steps again
-            self._runs.check()
-            return self._decode([request])[0]
+                self.nonfinite.check(trajectory)  # may compute all steps again
+            if request.output_type == "latent":
+                array = np.array(engine.read_state(trajectory))
+            else:
+                array = self.nonfinite.check_pixels(trajectory, engine.decode((trajectory,))[0])
+        self._durations.note(request, engine.elapsed(trajectory.parts[0].start, trajectory.parts[-1].end))
+        return self._samples(request, array)
 
-    def _sample_with_callback(self, request: Request, run: Callable[[Callable[[], Any]], Any]) -> Samples:
-        """Compute a request in one job for each part: the callback runs between them, on the caller's thread and outside of the scope."""
+    def _sample_in_parts(self, request: Request, run: Callable[[Callable[[], Any]], Any]) -> Samples:
+        """Compute a request in one job for each part. A callback runs between them, on the caller's thread and outside of the scope."""
         run(lambda: self.start(request))
         while not request.trajectory.done:
             run(lambda: self.step([request]))
@@ -202,7 +209,8 @@ class SamplingLoop:
             request.spans = self._spans(request)
         call = request.trajectory.call
         seconds: dict[PartName, float] = {"noise": 0.0, "decode": 0.0, "copy": 0.0}
-        steps, elapsed = [], self.engine.elapsed
+        steps: list[float] = []
+        elapsed = self.engine.elapsed
         for name, start, end in request.trajectory.parts:
             if name == "step":
                 steps.append(elapsed(start, end))
@@ -220,7 +228,7 @@ class SamplingLoop:
                 total=time.perf_counter() - request.start,
                 waited=max(request.started_ns - request.start_ns, 0) / 1e9,
             ),
-            has_decoder=self._manifest.output.kind == "image",
+            has_decoder=self._has_decoder,
         )
 
     def finalize(self, request: Request, samples: Samples) -> Samples:

@@ -63,7 +63,7 @@ class CudaEngine:
         """Capture batches of exactly this size, instead of padding them."""
         self._batches.keep_size(batch_size)
 
-    def run(self, job: Callable[[], Result]) -> Result:
+    def run(self, job: Callable[[], Result], *, brief: bool = False) -> Result:
         """Run a job in the context's thread, and return its result or raise its error. See ``CudaContext.run``."""
         return self._context.run(job)
 
