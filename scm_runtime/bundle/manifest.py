@@ -196,9 +196,13 @@ class Manifest(Struct, kw_only=True):
     @property
     def labels(self) -> Conditioning | None:
         """The input that ``class_labels`` of a call is for: the one of that name, else the only input of kind "class"; None if there is neither."""
-        classes = [item for item in self.conditioning if item.kind == "class"]
-        named = [item for item in self.conditioning if item.name == LABELS]
-        return next(iter(named or (classes if len(classes) == 1 else [])), None)
+        only, classes = None, 0
+        for item in self.conditioning:
+            if item.name == LABELS:
+                return item
+            if item.kind == "class":
+                only, classes = item, classes + 1
+        return only if classes == 1 else None
 
     def optional_graph(self, kind: Literal["encode", "preview"], dtype: Dtype) -> str | None:
         """File of an optional graph: in a dtype, else in fp32; None if the bundle has neither."""

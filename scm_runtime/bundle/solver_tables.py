@@ -67,8 +67,8 @@ class SolverTables:
                 )
             raise InvalidArgumentError(f"sampler must be one of {', '.join((manifest.solver, *manifest.samplers))}, got {sampler!r}")
         if sampler is None or sampler == manifest.solver:
-            if steps is None and timesteps is None:
-                return self._default
+            if timesteps is None and (steps is None or type(steps) is int) and (known := self._known.get(steps)) is not None:
+                return known
             return from_times(_times(manifest, steps, timesteps))
         if timesteps is not None:
             raise InvalidArgumentError(f"timesteps are for the sampler {manifest.solver!r}; for {sampler!r} give num_inference_steps")
@@ -76,8 +76,10 @@ class SolverTables:
         return self._tables[sampler][_count(steps, counts, DIFFUSION_STEPS if DIFFUSION_STEPS in counts else max(counts))]
 
     @cached_property
-    def _default(self) -> SolverStages:
-        return from_times(_times(self._manifest, None, None))
+    def _known(self) -> dict[int | None, SolverStages]:
+        """Stages of the default sampler by number of steps, and those of the default number under None."""
+        by_count: dict[int | None, SolverStages] = {int(count): from_times(times) for count, times in self._manifest.times.items()}
+        return {None: from_times(_times(self._manifest, None, None)), **by_count}
 
     @cached_property
     def _tables(self) -> dict[str, dict[int, SolverStages]]:

@@ -2,48 +2,60 @@
 
 from __future__ import annotations
 
+import atexit
+import os
 import threading
 from collections.abc import Callable
 from typing import TypeVar, cast
 
-from scm_runtime.common.job_thread import Job
+from scm_runtime.common.job_thread import JobThread
 from scm_runtime.common.runs import CancelScope, current_scope, exit_began, interrupted_error, wait_despite_signals
+from scm_runtime.errors import InferenceError
 
 Result = TypeVar("Result")
 
-UNKNOWN_THREAD = 0  # no thread has this identifier
+_idle: list[JobThread] = []  # at most one: starting a thread takes longer than handing it a function
 
 
-def run_interruptibly(function: Callable[[], Result]) -> Result:
-    """Call a function and return its result. On the main thread, call it in a thread of its own, so that signal handlers run meanwhile.
+def run_interruptibly(function: Callable[[], Result], *, brief: bool = False) -> Result:
+    """Call a function and return its result. On the main thread, call it in another thread, so that signal handlers run meanwhile.
+
+    A function that is ``brief``, a few milliseconds, is called directly: signals can wait for it, and on a busy machine a change of threads takes as long.
 
     If a handler raises, as that of Ctrl-C does, the runs of the function are terminated, and the handler's exception is raised once the function has ended.
     At the exit of the process, when runs may begin only on the exiting thread, and where no thread can be started, the function is called directly.
     """
-    if threading.current_thread() is not threading.main_thread() or exit_began():
+    if brief or threading.current_thread() is not threading.main_thread() or exit_began():
         return function()
+    try:
+        thread = _idle.pop()
+    except IndexError:
+        try:
+            thread = JobThread("scm-runtime call")
+        except InferenceError:  # the system has no more threads
+            return function()
     scope = current_scope() or CancelScope()
     with scope.active():
-        job = Job(function, UNKNOWN_THREAD)
-    thread = threading.Thread(target=job.call, name="scm-runtime call", daemon=True)  # the exit of the process waits for jobs
+        job = thread.job(function)
     try:
-        job.begin()
-        if not _started(thread):
-            job.end()
-            return function()
+        thread.put(job)
         job.wait()
     except BaseException:
         scope.cancel(interrupted_error)
         if not job.withdraw():
             wait_despite_signals(job.wait)
         raise
-    thread.join()
+    finally:
+        if not _idle:  # a signal handler that called a Generator may have left its own
+            _idle.append(thread)
     return cast(Result, job.result())
 
 
-def _started(thread: threading.Thread) -> bool:
-    try:
-        thread.start()
-    except RuntimeError:  # the system has no more threads
-        return False
-    return True
+def _end_idle() -> None:
+    while _idle:
+        _idle.pop().close()
+
+
+atexit.register(_end_idle)
+if hasattr(os, "register_at_fork"):  # Windows has no fork
+    os.register_at_fork(after_in_child=_idle.clear)  # the threads exist only in the parent

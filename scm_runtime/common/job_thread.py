@@ -55,7 +55,8 @@ class Job(Run):
     def result(self) -> Any:
         """Return the result of an ended job, or raise its error."""
         if self._error is None:
-            return self._result
+            result, self._result = self._result, None  # the thread may still refer to the job
+            return result
         try:
             raise self._error
         finally:

@@ -55,8 +55,8 @@ class Run:
         return closed_error()
 
     def __enter__(self) -> Self:
-        self.begin()
         try:
+            self.begin()
             self.registry.check()  # after begin, so that a concurrent terminate finds this run or is seen here
         except BaseException:
             self.end()
@@ -82,6 +82,21 @@ class Run:
                 pass
 
 
+class _SharedRun(Run):
+    """A run in flight for the whole of its ``with`` block, which the runs of its thread inside the block take part in: see ``RunRegistry.shared_run``."""
+
+    __slots__ = ("_outer",)
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        self._outer, _current.run = _current.run, self
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        _current.run = self._outer
+        self.end()
+
+
 class RunRegistry:
     """The runs of one Generator, on all its engines and threads."""
 
@@ -92,6 +107,20 @@ class RunRegistry:
         """Return a new run, with the arguments of ``Run``. Entering it raises what ``check`` raises."""
         return Run(self, options, thread)
 
+    def shared_run(self, options: Any) -> AbstractContextManager[Run]:
+        """Context manager: one run in flight for all runs that this thread begins in the block, so that each need not be registered by itself.
+
+        Its options are passed to each of them. Once they are terminated, the present run ends, and each later one at its first operator.
+        """
+        return _SharedRun(self, options)
+
+    def current_run(self) -> Run | None:
+        """Return the shared run that a run of this thread takes part in; None if there is none, or it belongs to another registry or CancelScope."""
+        run = _current.run
+        if run is None or run.registry is not self or run.scope is not _current.scope:
+            return None
+        return run
+
     @property
     def terminated(self) -> bool:
         """True if no run may begin: after ``terminate``, and during the exit of the process except on the exiting thread."""
@@ -99,10 +128,11 @@ class RunRegistry:
 
     def check(self) -> None:
         """Raise GeneratorClosedError if no run may begin, and the error of the current CancelScope if it is cancelled."""
-        if self.terminated:
+        if self._terminated or (_exit_thread is not None and is_exiting()):
             raise closed_error()
-        if (scope := current_scope()) is not None:
-            scope.check()
+        scope = _current.scope
+        if scope is not None and scope._error is not None:
+            raise scope.error()
 
     def terminate(self) -> None:
         """End the runs in flight at their next operator, and let no other begin. Returns at once."""
@@ -143,11 +173,6 @@ class CancelScope:
         assert self._error is not None
         return self._error()
 
-    def check(self) -> None:
-        """Raise the error of a cancelled scope."""
-        if self.cancelled:
-            raise self.error()
-
     def active(self) -> AbstractContextManager[None]:
         """Context manager: the runs that this thread begins belong to this scope, and not to one around it."""
         return _Active(self)
@@ -160,19 +185,23 @@ class _Active(AbstractContextManager[None]):
         self._scope = scope
 
     def __enter__(self) -> None:
-        self._outer, _current.scope = current_scope(), self._scope
+        self._outer, _current.scope = _current.scope, self._scope
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         _current.scope = self._outer
 
 
-_current = threading.local()
+class _Current(threading.local):
+    scope: CancelScope | None = None
+    run: Run | None = None
+
+
+_current = _Current()
 
 
 def current_scope() -> CancelScope | None:
     """Return the scope that is active on this thread."""
-    scope: CancelScope | None = getattr(_current, "scope", None)
-    return scope
+    return _current.scope
 
 
 def closed_error(when: str = "while this call ran") -> GeneratorClosedError:

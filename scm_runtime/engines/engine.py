@@ -7,6 +7,7 @@ of a sample depends only on its seed. ``host.HostEngine`` and ``cuda.engine.Cuda
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
@@ -89,8 +90,11 @@ class Engine(Protocol):
     def keep_batch_size(self, batch_size: int) -> None:
         """Run batches of this size as they are, if the engine pads others."""
 
-    def run(self, job: Callable[[], Result]) -> Result:
-        """Run a job on the thread that the engine needs, and return its result."""
+    def run(self, job: Callable[[], Result], *, brief: bool = False) -> Result:
+        """Run a job on the thread that the engine needs, and return its result. ``brief`` says that it takes at most a few milliseconds."""
+
+    def one_run(self) -> AbstractContextManager[object]:
+        """Context manager around the work of one call in a job: its runs of graphs are registered together if that saves time."""
 
     def sample(self, trajectories: Sequence[Trajectory], outputs: Sequence[Output]) -> bool:
         """Compute trajectories that were not started to their outputs at once, if the engine can do that better than step by step.
@@ -116,6 +120,9 @@ class Engine(Protocol):
 
     def finite_flags(self, trajectory: Trajectory) -> NDArray[np.bool_]:
         """Return flags ``[m, n]``: True if a sample was finite after an evaluation, for the m evaluations since ``start`` or ``set_state``."""
+
+    def all_finite(self, trajectory: Trajectory) -> bool:
+        """Return True if all of ``finite_flags`` are True."""
 
     def decode(self, trajectories: Sequence[Trajectory]) -> list[NDArray[Any]]:
         """Run the decode graph on all states in one batch, and return the result for each trajectory on the host."""

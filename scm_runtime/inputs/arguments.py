@@ -54,19 +54,23 @@ _NAMES = {kind: frozenset(name for base in (BatchArguments, kind) for name in ba
 def check_names(arguments: Mapping[str, object], kind: type[BatchArguments]) -> None:
     """Raise TypeError for an unknown argument, as Python does."""
     known = _NAMES[kind]
-    if unknown := sorted(arguments.keys() - known):
-        raise TypeError(f"got an unexpected keyword argument {unknown[0]!r}: known are class_labels, {', '.join(sorted(known))}")
+    if not arguments.keys() <= known:
+        unknown = min(arguments.keys() - known)
+        raise TypeError(f"got an unexpected keyword argument {unknown!r}: known are class_labels, {', '.join(sorted(known))}")
 
 
 def gather_conditioning(manifest: Manifest, class_labels: Labels | None, arguments: BatchArguments) -> dict[str, Any]:
-    """Return the conditioning of a call by the names of the step graph's inputs, None for arguments that were not given.
+    """Return the conditioning that a call gives, by the names of the step graph's inputs.
 
     ``class_labels`` is for the input ``manifest.labels``, whatever its name.
 
     Raises:
         InvalidArgumentError: ``conditioning`` is not a mapping, or has an input that was also given by its argument.
     """
-    named: dict[str, Any] = {name: arguments.get(name) for name in CONDITIONING}
+    named: dict[str, Any] = {}
+    for name in CONDITIONING:
+        if (value := arguments.get(name)) is not None:
+            named[name] = value
     if class_labels is not None:
         labels = manifest.labels
         named[LABELS if labels is None else labels.name] = class_labels
@@ -75,6 +79,9 @@ def gather_conditioning(manifest: Manifest, class_labels: Labels | None, argumen
         return named
     if not isinstance(others, Mapping):
         raise InvalidArgumentError(f"conditioning must be a dict of the model's inputs by name, got {type(others).__name__}")
-    if twice := [str(name) for name in others if named.get(name) is not None]:
-        raise InvalidArgumentError(f"{', '.join(twice)} was given both as an argument and in conditioning. Give it once.")
-    return named | dict(others)
+    for name, value in others.items():
+        if name in named:
+            raise InvalidArgumentError(f"{name} was given both as an argument and in conditioning. Give it once.")
+        if value is not None:
+            named[name] = value
+    return named

@@ -46,7 +46,7 @@ class Call:
 def resolve_call(
     manifest: Manifest,
     *,
-    conditioning: Mapping[str, Any],
+    conditioning: Mapping[str, object],
     seed: Seeds | None,
     batch_size: int | None,
     latents: ArrayLike | None,
@@ -54,42 +54,58 @@ def resolve_call(
 ) -> Call:
     """Check a call's arguments against the manifest and broadcast them to one batch size; raises InvalidArgumentError.
 
-    ``conditioning`` has the names of the step graph's inputs as keys; None means that it was not given. ``evaluations`` come from the bundle's SolverTables.
+    ``conditioning`` has the names of the step graph's inputs as keys. ``evaluations`` come from the bundle's SolverTables.
     """
     if batch_size is not None and (not is_int(batch_size) or batch_size < 1):
         raise InvalidArgumentError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
     inputs = {item.name: item for item in manifest.conditioning}
-    for name, value in conditioning.items():
-        if value is not None and name not in inputs:
-            takes = ", ".join(inputs) or "no conditioning"
-            raise InvalidArgumentError(f"{name} was given, but the bundle {manifest.name!r} takes {takes}")
+    if not conditioning.keys() <= inputs.keys():
+        name = next(name for name in conditioning if name not in inputs)
+        raise InvalidArgumentError(f"{name} was given, but the bundle {manifest.name!r} takes {', '.join(inputs) or 'no conditioning'}")
     start = None if latents is None else read_latents(latents, manifest.sample.shape)
-    given = {name: conditioning.get(name) for name in inputs}
-    batched = {name: None if value is None else read_input(inputs[name], value) for name, value in given.items()}
+    batched = {name: read_input(item, conditioning[name]) for name, item in inputs.items() if name in conditioning}
     sizes = dynamic_sizes(inputs, batched)
-    listed: Sequence[int] | None = None if seed is None or is_int(seed) else read_seeds(seed)
+    listed = None if seed is None or is_int(seed) else read_seeds(seed)
 
-    lengths = {name: item.length for name, item in batched.items() if item is not None and item.length is not None}
-    lengths |= {} if listed is None else {"seed": len(listed)}
-    lengths |= {} if start is None else {"latents": len(start)}
-    lengths |= {} if batch_size is None else {"batch_size": int(batch_size)}
-    if len(set(lengths.values())) > 1:
+    lengths = {name: len(item.values) for name, item in batched.items() if not item.broadcast}
+    if listed is not None:
+        lengths["seed"] = len(listed)
+    if start is not None:
+        lengths["latents"] = len(start)
+    if batch_size is not None:
+        lengths["batch_size"] = int(batch_size)
+    n = _common_length(lengths) if lengths else 1
+    seeds = _seed_array(seed, n) if listed is None else _seeds_in_range(listed)
+    arrays = {name: broadcast_to_batch(item, batched.get(name), seeds, sizes) for name, item in inputs.items()}
+    return Call(seeds, arrays, evaluations, start)
+
+
+def _common_length(lengths: Mapping[str, int]) -> int:
+    """Return the batch size of arguments that are given per sample; raises InvalidArgumentError if they differ or are empty."""
+    n = next(iter(lengths.values()))
+    if any(length != n for length in lengths.values()):
         listing = ", ".join(f"{name}: {length}" for name, length in lengths.items())
         raise InvalidArgumentError(f"all arguments must be for one batch size, got {listing}")
-    n = next(iter(lengths.values()), 1)
     if n < 1:
         raise InvalidArgumentError(f"{next(iter(lengths))} must hold at least one value, got none")
+    return n
 
-    if listed is None:
-        first = random_seed() if seed is None else int(cast(int, seed))
-        listed = range(first, first + n)
-    check_range(listed)
+
+def _seed_array(seed: Seeds | None, n: int) -> NDArray[np.int64]:
+    """Return the seeds of n samples that begin with an integer, or with a random one: int64 ``[n]``. Raises InvalidArgumentError."""
+    first = random_seed() if seed is None else int(cast(int, seed))
+    check_range((first, first + n - 1))
+    if n == 1:
+        return np.array([first], np.int64)
     try:
-        seeds = np.arange(n, dtype=np.int64) + listed[0] if isinstance(listed, range) else np.array(listed, np.int64)
+        return np.arange(n, dtype=np.int64) + first
     except (MemoryError, ValueError) as error:
         raise out_of_memory_error(f"the seeds of a batch of {n}", error, SMALLER_BATCH) from error
-    arrays = {name: broadcast_to_batch(inputs[name], item, seeds, sizes) for name, item in batched.items()}
-    return Call(seeds, arrays, evaluations, start)
+
+
+def _seeds_in_range(seeds: Sequence[int]) -> NDArray[np.int64]:
+    check_range(seeds)
+    return np.array(seeds, np.int64)
 
 
 def random_seed() -> int:

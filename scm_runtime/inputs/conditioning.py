@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,8 +15,7 @@ from scm_runtime.errors import InvalidArgumentError
 PLACEHOLDER_SIZE = 7  # size of dynamic dimensions in placeholder_conditioning
 
 
-@dataclass(frozen=True)
-class BatchedInput:
+class BatchedInput(NamedTuple):
     """A validated value for one input."""
 
     values: NDArray[Any]
@@ -41,12 +39,12 @@ def read_input(item: Conditioning, value: object) -> BatchedInput:
 
 
 def _classes(item: Conditioning, value: Any) -> BatchedInput:
-    broadcast = isinstance(value, str) or is_int(value)
-    labels = [value] if broadcast else np.asarray(value, object).tolist()
+    if isinstance(value, str) or is_int(value):
+        return BatchedInput(cast("NDArray[np.int64]", np.int64(class_index(item, value))), broadcast=True)
+    labels = np.asarray(value, object).tolist()
     if not isinstance(labels, list):
         raise InvalidArgumentError(f"{item.name} must be class indices or label names, got {value!r}")
-    indices = np.array([class_index(item, label) for label in labels], np.int64)
-    return BatchedInput(indices[0] if broadcast else indices, broadcast)
+    return BatchedInput(np.array([class_index(item, label) for label in labels], np.int64), broadcast=False)
 
 
 def class_index(item: Conditioning, label: object) -> int:
@@ -110,12 +108,12 @@ def to_array(name: str, value: Any) -> NDArray[np.float32]:
         raise InvalidArgumentError(f"{name} must be an array of numbers, got {type(value).__name__} ({error}){hint}") from error
 
 
-def dynamic_sizes(inputs: Mapping[str, Conditioning], values: Mapping[str, BatchedInput | None]) -> dict[str, int]:
+def dynamic_sizes(inputs: Mapping[str, Conditioning], values: Mapping[str, BatchedInput]) -> dict[str, int]:
     """Sizes of the dynamic dimensions in one call, by name; raises InvalidArgumentError if two inputs differ."""
     sizes: dict[str, int] = {}
     owners: dict[str, str] = {}
     for name, value in values.items():
-        if value is None:
+        if not inputs[name].shape:
             continue
         shape = value.values.shape if value.broadcast else value.values.shape[1:]
         for dimension, size in zip(inputs[name].shape, shape, strict=True):
@@ -123,7 +121,7 @@ def dynamic_sizes(inputs: Mapping[str, Conditioning], values: Mapping[str, Batch
                 continue
             if sizes.setdefault(dimension, size) != size:
                 first = owners[dimension]
-                shapes = " and ".join(f"{other} {list(cast(BatchedInput, values[other]).values.shape)}" for other in (first, name))
+                shapes = " and ".join(f"{other} {list(values[other].values.shape)}" for other in (first, name))
                 raise InvalidArgumentError(f"{first} and {name} must have the same number of {dimension}, got {sizes[dimension]} and {size}, in {shapes}")
             owners.setdefault(dimension, name)
     return sizes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -14,7 +15,7 @@ from scm_runtime.common.load_onnxruntime import load_onnxruntime
 from scm_runtime.common.memory import SMALLER_BATCH, is_out_of_memory, out_of_memory_error
 from scm_runtime.common.message_text import escape_controls
 from scm_runtime.common.process import leave_to_parent
-from scm_runtime.common.runs import Run
+from scm_runtime.common.runs import Run, RunRegistry
 from scm_runtime.errors import BundleError, DeviceError, InferenceError, InvalidArgumentError, ScmError
 from scm_runtime.ort.options import RECORD_PLACEMENT, SessionSettings
 
@@ -71,6 +72,7 @@ class Session:
         self.output: str = outputs[0]
         """Name of the output."""
         self._output_type: str = session.get_outputs()[0].type
+        self._outputs = [self.output]
         self._expected: ResultSpec | None = None
         self.shapes: dict[str, tuple[int | str | None, ...]] = {value.name: tuple(value.shape) for value in session.get_inputs()}
         """Shape of each input by name. A dynamic dimension is a name or None."""
@@ -93,15 +95,21 @@ class Session:
             BundleError: the output has another shape than ``expect`` says.
             GeneratorClosedError, or the error of a cancelled CancelScope: the run was terminated.
         """
-        options = _run_options(UNCAPTURED)
-        with self.settings.runs.run(options) as run:
-            try:
-                result: NDArray[Any] = self._session.run([self.output], inputs, options)[0]
-            except Exception as error:
-                batch = max((len(array) for array in inputs.values() if array.ndim), default=1)
-                raise run_error(self.path, error, run, f"a batch of {batch} on {self.settings.placement.device}") from error
-        if self._expected is not None:
-            _check_shape(self.path, result, self._expected, inputs)
+        shared = self.settings.runs.current_run()
+        if shared is not None:
+            return self._run(inputs, shared)
+        with self.settings.runs.run(_run_options(UNCAPTURED)) as run:
+            return self._run(inputs, run)
+
+    def _run(self, inputs: Mapping[str, NDArray[Any]], run: Run) -> NDArray[Any]:
+        try:
+            result: NDArray[Any] = self._session.run(self._outputs, inputs, run.options)[0]
+        except Exception as error:
+            batch = max((len(array) for array in inputs.values() if array.ndim), default=1)
+            raise run_error(self.path, error, run, f"a batch of {batch} on {self.settings.placement.device}") from error
+        expected = self._expected
+        if expected is not None and result.shape != (len(inputs[expected.batch_input]), *expected.shape):
+            _check_shape(self.path, result, expected, inputs)
         return result
 
     def bind(self, inputs: Mapping[str, DeviceTensor], output: DeviceTensor, *, run_options: Mapping[str, str] | None = None) -> BoundSession:
@@ -146,6 +154,11 @@ class BoundSession:
                 self._session.run_with_iobinding(self._binding, options)
             except Exception as error:
                 raise run_error(self._path, error, run, self._what) from error
+
+
+def shared_run(runs: RunRegistry) -> AbstractContextManager[Run]:
+    """Context manager: calls of sessions with this registry in the block, on this thread, are one run in flight. See ``RunRegistry.shared_run``."""
+    return runs.shared_run(_run_options(UNCAPTURED))
 
 
 def _check_shape(path: Path, result: NDArray[Any], expected: ResultSpec, inputs: Mapping[str, NDArray[Any]]) -> None:

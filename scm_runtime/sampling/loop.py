@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -22,11 +23,12 @@ from numpy.typing import NDArray
 from scm_runtime.bundle.manifest import Manifest
 from scm_runtime.common.memory import memory_errors
 from scm_runtime.common.runs import CancelScope, RunRegistry
-from scm_runtime.engines.engine import Engine, Output
+from scm_runtime.engines.engine import Engine, Output, PartName
 from scm_runtime.errors import GenerationCancelledError, InvalidArgumentError
 from scm_runtime.inputs.arguments import OutputType
 from scm_runtime.samples import IMAGE_CHANNELS, OnSpan, Samples, Span, Timings
 from scm_runtime.sampling.deadline import cancelled_at
+from scm_runtime.sampling.durations import CallDurations
 from scm_runtime.sampling.nonfinite import NonFiniteHandler
 from scm_runtime.sampling.request import Request
 
@@ -58,7 +60,9 @@ class SamplingLoop:
             on_span: receives the spans, if it is not None.
         """
         self.engine, self.nonfinite, self._runs = engine, nonfinite, runs
-        self._manifest, self._attributes, self._on_span = manifest, attributes, on_span
+        self._attributes, self._on_span = attributes, on_span
+        self._has_decoder = manifest.output.kind == "image"
+        self._durations = CallDurations()
 
     def sample(self, request: Request) -> Samples:
         """Compute a request from noise to samples, on any thread. Raises what ``Generator.__call__`` raises.
@@ -72,15 +76,35 @@ class SamplingLoop:
                 return self.engine.run(job)
 
         with nullcontext() if request.deadline is None else cancelled_at(request.deadline, scope):
-            if request.on_step is None:
-                samples: Samples = run(lambda: self._sample(request, run_inline))
-            else:  # the callback runs on the caller's thread, outside of the scope
-                samples = self._sample(request, run)
+            if request.on_step is not None:
+                samples = self._sample_in_parts(request, run)
+            else:
+                with scope.active():
+                    samples = self.engine.run(partial(self._sample, request), brief=self._durations.is_brief(request))
         return self.finalize(request, samples)
 
-    def _sample(self, request: Request, run: Callable[[Callable[[], Any]], Any]) -> Samples:
-        if request.on_step is not None or not self.evaluate_all([request]):
-            run(lambda: self.start(request))
+    def _sample(self, request: Request) -> Samples:
+        """Compute a request without a callback, in a job of the engine."""
+        engine, trajectory = self.engine, request.trajectory
+        if engine.asynchronous:
+            return self.decode_finished([request])[0] if self.evaluate_all([request]) else self._sample_in_parts(request, run_inline)
+        with _memory_errors([request]), engine.one_run():  # which ends early if it is terminated between two runs, too
+            request.started_ns = time.time_ns()
+            engine.start(trajectory)
+            for _ in trajectory.call.evaluations:
+                engine.step((trajectory,))
+                trajectory.evaluations_done += 1
+                self.nonfinite.check(trajectory)  # may compute all steps again
+            if request.output_type == "latent":
+                array = np.array(engine.read_state(trajectory))
+            else:
+                array = self.nonfinite.check_pixels(trajectory, engine.decode((trajectory,))[0])
+        self._durations.note(request, engine.elapsed(trajectory.parts[0].start, trajectory.parts[-1].end))
+        return self._samples(request, array)
+
+    def _sample_in_parts(self, request: Request, run: Callable[[Callable[[], Any]], Any]) -> Samples:
+        """Compute a request in one job for each part. A callback runs between them, on the caller's thread and outside of the scope."""
+        run(lambda: self.start(request))
         while not request.trajectory.done:
             run(lambda: self.step([request]))
             self.after_step(request, run)
@@ -184,23 +208,27 @@ class SamplingLoop:
         if self._on_span is not None:
             request.spans = self._spans(request)
         call = request.trajectory.call
-        seconds: dict[str, list[float]] = {"noise": [], "step": [], "decode": [], "copy": []}
+        seconds: dict[PartName, float] = {"noise": 0.0, "decode": 0.0, "copy": 0.0}
+        steps: list[float] = []
         elapsed = self.engine.elapsed
         for name, start, end in request.trajectory.parts:
-            seconds[name].append(elapsed(start, end))
+            if name == "step":
+                steps.append(elapsed(start, end))
+            else:
+                seconds[name] += elapsed(start, end)
         return Samples(
             array=array,
             seeds=tuple(call.seeds.tolist()),
             conditioning=call.conditioning,
             timings=Timings(
-                noise=sum(seconds["noise"]),
-                steps=tuple(seconds["step"]),
-                decode=sum(seconds["decode"]),
-                copy=sum(seconds["copy"]),
+                noise=seconds["noise"],
+                steps=tuple(steps),
+                decode=seconds["decode"],
+                copy=seconds["copy"],
                 total=time.perf_counter() - request.start,
                 waited=max(request.started_ns - request.start_ns, 0) / 1e9,
             ),
-            has_decoder=self._manifest.output.kind == "image",
+            has_decoder=self._has_decoder,
         )
 
     def finalize(self, request: Request, samples: Samples) -> Samples:

@@ -49,9 +49,9 @@ class NonFiniteHandler:
         Raises:
             NonFiniteError: a sample is not finite, and ``on_nonfinite`` is "raise", or it is "fp32" and the graphs are fp32 already or fp32 does not help.
         """
-        finite = self._engine.finite_flags(trajectory)
-        if finite.all():
+        if self._engine.all_finite(trajectory):
             return
+        finite = self._engine.finite_flags(trajectory)
         bad, step = _first_nonfinite(finite, trajectory.evaluations_done)
         message = _message(trajectory, bad, step, self._engine.dtype)
         if self._on_nonfinite == "warn":
@@ -134,8 +134,8 @@ class NonFiniteHandler:
             while subset.evaluations_done < trajectory.evaluations_done:
                 engine.step([subset])
                 subset.evaluations_done += 1
-            finite = engine.finite_flags(subset)
-            if not finite.all():
+            if not engine.all_finite(subset):
+                finite = engine.finite_flags(subset)
                 still_bad, step = _first_nonfinite(finite, subset.evaluations_done)
                 raise _error(subset, still_bad, step, "fp32", _message(subset, still_bad, step, "fp32"))
             return engine.read_state(subset)

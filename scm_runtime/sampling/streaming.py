@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from collections.abc import Generator as Iteration
-from typing import TYPE_CHECKING, Any, NamedTuple, Unpack, cast
+from typing import TYPE_CHECKING, NamedTuple, Unpack, cast
 
 from scm_runtime.bundle.manifest import Manifest
 from scm_runtime.common.checks import is_int
@@ -140,7 +140,7 @@ def _slices(
 ) -> Callable[[int, int], CallArguments]:
     """Check the arguments that are given per sample, and return a function that makes the call arguments of samples ``start`` to ``stop``."""
     inputs = {item.name: item for item in manifest.conditioning}
-    given: dict[str, Any] = {name: value for name, value in gather_conditioning(manifest, class_labels, arguments).items() if value is not None}
+    given = gather_conditioning(manifest, class_labels, arguments)
     columns = {name: read_input(inputs[name], value) if name in inputs else BatchedInput(value, broadcast=True) for name, value in given.items()}
     latents = arguments.get("latents")
     start_from = None if latents is None else read_latents(latents, manifest.sample.shape)

@@ -23,6 +23,7 @@ from scheduler_control import TIMEOUT_S, engine_of, record_batches, scheduler_bl
 from scm_runtime import DevicePool, GenerationTimeoutError, Generator, GeneratorClosedError, InferenceError, InvalidArgumentError, Samples
 from scm_runtime.common import deadlines
 from scm_runtime.engines.engine import Trajectory
+from scm_runtime.sampling import durations
 from toy_bundle import EMBEDS, FAST, LONG_LOOP, LONG_OPERATOR
 
 
@@ -273,6 +274,36 @@ def test_ctrl_c_ends_decoding(tmp_path: Path) -> None:
         with pytest.raises(KeyboardInterrupt):
             generator.decode(np.full((1, *toy_bundle.SAMPLE_SHAPE), 200))
         assert generator.decode(np.zeros((1, *toy_bundle.SAMPLE_SHAPE))).shape == (1, *toy_bundle.IMAGE_SHAPE)
+
+
+def test_a_call_of_the_main_thread_computes_in_another_thread_unless_it_is_brief(slow: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, threads = engine_of(slow), []
+    start = engine.start
+
+    def recorded(trajectory: Trajectory) -> None:
+        threads.append(threading.current_thread())
+        start(trajectory)
+
+    monkeypatch.setattr(engine, "start", recorded)
+    monkeypatch.setattr(durations, "BRIEF_S", 0.0)
+    slow(**FAST)
+    slow(**FAST)
+    monkeypatch.setattr(durations, "BRIEF_S", TIMEOUT_S)
+    slow(**FAST)
+    slow(**{**FAST, "seed": [1, 2]})  # another batch size, of which nothing is known
+    in_another, again, brief, unknown = threads
+    assert in_another is again is unknown is not threading.main_thread()
+    assert brief is threading.main_thread()
+
+
+def test_ctrl_c_during_a_brief_call_leaves_the_generator_usable(slow: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(durations, "BRIEF_S", TIMEOUT_S)
+    slow(**FAST)
+    with monkeypatch.context() as patch, handled_by(signal.default_int_handler, signal.SIGINT):
+        patch.setattr(engine_of(slow), "start", lambda _: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            slow(**FAST)
+    check_usable(slow)
 
 
 def test_a_signal_handler_that_returns_does_not_end_the_call(slow: Generator) -> None:

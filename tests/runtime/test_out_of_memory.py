@@ -173,7 +173,7 @@ def test_a_command_that_cannot_load_a_library_says_so(monkeypatch: pytest.Monkey
     assert "no module x" in describe(ImportError("no module x"), click.Command("generate"))[0]
 
 
-@pytest.mark.parametrize("method", ["start", "step", "decode", "finite_flags"])
+@pytest.mark.parametrize("method", ["start", "step", "decode", "all_finite"])
 def test_an_array_that_does_not_fit_names_the_batch(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise MemoryError("Unable to allocate 9.00 GiB for an array")

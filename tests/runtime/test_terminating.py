@@ -137,7 +137,7 @@ def test_closing_terminates_steps_that_are_repeated_in_fp32(submitted: bool, slo
 
     def overflow(trajectories: Sequence[Trajectory]) -> None:
         for one in trajectories:
-            one.state.finite = [np.array([False])]
+            one.state.finite, one.state.all_finite = [np.array([False])], False
 
     fp32_opened = threading.Event()
     monkeypatch.setattr(NonFiniteHandler, "_open_fp32_once", opened)

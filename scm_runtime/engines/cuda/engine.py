@@ -8,6 +8,7 @@ and the pixels are copied to the host.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from math import prod
 from typing import Any, TypeVar, cast
 
@@ -62,9 +63,13 @@ class CudaEngine:
         """Capture batches of exactly this size, instead of padding them."""
         self._batches.keep_size(batch_size)
 
-    def run(self, job: Callable[[], Result]) -> Result:
+    def run(self, job: Callable[[], Result], *, brief: bool = False) -> Result:
         """Run a job in the context's thread, and return its result or raise its error. See ``CudaContext.run``."""
         return self._context.run(job)
+
+    def one_run(self) -> AbstractContextManager[object]:
+        """Do nothing: work on a stream is not terminated."""
+        return nullcontext()
 
     def sample(self, trajectories: Sequence[Trajectory], outputs: Sequence[Output]) -> bool:
         """Compute the trajectories from noise to their outputs in one CUDA graph. Returns False if that is not possible: nothing is done then."""
@@ -124,6 +129,10 @@ class CudaEngine:
             return np.ones((0, len(trajectory)), np.bool_)
         flags = self._context.stream.download(state.block.address("finite"), (state.flags_written, len(trajectory)), np.float32)
         return cast("NDArray[np.bool_]", flags == 0)
+
+    def all_finite(self, trajectory: Trajectory) -> bool:
+        """Return True if all of ``finite_flags`` are True."""
+        return bool(self.finite_flags(trajectory).all())
 
     def decode(self, trajectories: Sequence[Trajectory]) -> list[NDArray[Any]]:
         """Return the decoder's outputs of each trajectory on the host. States that are not decoded yet are decoded in one batch."""
