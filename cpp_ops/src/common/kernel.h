@@ -27,8 +27,7 @@
   template const char* cuda<float16>(const Params<float16>&, void*); \
   template const char* cuda<bfloat16>(const Params<bfloat16>&, void*);
 
-// `cuda` returns null, or CUDA's error message if the launch failed.
-#define SCM_DECLARE_KERNELS                                             \
+#define SCM_DECLARE_CPU_KERNELS                                         \
   template <typename T>                                                 \
   void cpu_generic(const Params<T>&, std::int64_t begin, std::int64_t end); \
   template <typename T>                                                 \
@@ -36,11 +35,15 @@
   template <typename T>                                                 \
   void cpu_v4(const Params<T>&, std::int64_t begin, std::int64_t end);  \
   template <typename T>                                                 \
-  const char* cuda(const Params<T>&, void* stream);                     \
-  template <typename T>                                                 \
   CpuKernel<Params<T>> cpu_kernel() {                                   \
     return SCM_CHOOSE_KERNEL(T);                                        \
   }
+
+// `cuda` returns null, or CUDA's error message if the launch failed.
+#define SCM_DECLARE_KERNELS                                             \
+  SCM_DECLARE_CPU_KERNELS                                               \
+  template <typename T>                                                 \
+  const char* cuda(const Params<T>&, void* stream);
 
 #ifdef SCM_OPS_X86_LEVELS
 #define SCM_CHOOSE_KERNEL(T) cpu_level() == CpuLevel::v4 ? cpu_v4<T> : cpu_level() == CpuLevel::v3 ? cpu_v3<T> : cpu_generic<T>

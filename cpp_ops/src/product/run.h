@@ -1,0 +1,48 @@
+// Runs a matrix product (product/product.h) on the threads of a session.
+#pragma once
+
+#include <algorithm>
+#include <new>
+#include <thread>
+
+#include "common/ort.h"
+#include "product/product.h"
+
+namespace scm::product {
+
+
+// Chooses the units of work. A unit packs its part of A once, so it should have many columns; its packed part of A and its partial sums should fit the L2 cache.
+template <typename T>
+void divide(Params<T>& p, std::int64_t threads) {
+  constexpr std::int64_t kMaxElements = 57344;  // of A that are packed at a time
+  constexpr std::int64_t kMaxVectors = 64;             // if there are partial sums
+  constexpr double kMinWork = 1 << 17;                 // multiply-adds of a unit that are worth a thread's attention
+  const std::int64_t lanes = vector_lanes(), pieces = threads > 1 ? 4 * threads : 1;
+  const bool has_partial_sums = p.depth > kDepth;
+  const std::int64_t blocks = std::max<std::int64_t>((p.rows * std::min(p.depth, kDepth) + kMaxElements - 1) / kMaxElements, 1);
+  p.unit_rows = (p.rows + blocks - 1) / blocks;
+  p.unit_vectors = std::max<std::int64_t>(vectors(p, lanes), 1);
+  if (has_partial_sums) p.unit_vectors = std::min(p.unit_vectors, kMaxVectors);
+  while (units(p, lanes) < pieces && static_cast<double>(p.unit_rows * p.unit_vectors * lanes) * static_cast<double>(p.depth) > 2 * kMinWork) {
+    if (p.unit_vectors == 1 || p.unit_rows > 4 * p.unit_vectors) {
+      p.unit_rows = (p.unit_rows + 1) / 2;
+    } else {
+      p.unit_vectors = (p.unit_vectors + 1) / 2;
+    }
+  }
+}
+
+// Computes the product. Of the parameters, unit_rows, unit_vectors and out_of_memory need not be set.
+template <typename T>
+void run(const Context& context, Params<T> p) {
+  static const std::int64_t threads = std::thread::hardware_concurrency();  // the API does not tell the session's number of threads
+  if (p.samples * p.rows * p.columns == 0) return;
+  bool out_of_memory = false;
+  p.out_of_memory = &out_of_memory;
+  divide(p, threads);
+  const auto kernel = cpu_kernel<T>();
+  context.parallel(units(p, vector_lanes()), 1, [&](std::int64_t begin, std::int64_t end) { kernel(p, begin, end); });
+  if (out_of_memory) throw std::bad_alloc();
+}
+
+}  // namespace scm::product
