@@ -35,7 +35,7 @@ SERIES = {
         20,
         (
             ("teacher.py",),
-            ("peers.py", "--preset", "short"),
+            ("peers.py", "--preset", "short", "--minutes", "13"),
             ("startup.py",),
             ("cold_start.py",),
             ("host.py",),

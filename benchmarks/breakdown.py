@@ -33,7 +33,7 @@ from scm_runtime.ort.options import MATMUL_PRECISION
 
 SECONDS, MIN_CALLS = 6.0, 3  # of calls of two steps each; the first call is not counted
 PRODUCTS = (
-    *("Conv", "FusedConv", "MatMul", "FusedMatMul", "Gemm", "Attention"),
+    *("Conv", "FusedConv", "MatMul", "FusedMatMul", "Gemm", "Attention", "MaskedAttention"),
     *("Conv3x3", "CosineAttention", "Conv3x3ModulateSiLU", "Conv3x3MPSum", "MatMulMPSum"),
 )
 WAYS: dict[str, dict[str, Any]] = {

@@ -1,7 +1,7 @@
 """How fast are the alternatives? Two steps from the same noise to the same final state, with the same weights, by scm_runtime and its peers.
 
     python benchmarks/peers.py                             digits and XXS at batch 1, on the CPU
-    python benchmarks/peers.py --preset short              the small models at batch 1 and 8: starts nothing after 13 minutes
+    python benchmarks/peers.py --preset short              the small models at batch 1 and 8: starts nothing after 20 minutes
     python benchmarks/peers.py --preset large              S and XXL at batch 1 and 8: 16 GB of memory, 20 GB of disk
     python benchmarks/peers.py --all                       all models and peers: hours
     python benchmarks/peers.py --device cuda --sizes S,XXL --batch-sizes 1,8,64 --steps 1
@@ -10,8 +10,8 @@ Each peer runs in its own process, which loads the model and samples on command;
 time from its start to the first result with empty caches, and install size. Each peer uses the best settings in its documentation, which the results name
 (``_peers/catalogue.py``). Results are compared with PyTorch's in float32; a peer that computes something else is not timed. A peer that is not installed,
 fails or takes too long is reported, and does not affect the others. The figures of a peer are written as soon as they are valid; another run measures only
-what is missing or was measured with another build of scm_runtime or another version of the peer. Peers that take long to start come last. The models are kept
-in ``build/peers``.
+what is missing or was measured with another build of scm_runtime or another version of the peer. Peers that may be the fastest are measured first, those that
+take long to start after them. The models are kept in ``build/peers``.
 """
 
 from __future__ import annotations
@@ -60,11 +60,11 @@ class Measurement:
         self._end = time.monotonic() + 60 * minutes
 
     def measure(self, batch_sizes: dict[str, Sequence[int]]) -> bool:
-        """Measure batch sizes of models; return whether there was time for all. Slow peers come last."""
-        for slow in (False, True):
+        """Measure batch sizes of models, all with the peers of one place before those of the next; return whether there was time for all."""
+        for place in sorted({peer.place for peer in self.peers}):
             for size, numbers in batch_sizes.items():
                 for n in numbers:
-                    missing = [peer for peer in self.peers if peer.slow == slow and not self._is_measured(row_name(size, n, self.steps), peer)]
+                    missing = [peer for peer in self.peers if peer.place == place and not self._is_measured(row_name(size, n, self.steps), peer)]
                     if missing and time.monotonic() > self._end:
                         return False
                     if missing:

@@ -16,6 +16,7 @@ from typing import Any
 
 from scm_runtime.ort.options import MATMUL_PRECISION
 
+CONTENDER, STARTS_SLOWLY, NEVER_FASTEST = range(3)
 ENVIRONMENTS = Path(__file__).parents[2] / "build" / "peers" / "environments"
 
 
@@ -41,8 +42,8 @@ class Peer:
     """Approximate memory as a multiple of the float32 weights."""
     always: bool = True
     """Whether it runs by default."""
-    slow: bool = False
-    """Whether it takes long to start, so that it is measured after the others."""
+    place: int = CONTENDER
+    """When it is measured: those that may be the fastest and start at once come first."""
     environment: dict[str, str] = field(default_factory=dict)
     own: str | None = None
     """Name of its own virtual environment in ``ENVIRONMENTS``, for packages that exclude those of the others."""
@@ -105,8 +106,9 @@ EAGER = Peer(
     install="torch",
     distributions=("torch", "numpy"),
     variants=({"channels_last": False}, {"channels_last": True}),
+    place=NEVER_FASTEST,
 )
-COMPILED = replace(EAGER, name="torch.compile", opener="_peers.pytorch:open_compiled", variants=({"freezing": True},), memory=2.8, slow=True)
+COMPILED = replace(EAGER, name="torch.compile", opener="_peers.pytorch:open_compiled", variants=({"freezing": True},), memory=2.8, place=STARTS_SLOWLY)
 OPENVINO = Peer(
     name="OpenVINO f32",
     opener="_peers.plain:open_openvino",
@@ -148,7 +150,7 @@ def _in(dtype: str, peer: Peer, name: str, **changes: Any) -> Peer:
 
 CPU_PEERS = (
     OURS,
-    replace(OURS, name="scm_runtime, function bodies", variants=({"native_ops": False},)),
+    replace(OURS, name="scm_runtime, function bodies", variants=({"native_ops": False},), place=NEVER_FASTEST),
     replace(OURS, name="scm_runtime bf16", dtype="bf16", variants=({"native_ops": True, "session_options": {MATMUL_PRECISION: "medium"}},)),
     PLAIN,
     EAGER,

@@ -22,6 +22,6 @@ class Preset:
 
 
 PRESETS = {
-    "short": Preset(("digits", "XXS", "CM", "LCM", "SANA-Sprint"), (1, 8), seconds=6, min_rounds=3, cell_s=150, minutes=13),
+    "short": Preset(("digits", "XXS", "CM", "LCM", "SANA-Sprint"), (1, 8), seconds=5, min_rounds=2, cell_s=150, minutes=20),
     "large": Preset(("S", "XXL"), (1, 8), seconds=20, min_rounds=2, cell_s=420, minutes=120),
 }

@@ -154,7 +154,7 @@ class Row:
             except WorkerFailedError as error:
                 reason = self._too_long(time.monotonic() - start) or str(error)
         if len(found) > 1:
-            for _ in range(TRIAL_ROUNDS):
+            for _ in range(TRIAL_ROUNDS if max(candidate.last_ms for candidate in found) < SHORT_MS else 1):
                 reason = self._turns(found) or reason
         if not found:
             self._report(peer, "failed", reason)
