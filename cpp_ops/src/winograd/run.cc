@@ -38,17 +38,21 @@ bool available() {
 }
 
 Plan choose_plan(const Sizes& s, std::int64_t threads) {
-  // V should stay in the caches: 8 MB, but enough tiles that transforming the weights for every group costs little. M and U of a piece fit into the second-level
-  // cache: 64 tiles by 64 outputs are 0.6 MB, and 32 inputs by 64 outputs 0.3 MB.
-  constexpr std::int64_t kMaxV = (8 << 20) / sizeof(float), kMinGroup = 64, kChunk = 64, kDepth = 32;
-  constexpr std::int64_t kFew = 8;  // tiles for which transforming the weights in registers, for 2 or 4 tiles at a time, takes less time than storing them
-  const std::int64_t tiles = s.tiles(), per_tile = round_up(s.in, kStep) * kPoints;
-  Plan plan{std::min(tiles, std::max(kMinGroup, kMaxV / per_tile / kChunk * kChunk)), 0, kBlock, kDepth};
-  plan.chunk = std::min(plan.group, kChunk);
+  const std::int64_t tiles = s.tiles();
+  // Few tiles: transforming the weights in registers, for 2 or 4 tiles at a time, takes less time than storing them. With 16 outputs, weights are read along 16 rows.
+  constexpr std::int64_t kFew = 8;
+  if (tiles <= kFew) return {tiles, tiles, 16, 0, false};
+  // M and U of a piece take half a megabyte of the second-level cache: 48 tiles by 32 outputs 0.2 MB, and 64 inputs by 32 outputs 0.3 MB. V of a chunk is 1.3 MB
+  // for 192 inputs.
+  constexpr std::int64_t kChunk = 48, kBlockOfChunk = 32, kDepth = 64, kMaxSeparateV = (6 << 20) / sizeof(float);
+  const std::int64_t chunks = (tiles + kChunk - 1) / kChunk, chunk = (tiles + chunks - 1) / chunks, rounds = (chunks + threads - 1) / threads;
+  Plan plan{chunk, chunk, kBlockOfChunk, kDepth, true};
+  if (chunks * 4 >= rounds * threads * 3 && v_size(s, plan) <= kMaxSeparateV) return plan;
+  plan.separate = false;
+  while (plan.group < tiles && pieces(s, plan, plan.group) < 3 * threads) plan.group = std::min(tiles, plan.group + chunk);
   // Enough pieces for all threads: first fewer outputs, which makes reading V more expensive, then fewer tiles, which makes transforming the weights so.
   while (plan.block > 16 && pieces(s, plan, plan.group) < threads) plan.block /= 2;
   while (plan.chunk > kFew && pieces(s, plan, plan.group) < threads) plan.chunk = (plan.chunk + 1) / 2;
-  if (plan.chunk <= kFew) plan.depth = 0;
   return plan;
 }
 
@@ -58,20 +62,36 @@ void run(const Context& context, Params<T> p) {
   if (s.samples * s.height * s.width * s.out == 0) return;
   static const std::int64_t threads = std::max(1u, std::thread::hardware_concurrency());  // the API does not tell the session's number of threads
   const auto kernels = winograd::kernels<T>();
-  const Plan& plan = p.plan = choose_plan(s, threads);
-  const std::int64_t workers = std::min(threads, pieces(s, plan, plan.group)), tiles = s.tiles();
-  const std::int64_t scratch_size = round_up(std::max(multiply_scratch(plan), p.channels_first ? transform_scratch(s) : 0), 16);
-  const Scratch memory = context.scratch(static_cast<std::size_t>(v_size(s, plan) + workers * scratch_size) * sizeof(float));
-  p.v = static_cast<float*>(memory.data());
-  float* const scratch = p.v + v_size(s, plan);
-  const std::int64_t grain = std::max<std::int64_t>(1, std::min<std::int64_t>(s.tiles_across(), kGrain / (kPoints * s.in)));  // tiles of a unit of `transform`
-  for (p.first = 0; p.first < tiles; p.first += plan.group) {
-    p.count = std::min(plan.group, tiles - p.first);
-    for_each(context, (p.count + grain - 1) / grain, workers, [&](std::int64_t unit, std::int64_t worker) {
-      kernels.transform(p, unit * grain, std::min((unit + 1) * grain, p.count), scratch + worker * scratch_size);
+  const Plan plan = p.plan = choose_plan(s, threads);
+  const std::int64_t tiles = s.tiles(), groups = (tiles + plan.group - 1) / plan.group, units = plan.separate ? groups : pieces(s, plan, plan.group);
+  const std::int64_t workers = std::min(threads, units), v_count = plan.separate ? workers : 1;
+  const std::int64_t v_floats = round_up(v_size(s, plan), kPad);
+  const std::int64_t scratch_floats = round_up(std::max(multiply_scratch(plan), p.channels_first ? transform_scratch(s) : 0), kPad);
+  const Scratch memory = context.scratch(static_cast<std::size_t>(v_count * v_floats + workers * scratch_floats) * sizeof(float));
+  float* const v = static_cast<float*>(memory.data());
+  const auto scratch = [&](std::int64_t worker) { return v + v_count * v_floats + worker * scratch_floats; };
+  const auto group_at = [&](std::int64_t first, float* at) {
+    Params<T> group = p;
+    group.first = first;
+    group.count = std::min(plan.group, tiles - first);
+    group.v = at;
+    return group;
+  };
+  if (plan.separate) {
+    for_each(context, groups, workers, [&](std::int64_t unit, std::int64_t worker) {
+      const Params<T> group = group_at(unit * plan.group, v + worker * v_floats);
+      kernels.transform(group, 0, group.count, scratch(worker));
+      for (std::int64_t piece = 0; piece < blocks(s, plan); ++piece) kernels.multiply(group, piece, scratch(worker));
     });
-    for_each(context, pieces(s, plan, p.count), workers,
-             [&](std::int64_t piece, std::int64_t worker) { kernels.multiply(p, piece, scratch + worker * scratch_size); });
+    return;
+  }
+  const std::int64_t grain = std::max<std::int64_t>(1, std::min(s.tiles_across(), kGrain / (kPoints * s.in)));  // tiles of a unit of `transform`
+  for (std::int64_t first = 0; first < tiles; first += plan.group) {
+    const Params<T> group = group_at(first, v);
+    for_each(context, (group.count + grain - 1) / grain, workers, [&](std::int64_t unit, std::int64_t worker) {
+      kernels.transform(group, unit * grain, std::min((unit + 1) * grain, group.count), scratch(worker));
+    });
+    for_each(context, pieces(s, plan, group.count), workers, [&](std::int64_t piece, std::int64_t worker) { kernels.multiply(group, piece, scratch(worker)); });
   }
 }
 

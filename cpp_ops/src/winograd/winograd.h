@@ -4,7 +4,7 @@
 //   y = A^T [sum over c of (G w G^T) * (B^T x B)] A,
 // with an elementwise product. So the sums over the input channels are 36 matrix products, of [tiles, channels] by [channels, outputs].
 //
-// A run takes the tiles of all samples in groups. There are two phases per group, and each is divided among threads:
+// A run takes the tiles of all samples in groups. There are two phases per group, which several threads may share:
 //   transform   V = B^T x B for some tiles of the group
 //   multiply    a piece of work: a chunk of the tiles by a block of output channels
 // The weights are read where they are, [out, in, 3, 3], and transformed while they are read, so they take no memory besides the session's copy.
@@ -41,6 +41,7 @@ struct Plan {
   std::int64_t block;  // output channels of a piece: 16, 32 or 64
   // Input channels whose transformed weights are kept, a multiple of kStep; or 0: weights are transformed in registers, for a few tiles at a time.
   std::int64_t depth;
+  bool separate;  // a thread does both phases for a group of its own, and chunk = group; else all threads share a group
 };
 
 // The operation that follows. It reads the convolution's results rounded to T, as an operator of its own would.
