@@ -3,6 +3,7 @@
 #include <cstdio>
 #include <string>
 
+#include "common/cpu_level.h"
 #include "ops.h"
 
 #if defined(_WIN32)
@@ -139,6 +140,7 @@ extern "C" SCM_OPS_EXPORT OrtStatus* ORT_API_CALL RegisterCustomOps(OrtSessionOp
     return oldest->CreateStatus(ORT_FAIL, reason);
   }
   return scm::guarded(*api, "RegisterCustomOps", [&] {
+    scm::check_max_isa();
     static const scm::Domain domain(*api, "scm", scm::add_scm);
     scm::check(*api, api->AddCustomOpDomain(options, domain.get()));
 #ifdef SCM_OPS_CUDA

@@ -65,6 +65,7 @@ def graph_key(
         "device": device,
         "cpu": _cpu() if any(name == "CPUExecutionProvider" for name, _ in providers) else "",
         "library": library,
+        "max_isa": os.environ.get("SCM_OPS_MAX_ISA", "") if library else "",  # whether there are kernels for some operators depends on it
         "session_options": sorted((name, repr(value)) for name, value in (session_options or {}).items()),
         "disabled_optimizers": sorted(disabled_optimizers),
     }

@@ -32,7 +32,7 @@ MAX_LEVELS, MAX_SHARE = 2, 0.01  # devices round differently: at most 1 % of the
 WHEELS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml", "onnxruntime-webgpu", "onnxruntime-qnn")
 CACHE_REMEDY = "Set SCM_CACHE_DIR to a folder that only you can write to, or turn the cache off: SCM_CACHE_DIR=''"
 REMOTE = {"AzureExecutionProvider": "it calls a service and computes nothing here"}
-ENVIRONMENT_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+ENVIRONMENT_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "SCM_OPS_MAX_ISA")
 
 
 def examine() -> Report:

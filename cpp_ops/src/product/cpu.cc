@@ -33,16 +33,18 @@ struct Columns {
 template <typename T>
 struct Step {
   const float* tile;
-  const float* panel;
+  float* panel;
   std::int64_t depth;
   float* partial;
   const float* bias;
   bool first, last;
+  std::int64_t stride;  // between the rows of B and of C
+  const T* b[kVectors];
   Columns<T> columns[kVectors];
-  std::int64_t stride;  // between the rows of C
 };
 
-template <typename T, int kTile>
+// kPack: reads B at b[0], b[1], …, and writes the panel for the steps that follow.
+template <typename T, bool kPack, int kTile>
 void multiply(const Step<T>& step) {
   Vector sums[kTile][kVectors];
 #pragma GCC unroll 16
@@ -50,11 +52,23 @@ void multiply(const Step<T>& step) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) sums[row][v] = step.first ? broadcast(step.bias[row]) : load(step.partial + row * kWidth + v * kLanes);
   }
-  const float *a = step.tile, *b = step.panel;
-  for (std::int64_t k = 0; k < step.depth; ++k, a += kStride, b += kWidth) {
+  const float* a = step.tile;
+  float* panel = step.panel;
+  const T* b[kVectors];
+  for (int v = 0; v < kVectors; ++v) b[v] = step.b[v];
+  const std::int64_t stride = step.stride;
+  for (std::int64_t k = 0; k < step.depth; ++k, a += kStride, panel += kWidth) {
     Vector columns[kVectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) columns[v] = load(b + v * kLanes);
+    for (int v = 0; v < kVectors; ++v) {
+      if constexpr (kPack) {
+        columns[v] = load(b[v]);
+        store(panel + v * kLanes, columns[v]);
+        b[v] += stride;
+      } else {
+        columns[v] = load(panel + v * kLanes);
+      }
+    }
 #pragma GCC unroll 16
     for (int row = 0; row < kTile; ++row) {
 #pragma GCC unroll 4
@@ -75,10 +89,10 @@ void multiply(const Step<T>& step) {
     const std::int64_t count = step.columns[v].count;
     if (count == kLanes) {
 #pragma GCC unroll 16
-      for (int row = 0; row < kTile; ++row) store(c + row * step.stride, sums[row][v]);
+      for (int row = 0; row < kTile; ++row) store(c + row * stride, sums[row][v]);
     } else if (count > 0) {
 #pragma GCC unroll 16
-      for (int row = 0; row < kTile; ++row) store_part(c + row * step.stride, sums[row][v], count);
+      for (int row = 0; row < kTile; ++row) store_part(c + row * stride, sums[row][v], count);
     }
   }
 }
@@ -88,7 +102,7 @@ using Multiply = void (*)(const Step<T>&);
 
 template <typename T, int... kTiles>
 struct Tiles {
-  static constexpr Multiply<T> kMultiply[] = {nullptr, multiply<T, kTiles>...};
+  static constexpr Multiply<T> kMultiply[2][1 + sizeof...(kTiles)] = {{nullptr, multiply<T, false, kTiles>...}, {nullptr, multiply<T, true, kTiles>...}};
 };
 #if defined(__AVX512F__)
 template <typename T>
@@ -138,50 +152,56 @@ constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b 
 template <typename T>
 void SCM_CPU(const Params<T>& p, std::int64_t begin, std::int64_t end) {
   const std::int64_t per_sample = ceil_div(p.columns, kLanes), row_units = ceil_div(p.rows, p.unit_rows), all_vectors = p.samples * per_sample;
-  const std::int64_t max_panels = ceil_div(p.unit_vectors, kVectors), max_depth = p.depth < kDepth ? p.depth : kDepth;
-  const std::int64_t tile_size = max_depth * kStride, panels_size = max_panels * max_depth * kWidth;
-  const std::int64_t partial_size = p.depth > kDepth ? (p.unit_rows + kRows) * max_panels * kWidth : 0;
-  auto* const scratch = static_cast<float*>(std::aligned_alloc(64, static_cast<std::size_t>((tile_size + panels_size + partial_size + 15) / 16 * 64)));
+  const std::int64_t max_tiles = ceil_div(p.unit_rows, kRows), max_depth = p.depth < kDepth ? p.depth : kDepth, tile_size = p.depth * kStride;
+  const std::int64_t scratch_size = max_tiles * (tile_size + kRows * kWidth + kRows) + max_depth * kWidth;
+  auto* const scratch = static_cast<float*>(std::aligned_alloc(64, static_cast<std::size_t>((scratch_size + 15) / 16 * 64)));
   if (!scratch) {
     __atomic_store_n(p.out_of_memory, true, __ATOMIC_RELAXED);
     return;
   }
-  float *const tile = scratch, *const panels = tile + tile_size, *const partials = panels + panels_size;
+  float *const panel = scratch, *const tiles = panel + max_depth * kWidth;
+  float *const partials = tiles + max_tiles * tile_size, *const biases = partials + max_tiles * kRows * kWidth;
   for (std::int64_t unit = begin; unit < end; ++unit) {
     const std::int64_t first_row = unit % row_units * p.unit_rows, first_vector = unit / row_units * p.unit_vectors;
     const std::int64_t rows = p.rows - first_row < p.unit_rows ? p.rows - first_row : p.unit_rows;
     const std::int64_t vectors = all_vectors - first_vector < p.unit_vectors ? all_vectors - first_vector : p.unit_vectors;
-    const std::int64_t tiles = ceil_div(rows, kRows);
-    std::int64_t k = 0;
-    do {
-      const std::int64_t depth = p.depth - k < kDepth ? p.depth - k : kDepth;
-      for (std::int64_t v = 0; v < vectors; ++v) {
-        const std::int64_t sample = (first_vector + v) / per_sample, column = (first_vector + v) % per_sample * kLanes;
-        const std::int64_t count = p.columns - column < kLanes ? p.columns - column : kLanes;
-        pack_columns(p.b + (sample * p.depth + k) * p.columns + column, p.columns, count, depth, panels + v / kVectors * depth * kWidth + v % kVectors * kLanes);
+    const std::int64_t tile_count = ceil_div(rows, kRows);
+    const auto top = [&](std::int64_t tile) { return tile * rows / tile_count; };  // tiles of almost the same height
+    for (std::int64_t t = 0; t < tile_count; ++t) {
+      const int height = static_cast<int>(top(t + 1) - top(t));
+      pack_tile(p.a + (first_row + top(t)) * p.depth, p.depth, height, p.depth, tiles + t * tile_size);
+      for (int row = 0; row < height; ++row) biases[t * kRows + row] = p.bias ? to_float(p.bias[first_row + top(t) + row]) : 0;
+    }
+    for (std::int64_t v = 0; v < vectors; v += kVectors) {
+      Step<T> step{nullptr, panel, 0, nullptr, nullptr, true, false, p.columns, {}, {}};
+      T* c[kVectors];
+      bool full = true;
+      for (int i = 0; i < kVectors; ++i) {
+        const std::int64_t vector = first_vector + v + i, sample = vector / per_sample, column = vector % per_sample * kLanes;
+        step.columns[i].count = v + i >= vectors ? 0 : p.columns - column < kLanes ? p.columns - column : kLanes;
+        step.b[i] = p.b + sample * p.depth * p.columns + column;
+        c[i] = p.c + (sample * p.rows + first_row) * p.columns + column;
+        full &= step.columns[i].count == kLanes;
       }
-      for (std::int64_t t = 0; t < tiles; ++t) {
-        const std::int64_t top = first_row + t * rows / tiles;  // tiles of almost the same height
-        const int height = static_cast<int>(first_row + (t + 1) * rows / tiles - top);
-        pack_tile(p.a + top * p.depth + k, p.depth, height, depth, tile);
-        float bias[kRows] = {};
-        if (p.bias) {
-          for (int row = 0; row < height; ++row) bias[row] = to_float(p.bias[top + row]);
+      std::int64_t k = 0;
+      do {
+        step.depth = p.depth - k < kDepth ? p.depth - k : kDepth;
+        step.first = k == 0;
+        step.last = k + step.depth == p.depth;
+        if (!full) {
+          for (int i = 0; i < kVectors; ++i) pack_columns(step.b[i], p.columns, step.columns[i].count, step.depth, panel + i * kLanes);
         }
-        Step<T> step{tile, panels, depth, partials + t * kRows * max_panels * kWidth, bias, k == 0, k + depth == p.depth, {}, p.columns};
-        for (std::int64_t v = 0; v < vectors; v += kVectors) {
-          for (int i = 0; i < kVectors; ++i) {
-            const std::int64_t vector = first_vector + v + i, sample = vector / per_sample, column = vector % per_sample * kLanes;
-            const std::int64_t count = p.columns - column < kLanes ? p.columns - column : kLanes;
-            step.columns[i] = {p.c + (sample * p.rows + top) * p.columns + column, v + i < vectors ? count : 0};
-          }
-          AllTiles<T>::kMultiply[height](step);
-          step.panel += depth * kWidth;
-          step.partial += kRows * kWidth;
+        for (std::int64_t t = 0; t < tile_count; ++t) {
+          for (int i = 0; i < kVectors; ++i) step.columns[i].c = c[i] + top(t) * p.columns;
+          step.tile = tiles + t * tile_size + k * kStride;
+          step.bias = biases + t * kRows;
+          step.partial = partials + t * kRows * kWidth;
+          AllTiles<T>::kMultiply[full && t == 0][top(t + 1) - top(t)](step);
         }
-      }
-      k += depth;
-    } while (k < p.depth);
+        for (int i = 0; i < kVectors; ++i) step.b[i] += step.depth * p.columns;
+        k += step.depth;
+      } while (k < p.depth);
+    }
   }
   std::free(scratch);
 }

@@ -10,15 +10,15 @@
 
 namespace scm::product {
 
-// Chooses the units of work. A unit packs its part of B once and its part of A once, so the cost of packing, relative to that of the product, is about
-// 4 / unit_rows + 1 / unit_vectors: units are as large as the L2 cache and the number of threads permit.
+// Chooses the units of work. Each packs its part of A once, so that it should have many columns; the packed part stays in the L2 cache.
 template <typename T>
 void divide(Params<T>& p, std::int64_t threads) {
-  constexpr std::int64_t kMaxVectors = 32;             // of 256 values: 512 KiB with AVX-512
-  constexpr double kMinWork = 1 << 17;                 // multiply-adds of a unit that are worth a thread's attention
+  constexpr std::int64_t kMaxElements = 1 << 17;  // of A in a unit: 512 KiB
+  constexpr double kMinWork = 1 << 17;            // multiply-adds of a unit that are worth a thread's attention
   const std::int64_t lanes = vector_lanes(), pieces = threads > 1 ? 4 * threads : 1;
-  p.unit_rows = std::max<std::int64_t>(p.rows, 1);
-  p.unit_vectors = std::clamp<std::int64_t>(vectors(p, lanes), 1, kMaxVectors);
+  const std::int64_t blocks = (p.rows * p.depth + kMaxElements - 1) / kMaxElements;
+  p.unit_rows = blocks > 1 ? (p.rows + blocks - 1) / blocks : p.rows;
+  p.unit_vectors = std::max<std::int64_t>(vectors(p, lanes), 1);
   while (units(p, lanes) < pieces && static_cast<double>(p.unit_rows * p.unit_vectors * lanes) * static_cast<double>(p.depth) > 2 * kMinWork) {
     if (p.unit_vectors == 1 || p.unit_rows > 4 * p.unit_vectors) {
       p.unit_rows = (p.unit_rows + 1) / 2;
