@@ -118,7 +118,7 @@ TYPED_TEST(WinogradTest, ComputesTilesThatAreNotFiniteAsTheSumOverTaps) {
   using T = TypeParam;
   const Case c{2, 9, 10, 20, 35};
   const double infinity = std::numeric_limits<double>::infinity(), nan = std::numeric_limits<double>::quiet_NaN();
-  for (const double special : {nan, infinity, -infinity, sizeof(T) == 2 ? 65504.0 : 3e38}) {
+  for (const double special : {nan, infinity, -infinity}) {
     for (const bool channels_first : {false, true}) {
       Values x = values(random(kType<T>, c.map(channels_first, c.in)));
       x[at(c, channels_first, c.in, 1, 4, 3, 19)] = special;
