@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import resource
 import subprocess
 import sys
@@ -18,11 +19,13 @@ from scm_runtime.ort.native_ops import find_library
 
 ROOT = Path(__file__).parents[1]
 
-# Whether the processor has bfloat16 and matrix instructions, from the flags in /proc/cpuinfo.
+# Whether the processor has bfloat16 instructions, from the flags in /proc/cpuinfo, and those with which the library's float32 convolutions are compiled.
 CPUINFO = Path("/proc/cpuinfo")
 FEATURES = set(CPUINFO.read_text().split()) if CPUINFO.exists() else set()
-BFLOAT16 = {"avx512_bf16", "avx512bw", "avx512cd", "avx512dq", "avx512vl"} <= FEATURES
-MATRIX_UNITS = BFLOAT16 and {"amx_tile", "amx_bf16"} <= FEATURES
+AVX512 = {"avx512bw", "avx512cd", "avx512dq", "avx512vl"} <= FEATURES
+BFLOAT16 = AVX512 and "avx512_bf16" in FEATURES
+CONVOLUTION_ISAS = ["avx2"] * ({"avx2", "fma"} <= FEATURES) + ["avx512"] * AVX512 or [""] * (platform.machine() in ("aarch64", "arm64"))
+"""Values of SCM_OPS_MAX_ISA."""
 
 # Beginning of a program in which every import of a module named in sys.argv[1] (comma-separated) fails.
 BLOCK_IMPORTS = """

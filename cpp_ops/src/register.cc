@@ -57,7 +57,7 @@ void add_scm(CustomOps& ops, const OrtApi& api) {
 }
 
 // Returns an entry of the session's configuration, or `otherwise` if it is not set.
-[[maybe_unused]] std::string entry(const OrtApi& api, const OrtSessionOptions* options, const char* key, const char* otherwise) {
+std::string entry(const OrtApi& api, const OrtSessionOptions* options, const char* key, const char* otherwise) {
   int is_set = 0;
   check(api, api.HasSessionConfigEntry(options, key, &is_set));
   if (!is_set) return otherwise;
@@ -67,33 +67,51 @@ void add_scm(CustomOps& ops, const OrtApi& api) {
   return value.data();
 }
 
-#ifdef SCM_OPS_BFLOAT16
 // The precision that a session on the CPU requests, in the terms of torch.set_float32_matmul_precision. With "highest", the ONNX function bodies run.
 constexpr const char* kPrecisionKey = "scm.float32_matmul_precision";
 
+#ifdef SCM_OPS_BFLOAT16
 template <bool kSplitBf16>
-struct DenseDomains {
-  explicit DenseDomains(const OrtApi& api)
+struct Bf16Domains {
+  explicit Bf16Domains(const OrtApi& api)
       : channels_last(api, "scm.channels_last", add_channels_last<kSplitBf16>), channels_first(api, "scm.channels_first", add_channels_first<kSplitBf16>) {}
 
   Domain channels_last, channels_first;
 };
 
 template <bool kSplitBf16>
-void add_dense_domains(const OrtApi& api, OrtSessionOptions* options) {
-  static const DenseDomains<kSplitBf16> domains(api);
+void add_bf16_domains(const OrtApi& api, OrtSessionOptions* options) {
+  static const Bf16Domains<kSplitBf16> domains(api);
   for (const Domain* domain : {&domains.channels_last, &domains.channels_first}) check(api, api.AddCustomOpDomain(options, domain->get()));
 }
+
+bool register_bf16_ops(const OrtApi& api, OrtSessionOptions* options, bool split) {
+  if (!has_dense_kernels(split)) return false;
+  (split ? add_bf16_domains<true> : add_bf16_domains<false>)(api, options);
+  return true;
+}
+#else
+bool register_bf16_ops(const OrtApi&, OrtSessionOptions*, bool) { return false; }
+#endif
+
+struct Float32Domains {
+  explicit Float32Domains(const OrtApi& api)
+      : channels_last(api, "scm.channels_last", add_float32_channels_last),
+        channels_first(api, "scm.channels_first", add_float32_channels_first),
+        fused(api, "scm.fused", add_float32_fused) {}
+
+  Domain channels_last, channels_first, fused;
+};
 
 void register_dense_ops(const OrtApi& api, OrtSessionOptions* options) {
   const std::string precision = entry(api, options, kPrecisionKey, "highest");
   if (precision != "highest" && precision != "high" && precision != "medium") {
     throw Error{std::string(kPrecisionKey) + " must be highest, high or medium, got " + precision};
   }
-  if (precision == "highest" || !has_dense_kernels(precision == "high")) return;
-  (precision == "high" ? add_dense_domains<true> : add_dense_domains<false>)(api, options);
+  if (precision == "highest" || register_bf16_ops(api, options, precision == "high") || !has_float32_kernels()) return;
+  static const Float32Domains domains(api);
+  for (const Domain* domain : {&domains.channels_last, &domains.channels_first, &domains.fused}) check(api, api.AddCustomOpDomain(options, domain->get()));
 }
-#endif
 
 #ifdef SCM_OPS_CUDA
 // What computes the convolutions of a session on CUDA: "own", these kernels; "cudnn", the ONNX function bodies. The kernels have no other devices or element
@@ -129,8 +147,6 @@ extern "C" SCM_OPS_EXPORT OrtStatus* ORT_API_CALL RegisterCustomOps(OrtSessionOp
 #ifdef SCM_OPS_CUDA
     if (scm::register_convolutions(*api, options)) return;  // the operators below are for the CPU, and one of their domains is the same
 #endif
-#ifdef SCM_OPS_BFLOAT16
     scm::register_dense_ops(*api, options);
-#endif
   });
 }

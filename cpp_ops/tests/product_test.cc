@@ -2,6 +2,7 @@
 #include "product/product.h"
 
 #include <limits>
+#include <random>
 
 #include "support.h"
 
@@ -83,6 +84,24 @@ TYPED_TEST(ProductTest, FollowsItsFormulaAndDependsOnNoBlocking) {
           expect_same_bits(got, slice(expected, sample, sample + 1));
         }
       }
+    }
+  }
+}
+
+TYPED_TEST(ProductTest, FollowsItsFormulaForRandomSizes) {
+  using T = TypeParam;
+  std::mt19937 generator(7);
+  const auto pick = [&](std::int64_t low, std::int64_t high) { return std::uniform_int_distribution<std::int64_t>(low, high)(generator); };
+  for (int i = 0; i < 20; ++i) {
+    const Case sizes{pick(0, 5), pick(1, 200), pick(1, 70), pick(1, 300)};
+    const Tensor a = random(kType<T>, {sizes.rows, sizes.depth}), b = random(kType<T>, {sizes.samples, sizes.depth, sizes.columns}, 1, 1);
+    const Values expected = reference(values(a), values(b), {}, sizes);
+    const std::int64_t unit_rows = pick(1, sizes.rows), unit_vectors = pick(1, 20);
+    for (const auto& [level, kernel] : SCM_LEVELS(product, T)) {
+      SCOPED_TRACE(::testing::Message() << level << ": " << sizes.samples << " samples, [" << sizes.rows << ", " << sizes.depth << "] by [" << sizes.depth << ", "
+                                        << sizes.columns << "], units of " << unit_rows << " rows and " << unit_vectors << " vectors");
+      expect_close(apply<T>(kernel, lanes_of(level), a, b, nullptr, sizes, unit_rows, unit_vectors), {sizes.samples, sizes.rows, sizes.columns}, expected,
+                   tolerance(sizes));
     }
   }
 }

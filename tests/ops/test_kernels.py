@@ -21,7 +21,7 @@ from scm_runtime.bundle.manifest import MANIFEST, OPS_DOMAIN, OPS_VERSION
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
 from scm_runtime.errors import InvalidArgumentError
 from scm_runtime.ort.options import MATMUL_PRECISION
-from support import BFLOAT16, MATRIX_UNITS, native_library
+from support import BFLOAT16, native_library
 
 onnxruntime = load_onnxruntime()
 
@@ -72,7 +72,7 @@ def test_dense_operators_have_the_requested_precision(tiny_bundle: Path) -> None
     reference = latents("highest", 3)
     errors = {precision: np.abs(latents(precision, 3) - reference).max() for precision in ("high", "medium")}
     assert errors["high"] < 1e-4 < errors["medium"] < 0.1
-    assert (errors["high"] > 1e-7) == MATRIX_UNITS  # only these have kernels for "high"
+    assert errors["high"] > 1e-8  # the kernels ran
     for precision in errors:
         np.testing.assert_array_equal(latents(precision, 1), latents(precision, 3)[:1])
 

@@ -4,7 +4,7 @@
 #include <new>
 #include <thread>
 
-#include "dense/dense.h"
+#include "dense/layer.h"
 #include "ops.h"
 
 namespace scm {
@@ -71,25 +71,16 @@ void run_dense(Context& run, Params<T> p, bool split_bf16) {
   });
 }
 
-// Base class of the dense operators (CRTP). A class `Op` derives from it and defines kName, infer() and
-//   kInChannelsAxis                                       the axis of w that is contracted with the channels of x
-//   static Sizes sizes(const Shape& x, const Shape& w)
-//   static Strides strides(const Shape& w)
-// and, if its images are channels first, kInputs and kChannelsFirst.
-template <class Op, bool kSplitBf16>
-class DenseOp {
+// The operator `Layer` (dense/layer.h) with bfloat16 kernels.
+template <class Layer, bool kSplitBf16>
+class DenseOp : public Layer {
  public:
-  static constexpr std::array kInputs{Argument{"x"}, Argument{"w"}};
-  static constexpr bool kChannelsFirst = false;
-  static constexpr std::array kOutputs{Argument{"y"}};
-  static constexpr std::array<Inplace, 0> kInplace{};
-
-  explicit DenseOp(const Attributes& attributes) {
+  explicit DenseOp(const Attributes& attributes) : Layer(attributes) {
     const Input w = attributes.constant(1);
     if (!w.data) return;
     Shape x{std::vector<Dim>(4, Dim{0}), true};  // packing depends only on the number of channels
-    x.dims[Op::kChannelsFirst ? 1 : 3] = w.shape[Op::kInChannelsAxis];
-    packed_ = Packed(w, Op::strides(w.shape), Op::sizes(x, w.shape), kSplitBf16);
+    x.dims[Layer::kChannelsFirst ? 1 : 3] = w.shape[Layer::kInChannelsAxis];
+    packed_ = Packed(w, Layer::strides(w.shape), Layer::sizes(x, w.shape), kSplitBf16);
   }
 
   template <typename T>
@@ -97,109 +88,27 @@ class DenseOp {
     const Input x = run.input(0), w = run.input(1);
     Shapes inputs{x.shape, w.shape};
     const T* bias = nullptr;
-    if constexpr (Op::kChannelsFirst) {
+    if constexpr (Layer::kChannelsFirst) {
       const Input b = run.input(2);
       inputs.push_back(b.shape);
       bias = b.as<T>();
     }
-    const Shape y = static_cast<const Op*>(this)->infer(inputs)[0];
-    const Sizes sizes = Op::sizes(x.shape, w.shape);
+    const Shape y = this->infer(inputs)[0];
+    const Sizes sizes = Layer::sizes(x.shape, w.shape);
     Packed packed_now;  // if the weights are not constant
-    if (!packed_.get()) packed_now = Packed(w, Op::strides(w.shape), sizes, kSplitBf16);
+    if (!packed_.get()) packed_now = Packed(w, Layer::strides(w.shape), sizes, kSplitBf16);
     const std::uint16_t* const weight = packed_.get() ? packed_.get() : packed_now.get();
-    run_dense(run, Params<T>{x.as<T>(), weight, bias, run.output<T>(0, y), sizes, Op::kChannelsFirst, nullptr, nullptr}, kSplitBf16);
+    run_dense(run, Params<T>{x.as<T>(), weight, bias, run.output<T>(0, y), sizes, Layer::kChannelsFirst, nullptr, nullptr}, kSplitBf16);
   }
 
  private:
   Packed packed_;
 };
 
-template <bool kSplitBf16>
-struct Conv3x3 : DenseOp<Conv3x3<kSplitBf16>, kSplitBf16> {
-  static constexpr const char* kName = "Conv3x3";
-  static constexpr std::size_t kInChannelsAxis = 1;
-  using DenseOp<Conv3x3, kSplitBf16>::DenseOp;
-
-  Shapes infer(const Shapes& inputs) const {
-    const Shape &x = inputs[0], &w = inputs[1];
-    check_rank("x", x, 4);
-    check_rank("w", w, 4);
-    check_has_channels("x", x);
-    if (!x.ranked || !w.ranked) return {Shape{{}, false}};
-    check_dim("w", w, 1, x[3], "the channels of x");
-    check_dim("w", w, 2, Dim{3}, "the kernel height");
-    check_dim("w", w, 3, Dim{3}, "the kernel width");
-    return {Shape{{x[0], x[1], x[2], w[0]}, true}};
-  }
-
-  static Sizes sizes(const Shape& x, const Shape& w) { return {x[0].value, x[1].value, x[2].value, x[3].value, w[0].value, 3}; }
-  static Strides strides(const Shape& w) { return {1, 9, 9 * w[1].value}; }
-};
-
-template <bool kSplitBf16>
-struct MatMul : DenseOp<MatMul<kSplitBf16>, kSplitBf16> {
-  static constexpr const char* kName = "MatMul";
-  static constexpr std::size_t kInChannelsAxis = 0;
-  using DenseOp<MatMul, kSplitBf16>::DenseOp;
-
-  Shapes infer(const Shapes& inputs) const {
-    const Shape &x = inputs[0], &w = inputs[1];
-    check_rank_at_least("x", x, 1);
-    check_rank("w", w, 2);
-    check_has_channels("x", x);
-    if (!x.ranked || !w.ranked) return {Shape{{}, false}};
-    check_dim("w", w, 0, x.back(), "the channels of x");
-    Shape y = x;
-    y.dims.back() = w[1];
-    return {y};
-  }
-
-  static Strides strides(const Shape& w) { return {0, w[1].value, 1}; }
-  static Sizes sizes(const Shape& x, const Shape& w) { return {1, elements(x, 0, x.rank() - 1), 1, x.back().value, w[1].value, 1}; }
-};
-
-template <bool kSplitBf16>
-struct Conv : DenseOp<Conv<kSplitBf16>, kSplitBf16> {
-  static constexpr const char* kName = "Conv";
-  static constexpr std::array kInputs{Argument{"x"}, Argument{"w"}, Argument{"b"}};
-  static constexpr bool kChannelsFirst = true;
-  static constexpr std::size_t kInChannelsAxis = 1;
-
-  explicit Conv(const Attributes& attributes) : DenseOp<Conv, kSplitBf16>(attributes), pads(attributes.integers("pads")) {
-    if (pads == std::vector<std::int64_t>(4, 0) || pads == std::vector<std::int64_t>(4, 1)) return;
-    Shape got;
-    for (const std::int64_t pad : pads) got.dims.push_back({pad});
-    throw Error{"pads must be [0, 0, 0, 0] or [1, 1, 1, 1], got " + to_string(got)};
-  }
-
-  Shapes infer(const Shapes& inputs) const {
-    const Shape &x = inputs[0], &w = inputs[1], &b = inputs[2];
-    check_rank("x", x, 4);
-    check_rank("w", w, 4);
-    check_rank("b", b, 1);
-    if (!x.ranked || !w.ranked) return {Shape{{}, false}};
-    if (x[1].value == 0) fail("x", x, "at least 1 channel");
-    check_dim("w", w, 1, x[1], "the channels of x");
-    const Dim kernel_size{2 * pads[0] + 1};
-    check_dim("w", w, 2, kernel_size, "the kernel height");
-    check_dim("w", w, 3, kernel_size, "the kernel width");
-    if (b.ranked) check_dim("b", b, 0, w[0], "the outputs");
-    return {Shape{{x[0], w[0], x[2], x[3]}, true}};
-  }
-
-  static Sizes sizes(const Shape& x, const Shape& w) { return {x[0].value, x[2].value, x[3].value, x[1].value, w[0].value, w[2].value}; }
-  static Strides strides(const Shape& w) {
-    const std::int64_t taps = w[2].value * w[3].value;
-    return {1, taps, taps * w[1].value};
-  }
-
-  std::vector<std::int64_t> pads;
-};
-
-template <template <bool> class Op, bool kSplitBf16>
+template <class Layer, bool kSplitBf16>
 void add_dense(CustomOps& ops, const OrtApi& api) {
-  add<Op<kSplitBf16>, float, Device::cpu>(ops, api, kCpuProviders);
-  add<Op<kSplitBf16>, float16, Device::cpu>(ops, api, kCpuProviders);
+  add<DenseOp<Layer, kSplitBf16>, float, Device::cpu>(ops, api, kCpuProviders);
+  add<DenseOp<Layer, kSplitBf16>, float16, Device::cpu>(ops, api, kCpuProviders);
 }
 
 }  // namespace
@@ -211,13 +120,13 @@ bool has_dense_kernels(bool split_bf16) {
 
 template <bool kSplitBf16>
 void add_channels_last(CustomOps& ops, const OrtApi& api) {
-  add_dense<Conv3x3, kSplitBf16>(ops, api);
-  add_dense<MatMul, kSplitBf16>(ops, api);
+  add_dense<dense::Conv3x3, kSplitBf16>(ops, api);
+  add_dense<dense::MatMul, kSplitBf16>(ops, api);
 }
 
 template <bool kSplitBf16>
 void add_channels_first(CustomOps& ops, const OrtApi& api) {
-  add_dense<Conv, kSplitBf16>(ops, api);
+  add_dense<dense::Conv, kSplitBf16>(ops, api);
 }
 
 template void add_channels_last<true>(CustomOps&, const OrtApi&);

@@ -17,7 +17,9 @@ namespace {
 [[noreturn]] void print_with(const char* value) {
   setenv("SCM_OPS_MAX_ISA", value, 1);
   std::string precisions;
-  for (const auto& dense : fake_ort::library().dense_ops) precisions += " " + dense.first;
+  for (const auto& dense : fake_ort::library().dense_ops) {
+    precisions += " " + dense.first + (fake_ort::find("MatMul", {kFloat, kFloat}, dense.first) ? "+MatMul" : "");
+  }
   std::fprintf(stderr, "level %d, precisions%s.", static_cast<int>(cpu_level()), precisions.c_str());
   std::exit(0);
 }
@@ -30,13 +32,16 @@ class CpuLevelDeathTest : public ::testing::Test {
 TEST_F(CpuLevelDeathTest, IsLimitedByTheEnvironment) {
   // Nothing here may call cpu_level() before print_with() does.
   const int highest = __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") ? 2 : __builtin_cpu_supports("avx2") ? 1 : 0;
-  const std::string medium = __builtin_cpu_supports("avx512bf16") ? " medium" : "";
   const auto at_most = [&](int limit) { return "level " + std::to_string(std::min(highest, limit)) + ", precisions"; };
   EXPECT_EXIT(print_with("generic"), ::testing::ExitedWithCode(0), at_most(0) + "\\.");
-  EXPECT_EXIT(print_with("avx2"), ::testing::ExitedWithCode(0), at_most(1) + "\\.");
-  EXPECT_EXIT(print_with("avx512"), ::testing::ExitedWithCode(0), at_most(2) + "\\.");
-  EXPECT_EXIT(print_with("avx512_bf16"), ::testing::ExitedWithCode(0), at_most(2) + medium + "\\.");
-  for (const char* no_limit : {"amx", ""}) EXPECT_EXIT(print_with(no_limit), ::testing::ExitedWithCode(0), at_most(2) + "( high)?" + medium + "\\.");
+  // MatMul has kernels for bfloat16 only.
+  const std::string float32 = highest > 0 ? " high medium" : "", bfloat16 = __builtin_cpu_supports("avx512bf16") ? "\\+MatMul" : "";
+  EXPECT_EXIT(print_with("avx2"), ::testing::ExitedWithCode(0), at_most(1) + float32 + "\\.");
+  EXPECT_EXIT(print_with("avx512"), ::testing::ExitedWithCode(0), at_most(2) + float32 + "\\.");
+  EXPECT_EXIT(print_with("avx512_bf16"), ::testing::ExitedWithCode(0), at_most(2) + float32 + bfloat16 + "\\.");
+  for (const char* no_limit : {"amx", ""}) {
+    EXPECT_EXIT(print_with(no_limit), ::testing::ExitedWithCode(0), at_most(2) + (highest > 0 ? " high(\\+MatMul)? medium" : "") + bfloat16 + "\\.");
+  }
 }
 
 // Prints the error for a value of the variable, and exits.

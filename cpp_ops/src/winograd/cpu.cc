@@ -1,0 +1,113 @@
+// The two phases of winograd.h. This file is compiled once for each level of x86-64: it must not use templates of the standard library (common/kernel.h).
+#include "winograd/winograd.h"
+
+#include "winograd/input.h"
+#include "winograd/output.h"
+#include "winograd/product.h"
+#include "winograd/transforms.h"
+#include "winograd/weights.h"
+
+namespace scm::winograd {
+namespace {
+
+template <typename T>
+void transform(const Params<T>& p, std::int64_t begin, std::int64_t end, float* scratch) {
+  if (p.channels_first) {
+    transform_channels_first(p, begin, end, scratch);
+  } else {
+    transform_channels_last(p, begin, end);
+  }
+}
+
+// Row kRow of U = G' w G'^T, six points, for `inputs` input channels of a chunk. Point e of (input, output) goes to to[e * stride + input * width + output].
+template <int kRow>
+void transform_weight_row(const float* chunk, std::int64_t inputs, std::int64_t width, std::int64_t stride, float* to) {
+  to += kRow * 6 * stride;
+  for (std::int64_t input = 0; input < inputs; ++input, chunk += kTaps * width) {
+    for (std::int64_t o = 0; o < width; o += kLanes, to += kLanes) {
+      const float* const w = chunk + o;
+      Vector half[3];
+#pragma GCC unroll 3
+      for (int j = 0; j < 3; ++j) half[j] = transformed_weight<kRow>(load(w + j * width), load(w + (3 + j) * width), load(w + (6 + j) * width));
+      store(to, transformed_weight<0>(half[0], half[1], half[2]));
+      store(to + stride, transformed_weight<1>(half[0], half[1], half[2]));
+      store(to + 2 * stride, transformed_weight<2>(half[0], half[1], half[2]));
+      store(to + 3 * stride, transformed_weight<3>(half[0], half[1], half[2]));
+      store(to + 4 * stride, transformed_weight<4>(half[0], half[1], half[2]));
+      store(to + 5 * stride, transformed_weight<5>(half[0], half[1], half[2]));
+    }
+  }
+}
+
+// All rows. Six streams of stores at a time: the points of U are pages apart, and a processor has few entries for stores in its first-level TLB.
+void transform_weights(const float* chunk, std::int64_t inputs, std::int64_t width, std::int64_t stride, float* to) {
+  transform_weight_row<0>(chunk, inputs, width, stride, to);
+  transform_weight_row<1>(chunk, inputs, width, stride, to);
+  transform_weight_row<2>(chunk, inputs, width, stride, to);
+  transform_weight_row<3>(chunk, inputs, width, stride, to);
+  transform_weight_row<4>(chunk, inputs, width, stride, to);
+  transform_weight_row<5>(chunk, inputs, width, stride, to);
+}
+
+// M = the sums over the input channels for tiles [first, first + tiles) of the group. Point e of (tile, output) goes to m[e * m_stride + tile * width + output].
+template <typename T>
+void multiply_points(const Params<T>& p, const Outputs& outputs, std::int64_t first, std::int64_t tiles, float* u, float* m, std::int64_t m_stride, float* chunk) {
+  const Sizes& s = p.sizes;
+  const std::int64_t width = outputs.width, depth = p.plan.depth, v_stride = p.plan.group * kStep + kPad, v_step = kPoints * v_stride;
+  const float* v = p.v + first * kStep;
+  if (depth == 0) {
+    for (std::int64_t input = 0; input < s.in; input += kStep, v += v_step) {
+      read_weights(p.weight, s, input, outputs.begin, width, chunk);
+      multiply_few(chunk, min(kStep, s.in - input), tiles, v, v_stride, m, m_stride, width, input == 0);
+    }
+    return;
+  }
+  const std::int64_t u_stride = depth * width + kPad;
+  for (std::int64_t input = 0; input < s.in; input += depth, v += depth / kStep * v_step) {
+    const std::int64_t inputs = min(depth, s.in - input);
+    for (std::int64_t step = 0; step < inputs; step += kStep) {
+      read_weights(p.weight, s, input + step, outputs.begin, width, chunk);
+      transform_weights(chunk, min(kStep, inputs - step), width, u_stride, u + step * width);
+    }
+    for (std::int64_t e = 0; e < kPoints; ++e) {
+      multiply_matrix({v + e * v_stride, v_step, u + e * u_stride, m + e * m_stride, width, inputs, input == 0}, tiles, width / kLanes);
+    }
+  }
+}
+
+template <typename T>
+void multiply(const Params<T>& p, std::int64_t piece, float* scratch) {
+  const Sizes& s = p.sizes;
+  const Plan& plan = p.plan;
+  const std::int64_t begin = piece % blocks(s, plan) * plan.block, count = min(plan.block, s.out - begin);
+  const Outputs outputs{begin, count, round_up(count, kLanes)};
+  const std::int64_t first = piece / blocks(s, plan) * plan.chunk, tiles = min(plan.chunk, p.count - first), m_stride = plan.chunk * outputs.width + kPad;
+  float *const u = scratch, *const m = u + u_size(plan), *const chunk = m + m_size(plan), *const results = chunk + kChunkSize;
+  multiply_points(p, outputs, first, tiles, u, m, m_stride, chunk);
+  for (std::int64_t tile = 0, run; tile < tiles; tile += run) {
+    const Place at = place_of(s, p.first + first + tile);
+    run = p.channels_first ? min(kTilesOfVector, min(tiles - tile, s.tiles_across() - at.column / kTile)) : 1;  // tiles of one row
+    for (std::int64_t k = 0; k < run; ++k) {
+      float* const y = results + k * kTile * kTile * outputs.width;
+      if (transform_results(m + (tile + k) * outputs.width, m_stride, outputs.width, y)) continue;
+      convolve_directly(p, {at.sample, at.row, at.column + k * kTile}, outputs, chunk, y);
+    }
+    if (p.bias) add_bias(p.bias, outputs, run, results);
+    if (p.channels_first) {
+      write_channels_first(p, at, run, outputs, results);
+    } else {
+      write_channels_last(p, at, outputs, results);
+    }
+  }
+}
+
+}  // namespace
+
+template <typename T>
+Kernels<T> SCM_PASTE(kernels_, SCM_ISA)() {
+  return {transform<T>, multiply<T>};
+}
+template Kernels<float> SCM_PASTE(kernels_, SCM_ISA)<float>();
+template Kernels<float16> SCM_PASTE(kernels_, SCM_ISA)<float16>();
+
+}  // namespace scm::winograd

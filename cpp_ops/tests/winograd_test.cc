@@ -1,0 +1,145 @@
+// The kernels of the 3x3 convolution in float32, called directly for each x86-64 level that the processor supports, with every way to divide the work.
+#include "winograd/winograd.h"
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "support.h"
+
+namespace scm::testing {
+namespace {
+
+using winograd::Kernels;
+using winograd::Params;
+using winograd::Plan;
+
+template <typename T>
+std::vector<std::pair<const char*, Kernels<T>>> levels() {
+  std::vector<std::pair<const char*, Kernels<T>>> found{{"generic", winograd::kernels_generic<T>()}};
+#ifdef SCM_OPS_X86_LEVELS
+  if (cpu_level() >= CpuLevel::v3) found.emplace_back("v3", winograd::kernels_v3<T>());
+  if (cpu_level() >= CpuLevel::v4) found.emplace_back("v4", winograd::kernels_v4<T>());
+#endif
+  return found;
+}
+
+struct Case {
+  std::int64_t samples, height, width, in, out;
+
+  Sizes map(bool channels_first, std::int64_t channels) const {
+    return channels_first ? Sizes{samples, channels, height, width} : Sizes{samples, height, width, channels};
+  }
+  std::string text() const { return testing::text({samples, height, width, in, out}); }
+};
+
+// Offset of an element of a map.
+std::size_t at(const Case& c, bool channels_first, std::int64_t channels, std::int64_t n, std::int64_t h, std::int64_t w, std::int64_t channel) {
+  return static_cast<std::size_t>(channels_first ? ((n * channels + channel) * c.height + h) * c.width + w : ((n * c.height + h) * c.width + w) * channels + channel);
+}
+
+Values reference(const Case& c, bool channels_first, const Values& x, const Values& weight, const Values& bias) {
+  Values y(static_cast<std::size_t>(c.samples * c.height * c.width * c.out));
+  for (std::int64_t n = 0; n < c.samples; ++n) {
+    for (std::int64_t h = 0; h < c.height; ++h) {
+      for (std::int64_t w = 0; w < c.width; ++w) {
+        for (std::int64_t o = 0; o < c.out; ++o) {
+          double sum = bias[static_cast<std::size_t>(o)];
+          for (std::int64_t tap = 0; tap < 9; ++tap) {
+            const std::int64_t row = h + tap / 3 - 1, column = w + tap % 3 - 1;
+            if (row < 0 || row >= c.height || column < 0 || column >= c.width) continue;
+            for (std::int64_t i = 0; i < c.in; ++i) sum += x[at(c, channels_first, c.in, n, row, column, i)] * weight[static_cast<std::size_t>((o * c.in + i) * 9 + tap)];
+          }
+          y[at(c, channels_first, c.out, n, h, w, o)] = sum;
+        }
+      }
+    }
+  }
+  return y;
+}
+
+template <typename T>
+Tensor apply(const Kernels<T>& kernels, const Case& c, bool channels_first, const Plan& plan, const Tensor& x, const Tensor& weight, const Tensor& bias) {
+  Tensor y = empty_like(kType<T>, c.map(channels_first, c.out));
+  Params<T> p{};
+  p.x = data<T>(x);
+  p.weight = data<T>(weight);
+  p.bias = data<T>(bias);
+  p.y = data<T>(y);
+  p.sizes = {c.samples, c.height, c.width, c.in, c.out};
+  p.channels_first = channels_first;
+  p.plan = plan;
+  // Scratch memory has undefined contents.
+  std::vector<float> v(static_cast<std::size_t>(winograd::v_size(p.sizes, plan)), std::numeric_limits<float>::quiet_NaN());
+  std::vector<float> scratch(static_cast<std::size_t>(std::max(winograd::transform_scratch(p.sizes), winograd::multiply_scratch(plan))), std::numeric_limits<float>::quiet_NaN());
+  p.v = v.data();
+  for (p.first = 0; p.first < p.sizes.tiles(); p.first += plan.group) {
+    p.count = std::min(plan.group, p.sizes.tiles() - p.first);
+    const std::int64_t half = p.count / 2;
+    kernels.transform(p, half, p.count, scratch.data());
+    kernels.transform(p, 0, half, scratch.data());
+    for (std::int64_t piece = winograd::pieces(p.sizes, plan, p.count); piece-- > 0;) kernels.multiply(p, piece, scratch.data());
+  }
+  return y;
+}
+
+template <typename T>
+class WinogradTest : public ::testing::Test {};
+TYPED_TEST_SUITE(WinogradTest, Elements, ElementNames);
+
+const Plan kPlans[] = {{1000, 1000, 64, 32, false}, {7, 7, 32, 16, true}, {9, 5, 16, 48, false}, {13, 6, 64, 0, false}, {1000, 1, 16, 0, false}};
+
+// The error of F(4x4, 3x3) relative to a sum's terms: 2e-5 of the root mean square of the outputs, which is about 1 here.
+constexpr double kTolerance = 5e-5;
+
+TYPED_TEST(WinogradTest, EqualsTheSumOverTapsHoweverTheWorkIsDivided) {
+  using T = TypeParam;
+  for (const Case& c : {Case{1, 1, 1, 1, 1}, Case{2, 3, 5, 33, 17}, Case{3, 4, 4, 16, 64}, Case{1, 9, 30, 20, 66}, Case{2, 17, 2, 5, 4}, Case{1, 2, 35, 50, 33},
+                        Case{5, 7, 6, 48, 100}}) {
+    for (const bool channels_first : {false, true}) {
+      const Tensor x = random(kType<T>, c.map(channels_first, c.in)), weight = random(kType<T>, {c.out, c.in, 3, 3}, 1 / std::sqrt(9.0 * static_cast<double>(c.in)), 1);
+      const Tensor bias = random(kType<T>, {c.out}, 1, 2);
+      const Values expected = reference(c, channels_first, values(x), values(weight), values(bias));
+      Tensor fused;  // of the first level with fused multiply-adds
+      for (const auto& [level, kernels] : levels<T>()) {
+        SCOPED_TRACE(std::string(level) + ", " + c.text() + (channels_first ? ", channels first" : ", channels last"));
+        const Tensor whole = apply(kernels, c, channels_first, kPlans[0], x, weight, bias);
+        expect_close(whole, c.map(channels_first, c.out), expected, kTolerance);
+        for (const Plan& plan : kPlans) expect_same_bits(apply(kernels, c, channels_first, plan, x, weight, bias), whole);
+        if (std::strcmp(level, "generic") == 0) continue;
+        if (fused.bytes.empty()) fused = whole;
+        expect_same_bits(whole, fused);
+      }
+    }
+  }
+}
+
+TYPED_TEST(WinogradTest, ComputesTilesThatAreNotFiniteAsTheSumOverTaps) {
+  using T = TypeParam;
+  const Case c{2, 9, 10, 20, 35};
+  const double infinity = std::numeric_limits<double>::infinity(), nan = std::numeric_limits<double>::quiet_NaN();
+  for (const double special : {nan, infinity, -infinity}) {
+    for (const bool channels_first : {false, true}) {
+      Values x = values(random(kType<T>, c.map(channels_first, c.in)));
+      x[at(c, channels_first, c.in, 1, 4, 3, 19)] = special;
+      const Tensor X = tensor(kType<T>, c.map(channels_first, c.in), x), weight = random(kType<T>, {c.out, c.in, 3, 3}, 0.1, 1), bias = random(kType<T>, {c.out}, 1, 2);
+      const Values expected = reference(c, channels_first, values(X), values(weight), values(bias));
+      for (const auto& [level, kernels] : levels<T>()) {
+        SCOPED_TRACE(::testing::Message() << level << ", " << special);
+        for (const Plan& plan : kPlans) {
+          const Values y = values(apply(kernels, c, channels_first, plan, X, weight, bias));
+          for (std::size_t i = 0; i < expected.size(); ++i) {
+            if (std::isfinite(expected[i])) {
+              ASSERT_NEAR(y[i], expected[i], (sizeof(T) == 2 ? 2e-3 : kTolerance) * std::max(1.0, std::fabs(expected[i])));
+            } else {
+              ASSERT_TRUE(std::isnan(expected[i]) ? std::isnan(y[i]) : y[i] == expected[i]) << y[i] << " in place of " << expected[i];
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace scm::testing
