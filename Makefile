@@ -15,11 +15,13 @@ CMAKE  := $(BIN)/cmake
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 MADE     := $(VENV)/.stamp-made
+TOOLS    := $(VENV)/.stamp-tools
 LIGHT    := $(VENV)/.stamp-light
 FULL     := $(VENV)/.stamp-full
 OPS      := $(VENV)/.stamp-ops
 PACKAGE  := pyproject.toml constraints.txt scm_runtime/_version.py
 EXTRAS   := cpu,export,hub,example,test,dev,bench
+COMMA    := ,
 KERNELS  := $(shell find cpp_ops -name '.*' -prune -o -type f -print)
 
 DEMO     := demo/digits.png
@@ -81,13 +83,13 @@ test-stub: $(FULL) ## run the CUDA path on a stub of a GPU, which computes nothi
 ops: $(FULL) ## build the native library and install it into .venv (SCM_OPS_CUDA=ON|OFF|AUTO, OPS_FLAGS for CMake)
 	$(call build-ops,$(or $(SCM_OPS_CUDA),AUTO))
 
-ops-test: $(FULL) ## build the native library and run its C++ tests
+ops-test: $(TOOLS) ## build the native library and run its C++ tests
 	$(call test-ops,build/ops-test,)
 
-ops-sanitize: $(FULL) ## the same under AddressSanitizer and UndefinedBehaviorSanitizer
+ops-sanitize: $(TOOLS) ## the same under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(call test-ops,build/sanitize,-DSCM_OPS_SANITIZE=ON)
 
-ops-tsan: $(FULL) ## build the library under ThreadSanitizer, and run the tests that have threads
+ops-tsan: $(TOOLS) ## build the library under ThreadSanitizer, and run the tests that have threads
 	$(call test-ops,build/tsan,-DSCM_OPS_SANITIZE=THREAD)
 
 ops-arm64: $(FULL) ## build the native library for 64-bit ARM and run its C++ tests in emulation; skipped without the cross compiler or qemu
@@ -217,6 +219,11 @@ $(MADE):
 INSTALL = SCM_OPS_CUDA=$(or $(SCM_OPS_CUDA),OFF) $(PIP) install -c constraints.txt -e
 FRESH   = @test -e build/ops/CMakeCache.txt || touch $(OPS)
 
+# What the C++ tests need: CI builds them while the rest is installed.
+$(TOOLS): $(MADE) constraints.txt
+	$(PIP) install -c constraints.txt cmake ninja uv
+	@touch $@
+
 $(LIGHT): $(MADE) $(PACKAGE)
 	$(INSTALL) '.[cpu]'
 	@touch $@
@@ -268,7 +275,12 @@ WITHOUT_OPS = -C wheel.cmake=false -C wheel.platlib=false
 # Warnings are errors only with the pinned versions: older ones emit warnings about their own use.
 run-floors = $(if $(filter runtime,$(1)),env -u SCM_REQUIRE_OPS) OMP_NUM_THREADS=1 $(FLOORS)/$(1)/bin/python -m pytest -W default $(2)
 
-$(FULL): $(MADE) $(PACKAGE)
+# pip installs torch, because uv would download another build (see the lowest versions), and scm-runtime. uv installs the rest, in a tenth of pip's time. If it
+# cannot, because it does not find pip's index for instance, pip installs all.
+$(FULL): $(TOOLS) $(PACKAGE)
+	$(PIP) install --no-compile -c constraints.txt torch
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -r pyproject.toml $(addprefix --extra ,$(subst $(COMMA), ,$(EXTRAS))) \
+		|| echo "uv could not install the packages (see above): pip does."
 	$(INSTALL) '.[$(EXTRAS)]'
 	@touch $(LIGHT) $@
 	$(FRESH)

@@ -61,19 +61,21 @@ inline float bfloat16(const unsigned char* from) {
   return value;
 }
 
-// sums[m][n] += x[m][2 k] * y[k][2 n] + x[m][2 k + 1] * y[k][2 n + 1]
+using Floats = float __attribute__((vector_size(64)));
+using Pairs = std::uint32_t __attribute__((vector_size(64)));
+
+// sums[m][n] += x[m][2 k] * y[k][2 n] + x[m][2 k + 1] * y[k][2 n + 1], for all 16 columns n at once: columns beyond a tile's width are never stored
 inline void multiply(int sums, int x, int y) {
   for (std::size_t m = 0; m < tile(sums).rows; ++m) {
-    for (std::size_t n = 0; n < tile(sums).row_bytes / 4; ++n) {
-      unsigned char* const at = tiles[sums].bytes[m] + 4 * n;
-      float sum;
-      std::memcpy(&sum, at, sizeof sum);
-      for (std::size_t k = 0; k < tile(x).row_bytes / 4; ++k) {
-        const unsigned char *a = tiles[x].bytes[m] + 4 * k, *b = tile(y).bytes[k] + 4 * n;
-        sum += bfloat16(a) * bfloat16(b) + bfloat16(a + 2) * bfloat16(b + 2);
-      }
-      std::memcpy(at, &sum, sizeof sum);
+    Floats sum;
+    std::memcpy(&sum, tiles[sums].bytes[m], sizeof sum);
+    for (std::size_t k = 0; k < tile(x).row_bytes / 4; ++k) {
+      const unsigned char* const a = tiles[x].bytes[m] + 4 * k;
+      Pairs b;
+      std::memcpy(&b, tile(y).bytes[k], sizeof b);
+      sum += bfloat16(a) * reinterpret_cast<Floats>(b << 16) + bfloat16(a + 2) * reinterpret_cast<Floats>(b & 0xffff0000u);
     }
+    std::memcpy(tiles[sums].bytes[m], &sum, sizeof sum);
   }
 }
 
