@@ -4,8 +4,9 @@
     python benchmarks/cold_start.py "S 64x64x4"          minutes, 3 GB of memory
 
 New processes, in turn, with a warm disk cache: "plain" has no cache (SCM_CACHE_DIR=""), "first" fills an empty one, "cached" uses a filled one, and
-"cached, sums forgotten" finds the graphs but must hash every file. "floor" only imports NumPy and ONNX Runtime. One sample in one step. The weights of XXS
-and S are random. ``not_shared_mib`` is the private memory of a process, without file-backed pages. Rows that are not measured stay in the results.
+"cached, sums forgotten" finds the graphs but must hash every file. "plain, not hashed" has no cache and does not compare checksums, which shows what they
+cost. "floor" only imports NumPy and ONNX Runtime. One sample in one step. The weights of XXS and S are random. ``not_shared_mib`` is the private memory of a
+process, without file-backed pages; ``peak_mib`` is the largest resident memory while it opened the bundle. Rows that are not measured stay in the results.
 """
 
 from __future__ import annotations
@@ -34,14 +35,16 @@ import json, sys, time
 start = time.perf_counter()
 import numpy, onnxruntime
 imported = time.perf_counter()
+def status(file, name):
+    return next(int(line.split()[1]) / 1024 for line in open(file) if line.startswith(name))
 if sys.argv[1:]:
     from scm_runtime import Generator
-    generate = Generator(sys.argv[1])
-    opened = time.perf_counter()
+    generate = Generator(sys.argv[1], verify_integrity=sys.argv[2] == "hashed")
+    opened, peak = time.perf_counter(), status("/proc/self/status", "VmHWM:")
     generate(0, seed=0, num_inference_steps=1, output_type="np")
     done = time.perf_counter()
-    own = next(int(line.split()[1]) / 1024 for line in open("/proc/self/smaps_rollup") if line.startswith("Anonymous:"))
-    print(json.dumps({"open_ms": (opened - imported) * 1e3, "first_sample_ms": (done - opened) * 1e3, "not_shared_mib": own}))
+    own = status("/proc/self/smaps_rollup", "Anonymous:")
+    print(json.dumps({"open_ms": (opened - imported) * 1e3, "first_sample_ms": (done - opened) * 1e3, "not_shared_mib": own, "peak_mib": peak}))
 """
 
 
@@ -51,11 +54,11 @@ def export_bundle(checkpoint: Path) -> str:
     return str(export(checkpoint, checkpoint.with_suffix(".scm"), verify=False, steps=()).path)
 
 
-def start(bundle: str | None, cache: Path | str) -> dict[str, float]:
+def start(bundle: str | None, cache: Path | str, *, hashed: bool = True) -> dict[str, float]:
     """Run one process, and return its timings."""
     began = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *([bundle] if bundle else [])],
+        [sys.executable, "-c", PROGRAM, *([bundle, "hashed" if hashed else "not hashed"] if bundle else [])],
         check=True,
         capture_output=True,
         text=True,
@@ -71,11 +74,12 @@ def measure(bundle: str, rounds: int, folder: Path) -> dict[str, Any]:
     start(bundle, filled)  # also loads the bundle into the disk cache
     time.sleep(3)  # the checksums of files that were just written are not cached
     start(bundle, filled)
-    seen: dict[str, list[dict[str, float]]] = {"floor": [], "plain": [], "first": [], "cached, sums forgotten": [], "cached": []}
+    seen: dict[str, list[dict[str, float]]] = {"floor": [], "plain": [], "plain, not hashed": [], "first": [], "cached, sums forgotten": [], "cached": []}
     for _ in range(rounds):
         shutil.rmtree(empty, ignore_errors=True)
         seen["floor"].append(start(None, ""))
         seen["plain"].append(start(bundle, ""))
+        seen["plain, not hashed"].append(start(bundle, "", hashed=False))
         seen["first"].append(start(bundle, empty))
         shutil.rmtree(filled / "verified")
         seen["cached, sums forgotten"].append(start(bundle, filled))

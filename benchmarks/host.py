@@ -1,11 +1,12 @@
 """What is the overhead of the host code? Four questions, on the CPU.
 
-"call": how much longer does a call of a Generator take than its graphs, that is the same sessions on the same inputs in a bare loop?
+"call": how much longer does a call of a Generator take than its graphs, that is the same sessions on the same inputs in a bare loop? By number of steps, on
+    the main thread and on another.
 "threads": do eight threads that share one Generator finish sooner than one thread that makes eight calls?
 "clients": sixteen clients, each requesting one sample after another, by calls and by ``submit``: samples per second, and latency.
 "memory": the peak resident memory of a separate process.
 
-``--seconds`` is the duration for each kind of client and bundle; longer gives more stable percentiles.
+``--seconds`` is the duration for each kind of client and bundle; longer gives more stable percentiles. ``--only-call`` answers the first question in seconds.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -86,15 +87,16 @@ def graphs_of(call: Callable[[], object]) -> Callable[[], Any]:
 
 
 def call_overhead(bundle: Path | str, repeats: int) -> dict[str, Any]:
-    with Generator(bundle, threads=1) as generate:  # one thread, to measure the Python code
-
-        def call() -> Samples:
-            return generate(0, seed=7, num_inference_steps=2, output_type="np")
-
-        bare = graphs_of(call)
-        np.testing.assert_array_equal(call().array, bare())
-        found = interleaved({"graphs": bare, "call": call}, repeats, warmup=50)
-    return {**found, "call - graphs, ms": found["call"]["median_ms"] - found["graphs"]["median_ms"]}
+    found = {}
+    with Generator(bundle, threads=1) as generate, ThreadPoolExecutor(1) as pool:  # one thread of ONNX Runtime, to measure the Python code
+        for steps in (1, 2):
+            call = partial(generate, 0, seed=7, num_inference_steps=steps, output_type="np")
+            bare = graphs_of(call)
+            np.testing.assert_array_equal(call().array, bare())
+            measure = partial(interleaved, {"graphs": bare, "call": call}, repeats, warmup=50)
+            for name, times in {f"{steps} steps": measure(), f"{steps} steps, another thread": pool.submit(measure).result()}.items():
+                found[name] = {**times, **{f"call - graphs, {kind}": times["call"][kind] - times["graphs"][kind] for kind in ("median_ms", "min_ms")}}
+    return found
 
 
 # ----------------------------------------------------------------------------
@@ -180,8 +182,12 @@ def peak_memory(bundle: Path, streamed: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=5)
+    parser.add_argument("--only-call", action="store_true", help="print the overhead of a call of the embedded model, and store nothing")
     parser.add_argument("--again", action="store_true", help="measure again what was measured before")
     chosen = parser.parse_args()
+    if chosen.only_call:
+        print(json.dumps(call_overhead("digits", 500), indent=2))
+        return
     seconds, cells = chosen.seconds, Cells("host", again=chosen.again)
     digits, xxs = "digits 28x28", "XXS 32x32x4"
     with tempfile.TemporaryDirectory() as folder:

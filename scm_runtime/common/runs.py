@@ -71,9 +71,10 @@ class Run:
         _in_flight[self] = None
 
     def end(self) -> None:
-        """Mark the run as ended."""
+        """Mark the run as ended. It may be called more than once."""
         _in_flight.pop(self, None)  # a forked child has forgotten it
-        self._ended.release()
+        if self._ended.locked():
+            self._ended.release()
 
     def wait(self) -> None:
         """Wait until the run has ended; return at once on the thread that runs it, where a signal handler may be the caller."""
@@ -87,14 +88,25 @@ class _SharedRun(Run):
 
     __slots__ = ("_outer",)
 
+    # On the main thread, a signal handler may raise at any call in these methods: the run must not stay in flight then.
+
     def __enter__(self) -> Self:
-        super().__enter__()
-        self._outer, _current.run = _current.run, self
+        self._outer = _current.run
+        try:
+            super().__enter__()
+            _current.run = self
+        except BaseException:
+            self.end()
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         _current.run = self._outer
-        self.end()
+        try:
+            self.end()
+        except BaseException:
+            self.end()
+            raise
 
 
 class RunRegistry:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, cast
 
 from scm_runtime.bundle.checksums import check_files, stat_fingerprint
 from scm_runtime.bundle.location import ResolvedBundle
-from scm_runtime.bundle.manifest import Dtype, Manifest, read_manifest
+from scm_runtime.bundle.manifest import WEIGHTS, Dtype, Manifest, read_manifest
 from scm_runtime.cache.graph_cache import GraphCache
+from scm_runtime.common.background import in_background
 from scm_runtime.common.checks import is_int
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
 from scm_runtime.common.runs import RunRegistry
@@ -93,11 +95,13 @@ def open_bundle(
     chosen = _choose_dtype(dtype, manifest, placement)
     cache = GraphCache.locate(cache_dir)
 
-    def fetch(names: Iterable[str]) -> None:
-        bundle.fetch(names)
-        check_files(folder, manifest, names, hashes=verify_integrity, digest_of=cache.checksums.sha256 if cache else None)
+    def check(names: Iterable[str], *, hashes: bool) -> None:
+        check_files(folder, manifest, names, hashes=hashes, digest_of=cache.checksums.sha256 if cache else None)
 
-    fetch(tuple(manifest.files) if bundle.repository is None else manifest.files_for(chosen))
+    names = tuple(manifest.files) if bundle.repository is None else manifest.files_for(chosen)
+    bundle.fetch(names)
+    check([name for name in names if name != WEIGHTS], hashes=verify_integrity)
+    check([WEIGHTS], hashes=False)
     base = SessionSettings(placement, threads=threads, session_options=dict(session_options or {}), profile_dir=_folder("profile_dir", profile_dir))
 
     def settings(library: Library | None) -> SessionSettings:
@@ -113,10 +117,18 @@ def open_bundle(
         opener = _on_host(folder, manifest)
     else:
         opener = _on_cuda(folder, manifest, placement.index, stream, cuda_graph=cuda_graph, gpu_mem_limit=gpu_mem_limit)
+    # Hashing the weights takes as long as opening the graphs. Damaged values do no harm until then, and come into no cached graph: see private_copy.py.
+    verify_weights = in_background(partial(check, [WEIGHTS], hashes=verify_integrity), "scm-runtime checksum")
     engine, status = open_with_native_ops(manifest, native_ops, placement, lambda library: opener(chosen, settings(library)))
+    try:
+        verify_weights()
+    except BaseException:
+        engine.close()
+        raise
 
     def open_fp32() -> Engine:
-        fetch(manifest.files_for("fp32"))
+        bundle.fetch(fp32 := manifest.files_for("fp32"))
+        check(fp32, hashes=verify_integrity)
         return opener("fp32", settings(status.library))
 
     info = GeneratorInfo(

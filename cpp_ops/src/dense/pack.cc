@@ -8,16 +8,22 @@
 namespace scm::dense {
 namespace {
 
-float to_scalar(float x) { return x; }
-float to_scalar(float16 x) { return _cvtsh_ss(x.bits); }
-
-// Loads up to 16 values with a stride, and zeros for the rest.
-template <typename T>
-__m512 load_strided(const T* from, std::int64_t stride, std::int64_t count) {
-  if (stride == 1) return load(from, first_lanes(count));
+// Loads up to 16 values with a stride of less than 2^27, and zeros for the rest.
+__m512 load_strided(const float* from, std::int64_t stride, std::int64_t count) {
+  const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  const __m512i offsets = _mm512_mullo_epi32(lanes, _mm512_set1_epi32(static_cast<int>(stride)));
+  return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), first_lanes(count), offsets, from, sizeof(float));
+}
+__m512 load_strided(const float16* from, std::int64_t stride, std::int64_t count) {
   alignas(64) float values[16] = {};
-  for (std::int64_t i = 0; i < count && i < 16; ++i) values[i] = to_scalar(from[i * stride]);
+  for (std::int64_t i = 0; i < count && i < 16; ++i) values[i] = _cvtsh_ss(from[i * stride].bits);
   return _mm512_load_ps(values);
+}
+
+// The same, faster for consecutive values.
+template <typename T>
+__m512 load_weights(const T* from, std::int64_t stride, std::int64_t count) {
+  return stride == 1 ? load(from, first_lanes(count)) : load_strided(from, stride, count);
 }
 
 __m512 to_float32(__m256i bfloats) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bfloats), 16)); }
@@ -100,19 +106,22 @@ void split(const Params<T>& p, std::int64_t begin, std::int64_t end) {
 
 template <typename T>
 void pack(const T* weight, const Strides& by, const Sizes& s, bool split_bf16, std::uint16_t* to) {
-  for (std::int64_t block = 0; block * kBlock < s.out_channels; ++block) {
-    for (std::int64_t tap = 0; tap < s.kernel_size * s.kernel_size; ++tap) {
-      for (std::int64_t input = 0; input < s.in_channels; input += 32, to += (split_bf16 ? 4 : 2) * kTile) {
+  const std::int64_t taps = s.kernel_size * s.kernel_size, chunks = s.padded_in_channels() / 32, tiles = (split_bf16 ? 4 : 2) * kTile;
+  for (std::int64_t block = 0; block * kBlock < s.out_channels; ++block, to += taps * chunks * tiles) {
+    for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
+      for (std::int64_t tap = 0; tap < taps; ++tap) {  // the weights of a chunk, 36 KB, stay in the L1 cache
+        const std::int64_t input = 32 * chunk;
+        std::uint16_t* const tile = to + (tap * chunks + chunk) * tiles;
         for (std::int64_t half = 0; half < 2; ++half) {
           const std::int64_t output = block * kBlock + 16 * half;
           const T* from = weight + tap * by.tap + input * by.input + output * by.output;
           for (std::int64_t pair = 0; pair < 16; ++pair) {
             const std::int64_t rows = s.in_channels - input - 2 * pair;
-            const __m512 even = load_strided(from + 2 * pair * by.input, by.output, rows > 0 ? s.out_channels - output : 0);
-            const __m512 odd = load_strided(from + (2 * pair + 1) * by.input, by.output, rows > 1 ? s.out_channels - output : 0);
+            const __m512 even = load_weights(from + 2 * pair * by.input, by.output, rows > 0 ? s.out_channels - output : 0);
+            const __m512 odd = load_weights(from + (2 * pair + 1) * by.input, by.output, rows > 1 ? s.out_channels - output : 0);
             const InterleavedRows packed = interleave(even, odd, split_bf16);
-            _mm512_store_si512(to + half * kTile + pair * 32, packed.high);
-            if (split_bf16) _mm512_store_si512(to + (2 + half) * kTile + pair * 32, packed.low);
+            _mm512_store_si512(tile + half * kTile + pair * 32, packed.high);
+            if (split_bf16) _mm512_store_si512(tile + (2 + half) * kTile + pair * 32, packed.low);
           }
         }
       }
