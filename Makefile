@@ -30,10 +30,10 @@ BENCHES  := $(filter-out benchmarks/_% $(patsubst %,benchmarks/%.py,figures firs
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:  # two pips must not install into .venv at the same time
-.PHONY: help demo test test-gpu first-gpu test-stub lint types floors floors-runtime audit ops ops-test ops-sanitize ops-tsan soak kills fuzz bench bench-large format dist constraints clean
+.PHONY: help demo test test-gpu first-gpu test-stub lint types floors floors-runtime audit ops ops-test ops-sanitize ops-tsan ops-arm64 soak kills fuzz bench bench-large format dist constraints clean
 
 help: ## show this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | while IFS='	' read -r name what; do printf '  make %-15s %s\n' "$$name" "$$what"; done
+	@sed -n 's/^\([a-z0-9-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | while IFS='	' read -r name what; do printf '  make %-15s %s\n' "$$name" "$$what"; done
 
 demo: $(LIGHT) ## generate twenty digits with the embedded model; does not install torch
 	@mkdir -p $(dir $(DEMO))
@@ -92,6 +92,11 @@ ops-sanitize: $(FULL) ## the same under AddressSanitizer and UndefinedBehaviorSa
 
 ops-tsan: $(FULL) ## build the library under ThreadSanitizer, and run the tests that have threads
 	$(call test-ops,build/tsan,-DSCM_OPS_SANITIZE=THREAD)
+
+ops-arm64: $(FULL) ## build the native library for 64-bit ARM and run its C++ tests in emulation; skipped without the cross compiler or qemu
+	@if ! command -v aarch64-linux-gnu-g++ > /dev/null; then echo "SKIPPED: ops-arm64 needs aarch64-linux-gnu-g++, which was not found. Install Debian's g++-aarch64-linux-gnu."; \
+	elif ! command -v qemu-aarch64 > /dev/null; then echo "SKIPPED: ops-arm64 needs qemu-aarch64, which was not found. Install Debian's qemu-user."; \
+	else $(MAKE) --no-print-directory run-arm64; fi
 
 soak: $(FULL) $(OPS) ## use Generators from many threads in every way, twice for ten minutes (SECONDS=60 for one)
 	@# With one malloc arena per thread, it takes an hour until the resident memory is constant.
@@ -165,6 +170,13 @@ $(call CONFIGURE,$(1)) -DSCM_OPS_CUDA=$(or $(SCM_OPS_CUDA),OFF) -DSCM_OPS_TESTS=
 $(CMAKE) --build $(1) --parallel $(JOBS)
 $(BIN)/ctest --test-dir $(1) --output-on-failure --parallel $(JOBS)
 endef
+
+# Only the tests of the operators and of the code that they share: the CUDA sources do not depend on the processor.
+.PHONY: run-arm64
+run-arm64:
+	$(call CONFIGURE,build/arm64) -DCMAKE_TOOLCHAIN_FILE=cmake/aarch64-linux-gnu.cmake -DSCM_OPS_CUDA=OFF -DSCM_OPS_TESTS=ON $(OPS_FLAGS)
+	$(CMAKE) --build build/arm64 --parallel $(JOBS) --target scm_ops_tests
+	$(BIN)/ctest --test-dir build/arm64 --output-on-failure --tests-regex '^scm_ops_tests$$'
 
 $(OPS): $(FULL) $(KERNELS)
 	$(call build-ops,$(or $(SCM_OPS_CUDA),$(if $(wildcard build/ops/CMakeCache.txt),,OFF)))

@@ -107,7 +107,8 @@ TYPED_TEST(ProductTest, ReportsOutOfMemory) {
   for (const auto& [level, kernel] : SCM_LEVELS(product, T)) {
     SCOPED_TRACE(level);
     bool out_of_memory = false;
-    kernel({nullptr, nullptr, nullptr, nullptr, 1, std::int64_t{1} << 20, 1, std::int64_t{1} << 36, std::int64_t{1} << 20, 1, &out_of_memory}, 0, 1);
+    constexpr std::int64_t kRows = std::int64_t{1} << 44;
+    kernel({nullptr, nullptr, nullptr, nullptr, 1, kRows, 1, 1000, kRows, 1, &out_of_memory}, 0, 1);
     EXPECT_TRUE(out_of_memory);
   }
 }

@@ -90,7 +90,7 @@ class Cache(Struct, frozen=True):
 
 
 class Threads(Struct, frozen=True):
-    """CPU cores, and environment variables that change which cores and GPUs are used."""
+    """CPU cores, and environment variables that change which cores, instruction sets and GPUs are used."""
 
     cores: int
     """Number of cores of the machine."""

@@ -1,5 +1,6 @@
-// Blocks as in Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (ACM TOMS 34(3), 2008): kDepth rows of B are packed into panels of
-// kVectors vectors, which stay in the L2 cache; kRows rows of A are packed into a tile, which stays in the L1 cache and is multiplied by all panels.
+// Blocks as in Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (ACM TOMS 34(3), 2008): up to kDepth columns of A are packed into tiles
+// of kRows rows, which stay in the L2 cache, and as many rows of B into a panel of kVectors vectors, which stays in the L1 cache and is multiplied by all tiles.
+// The first tile's product packs the panel: its loads and stores are hidden behind the arithmetic.
 #include "product/product.h"
 
 #include <cstdlib>
@@ -19,7 +20,9 @@ constexpr int kRows = 6, kVectors = 2;
 #endif
 constexpr int kWidth = kVectors * kLanes;                              // columns of a panel
 constexpr int kStride = (kRows + kLanes - 1) / kLanes * kLanes;        // between the columns of a tile of A
-constexpr std::int64_t kDepth = 256;
+constexpr std::int64_t kStreams = 32;                                  // rows of B that the processor prefetches as streams
+
+constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 // A vector of columns of C: its first column, and how many of its lanes exist.
 template <typename T>
@@ -51,6 +54,13 @@ void multiply(const Step<T>& step) {
   for (int row = 0; row < kTile; ++row) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) sums[row][v] = step.first ? broadcast(step.bias[row]) : load(step.partial + row * kWidth + v * kLanes);
+  }
+  if (step.last) {
+#pragma GCC unroll 16
+    for (int row = 0; row < kTile; ++row) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) __builtin_prefetch(step.columns[v].c + row * step.stride, 1);
+    }
   }
   const float* a = step.tile;
   float* panel = step.panel;
@@ -145,63 +155,69 @@ void pack_columns(const T* b, std::int64_t stride, std::int64_t count, std::int6
   }
 }
 
-constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
 }  // namespace
 
 template <typename T>
 void SCM_CPU(const Params<T>& p, std::int64_t begin, std::int64_t end) {
   const std::int64_t per_sample = ceil_div(p.columns, kLanes), row_units = ceil_div(p.rows, p.unit_rows), all_vectors = p.samples * per_sample;
-  const std::int64_t max_tiles = ceil_div(p.unit_rows, kRows), max_depth = p.depth < kDepth ? p.depth : kDepth, tile_size = p.depth * kStride;
-  const std::int64_t scratch_size = max_tiles * (tile_size + kRows * kWidth + kRows) + max_depth * kWidth;
+  const std::int64_t max_tiles = ceil_div(p.unit_rows, kRows), max_panels = ceil_div(p.unit_vectors, kVectors);
+  // With one tile nothing is read twice: few rows of B at a time are streams that the processor prefetches.
+  const std::int64_t steps = ceil_div(p.depth, max_tiles > 1 ? kDepth : kStreams), step_depth = steps > 0 ? ceil_div(p.depth, steps) : 0;
+  const std::int64_t tile_size = step_depth * kStride, partial_size = steps > 1 ? kRows * kWidth : 0;
+  const std::int64_t scratch_size = step_depth * kWidth + max_tiles * (tile_size + max_panels * partial_size + kRows);
   auto* const scratch = static_cast<float*>(std::aligned_alloc(64, static_cast<std::size_t>((scratch_size + 15) / 16 * 64)));
   if (!scratch) {
     __atomic_store_n(p.out_of_memory, true, __ATOMIC_RELAXED);
     return;
   }
-  float *const panel = scratch, *const tiles = panel + max_depth * kWidth;
-  float *const partials = tiles + max_tiles * tile_size, *const biases = partials + max_tiles * kRows * kWidth;
+  float *const panel = scratch, *const tiles = panel + step_depth * kWidth;
+  float *const partials = tiles + max_tiles * tile_size, *const biases = partials + max_tiles * max_panels * partial_size;
   for (std::int64_t unit = begin; unit < end; ++unit) {
     const std::int64_t first_row = unit % row_units * p.unit_rows, first_vector = unit / row_units * p.unit_vectors;
     const std::int64_t rows = p.rows - first_row < p.unit_rows ? p.rows - first_row : p.unit_rows;
     const std::int64_t vectors = all_vectors - first_vector < p.unit_vectors ? all_vectors - first_vector : p.unit_vectors;
     const std::int64_t tile_count = ceil_div(rows, kRows);
     const auto top = [&](std::int64_t tile) { return tile * rows / tile_count; };  // tiles of almost the same height
-    for (std::int64_t t = 0; t < tile_count; ++t) {
-      const int height = static_cast<int>(top(t + 1) - top(t));
-      pack_tile(p.a + (first_row + top(t)) * p.depth, p.depth, height, p.depth, tiles + t * tile_size);
-      for (int row = 0; row < height; ++row) biases[t * kRows + row] = p.bias ? to_float(p.bias[first_row + top(t) + row]) : 0;
-    }
-    for (std::int64_t v = 0; v < vectors; v += kVectors) {
-      Step<T> step{nullptr, panel, 0, nullptr, nullptr, true, false, p.columns, {}, {}};
-      T* c[kVectors];
-      bool full = true;
-      for (int i = 0; i < kVectors; ++i) {
-        const std::int64_t vector = first_vector + v + i, sample = vector / per_sample, column = vector % per_sample * kLanes;
-        step.columns[i].count = v + i >= vectors ? 0 : p.columns - column < kLanes ? p.columns - column : kLanes;
-        step.b[i] = p.b + sample * p.depth * p.columns + column;
-        c[i] = p.c + (sample * p.rows + first_row) * p.columns + column;
-        full &= step.columns[i].count == kLanes;
+    std::int64_t k = 0;
+    do {
+      const std::int64_t depth = p.depth - k < step_depth ? p.depth - k : step_depth;
+      for (std::int64_t t = 0; t < tile_count; ++t) {
+        const int height = static_cast<int>(top(t + 1) - top(t));
+        pack_tile(p.a + (first_row + top(t)) * p.depth + k, p.depth, height, depth, tiles + t * tile_size);
+        for (int row = 0; row < height; ++row) biases[t * kRows + row] = p.bias ? to_float(p.bias[first_row + top(t) + row]) : 0;
       }
-      std::int64_t k = 0;
-      do {
-        step.depth = p.depth - k < kDepth ? p.depth - k : kDepth;
-        step.first = k == 0;
-        step.last = k + step.depth == p.depth;
+      float* partial = partials;
+      for (std::int64_t v = 0; v < vectors; v += kVectors) {
+        Step<T> step{nullptr, panel, depth, nullptr, nullptr, k == 0, k + depth == p.depth, p.columns, {}, {}};
+        T* c[kVectors];
+        bool full = true;
+        for (int i = 0; i < kVectors; ++i) {
+          const std::int64_t vector = first_vector + v + i, sample = vector / per_sample, column = vector % per_sample * kLanes;
+          step.columns[i].count = v + i >= vectors ? 0 : p.columns - column < kLanes ? p.columns - column : kLanes;
+          step.b[i] = p.b + (sample * p.depth + k) * p.columns + column;
+          c[i] = p.c + (sample * p.rows + first_row) * p.columns + column;
+          full &= step.columns[i].count == kLanes;
+        }
         if (!full) {
-          for (int i = 0; i < kVectors; ++i) pack_columns(step.b[i], p.columns, step.columns[i].count, step.depth, panel + i * kLanes);
+          for (int i = 0; i < kVectors; ++i) pack_columns(step.b[i], p.columns, step.columns[i].count, depth, panel + i * kLanes);
         }
+        const bool prefetch = tile_count > 1 && v + kVectors < vectors;
         for (std::int64_t t = 0; t < tile_count; ++t) {
+          if (prefetch) {  // a share of the next panel: the processor does not prefetch a few elements of each of many rows
+            for (std::int64_t row = t * depth / tile_count; row < (t + 1) * depth / tile_count; ++row) {
+              for (int i = 0; i < kVectors; ++i) __builtin_prefetch(step.b[i] + kWidth + row * p.columns, 0, 2);
+            }
+          }
           for (int i = 0; i < kVectors; ++i) step.columns[i].c = c[i] + top(t) * p.columns;
-          step.tile = tiles + t * tile_size + k * kStride;
+          step.tile = tiles + t * tile_size;
           step.bias = biases + t * kRows;
-          step.partial = partials + t * kRows * kWidth;
+          step.partial = partial;
           AllTiles<T>::kMultiply[full && t == 0][top(t + 1) - top(t)](step);
+          partial += partial_size;
         }
-        for (int i = 0; i < kVectors; ++i) step.b[i] += step.depth * p.columns;
-        k += step.depth;
-      } while (k < p.depth);
-    }
+      }
+      k += depth;
+    } while (k < p.depth);
   }
   std::free(scratch);
 }

@@ -12,6 +12,8 @@
 
 namespace scm::product {
 
+constexpr std::int64_t kDepth = 192;  // terms that are added at a time: a panel of B and a tile of A fit the L1 cache, beside another thread of the core
+
 template <typename T>
 struct Params {
   const T* a;     // [rows, depth]
