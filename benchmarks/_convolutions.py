@@ -38,7 +38,9 @@ def _model(shape: Shape, weight: np.ndarray[Any, Any], domain: str) -> bytes:
     batch, side, inputs, outputs = shape
     last = domain == "scm.channels_last"
     sizes = [[batch, side, side, channels] if last else [batch, channels, side, side] for channels in (inputs, outputs)]
-    node = helper.make_node("Conv3x3" if last else "Conv", ["x", "w", "b"][: 2 if last else 3], ["y"], domain=domain, **({} if last else {"pads": [1] * 4}))
+    node = helper.make_node("Conv3x3" if last else "Conv", ["x", "w", "b"][: 2 if last else 3], ["y"], domain=domain)
+    if not last:
+        node.attribute.append(helper.make_attribute("pads", [1] * 4))
     graph = helper.make_graph(
         [node],
         "convolution",
@@ -47,7 +49,7 @@ def _model(shape: Shape, weight: np.ndarray[Any, Any], domain: str) -> bytes:
         [onnx.numpy_helper.from_array(weight, "w"), onnx.numpy_helper.from_array(np.zeros(outputs, np.float32), "b")][: 1 if last else 2],
     )
     opsets = [helper.make_opsetid("", OPSET)] + [helper.make_opsetid(domain, 1)] * bool(domain)
-    return helper.make_model(graph, opset_imports=opsets, ir_version=9).SerializeToString()
+    return bytes(helper.make_model(graph, opset_imports=opsets, ir_version=9).SerializeToString())
 
 
 def _run(shape: Shape, weight: np.ndarray[Any, Any], domain: str) -> partial[Any]:
