@@ -29,7 +29,7 @@ from scm_runtime import Generator
 
 KNOWN = ("XXS", "S")
 CALLS = {"XXS": 20, "S": 4}  # of two steps each; the first call is not counted
-PRODUCTS = ("Conv", "Conv3x3", "FusedConv", "MatMul", "FusedMatMul", "Gemm", "CosineAttention")
+PRODUCTS = ("Conv", "Conv3x3", "FusedConv", "MatMul", "FusedMatMul", "Gemm", "CosineAttention", "Attention", "MaskedAttention")
 
 
 def by_operator(profile: Path, skip: int) -> tuple[dict[str, float], float]:

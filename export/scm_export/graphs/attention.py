@@ -60,8 +60,8 @@ def _traced(operator: Operator) -> Any:
     types = [f"tensor({name})" for name in ("float", "float16", "bfloat16")]
     inputs = [OpSchema.FormalParameter(name, "T") for name in operator.inputs]
     attributes = {
-        **{name: OpSchema.AttrType.FLOAT for name in operator.attributes},
-        **{name: OpSchema.AttrType.INTS for name in operator.sizes},
+        **dict.fromkeys(operator.attributes, OpSchema.AttrType.FLOAT),
+        **dict.fromkeys(operator.sizes, OpSchema.AttrType.INTS),
     }
     schema = OpSchema(
         operator.name,
