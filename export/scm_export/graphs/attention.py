@@ -137,9 +137,9 @@ def _standard_attention(query: Any, key: Any, value: Any, mask: Any, scale: floa
 
 def _repeated(x: Any, heads: int) -> Any:
     """``[N, key_heads, S, D]`` with each head repeated, so that there are ``heads``."""
-    _, key_heads, _, size = x.shape
+    n, key_heads, keys, size = x.shape
     copies = op.Expand(op.Unsqueeze(x, _ints([2])), _ints([1, 1, heads // key_heads, 1, 1]))
-    return op.Reshape(copies, _ints([0, heads, -1, size]))
+    return _typed(op.Reshape(copies, _ints([0, heads, -1, size])), x, [n, heads, keys, size])
 
 
 def _typed(value: Any, like: Any, shape: Sequence[Any]) -> Any:
