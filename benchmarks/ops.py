@@ -104,10 +104,10 @@ def cases(device: str) -> list[Case]:
         found.append(
             Case("CosineAttention", f"L {length}, {heads} heads", (qkv,), {"heads": heads, "eps": 1e-4}, lambda x, heads=heads: ops.cosine_attention(x, heads))
         )
-    for length, keys, heads, size in ((1024, 1024, 8, 8), (256, 256, 2, 64), (1024, 77, 8, 64), (4096, 77, 8, 40), (1024, 1024, 8, 80)):
-        q, k, v = (torch.randn(1, tokens, heads, size, device=device, dtype=dtype) for tokens in (length, keys, keys))
-        attributes = {"scale": size**-0.5}
-        found.append(Case("Attention", f"L {length}, {keys} keys, {heads} heads of {size}", (q, k, v), attributes, partial(ops.attention, **attributes)))
+    for length, keys, heads, width in ((1024, 1024, 8, 8), (256, 256, 2, 64), (1024, 77, 8, 64), (4096, 77, 8, 40), (1024, 1024, 8, 80)):
+        q, k, v = (torch.randn(1, tokens, heads, width, device=device, dtype=dtype) for tokens in (length, keys, keys))
+        attributes = {"scale": width**-0.5}
+        found.append(Case("Attention", f"L {length}, {keys} keys, {heads} heads of {width}", (q, k, v), attributes, partial(ops.attention, **attributes)))
     mask = torch.zeros(1, 1, 1, 77, device=device, dtype=dtype)
     q, k = (torch.randn(1, tokens, 8, 64, device=device, dtype=dtype) for tokens in (1024, 77))
     attributes = {"scale": 0.125}

@@ -45,6 +45,10 @@ def attend(x: Tensor, heads: int = 4, key_heads: int | None = None, **arguments:
     return scaled_dot_product_attention(q, k, (k * 0.7).cos(), **arguments).transpose(1, 2).flatten(2)
 
 
+def same(x: Tensor) -> Tensor:
+    return scaled_dot_product_attention(x, x, x)
+
+
 def wide(x: Tensor, heads: int) -> Tensor:
     """``[N, heads, L, 264]``: more channels than the operators support."""
     return split(x.repeat(1, 1, 11 * heads), heads)
@@ -69,9 +73,9 @@ MASKED: list[Case] = [
 ]
 STANDARD: list[Case] = [
     ("three axes", lambda x: scaled_dot_product_attention(x, x.cos(), x.sin())),
-    ("five axes", lambda x: scaled_dot_product_attention(*[split(x, 4)[:, None]] * 3)[:, 0].transpose(1, 2).flatten(2)),
-    ("head size 264", lambda x: scaled_dot_product_attention(*[wide(x, 1)] * 3)[:, 0]),
-    ("keys for all samples", lambda x: scaled_dot_product_attention(split(x, 4), *[split(x, 4).mean(0, keepdim=True)] * 2).flatten(2)),
+    ("five axes", lambda x: same(split(x, 4)[:, None])[:, 0].transpose(1, 2).flatten(2)),
+    ("head size 264", lambda x: same(wide(x, 1))[:, 0]),
+    ("keys for all samples", lambda x: scaled_dot_product_attention(split(x, 4), split(x[:1], 4), split(x[:1], 4)).flatten(2)),
     ("grouped keys, head size 264", lambda x: scaled_dot_product_attention(wide(x, 2), wide(x, 1), wide(x, 1), enable_gqa=True).flatten(2)),
 ]
 

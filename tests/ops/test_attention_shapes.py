@@ -32,7 +32,8 @@ def session(inputs: Inputs, scale: float, *, native: bool) -> Any:
     sizes = {"q": ["n", "l", *inputs["q"].shape[2:]], "k": ["n", "s", *inputs["k"].shape[2:]], "v": ["n", "s", *inputs["v"].shape[2:]]}
     given = [helper.make_tensor_value_info(name, kind, sizes.get(name)) for name in inputs]
     attributes = {"scale": scale, **operator.size_attributes([x.shape for x in inputs.values()])}
-    node = helper.make_node(operator.name, list(inputs), ["y"], domain=OPS_DOMAIN, **attributes)
+    node = helper.make_node(operator.name, list(inputs), ["y"], domain=OPS_DOMAIN)
+    node.attribute.extend(helper.make_attribute(name, value) for name, value in attributes.items())
     model = helper.make_model(
         helper.make_graph([node], "attention", given, [helper.make_tensor_value_info("y", kind, None)]),
         functions=[operator.function(OPSET, 4)],
