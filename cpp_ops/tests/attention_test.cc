@@ -25,7 +25,7 @@ struct Inputs {
 
   Values expected(const AttentionCase& c) const {
     const bool masked = tensors.size() > 3;
-    return attention(c, values(tensors[0]), values(tensors[1]), values(tensors[2]), masked ? values(tensors[3]) : Values{}, masked ? tensors[3].shape : MaskShape{});
+    return attention_of(c, values(tensors[0]), values(tensors[1]), values(tensors[2]), masked ? values(tensors[3]) : Values{}, masked ? tensors[3].shape : MaskShape{});
   }
 };
 
