@@ -57,7 +57,7 @@ class Case:
 
 
 def cases(device: str) -> list[Case]:
-    """Return every operator with the tensors of a step at batch 1 and with tensors of 64 MB; attention with the lengths of the networks."""
+    """Return every operator with the tensors of a step at batch 1 and with tensors of 64 MB; attention with the sizes of the networks."""
     dtype = torch.float32 if device == "cpu" else torch.float16
     found = []
     for size, (n, side, c) in {"step": (1, 32, 128), "64 MB": (1, 256, BIG // (256 * 256 * dtype.itemsize))}.items():
@@ -105,6 +105,14 @@ def cases(device: str) -> list[Case]:
         found.append(
             Case("CosineAttention", f"L {length}, {heads} heads", (qkv,), {"heads": heads, "eps": 1e-4}, lambda x, heads=heads: ops.cosine_attention(x, heads))
         )
+    for length, keys, heads, width in ((1024, 1024, 8, 8), (256, 256, 2, 64), (1024, 77, 8, 64), (4096, 77, 8, 40), (1024, 1024, 8, 80)):
+        q, k, v = (torch.randn(1, tokens, heads, width, device=device, dtype=dtype) for tokens in (length, keys, keys))
+        attributes = {"scale": width**-0.5}
+        found.append(Case("Attention", f"L {length}, {keys} keys, {heads} heads of {width}", (q, k, v), attributes, partial(ops.attention, **attributes)))
+    mask = torch.zeros(1, 1, 1, 77, device=device, dtype=dtype)
+    q, k = (torch.randn(1, tokens, 8, 64, device=device, dtype=dtype) for tokens in (1024, 77))
+    attributes = {"scale": 0.125}
+    found.append(Case("MaskedAttention", "L 1024, 77 keys, 8 heads of 64", (q, k, k.clone(), mask), attributes, partial(ops.attention, **attributes)))
     return found
 
 
@@ -144,15 +152,17 @@ def bound(run: Any, inputs: dict[str, torch.Tensor], device: str) -> Callable[[]
 def node_model(case: Case) -> onnx.ModelProto:
     """Return a model with a single node of the operator, and its function body."""
     name = case.operator.split(",")[0]
+    operator = ops.OPERATORS[f"scm::{name}"]
+    attributes = {**case.attributes, **operator.size_attributes([x.shape for x in case.inputs])}
     inputs, outputs = [f"i{k}" for k in range(len(case.inputs))], [f"o{k}" for k in range(case.outputs)]
     types = [helper.np_dtype_to_tensor_dtype(np.dtype(str(x.dtype).removeprefix("torch."))) for x in case.inputs]
     graph = helper.make_graph(
-        [helper.make_node(name, inputs, outputs, domain="scm", **case.attributes)],
+        [helper.make_node(name, inputs, outputs, domain="scm", **attributes)],
         "operator",
         [helper.make_tensor_value_info(i, kind, list(x.shape)) for i, kind, x in zip(inputs, types, case.inputs, strict=True)],
         [onnx.ValueInfoProto(name=o) for o in outputs],
     )
-    body = ops.OPERATORS[f"scm::{name}"].function(OPSET, case.inputs[0].ndim, case.outputs)
+    body = operator.function(OPSET, case.inputs[0].ndim, case.outputs)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid("scm", 1)], ir_version=9, functions=[body])
 
 

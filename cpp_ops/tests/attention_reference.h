@@ -37,7 +37,7 @@ inline std::vector<std::int64_t> mask_strides(const MaskShape& shape) {
   return strides;
 }
 
-inline std::vector<double> attention(const AttentionCase& c, const std::vector<double>& q, const std::vector<double>& k, const std::vector<double>& v,
+inline std::vector<double> attention_of(const AttentionCase& c, const std::vector<double>& q, const std::vector<double>& k, const std::vector<double>& v,
                                      const std::vector<double>& mask = {}, const MaskShape& mask_shape = {}) {
   constexpr double kInfinity = std::numeric_limits<double>::infinity();
   std::vector<double> y(static_cast<std::size_t>(c.samples * c.queries * c.heads * c.value_size)), weights(static_cast<std::size_t>(c.keys));

@@ -25,7 +25,7 @@ struct Inputs {
 
   Values expected(const AttentionCase& c) const {
     const bool masked = tensors.size() > 3;
-    return attention(c, values(tensors[0]), values(tensors[1]), values(tensors[2]), masked ? values(tensors[3]) : Values{}, masked ? tensors[3].shape : MaskShape{});
+    return attention_of(c, values(tensors[0]), values(tensors[1]), values(tensors[2]), masked ? values(tensors[3]) : Values{}, masked ? tensors[3].shape : MaskShape{});
   }
 };
 
@@ -170,7 +170,7 @@ TYPED_TEST(AttentionTest, RejectsInvalidInputs) {
   expect_error({2, 5, 4, 3}, {2, 7, 4, 5}, {2, 7, 4, 3}, {"k must have 3 (the channels of q) on axis 3", "[2, 7, 4, 5]"});
   expect_error({2, 5, 4, 3}, {2, 7, 4, 3}, {2, 8, 4, 3}, {"v must have 7 (the keys of k) on axis 1", "[2, 8, 4, 3]"});
   expect_error({2, 5, 4, 3}, {2, 7, 2, 3}, {2, 7, 4, 3}, {"v must have 2 (the heads of k) on axis 2", "[2, 7, 4, 3]"});
-  expect_error({2, 5, 4, 3}, {2, 7, 3, 3}, {2, 7, 3, 3}, {"k must have a number of heads that divides that of q, 4", "[2, 7, 3, 3]"});
+  expect_error({2, 5, 4, 3}, {2, 7, 3, 3}, {2, 7, 3, 3}, {"k must have a number of heads that divides the 4 heads of q", "[2, 7, 3, 3]"});
   expect_error({2, 5, 4, 3}, {2, 7, 4, 3}, {2, 7, 4, 3}, {"mask must have 4 axes", "[5, 7]"}, {5, 7});
   expect_error({2, 5, 4, 3}, {2, 7, 4, 3}, {2, 7, 4, 3}, {"mask must have 4 (the heads of q, or 1) on axis 1", "[2, 3, 5, 7]"}, {2, 3, 5, 7});
   expect_error({2, 5, 4, 3}, {2, 7, 4, 3}, {2, 7, 4, 3}, {"mask must have 7 (the keys) on axis 3", "[2, 1, 1, 1]"}, {2, 1, 1, 1});

@@ -43,6 +43,11 @@ std::vector<Example> examples(ONNXTensorElementDataType type) {
       {"ModulateSiLU", {x, random(type, {2, 64})}, {}, 1},
       {"NormModulateSiLU", {x, random(type, {2, 128})}, {{"eps", 1e-4f}}, 1},
       {"CosineAttention", {random(type, {2, 150, 3 * 2 * 8})}, {{"heads", std::int64_t{2}}, {"eps", 1e-4f}}, 1},
+      {"Attention", {random(type, {2, 150, 4, 8}), random(type, {2, 70, 2, 8}, 1, 1), random(type, {2, 70, 2, 24})}, {{"scale", 0.3f}}, 1},
+      {"MaskedAttention",
+       {random(type, {2, 150, 4, 8}), random(type, {2, 70, 2, 8}, 1, 1), random(type, {2, 70, 2, 24}), random(type, {2, 1, 1, 70})},
+       {{"scale", 0.3f}},
+       1},
       {"ConsistencyStep", {state, random(type, state.shape), state, t, t}, {{"sigma_data", 0.5f}}, 1},
       {"ToImage", {random(type, {2, 3, 120, 110})}, {{"scale", 127.5f}, {"offset", 128.0f}}, 1},
   };

@@ -10,6 +10,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -193,6 +194,13 @@ def test_half_precision_stays_above_40_db(exported: Exported) -> None:
     assert {(case.dtype, case.batch_size, case.steps) for case in cases} >= {(name, n, k) for name in ("fp16", "fp32") for n in (1, 3) for k in (1, 2)}
     assert all(case.psnr is None or case.psnr >= 40 for case in cases)
     check_both_ways(done.path)
+
+
+def test_no_graph_has_a_matrix_of_attention_scores(bundle: Path) -> None:
+    for name in ("step", "sample-2"):
+        nodes = {node.op_type for node in onnx.load(bundle / f"{name}.fp16.onnx", load_external_data=False).graph.node}
+        assert "Attention" in nodes
+        assert "Softmax" not in nodes
 
 
 def test_another_size_is_asked_for_in_pixels(folder: Path) -> None:

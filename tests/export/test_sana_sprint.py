@@ -258,11 +258,12 @@ def _loop(network: Any, noises: Sequence[Tensor], given: dict[str, Tensor]) -> T
     return x * 0.5
 
 
-def test_opset_23_whose_attention_wants_whole_masks_exports_and_verifies(tmp_path: Path) -> None:
+def test_opset_23_which_has_an_attention_of_its_own_exports_and_verifies(tmp_path: Path) -> None:
     transformer(num_layers=1, qk_norm=None).save_pretrained(tmp_path / "tiny")
     done = export(tmp_path / "tiny", dtype="fp32", size=(64, 128), latents=True, opset=23, steps=())
     nodes = {node.op_type for node in onnx.load(done.path / "step.fp32.onnx", load_external_data=False).graph.node}
-    assert "Attention" in nodes
+    assert "MaskedAttention" in nodes
+    assert "Softmax" not in nodes
 
 
 def test_times_are_those_of_the_scheduler() -> None:

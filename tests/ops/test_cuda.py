@@ -73,6 +73,8 @@ CASES: dict[str, tuple[list[tuple[int, ...]], dict[str, Any], Callable[..., Tens
     "ModulateSiLU": ([(3, 7, 5, 64), (3, 64)], {}, ops.modulate_silu),
     "NormModulateSiLU": ([(3, 16, 16, 448), (3, 896)], {"eps": 1e-4}, ops.norm_modulate_silu),
     "CosineAttention": ([(3, 77, 3 * 128)], {"heads": 2, "eps": 1e-4}, ops.cosine_attention),
+    "Attention": ([(3, 77, 4, 40), (3, 130, 2, 40), (3, 130, 2, 40)], {"scale": 0.16}, ops.attention),
+    "MaskedAttention": ([(3, 77, 4, 64), (3, 20, 4, 64), (3, 20, 4, 64), (3, 1, 1, 20)], {"scale": 0.125}, ops.attention),
     "ToImage": ([(3, 3, 33, 65)], {"scale": 64.0, "offset": 127.5}, ops.to_image),
 }
 
@@ -97,6 +99,17 @@ def test_attention_of_the_networks(dtype: torch.dtype, n: int, length: int, head
     qkv = torch.randn(n, length, 3 * 64 * heads, device="cuda").to(dtype)
     expected = ops.cosine_attention(qkv.float(), heads)
     run, (found,) = kernel("CosineAttention", (qkv,), (expected.to(dtype),), heads=heads, eps=1e-4)
+    run()
+    assert_close(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("n", "length", "keys", "size"), [(1, 4096, 77, 40), (2, 1024, 1024, 80), (8, 256, 256, 16), (1, 64, 64, 160), (1, 300, 300, 128)])
+def test_attention_of_diffusers_networks(dtype: torch.dtype, n: int, length: int, keys: int, size: int) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(n, tokens, 8, size, device="cuda").to(dtype) for tokens in (length, keys, keys))
+    expected = ops.attention(q.float(), k.float(), v.float(), scale=size**-0.5)
+    run, (found,) = kernel("Attention", (q, k, v), (expected.to(dtype),), scale=size**-0.5)
     run()
     assert_close(found, expected)
 

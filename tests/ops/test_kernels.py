@@ -136,6 +136,18 @@ FLOAT, DOUBLE, INT64 = TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.INT64
         ("CosineAttention", {"qkv": (2, 9)}, {"heads": 1, "eps": 1e-4}, r"scm::CosineAttention: qkv must have 3 axes, got the shape \[2, 9\]"),
         ("CosineAttention", {"qkv": (1, 4, 9)}, {"heads": 2, "eps": 1e-4}, r"channels that are a multiple of 3 \* heads = 6, got the shape \[1, 4, 9\]"),
         ("CosineAttention", {"qkv": (1, 4, 9)}, {"heads": 0, "eps": 1e-4}, r"scm::CosineAttention: heads must be in \[1, 2\^31\), got 0"),
+        (
+            "Attention",
+            {"q": (1, 4, 2, 300), "k": (1, 4, 2, 300), "v": (1, 4, 2, 3)},
+            {"scale": 1.0},
+            r"scm::Attention: q must have at most 256 channels per head, got the shape \[1, 4, 2, 300\]",
+        ),
+        (
+            "MaskedAttention",
+            {"q": (1, 4, 2, 3), "k": (1, 5, 2, 3), "v": (1, 5, 2, 3), "mask": (1, 1, 4, 4)},
+            {"scale": 1.0},
+            r"scm::MaskedAttention: mask must have 5 \(the keys\) on axis 3, got the shape \[1, 1, 4, 4\]",
+        ),
         ("ToImage", {"x": (1, 3, 4)}, {"scale": 1.0, "offset": 0.0}, r"scm::ToImage: x must have 4 axes, got the shape \[1, 3, 4\]"),
         ("PixelNorm", {"x": (3, 4)}, {}, r"scm::PixelNorm: .*eps"),
     ],

@@ -163,11 +163,13 @@ template <typename T>
 void SCM_CPU(const Params<T>& p, std::int64_t begin, std::int64_t end) {
   const std::int64_t blocks = query_blocks(p.queries), width = padded(p.size), value_width = padded(p.value_size);
   const Scratch at(p.size, p.value_size);
-  auto* scratch = static_cast<float*>(std::aligned_alloc(64, static_cast<std::size_t>((at.total + 15) / 16 * 64)));
-  if (!scratch) {
+  constexpr std::uintptr_t kAlignment = 64;  // a vector does not cross a cache line
+  void* const allocated = std::malloc(static_cast<std::size_t>(at.total) * sizeof(float) + kAlignment);
+  if (!allocated) {
     __atomic_store_n(p.out_of_memory, true, __ATOMIC_RELAXED);
     return;
   }
+  auto* const scratch = reinterpret_cast<float*>((reinterpret_cast<std::uintptr_t>(allocated) + kAlignment - 1) / kAlignment * kAlignment);
   float *Q = scratch + at.queries, *S = scratch + at.scores, *K = scratch + at.keys, *V = scratch + at.values, *R = scratch + at.results;
   Softmax softmax;
   const std::int64_t q_token = p.heads * p.size, k_token = p.key_heads * p.size, v_token = p.key_heads * p.value_size, y_token = p.heads * p.value_size;
@@ -223,7 +225,7 @@ void SCM_CPU(const Params<T>& p, std::int64_t begin, std::int64_t end) {
       for (std::int64_t c = 0; c < p.value_size; ++c) y[query * y_token + c] = from_float<T>(0);
     }
   }
-  std::free(scratch);
+  std::free(allocated);
 }
 SCM_INSTANTIATE_CPU
 

@@ -4,9 +4,10 @@
 // Heads of up to 128 channels use tensor cores, padded to kSize channels with zeros: `attention_16bit` for float16 and bfloat16, `attention_float32` with three TF32
 // products. The values of a tile are copied while its keys are multiplied, and the keys of the next tile while the values are. `attention_any_size` handles
 // larger heads with float32 arithmetic.
+#include "common/cuda.h"  // first: it includes CUDA's headers, which the others need
+
 #include "attention/mask.h"
 #include "attention/op.h"
-#include "common/cuda.h"
 #include "common/ptx.h"
 #include "common/tf32.cuh"
 

@@ -7,7 +7,7 @@
 namespace scm {
 namespace {
 
-constexpr std::int64_t kMaxSize = 256;         // channels per head
+constexpr std::int64_t kMaxSize = 256;  // channels per head
 constexpr std::int64_t kProductsPerPiece = std::int64_t{1} << 22;  // multiplications that are worth a thread's wake-up
 
 struct AttentionBase {
@@ -34,7 +34,7 @@ struct AttentionBase {
     check_dim("v", v, 1, k[1], "the keys of k");
     check_dim("v", v, 2, k[2], "the heads of k");
     if (q[2].known() && k[2].known() && q[2].value % k[2].value != 0) {
-      fail("k", k, "a number of heads that divides that of q, " + std::to_string(q[2].value) + ",");
+      fail("k", k, "a number of heads that divides the " + std::to_string(q[2].value) + " heads of q");
     }
     if (inputs.size() > 3 && inputs[3].ranked) check_mask(inputs[3], q, k);
     return {Shape{{q[0], q[1], q[2], v[3]}}};

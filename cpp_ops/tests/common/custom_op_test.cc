@@ -26,7 +26,7 @@ struct Example {
 // Returns a small node of each operator.
 std::vector<Example> examples(ONNXTensorElementDataType type) {
   const Tensor x = random(type, {2, 5, 4}), per_sample = random(kFloat, {2});
-  const Tensor state = random(kFloat, {2, 5, 4});
+  const Tensor state = random(kFloat, {2, 5, 4}), heads = random(type, {2, 5, 2, 4});
   return {
       {"PixelNorm", {x}, {{"eps", 1e-4f}}, 2},
       {"MPSiLU", {x}, {}, 1},
@@ -35,6 +35,8 @@ std::vector<Example> examples(ONNXTensorElementDataType type) {
       {"ModulateSiLU", {x, random(type, {2, 4})}, {}, 1},
       {"NormModulateSiLU", {x, random(type, {2, 8})}, {{"eps", 1e-4f}}, 1},
       {"CosineAttention", {random(type, {2, 5, 12})}, {{"heads", std::int64_t{2}}, {"eps", 1e-4f}}, 1},
+      {"Attention", {heads, heads, heads}, {{"scale", 0.5f}}, 1},
+      {"MaskedAttention", {heads, heads, heads, random(type, {2, 1, 1, 5})}, {{"scale", 0.5f}}, 1},
       {"ConsistencyStep", {state, x, state, per_sample, per_sample}, {{"sigma_data", 0.5f}}, 1},
       {"PhiloxNormal", {integers({2}, {1, 2}), integers({}, {0}), scalar(1)}, {{"shape", Sizes{3, 4}}}, 1},
       {"ToImage", {random(type, {2, 3, 4, 5})}, {{"scale", 127.5f}, {"offset", 128.0f}}, 1},

@@ -41,7 +41,7 @@ struct Inputs {
     return to_doubles(y.values());
   }
 
-  Values expected(const AttentionCase& c) const { return attention(c, to_doubles(q), to_doubles(k), to_doubles(v), to_doubles(mask), mask_shape); }
+  Values expected(const AttentionCase& c) const { return attention_of(c, to_doubles(q), to_doubles(k), to_doubles(v), to_doubles(mask), mask_shape); }
 };
 
 // Weights are rounded to T before they are multiplied with the values, which are of size 1: the tolerance is absolute too.

@@ -66,7 +66,7 @@ class _CrossAttention:
     """Processor for diffusers' ``Attention`` module: attention from pixels to text, with one mask ``[N, 1, tokens]`` for all heads.
 
     diffusers' processor repeats the mask for each head and views it as ``[batch, heads, -1, tokens]``. For the tracer, the third size is then a quotient of
-    two batch sizes, which it cannot prove to be 1. ONNX Runtime's Attention (opset 23) requires a mask of the full size, so it is expanded over the pixels.
+    two batch sizes, which it cannot prove to be 1.
     """
 
     def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, attention_mask: Tensor) -> Tensor:
@@ -74,8 +74,7 @@ class _CrossAttention:
         if attn.norm_q is not None:
             query, key = attn.norm_q(query), attn.norm_k(key)
         query, key, value = (projected.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for projected in (query, key, value))
-        mask = attention_mask.unsqueeze(1).expand(-1, -1, hidden_states.shape[1], -1)
-        found = nn.functional.scaled_dot_product_attention(query, key, value, mask)
+        found = nn.functional.scaled_dot_product_attention(query, key, value, attention_mask.unsqueeze(1))
         projected: Tensor = attn.to_out[0](found.transpose(1, 2).flatten(2)) / attn.rescale_output_factor
         return projected
 

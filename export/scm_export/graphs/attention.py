@@ -60,8 +60,8 @@ def _traced(operator: Operator) -> Any:
     types = [f"tensor({name})" for name in ("float", "float16", "bfloat16")]
     inputs = [OpSchema.FormalParameter(name, "T") for name in operator.inputs]
     attributes = {
-        **{name: OpSchema.AttrType.FLOAT for name in operator.attributes},
-        **{name: OpSchema.AttrType.INTS for name in operator.sizes},
+        **dict.fromkeys(operator.attributes, OpSchema.AttrType.FLOAT),
+        **dict.fromkeys(operator.sizes, OpSchema.AttrType.INTS),
     }
     schema = OpSchema(
         operator.name,
@@ -137,9 +137,9 @@ def _standard_attention(query: Any, key: Any, value: Any, mask: Any, scale: floa
 
 def _repeated(x: Any, heads: int) -> Any:
     """``[N, key_heads, S, D]`` with each head repeated, so that there are ``heads``."""
-    _, key_heads, _, size = x.shape
+    n, key_heads, keys, size = x.shape
     copies = op.Expand(op.Unsqueeze(x, _ints([2])), _ints([1, 1, heads // key_heads, 1, 1]))
-    return op.Reshape(copies, _ints([0, heads, -1, size]))
+    return _typed(op.Reshape(copies, _ints([0, heads, -1, size])), x, [n, heads, keys, size])
 
 
 def _typed(value: Any, like: Any, shape: Sequence[Any]) -> Any:
