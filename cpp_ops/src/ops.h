@@ -12,6 +12,7 @@ void add_mp_cat(CustomOps& ops, const OrtApi& api);
 void add_modulate_silu(CustomOps& ops, const OrtApi& api);
 void add_norm_modulate_silu(CustomOps& ops, const OrtApi& api);
 void add_cosine_attention(CustomOps& ops, const OrtApi& api);
+void add_attention(CustomOps& ops, const OrtApi& api);
 void add_consistency_step(CustomOps& ops, const OrtApi& api);
 void add_philox_normal(CustomOps& ops, const OrtApi& api);
 void add_to_image(CustomOps& ops, const OrtApi& api);

@@ -22,6 +22,7 @@ constexpr void (*kOps[])(CustomOps&, const OrtApi&) = {
     add_modulate_silu,
     add_norm_modulate_silu,
     add_cosine_attention,
+    add_attention,
     add_consistency_step,
     add_philox_normal,
     add_to_image,

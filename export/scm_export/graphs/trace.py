@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from scm_export.errors import ExportError
 from scm_export.example_inputs import EXAMPLE_SIZE, example_conditioning
+from scm_export.graphs.attention import attention_translations
 from scm_export.graphs.bf16_casts import insert_float32_casts
 from scm_export.graphs.build import BATCH, ir_version
 from scm_export.graphs.constant_shapes import use_constant_shapes
@@ -119,6 +120,7 @@ def _trace(
                 dynamo=True,
                 optimize=False,
                 verbose=False,
+                custom_translation_table=attention_translations() if operators else None,
             )
             assert program is not None
             traced: ir.Model = program.model

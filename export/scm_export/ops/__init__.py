@@ -5,6 +5,7 @@ Feature maps are channels last, ``[N, ..., C]``. EDM2 is arXiv 2312.02696, sCM i
 Unless stated otherwise, a function returns the dtype of its input.
 """
 
+from scm_export.ops.attention import ATTENTION, MASKED_ATTENTION, attention
 from scm_export.ops.consistency_step import CONSISTENCY_STEP, consistency_step
 from scm_export.ops.cosine_attention import COSINE_ATTENTION, cosine_attention
 from scm_export.ops.dense import CONV, CONV3X3, MATMUL, conv, conv3x3, matmul
@@ -47,6 +48,8 @@ OPERATORS: dict[str, Operator] = {
         MODULATE_SILU,
         NORM_MODULATE_SILU,
         COSINE_ATTENTION,
+        ATTENTION,
+        MASKED_ATTENTION,
         CONSISTENCY_STEP,
         PHILOX_NORMAL,
         TO_IMAGE,
@@ -80,6 +83,7 @@ __all__ = [
     "modulate_silu",
     "norm_modulate_silu",
     "cosine_attention",
+    "attention",
     "consistency_step",
     "philox_normal",
     "to_image",
