@@ -5,18 +5,47 @@ torch.onnx translates them into several standard operators, each of which reads 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from onnxscript import ir
+import torch
+from onnxscript import ir, opset18
 
 from scm_export.graphs.dense_layers import DTYPES
 from scm_export.graphs.matching import constant, is_node, only_user, other_input, same_shape, silu_of
+from scm_export.graphs.translation import add_node
 from scm_export.ops.group_norm import GROUP_NORM, GROUP_NORM_MODULATE_SILU, GROUP_NORM_SILU
 from scm_export.ops.layer_norm import LAYER_NORM, LAYER_NORM_MODULATE, RMS_NORM
 from scm_export.ops.operator import Operator
 from scm_runtime.bundle.manifest import OPS_VERSION
+
+op: Any = opset18  # torch.onnx converts the graph to the requested version afterwards
+
+
+def norm_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Return the translation of torch's group norm, for the ``custom_translation_table`` of torch.onnx.export."""
+    return {torch.ops.aten.group_norm.default: _group_norm}
+
+
+def _group_norm(input: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, cudnn_enabled: bool = True) -> Any:
+    channels = input.shape[1]
+    scale, shift = (_vector(number, channels) if given is None else _float(given) for given, number in ((weight, 1.0), (bias, 0.0)))
+    return add_node(GROUP_NORM, [input, scale, shift], input, input.shape, groups=num_groups, eps=eps)
+
+
+def _vector(number: float, count: int) -> Any:
+    value = op.Constant(value_floats=[number] * count)
+    value.dtype, value.shape = ir.DataType.FLOAT, ir.Shape([count])
+    return value
+
+
+def _float(value: Any) -> Any:
+    if value.dtype == ir.DataType.FLOAT:
+        return value
+    wide = op.Cast(value, to=ir.DataType.FLOAT)
+    wide.dtype, wide.shape = ir.DataType.FLOAT, value.shape
+    return wide
 
 
 def replace_norms(model: ir.Model) -> None:
@@ -38,11 +67,11 @@ def replace_norms(model: ir.Model) -> None:
 
 
 def _merge_into_group_norm(graph: ir.Graph, norm: ir.Node) -> None:
-    x, scale, bias = norm.inputs
+    _, scale, bias = norm.inputs
     source, last = _half_precision(norm)
     attributes = {name: norm.attributes[name].value for name in GROUP_NORM.attributes}
-    assert x is not None and source is not None
-    operator, inputs = GROUP_NORM, [source, scale, bias]
+    operator = GROUP_NORM
+    inputs: list[ir.Value | None] = [source, scale, bias]
     if (activation := silu_of(last.outputs[0])) is not None:
         operator, last = GROUP_NORM_SILU, activation
     elif (modulated := _modulation(last.outputs[0])) is not None and (activation := silu_of(modulated.last.outputs[0])) is not None:
@@ -86,11 +115,7 @@ def _replace_rms_norm(graph: ir.Graph, mean: ir.Node) -> None:
         return
     inverse = only_user(root.outputs[0], "Reciprocal")
     quotient = only_user(root.outputs[0], "Div") if inverse is None else only_user(inverse.outputs[0], "Mul")
-    if (
-        quotient is None
-        or other_input(quotient, (root if inverse is None else inverse).outputs[0]) is not x
-        or (inverse is None and quotient.inputs[0] is not x)
-    ):
+    if quotient is None or (quotient.inputs[0] is not x and (inverse is None or quotient.inputs[1] is not x)):
         return
     scaled = only_user(quotient.outputs[0], "Mul")
     scale = None if scaled is None else other_input(scaled, quotient.outputs[0])
@@ -157,14 +182,14 @@ def _columns(graph: ir.Graph, before: ir.Node, modulation: _Modulation, x: ir.Va
     parts = (modulation.scale, modulation.shift)
     if any(part.dtype != x.dtype or not same_shape(part.shape, expected) for part in parts):
         return None
+    assert isinstance(channels, int)
     split = parts[0].producer()
     if split is not None and is_node(split, "Split") and list(split.outputs) == list(parts) and _axis(split, len(expected)) == 1:
         whole = split.inputs[0]
-        assert whole is not None and isinstance(channels, int)
+        assert whole is not None
         producer = whole.producer()
         flat = producer.inputs[0] if producer is not None and is_node(producer, "Unsqueeze") else None
         return flat if flat is not None and same_shape(flat.shape, [n, 2 * channels]) else _flattened(graph, before, whole, 2 * channels)
-    assert isinstance(channels, int)
     joined = ir.Node("", "Concat", [_flattened(graph, before, part, channels) for part in parts], [ir.AttrInt64("axis", 1)])
     return _insert(graph, before, joined, f"{before.outputs[0].name}/modulation", x.dtype, [n, 2 * channels])
 
@@ -186,7 +211,7 @@ def _replace(graph: ir.Graph, last: ir.Node, operator: Operator, inputs: Sequenc
     given = {**attributes, **operator.size_attributes(shapes)}
     node = ir.Node(operator.domain, operator.name, inputs, ir.convenience.convert_attributes(given), version=OPS_VERSION)
     old = last.outputs[0]
-    node.outputs[0].dtype, node.outputs[0].shape = old.dtype, old.shape
+    node.outputs[0].type, node.outputs[0].shape = old.type, old.shape
     graph.insert_before(last, node)
     old.replace_all_uses_with(node.outputs[0], replace_graph_outputs=True)
     name, old.name = old.name, f"{old.name}/replaced"
@@ -196,7 +221,9 @@ def _replace(graph: ir.Graph, last: ir.Node, operator: Operator, inputs: Sequenc
 
 def _insert(graph: ir.Graph, before: ir.Node, node: ir.Node, name: str, dtype: ir.DataType | None, shape: Sequence[Any]) -> ir.Value:
     value = node.outputs[0]
-    value.name, value.dtype, value.shape, node.name = name, dtype, ir.Shape(shape), f"node_{name}"
+    value.name, value.shape, node.name = name, ir.Shape(shape), f"node_{name}"
+    if dtype is not None:
+        value.dtype = dtype
     graph.insert_before(before, node)
     return value
 
