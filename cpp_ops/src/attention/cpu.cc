@@ -7,13 +7,13 @@
 
 #include <cstdlib>
 
+#include "attention/mask.h"
 #include "common/simd.h"
 
 namespace scm::attention {
 namespace {
 
 constexpr std::int64_t kKeys = 64;  // keys per iteration
-constexpr float kLog2e = 1.44269504f;
 constexpr int kPadding = kLanes > kTileRows ? kLanes : kTileRows;  // channels are padded to multiples of both
 static_assert(kQueries % kTileColumns == 0 && kKeys % kTileRows == 0 && kPadding % kLanes == 0 && kPadding % kTileRows == 0);
 
@@ -85,13 +85,6 @@ void store_transposed(const float* R, const float* factors, std::int64_t count, 
   }
 }
 
-// Returns an element of a mask in units of ln 2. Finite values stay finite: masks are often filled with the lowest number.
-inline float bias_of(float mask) {
-  constexpr float kLargest = 3.402823466e38f;
-  const float bias = mask * kLog2e;
-  return mask - mask != 0 ? bias : bias > kLargest ? kLargest : bias < -kLargest ? -kLargest : bias;
-}
-
 // Adds the mask of `keys` keys and `queries` queries, in units of ln 2, to the scores S [keys, kQueries] of `columns` queries.
 template <typename T>
 void add_mask(float* S, const T* mask, std::int64_t query_stride, std::int64_t keys, std::int64_t queries, std::int64_t columns) {
@@ -115,7 +108,6 @@ struct Softmax {
 // Replaces the scores S [keys, kQueries] by their exponentials relative to the maximum, and updates the maxima and sums. Returns whether any correction of the
 // earlier sums is not 1.
 bool exponentials(float* S, Softmax& softmax, std::int64_t keys, std::int64_t columns) {
-  constexpr float kInfinity = __builtin_inff();
   bool corrected = false;
   for (std::int64_t query = 0; query < columns; query += kLanes) {
     const Vector before = load(softmax.maxima + query);
@@ -134,7 +126,7 @@ bool exponentials(float* S, Softmax& softmax, std::int64_t keys, std::int64_t co
     }
     const Vector left = partial[0] > partial[1] ? partial[0] : partial[1], right = partial[2] > partial[3] ? partial[2] : partial[3];
     const Vector maximum = left > right ? left : right;  // NaN is ignored here, and makes its own exponential NaN
-    const Vector base = maximum == -kInfinity ? Vector{} : maximum;
+    const Vector base = maximum == kMinusInfinity ? Vector{} : maximum;
     const Vector correction = power_of_two(before - base);
     Vector sum = load(softmax.sums + query) * correction;
     for (key = 0; key < keys; ++key) {
@@ -150,15 +142,6 @@ bool exponentials(float* S, Softmax& softmax, std::int64_t keys, std::int64_t co
     for (int i = 0; i < kLanes; ++i) corrected |= changed[i] != 0;
   }
   return corrected;
-}
-
-// True if the mask is -infinity for all keys.
-template <typename T>
-bool hides_all(const T* mask, std::int64_t keys) {
-  for (std::int64_t key = 0; key < keys; ++key) {
-    if (to_float(mask[key]) != -__builtin_inff()) return false;
-  }
-  return true;
 }
 
 // Layout of one thread's scratch memory: offsets in floats.
@@ -197,7 +180,7 @@ void SCM_CPU(const Params<T>& p, std::int64_t begin, std::int64_t end) {
     const T* const mask = p.mask ? p.mask + sample * p.mask_strides[0] + head * p.mask_strides[1] + first * p.mask_strides[2] : nullptr;
     load_transposed(p.q + (sample * p.queries + first) * q_token + head * p.size, q_token, queries, p.size, p.scale * kLog2e, Q, columns);
     for (std::int64_t query = 0; query < kQueries; ++query) {
-      softmax.maxima[query] = -__builtin_inff();
+      softmax.maxima[query] = kMinusInfinity;
       softmax.sums[query] = 0;
     }
     if (p.keys == 0) __builtin_memset(R, 0, static_cast<std::size_t>(value_width * kQueries) * sizeof(float));

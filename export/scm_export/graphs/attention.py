@@ -81,9 +81,20 @@ def _additive_mask(mask: Any, query: Any) -> Any:
     """The mask that is added to the scores, in the type of the query: 0 and -infinity for a Boolean mask."""
     if mask is None:
         return None
+    mask = _before_expansion(mask)
     if mask.dtype == ir.DataType.BOOL:
         return typed(op.Where(mask, _scalar(0.0, query), _scalar(-math.inf, query)), query, mask.shape)
     return mask if mask.dtype == query.dtype else typed(op.CastLike(mask, query), query, mask.shape)
+
+
+def _before_expansion(mask: Any) -> Any:
+    """What a mask was expanded from, if that has as many axes: torch expands masks over the queries, and adding broadcasts."""
+    node = mask.producer()
+    if node is None or node.op_type != "Expand" or node.domain:
+        return mask
+    source = node.inputs[0]
+    known = source is not None and source.shape is not None and source.dtype is not None
+    return source if known and len(source.shape) == len(mask.shape) and source.shape[-1] == mask.shape[-1] else mask
 
 
 def _causal_mask(query: Any, key: Any) -> Any:
