@@ -60,6 +60,13 @@ def weights(*shape: int) -> NDArray[Any]:
     return np.random.default_rng(1).standard_normal(shape) / math.sqrt(math.prod(shape[:-1]))
 
 
+def mask(*shape: int) -> NDArray[Any]:
+    """Return a mask of attention that hides about a third of the keys, but never the first one."""
+    values = np.random.default_rng(2).standard_normal(shape)
+    values[..., 1:][values[..., 1:] < -0.5] = -math.inf
+    return values
+
+
 CASES: dict[str, list[Case]] = {
     "scm::PixelNorm": [Case((shape,), {"eps": 1e-4}) for shape in MAPS] + [Case((EXTREMES,), {"eps": 1e-4}), Case(((2, 5),), {"eps": 0.5})],
     "scm::MPSiLU": [*(Case((shape,), {}) for shape in [*MAPS, ()]), Case((NOT_FINITE,), {}), Case((np.linspace(-200, 200, 801).reshape(1, -1),), {})],
@@ -85,6 +92,25 @@ CASES: dict[str, list[Case]] = {
             *((1, 1, 1, 1), (3, 5, 3, 3), (3, 64, 64, 2), (1, 77, 65, 1), (3, 77, 24, 3), (0, 5, 8, 2), (3, 0, 8, 2)),
             *((1, 64, 64, 1), (1, 77, 64, 1), (3, 256, 128, 2), (1, 1024, 64, 1)),  # heads of 64 channels, as in the networks
         ]
+    ],
+    "scm::Attention": [
+        Case(((n, length, heads, size), (n, keys, key_heads, size), (n, keys, key_heads, width)), {"scale": scale})
+        for n, length, keys, heads, key_heads, size, width, scale in [
+            *((1, 1, 1, 1, 1, 1, 1, 1.0), (3, 5, 7, 2, 1, 3, 4, 0.5), (1, 64, 77, 8, 8, 40, 40, 0.2), (3, 70, 130, 6, 3, 33, 65, 0.1), (2, 256, 256, 2, 2, 8, 8, 0.3)),
+            *((1, 65, 129, 1, 1, 256, 256, 0.0625), (0, 5, 7, 2, 1, 3, 4, 0.5), (3, 0, 7, 2, 1, 3, 4, 0.5), (3, 5, 0, 2, 2, 3, 4, 0.5)),
+        ]
+    ],
+    "scm::MaskedAttention": [
+        *(
+            Case(((n, length, heads, 8), (n, keys, key_heads, 8), (n, keys, key_heads, 12), mask(n, *axes, keys)), {"scale": 0.35})
+            for n, length, keys, heads, key_heads, axes in [
+                *((1, 1, 1, 1, 1, (1, 1)), (3, 5, 7, 2, 1, (1, 1)), (3, 5, 77, 4, 2, (4, 5)), (1, 70, 130, 2, 2, (1, 70)), (0, 5, 7, 2, 2, (1, 1))),
+                *((3, 0, 7, 2, 2, (1, 1)), (3, 5, 0, 2, 2, (1, 1))),
+            ]
+        ),
+        # Queries that may attend to no key, and a key of NaN that nobody may attend to: softmax adds -infinity to its score, which stays NaN.
+        Case(((1, 3, 1, 4), (1, 5, 1, 4), (1, 5, 1, 4), np.array([[0.0] * 5, [-math.inf] * 5, [-math.inf] * 4 + [0.0]]).reshape(1, 1, 3, 5)), {"scale": 0.5}),
+        Case(((1, 2, 1, 3), np.array([[1.0, 0, 0], [math.nan, 0, 0]]).reshape(1, 2, 1, 3), (1, 2, 1, 3), np.array([0.0, -math.inf]).reshape(1, 1, 1, 2)), {"scale": 0.5}),
     ],
     "scm::ConsistencyStep": [
         Case((shape, shape, shape, TIMES[: shape[0]], TIMES[::-1][: shape[0]].copy()), {"sigma_data": 0.5})
@@ -178,6 +204,8 @@ def in_torch(op: str, inputs: Arrays, attributes: Mapping[str, Attribute], outpu
         "scm::ModulateSiLU": ops.modulate_silu,
         "scm::NormModulateSiLU": ops.norm_modulate_silu,
         "scm::CosineAttention": ops.cosine_attention,
+        "scm::Attention": ops.attention,
+        "scm::MaskedAttention": ops.attention,
         "scm::ConsistencyStep": ops.consistency_step,
         "scm::PhiloxNormal": lambda seeds, draw, scale, shape: ops.philox_normal(seeds, int(draw), shape, float(scale)),
         "scm::ToImage": ops.to_image,
