@@ -4,11 +4,11 @@
 namespace scm::group_norm {
 namespace {
 
-// Computes y = (x - mean) * factor + shift for the pixels of a channel, and silu of that.
+// Computes y = (x - base) * factor + shift for the pixels of a channel, and silu of that.
 template <bool kSiLU, typename T>
-void normalize(const T* x, T* y, std::int64_t pixels, float mean, float factor, float shift) {
+void normalize(const T* x, T* y, std::int64_t pixels, float base, float factor, float shift) {
   const auto apply = [=](Vector v) {
-    const Vector normalized = (v - mean) * factor + shift;
+    const Vector normalized = (v - base) * factor + shift;
     return kSiLU ? silu(normalized) : normalized;
   };
   std::int64_t i = 0;
@@ -34,7 +34,7 @@ void SCM_CPU(const Params<T>& p, std::int64_t begin, std::int64_t end) {
         shift = shift * scale + to_float(modulation[p.channels]);
       }
       const std::int64_t channel = start + c * p.pixels;
-      (p.silu ? normalize<true, T> : normalize<false, T>)(p.x + channel, p.y + channel, p.pixels, moments.mean, factor, shift);
+      (p.silu ? normalize<true, T> : normalize<false, T>)(p.x + channel, p.y + channel, p.pixels, moments.base, factor, shift - moments.offset * factor);
     }
   }
 }

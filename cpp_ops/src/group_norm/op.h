@@ -19,8 +19,8 @@ struct Params {
   bool silu;
   float* partials = nullptr;  // CUDA: partial_floats(p) of scratch memory, null if that is 0
 
-  std::int64_t group_channels() const { return channels / groups; }
-  std::int64_t group_elements() const { return group_channels() * pixels; }
+  SCM_HD std::int64_t group_channels() const { return channels / groups; }
+  SCM_HD std::int64_t group_elements() const { return group_channels() * pixels; }
 };
 
 // A CUDA kernel may split a group among several blocks. Their number depends on the size of a group only, so that results do not depend on the batch.

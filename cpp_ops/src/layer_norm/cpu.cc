@@ -35,18 +35,19 @@ void SCM_CPU(const Params<T>& p, std::int64_t begin, std::int64_t end) {
     const Affine<T> affine{p.scale, p.bias, p.modulation_scale ? p.modulation_scale + sample : nullptr, p.modulation_scale ? p.modulation_shift + sample : nullptr};
     const T* x = p.x + row * channels;
     T* y = p.y + row * channels;
-    float mean = 0, variance = 0;
+    float base = 0, offset = 0, variance = 0;
     if (p.subtracts_mean) {
       const Moments moments = moments_of(x, channels);
-      mean = moments.mean;
+      base = moments.base;
+      offset = moments.offset;
       variance = moments.variance();
     } else {
       variance = sum_over(x, channels, [](Vector v) { return v * v; }) / static_cast<float>(channels);
     }
     const float inverse = 1 / __builtin_sqrtf(variance + p.eps);
     std::int64_t c = 0;
-    for (; c + kLanes <= channels; c += kLanes) store(y + c, affine.template apply<false>((load(x + c) - mean) * inverse, c, kLanes));
-    if (c < channels) store_part(y + c, affine.template apply<true>((load_part(x + c, channels - c) - mean) * inverse, c, channels - c), channels - c);
+    for (; c + kLanes <= channels; c += kLanes) store(y + c, affine.template apply<false>((load(x + c) - base - offset) * inverse, c, kLanes));
+    if (c < channels) store_part(y + c, affine.template apply<true>((load_part(x + c, channels - c) - base - offset) * inverse, c, channels - c), channels - c);
   }
 }
 SCM_INSTANTIATE_CPU
