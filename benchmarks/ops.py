@@ -100,6 +100,7 @@ def cases(device: str) -> list[Case]:
                 lambda s, d, c, shape=shape: ops.philox_normal(s, 0, shape),
             )
         )
+    found += norms(device, dtype)
     for length, heads in ((64, 12), (256, 9), (1024, 6)):
         qkv = torch.randn(1, length, 3 * 64 * heads, device=device, dtype=dtype)
         found.append(
@@ -113,6 +114,32 @@ def cases(device: str) -> list[Case]:
     q, k = (torch.randn(1, tokens, 8, 64, device=device, dtype=dtype) for tokens in (1024, 77))
     attributes = {"scale": 0.125}
     found.append(Case("MaskedAttention", "L 1024, 77 keys, 8 heads of 64", (q, k, k.clone(), mask), attributes, partial(ops.attention, **attributes)))
+    return found
+
+
+def norms(device: str, dtype: torch.dtype) -> list[Case]:
+    """Return GroupNorm with the maps of U-Nets, LayerNorm and RMSNorm with the tokens of transformers."""
+
+    def random(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
+        return torch.randn(*shape, device=device, dtype=of)
+
+    found = []
+    for n, c, side in ((1, 64, 32), (8, 64, 32), (1, 128, 16), (1, 320, 64)):
+        x, scale, bias = random(n, c, side, side), random(c, of=torch.float32), random(c, of=torch.float32)
+        size, given = f"{n} x {c} x {side} x {side}", {"groups": 32, "eps": 1e-5}
+        found += [
+            Case("GroupNorm", size, (x, scale, bias), given, partial(ops.group_norm, groups=32, eps=1e-5)),
+            Case("GroupNormSiLU", size, (x, scale, bias), given, partial(ops.group_norm_silu, groups=32, eps=1e-5)),
+            Case("GroupNormModulateSiLU", size, (x, scale, bias, random(n, 2 * c)), given, partial(ops.group_norm_modulate_silu, groups=32, eps=1e-5)),
+        ]
+    for n, length, c in ((1, 1024, 64), (1, 1024, 512), (8, 1024, 512)):
+        x, scale, bias = random(n, length, c), random(c, of=torch.float32), random(c, of=torch.float32)
+        size = f"{n} x {length} x {c}"
+        found += [
+            Case("LayerNorm", size, (x, scale, bias), {"eps": 1e-5}, partial(ops.layer_norm, eps=1e-5)),
+            Case("LayerNormModulate", size, (x, random(n, 1, c), random(n, 1, c)), {"eps": 1e-6}, partial(ops.layer_norm_modulate, eps=1e-6)),
+            Case("RMSNorm", size, (x, scale), {"eps": 1e-5}, partial(ops.rms_norm, eps=1e-5)),
+        ]
     return found
 
 

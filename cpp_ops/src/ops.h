@@ -16,6 +16,8 @@ void add_attention(CustomOps& ops, const OrtApi& api);
 void add_consistency_step(CustomOps& ops, const OrtApi& api);
 void add_philox_normal(CustomOps& ops, const OrtApi& api);
 void add_to_image(CustomOps& ops, const OrtApi& api);
+void add_group_norm(CustomOps& ops, const OrtApi& api);
+void add_layer_norm(CustomOps& ops, const OrtApi& api);
 
 // These add the convolutions of the domains `scm.channels_last` and `scm.channels_first` and layers of `scm.fused`, version 1, for the CPU, with float32
 // arithmetic.

@@ -27,6 +27,8 @@ constexpr void (*kOps[])(CustomOps&, const OrtApi&) = {
     add_consistency_step,
     add_philox_normal,
     add_to_image,
+    add_group_norm,
+    add_layer_norm,
 };
 
 // A custom operator domain and its operators. ONNX Runtime keeps pointers to them, and keeps this library loaded, as long as a session exists.

@@ -104,7 +104,7 @@ void expect_scalar_rejected(const std::string& op, const std::vector<Tensor>& in
 std::vector<std::string> inferred(const std::string& op, const std::vector<Spec>& inputs, const Attributes& attributes, std::size_t outputs = 1);
 
 // Expects the same bits with output 0 in place of each input that GetMayInplace permits, with the pieces in reversed order, on several threads, and for each
-// sample alone instead of in its batch.
+// sample alone instead of in its batch. Inputs whose first axis has another size than the batch belong to all samples.
 void expect_reproducible(const std::string& op, const std::vector<Tensor>& inputs, const Attributes& attributes, std::size_t outputs = 1);
 
 inline Options with_outputs(std::vector<bool> outputs) {

@@ -52,6 +52,16 @@ SCM_HD float activate(float x) {
 #endif
 }
 
+// Returns silu(x) = x / (1 + e^-x), with the same special cases as `activate`.
+SCM_HD float silu(float x) {
+  const float denominator = 1.0f + exponential(clamp_exponent(-x));
+#ifdef __CUDA_ARCH__
+  return __fdividef(x, denominator);
+#else
+  return x / denominator;
+#endif
+}
+
 // Returns a * b rounded to float, never fused with an addition, as in the ONNX function bodies. CPU kernels that use it are compiled with -ffp-contract=off.
 SCM_HD float rounded_product(float a, float b) {
 #ifdef __CUDA_ARCH__

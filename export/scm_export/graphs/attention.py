@@ -7,14 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from onnx.defs import OpSchema
 from onnxscript import ir, opset18
-from onnxscript.values import Op, Opset
 
 from scm_export.graphs.dense_layers import DTYPES
+from scm_export.graphs.translation import add_node, typed
 from scm_export.ops.attention import ATTENTION, MASKED_ATTENTION, MAX_SIZE
-from scm_export.ops.operator import Operator
-from scm_runtime.bundle.manifest import OPS_VERSION
 
 op: Any = opset18  # torch.onnx converts the graph to the requested version afterwards
 
@@ -49,30 +46,8 @@ def _translate(
         operator = ATTENTION
     else:
         operator = MASKED_ATTENTION
-        inputs.append(_typed(op.Unsqueeze(mask, _ints(range(4 - len(mask.shape)))), mask, _padded(mask.shape)) if len(mask.shape) < 4 else mask)
-    sizes = operator.size_attributes([[size if isinstance(size, int) else 0 for size in x.shape] for x in inputs])
-    attended = _traced(operator)(*inputs, scale=factor, **sizes)
-    return op.Transpose(_typed(attended, query, [*inputs[0].shape[:3], value.shape[3]]), perm=[0, 2, 1, 3])
-
-
-def _traced(operator: Operator) -> Any:
-    """A function that adds a node of an operator to the graph that torch.onnx is translating to."""
-    types = [f"tensor({name})" for name in ("float", "float16", "bfloat16")]
-    inputs = [OpSchema.FormalParameter(name, "T") for name in operator.inputs]
-    attributes = {
-        **dict.fromkeys(operator.attributes, OpSchema.AttrType.FLOAT),
-        **dict.fromkeys(operator.sizes, OpSchema.AttrType.INTS),
-    }
-    schema = OpSchema(
-        operator.name,
-        operator.domain,
-        OPS_VERSION,
-        inputs=inputs,
-        outputs=[OpSchema.FormalParameter(operator.output, "T")],
-        type_constraints=[("T", types, "")],
-        attributes=[OpSchema.Attribute(name, kind) for name, kind in attributes.items()],
-    )
-    return Op(Opset(operator.domain, OPS_VERSION), operator.name, schema)
+        inputs.append(typed(op.Unsqueeze(mask, _ints(range(4 - len(mask.shape)))), mask, _padded(mask.shape)) if len(mask.shape) < 4 else mask)
+    return op.Transpose(add_node(operator, inputs, query, [*inputs[0].shape[:3], value.shape[3]], scale=factor), perm=[0, 2, 1, 3])
 
 
 def _is_supported(query: Any, key: Any, value: Any, mask: Any) -> bool:
@@ -99,7 +74,7 @@ def _padded(shape: Sequence[Any]) -> list[Any]:
 def _with_tokens_first(x: Any) -> Any:
     """``[N, heads, L, D]`` as ``[N, L, heads, D]``. Networks transpose their projections the other way: ONNX Runtime removes both nodes."""
     n, heads, length, size = x.shape
-    return _typed(op.Transpose(x, perm=[0, 2, 1, 3]), x, [n, length, heads, size])
+    return typed(op.Transpose(x, perm=[0, 2, 1, 3]), x, [n, length, heads, size])
 
 
 def _additive_mask(mask: Any, query: Any) -> Any:
@@ -108,8 +83,8 @@ def _additive_mask(mask: Any, query: Any) -> Any:
         return None
     mask = _before_expansion(mask)
     if mask.dtype == ir.DataType.BOOL:
-        return _typed(op.Where(mask, _scalar(0.0, query), _scalar(-math.inf, query)), query, mask.shape)
-    return mask if mask.dtype == query.dtype else _typed(op.CastLike(mask, query), query, mask.shape)
+        return typed(op.Where(mask, _scalar(0.0, query), _scalar(-math.inf, query)), query, mask.shape)
+    return mask if mask.dtype == query.dtype else typed(op.CastLike(mask, query), query, mask.shape)
 
 
 def _before_expansion(mask: Any) -> Any:
@@ -126,7 +101,7 @@ def _causal_mask(query: Any, key: Any) -> Any:
     """-infinity where the index of a key is greater than that of the query, ``[L, S]``."""
     length, keys = (op.Shape(x, start=len(x.shape) - 2, end=len(x.shape) - 1) for x in (query, key))
     hidden = op.Trilu(op.Expand(_scalar(-math.inf, query), op.Concat(length, keys, axis=0)), op.Constant(value_int=1), upper=1)
-    return _typed(hidden, query, [query.shape[-2], key.shape[-2]])
+    return typed(hidden, query, [query.shape[-2], key.shape[-2]])
 
 
 def _standard_attention(query: Any, key: Any, value: Any, mask: Any, scale: float) -> Any:
@@ -139,16 +114,11 @@ def _repeated(x: Any, heads: int) -> Any:
     """``[N, key_heads, S, D]`` with each head repeated, so that there are ``heads``."""
     n, key_heads, keys, size = x.shape
     copies = op.Expand(op.Unsqueeze(x, _ints([2])), _ints([1, 1, heads // key_heads, 1, 1]))
-    return _typed(op.Reshape(copies, _ints([0, heads, -1, size])), x, [n, heads, keys, size])
-
-
-def _typed(value: Any, like: Any, shape: Sequence[Any]) -> Any:
-    value.dtype, value.shape = like.dtype, ir.Shape(shape)
-    return value
+    return typed(op.Reshape(copies, _ints([0, heads, -1, size])), x, [n, heads, keys, size])
 
 
 def _scalar(number: float, like: Any) -> Any:
-    return _typed(op.CastLike(op.Constant(value_float=number), like), like, [])
+    return typed(op.CastLike(op.Constant(value_float=number), like), like, [])
 
 
 def _ints(numbers: Sequence[int]) -> Any:

@@ -19,6 +19,7 @@ from scm_export.graphs.build import BATCH, ir_version
 from scm_export.graphs.constant_shapes import use_constant_shapes
 from scm_export.graphs.dense_layers import replace_dense_layers
 from scm_export.graphs.functions import attach_functions, optimize
+from scm_export.graphs.norms import norm_translations, replace_norms
 from scm_export.graphs.trace_errors import explain, fixed_batch, quiet_tracer
 from scm_export.graphs.weight_layout import fold_weight_transposes
 from scm_export.model import Model
@@ -120,7 +121,7 @@ def _trace(
                 dynamo=True,
                 optimize=False,
                 verbose=False,
-                custom_translation_table=attention_translations() if operators else None,
+                custom_translation_table={**attention_translations(), **norm_translations()} if operators else None,
             )
             assert program is not None
             traced: ir.Model = program.model
@@ -128,6 +129,7 @@ def _trace(
             use_constant_shapes(traced)
             fold_weight_transposes(traced)
             if operators:
+                replace_norms(traced)
                 replace_dense_layers(traced)
             insert_float32_casts(traced)
             # ONNX Runtime warns of every unused initializer, such as the shape of a Reshape that was removed.

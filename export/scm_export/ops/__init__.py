@@ -19,6 +19,15 @@ from scm_export.ops.fused import (
     matmul_mp_sum,
     norm_modulate_silu_columns,
 )
+from scm_export.ops.group_norm import (
+    GROUP_NORM,
+    GROUP_NORM_MODULATE_SILU,
+    GROUP_NORM_SILU,
+    group_norm,
+    group_norm_modulate_silu,
+    group_norm_silu,
+)
+from scm_export.ops.layer_norm import LAYER_NORM, LAYER_NORM_MODULATE, RMS_NORM, layer_norm, layer_norm_modulate, rms_norm
 from scm_export.ops.modulate_silu import MODULATE_SILU, modulate_silu
 from scm_export.ops.mp_cat import MP_CAT, mp_cat, mp_cat_silu
 from scm_export.ops.mp_silu import MP_SILU, mp_silu
@@ -51,6 +60,12 @@ OPERATORS: dict[str, Operator] = {
         CONV3X3_MP_SUM,
         MATMUL_MP_SUM,
         NORM_MODULATE_SILU_COLUMNS,
+        GROUP_NORM,
+        GROUP_NORM_SILU,
+        GROUP_NORM_MODULATE_SILU,
+        LAYER_NORM,
+        LAYER_NORM_MODULATE,
+        RMS_NORM,
     )
 }
 
@@ -79,4 +94,10 @@ __all__ = [
     "conv3x3_mp_sum",
     "matmul_mp_sum",
     "norm_modulate_silu_columns",
+    "group_norm",
+    "group_norm_silu",
+    "group_norm_modulate_silu",
+    "layer_norm",
+    "layer_norm_modulate",
+    "rms_norm",
 ]
