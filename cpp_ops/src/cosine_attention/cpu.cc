@@ -8,57 +8,17 @@
 #include <cstdlib>
 
 #include "common/rows.h"
+#include "common/simd.h"
 
 namespace scm::cosine_attention {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kLanes = 16, kRows = 8;
-#elif defined(__AVX__)
-constexpr int kLanes = 8, kRows = 4;
-#else
-constexpr int kLanes = 4, kRows = 4;
-#endif
-constexpr int kColumns = 2 * kLanes;
 constexpr std::int64_t kKeys = 64;  // keys per iteration
-static_assert(kQueries % kColumns == 0 && kQueries % kRows == 0 && kKeys % kRows == 0);
+static_assert(kQueries % kTileColumns == 0 && kQueries % kTileRows == 0 && kKeys % kTileRows == 0);
 
-typedef float Vector __attribute__((vector_size(kLanes * sizeof(float))));
+constexpr std::int64_t padded(std::int64_t count) { return (count + kTileColumns - 1) / kTileColumns * kTileColumns; }
 
-inline Vector load(const float* x) {
-  Vector vector;
-  __builtin_memcpy(&vector, x, sizeof vector);
-  return vector;
-}
-
-inline void store(float* x, Vector vector) { __builtin_memcpy(x, &vector, sizeof vector); }
-
-// Computes C[kRows, kColumns] = A B, or += if kAccumulate. Element (row, k) of A is at A[row * row_stride + k * depth_stride]; b_stride and c_stride are the
-// row strides of B and C.
-template <bool kAccumulate>
-inline void multiply(const float* A, std::int64_t row_stride, std::int64_t depth_stride, const float* B, std::int64_t b_stride, float* C,
-                     std::int64_t c_stride, std::int64_t depth) {
-  Vector sums[kRows][2] = {};
-  for (std::int64_t k = 0; k < depth; ++k) {
-    const Vector b0 = load(B + k * b_stride), b1 = load(B + k * b_stride + kLanes);
-#pragma GCC unroll 8
-    for (int row = 0; row < kRows; ++row) {
-      const float a = A[row * row_stride + k * depth_stride];
-      sums[row][0] += a * b0;
-      sums[row][1] += a * b1;
-    }
-  }
-#pragma GCC unroll 8
-  for (int row = 0; row < kRows; ++row) {
-    float* c = C + row * c_stride;
-    store(c, kAccumulate ? load(c) + sums[row][0] : sums[row][0]);
-    store(c + kLanes, kAccumulate ? load(c + kLanes) + sums[row][1] : sums[row][1]);
-  }
-}
-
-constexpr std::int64_t padded(std::int64_t count) { return (count + kColumns - 1) / kColumns * kColumns; }
-
-// kKeys rows of a tensor as floats: in place, or copied and zero-padded if `multiply` could not read them in place.
+// kKeys rows of a tensor as floats: in place, or copied and zero-padded if `multiply_tile` could not read them in place.
 struct Rows {
   const float* data;
   std::int64_t stride;
@@ -79,7 +39,7 @@ Rows rows_of(const T* x, std::int64_t token, std::int64_t count, std::int64_t si
 }
 
 inline Rows rows_of(const float* x, std::int64_t token, std::int64_t count, std::int64_t size, float* copy) {
-  if (count == kKeys && size % kColumns == 0) return {x, token};
+  if (count == kKeys && size % kTileColumns == 0) return {x, token};
   return copy_rows(x, token, count, size, copy);
 }
 
@@ -148,17 +108,17 @@ void SCM_CPU(const Params<T>& p, std::int64_t begin, std::int64_t end) {
       const std::int64_t count = length - key < kKeys ? length - key : kKeys;
       const Rows keys = rows_of(k + key * token, token, count, size, scratch + at.keys);
       const Rows values = rows_of(v + key * token, token, count, size, scratch + at.values);
-      for (std::int64_t row = 0; row < count; row += kRows) {
-        for (std::int64_t query = 0; query < columns; query += kColumns) {
-          multiply<false>(keys.data + row * keys.stride, keys.stride, 1, Q + query, kQueries, S + row * kQueries + query, kQueries, size);
+      for (std::int64_t row = 0; row < count; row += kTileRows) {
+        for (std::int64_t query = 0; query < columns; query += kTileColumns) {
+          multiply_tile<false>(keys.data + row * keys.stride, keys.stride, 1, Q + query, kQueries, S + row * kQueries + query, kQueries, size);
         }
       }
       for (std::int64_t row = 0; row < count; ++row) {
         exponentials(S + row * kQueries, sums, columns, norm_k[key + row], norm_v[key + row]);
       }
-      for (std::int64_t query = 0; query < queries; query += kRows) {
-        for (std::int64_t c = 0; c < width; c += kColumns) {
-          multiply<true>(S + query, 1, kQueries, values.data + c, values.stride, R + query * width + c, width, count);
+      for (std::int64_t query = 0; query < queries; query += kTileRows) {
+        for (std::int64_t c = 0; c < width; c += kTileColumns) {
+          multiply_tile<true>(S + query, 1, kQueries, values.data + c, values.stride, R + query * width + c, width, count);
         }
       }
     }
