@@ -43,6 +43,9 @@ std::vector<Example> examples(ONNXTensorElementDataType type) {
       {"ModulateSiLU", {x, random(type, {2, 64})}, {}, 1},
       {"NormModulateSiLU", {x, random(type, {2, 128})}, {{"eps", 1e-4f}}, 1},
       {"CosineAttention", {random(type, {2, 150, 3 * 2 * 8})}, {{"heads", std::int64_t{2}}, {"eps", 1e-4f}}, 1},
+      {"ReLULinearAttention", {x, random(type, x.shape, 1, 1), random(type, x.shape, 1, 2)}, {{"heads", std::int64_t{4}}, {"eps", 1e-15f}}, 1},
+      {"DepthwiseGLU", {random(type, {2, 80, 32, 33}), random(type, {80, 1, 3, 3}), random(type, {80})}, {}, 1},
+      {"GEGLU", {random(type, {2, 500, 128}), random(type, {128})}, {}, 1},
       {"ConsistencyStep", {state, random(type, state.shape), state, t, t}, {{"sigma_data", 0.5f}}, 1},
       {"ToImage", {random(type, {2, 3, 120, 110})}, {{"scale", 127.5f}, {"offset", 128.0f}}, 1},
   };
