@@ -104,6 +104,24 @@ def cases(device: str) -> list[Case]:
         found.append(
             Case("CosineAttention", f"L {length}, {heads} heads", (qkv,), {"heads": heads, "eps": 1e-4}, lambda x, heads=heads: ops.cosine_attention(x, heads))
         )
+    # The tensors of a block of the small SANA-Sprint, of one in full size, and of the first level of a small and of a large latent consistency model.
+    for size, (channels, side, heads) in {"small SANA-Sprint": (512, 32, 16), "SANA-Sprint": (2240, 32, 70)}.items():
+        q, k, v = torch.randn(3, 1, side * side, channels, device=device, dtype=dtype).unbind(0)
+        found.append(
+            Case(
+                "ReLULinearAttention",
+                size,
+                (q, k, v),
+                {"heads": heads, "eps": 1e-15},
+                lambda q, k, v, heads=heads: ops.relu_linear_attention(q, k, v, heads),
+            )
+        )
+        hidden = 5 * channels
+        x, w, b = (torch.randn(shape, device=device, dtype=dtype) for shape in ((1, hidden, side, side), (hidden, 1, 3, 3), (hidden,)))
+        found.append(Case("DepthwiseGLU", size, (x, w, b), {}, ops.depthwise_glu))
+    for size, (tokens, channels) in {"small latent consistency model": (1024, 64), "latent consistency model": (4096, 320)}.items():
+        x, b = torch.randn(1, tokens, 8 * channels, device=device, dtype=dtype), torch.randn(8 * channels, device=device, dtype=dtype)
+        found.append(Case("GEGLU", size, (x, b), {}, ops.geglu))
     return found
 
 
@@ -145,13 +163,15 @@ def node_model(case: Case) -> onnx.ModelProto:
     name = case.operator.split(",")[0]
     inputs, outputs = [f"i{k}" for k in range(len(case.inputs))], [f"o{k}" for k in range(case.outputs)]
     types = [helper.np_dtype_to_tensor_dtype(np.dtype(str(x.dtype).removeprefix("torch."))) for x in case.inputs]
+    operator = ops.OPERATORS[f"scm::{name}"]
+    attributes = case.attributes | operator.size_attributes([x.shape for x in case.inputs])
     graph = helper.make_graph(
-        [helper.make_node(name, inputs, outputs, domain="scm", **case.attributes)],
+        [helper.make_node(name, inputs, outputs, domain="scm", **attributes)],
         "operator",
         [helper.make_tensor_value_info(i, kind, list(x.shape)) for i, kind, x in zip(inputs, types, case.inputs, strict=True)],
         [onnx.ValueInfoProto(name=o) for o in outputs],
     )
-    body = ops.OPERATORS[f"scm::{name}"].function(OPSET, case.inputs[0].ndim, case.outputs)
+    body = operator.function(OPSET, case.inputs[0].ndim, case.outputs)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid("scm", 1)], ir_version=9, functions=[body])
 
 
