@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <limits>
+#include <random>
 
 #include "support.h"
 
@@ -102,6 +103,29 @@ TYPED_TEST(DepthwiseGLUTest, DoesNotDependOnTheBatchAtAnyLevel) {
       expect_close(whole, halved(shape), reference(x, values(w), values(b)), 2e-6);
       expect_same_bits(apply(x, {0, 1, shape[0] * channels}), whole);
       for (std::int64_t i = 0; i < shape[0]; ++i) expect_same_bits(apply(slice(x, i, i + 1), {0, channels}), slice(whole, i, i + 1));
+    }
+  }
+}
+
+TYPED_TEST(DepthwiseGLUTest, FollowsItsFormulaForRandomShapesAtEveryLevel) {
+  using T = TypeParam;
+  std::mt19937 generator(0);
+  const auto up_to = [&](std::int64_t most) { return static_cast<std::int64_t>(generator() % static_cast<std::uint64_t>(most)) + 1; };
+  for (int i = 0; i < 60; ++i) {
+    const std::int64_t side = i % 2 ? 70 : 8, height = up_to(side), width = up_to(side), channels = up_to(i % 2 ? 4 : 100);
+    const Sizes shape{up_to(6) - 1, 2 * channels, height, width};
+    auto [x, w, b] = inputs(kType<T>, shape);
+    if (i % 3 == 0 && shape[0] > 0) {
+      Values points = values(x);
+      points[static_cast<std::size_t>(up_to(elements(shape)) - 1)] = std::numeric_limits<double>::quiet_NaN();
+      x = tensor(kType<T>, shape, points);
+    }
+    const Values expected = reference(x, values(w), values(b));
+    for (const auto& [level, kernel] : SCM_LEVELS(depthwise_glu, T)) {
+      SCOPED_TRACE(level);
+      Tensor y = empty_like(x.type, halved(shape));
+      kernel({data<T>(std::as_const(x)), data<T>(std::as_const(w)), data<T>(std::as_const(b)), data<T>(y), shape[0], channels, height, width}, 0, shape[0] * channels);
+      expect_close(y, halved(shape), expected, 2e-6);
     }
   }
 }

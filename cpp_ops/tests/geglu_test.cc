@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <limits>
+#include <random>
 
 #include "support.h"
 
@@ -72,6 +73,25 @@ TYPED_TEST(GEGLUTest, DoesNotDependOnTheBatchAtAnyLevel) {
       expect_close(whole, {rows, channels}, reference(values(x), values(b), channels), 1e-6);
       expect_same_bits(apply(x, {0, 1, 4, rows}), whole);
       for (std::int64_t i = 0; i < rows; ++i) expect_same_bits(apply(slice(x, i, i + 1), {0, 1}), slice(whole, i, i + 1));
+    }
+  }
+}
+
+TYPED_TEST(GEGLUTest, FollowsItsFormulaForRandomShapesAtEveryLevel) {
+  using T = TypeParam;
+  std::mt19937 generator(0);
+  const auto up_to = [&](std::int64_t most) { return static_cast<std::int64_t>(generator() % static_cast<std::uint64_t>(most)) + 1; };
+  for (int i = 0; i < 60; ++i) {
+    const std::int64_t rows = (up_to(6) - 1) * up_to(70), channels = up_to(200);
+    const Tensor x = random(kType<T>, {rows, 2 * channels}, 2), b = random(kType<T>, {2 * channels}, 1, 1);
+    Values points = values(x);
+    if (i % 3 == 0 && rows > 0) points[static_cast<std::size_t>(up_to(rows * 2 * channels) - 1)] = std::numeric_limits<double>::quiet_NaN();
+    const Tensor input = tensor(kType<T>, x.shape, points);
+    for (const auto& [level, kernel] : SCM_LEVELS(geglu, T)) {
+      SCOPED_TRACE(::testing::Message() << level << ", " << rows << " x " << channels);
+      Tensor y = empty_like(x.type, {rows, channels});
+      kernel({data<T>(input), data<T>(b), data<T>(y), rows, channels}, 0, rows);
+      expect_close(y, {rows, channels}, reference(points, values(b), channels), 1e-6);
     }
   }
 }

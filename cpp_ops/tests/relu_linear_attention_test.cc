@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <limits>
+#include <random>
 
 #include "support.h"
 
@@ -119,6 +120,31 @@ TYPED_TEST(ReLULinearAttentionTest, DoesNotDependOnTheBatchAtAnyLevel) {
         const std::vector<Tensor> alone{slice(in[0], i, i + 1), slice(in[1], i, i + 1), slice(in[2], i, i + 1)};
         expect_same_bits(apply(alone, {0, sizes.heads}), slice(whole, i, i + 1));
       }
+    }
+  }
+}
+
+TYPED_TEST(ReLULinearAttentionTest, FollowsItsFormulaForRandomShapesAtEveryLevel) {
+  using T = TypeParam;
+  std::mt19937 generator(0);
+  const auto up_to = [&](std::int64_t most) { return static_cast<std::int64_t>(generator() % static_cast<std::uint64_t>(most)) + 1; };
+  for (int i = 0; i < 40; ++i) {
+    const std::int64_t heads = up_to(4);
+    const Case sizes{up_to(6) - 1, up_to(70), heads, up_to(200 / heads)};
+    std::vector<Tensor> in = this->inputs(sizes);
+    if (i % 3 == 0 && sizes.samples > 0) {
+      Values points = values(in[2]);
+      points[static_cast<std::size_t>(up_to(elements(sizes.shape())) - 1)] = std::numeric_limits<double>::quiet_NaN();
+      in[2] = tensor(kType<T>, sizes.shape(), points);
+    }
+    const Values expected = this->expected(in, sizes);
+    for (const auto& [level, kernel] : SCM_LEVELS(relu_linear_attention, T)) {
+      SCOPED_TRACE(::testing::Message() << level << ": " << sizes.length << " long, " << sizes.heads << " heads of " << sizes.size);
+      Tensor y = empty_like(kType<T>, sizes.shape());
+      bool out_of_memory = false;
+      const auto at = [&](std::size_t input) { return data<T>(std::as_const(in[input])); };
+      kernel({at(0), at(1), at(2), data<T>(y), sizes.samples, sizes.length, sizes.heads, sizes.size, kEps, &out_of_memory}, 0, sizes.samples * sizes.heads);
+      expect_close(y, sizes.shape(), expected, 1e-5);
     }
   }
 }
