@@ -15,9 +15,12 @@ void add_cosine_attention(CustomOps& ops, const OrtApi& api);
 void add_relu_linear_attention(CustomOps& ops, const OrtApi& api);
 void add_depthwise_glu(CustomOps& ops, const OrtApi& api);
 void add_geglu(CustomOps& ops, const OrtApi& api);
+void add_attention(CustomOps& ops, const OrtApi& api);
 void add_consistency_step(CustomOps& ops, const OrtApi& api);
 void add_philox_normal(CustomOps& ops, const OrtApi& api);
 void add_to_image(CustomOps& ops, const OrtApi& api);
+void add_group_norm(CustomOps& ops, const OrtApi& api);
+void add_layer_norm(CustomOps& ops, const OrtApi& api);
 
 // These add the operators of the domains `scm.channels_last` and `scm.channels_first`, version 1: convolutions and matrix products that multiply bfloat16. With
 // split_bf16 every float32 is split into two bfloat16, which keeps about 16 bits of precision; without it, bfloat16's 8.

@@ -25,9 +25,12 @@ constexpr void (*kOps[])(CustomOps&, const OrtApi&) = {
     add_relu_linear_attention,
     add_depthwise_glu,
     add_geglu,
+    add_attention,
     add_consistency_step,
     add_philox_normal,
     add_to_image,
+    add_group_norm,
+    add_layer_norm,
 };
 
 // A custom operator domain and its operators. ONNX Runtime keeps pointers to them, and keeps this library loaded, as long as a session exists.

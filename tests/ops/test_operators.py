@@ -51,9 +51,22 @@ SEEDS = np.array([0, 7, -1, 2**32, -(2**63), 2**63 - 1])
 LEVELS = np.array([-math.inf, -3, -1.9921875, -1.0, -0.0078125, 0.0, 0.0078125, 0.5, 1.9921875, 3, math.inf, math.nan]).reshape(2, 1, 2, 3)
 
 
+GROUPED = [
+    Case((shape, shape[1:2], shape[1:2]), {"groups": groups, "eps": eps})
+    for shape, groups, eps in [((3, 4, 5, 7), 2, 1e-5), ((1, 64, 8, 8), 32, 1e-6), ((2, 6, 65), 1, 1e-5), ((3, 65, 3, 3), 65, 0.1), ((2, 8, 33, 64), 4, 1e-5)]
+]
+
+
 def weights(*shape: int) -> NDArray[Any]:
     """Return random weights, scaled so that products with them are of order 1."""
     return np.random.default_rng(1).standard_normal(shape) / math.sqrt(math.prod(shape[:-1]))
+
+
+def mask(*shape: int) -> NDArray[Any]:
+    """Return a mask of attention that hides about a third of the keys, but never the first one."""
+    values = np.random.default_rng(2).standard_normal(shape)
+    values[..., 1:][values[..., 1:] < -0.5] = -math.inf
+    return values
 
 
 CASES: dict[str, list[Case]] = {
@@ -104,6 +117,34 @@ CASES: dict[str, list[Case]] = {
         *(Case((shape, (shape[-1],)), {}) for shape in [(3, 2), (1, 5, 6), (3, 64, 14), (1, 7, 5, 128), (3, 77, 130), (0, 4, 8), (3, 0, 8), (2, 3, 0)]),
         Case((np.linspace(-30, 30, 802).reshape(1, -1), np.zeros(802)), {}),
         Case((np.concatenate([np.ones((2, 3)), NOT_FINITE], axis=-1), np.zeros(6)), {}),
+    ],
+    "scm::Attention": [
+        Case(((n, length, heads, size), (n, keys, key_heads, size), (n, keys, key_heads, width)), {"scale": scale})
+        for n, length, keys, heads, key_heads, size, width, scale in [
+            *(
+                (1, 1, 1, 1, 1, 1, 1, 1.0),
+                (3, 5, 7, 2, 1, 3, 4, 0.5),
+                (1, 64, 77, 8, 8, 40, 40, 0.2),
+                (3, 70, 130, 6, 3, 33, 65, 0.1),
+                (2, 256, 256, 2, 2, 8, 8, 0.3),
+            ),
+            *((1, 65, 129, 1, 1, 256, 256, 0.0625), (0, 5, 7, 2, 1, 3, 4, 0.5), (3, 0, 7, 2, 1, 3, 4, 0.5), (3, 5, 0, 2, 2, 3, 4, 0.5)),
+        ]
+    ],
+    "scm::MaskedAttention": [
+        *(
+            Case(((n, length, heads, 8), (n, keys, key_heads, 8), (n, keys, key_heads, 12), mask(n, *axes, keys)), {"scale": 0.35})
+            for n, length, keys, heads, key_heads, axes in [
+                *((1, 1, 1, 1, 1, (1, 1)), (3, 5, 7, 2, 1, (1, 1)), (3, 5, 77, 4, 2, (4, 5)), (1, 70, 130, 2, 2, (1, 70)), (0, 5, 7, 2, 2, (1, 1))),
+                *((3, 0, 7, 2, 2, (1, 1)), (3, 5, 0, 2, 2, (1, 1))),
+            ]
+        ),
+        # Queries that may attend to no key, and a key of NaN that nobody may attend to: softmax adds -infinity to its score, which stays NaN.
+        Case(((1, 3, 1, 4), (1, 5, 1, 4), (1, 5, 1, 4), np.array([[0.0] * 5, [-math.inf] * 5, [-math.inf] * 4 + [0.0]]).reshape(1, 1, 3, 5)), {"scale": 0.5}),
+        Case(
+            ((1, 2, 1, 3), np.array([[1.0, 0, 0], [math.nan, 0, 0]]).reshape(1, 2, 1, 3), (1, 2, 1, 3), np.array([0.0, -math.inf]).reshape(1, 1, 1, 2)),
+            {"scale": 0.5},
+        ),
     ],
     "scm::ConsistencyStep": [
         Case((shape, shape, shape, TIMES[: shape[0]], TIMES[::-1][: shape[0]].copy()), {"sigma_data": 0.5})
@@ -156,6 +197,14 @@ CASES: dict[str, list[Case]] = {
         Case((shape, (shape[0], before + 2 * shape[-1] + after)), {"begin": (before,), "end": (before + 2 * shape[-1],), "eps": 1e-4})
         for shape, before, after in zip(MAPS, (0, 0, 7, 64, 1, 3, 2, 0), (0, 5, 0, 32, 1, 0, 2, 0), strict=True)
     ],
+    "scm::GroupNorm": GROUPED,
+    "scm::GroupNormSiLU": GROUPED,
+    "scm::GroupNormModulateSiLU": [Case((*case.inputs, (case.inputs[0][0], 2 * case.inputs[0][1])), case.attributes) for case in GROUPED],
+    "scm::LayerNorm": [Case((shape, shape[-1:], shape[-1:]), {"eps": 1e-5}) for shape in MAPS] + [Case((EXTREMES, (4,), (4,)), {"eps": 1e-5})],
+    "scm::LayerNormModulate": [
+        Case((shape, (shape[0], 1, shape[2]), (shape[0], 1, shape[2])), {"eps": 1e-6}) for shape in [(1, 1, 1), (3, 77, 64), (2, 5, 65), (0, 5, 3), (3, 0, 3)]
+    ],
+    "scm::RMSNorm": [Case((shape, shape[-1:]), {"eps": 1e-5}) for shape in MAPS],
     "scm::ToImage": [
         *(Case((shape,), {"scale": 64.0, "offset": 127.5}) for shape in [(1, 1, 7, 5), (3, 3, 5, 7), (2, 4, 64, 65), (0, 3, 5, 7), (3, 3, 0, 7)]),
         Case(((3, 3, 65, 65),), {"scale": 127.5, "offset": 127.5}),
@@ -192,9 +241,17 @@ def in_torch(op: str, inputs: Arrays, attributes: Mapping[str, Attribute], outpu
         "scm::ReLULinearAttention": ops.relu_linear_attention,
         "scm::DepthwiseGLU": ops.depthwise_glu,
         "scm::GEGLU": ops.geglu,
+        "scm::Attention": ops.attention,
+        "scm::MaskedAttention": ops.attention,
         "scm::ConsistencyStep": ops.consistency_step,
         "scm::PhiloxNormal": lambda seeds, draw, scale, shape: ops.philox_normal(seeds, int(draw), shape, float(scale)),
         "scm::ToImage": ops.to_image,
+        "scm::GroupNorm": ops.group_norm,
+        "scm::GroupNormSiLU": ops.group_norm_silu,
+        "scm::GroupNormModulateSiLU": ops.group_norm_modulate_silu,
+        "scm::LayerNorm": ops.layer_norm,
+        "scm::LayerNormModulate": ops.layer_norm_modulate,
+        "scm::RMSNorm": ops.rms_norm,
         "scm.channels_last::Conv3x3": ops.conv3x3,
         "scm.channels_last::MatMul": lambda x, w: ops.matmul(x, w.t()),
         "scm.channels_first::Conv": ops.conv,

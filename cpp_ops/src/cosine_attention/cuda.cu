@@ -11,6 +11,7 @@
 // `attention_any_size` handles all other head sizes, and pointers that are not aligned, with float32 arithmetic.
 #include "common/cuda.h"
 #include "common/ptx.h"
+#include "common/tf32.cuh"
 #include "cosine_attention/op.h"
 
 namespace scm::cosine_attention {
@@ -205,32 +206,6 @@ __global__ void __launch_bounds__(kBlock, 2) attention_16bit(const Params<T> p) 
 
 constexpr int kKeys32 = 32;
 constexpr int kStrideK32 = kHead + 16, kStrideV32 = kHead + 4;  // no bank conflicts for the way the rows are read
-
-// Splits x into a sum of two TF32 numbers, with a relative error of 2^-20.
-struct Split {
-  std::uint32_t high, low;
-
-  __device__ __forceinline__ explicit Split(float x) : high(bits_of(x) & 0xffffe000u), low(bits_of(x - float_of(high)) & 0xffffe000u) {}
-};
-
-struct SplitA {
-  std::uint32_t high[4], low[4];
-
-  __device__ __forceinline__ SplitA(float a0, float a1, float a2, float a3) {
-    const Split parts[4] = {Split(a0), Split(a1), Split(a2), Split(a3)};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      high[i] = parts[i].high;
-      low[i] = parts[i].low;
-    }
-  }
-};
-
-__device__ __forceinline__ void multiply_add_split(float (&c)[4], const SplitA& a, const Split& b0, const Split& b1) {
-  multiply_add_tf32(c, a.low, b0.high, b1.high);
-  multiply_add_tf32(c, a.high, b0.low, b1.low);
-  multiply_add_tf32(c, a.high, b0.high, b1.high);
-}
 
 __global__ void __launch_bounds__(kBlock) attention_float32(const Params<float> p) {
   alignas(16) __shared__ float keys[kKeys32][kStrideK32];

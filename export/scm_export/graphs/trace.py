@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from scm_export.errors import ExportError
 from scm_export.example_inputs import EXAMPLE_SIZE, example_conditioning
+from scm_export.graphs.attention import attention_translations
 from scm_export.graphs.bf16_casts import insert_float32_casts
 from scm_export.graphs.build import BATCH, ir_version
 from scm_export.graphs.constant_shapes import use_constant_shapes
 from scm_export.graphs.dense_layers import replace_dense_layers
 from scm_export.graphs.functions import attach_functions, optimize
+from scm_export.graphs.norms import norm_translations, replace_norms
 from scm_export.graphs.trace_errors import explain, fixed_batch, quiet_tracer
 from scm_export.graphs.transformer_blocks import replace_transformer_blocks
 from scm_export.graphs.weight_layout import fold_weight_transposes
@@ -120,6 +122,7 @@ def _trace(
                 dynamo=True,
                 optimize=False,
                 verbose=False,
+                custom_translation_table={**attention_translations(), **norm_translations()} if operators else None,
             )
             assert program is not None
             traced: ir.Model = program.model
@@ -128,6 +131,7 @@ def _trace(
             fold_weight_transposes(traced)
             if operators:
                 replace_transformer_blocks(traced)
+                replace_norms(traced)
                 replace_dense_layers(traced)
             insert_float32_casts(traced)
             # ONNX Runtime warns of every unused initializer, such as the shape of a Reshape that was removed.

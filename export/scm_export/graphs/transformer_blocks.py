@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 from onnxscript import ir
 
 from scm_export.graphs.dense_layers import DTYPES
-from scm_export.ops import Operator
+from scm_export.graphs.matching import constant, only_user, other_input, replace_output
 from scm_export.ops.depthwise_glu import DEPTHWISE_GLU
 from scm_export.ops.geglu import GEGLU
+from scm_export.ops.operator import Operator
 from scm_export.ops.relu_linear_attention import RELU_LINEAR_ATTENTION
-from scm_runtime.bundle.manifest import OPS_VERSION
 
 MAX_HEAD_SIZE = 256  # of ReLULinearAttention's kernels
 
@@ -26,46 +25,30 @@ def replace_transformer_blocks(model: ir.Model) -> None:
         match = PATTERNS.get(node.op_type) if not node.domain else None
         found = match(node) if match is not None else None
         if found is not None:
-            _replace(model.graph, *found)
+            replace_output(model.graph, *found)
 
 
-Match = tuple[Operator, Sequence[ir.Value], dict[str, int | float], ir.Value]
-"""An operator with its inputs and attributes, and the value that it computes."""
-
-
-def _replace(graph: ir.Graph, operator: Operator, inputs: Sequence[ir.Value], attributes: dict[str, int | float], old: ir.Value) -> None:
-    sizes = operator.size_attributes([[size if isinstance(size, int) else -1 for size in value.shape or ()] for value in inputs])
-    node = ir.Node(
-        operator.domain,
-        operator.name,
-        inputs,
-        [ir.AttrFloat32(name, value) if isinstance(value, float) else ir.AttrInt64(name, value) for name, value in {**attributes, **sizes}.items()],
-        version=OPS_VERSION,
-    )
-    new, producer = node.outputs[0], old.producer()
-    assert producer is not None
-    new.name, new.shape, new.type = f"{old.name}/{operator.name}", old.shape, old.type
-    graph.insert_after(producer, node)
-    old.replace_all_uses_with(new)
+Match = tuple[ir.Node, Operator, Sequence[ir.Value], dict[str, int | float]]
+"""The node that computes the result, and the operator that replaces it, with its inputs and attributes."""
 
 
 # -- GEGLU: Mul(a, Gelu(g)) with a, g = Split(Add(product, bias)) ------------------------------------------------------------------
 
 
 def _geglu(gelu: ir.Node) -> Match | None:
-    product = _only_user(gelu.outputs[0], "Mul")
+    product = only_user(gelu.outputs[0], "Mul")
     split = _producer(gelu.inputs[0], "Split")
     if product is None or split is None or ("approximate" in gelu.attributes and gelu.attributes["approximate"].as_string() != "none"):
         return None
     biased = _halves(split, axis=-1)
-    if biased is None or _other(product, gelu.outputs[0]) is not split.outputs[0] or gelu.inputs[0] is not split.outputs[1] or not _private(split.outputs):
+    if biased is None or other_input(product, gelu.outputs[0]) is not split.outputs[0] or gelu.inputs[0] is not split.outputs[1] or not _private(split.outputs):
         return None
     add = _producer(biased, "Add")
     if add is None or not _private([biased]):
         return None
     for x, b in (add.inputs, reversed(add.inputs)):
         if x is not None and b is not None and x.shape == biased.shape and _sizes(b) == [_sizes(biased)[-1]] and _supported(biased):
-            return GEGLU, [x, b], {}, product.outputs[0]
+            return product, GEGLU, [x, b], {}
     return None
 
 
@@ -73,17 +56,17 @@ def _geglu(gelu: ir.Node) -> Match | None:
 
 
 def _depthwise_glu(conv: ir.Node) -> Match | None:
-    x, split = _silu_of(conv.inputs[0]), _only_user(conv.outputs[0], "Split")
+    x, split = _silu_of(conv.inputs[0]), only_user(conv.outputs[0], "Split")
     weight = conv.inputs[1]
     bias = conv.inputs[2] if len(conv.inputs) > 2 else None
     if x is None or split is None or weight is None or bias is None or not _supported(x) or not _is_depthwise(conv, _sizes(weight)):
         return None
     if _halves(split, axis=1) is None or split.outputs[0].is_graph_output():
         return None
-    gated = _only_user(split.outputs[0], "Mul")
-    if gated is None or _silu_of(_other(gated, split.outputs[0])) is not split.outputs[1] or len(split.outputs[1].uses()) != 2:
+    gated = only_user(split.outputs[0], "Mul")
+    if gated is None or _silu_of(other_input(gated, split.outputs[0])) is not split.outputs[1] or len(split.outputs[1].uses()) != 2:
         return None
-    return DEPTHWISE_GLU, [x, weight, bias], {}, gated.outputs[0]
+    return gated, DEPTHWISE_GLU, [x, weight, bias], {}
 
 
 def _is_depthwise(conv: ir.Node, weight: list[int | None]) -> bool:
@@ -113,7 +96,7 @@ def _silu_of(value: ir.Value | None) -> ir.Value | None:
 def _relu_linear_attention(div: ir.Node) -> Match | None:
     numerator, total = _producer(div.inputs[0], "Slice"), _producer(div.inputs[1], "Add")
     sums = _producer(total.inputs[0], "Slice") if total is not None else None
-    eps = _constant(total.inputs[1]) if total is not None else None
+    eps = constant(total.inputs[1]) if total is not None else None
     if numerator is None or sums is None or eps is None or eps.size != 1:
         return None
     result = numerator.inputs[0]
@@ -125,22 +108,22 @@ def _relu_linear_attention(div: ir.Node) -> Match | None:
     if product is None or state is None or pad is None or not _appends_ones(pad):
         return None
     q, k, v = _by_head(product.inputs[1], relu=True), _by_head(state.inputs[1], relu=True, transposed=True), _by_head(pad.inputs[0])
-    merged = _only_user(div.outputs[0], "Reshape")
-    turned = _only_user(merged.outputs[0], "Transpose") if merged is not None else None
+    merged = only_user(div.outputs[0], "Reshape")
+    turned = only_user(merged.outputs[0], "Transpose") if merged is not None else None
     if q is None or k is None or v is None or turned is None or _perm(turned) != [0, 2, 1]:
         return None
-    y, heads = turned.outputs[0], q[1]
+    last, heads = turned, q[1]
     if any(other[1] != heads for other in (k, v)) or not (q[0].shape == k[0].shape == v[0].shape) or not _supported(q[0]):
         return None
     if q[0].dtype != ir.DataType.FLOAT:  # computed in float32, as the operator does
-        cast = _only_user(y, "Cast")
+        cast = only_user(last.outputs[0], "Cast")
         if cast is None or cast.outputs[0].dtype != q[0].dtype:
             return None
-        y = cast.outputs[0]
+        last = cast
     sizes = _sizes(q[0])
-    if sizes != _sizes(y) or sizes[2] is None or sizes[2] > MAX_HEAD_SIZE * heads:
+    if sizes != _sizes(last.outputs[0]) or sizes[2] is None or sizes[2] > MAX_HEAD_SIZE * heads:
         return None
-    return RELU_LINEAR_ATTENTION, [q[0], k[0], v[0]], {"heads": heads, "eps": float(eps.item())}, y
+    return last, RELU_LINEAR_ATTENTION, [q[0], k[0], v[0]], {"heads": heads, "eps": float(eps.item())}
 
 
 def _by_head(value: ir.Value | None, *, relu: bool = False, transposed: bool = False) -> tuple[ir.Value, int] | None:
@@ -166,13 +149,13 @@ def _by_head(value: ir.Value | None, *, relu: bool = False, transposed: bool = F
 
 def _slice(node: ir.Node) -> tuple[int, ...]:
     """Return start, end, axis and step of a Slice along one axis."""
-    found = [_constant(value) for value in node.inputs[1:]]
+    found = [constant(value) for value in node.inputs[1:]]
     return tuple(int(array.item()) for array in found if array is not None and array.size == 1)
 
 
 def _appends_ones(pad: ir.Node) -> bool:
     """True for a Pad of four axes that appends a row of ones to the third one."""
-    pads, value = _constant(pad.inputs[1]), _constant(pad.inputs[2]) if len(pad.inputs) == 3 else None
+    pads, value = constant(pad.inputs[1]), constant(pad.inputs[2]) if len(pad.inputs) == 3 else None
     is_constant = "mode" not in pad.attributes or pad.attributes["mode"].as_string() == "constant"
     return is_constant and pads is not None and pads.tolist() == [0, 0, 0, 0, 0, 0, 1, 0] and value is not None and value.size == 1 and value.item() == 1
 
@@ -186,20 +169,9 @@ def _producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
     return node if node is not None and not node.domain and node.op_type == op_type else None
 
 
-def _only_user(value: ir.Value, op_type: str) -> ir.Node | None:
-    """Return the only node that uses a value, if it is of the given standard type."""
-    users = [use.node for use in value.uses()]
-    return users[0] if len(users) == 1 and not value.is_graph_output() and not users[0].domain and users[0].op_type == op_type else None
-
-
 def _private(values: Sequence[ir.Value]) -> bool:
     """True if each value is used once, in the graph."""
     return all(len(value.uses()) == 1 and not value.is_graph_output() for value in values)
-
-
-def _other(node: ir.Node, value: ir.Value) -> ir.Value | None:
-    """Return the other input of a node with two inputs."""
-    return node.inputs[1] if node.inputs[0] is value else node.inputs[0]
 
 
 def _halves(split: ir.Node, axis: int) -> ir.Value | None:
@@ -225,11 +197,6 @@ def _sizes(value: ir.Value | None) -> list[int | None]:
 
 def _supported(value: ir.Value) -> bool:
     return value.dtype in DTYPES
-
-
-def _constant(value: ir.Value | None) -> np.ndarray | None:
-    tensor = ir.convenience.get_const_tensor(value) if value is not None else None
-    return tensor.numpy() if tensor is not None else None
 
 
 def _plain(attribute: ir.Attr) -> object:

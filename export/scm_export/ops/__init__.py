@@ -5,6 +5,7 @@ Feature maps are channels last, ``[N, ..., C]``. EDM2 is arXiv 2312.02696, sCM i
 Unless stated otherwise, a function returns the dtype of its input.
 """
 
+from scm_export.ops.attention import ATTENTION, MASKED_ATTENTION, attention
 from scm_export.ops.consistency_step import CONSISTENCY_STEP, consistency_step
 from scm_export.ops.cosine_attention import COSINE_ATTENTION, cosine_attention
 from scm_export.ops.dense import CONV, CONV3X3, MATMUL, conv, conv3x3, matmul
@@ -20,6 +21,15 @@ from scm_export.ops.fused import (
     norm_modulate_silu_columns,
 )
 from scm_export.ops.geglu import GEGLU, geglu
+from scm_export.ops.group_norm import (
+    GROUP_NORM,
+    GROUP_NORM_MODULATE_SILU,
+    GROUP_NORM_SILU,
+    group_norm,
+    group_norm_modulate_silu,
+    group_norm_silu,
+)
+from scm_export.ops.layer_norm import LAYER_NORM, LAYER_NORM_MODULATE, RMS_NORM, layer_norm, layer_norm_modulate, rms_norm
 from scm_export.ops.modulate_silu import MODULATE_SILU, modulate_silu
 from scm_export.ops.mp_cat import MP_CAT, mp_cat, mp_cat_silu
 from scm_export.ops.mp_silu import MP_SILU, mp_silu
@@ -44,6 +54,8 @@ OPERATORS: dict[str, Operator] = {
         RELU_LINEAR_ATTENTION,
         DEPTHWISE_GLU,
         GEGLU,
+        ATTENTION,
+        MASKED_ATTENTION,
         CONSISTENCY_STEP,
         PHILOX_NORMAL,
         TO_IMAGE,
@@ -54,6 +66,12 @@ OPERATORS: dict[str, Operator] = {
         CONV3X3_MP_SUM,
         MATMUL_MP_SUM,
         NORM_MODULATE_SILU_COLUMNS,
+        GROUP_NORM,
+        GROUP_NORM_SILU,
+        GROUP_NORM_MODULATE_SILU,
+        LAYER_NORM,
+        LAYER_NORM_MODULATE,
+        RMS_NORM,
     )
 }
 
@@ -74,6 +92,7 @@ __all__ = [
     "relu_linear_attention",
     "depthwise_glu",
     "geglu",
+    "attention",
     "consistency_step",
     "philox_normal",
     "to_image",
@@ -84,4 +103,10 @@ __all__ = [
     "conv3x3_mp_sum",
     "matmul_mp_sum",
     "norm_modulate_silu_columns",
+    "group_norm",
+    "group_norm_silu",
+    "group_norm_modulate_silu",
+    "layer_norm",
+    "layer_norm_modulate",
+    "rms_norm",
 ]

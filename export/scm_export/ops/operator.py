@@ -78,7 +78,7 @@ class Operator:
     output_type: str
     body: str
     attributes: tuple[str, ...] = ()
-    sizes: Mapping[str, Callable[..., int]] = field(default_factory=dict)
+    sizes: Mapping[str, Callable[..., int | Sequence[int]]] = field(default_factory=dict)
     """Further attributes, by name: sizes that only the body reads, each a function of the shapes of the inputs. ONNX Runtime computes what a body takes from
     the operator Shape in every run, on a GPU with copies to the host, even if that size is static."""
     activated: bool = False
@@ -107,7 +107,7 @@ class Operator:
             self.identifier, inputs, {**attributes, **sizes}, dtypes=[dtype or like.dtype] * outputs, shapes=shapes, version=OPS_VERSION
         )
 
-    def size_attributes(self, shapes: Sequence[Sequence[int]]) -> dict[str, int]:
+    def size_attributes(self, shapes: Sequence[Sequence[int]]) -> dict[str, int | Sequence[int]]:
         """Return the attributes ``sizes`` of a node, from the shapes of its inputs."""
         return {name: size(*shapes) for name, size in self.sizes.items()}
 
