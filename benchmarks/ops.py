@@ -101,6 +101,7 @@ def cases(device: str) -> list[Case]:
             )
         )
     found += norms(device, dtype)
+    found += transformers(device, dtype)
     for length, heads in ((64, 12), (256, 9), (1024, 6)):
         qkv = torch.randn(1, length, 3 * 64 * heads, device=device, dtype=dtype)
         found.append(
@@ -140,6 +141,29 @@ def norms(device: str, dtype: torch.dtype) -> list[Case]:
             Case("LayerNormModulate", size, (x, random(n, 1, c), random(n, 1, c)), {"eps": 1e-6}, partial(ops.layer_norm_modulate, eps=1e-6)),
             Case("RMSNorm", size, (x, scale), {"eps": 1e-5}, partial(ops.rms_norm, eps=1e-5)),
         ]
+    return found
+
+
+def transformers(device: str, dtype: torch.dtype) -> list[Case]:
+    """Return the operators of transformer blocks, with the tensors of small models and of models in full size."""
+    found = []
+    for size, (channels, side, heads) in {"small SANA-Sprint": (512, 32, 16), "SANA-Sprint": (2240, 32, 70)}.items():
+        q, k, v = torch.randn(3, 1, side * side, channels, device=device, dtype=dtype).unbind(0)
+        found.append(
+            Case(
+                "ReLULinearAttention",
+                size,
+                (q, k, v),
+                {"heads": heads, "eps": 1e-15},
+                lambda q, k, v, heads=heads: ops.relu_linear_attention(q, k, v, heads),
+            )
+        )
+        hidden = 5 * channels
+        x, w, b = (torch.randn(shape, device=device, dtype=dtype) for shape in ((1, hidden, side, side), (hidden, 1, 3, 3), (hidden,)))
+        found.append(Case("DepthwiseGLU", size, (x, w, b), {}, ops.depthwise_glu))
+    for size, (tokens, channels) in {"small latent consistency model": (1024, 64), "latent consistency model": (4096, 320)}.items():
+        x, b = torch.randn(1, tokens, 8 * channels, device=device, dtype=dtype), torch.randn(8 * channels, device=device, dtype=dtype)
+        found.append(Case("GEGLU", size, (x, b), {}, ops.geglu))
     return found
 
 

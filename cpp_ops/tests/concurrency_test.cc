@@ -48,6 +48,9 @@ std::vector<Example> examples(ONNXTensorElementDataType type) {
        {random(type, {2, 150, 4, 8}), random(type, {2, 70, 2, 8}, 1, 1), random(type, {2, 70, 2, 24}), random(type, {2, 1, 1, 70})},
        {{"scale", 0.3f}},
        1},
+      {"ReLULinearAttention", {x, random(type, x.shape, 1, 1), random(type, x.shape, 1, 2)}, {{"heads", std::int64_t{4}}, {"eps", 1e-15f}}, 1},
+      {"DepthwiseGLU", {random(type, {2, 80, 32, 33}), random(type, {80, 1, 3, 3}), random(type, {80})}, {}, 1},
+      {"GEGLU", {random(type, {2, 500, 128}), random(type, {128})}, {}, 1},
       {"ConsistencyStep", {state, random(type, state.shape), state, t, t}, {{"sigma_data", 0.5f}}, 1},
       {"ToImage", {random(type, {2, 3, 120, 110})}, {{"scale", 127.5f}, {"offset", 128.0f}}, 1},
   };

@@ -44,6 +44,8 @@ class Case:
 MAPS = [(3, 1), (1, 5, 3), (3, 64, 7), (1, 7, 5, 64), (3, 4, 3, 65), (3, 77, 64), (0, 4, 4, 7), (3, 0, 4, 7)]
 EXTREMES = np.array([[0, 0, 0, 0], [6e4, 6e4, -6e4, 6e4], [1e-7, 0, 0, 0]])
 NOT_FINITE = np.array([[-math.inf, 1.0, math.inf], [-1.0, math.nan, 0.0]])
+NEGATIVE_QUERY = np.array([[[-1.0, -2.0], [1.0, -2.0]]])  # the denominator of its first token is 0
+NAN_TOKENS = np.concatenate([np.full((1, 2, 4), math.nan), np.ones((1, 2, 4))])
 TIMES = np.array([0.0, 1.1, 1.5645])
 SEEDS = np.array([0, 7, -1, 2**32, -(2**63), 2**63 - 1])
 LEVELS = np.array([-math.inf, -3, -1.9921875, -1.0, -0.0078125, 0.0, 0.0078125, 0.5, 1.9921875, 3, math.inf, math.nan]).reshape(2, 1, 2, 3)
@@ -92,6 +94,29 @@ CASES: dict[str, list[Case]] = {
             *((1, 1, 1, 1), (3, 5, 3, 3), (3, 64, 64, 2), (1, 77, 65, 1), (3, 77, 24, 3), (0, 5, 8, 2), (3, 0, 8, 2)),
             *((1, 64, 64, 1), (1, 77, 64, 1), (3, 256, 128, 2), (1, 1024, 64, 1)),  # heads of 64 channels, as in the networks
         ]
+    ],
+    "scm::ReLULinearAttention": [
+        *(
+            Case(((n, length, channels),) * 3, {"heads": heads, "eps": 1e-15})
+            for n, length, channels, heads in [
+                *((1, 1, 1, 1), (3, 5, 3, 3), (3, 64, 64, 2), (1, 77, 65, 1), (3, 130, 24, 3), (1, 9, 256, 1), (0, 5, 8, 2), (3, 0, 8, 2)),
+                (1, 1024, 64, 2),  # heads of 32 channels, as in SANA
+            ]
+        ),
+        Case((NEGATIVE_QUERY, (1, 2, 2), (1, 2, 2)), {"heads": 1, "eps": 1e-15}),
+        Case((NAN_TOKENS, (2, 2, 4), NAN_TOKENS), {"heads": 2, "eps": 1e-3}),
+    ],
+    "scm::DepthwiseGLU": [
+        *(
+            Case((shape, weights(3, 3, 1, shape[1]).transpose(3, 2, 0, 1), (shape[1],)), {})
+            for shape in [(1, 2, 1, 1), (3, 6, 2, 5), (1, 4, 1, 40), (2, 66, 17, 1), (3, 8, 8, 16), (1, 2, 3, 530), (2, 10, 32, 32), (0, 4, 3, 3)]
+        ),
+        Case((NOT_FINITE.reshape(1, 2, 1, 3), np.ones((2, 1, 3, 3)), (2,)), {}),
+    ],
+    "scm::GEGLU": [
+        *(Case((shape, (shape[-1],)), {}) for shape in [(3, 2), (1, 5, 6), (3, 64, 14), (1, 7, 5, 128), (3, 77, 130), (0, 4, 8), (3, 0, 8), (2, 3, 0)]),
+        Case((np.linspace(-30, 30, 802).reshape(1, -1), np.zeros(802)), {}),
+        Case((np.concatenate([np.ones((2, 3)), NOT_FINITE], axis=-1), np.zeros(6)), {}),
     ],
     "scm::Attention": [
         Case(((n, length, heads, size), (n, keys, key_heads, size), (n, keys, key_heads, width)), {"scale": scale})
@@ -208,6 +233,9 @@ def in_torch(op: str, inputs: Arrays, attributes: Mapping[str, Attribute], outpu
         "scm::ModulateSiLU": ops.modulate_silu,
         "scm::NormModulateSiLU": ops.norm_modulate_silu,
         "scm::CosineAttention": ops.cosine_attention,
+        "scm::ReLULinearAttention": ops.relu_linear_attention,
+        "scm::DepthwiseGLU": ops.depthwise_glu,
+        "scm::GEGLU": ops.geglu,
         "scm::Attention": ops.attention,
         "scm::MaskedAttention": ops.attention,
         "scm::ConsistencyStep": ops.consistency_step,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from onnxscript import ir
+
+from scm_export.ops.operator import Operator
+from scm_runtime.bundle.manifest import OPS_VERSION
 
 
 def is_node(node: ir.Node, op_type: str) -> bool:
@@ -47,6 +50,23 @@ def silu_of(x: ir.Value) -> ir.Node | None:
     if x.is_graph_output() or sigmoid is None or product is None or users != {sigmoid, product}:
         return None
     return product if set(product.inputs) == {x, sigmoid.outputs[0]} else None
+
+
+def replace_output(graph: ir.Graph, last: ir.Node, operator: Operator, inputs: Sequence[ir.Value | None], attributes: Mapping[str, Any]) -> None:
+    """Replace the output of ``last``, a node of the graph, by that of a new node of an operator of ``scm``.
+
+    The nodes between are unused then, and removed with all others that are unused.
+    """
+    shapes = [[size if isinstance(size, int) else 0 for size in value.shape or ()] for value in inputs if value is not None]
+    given = {**attributes, **operator.size_attributes(shapes)}
+    node = ir.Node(operator.domain, operator.name, inputs, ir.convenience.convert_attributes(given), version=OPS_VERSION)
+    old = last.outputs[0]
+    node.outputs[0].type, node.outputs[0].shape = old.type, old.shape
+    graph.insert_before(last, node)
+    old.replace_all_uses_with(node.outputs[0], replace_graph_outputs=True)
+    name, old.name = old.name, f"{old.name}/replaced"
+    node.outputs[0].name, node.name = name, f"node_{name}"
+    graph.remove(last, safe=True)
 
 
 def _size(size: int | str | ir.SymbolicDim) -> int | str | None:

@@ -5,7 +5,7 @@ torch.onnx translates them into several standard operators, each of which reads 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,12 +13,10 @@ import torch
 from onnxscript import ir, opset18
 
 from scm_export.graphs.dense_layers import DTYPES
-from scm_export.graphs.matching import constant, is_node, only_user, other_input, same_shape, silu_of
+from scm_export.graphs.matching import constant, is_node, only_user, other_input, replace_output, same_shape, silu_of
 from scm_export.graphs.translation import add_node
 from scm_export.ops.group_norm import GROUP_NORM, GROUP_NORM_MODULATE_SILU, GROUP_NORM_SILU
 from scm_export.ops.layer_norm import LAYER_NORM, LAYER_NORM_MODULATE, RMS_NORM
-from scm_export.ops.operator import Operator
-from scm_runtime.bundle.manifest import OPS_VERSION
 
 op: Any = opset18  # torch.onnx converts the graph to the requested version afterwards
 
@@ -79,7 +77,7 @@ def _merge_into_group_norm(graph: ir.Graph, norm: ir.Node) -> None:
         if columns is not None:
             operator, inputs, last = GROUP_NORM_MODULATE_SILU, [*inputs, columns], activation
     if last is not norm:
-        _replace(graph, last, operator, inputs, attributes)
+        replace_output(graph, last, operator, inputs, attributes)
 
 
 def _replace_layer_norm(graph: ir.Graph, norm: ir.Node) -> None:
@@ -94,12 +92,12 @@ def _replace_layer_norm(graph: ir.Graph, norm: ir.Node) -> None:
     if (modulated := _modulation(last.outputs[0])) is not None and bias is None and _is_ones(scale):
         n, channels = x.shape[0], x.shape[-1]
         if len(x.shape) == 3 and all(value.dtype == source.dtype and same_shape(value.shape, [n, 1, channels]) for value in (modulated.scale, modulated.shift)):
-            _replace(graph, modulated.last, LAYER_NORM_MODULATE, [source, modulated.scale, modulated.shift], attributes)
+            replace_output(graph, modulated.last, LAYER_NORM_MODULATE, [source, modulated.scale, modulated.shift], attributes)
             return
     name, channels = last.outputs[0].name, x.shape[-1]
     scale = _float32(graph, last, scale)
     bias = _initializer(graph, f"{name}/bias", np.zeros(channels, np.float32)) if bias is None else _float32(graph, last, bias)
-    _replace(graph, last, LAYER_NORM, [source, scale, bias], attributes)
+    replace_output(graph, last, LAYER_NORM, [source, scale, bias], attributes)
 
 
 def _replace_rms_norm(graph: ir.Graph, mean: ir.Node) -> None:
@@ -123,7 +121,7 @@ def _replace_rms_norm(graph: ir.Graph, mean: ir.Node) -> None:
         return
     source, last = _half_precision(scaled, x)
     if source.dtype in DTYPES:
-        _replace(
+        replace_output(
             graph,
             last,
             RMS_NORM,
@@ -203,20 +201,6 @@ def _flattened(graph: ir.Graph, before: ir.Node, value: ir.Value, channels: int)
 
 # ----------------------------------------------------------------------------
 # Nodes and their parts.
-
-
-def _replace(graph: ir.Graph, last: ir.Node, operator: Operator, inputs: Sequence[ir.Value | None], attributes: Mapping[str, Any]) -> None:
-    """Replace the output of ``last`` by that of a new node. The nodes between are unused then, and removed with all others that are unused."""
-    shapes = [[size if isinstance(size, int) else 0 for size in value.shape or ()] for value in inputs if value is not None]
-    given = {**attributes, **operator.size_attributes(shapes)}
-    node = ir.Node(operator.domain, operator.name, inputs, ir.convenience.convert_attributes(given), version=OPS_VERSION)
-    old = last.outputs[0]
-    node.outputs[0].type, node.outputs[0].shape = old.type, old.shape
-    graph.insert_before(last, node)
-    old.replace_all_uses_with(node.outputs[0], replace_graph_outputs=True)
-    name, old.name = old.name, f"{old.name}/replaced"
-    node.outputs[0].name, node.name = name, f"node_{name}"
-    graph.remove(last, safe=True)
 
 
 def _insert(graph: ir.Graph, before: ir.Node, node: ir.Node, name: str, dtype: ir.DataType | None, shape: Sequence[Any]) -> ir.Value:

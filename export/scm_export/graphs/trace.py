@@ -21,6 +21,7 @@ from scm_export.graphs.dense_layers import replace_dense_layers
 from scm_export.graphs.functions import attach_functions, optimize
 from scm_export.graphs.norms import norm_translations, replace_norms
 from scm_export.graphs.trace_errors import explain, fixed_batch, quiet_tracer
+from scm_export.graphs.transformer_blocks import replace_transformer_blocks
 from scm_export.graphs.weight_layout import fold_weight_transposes
 from scm_export.model import Model
 from scm_export.ops import operators_as_nodes
@@ -129,6 +130,7 @@ def _trace(
             use_constant_shapes(traced)
             fold_weight_transposes(traced)
             if operators:
+                replace_transformer_blocks(traced)
                 replace_norms(traced)
                 replace_dense_layers(traced)
             insert_float32_casts(traced)

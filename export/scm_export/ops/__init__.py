@@ -9,6 +9,7 @@ from scm_export.ops.attention import ATTENTION, MASKED_ATTENTION, attention
 from scm_export.ops.consistency_step import CONSISTENCY_STEP, consistency_step
 from scm_export.ops.cosine_attention import COSINE_ATTENTION, cosine_attention
 from scm_export.ops.dense import CONV, CONV3X3, MATMUL, conv, conv3x3, matmul
+from scm_export.ops.depthwise_glu import DEPTHWISE_GLU, depthwise_glu
 from scm_export.ops.fused import (
     CONV3X3_MODULATE_SILU,
     CONV3X3_MP_SUM,
@@ -19,6 +20,7 @@ from scm_export.ops.fused import (
     matmul_mp_sum,
     norm_modulate_silu_columns,
 )
+from scm_export.ops.geglu import GEGLU, geglu
 from scm_export.ops.group_norm import (
     GROUP_NORM,
     GROUP_NORM_MODULATE_SILU,
@@ -36,6 +38,7 @@ from scm_export.ops.norm_modulate_silu import NORM_MODULATE_SILU, norm_modulate_
 from scm_export.ops.operator import Operator, operators_as_nodes
 from scm_export.ops.philox_normal import PHILOX_NORMAL, philox_normal
 from scm_export.ops.pixel_norm import PIXEL_NORM, pixel_norm, pixel_norm_silu
+from scm_export.ops.relu_linear_attention import RELU_LINEAR_ATTENTION, relu_linear_attention
 from scm_export.ops.to_image import TO_IMAGE, to_image
 
 OPERATORS: dict[str, Operator] = {
@@ -48,6 +51,9 @@ OPERATORS: dict[str, Operator] = {
         MODULATE_SILU,
         NORM_MODULATE_SILU,
         COSINE_ATTENTION,
+        RELU_LINEAR_ATTENTION,
+        DEPTHWISE_GLU,
+        GEGLU,
         ATTENTION,
         MASKED_ATTENTION,
         CONSISTENCY_STEP,
@@ -83,6 +89,9 @@ __all__ = [
     "modulate_silu",
     "norm_modulate_silu",
     "cosine_attention",
+    "relu_linear_attention",
+    "depthwise_glu",
+    "geglu",
     "attention",
     "consistency_step",
     "philox_normal",

@@ -159,4 +159,5 @@ inline float __uint_as_float(std::uint32_t bits) {
 
 inline float __expf(float x) { return std::exp(x); }
 inline float __fdividef(float x, float y) { return x / y; }
+inline float normcdff(float x) { return static_cast<float>(std::erfc(-x / std::sqrt(2.0)) / 2); }
 inline float __fmul_rn(float x, float y) { return x * y; }
