@@ -1,12 +1,12 @@
 """Are the native operators worth their library? Each kernel against its own function body and PyTorch eager; then whole steps.
 
-    python benchmarks/ops.py [--device cpu|cuda] [--only operators|steps] [--size XXS] [--size S]
+    python benchmarks/ops.py [--device cpu|cuda] [--only operators|steps|convolutions] [--size XXS] [--size S]
 
 Operators: the same single-node graph runs in ONNX Runtime with the library (kernel) and without (body); PyTorch runs the reference function.
 Bandwidth counts inputs and outputs once, relative to the bandwidth of copying a tensor of 256 MB. Steps: EDM2 with sCM's changes and random
 weights, batch 1: the exported step with the library and without, a plain export of the same network without scm operators, PyTorch eager. By
 default only XXS; S takes minutes. Rows that are not measured stay in the results. All candidates are interleaved; ratios are of medians, and
-"x" is the time of the other candidate divided by that of the library.
+"x" is the time of the other candidate divided by that of the library. Convolutions, by name only: the layers' shapes against ONNX Runtime's Conv.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import numpy as np
 import onnx
 import torch
 from _common import interleaved, save_and_print, stored_figures
+from _convolutions import convolutions
 from _peers.models import random_checkpoint
 from onnx import helper
 
@@ -255,9 +256,12 @@ def steps(device: str, sizes: list[str]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--only", choices=["operators", "steps"])
+    parser.add_argument("--only", choices=["operators", "steps", "convolutions"])
     parser.add_argument("--size", choices=[name.split()[0] for name in SIZES], action="append")
     chosen = parser.parse_args()
+    if chosen.only == "convolutions":
+        save_and_print("ops-convolutions-cpu", convolutions())
+        return
     if chosen.only != "steps":
         save_and_print(f"ops-{chosen.device}", operators(chosen.device))
     if chosen.only != "operators":

@@ -16,7 +16,8 @@ void add_consistency_step(CustomOps& ops, const OrtApi& api);
 void add_philox_normal(CustomOps& ops, const OrtApi& api);
 void add_to_image(CustomOps& ops, const OrtApi& api);
 
-// These add the convolutions of the domains `scm.channels_last` and `scm.channels_first` and layers of `scm.fused`, version 1, for the CPU, with float32 arithmetic.
+// These add the convolutions of the domains `scm.channels_last` and `scm.channels_first` and layers of `scm.fused`, version 1, for the CPU, with float32
+// arithmetic.
 void add_float32_channels_last(CustomOps& ops, const OrtApi& api);
 void add_float32_channels_first(CustomOps& ops, const OrtApi& api);
 void add_float32_fused(CustomOps& ops, const OrtApi& api);

@@ -1,5 +1,5 @@
-// Conv3x3 and MatMul of the domain scm.channels_last, and Conv of scm.channels_first, with the kernels that the library registers on this processor: for bfloat16
-// instructions, or in float32. SCM_OPS_MAX_ISA selects others.
+// Conv3x3 and MatMul of the domain scm.channels_last, and Conv of scm.channels_first, with the kernels that the library registers on this processor: with
+// bfloat16 instructions, or in float32. SCM_OPS_MAX_ISA selects others.
 #include <cmath>
 
 #include "support.h"

@@ -14,7 +14,8 @@ template <typename T>
 class FusedTest : public ::testing::Test {
  protected:
   void SetUp() override {
-    if (!fake_ort::find("Conv3x3MPSum", {kType<T>, kType<T>, kType<T>}, "high")) GTEST_SKIP() << "convolutions run on bfloat16 instructions, or are ONNX Runtime's";
+    const bool exists = fake_ort::find("Conv3x3MPSum", {kType<T>, kType<T>, kType<T>}, "high");
+    if (!exists) GTEST_SKIP() << "convolutions run on bfloat16 instructions, or are ONNX Runtime's";
   }
 };
 TYPED_TEST_SUITE(FusedTest, Elements, ElementNames);
@@ -25,7 +26,8 @@ TYPED_TEST(FusedTest, ModulateGivesTheSameBitsAsTwoOperators) {
   for (const Sizes& map : kMaps) {
     SCOPED_TRACE(text(map));
     const std::int64_t outputs = 70;
-    const Tensor x = random(kType<TypeParam>, map), w = random(kType<TypeParam>, {outputs, map[3], 3, 3}, 0.1, 1), scales = random(kType<TypeParam>, {map[0], outputs + 9}, 1, 2);
+    const Tensor x = random(kType<TypeParam>, map), w = random(kType<TypeParam>, {outputs, map[3], 3, 3}, 0.1, 1);
+    const Tensor scales = random(kType<TypeParam>, {map[0], outputs + 9}, 1, 2);
     const Attributes columns{{"begin", Sizes{4}}, {"end", Sizes{4 + outputs}}};
     Values scale;
     for (std::int64_t n = 0; n < map[0]; ++n) {

@@ -35,7 +35,8 @@ struct Case {
 
 // Offset of an element of a map.
 std::size_t at(const Case& c, bool channels_first, std::int64_t channels, std::int64_t n, std::int64_t h, std::int64_t w, std::int64_t channel) {
-  return static_cast<std::size_t>(channels_first ? ((n * channels + channel) * c.height + h) * c.width + w : ((n * c.height + h) * c.width + w) * channels + channel);
+  const std::int64_t first = ((n * channels + channel) * c.height + h) * c.width + w, last = ((n * c.height + h) * c.width + w) * channels + channel;
+  return static_cast<std::size_t>(channels_first ? first : last);
 }
 
 Values reference(const Case& c, bool channels_first, const Values& x, const Values& weight, const Values& bias) {
@@ -48,7 +49,9 @@ Values reference(const Case& c, bool channels_first, const Values& x, const Valu
           for (std::int64_t tap = 0; tap < 9; ++tap) {
             const std::int64_t row = h + tap / 3 - 1, column = w + tap % 3 - 1;
             if (row < 0 || row >= c.height || column < 0 || column >= c.width) continue;
-            for (std::int64_t i = 0; i < c.in; ++i) sum += x[at(c, channels_first, c.in, n, row, column, i)] * weight[static_cast<std::size_t>((o * c.in + i) * 9 + tap)];
+            for (std::int64_t i = 0; i < c.in; ++i) {
+              sum += x[at(c, channels_first, c.in, n, row, column, i)] * weight[static_cast<std::size_t>((o * c.in + i) * 9 + tap)];
+            }
           }
           y[at(c, channels_first, c.out, n, h, w, o)] = sum;
         }
@@ -70,8 +73,9 @@ Tensor apply(const Kernels<T>& kernels, const Case& c, bool channels_first, cons
   p.channels_first = channels_first;
   p.plan = plan;
   // Scratch memory has undefined contents.
-  std::vector<float> v(static_cast<std::size_t>(winograd::v_size(p.sizes, plan)), std::numeric_limits<float>::quiet_NaN());
-  std::vector<float> scratch(static_cast<std::size_t>(std::max(winograd::transform_scratch(p.sizes), winograd::multiply_scratch(plan))), std::numeric_limits<float>::quiet_NaN());
+  constexpr float kUndefined = std::numeric_limits<float>::quiet_NaN();
+  const std::int64_t scratch_size = std::max(winograd::transform_scratch(p.sizes), winograd::multiply_scratch(plan));
+  std::vector<float> v(static_cast<std::size_t>(winograd::v_size(p.sizes, plan)), kUndefined), scratch(static_cast<std::size_t>(scratch_size), kUndefined);
   p.v = v.data();
   for (p.first = 0; p.first < p.sizes.tiles(); p.first += plan.group) {
     p.count = std::min(plan.group, p.sizes.tiles() - p.first);
@@ -97,8 +101,8 @@ TYPED_TEST(WinogradTest, EqualsTheSumOverTapsHoweverTheWorkIsDivided) {
   for (const Case& c : {Case{1, 1, 1, 1, 1}, Case{2, 3, 5, 33, 17}, Case{3, 4, 4, 16, 64}, Case{1, 9, 30, 20, 66}, Case{2, 17, 2, 5, 4}, Case{1, 2, 35, 50, 33},
                         Case{5, 7, 6, 48, 100}}) {
     for (const bool channels_first : {false, true}) {
-      const Tensor x = random(kType<T>, c.map(channels_first, c.in)), weight = random(kType<T>, {c.out, c.in, 3, 3}, 1 / std::sqrt(9.0 * static_cast<double>(c.in)), 1);
-      const Tensor bias = random(kType<T>, {c.out}, 1, 2);
+      const Tensor x = random(kType<T>, c.map(channels_first, c.in)), bias = random(kType<T>, {c.out}, 1, 2);
+      const Tensor weight = random(kType<T>, {c.out, c.in, 3, 3}, 1 / std::sqrt(9.0 * static_cast<double>(c.in)), 1);
       const Values expected = reference(c, channels_first, values(x), values(weight), values(bias));
       Tensor fused;  // of the first level with fused multiply-adds
       for (const auto& [level, kernels] : levels<T>()) {
@@ -122,7 +126,8 @@ TYPED_TEST(WinogradTest, ComputesTilesThatAreNotFiniteAsTheSumOverTaps) {
     for (const bool channels_first : {false, true}) {
       Values x = values(random(kType<T>, c.map(channels_first, c.in)));
       x[at(c, channels_first, c.in, 1, 4, 3, 19)] = special;
-      const Tensor X = tensor(kType<T>, c.map(channels_first, c.in), x), weight = random(kType<T>, {c.out, c.in, 3, 3}, 0.1, 1), bias = random(kType<T>, {c.out}, 1, 2);
+      const Tensor X = tensor(kType<T>, c.map(channels_first, c.in), x), weight = random(kType<T>, {c.out, c.in, 3, 3}, 0.1, 1);
+      const Tensor bias = random(kType<T>, {c.out}, 1, 2);
       const Values expected = reference(c, channels_first, values(X), values(weight), values(bias));
       for (const auto& [level, kernels] : levels<T>()) {
         SCOPED_TRACE(::testing::Message() << level << ", " << special);

@@ -39,7 +39,7 @@ void transform_weight_row(const float* chunk, std::int64_t inputs, std::int64_t 
   }
 }
 
-// All rows. Six streams of stores at a time: the points of U are pages apart, and a processor has few entries for stores in its first-level TLB.
+// All rows, one after the other: six streams of stores at a time.
 void transform_weights(const float* chunk, std::int64_t inputs, std::int64_t width, std::int64_t stride, float* to) {
   transform_weight_row<0>(chunk, inputs, width, stride, to);
   transform_weight_row<1>(chunk, inputs, width, stride, to);
@@ -49,9 +49,11 @@ void transform_weights(const float* chunk, std::int64_t inputs, std::int64_t wid
   transform_weight_row<5>(chunk, inputs, width, stride, to);
 }
 
-// M = the sums over the input channels for tiles [first, first + tiles) of the group. Point e of (tile, output) goes to m[e * m_stride + tile * width + output].
+// M = the sums over the input channels for tiles [first, first + tiles) of the group. Point e of (tile, output) goes to
+// m[e * m_stride + tile * width + output].
 template <typename T>
-void multiply_points(const Params<T>& p, const Outputs& outputs, std::int64_t first, std::int64_t tiles, float* u, float* m, std::int64_t m_stride, float* chunk) {
+void multiply_points(const Params<T>& p, const Outputs& outputs, std::int64_t first, std::int64_t tiles, float* u, float* m, std::int64_t m_stride,
+                     float* chunk) {
   const Sizes& s = p.sizes;
   const std::int64_t width = outputs.width, depth = p.plan.depth, v_stride = p.plan.group * kStep + kPad, v_step = kPoints * v_stride;
   const float* v = p.v + first * kStep;

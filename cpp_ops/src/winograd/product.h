@@ -97,8 +97,8 @@ inline void multiply_matrix(Operands p, std::int64_t rows, std::int64_t vectors)
 
 // The products of the points of row kRow, for kTiles tiles and one vector of outputs of a chunk. Point e of a tile is at v + e * v_stride and m + e * m_stride.
 template <int kRow, int kTiles>
-void multiply_row_of_points(const float* chunk, std::int64_t inputs, std::int64_t output, const float* v, std::int64_t v_stride, float* m, std::int64_t m_stride,
-                            std::int64_t width, bool from_zero) {
+void multiply_row_of_points(const float* chunk, std::int64_t inputs, std::int64_t output, const float* v, std::int64_t v_stride, float* m,
+                            std::int64_t m_stride, std::int64_t width, bool from_zero) {
   Vector sums[6][kTiles];
 #pragma GCC unroll 6
   for (int j = 0; j < 6; ++j) {

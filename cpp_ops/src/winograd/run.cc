@@ -39,12 +39,13 @@ bool available() {
 
 Plan choose_plan(const Sizes& s, std::int64_t threads) {
   const std::int64_t tiles = s.tiles();
-  // Few tiles: transforming the weights in registers, for 2 or 4 tiles at a time, takes less time than storing them. With 16 outputs, weights are read along 16 rows.
+  // Few tiles: transforming the weights in registers, for 2 or 4 tiles at a time, takes less time than storing them. With 16 outputs, weights are read along
+  // 16 rows.
   constexpr std::int64_t kFew = 8;
   if (tiles <= kFew) return {tiles, tiles, 16, 0, false};
-  // M and U of a piece take half a megabyte of the second-level cache: 48 tiles by 32 outputs 0.2 MB, and 64 inputs by 32 outputs 0.3 MB. V of a chunk is 1.3 MB
-  // for 192 inputs.
-  constexpr std::int64_t kChunk = 48, kBlockOfChunk = 32, kDepth = 64, kMaxSeparateV = (6 << 20) / sizeof(float);
+  // V, M and U of a chunk fit into the second-level cache: for 192 inputs 0.9 MB, 0.15 MB (32 tiles by 32 outputs) and 0.3 MB (64 inputs by 32 outputs). More
+  // tiles would share the transforms of the weights, but were not faster (benchmarks/NOTES.md).
+  constexpr std::int64_t kChunk = 32, kBlockOfChunk = 32, kDepth = 64, kMaxSeparateV = (6 << 20) / sizeof(float);
   const std::int64_t chunks = (tiles + kChunk - 1) / kChunk, chunk = (tiles + chunks - 1) / chunks, rounds = (chunks + threads - 1) / threads;
   Plan plan{chunk, chunk, kBlockOfChunk, kDepth, true};
   if (chunks * 4 >= rounds * threads * 3 && v_size(s, plan) <= kMaxSeparateV) return plan;

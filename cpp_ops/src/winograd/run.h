@@ -6,7 +6,7 @@
 
 namespace scm::winograd {
 
-// True if this processor has fused multiply-adds for vectors: x86-64-v3, x86-64-v4 or AArch64. The kernels are correct on others, but not faster than ONNX Runtime.
+// True if this processor has fused multiply-adds for vectors: x86-64-v3, x86-64-v4 or AArch64. The kernels are correct on others, but were not timed there.
 bool available();
 
 // Chooses how a run on `threads` threads divides its work.

@@ -9,8 +9,8 @@
 //   multiply    a piece of work: a chunk of the tiles by a block of output channels
 // The weights are read where they are, [out, in, 3, 3], and transformed while they are read, so they take no memory besides the session's copy.
 //
-// The terms of a sum are always added in the order of the input channels, so a result depends neither on the batch nor on the division of the work. It is also the
-// same for all instruction sets with fused multiply-adds.
+// The terms of a sum are always added in the order of the input channels, so a result depends neither on the batch nor on the division of the work. It is also
+// the same for all instruction sets with fused multiply-adds.
 //
 // The transforms would spread NaN and infinity over a tile. A tile with an output that is not finite is computed again without them.
 #pragma once
@@ -74,7 +74,7 @@ constexpr std::int64_t kPad = 16;
 
 inline std::int64_t round_up(std::int64_t value, std::int64_t to) { return (value + to - 1) / to * to; }
 
-// Sizes in floats: of V, and of a thread's scratch memory in each phase, which is aligned to 64 bytes.
+// Sizes in floats: of V, and of a thread's scratch memory in each phase.
 inline std::int64_t v_size(const Sizes& s, const Plan& plan) { return round_up(s.in, kStep) / kStep * kPoints * (plan.group * kStep + kPad); }
 inline std::int64_t u_size(const Plan& plan) { return plan.depth == 0 ? 0 : kPoints * (plan.depth * plan.block + kPad); }
 inline std::int64_t m_size(const Plan& plan) { return kPoints * (plan.chunk * plan.block + kPad); }
