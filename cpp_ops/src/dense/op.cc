@@ -6,6 +6,7 @@
 
 #include "dense/layer.h"
 #include "ops.h"
+#include "product/run.h"
 
 namespace scm {
 namespace {
@@ -72,6 +73,13 @@ void run_dense(Context& run, Params<T> p, bool split_bf16) {
 }
 
 // The operator `Layer` (dense/layer.h) with bfloat16 kernels.
+// Returns whether the product in float32 is faster than three in bfloat16: a 1x1 convolution of few channels takes less time than the conversion and the transposes
+// of its map. The limit is measured (benchmarks/NOTES.md, P5).
+template <class Layer>
+bool is_faster_in_float32(const Sizes& s) {
+  return Layer::kChannelsFirst && s.kernel_size == 1 && s.in_channels * s.out_channels <= 43 * (s.in_channels + s.out_channels);
+}
+
 template <class Layer, bool kSplitBf16>
 class DenseOp : public Layer {
  public:
@@ -80,7 +88,9 @@ class DenseOp : public Layer {
     if (!w.data) return;
     Shape x{std::vector<Dim>(4, Dim{0}), true};  // packing depends only on the number of channels
     x.dims[Layer::kChannelsFirst ? 1 : 3] = w.shape[Layer::kInChannelsAxis];
-    packed_ = Packed(w, Layer::strides(w.shape), Layer::sizes(x, w.shape), kSplitBf16);
+    const Sizes sizes = Layer::sizes(x, w.shape);
+    if (kSplitBf16 && is_faster_in_float32<Layer>(sizes)) return;
+    packed_ = Packed(w, Layer::strides(w.shape), sizes, kSplitBf16);
   }
 
   template <typename T>
@@ -95,6 +105,10 @@ class DenseOp : public Layer {
     }
     const Shape y = this->infer(inputs)[0];
     const Sizes sizes = Layer::sizes(x.shape, w.shape);
+    if (kSplitBf16 && is_faster_in_float32<Layer>(sizes)) {
+      product::run<T>(run, {w.as<T>(), x.as<T>(), bias, run.output<T>(0, y), sizes.samples, sizes.out_channels, sizes.height * sizes.width, sizes.in_channels, 0, 0, nullptr});
+      return;
+    }
     Packed packed_now;  // if the weights are not constant
     if (!packed_.get()) packed_now = Packed(w, Layer::strides(w.shape), sizes, kSplitBf16);
     const std::uint16_t* const weight = packed_.get() ? packed_.get() : packed_now.get();
