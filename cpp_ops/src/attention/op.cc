@@ -8,7 +8,7 @@ namespace scm {
 namespace {
 
 constexpr std::int64_t kMaxSize = 256;  // channels per head
-constexpr std::int64_t kProductsPerPiece = std::int64_t{1} << 22;  // multiplications that are worth a thread's wake-up
+constexpr std::int64_t kProductsPerPiece = std::int64_t{1} << 20;  // multiplications that are worth a thread's wake-up
 
 struct AttentionBase {
   static constexpr std::array kOutputs{Argument{"y"}};
@@ -42,14 +42,27 @@ struct AttentionBase {
 
   template <typename T>
   attention::Params<T> params(Context& run, std::size_t count) const {
+    std::vector<Input> inputs;
     Shapes shapes;
-    for (std::size_t i = 0; i < count; ++i) shapes.push_back(run.input(i).shape);
-    T* y = run.output<T>(0, infer(shapes)[0]);
-    const Shape &q = shapes[0], &k = shapes[1], &v = shapes[2];
-    attention::Params<T> p{run.input(0).as<T>(), run.input(1).as<T>(), run.input(2).as<T>(), nullptr,    y, q[0].value, q[1].value, k[1].value, q[2].value,
-                           k[2].value,           q[3].value,           v[3].value,           {0, 0, 0}, scale, nullptr};
+    for (std::size_t i = 0; i < count; ++i) {
+      inputs.push_back(run.input(i));
+      shapes.push_back(inputs[i].shape);
+    }
+    attention::Params<T> p{};
+    p.y = run.output<T>(0, infer(shapes)[0]);
+    p.q = inputs[0].as<T>();
+    p.k = inputs[1].as<T>();
+    p.v = inputs[2].as<T>();
+    p.samples = shapes[0][0].value;
+    p.queries = shapes[0][1].value;
+    p.keys = shapes[1][1].value;
+    p.heads = shapes[0][2].value;
+    p.key_heads = shapes[1][2].value;
+    p.size = shapes[0][3].value;
+    p.value_size = shapes[2][3].value;
+    p.scale = scale;
     if (count > 3) {
-      p.mask = run.input(3).as<T>();
+      p.mask = inputs[3].as<T>();
       std::int64_t stride = p.keys;
       for (std::size_t axis = 3; axis-- > 0;) {
         if (shapes[3][axis].value > 1) p.mask_strides[axis] = stride;
