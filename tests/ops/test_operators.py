@@ -96,7 +96,13 @@ CASES: dict[str, list[Case]] = {
     "scm::Attention": [
         Case(((n, length, heads, size), (n, keys, key_heads, size), (n, keys, key_heads, width)), {"scale": scale})
         for n, length, keys, heads, key_heads, size, width, scale in [
-            *((1, 1, 1, 1, 1, 1, 1, 1.0), (3, 5, 7, 2, 1, 3, 4, 0.5), (1, 64, 77, 8, 8, 40, 40, 0.2), (3, 70, 130, 6, 3, 33, 65, 0.1), (2, 256, 256, 2, 2, 8, 8, 0.3)),
+            *(
+                (1, 1, 1, 1, 1, 1, 1, 1.0),
+                (3, 5, 7, 2, 1, 3, 4, 0.5),
+                (1, 64, 77, 8, 8, 40, 40, 0.2),
+                (3, 70, 130, 6, 3, 33, 65, 0.1),
+                (2, 256, 256, 2, 2, 8, 8, 0.3),
+            ),
             *((1, 65, 129, 1, 1, 256, 256, 0.0625), (0, 5, 7, 2, 1, 3, 4, 0.5), (3, 0, 7, 2, 1, 3, 4, 0.5), (3, 5, 0, 2, 2, 3, 4, 0.5)),
         ]
     ],
@@ -110,7 +116,10 @@ CASES: dict[str, list[Case]] = {
         ),
         # Queries that may attend to no key, and a key of NaN that nobody may attend to: softmax adds -infinity to its score, which stays NaN.
         Case(((1, 3, 1, 4), (1, 5, 1, 4), (1, 5, 1, 4), np.array([[0.0] * 5, [-math.inf] * 5, [-math.inf] * 4 + [0.0]]).reshape(1, 1, 3, 5)), {"scale": 0.5}),
-        Case(((1, 2, 1, 3), np.array([[1.0, 0, 0], [math.nan, 0, 0]]).reshape(1, 2, 1, 3), (1, 2, 1, 3), np.array([0.0, -math.inf]).reshape(1, 1, 1, 2)), {"scale": 0.5}),
+        Case(
+            ((1, 2, 1, 3), np.array([[1.0, 0, 0], [math.nan, 0, 0]]).reshape(1, 2, 1, 3), (1, 2, 1, 3), np.array([0.0, -math.inf]).reshape(1, 1, 1, 2)),
+            {"scale": 0.5},
+        ),
     ],
     "scm::ConsistencyStep": [
         Case((shape, shape, shape, TIMES[: shape[0]], TIMES[::-1][: shape[0]].copy()), {"sigma_data": 0.5})
