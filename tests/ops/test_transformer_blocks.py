@@ -36,7 +36,8 @@ class OnTokens(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.network(x.flatten(2).transpose(1, 2))
-        return y.transpose(1, 2).unflatten(2, x.shape[2:])
+        turned: Tensor = y.transpose(1, 2).unflatten(2, x.shape[2:])
+        return turned
 
 
 class Blocks(nn.Module):
@@ -67,7 +68,8 @@ class GatedConvolution(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         convolved = self.depthwise(functional.silu(self.first(x)))
         a, g = convolved.chunk(2, dim=1)
-        return a * functional.silu(g) + (convolved.mean() if self.twice else 0)
+        y: Tensor = a * functional.silu(g) + (convolved.mean() if self.twice else 0)
+        return y
 
 
 class GatedLayer(nn.Module):
@@ -79,7 +81,8 @@ class GatedLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         a, g = self.linear(x).chunk(2, dim=-1)
-        return self.gate(a) * g if self.first else a * self.gate(g)
+        y: Tensor = self.gate(a) * g if self.first else a * self.gate(g)
+        return y
 
 
 class OtherAttention(nn.Module):

@@ -27,9 +27,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, sc
     Returns:
         ``[N, L, heads, E]``.
     """
-    turned = (x.transpose(1, 2) for x in (q, k, v))
+    q_turned, k_turned, v_turned = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     grouped = q.shape[2] != k.shape[2]
-    return functional.scaled_dot_product_attention(*turned, attn_mask=mask, scale=scale, enable_gqa=grouped).transpose(1, 2)
+    return functional.scaled_dot_product_attention(q_turned, k_turned, v_turned, attn_mask=mask, scale=scale, enable_gqa=grouped).transpose(1, 2)
 
 
 # Heads that share keys are an axis of their own, so that the products broadcast. A 0 in a shape keeps the size of that axis.
