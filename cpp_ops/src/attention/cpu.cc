@@ -17,7 +17,7 @@ constexpr std::int64_t kKeys = 64;  // keys per iteration
 constexpr int kPadding = kLanes > kTileRows ? kLanes : kTileRows;  // channels are padded to multiples of both
 static_assert(kQueries % kTileColumns == 0 && kKeys % kTileRows == 0 && kPadding % kLanes == 0 && kPadding % kTileRows == 0);
 
-typedef std::int32_t Integers __attribute__((vector_size(sizeof(Vector))));
+typedef std::uint32_t Integers __attribute__((vector_size(sizeof(Vector))));
 
 constexpr std::int64_t padded(std::int64_t count) { return (count + kPadding - 1) / kPadding * kPadding; }
 constexpr std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
@@ -138,7 +138,7 @@ bool exponentials(float* S, Softmax& softmax, std::int64_t keys, std::int64_t co
     store(softmax.maxima + query, maximum);
     store(softmax.sums + query, sum);
     store(softmax.corrections + query, correction);
-    const Integers changed = correction != 1.0f;
+    const auto changed = correction != 1.0f;
     for (int i = 0; i < kLanes; ++i) corrected |= changed[i] != 0;
   }
   return corrected;

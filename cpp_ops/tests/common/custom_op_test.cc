@@ -25,7 +25,7 @@ struct Example {
 
 // Returns a small node of each operator.
 std::vector<Example> examples(ONNXTensorElementDataType type) {
-  const Tensor x = random(type, {2, 5, 4}), per_sample = random(kFloat, {2});
+  const Tensor x = random(type, {2, 5, 4}), per_sample = random(kFloat, {2}), per_channel = random(kFloat, {5}), per_column = random(kFloat, {4});
   const Tensor state = random(kFloat, {2, 5, 4}), heads = random(type, {2, 5, 2, 4});
   return {
       {"PixelNorm", {x}, {{"eps", 1e-4f}}, 2},
@@ -37,6 +37,15 @@ std::vector<Example> examples(ONNXTensorElementDataType type) {
       {"CosineAttention", {random(type, {2, 5, 12})}, {{"heads", std::int64_t{2}}, {"eps", 1e-4f}}, 1},
       {"Attention", {heads, heads, heads}, {{"scale", 0.5f}}, 1},
       {"MaskedAttention", {heads, heads, heads, random(type, {2, 1, 1, 5})}, {{"scale", 0.5f}}, 1},
+      {"ReLULinearAttention", {x, x, x}, {{"heads", std::int64_t{2}}, {"eps", 1e-15f}}, 1},
+      {"DepthwiseGLU", {random(type, {2, 4, 5, 3}), random(type, {4, 1, 3, 3}), random(type, {4})}, {}, 1},
+      {"GEGLU", {x, random(type, {4})}, {}, 1},
+      {"GroupNorm", {x, per_channel, per_channel}, {{"groups", std::int64_t{1}}, {"eps", 1e-5f}}, 1},
+      {"GroupNormSiLU", {x, per_channel, per_channel}, {{"groups", std::int64_t{1}}, {"eps", 1e-5f}}, 1},
+      {"GroupNormModulateSiLU", {x, per_channel, per_channel, random(type, {2, 10})}, {{"groups", std::int64_t{1}}, {"eps", 1e-5f}}, 1},
+      {"LayerNorm", {x, per_column, per_column}, {{"eps", 1e-5f}}, 1},
+      {"LayerNormModulate", {x, random(type, {2, 1, 4}), random(type, {2, 1, 4})}, {{"eps", 1e-5f}}, 1},
+      {"RMSNorm", {x, per_column}, {{"eps", 1e-5f}}, 1},
       {"ConsistencyStep", {state, x, state, per_sample, per_sample}, {{"sigma_data", 0.5f}}, 1},
       {"PhiloxNormal", {integers({2}, {1, 2}), integers({}, {0}), scalar(1)}, {{"shape", Sizes{3, 4}}}, 1},
       {"ToImage", {random(type, {2, 3, 4, 5})}, {{"scale", 127.5f}, {"offset", 128.0f}}, 1},
