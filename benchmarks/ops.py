@@ -176,7 +176,8 @@ def session(model: onnx.ModelProto | Path, device: str, *, native: bool) -> Any:
         library = find_library()
         if library is None:
             raise SystemExit("the native library is not installed: make ops")
-        options.add_session_config_entry(MATMUL_PRECISION, "high")  # as in a Generator
+        if device == "cpu":
+            options.add_session_config_entry(MATMUL_PRECISION, "high")  # a Generator's default
         options.register_custom_ops_library(str(library.path))
     data = str(model) if isinstance(model, Path) else model.SerializeToString()
     provider = "CUDAExecutionProvider" if device == "cuda" else "CPUExecutionProvider"

@@ -15,7 +15,7 @@ import onnx
 import pytest
 from click.testing import CliRunner
 
-from support import ROOT
+from support import ROOT, native_library
 
 sys.path.insert(0, str(ROOT / "benchmarks"))  # the scripts import one another from there
 
@@ -341,6 +341,16 @@ def test_the_digits_are_drawn_by_ours_and_by_a_plain_export_and_not_again(tmp_pa
     monkeypatch.setattr(preparing, "_run_stages", run_stages)
     run()
     assert set(chosen) <= set(measured)
+
+
+def test_steps_are_measured_with_the_kernels_of_convolutions() -> None:
+    import _convolutions  # imports torch, as ops does
+
+    import ops
+
+    native_library()  # skips without it
+    conv = _convolutions._model((1, 8, 16, 16), np.zeros((16, 16, 3, 3), np.float32), "scm.channels_last")
+    ops.session(onnx.load_from_string(conv), "cpu", native=True)  # the model has no function body, so it needs the kernel
 
 
 # ----------------------------------------------------------------------------
