@@ -74,7 +74,7 @@ void run_dense(Context& run, Params<T> p, bool split_bf16) {
 
 // The operator `Layer` (dense/layer.h) with bfloat16 kernels.
 // Returns whether the product in float32 is faster than three in bfloat16: a 1x1 convolution of few channels takes less time than the conversion and the transposes
-// of its map. The limit is measured (benchmarks/NOTES.md, P5).
+// of its map. The limit is measured (benchmarks/NOTES.md, entry 44).
 template <class Layer>
 bool is_faster_in_float32(const Sizes& s) {
   return Layer::kChannelsFirst && s.kernel_size == 1 && s.in_channels * s.out_channels <= 43 * (s.in_channels + s.out_channels);
