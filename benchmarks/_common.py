@@ -182,6 +182,11 @@ def save(name: str, figures: object) -> str:
     return text
 
 
+def save_and_print(name: str, figures: object) -> None:
+    """Save the figures, and print them."""
+    print(save(name, figures))
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write a file in one operation, so that an interrupted run leaves the previous one."""
     path.parent.mkdir(parents=True, exist_ok=True)
