@@ -81,8 +81,9 @@ def test_the_error_of_a_handler_in_a_brief_call_is_raised_as_it_is(error: type[E
     previous = signal.signal(signal.SIGALRM, handler)
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.2)  # the graph takes about a second
-        with pytest.raises(error, match="from the handler"):
+        with pytest.raises(error, match="from the handler") as caught:
             slow(**LONG_OPERATOR)
+        assert type(caught.value) is error
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
