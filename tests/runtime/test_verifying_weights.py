@@ -87,7 +87,7 @@ def test_the_error_of_opening_is_raised_if_the_weights_are_right(tiny_bundle: Pa
 
 def test_the_engine_is_closed_if_the_weights_are_damaged(damaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     closed: list[HostEngine] = []
-    monkeypatch.setattr(HostEngine, "close", lambda engine: closed.append(engine))  # noqa: PLW0108 - a method
+    monkeypatch.setattr(HostEngine, "close", lambda engine: closed.append(engine))
     with pytest.raises(BundleIntegrityError, match="must have SHA-256"):
         Generator(damaged)
     assert len(closed) == 1
