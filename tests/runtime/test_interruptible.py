@@ -115,7 +115,12 @@ def test_a_second_signal_does_not_leave_a_busy_thread_behind(monkeypatch: pytest
     main = threading.main_thread().ident
     assert main is not None
     previous = signal.signal(signal.SIGUSR1, handler)
-    sender = threading.Thread(target=lambda: started.wait(TIMEOUT_S) and signal.pthread_kill(main, signal.SIGUSR1))
+
+    def send() -> None:
+        assert started.wait(TIMEOUT_S)
+        signal.pthread_kill(main, signal.SIGUSR1)
+
+    sender = threading.Thread(target=send)
     sender.start()
     try:
         with pytest.raises(HandlerError, match="first"):
