@@ -85,13 +85,23 @@ class SamplingLoop:
 
     def _sample(self, request: Request) -> Samples:
         """Compute a request without a callback, in a job of the engine."""
-        in_parts = partial(self._sample_in_parts, request, run_inline)
         if self.engine.asynchronous:
-            return self.decode_finished([request])[0] if self.evaluate_all([request]) else in_parts()
-        samples = self.engine.in_one_run(in_parts)
+            return self.decode_finished([request])[0] if self.evaluate_all([request]) else self._sample_in_parts(request, run_inline)
+        with _memory_errors([request]):
+            samples = self.engine.in_one_run(partial(self._sample_in_one_run, request))
         parts = request.trajectory.parts
         self._durations.note(request, self.engine.elapsed(parts[0].start, parts[-1].end))
         return samples
+
+    def _sample_in_one_run(self, request: Request) -> Samples:
+        """Compute a request without a callback, in one run: each evaluation ends if the run is terminated, so nothing is checked between them."""
+        request.started_ns = time.time_ns()
+        self.engine.start(request.trajectory)
+        for _ in request.trajectory.call.evaluations:
+            self.engine.step((request.trajectory,))
+            request.trajectory.evaluations_done += 1
+            self.nonfinite.check(request.trajectory)  # may compute all steps again
+        return self._decode([request])[0]
 
     def _sample_in_parts(self, request: Request, run: Callable[[Callable[[], Any]], Any]) -> Samples:
         """Compute a request in one job for each part. A callback runs between them, on the caller's thread and outside of the scope."""

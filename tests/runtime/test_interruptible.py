@@ -81,8 +81,9 @@ def test_the_error_of_a_handler_in_a_brief_call_is_raised_as_it_is(error: type[E
     previous = signal.signal(signal.SIGALRM, handler)
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.2)  # the graph takes about a second
-        with pytest.raises(error, match="from the handler"):
+        with pytest.raises(error, match="from the handler") as caught:
             slow(**LONG_OPERATOR)
+        assert type(caught.value) is error
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
@@ -114,7 +115,12 @@ def test_a_second_signal_does_not_leave_a_busy_thread_behind(monkeypatch: pytest
     main = threading.main_thread().ident
     assert main is not None
     previous = signal.signal(signal.SIGUSR1, handler)
-    sender = threading.Thread(target=lambda: started.wait(TIMEOUT_S) and signal.pthread_kill(main, signal.SIGUSR1))
+
+    def send() -> None:
+        assert started.wait(TIMEOUT_S)
+        signal.pthread_kill(main, signal.SIGUSR1)
+
+    sender = threading.Thread(target=send)
     sender.start()
     try:
         with pytest.raises(HandlerError, match="first"):
