@@ -49,6 +49,11 @@ def same(x: Tensor) -> Tensor:
     return scaled_dot_product_attention(x, x, x)
 
 
+def grouped(x: Tensor) -> Tensor:
+    """Attention of four heads ``[..., 4, L, D]`` to two."""
+    return scaled_dot_product_attention(x, x[..., :2, :, :], x[..., 2:, :, :], enable_gqa=True)
+
+
 def wide(x: Tensor, heads: int) -> Tensor:
     """``[N, heads, L, 264]``: more channels than the operators support."""
     return split(x.repeat(1, 1, 11 * heads), heads)
@@ -74,14 +79,8 @@ MASKED: list[Case] = [
 STANDARD: list[Case] = [
     ("three axes", lambda x: scaled_dot_product_attention(x, x.cos(), x.sin())),
     ("five axes", lambda x: same(split(x, 4)[:, None])[:, 0].transpose(1, 2).flatten(2)),
-    (
-        "three axes, grouped keys",
-        lambda x: scaled_dot_product_attention(split(x, 4)[0], split(x, 4)[0, :2], split(x, 4)[0, 2:], enable_gqa=True).expand(len(x), -1, -1, -1).flatten(1),
-    ),
-    (
-        "five axes, grouped keys",
-        lambda x: scaled_dot_product_attention(split(x, 4)[:, None], split(x, 4)[:, None, :2], split(x, 4)[:, None, 2:], enable_gqa=True)[:, 0],
-    ),
+    ("three axes, grouped keys", lambda x: grouped(split(x, 4)[0]).expand(len(x), -1, -1, -1).flatten(1)),
+    ("five axes, grouped keys", lambda x: grouped(split(x, 4)[:, None])[:, 0]),
     ("causal, three axes", lambda x: scaled_dot_product_attention(x, x, x, is_causal=True)),
     ("head size 264", lambda x: same(wide(x, 1))[:, 0]),
     ("keys for all samples", lambda x: scaled_dot_product_attention(split(x, 4), split(x[:1], 4), split(x[:1], 4)).flatten(2)),
