@@ -4,6 +4,7 @@
 // This is a separate executable, because several threads must make the first call of the library at the same time.
 #include <algorithm>
 #include <set>
+#include <string>
 
 #include "support.h"
 
@@ -34,7 +35,8 @@ struct Example {
 
 // Returns a node of each operator, with enough work for several threads.
 std::vector<Example> examples(ONNXTensorElementDataType type) {
-  const Tensor x = random(type, {2, 500, 64}), state = random(kFloat, {2, 4, 90, 91}), t = random(kFloat, {2});
+  const Tensor x = random(type, {2, 500, 64}), map = random(type, {2, 64, 20, 25}, 1, 1), weights = random(kFloat, {64});
+  const Tensor state = random(kFloat, {2, 4, 90, 91}), t = random(kFloat, {2});
   std::vector<Example> all{
       {"PixelNorm", {x}, {{"eps", 1e-4f}}, 2},
       {"MPSiLU", {x}, {}, 1},
@@ -51,6 +53,12 @@ std::vector<Example> examples(ONNXTensorElementDataType type) {
       {"ReLULinearAttention", {x, random(type, x.shape, 1, 1), random(type, x.shape, 1, 2)}, {{"heads", std::int64_t{4}}, {"eps", 1e-15f}}, 1},
       {"DepthwiseGLU", {random(type, {2, 80, 32, 33}), random(type, {80, 1, 3, 3}), random(type, {80})}, {}, 1},
       {"GEGLU", {random(type, {2, 500, 128}), random(type, {128})}, {}, 1},
+      {"GroupNorm", {map, weights, weights}, {{"groups", std::int64_t{8}}, {"eps", 1e-5f}}, 1},
+      {"GroupNormSiLU", {map, weights, weights}, {{"groups", std::int64_t{8}}, {"eps", 1e-5f}}, 1},
+      {"GroupNormModulateSiLU", {map, weights, weights, random(type, {2, 128})}, {{"groups", std::int64_t{8}}, {"eps", 1e-5f}}, 1},
+      {"LayerNorm", {x, weights, weights}, {{"eps", 1e-5f}}, 1},
+      {"LayerNormModulate", {x, random(type, {2, 1, 64}), random(type, {2, 1, 64}, 1, 1)}, {{"eps", 1e-5f}}, 1},
+      {"RMSNorm", {x, weights}, {{"eps", 1e-5f}}, 1},
       {"ConsistencyStep", {state, random(type, state.shape), state, t, t}, {{"sigma_data", 0.5f}}, 1},
       {"ToImage", {random(type, {2, 3, 120, 110})}, {{"scale", 127.5f}, {"offset", 128.0f}}, 1},
   };
@@ -69,6 +77,13 @@ TEST(ConcurrencyTest, SessionsCreatedConcurrentlyGetTheSameDomain) {
   const auto domains = fake_ort::register_concurrently(kCallers);
   EXPECT_EQ(std::set(domains.begin(), domains.end()).size(), 1u);
   EXPECT_NE(domains.at(0), nullptr);
+}
+
+TEST(ConcurrencyTest, TheExamplesAreAllOperators) {
+  std::set<std::string> registered, tested;
+  for (const OrtCustomOp* op : fake_ort::library().ops) registered.insert(op->GetName(op));
+  for (const Example& node : examples(kFloat)) tested.insert(node.op);
+  EXPECT_EQ(tested, registered);
 }
 
 // No kernel has run yet: the threads select the processor's x86-64 level concurrently.

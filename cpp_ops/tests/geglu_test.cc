@@ -49,6 +49,29 @@ TYPED_TEST(GEGLUTest, IsAccurateForAllFiniteNumbers) {
   expect_close(outcome.outputs.at(0), {x.shape[0], 1}, reference(values(x), values(b), 1), 6e-7);
 }
 
+// Arithmetic with denormal numbers takes a hundred cycles each.
+TYPED_TEST(GEGLUTest, HasNoDenormalNumbersForLargeGates) {
+  using T = TypeParam;
+  Values points;
+  for (int i = -4000; i <= 4000; ++i) points.insert(points.end(), {1, i / 100.0});
+  const auto rows = static_cast<std::int64_t>(points.size() / 2);
+  const Tensor x = tensor(kType<T>, {rows, 2}, points), b = tensor(kType<T>, {2}, {0, 0});
+  for (const auto& [level, kernel] : SCM_LEVELS(geglu, T)) {
+    SCOPED_TRACE(level);
+    Tensor y = empty_like(x.type, {rows, 1});
+    kernel({data<T>(x), data<T>(b), data<T>(y), rows, 1}, 0, rows);
+    const Values found = values(y), gates = values(x);
+    for (std::size_t i = 0; i < found.size(); ++i) {
+      const double gate = gates[2 * i + 1];
+      if (std::fabs(gate) > 13) {
+        EXPECT_EQ(found[i], gate > 0 ? gate : 0) << gate;
+      } else if (sizeof(T) == sizeof(float)) {
+        EXPECT_TRUE(found[i] == 0 || std::fabs(found[i]) > double{std::numeric_limits<float>::min()}) << found[i] << " for " << gate;
+      }
+    }
+  }
+}
+
 TYPED_TEST(GEGLUTest, KeepsNaNAndInfinityInTheirPlace) {
   const double nan = std::numeric_limits<double>::quiet_NaN(), infinity = std::numeric_limits<double>::infinity();
   const Tensor x = tensor(kType<TypeParam>, {1, 10}, {nan, 1, 1, 1, infinity, 1, nan, infinity, -infinity, 1}), b = tensor(kType<TypeParam>, {10}, Values(10, 0));

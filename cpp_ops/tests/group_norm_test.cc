@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <limits>
+#include <random>
 
 #include "support.h"
 
@@ -96,6 +97,32 @@ TYPED_TEST(GroupNormTest, KeepsNaNAndInfinityInTheirGroup) {
       ASSERT_EQ(outcome.error, "");
       const Values y = values(outcome.outputs.at(0));
       for (std::size_t i = 0; i < y.size(); ++i) EXPECT_EQ(std::isnan(y[i]), i < 80) << i;
+    }
+  }
+}
+
+TYPED_TEST(GroupNormTest, FollowsItsFormulaForRandomShapesAndAnyNumbersAtEveryLevel) {
+  using T = TypeParam;
+  std::mt19937 generator(0);
+  const auto up_to = [&](std::size_t most) { return static_cast<std::int64_t>(generator() % most) + 1; };
+  constexpr double kInfinity = std::numeric_limits<double>::infinity(), kSpecial[] = {std::numeric_limits<double>::quiet_NaN(), kInfinity, -kInfinity};
+  for (int i = 0; i < 60; ++i) {
+    const std::int64_t groups = up_to(12), channels = groups * up_to(16), samples = up_to(6) - 1, pixels = up_to(70) * (i % 8 == 0 ? up_to(20) : 1);
+    Inputs in(kType<T>, {samples, channels, pixels});
+    Tensor* const inputs[] = {&in.x, &in.scale, &in.bias, &in.modulation};
+    Tensor& changed = *inputs[i % 4];
+    Values given = values(changed);
+    if (i % 4 != 2 && i % 8 < 4) in.bias = tensor(kFloat, {channels}, Values(static_cast<std::size_t>(channels), 0));
+    if (!given.empty()) given[static_cast<std::size_t>(up_to(given.size()) - 1)] = kSpecial[i / 4 % 3];
+    changed = tensor(changed.type, changed.shape, given);
+    for (const auto& [level, kernel] : SCM_LEVELS(group_norm, T)) {
+      for (const bool modulated : {false, true}) {
+        SCOPED_TRACE(::testing::Message() << level << ", " << text(in.x.shape) << ", " << groups << " groups, special number in input " << i % 4);
+        Tensor y = empty_like(kType<T>, in.x.shape);
+        const T* modulation = modulated ? data<T>(in.modulation) : nullptr;
+        kernel({data<T>(in.x), data<float>(in.scale), data<float>(in.bias), modulation, data<T>(y), samples, channels, pixels, groups, kEps, modulated}, 0, samples * groups);
+        expect_close(y, in.x.shape, group_norm(in.x, groups, values(in.scale), values(in.bias), modulated ? values(in.modulation) : Values{}, modulated), 1e-5);
+      }
     }
   }
 }

@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <limits>
+#include <random>
 
 #include "support.h"
 
@@ -91,6 +92,34 @@ TYPED_TEST(LayerNormTest, KeepsNaNAndInfinityInTheirRow) {
   for (int i = 0; i < 9; ++i) EXPECT_EQ(std::isnan(y[i]), i >= 3) << i;
   for (int i = 0; i < 6; ++i) EXPECT_EQ(std::isnan(z[i]), i >= 3) << i;
   EXPECT_TRUE(std::isnan(z[6]) && z[7] == 0 && z[8] == 0);  // x / infinity
+}
+
+TYPED_TEST(LayerNormTest, FollowsItsFormulaForRandomShapesAndAnyNumbersAtEveryLevel) {
+  using T = TypeParam;
+  std::mt19937 generator(0);
+  const auto up_to = [&](std::size_t most) { return static_cast<std::int64_t>(generator() % most) + 1; };
+  constexpr double kInfinity = std::numeric_limits<double>::infinity(), kSpecial[] = {std::numeric_limits<double>::quiet_NaN(), kInfinity, -kInfinity};
+  for (int i = 0; i < 60; ++i) {
+    const std::int64_t samples = up_to(6) - 1, rows = up_to(70), channels = up_to(200);
+    const Sizes shape{samples, rows, channels}, row{samples, 1, channels};
+    Tensor x = random(kType<T>, shape), scale = random(kFloat, {channels}, 1, 1), bias = random(kFloat, {channels}, 1, 2);
+    Tensor factors = random(kType<T>, row, 1, 3), shifts = random(kType<T>, row, 1, 4);
+    Tensor* const inputs[] = {&x, &scale, &bias, &factors, &shifts};
+    Tensor& changed = *inputs[i % 5];
+    Values given = values(changed);
+    if (!given.empty()) given[static_cast<std::size_t>(up_to(given.size()) - 1)] = kSpecial[i / 5 % 3];
+    changed = tensor(changed.type, changed.shape, given);
+    for (const auto& [level, kernel] : SCM_LEVELS(layer_norm, T)) {
+      SCOPED_TRACE(::testing::Message() << level << ", " << text(shape) << ", special number in input " << i % 5);
+      Tensor layer = empty_like(kType<T>, shape), modulation = layer, rms = layer;
+      kernel({data<T>(x), data<float>(scale), data<float>(bias), nullptr, nullptr, data<T>(layer), samples, rows, channels, kEps, true}, 0, samples * rows);
+      kernel({data<T>(x), nullptr, nullptr, data<T>(factors), data<T>(shifts), data<T>(modulation), samples, rows, channels, kEps, true}, 0, samples * rows);
+      kernel({data<T>(x), data<float>(scale), nullptr, nullptr, nullptr, data<T>(rms), samples, rows, channels, kEps, false}, 0, samples * rows);
+      expect_close(layer, shape, affine(normalized(values(x), channels, true), values(scale), values(bias)), 1e-5);
+      expect_close(modulation, shape, modulated(normalized(values(x), channels, true), values(factors), values(shifts), channels, rows), 1e-5);
+      expect_close(rms, shape, affine(normalized(values(x), channels, false), values(scale), {}), 1e-5);
+    }
+  }
 }
 
 TYPED_TEST(LayerNormTest, IsReproducibleInPlaceOnManyThreadsAndInAnyBatch) {

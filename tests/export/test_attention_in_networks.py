@@ -49,6 +49,11 @@ def same(x: Tensor) -> Tensor:
     return scaled_dot_product_attention(x, x, x)
 
 
+def grouped(x: Tensor) -> Tensor:
+    """Attention of four heads ``[..., 4, L, D]`` to two."""
+    return scaled_dot_product_attention(x, x[..., :2, :, :], x[..., 2:, :, :], enable_gqa=True)
+
+
 def wide(x: Tensor, heads: int) -> Tensor:
     """``[N, heads, L, 264]``: more channels than the operators support."""
     return split(x.repeat(1, 1, 11 * heads), heads)
@@ -74,6 +79,9 @@ MASKED: list[Case] = [
 STANDARD: list[Case] = [
     ("three axes", lambda x: scaled_dot_product_attention(x, x.cos(), x.sin())),
     ("five axes", lambda x: same(split(x, 4)[:, None])[:, 0].transpose(1, 2).flatten(2)),
+    ("three axes, grouped keys", lambda x: grouped(split(x, 4)[0]).expand(len(x), -1, -1, -1).flatten(1)),
+    ("five axes, grouped keys", lambda x: grouped(split(x, 4)[:, None])[:, 0]),
+    ("causal, three axes", lambda x: scaled_dot_product_attention(x, x, x, is_causal=True)),
     ("head size 264", lambda x: same(wide(x, 1))[:, 0]),
     ("keys for all samples", lambda x: scaled_dot_product_attention(split(x, 4), split(x[:1], 4), split(x[:1], 4)).flatten(2)),
     ("grouped keys, head size 264", lambda x: scaled_dot_product_attention(wide(x, 2), wide(x, 1), wide(x, 1), enable_gqa=True).flatten(2)),
@@ -134,6 +142,22 @@ def test_attention_in_a_network_gives_torchs_results(cases: list[Case], expected
                 columns = values[:, start : start + result.shape[1]]
                 np.testing.assert_allclose(columns, result, atol=1e-5, rtol=1e-5, err_msg=f"{name}, {form}, {samples} samples")
             start += result.shape[1]
+
+
+@pytest.mark.parametrize("length", [40, 300])  # the exporter computes small masks, ONNX Runtime large ones
+def test_causal_layers_share_one_mask(length: int) -> None:
+    class Causal(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(3):
+                x = x + attend(x, is_causal=True)
+            return x
+
+    x = torch.randn(2, length, CHANNELS, generator=torch.Generator().manual_seed(0))
+    model = trace_map("decode", Causal(), x, "x", "y", 20)
+    assert operators(model) == ["MaskedAttention"] * 3
+    assert len({node.inputs[3] for node in model.graph if node.op_type == "MaskedAttention"}) == 1
+    assert sum(value.const_value is not None and value.const_value.nbytes >= 4 * length**2 for value in model.graph.initializers.values()) <= 1
+    np.testing.assert_allclose(run(model, x, native=True), Causal()(x).numpy(), atol=1e-5, rtol=1e-5)
 
 
 def test_the_operator_takes_the_place_of_the_standard_attention_of_newer_operator_sets() -> None:

@@ -8,6 +8,8 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from diffusers.models.normalization import RMSNorm as RMSNormOfDiffusers
+from numpy.typing import NDArray
 from onnxscript import ir
 from torch import Tensor, nn
 from torch.nn import functional
@@ -25,7 +27,7 @@ CHANNELS = 12
 
 
 class RMSNorm(nn.Module):
-    """Written as in diffusers."""
+    """As networks often define it: computed in the type of the network."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,6 +70,27 @@ def traced(network: nn.Module, dtype: torch.dtype) -> ir.Model:
     return trace_map("norms", precision, torch.randn(2, CHANNELS, 5, 4), "x", "y", opset=20)
 
 
+class Float32Ends(nn.Module):
+    """A network in another type, with inputs and outputs in float32."""
+
+    def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.network, self.dtype = network, dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.network(x.to(self.dtype))
+        return y.float()
+
+
+def run(model: ir.Model, x: Tensor, *, native: bool) -> NDArray[np.float32]:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    if native:
+        options.register_custom_ops_library(str(native_library()))
+    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return np.asarray(session.run(None, {"x": x.numpy()})[0])
+
+
 def norms_in(model: ir.Model) -> Counter[str]:
     return Counter(node.op_type for node in model.graph if "Norm" in node.op_type)
 
@@ -98,18 +121,37 @@ def test_the_graph_computes_what_the_network_does(network: nn.Module, graphs: di
     if way == "inlined":
         inline_functions(model)
         assert not model.functions
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    if way == "kernels":
-        options.register_custom_ops_library(str(native_library()))
-    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
     atol, rtol = OP_TOLERANCE[str(dtype).removeprefix("torch.")]
     for n in (1, 3):
         x = torch.randn(n, CHANNELS, 5, 4, generator=torch.Generator().manual_seed(n))
         with torch.no_grad():
             expected = network(x).numpy()
         scale = np.abs(expected).max()  # the sums grow from norm to norm
-        np.testing.assert_allclose(session.run(None, {"x": x.numpy()})[0] / scale, expected / scale, atol=atol, rtol=rtol)
+        np.testing.assert_allclose(run(model, x, native=way == "kernels") / scale, expected / scale, atol=atol, rtol=rtol)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_diffusers_rms_norm_becomes_one_operator(dtype: torch.dtype) -> None:
+    """In half precision it computes in float32, and multiplies by its weight in half precision."""
+    norm = RMSNormOfDiffusers(CHANNELS, eps=1e-6)
+    nn.init.normal_(norm.weight, generator=torch.Generator().manual_seed(0))
+    norm = norm.to(dtype).eval()
+    model = trace_map("norm", Float32Ends(norm, dtype), torch.randn(2, 5, CHANNELS), "x", "y", opset=20)
+    assert norms_in(model) == {"RMSNorm": 1}
+    assert {node.op_type for node in model.graph} <= {"RMSNorm", "Cast"}
+    x = torch.randn(3, 5, CHANNELS, generator=torch.Generator().manual_seed(1))
+    atol, rtol = OP_TOLERANCE[str(dtype).removeprefix("torch.")]
+    for native in (True, False):
+        np.testing.assert_allclose(run(model, x, native=native), Float32Ends(norm, dtype)(x).detach().numpy(), atol=atol, rtol=rtol)
+
+
+def test_a_group_norm_of_another_type_is_computed_in_float32() -> None:
+    norm = nn.GroupNorm(2, CHANNELS).double().eval()
+    model = trace_map("norm", Float32Ends(norm, torch.float64), torch.randn(2, CHANNELS, 5), "x", "y", opset=20)
+    assert norms_in(model) == {"GroupNorm": 1}
+    x = torch.randn(3, CHANNELS, 5)
+    for native in (True, False):
+        np.testing.assert_allclose(run(model, x, native=native), Float32Ends(norm, torch.float64)(x).detach().numpy(), atol=1e-5, rtol=1e-5)
 
 
 class Unusual(nn.Module):
@@ -133,7 +175,6 @@ def test_other_forms_stay_as_they_are() -> None:
     network = Unusual().eval()
     model = traced(network, torch.float32)
     assert norms_in(model) == {"GroupNorm": 2, "LayerNormalization": 1}
-    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
     x = torch.randn(3, CHANNELS, 5, 4)
     with torch.no_grad():
-        np.testing.assert_allclose(session.run(None, {"x": x.numpy()})[0], network(x).numpy(), atol=2e-5, rtol=1e-5)
+        np.testing.assert_allclose(run(model, x, native=False), network(x).numpy(), atol=2e-5, rtol=1e-5)

@@ -75,15 +75,29 @@ CASES: dict[str, tuple[list[tuple[int, ...]], dict[str, Any], Callable[..., Tens
     "CosineAttention": ([(3, 77, 3 * 128)], {"heads": 2, "eps": 1e-4}, ops.cosine_attention),
     "Attention": ([(3, 77, 4, 40), (3, 130, 2, 40), (3, 130, 2, 40)], {"scale": 0.16}, ops.attention),
     "MaskedAttention": ([(3, 77, 4, 64), (3, 20, 4, 64), (3, 20, 4, 64), (3, 1, 1, 20)], {"scale": 0.125}, ops.attention),
+    "ReLULinearAttention": ([(3, 77, 64)] * 3, {"heads": 4, "eps": 1e-15}, ops.relu_linear_attention),
+    "DepthwiseGLU": ([(3, 48, 17, 18), (48, 1, 3, 3), (48,)], {}, ops.depthwise_glu),
+    "GEGLU": ([(3, 77, 256), (256,)], {}, ops.geglu),
+    "GroupNorm": ([(3, 24, 17, 18), (24,), (24,)], {"groups": 8, "eps": 1e-5}, ops.group_norm),
+    "GroupNormSiLU": ([(2, 8, 160, 128), (8,), (8,)], {"groups": 2, "eps": 1e-5}, ops.group_norm_silu),  # a group is several parts
+    "GroupNormModulateSiLU": ([(3, 24, 17, 18), (24,), (24,), (3, 48)], {"groups": 8, "eps": 1e-5}, ops.group_norm_modulate_silu),
+    "LayerNorm": ([(3, 77, 320), (320,), (320,)], {"eps": 1e-5}, ops.layer_norm),
+    "LayerNormModulate": ([(3, 77, 1152), (3, 1, 1152), (3, 1, 1152)], {"eps": 1e-6}, ops.layer_norm_modulate),
+    "RMSNorm": ([(3, 77, 2240), (2240,)], {"eps": 1e-6}, ops.rms_norm),
     "ToImage": ([(3, 3, 33, 65)], {"scale": 64.0, "offset": 127.5}, ops.to_image),
 }
+
+
+FLOAT_INPUTS = {"GroupNorm": (1, 2), "GroupNormSiLU": (1, 2), "GroupNormModulateSiLU": (1, 2), "LayerNorm": (1, 2), "RMSNorm": (1,)}
+"""The inputs that are float32 whatever the type of the node, by index."""
 
 
 @pytest.mark.parametrize("op", CASES)
 def test_bfloat16(op: str) -> None:
     torch.manual_seed(0)
     shapes, attributes, reference = CASES[op]
-    inputs = tuple(torch.randn(shape, device="cuda").bfloat16() for shape in shapes)
+    dtypes = [torch.float32 if index in FLOAT_INPUTS.get(op, ()) else torch.bfloat16 for index in range(len(shapes))]
+    inputs = tuple(torch.randn(shape, device="cuda").to(dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
     expected = reference(*(x.float() for x in inputs), **attributes)
     wanted = expected if isinstance(expected, tuple) else (expected,)
     run, outputs = kernel(op, inputs, tuple(x if x.dtype == torch.uint8 else x.bfloat16() for x in wanted), **attributes)

@@ -148,6 +148,13 @@ FLOAT, DOUBLE, INT64 = TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.INT64
             {"scale": 1.0},
             r"scm::MaskedAttention: mask must have 5 \(the keys\) on axis 3, got the shape \[1, 1, 4, 4\]",
         ),
+        (
+            "GroupNorm",
+            {"x": (1, 5, 3), "scale": (5,), "bias": (5,)},
+            {"groups": 2, "eps": 1e-5},
+            r"scm::GroupNorm: .*a multiple of groups = 2.*\[1, 5, 3\]",
+        ),
+        ("DepthwiseGLU", {"x": (1, 4, 5, 6), "w": (4, 1, 3, 5), "b": (4,)}, {}, r"scm::DepthwiseGLU: w must have .*\[4, 1, 3, 5\]"),
         ("ToImage", {"x": (1, 3, 4)}, {"scale": 1.0, "offset": 0.0}, r"scm::ToImage: x must have 4 axes, got the shape \[1, 3, 4\]"),
         ("PixelNorm", {"x": (3, 4)}, {}, r"scm::PixelNorm: .*eps"),
     ],

@@ -8,7 +8,7 @@
 #include <cstdlib>
 
 #include "attention/mask.h"
-#include "common/simd.h"
+#include "common/vector_math.h"
 
 namespace scm::attention {
 namespace {
@@ -16,8 +16,6 @@ namespace {
 constexpr std::int64_t kKeys = 64;  // keys per iteration
 constexpr int kPadding = kLanes > kTileRows ? kLanes : kTileRows;  // channels are padded to multiples of both
 static_assert(kQueries % kTileColumns == 0 && kKeys % kTileRows == 0 && kPadding % kLanes == 0 && kPadding % kTileRows == 0);
-
-typedef std::uint32_t Integers __attribute__((vector_size(sizeof(Vector))));
 
 constexpr std::int64_t padded(std::int64_t count) { return (count + kPadding - 1) / kPadding * kPadding; }
 constexpr std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
@@ -85,6 +83,13 @@ void store_transposed(const float* R, const float* factors, std::int64_t count, 
   }
 }
 
+// bias_of for each lane.
+inline Vector biases_of(Vector mask) {
+  constexpr float kLargest = 3.402823466e38f;
+  const Vector bias = mask * kLog2e, at_most = bias > kLargest ? broadcast(kLargest) : bias, finite = at_most < -kLargest ? broadcast(-kLargest) : at_most;
+  return mask - mask == 0.0f ? finite : bias;
+}
+
 // Adds the mask of `keys` keys and `queries` queries, in units of ln 2, to the scores S [keys, kQueries] of `columns` queries.
 template <typename T>
 void add_mask(float* S, const T* mask, std::int64_t query_stride, std::int64_t keys, std::int64_t queries, std::int64_t columns) {
@@ -95,8 +100,20 @@ void add_mask(float* S, const T* mask, std::int64_t query_stride, std::int64_t k
     }
     return;
   }
-  for (std::int64_t query = 0; query < queries; ++query) {
-    for (std::int64_t key = 0; key < keys; ++key) S[key * kQueries + query] += bias_of(to_float(mask[query * query_stride + key]));
+  for (std::int64_t query = 0; query < queries; query += kLanes) {
+    for (std::int64_t key = 0; key < keys; key += kLanes) {
+      const std::int64_t count = smaller(keys - key, kLanes);
+      Vector rows[kLanes];
+      for (int i = 0; i < kLanes; ++i) {
+        const T* const row = mask + (query + i) * query_stride + key;
+        rows[i] = query + i >= queries ? Vector{} : count == kLanes ? load(row) : load_part(row, count);
+      }
+      transpose(rows);
+      for (std::int64_t i = 0; i < count; ++i) {
+        float* const scores = S + (key + i) * kQueries + query;
+        store(scores, load(scores) + biases_of(rows[i]));
+      }
+    }
   }
 }
 

@@ -63,7 +63,8 @@ SCM_HD float silu(float x) {
 }
 
 // Returns gelu(x) = x Phi(x), where Phi is the distribution function of the normal distribution. On the CPU, the smaller tail of Phi is e^(-x^2/2) times a
-// polynomial in u = 1 / (1 + 0.3 |x|) without a constant term; its relative error is 1.2e-7 for |x| <= 13, beyond which the tail is 0 in float.
+// polynomial in u = 1 / (1 + 0.3 |x|) without a constant term; its relative error is 1.2e-7. For x^2 > 160, where it is below 1e-36, the tail is taken as 0:
+// it would soon be denormal.
 SCM_HD float gelu(float x) {
 #ifdef __CUDA_ARCH__
   return x * normcdff(x);
@@ -77,7 +78,10 @@ SCM_HD float gelu(float x) {
   p = p * u + 0.0994650852f;
   p = p * u + 0.120826312f;
   p = p * u + 0.119624541f;
-  const float tail = p * u * exponential(clamp_exponent(-0.5f * x * x));
+  const float half_square = 0.5f * x * x;
+  const std::uint32_t exponent = bits_of(half_square), limit = bits_of(80.0f);  // as integers, for the reason given at clamp_magnitude
+  const float limited_tail = p * u * exponential(-float_of(exponent < limit ? exponent : limit));
+  const float tail = float_of(exponent < limit ? bits_of(limited_tail) : 0);
   return x * (x < 0.0f ? tail : 1.0f - tail);
 #endif
 }

@@ -6,7 +6,7 @@
 namespace scm {
 inline namespace SCM_ISA {
 
-typedef std::int32_t Integers __attribute__((vector_size(kLanes * sizeof(std::int32_t))));
+typedef std::uint32_t Integers __attribute__((vector_size(sizeof(Vector))));
 
 // Returns e^x to about 1 ulp for |x| <= 87, infinity for 88.5 <= x <= 89, and NaN for NaN.
 inline Vector exponential(Vector x) {

@@ -35,16 +35,16 @@ __device__ __forceinline__ void normalize(const Params<T>& p, const Part& part, 
 #pragma unroll 2
   for (std::int64_t v = part.begin + threadIdx.x; v < part.end; v += kThreads) {
     const std::int64_t channel = first + quotient(v * kWidth, p.pixels);
-    float factor = inverse * p.scale[channel], shift = p.bias[channel];
+    const float scale = p.scale[channel], bias = p.bias[channel];
+    float gain = 1, shift = 0;
     if (p.modulation) {
       const T* modulation = p.modulation + sample * 2 * p.channels + channel;
-      const float scale = 1.0f + to_float(modulation[0]);
-      factor *= scale;
-      shift = shift * scale + to_float(modulation[p.channels]);
+      gain = 1.0f + to_float(modulation[0]);
+      shift = to_float(modulation[p.channels]);
     }
     const Vector<T, kWidth> x = load<kWidth>(p.x + start, v);
     store(p.y + start, v, vector_of<T, kWidth>([&](int i) {
-      const float y = (x[i] - moments.mean) * factor + shift;
+      const float y = ((x[i] - moments.mean) * inverse * scale + bias) * gain + shift;  // combined factors could make an infinite one NaN
       return p.silu ? silu(y) : y;
     }));
   }

@@ -82,6 +82,43 @@ TYPED_TEST(NormsTest, GroupNormFollowsItsFormula) {
   }
 }
 
+TYPED_TEST(NormsTest, GroupNormKeepsInfinityAndNaNInTheirPlace) {
+  using T = TypeParam;
+  const std::vector<T> input = random<T>(24, 1);
+  const Values plain = normalized(to_doubles(input), 12, true);
+  for (const double special : {kInfinity, -kInfinity, kNan}) {
+    for (const int place : {0, 1, 2, 3}) {  // scale, bias, factor and shift of the second channel
+      SCOPED_TRACE(::testing::Message() << special << " in place " << place);
+      Array<T> x(input), y(input.size()), modulation(std::vector<T>(8, from_float<T>(0)));
+      Array<float> scale(std::vector<float>{1, 1, 1, 1}), bias(std::vector<float>{0, 0, 0, 0}), partials(0);
+      double numbers[] = {1, 0, 0, 0};
+      numbers[place] = special;
+      scale.data()[1] = static_cast<float>(numbers[0]);
+      bias.data()[1] = static_cast<float>(numbers[1]);
+      modulation.data()[1] = from_float<T>(static_cast<float>(numbers[2]));
+      modulation.data()[5] = from_float<T>(static_cast<float>(numbers[3]));
+      EXPECT_EQ(group_norm::cuda(group_norm::Params<T>{x.data(), scale.data(), bias.data(), modulation.data(), y.data(), 1, 4, 6, 2, kEps, false}, nullptr), nullptr);
+      Values expected = plain;
+      for (std::size_t i = 6; i < 12; ++i) expected[i] = (expected[i] * numbers[0] + numbers[1]) * (1 + numbers[2]) + numbers[3];
+      EXPECT_TRUE(close(to_doubles(y.values()), expected, kRounding<T> + 2e-6, 4e-6));
+    }
+  }
+}
+
+TEST(NormsAccuracyTest, NormalizationsAreAccurateForALargeMean) {
+  std::vector<float> input = random<float>(2 * 17000, 1);
+  for (float& x : input) x += 1000;
+  const auto size = static_cast<std::int64_t>(input.size());
+  Array<float> x(input), group(input.size()), rows(input.size()), ones(std::vector<float>(1000, 1)), zeros(std::vector<float>(1000, 0));
+  group_norm::Params<float> p{x.data(), ones.data(), zeros.data(), nullptr, group.data(), 1, 2, size / 2, 1, kEps, false};
+  Array<float> partials(static_cast<std::size_t>(group_norm::partial_floats(p)));
+  p.partials = partials.data();
+  EXPECT_EQ(group_norm::cuda(p, nullptr), nullptr);
+  EXPECT_EQ(layer_norm::cuda(layer_norm::Params<float>{x.data(), ones.data(), zeros.data(), nullptr, nullptr, rows.data(), 1, 34, 1000, kEps, true}, nullptr), nullptr);
+  EXPECT_TRUE(close(to_doubles(group.values()), normalized(to_doubles(input), size, true), 0, 1e-4));  // half of the last place of 1000 is 3e-5
+  EXPECT_TRUE(close(to_doubles(rows.values()), normalized(to_doubles(input), 1000, true), 0, 1e-4));
+}
+
 TYPED_TEST(NormsTest, GroupNormDoesNotDependOnTheBatch) {
   using T = TypeParam;
   const std::int64_t channels = 2, pixels = 20000;

@@ -10,6 +10,7 @@ import torch
 from onnxscript import ir, opset18
 
 from scm_export.graphs.dense_layers import DTYPES
+from scm_export.graphs.matching import constant, same_shape, same_size
 from scm_export.graphs.translation import add_node, typed
 from scm_export.ops.attention import ATTENTION, MASKED_ATTENTION, MAX_SIZE
 
@@ -19,6 +20,19 @@ op: Any = opset18  # torch.onnx converts the graph to the requested version afte
 def attention_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """Return the translation of torch's attention, for the ``custom_translation_table`` of torch.onnx.export."""
     return {torch.ops.aten.scaled_dot_product_attention.default: _translate}
+
+
+def share_masks(model: ir.Model) -> None:
+    """Let the layers of a graph use one constant mask where theirs are equal, as those of causal attention over the same length are."""
+    masks: dict[tuple[Any, ...], ir.Value] = {}
+    for node in model.graph:
+        if node.domain != MASKED_ATTENTION.domain or node.op_type != MASKED_ATTENTION.name:
+            continue
+        mask = node.inputs[3]
+        elements = constant(mask)
+        if mask is not None and elements is not None:
+            shared = masks.setdefault((mask.dtype, elements.shape, elements.tobytes()), mask)
+            node.replace_input_with(3, shared)
 
 
 def _translate(
@@ -39,7 +53,7 @@ def _translate(
     mask = _causal_mask(query, key) if is_causal else _additive_mask(attn_mask, query)
     if not _is_supported(query, key, value, mask):
         if enable_gqa:
-            key, value = (_repeated(x, query.shape[1]) for x in (key, value))
+            key, value = (_repeated(x, query.shape[-3]) for x in (key, value))
         return _standard_attention(query, key, value, mask, factor)
     inputs = [_with_tokens_first(x) for x in (query, key, value)]
     if mask is None:
@@ -57,14 +71,16 @@ def _is_supported(query: Any, key: Any, value: Any, mask: Any) -> bool:
     n, heads, length, size = query.shape
     _, key_heads, keys, value_size = value.shape
     static = all(isinstance(number, int) for number in (heads, key_heads, size, value_size))
-    if not static or heads % key_heads or max(size, value_size) > MAX_SIZE or list(key.shape) != [n, key_heads, keys, size] or value.shape[0] != n:
+    if not static or heads % key_heads or max(size, value_size) > MAX_SIZE:
+        return False
+    if not same_shape(key.shape, [n, key_heads, keys, size]) or not same_size(value.shape[0], n):
         return False
     if mask is None:
         return True
     if len(mask.shape) > 4:
         return False
     *broadcast, last = _padded(mask.shape)
-    return last == keys and all(given in (1, wanted) for given, wanted in zip(broadcast, (n, heads, length), strict=True))
+    return same_size(last, keys) and all(given == 1 or same_size(given, wanted) for given, wanted in zip(broadcast, (n, heads, length), strict=True))
 
 
 def _padded(shape: Sequence[Any]) -> list[Any]:
@@ -98,10 +114,12 @@ def _before_expansion(mask: Any) -> Any:
 
 
 def _causal_mask(query: Any, key: Any) -> Any:
-    """-infinity where the index of a key is greater than that of the query, ``[L, S]``."""
+    """-infinity where the index of a key is greater than that of the query, ``[1, 1, L, S]``, or ``[L, S]`` for tensors of other than four axes."""
     length, keys = (op.Shape(x, start=len(x.shape) - 2, end=len(x.shape) - 1) for x in (query, key))
-    hidden = op.Trilu(op.Expand(_scalar(-math.inf, query), op.Concat(length, keys, axis=0)), op.Constant(value_int=1), upper=1)
-    return typed(hidden, query, [query.shape[-2], key.shape[-2]])
+    outer = [1, 1] if len(query.shape) == 4 else []
+    shape = op.Concat(*([_ints(outer)] if outer else []), length, keys, axis=0)
+    hidden = op.Trilu(op.Expand(_scalar(-math.inf, query), shape), op.Constant(value_int=1), upper=1)
+    return typed(hidden, query, [*outer, query.shape[-2], key.shape[-2]])
 
 
 def _standard_attention(query: Any, key: Any, value: Any, mask: Any, scale: float) -> Any:
@@ -111,10 +129,10 @@ def _standard_attention(query: Any, key: Any, value: Any, mask: Any, scale: floa
 
 
 def _repeated(x: Any, heads: int) -> Any:
-    """``[N, key_heads, S, D]`` with each head repeated, so that there are ``heads``."""
-    n, key_heads, keys, size = x.shape
-    copies = op.Expand(op.Unsqueeze(x, _ints([2])), _ints([1, 1, heads // key_heads, 1, 1]))
-    return typed(op.Reshape(copies, _ints([0, heads, -1, size])), x, [n, heads, keys, size])
+    """``[..., key_heads, S, D]`` with each head repeated, so that there are ``heads``."""
+    *outer, key_heads, keys, size = x.shape
+    copies = op.Expand(op.Unsqueeze(x, _ints([-3])), _ints([*[1] * (len(outer) + 1), heads // key_heads, 1, 1]))
+    return typed(op.Reshape(copies, _ints([*[0] * len(outer), heads, -1, size])), x, [*outer, heads, keys, size])
 
 
 def _scalar(number: float, like: Any) -> Any:

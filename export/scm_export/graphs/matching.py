@@ -39,7 +39,12 @@ def same_shape(shape: ir.Shape | None, expected: Sequence[Any]) -> bool:
     """Return True if a shape is known to be the expected one. Dynamic sizes are the same if they have the same name."""
     if shape is None or len(shape) != len(expected):
         return False
-    return all(_size(one) is not None and _size(one) == _size(other) for one, other in zip(shape, expected, strict=True))
+    return all(same_size(one, other) for one, other in zip(shape, expected, strict=True))
+
+
+def same_size(one: int | str | ir.SymbolicDim, other: int | str | ir.SymbolicDim) -> bool:
+    """Return True if two sizes are known to be the same. Two dynamic sizes without a name compare equal, but need not be."""
+    return _size(one) is not None and _size(one) == _size(other)
 
 
 def silu_of(x: ir.Value) -> ir.Node | None:

@@ -6,7 +6,7 @@ torch.onnx translates them into several standard operators, each of which reads 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from onnxscript import ir, opset18
 
 from scm_export.graphs.dense_layers import DTYPES
 from scm_export.graphs.matching import constant, is_node, only_user, other_input, replace_output, same_shape, silu_of
-from scm_export.graphs.translation import add_node
+from scm_export.graphs.translation import add_node, typed
 from scm_export.ops.group_norm import GROUP_NORM, GROUP_NORM_MODULATE_SILU, GROUP_NORM_SILU
 from scm_export.ops.layer_norm import LAYER_NORM, LAYER_NORM_MODULATE, RMS_NORM
 
@@ -29,7 +29,11 @@ def norm_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
 def _group_norm(input: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, cudnn_enabled: bool = True) -> Any:
     channels = input.shape[1]
     scale, shift = (_vector(number, channels) if given is None else _float(given) for given, number in ((weight, 1.0), (bias, 0.0)))
-    return add_node(GROUP_NORM, [input, scale, shift], input, input.shape, groups=num_groups, eps=eps)
+    if input.dtype in DTYPES:
+        return add_node(GROUP_NORM, [input, scale, shift], input, input.shape, groups=num_groups, eps=eps)
+    # The operator has no other types. ONNX Runtime has no InstanceNormalization of double on the CPU either.
+    wide = _float(input)
+    return typed(op.CastLike(add_node(GROUP_NORM, [wide, scale, shift], wide, input.shape, groups=num_groups, eps=eps), input), input, input.shape)
 
 
 def _vector(number: float, count: int) -> Any:
@@ -115,22 +119,15 @@ def _replace_rms_norm(graph: ir.Graph, mean: ir.Node) -> None:
     quotient = only_user(root.outputs[0], "Div") if inverse is None else only_user(inverse.outputs[0], "Mul")
     if quotient is None or (quotient.inputs[0] is not x and (inverse is None or quotient.inputs[1] is not x)):
         return
-    scaled = only_user(quotient.outputs[0], "Mul")
-    scale = None if scaled is None else other_input(scaled, quotient.outputs[0])
+    source, normalized = _half_precision(quotient, x)
+    scaled = only_user(normalized.outputs[0], "Mul")
+    scale = None if scaled is None else other_input(scaled, normalized.outputs[0])
     if scaled is None or scale is None or not same_shape(scale.shape, [x.shape[-1]]):
         return
-    source, last = _half_precision(scaled, x)
-    if source.dtype in DTYPES:
-        replace_output(
-            graph,
-            last,
-            RMS_NORM,
-            [
-                source,
-                _float32(graph, last, scale),
-            ],
-            {"eps": float(eps)},
-        )
+    # diffusers casts back to half precision before it multiplies by the scale, other networks after it.
+    source, last = _half_precision(scaled, x) if normalized is quotient else (source, scaled)
+    if source.dtype in DTYPES and last.outputs[0].dtype == source.dtype:
+        replace_output(graph, last, RMS_NORM, [source, _float32(graph, last, scale)], {"eps": float(eps.reshape(()))})
 
 
 # ----------------------------------------------------------------------------
@@ -150,11 +147,12 @@ def _half_precision(norm: ir.Node, x: ir.Value | None = None) -> tuple[ir.Value,
     return source, narrowed
 
 
-class _Modulation:
+class _Modulation(NamedTuple):
     """``y * (1 + scale) + shift``, computed by ``last``."""
 
-    def __init__(self, scale: ir.Value, shift: ir.Value, last: ir.Node) -> None:
-        self.scale, self.shift, self.last = scale, shift, last
+    scale: ir.Value
+    shift: ir.Value
+    last: ir.Node
 
 
 def _modulation(y: ir.Value) -> _Modulation | None:

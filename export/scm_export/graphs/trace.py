@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from scm_export.errors import ExportError
 from scm_export.example_inputs import EXAMPLE_SIZE, example_conditioning
-from scm_export.graphs.attention import attention_translations
+from scm_export.graphs.attention import attention_translations, share_masks
 from scm_export.graphs.bf16_casts import insert_float32_casts
 from scm_export.graphs.build import BATCH, ir_version
 from scm_export.graphs.constant_shapes import use_constant_shapes
@@ -132,6 +132,7 @@ def _trace(
             if operators:
                 replace_transformer_blocks(traced)
                 replace_norms(traced)
+                share_masks(traced)
                 replace_dense_layers(traced)
             insert_float32_casts(traced)
             # ONNX Runtime warns of every unused initializer, such as the shape of a Reshape that was removed.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from onnxscript import ir
 
 from scm_export.graphs.dense_layers import DTYPES
-from scm_export.graphs.matching import constant, only_user, other_input, replace_output
+from scm_export.graphs.matching import constant, only_user, other_input, replace_output, same_shape
 from scm_export.ops.depthwise_glu import DEPTHWISE_GLU
 from scm_export.ops.geglu import GEGLU
 from scm_export.ops.operator import Operator
@@ -47,7 +47,7 @@ def _geglu(gelu: ir.Node) -> Match | None:
     if add is None or not _private([biased]):
         return None
     for x, b in (add.inputs, reversed(add.inputs)):
-        if x is not None and b is not None and x.shape == biased.shape and _sizes(b) == [_sizes(biased)[-1]] and _supported(biased):
+        if x is not None and b is not None and same_shape(x.shape, list(biased.shape or ())) and _sizes(b) == [_sizes(biased)[-1]] and _supported(biased):
             return product, GEGLU, [x, b], {}
     return None
 
@@ -75,7 +75,7 @@ def _is_depthwise(conv: ir.Node, weight: list[int | None]) -> bool:
         return False
     expected = {"group": weight[0], "pads": [1] * 4, "strides": [1, 1], "dilations": [1, 1], "kernel_shape": [3, 3], "auto_pad": "NOTSET"}
     attributes = {name: _plain(attribute) for name, attribute in conv.attributes.items()}
-    return {"group": None, "pads": None, **expected, **attributes} == expected and {"group", "pads"} <= attributes.keys()
+    return {**expected, **attributes} == expected and {"group", "pads"} <= attributes.keys()
 
 
 def _silu_of(value: ir.Value | None) -> ir.Value | None:
@@ -113,7 +113,7 @@ def _relu_linear_attention(div: ir.Node) -> Match | None:
     if q is None or k is None or v is None or turned is None or _perm(turned) != [0, 2, 1]:
         return None
     last, heads = turned, q[1]
-    if any(other[1] != heads for other in (k, v)) or not (q[0].shape == k[0].shape == v[0].shape) or not _supported(q[0]):
+    if any(other[1] != heads for other in (k, v)) or any(not same_shape(other[0].shape, list(q[0].shape or ())) for other in (k, v)) or not _supported(q[0]):
         return None
     if q[0].dtype != ir.DataType.FLOAT:  # computed in float32, as the operator does
         cast = only_user(last.outputs[0], "Cast")

@@ -1,8 +1,9 @@
 """The operators of docs/custom-ops.md, one per file: PyTorch reference, operator schema and ONNX function body.
 
-Networks and samplers call the functions in training and in export. While a step is traced, each call becomes a node of its operator.
-Feature maps are channels last, ``[N, ..., C]``. EDM2 is arXiv 2312.02696, sCM is arXiv 2410.11081. Norms are always computed in float32.
-Unless stated otherwise, a function returns the dtype of its input.
+EDM2's networks and the samplers call their functions in training and in export. While a step is traced, each call becomes a node of its operator.
+Attention, normalizations, GEGLU, DepthwiseGLU and ReLULinearAttention are found in traced networks (:mod:`scm_export.graphs`); their functions are references.
+Unless stated otherwise, feature maps are channels last, ``[N, ..., C]``, and a function returns the dtype of its input. Norms are always computed in
+float32. EDM2 is arXiv 2312.02696, sCM is arXiv 2410.11081.
 """
 
 from scm_export.ops.attention import ATTENTION, MASKED_ATTENTION, attention
