@@ -91,8 +91,11 @@ void multiply(const Params<T>& p, std::int64_t piece, float* scratch) {
     run = p.channels_first ? min(kTilesOfVector, min(tiles - tile, s.tiles_across() - at.column / kTile)) : 1;  // tiles of one row
     for (std::int64_t k = 0; k < run; ++k) {
       float* const y = results + k * kTile * kTile * outputs.width;
-      if (transform_results(m + (tile + k) * outputs.width, m_stride, outputs.width, y)) continue;
-      convolve_directly(p, {at.sample, at.row, at.column + k * kTile}, outputs, chunk, y);
+      for (std::int64_t o = 0; o < outputs.width; o += kDecided) {
+        const Outputs decided{outputs.begin + o, min(kDecided, outputs.count - o), min(kDecided, outputs.width - o)};
+        if (transform_results(m + (tile + k) * outputs.width, m_stride, o, o + decided.width, outputs.width, y)) continue;
+        convolve_directly(p, {at.sample, at.row, at.column + k * kTile}, decided, chunk, y + o, outputs.width);
+      }
     }
     if (p.bias) add_bias(p.bias, outputs, run, results);
     if (p.channels_first) {

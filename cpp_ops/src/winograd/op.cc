@@ -11,7 +11,7 @@ namespace {
 
 using winograd::Epilogue;
 
-// Returns the parameters of a convolution of channels-last maps but for the epilogue's and y.
+// Returns the parameters of a convolution of channels-last maps, except y and those of the epilogue.
 template <typename T>
 winograd::Params<T> convolution(const Input& x, const Input& w) {
   const dense::Sizes s = dense::Conv3x3::sizes(x.shape, w.shape);

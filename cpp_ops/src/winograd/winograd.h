@@ -2,7 +2,7 @@
 //
 // An output tile of 4x4 pixels takes an input tile of 6x6 and, instead of 144 products per pair of channels, 36:
 //   y = A^T [sum over c of (G w G^T) * (B^T x B)] A,
-// with an elementwise product. So the sums over the input channels are 36 matrix products, of [tiles, channels] by [channels, outputs].
+// with an elementwise product. The sums over the input channels are thus 36 matrix products, of [tiles, channels] by [channels, outputs].
 //
 // A run takes the tiles of all samples in groups. There are two phases per group, which several threads may share:
 //   transform   V = B^T x B for some tiles of the group
@@ -12,7 +12,8 @@
 // The terms of a sum are always added in the order of the input channels, so a result depends neither on the batch nor on the division of the work. It is also
 // the same for all instruction sets with fused multiply-adds.
 //
-// The transforms would spread NaN and infinity over a tile. A tile with an output that is not finite is computed again without them.
+// The transforms would spread NaN and infinity over a tile. If an output of a tile is not finite, its group of kDecided channels is computed again as the sum over the
+// taps. The groups do not depend on the division of the work either.
 #pragma once
 
 #include "common/kernel.h"
@@ -24,6 +25,7 @@ constexpr std::int64_t kPoints = 36; // elements of a transformed tile
 constexpr std::int64_t kTaps = 9;
 constexpr std::int64_t kBlock = 64;  // most output channels of a piece
 constexpr std::int64_t kStep = 16;   // input channels of a chunk of weights
+constexpr std::int64_t kDecided = 16; // output channels of a group, which starts at a multiple of 16; a multiple of the lanes of each instruction set
 
 // y[n, h, w, o] = bias[o] + sum over i, j, c of x[n, h + i - 1, w + j - 1, c] * weight[o, c, i, j], with zero padding.
 struct Sizes {
