@@ -10,19 +10,17 @@
 
 namespace scm::product {
 
-
 // Chooses the units of work. A unit packs its part of A once, so it should have many columns; its packed part of A and its partial sums should fit the L2 cache.
 template <typename T>
 void divide(Params<T>& p, std::int64_t threads) {
   constexpr std::int64_t kMaxElements = 57344;  // of A that are packed at a time
-  constexpr std::int64_t kMaxVectors = 64;             // if there are partial sums
-  constexpr double kMinWork = 1 << 17;                 // multiply-adds of a unit that are worth a thread's attention
+  constexpr std::int64_t kMaxVectors = 64;      // if there may be partial sums
+  constexpr double kMinWork = 1 << 17;          // multiply-adds of a unit that make up for waking a thread
   const std::int64_t lanes = vector_lanes(), pieces = threads > 1 ? 4 * threads : 1;
-  const bool has_partial_sums = p.depth > kDepth;
   const std::int64_t blocks = std::max<std::int64_t>((p.rows * std::min(p.depth, kDepth) + kMaxElements - 1) / kMaxElements, 1);
   p.unit_rows = (p.rows + blocks - 1) / blocks;
   p.unit_vectors = std::max<std::int64_t>(vectors(p, lanes), 1);
-  if (has_partial_sums) p.unit_vectors = std::min(p.unit_vectors, kMaxVectors);
+  if (p.depth > kStreams) p.unit_vectors = std::min(p.unit_vectors, kMaxVectors);
   while (units(p, lanes) < pieces && static_cast<double>(p.unit_rows * p.unit_vectors * lanes) * static_cast<double>(p.depth) > 2 * kMinWork) {
     if (p.unit_vectors == 1 || p.unit_rows > 4 * p.unit_vectors) {
       p.unit_rows = (p.unit_rows + 1) / 2;
