@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "support.h"
+#include "winograd/run.h"
 
 namespace scm::testing {
 namespace {
@@ -77,8 +78,8 @@ Tensor apply(const Kernels<T>& kernels, const Case& c, bool channels_first, cons
   const std::int64_t scratch_size = std::max(winograd::transform_scratch(p.sizes), winograd::multiply_scratch(plan));
   std::vector<float> v(static_cast<std::size_t>(winograd::v_size(p.sizes, plan)), kUndefined), scratch(static_cast<std::size_t>(scratch_size), kUndefined);
   p.v = v.data();
-  for (p.first = 0; p.first < p.sizes.tiles(); p.first += plan.group) {
-    p.count = std::min(plan.group, p.sizes.tiles() - p.first);
+  for (p.first = 0; p.first < winograd::total_tiles(p.sizes); p.first += plan.group) {
+    p.count = std::min(plan.group, winograd::total_tiles(p.sizes) - p.first);
     const std::int64_t half = p.count / 2;
     kernels.transform(p, half, p.count, scratch.data());
     kernels.transform(p, 0, half, scratch.data());
@@ -135,7 +136,8 @@ TYPED_TEST(WinogradTest, ComputesTilesThatAreNotFiniteAsTheSumOverTaps) {
     double value;
     bool in_weight;
   };
-  for (const auto& [special, in_weight] : {Special{nan, false}, Special{infinity, false}, Special{-infinity, false}, Special{nan, true}, Special{infinity, true}}) {
+  for (const auto& [special, in_weight] :
+       {Special{nan, false}, Special{infinity, false}, Special{-infinity, false}, Special{nan, true}, Special{infinity, true}}) {
     for (const bool channels_first : {false, true}) {
       Values x = values(random(kType<T>, c.map(channels_first, c.in))), weight = values(random(kType<T>, {c.out, c.in, 3, 3}, 0.1, 1));
       (in_weight ? weight[(1 * 20 + 19) * 9 + 4] : x[at(c, channels_first, c.in, 1, 4, 3, 19)]) = special;
@@ -159,6 +161,50 @@ TYPED_TEST(WinogradTest, ComputesTilesThatAreNotFiniteAsTheSumOverTaps) {
             }
           }
         }
+      }
+    }
+  }
+}
+
+constexpr std::int64_t kThreads[] = {1, 2, 3, 5, 8, 16, 31, 64, 256};
+
+TEST(WinogradPlanTest, ThreadsGetWorkInBoundedMemory) {
+  constexpr std::int64_t kMaxV = (64 << 20) / sizeof(float);
+  for (const std::int64_t threads : kThreads) {
+    for (const std::int64_t samples : {1, 2, 8, 64}) {
+      for (const std::int64_t side : {1, 4, 7, 8, 16, 30, 64, 256}) {
+        for (const std::int64_t in : {1, 16, 192, 1280}) {
+          for (const std::int64_t out : {1, 4, 32, 200, 1280}) {
+            SCOPED_TRACE(::testing::Message() << threads << " threads, " << text({samples, side, side, in, out}));
+            const winograd::Sizes sizes{samples, side, side, in, out};
+            const Plan plan = winograd::choose_plan(sizes, threads);
+            const std::int64_t tiles = winograd::total_tiles(sizes), group = plan.group, groups = (tiles + group - 1) / group;
+            ASSERT_TRUE(plan.block == 16 || plan.block == 32);
+            ASSERT_EQ(plan.depth % winograd::kStep, 0);
+            ASSERT_GE(plan.chunk, 1);
+            ASSERT_LE(plan.chunk, group);
+            ASSERT_LE(group, tiles);
+            ASSERT_TRUE(!plan.separate || plan.chunk == group);
+            ASSERT_LE(winograd::v_size(sizes, plan) * (plan.separate ? std::min(groups, threads) : 1), kMaxV);
+            ASSERT_LE(winograd::multiply_scratch(plan), (1 << 20) / static_cast<std::int64_t>(sizeof(float)));
+            const std::int64_t pieces = plan.separate ? groups : winograd::pieces(sizes, plan, group);
+            ASSERT_TRUE(pieces * 4 >= threads * 3 || (plan.block == 16 && plan.chunk <= 8)) << pieces << " pieces";
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST(WinogradPlanTest, ResultsDoNotDependOnTheNumberOfThreads) {
+  for (const Case& c : {Case{1, 24, 24, 20, 4}, Case{3, 8, 9, 20, 40}, Case{2, 33, 33, 17, 70}}) {
+    const Tensor x = random(kFloat, c.map(false, c.in)), weight = random(kFloat, {c.out, c.in, 3, 3}, 0.1, 1), bias = random(kFloat, {c.out}, 1, 2);
+    for (const auto& [level, kernels] : levels<float>()) {
+      const Tensor whole = apply(kernels, c, false, kPlans[0], x, weight, bias);
+      for (const std::int64_t threads : kThreads) {
+        SCOPED_TRACE(::testing::Message() << level << ", " << c.text() << ", " << threads << " threads");
+        const Plan plan = winograd::choose_plan({c.samples, c.height, c.width, c.in, c.out}, threads);
+        expect_same_bits(apply(kernels, c, false, plan, x, weight, bias), whole);
       }
     }
   }

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <new>
-#include <thread>
 
 #include "common/ort.h"
 #include "product/product.h"
@@ -30,14 +29,19 @@ void divide(Params<T>& p, std::int64_t threads) {
   }
 }
 
+// Returns the parameters of a 1x1 convolution: x is [samples, in, pixels], w [out, in], bias [out] or null, y [samples, out, pixels].
+template <typename T>
+Params<T> conv1x1(const T* x, const T* w, const T* bias, T* y, std::int64_t samples, std::int64_t in, std::int64_t out, std::int64_t pixels) {
+  return {w, x, bias, y, samples, out, pixels, in, 0, 0, nullptr};
+}
+
 // Computes the product. Of the parameters, unit_rows, unit_vectors and out_of_memory need not be set.
 template <typename T>
 void run(const Context& context, Params<T> p) {
-  static const std::int64_t threads = std::thread::hardware_concurrency();  // the API does not tell the session's number of threads
   if (p.samples * p.rows * p.columns == 0) return;
   bool out_of_memory = false;
   p.out_of_memory = &out_of_memory;
-  divide(p, threads);
+  divide(p, hardware_threads());
   const auto kernel = cpu_kernel<T>();
   context.parallel(units(p, vector_lanes()), 1, [&](std::int64_t begin, std::int64_t end) { kernel(p, begin, end); });
   if (out_of_memory) throw std::bad_alloc();

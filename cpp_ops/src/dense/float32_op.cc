@@ -45,7 +45,7 @@ struct Conv : dense::Conv {
     T* const y = run.output<T>(0, shape);
     const dense::Sizes s = sizes(x.shape, w.shape);
     if (s.kernel_size == 1) {
-      product::run<T>(run, {w.as<T>(), x.as<T>(), b.as<T>(), y, s.samples, s.out_channels, s.height * s.width, s.in_channels, 0, 0, nullptr});
+      product::run(run, product::conv1x1(x.as<T>(), w.as<T>(), b.as<T>(), y, s.samples, s.in_channels, s.out_channels, s.height * s.width));
       return;
     }
     winograd::Params<T> p{};
