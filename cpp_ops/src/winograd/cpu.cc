@@ -12,7 +12,9 @@ namespace {
 
 template <typename T>
 void transform(const Params<T>& p, std::int64_t begin, std::int64_t end, float* scratch) {
-  if (p.channels_first) {
+  if (is_pixel(p.sizes)) {
+    copy_pixels(p, begin, end);
+  } else if (p.channels_first) {
     transform_channels_first(p, begin, end, scratch);
   } else {
     transform_channels_last(p, begin, end);
@@ -57,6 +59,16 @@ void multiply_all(const Params<T>& p, const Outputs& outputs, std::int64_t first
   const Sizes& s = p.sizes;
   const std::int64_t width = outputs.width, depth = p.plan.depth, v_stride = p.plan.group * kStep + kPad, v_step = kPoints * v_stride;
   const float* v = p.v + first * kStep;
+  if (is_pixel(s)) {
+    for (std::int64_t input = 0; input < s.in; input += kStep, v += v_step) {
+      read_weights(p.weight, s, input, outputs.begin, width, chunk);
+      for (std::int64_t c = 0; c < kStep; ++c) {
+        for (std::int64_t o = 0; o < width; o += kLanes) store(chunk + c * width + o, load(chunk + (c * kTaps + kTaps / 2) * width + o));
+      }
+      multiply_matrix({v, v_step, chunk, m, width, min(kStep, s.in - input), input == 0}, tiles, width / kLanes);
+    }
+    return;
+  }
   if (depth == 0) {
     for (std::int64_t input = 0; input < s.in; input += kStep, v += v_step) {
       read_weights(p.weight, s, input, outputs.begin, width, chunk);
@@ -91,6 +103,10 @@ void multiply(const Params<T>& p, std::int64_t piece, float* scratch) {
     run = p.channels_first ? min(kTilesOfVector, min(tiles - tile, tiles_across(s) - at.column / kTile)) : 1;  // tiles of one row
     for (std::int64_t k = 0; k < run; ++k) {
       float* const y = results + k * kTile * kTile * outputs.width;
+      if (is_pixel(s)) {
+        for (std::int64_t o = 0; o < outputs.width; o += kLanes) store(y + o, load(m + tile * outputs.width + o));
+        continue;
+      }
       for (std::int64_t o = 0; o < outputs.width; o += kDecided) {
         const Outputs decided{outputs.begin + o, min(kDecided, outputs.count - o), min(kDecided, outputs.width - o)};
         if (transform_results(m + (tile + k) * outputs.width, m_stride, o, o + decided.width, outputs.width, y)) continue;

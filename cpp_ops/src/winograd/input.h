@@ -103,5 +103,17 @@ void transform_channels_first(const Params<T>& p, std::int64_t begin, std::int64
   }
 }
 
+// For maps of one pixel (is_pixel), which are the same in both layouts.
+template <typename T>
+void copy_pixels(const Params<T>& p, std::int64_t begin, std::int64_t end) {
+  const std::int64_t in = p.sizes.in, stride = p.plan.group * kStep + kPad;
+  for (std::int64_t tile = begin; tile < end; ++tile) {
+    const T* const from = p.x + (p.first + tile) * in;
+    for (std::int64_t c = 0; c < in; c += kLanes) {
+      store(v_at(p, stride, tile, c), in - c >= kLanes ? load(from + c) : load_part(from + c, in - c));
+    }
+  }
+}
+
 }  // namespace SCM_ISA
 }  // namespace scm::winograd

@@ -12,8 +12,8 @@
 // The terms of a sum are always added in the order of the input channels, so a result depends neither on the batch nor on the division of the work. It is also
 // the same for all instruction sets with fused multiply-adds.
 //
-// The transforms would spread NaN and infinity over a tile. If an output of a tile is not finite, its group of kDecided channels is computed again as the sum over the
-// taps. The groups do not depend on the division of the work either.
+// The transforms would spread NaN and infinity over a tile. If an output of a tile is not finite, its group of kDecided channels is computed again as the sum
+// over the taps. The groups do not depend on the division of the work either.
 #pragma once
 
 #include "common/kernel.h"
@@ -25,7 +25,8 @@ constexpr std::int64_t kPoints = 36; // elements of a transformed tile
 constexpr std::int64_t kTaps = 9;
 constexpr std::int64_t kBlock = 32;  // most output channels of a piece
 constexpr std::int64_t kStep = 16;   // input channels of a chunk of weights
-constexpr std::int64_t kDecided = 16; // output channels of a group, which starts at a multiple of 16; a multiple of the lanes of each instruction set
+// Output channels of a group that is finite or computed again. It starts at a multiple of 16 and is a whole number of vectors of each instruction set.
+constexpr std::int64_t kDecided = 16;
 
 // y[n, h, w, o] = bias[o] + sum over i, j, c of x[n, h + i - 1, w + j - 1, c] * weight[o, c, i, j], with zero padding.
 struct Sizes {
@@ -81,6 +82,9 @@ struct Kernels {
 inline namespace SCM_ISA {
 
 inline std::int64_t round_up(std::int64_t value, std::int64_t to) { return (value + to - 1) / to * to; }
+
+// Maps of one pixel take no transforms: only the middle tap reaches them, and point 0 is the pixel itself.
+inline bool is_pixel(const Sizes& s) { return s.height == 1 && s.width == 1; }
 
 inline std::int64_t tiles_down(const Sizes& s) { return (s.height + kTile - 1) / kTile; }
 inline std::int64_t tiles_across(const Sizes& s) { return (s.width + kTile - 1) / kTile; }
