@@ -16,7 +16,7 @@ from onnx import helper
 
 from support import CONVOLUTION_ISAS, native_library, run_python
 
-CASES, MAX_PRODUCTS = 40, 1e7
+CASES, MAX_PRODUCTS = 30, 1e7
 MAX_ERROR = 5e-5  # relative to the outputs' root mean square
 BATCHES, SIZES, CHANNELS = (0, 6), (1, 71), (1, 201)
 
