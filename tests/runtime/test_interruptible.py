@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import threading
@@ -118,6 +117,7 @@ def test_a_second_signal_does_not_leave_a_busy_thread_behind(monkeypatch: pytest
 
     def send() -> None:
         assert started.wait(TIMEOUT_S)
+        time.sleep(0.1)  # until the main thread waits
         signal.pthread_kill(main, signal.SIGUSR1)
 
     sender = threading.Thread(target=send)
@@ -134,10 +134,12 @@ def test_a_second_signal_does_not_leave_a_busy_thread_behind(monkeypatch: pytest
 
 
 def test_a_call_of_a_handler_inside_a_call_has_a_thread_of_its_own_and_one_is_kept() -> None:
-    started, inner = threading.Event(), []
+    started, inner, main = threading.Event(), [], threading.main_thread().ident
+    assert main is not None
 
     def outer() -> threading.Thread:
-        os.kill(os.getpid(), signal.SIGUSR1)  # the main thread handles it
+        time.sleep(0.1)  # until the main thread waits
+        signal.pthread_kill(main, signal.SIGUSR1)
         assert started.wait(TIMEOUT_S)
         return threading.current_thread()
 
