@@ -92,7 +92,7 @@ ops-sanitize: $(TOOLS) ## the same under AddressSanitizer and UndefinedBehaviorS
 ops-tsan: $(TOOLS) ## build the library under ThreadSanitizer, and run the tests that have threads
 	$(call test-ops,build/tsan,-DSCM_OPS_SANITIZE=THREAD)
 
-ops-arm64: $(FULL) ## build the native library for 64-bit ARM and run its C++ tests in emulation; skipped without the cross compiler or qemu
+ops-arm64: $(TOOLS) ## build the native library for 64-bit ARM and run its C++ tests in emulation; skipped without the cross compiler or qemu
 	@if ! command -v aarch64-linux-gnu-g++ > /dev/null; then echo "SKIPPED: ops-arm64 needs aarch64-linux-gnu-g++, which was not found. Install Debian's g++-aarch64-linux-gnu."; \
 	elif ! command -v qemu-aarch64 > /dev/null; then echo "SKIPPED: ops-arm64 needs qemu-aarch64, which was not found. Install Debian's qemu-user."; \
 	else $(MAKE) --no-print-directory run-arm64; fi
@@ -107,7 +107,7 @@ kills: $(FULL) $(OPS) ## kill exports and generations 200 times: nothing may be 
 fuzz: $(FULL) ## read mutated files for an hour (SECONDS=600 for another time, SEED=1 for other files); inputs that fail are written to build/fuzz
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/fuzz/campaign.py --seconds $(or $(SECONDS),3600) --seed $(or $(SEED),0)
 
-bench: $(FULL) $(OPS) ## measure the small models on the CPU for 20 minutes; another call goes on (ARGS="--minutes 60")
+bench: $(FULL) $(OPS) ## measure the small models on the CPU for at most 20 minutes; another call goes on (ARGS="--minutes 60")
 	$(BIN)/python benchmarks/all_scripts.py short $(ARGS)
 
 bench-large: $(FULL) $(OPS) ## measure the models of up to 1.6 billion parameters on the CPU: hours, 16 GB of memory, 20 GB of disk

@@ -58,7 +58,7 @@ def interleaved(candidates: Mapping[str, Callable[[], object]], repeats: int, wa
 # Results, cell by cell
 
 AGAIN = click.option("--again", is_flag=True, help="Measure again what was measured before with the same packages, native library and sources.")
-UNFINISHED = ("missing", "skipped", "not measured")
+UNFINISHED = ("missing", "skipped")
 """Values of ``status`` of cells that the next run tries again: their reasons depend on the moment."""
 
 
@@ -81,7 +81,7 @@ class Cells:
     """The figures of one script in ``NAME.json``. A cell is one measurement, named by its path in the figures.
 
     A cell is measured if the file has it from this machine, with the same packages, native library, sources and settings. Cells of an older build stay in the
-    file until they are measured again; those of another machine or of other versions of packages do not.
+    file until they are measured again or a script removes them; those of another machine or of other versions of packages do not.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Cells:
         order: Callable[[dict[str, Any]], dict[str, Any]] = dict,
         **settings: object,
     ) -> None:
-        """Read nothing yet: the file is read and written at each cell, so that scripts may run at the same time.
+        """Read nothing yet: the file is read and written at each cell. Scripts with different files may run at the same time.
 
         Args:
             name: of the file, without its extension.

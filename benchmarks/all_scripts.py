@@ -1,7 +1,7 @@
 """Run the benchmarks of the CPU one after another, for at most some minutes. What was measured before is not measured again, so another call goes on.
 
-    make bench            python benchmarks/all_scripts.py short     the small models: 20 minutes
-    make bench-large      python benchmarks/all_scripts.py large     S, XXL and SANA-Sprint: four hours, 16 GB of memory, 20 GB of disk
+    make bench            python benchmarks/all_scripts.py short     the small models: at most 20 minutes
+    make bench-large      python benchmarks/all_scripts.py large     S, XXL and SANA-Sprint: at most four hours, 16 GB of memory, 20 GB of disk
 
 A script that is still running when the time is over is interrupted, as by Ctrl-C. One that fails does not stop the others.
 """
@@ -27,12 +27,13 @@ class Series:
     """Command lines of scripts, and the time for all."""
 
     minutes: float
+    """After these, the end of a script and the tables may take ``END_S`` each."""
     scripts: tuple[tuple[str, ...], ...]
 
 
 SERIES = {
     "short": Series(
-        20,
+        18,
         (
             ("teacher.py",),
             ("peers.py", "--preset", "short", "--minutes", "13"),
@@ -40,6 +41,7 @@ SERIES = {
             ("cold_start.py",),
             ("host.py",),
             ("ops.py",),
+            ("ops.py", "--only", "convolutions"),
             ("export.py",),
             ("breakdown.py", "XXS", "CM", "LCM", "SANA-Sprint"),
             ("session_options.py",),
@@ -48,7 +50,7 @@ SERIES = {
         ),
     ),
     "large": Series(
-        240,
+        238,
         (
             ("teacher.py", "S", "XXL"),
             ("peers.py", "--preset", "large"),
@@ -68,30 +70,39 @@ def run(script: tuple[str, ...], limit_s: float) -> str:
         return OK if process.wait(limit_s) == 0 else FAILED
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGINT)
-        try:
-            process.wait(END_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        end(process)
         return INTERRUPTED
+    except KeyboardInterrupt:
+        end(process)  # the terminal has interrupted it too
+        raise
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Wait for an interrupted script, and kill it if it takes too long."""
+    try:
+        process.wait(END_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 @click.command(help=__doc__.split("\n")[0])
 @click.argument("name", type=click.Choice(list(SERIES)))
-@click.option("--minutes", type=float, help="By default 20 and 240.")
+@click.option("--minutes", type=float, help="By default 18 and 238; at the end two more.")
 def main(name: str, minutes: float | None) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets its background jobs, and what they start, ignore it
     series = SERIES[name]
-    end = time.monotonic() + 60 * (series.minutes if minutes is None else minutes)
+    last = time.monotonic() + 60 * (series.minutes if minutes is None else minutes)
     outcomes: dict[str, list[str]] = {OK: [], FAILED: [], INTERRUPTED: []}
     for script in series.scripts:
-        line, left = " ".join(script), end - time.monotonic()
+        line, left = " ".join(script), last - time.monotonic()
         if left < 1:
             outcomes[INTERRUPTED].append(line)
             continue
         click.echo(f"== {time.strftime('%H:%M:%S')} {line}, at most {left / 60:.0f} minutes")
         outcomes[run(script, left)].append(line)
-    run(("figures.py",), END_S)
+    if (outcome := run(("figures.py",), END_S)) != OK:
+        outcomes[FAILED].append(f"figures.py ({outcome}), so the tables of docs/benchmarks.md are not written")
     if rest := outcomes[INTERRUPTED]:
         click.echo(f"The time is over. Call it again for the rest: {'; '.join(rest)}")
     if failed := outcomes[FAILED]:

@@ -33,7 +33,7 @@ from scm_runtime.ort.options import MATMUL_PRECISION
 
 SECONDS, MIN_CALLS = 6.0, 3  # of calls of two steps each; the first call is not counted
 PRODUCTS = (
-    *("Conv", "FusedConv", "MatMul", "FusedMatMul", "Gemm", "Attention", "MaskedAttention"),
+    *("Conv", "FusedConv", "MatMul", "FusedMatMul", "Gemm", "Attention", "MaskedAttention", "ReLULinearAttention", "DepthwiseGLU"),
     *("Conv3x3", "CosineAttention", "Conv3x3ModulateSiLU", "Conv3x3MPSum", "MatMulMPSum"),
 )
 WAYS: dict[str, dict[str, Any]] = {
@@ -80,7 +80,7 @@ def measure(case: Case, n: int, options: dict[str, Any]) -> dict[str, Any]:
         "ms": operators,
         "share": {operator: round(value / whole, 3) for operator, value in operators.items()},
         "between_operators_ms": max(0.0, whole - sum(operators.values())),
-        "arithmetic_flop_per_s": n * case.facts.flop / given["num_inference_steps"] / products * 1e3,
+        "arithmetic_flop_per_s": n * case.facts.flop / given["num_inference_steps"] / products * 1e3 if products else None,
     }
 
 

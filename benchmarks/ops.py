@@ -36,6 +36,7 @@ from scm_export.networks.edm2 import PRESETS, UNetConfig
 from scm_export.writer import BundleWriter
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
 from scm_runtime.ort.native_ops import find_library
+from scm_runtime.ort.options import MATMUL_PRECISION
 
 ort = load_onnxruntime()
 
@@ -177,6 +178,8 @@ def session(model: onnx.ModelProto | Path, device: str, *, native: bool) -> Any:
         library = find_library()
         if library is None:
             raise SystemExit("the native library is not installed: make ops")
+        if device == "cpu":
+            options.add_session_config_entry(MATMUL_PRECISION, "high")  # a Generator's default
         options.register_custom_ops_library(str(library.path))
     data = str(model) if isinstance(model, Path) else model.SerializeToString()
     provider = "CUDAExecutionProvider" if device == "cuda" else "CPUExecutionProvider"
@@ -287,7 +290,7 @@ SIZES: dict[str, tuple[UNetConfig, int]] = {
 
 def steps(device: str, sizes: list[str], *, again: bool) -> None:
     """Time whole steps."""
-    kept = Cells(f"ops-steps-{device}", again=again)
+    kept = Cells(f"ops-steps-{device}", again=again, precision="high")
     for name in SIZES:
         if name.split()[0] in sizes:
             kept.measure(name, by=partial(time_steps, name, device))

@@ -10,8 +10,9 @@ Each peer runs in its own process, which loads the model and samples on command;
 time from its start to the first result with empty caches, and install size. Each peer uses the best settings in its documentation, which the results name
 (``_peers/catalogue.py``). Results are compared with PyTorch's in float32; a peer that computes something else is not timed. A peer that is not installed,
 fails or takes too long is reported, and does not affect the others. The figures of a peer are written as soon as they are valid; another run measures only
-what is missing or was measured with another build of scm_runtime or another version of the peer. Peers that may be the fastest are measured first, those that
-take long to start after them. The models are kept in ``build/peers``.
+what is missing, was measured with another version of the peer or another build of scm_runtime, or exceeded a lower limit (``--patience``). When a peer of
+a row is measured, the row's figures of other builds are removed, because one row does not compare builds. Peers that may be the fastest are measured
+first, those that take long to start after them. The models are kept in ``build/peers``.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from _peers.installed import versions
 from _peers.machine import gpu, physical_cores
 from _peers.preparing import FOLDER, NotPreparedError, measure_peak_rates, prepared
 from _peers.presets import PRESETS, Preset
-from _peers.rounds import Plan, Row
+from _peers.rounds import TOO_LONG, Plan, Row, without_figures
 from _peers.sizes import SIZES
 
 USUAL = Preset(("digits", "XXS"), (1,), seconds=15, min_rounds=3, cell_s=1800, minutes=float("inf"))
@@ -58,22 +59,39 @@ class Measurement:
     def __init__(self, cells: Cells, plan: Plan, steps: int, peers: Sequence[Peer], minutes: float, work: Path) -> None:
         self.cells, self.plan, self.steps, self.peers, self.work = cells, plan, steps, peers, work
         self._end = time.monotonic() + 60 * minutes
+        self._not_prepared: set[str] = set()
 
     def measure(self, batch_sizes: dict[str, Sequence[int]]) -> bool:
         """Measure batch sizes of models, all with the peers of one place before those of the next; return whether there was time for all."""
         for place in sorted({peer.place for peer in self.peers}):
             for size, numbers in batch_sizes.items():
                 for n in numbers:
-                    missing = [peer for peer in self.peers if peer.place == place and not self._is_measured(row_name(size, n, self.steps), peer)]
-                    if missing and time.monotonic() > self._end:
+                    row = row_name(size, n, self.steps)
+                    wanted = [peer for peer in self.peers if peer.place == place and not self._is_measured(row, peer)]
+                    installed = [peer for peer in wanted if peer.missing() is None]
+                    if installed and time.monotonic() > self._end:
                         return False
-                    if missing:
-                        self._row(size, n, missing, max(numbers))
+                    if installed and size not in self._not_prepared:
+                        self._row(size, n, installed, max(numbers))
+                    for peer in wanted:
+                        if reason := peer.missing():
+                            self._note_missing(row, peer, reason)
         return True
 
     def _is_measured(self, row: str, peer: Peer) -> bool:
+        """Return whether this version of a peer was measured, or has exceeded a limit that is not lower than that of this run."""
         path = ("rows", row, "peers", peer.name)
-        return self.cells.is_measured(*path) and self.cells.get(*path).get("versions") in (None, versions(peer.distributions, peer.packages))
+        if not self.cells.is_measured(*path):
+            return False
+        found: dict[str, Any] = self.cells.get(*path)
+        if found["status"] == TOO_LONG and found["limit_s"] < self.plan.cell_s:
+            return False
+        return found.get("versions") == versions(peer.distributions, peer.packages)
+
+    def _note_missing(self, row: str, peer: Peer, reason: str) -> None:
+        show_progress(f"{row}: {peer.name}: missing: {reason}")
+        if self.cells.get("rows", row) is not None:
+            self._keep(row, peer.name, without_figures(peer, "missing", reason))
 
     def _row(self, size: str, n: int, peers: Sequence[Peer], samples: int) -> None:
         """Measure some peers with one size and batch size."""
@@ -82,13 +100,13 @@ class Measurement:
         except NotPreparedError as error:
             show_progress(f"{SIZES[size].title}: {error}")
             self.cells.note("not_measured", size, value=str(error))
+            self._not_prepared.add(size)
             return
         self.cells.note("not_measured", size, value=None)
         name, start = row_name(size, n, self.steps), time.monotonic()
         show_progress(f"{SIZES[size].title}, batch {n}, {self.steps} steps")
         kept = self.cells.get("rows", name) or {}
         about = {
-            "date": datetime.now(UTC).date().isoformat(),
             "size": size,
             "title": SIZES[size].title,
             "batch_size": n,
@@ -107,7 +125,7 @@ class Measurement:
         self.cells.note("rows", name, "took_s", value=self.cells.get("rows", name, "took_s") + round(time.monotonic() - start))
 
     def _keep(self, row: str, peer: str, figures: dict[str, Any]) -> None:
-        self.cells.keep("rows", row, "peers", peer, figures=figures)
+        self.cells.keep("rows", row, "peers", peer, figures={**figures, "date": datetime.now(UTC).date().isoformat()})
 
 
 def show(rows: dict[str, Any]) -> None:
@@ -157,7 +175,12 @@ def _preset(context: click.Context, parameter: click.Parameter, value: str | Non
 @click.option("--sizes", callback=_split_names, help=f"Any of {', '.join(SIZES)}; by default {', '.join(USUAL.sizes)}.")
 @click.option("--batch-sizes", callback=_split_names, help="By default 1; with --all 1,8, of XXL 1; on a GPU 1,8,64.")
 @click.option("--steps", type=click.IntRange(1), default=2, show_default=True)
-@click.option("--peers", "names", callback=_split_names, help="By name, separated by commas; an unknown name lists them.")
+@click.option(
+    "--peers",
+    "names",
+    callback=_split_names,
+    help="By name, separated by commas; an unknown name lists them. The others stay in a row, except figures of another build of scm_runtime.",
+)
 @click.option("--all", "everything", is_flag=True, help="All sizes and peers, unless other options select some.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--seconds", type=float, help=f"Duration of the rounds of one size and batch size; by default {USUAL.seconds:.0f}.")

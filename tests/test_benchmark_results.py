@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ import all_scripts
 import figures
 from _common import Cells
 from _figures.aims import aims
-from _figures.tables import milliseconds
+from _figures.tables import machine_line, milliseconds
 
 from scm_runtime.ort import native_ops
 
@@ -151,6 +152,30 @@ def test_every_script_that_measures_on_the_cpu_is_run() -> None:
     others = {"all_scripts", "figures", "paper_model", "autotune", "cuda_calls", "first_gpu"}  # these measure nothing, or need a GPU
     scripts = {path.name for path in (ROOT / "benchmarks").glob("[!_]*.py") if path.stem not in others}
     assert {script[0] for script in all_scripts.SERIES["short"].scripts} == scripts
+    assert ("ops.py", "--only", "convolutions") in all_scripts.SERIES["short"].scripts  # ops.py alone does not measure them
+
+
+def test_ctrl_c_waits_for_the_script_and_stale_tables_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = tmp_path / "ended"
+    (tmp_path / "long.py").write_text(f"import time\ntime.sleep(1)\nopen({str(ended)!r}, 'w').close()\n")
+    (tmp_path / "figures.py").write_text("raise SystemExit(1)\n")
+    monkeypatch.setattr(all_scripts, "FOLDER", tmp_path)
+    monkeypatch.setattr(all_scripts, "SERIES", {"short": all_scripts.Series(20, ())})
+    done = CliRunner().invoke(all_scripts.main, ["short"])
+    assert done.exit_code == 1
+    assert "figures.py (failed), so the tables of docs/benchmarks.md are not written" in done.output
+
+    wait, interrupts = subprocess.Popen.wait, [KeyboardInterrupt()]
+
+    def interrupted(self: subprocess.Popen[bytes], timeout: float | None = None) -> int:
+        if interrupts:
+            raise interrupts.pop()
+        return wait(self, timeout)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        all_scripts.run(("long.py",), 60)
+    assert ended.exists()
 
 
 # ----------------------------------------------------------------------------
@@ -267,6 +292,14 @@ def test_a_page_without_markers_is_an_error(results: Path) -> None:
 )
 def test_times_have_three_figures(value: float, text: str) -> None:
     assert milliseconds(value) == text
+
+
+def test_the_dates_of_a_table_are_those_of_its_figures() -> None:
+    found = {"a": peer(date="2026-11-25"), "b": peer(date="2026-11-27"), "c": peer("missing") | {"date": "2026-11-30"}}
+    rows = {"new": row_of("S", 1, found), "old": {**row_of("S", 8, {"a": peer()}), "date": "2026-11-24"}}
+    del rows["new"]["date"]
+    result = {"machine": {"cpu": "Some CPU", "python": "3.11.7"}, "figures": {"rows": rows}}
+    assert machine_line(result).endswith("; 2026-11-24 to 2026-11-27.")
 
 
 def row_of(size: str, batch_size: int, peers: dict[str, Any]) -> dict[str, Any]:

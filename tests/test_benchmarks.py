@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
+from datetime import UTC, datetime
 from importlib.machinery import PathFinder
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,15 +15,17 @@ import onnx
 import pytest
 from click.testing import CliRunner
 
-from support import ROOT
+from support import ROOT, native_library
 
 sys.path.insert(0, str(ROOT / "benchmarks"))  # the scripts import one another from there
 
 import _common
 import peers
+from _common import Cells
 from _peers import catalogue, preparing
 from _peers.case import INPUTS, REFERENCE, WITHOUT_DOUBLE, Case, Facts
 from _peers.catalogue import PEERS, Peer
+from _peers.client import WorkerTimeoutError
 from _peers.installed import install_bytes, versions
 from _peers.rounds import Plan, Row
 from _peers.sizes import SIZES, Size
@@ -134,7 +138,8 @@ def test_peers_that_cannot_run_are_reported_and_stop_nobody(case: Case) -> None:
 
 def test_a_peer_that_never_answers_is_given_up(case: Case) -> None:
     found = measure(case, [fake("hanging", "hanging"), fake("scm_runtime", "steady")], cell_s=4.0)
-    assert found["hanging"] == {"status": "failed", "reason": "it takes more than 4 s", "dtype": "fp32"}
+    numpy = {"numpy": np.__version__}
+    assert found["hanging"] == {"status": "not measured", "reason": "it takes more than 4 s", "dtype": "fp32", "versions": numpy, "limit_s": 4.0}
     assert found["scm_runtime"]["status"] == "ok"
 
 
@@ -143,6 +148,58 @@ def test_a_peer_ends_at_its_limit_and_keeps_the_rounds_until_then(case: Case) ->
     assert 1 <= found["slow"]["rounds"] < 10
     assert found["slow"]["rounds"] <= found["scm_runtime"]["rounds"]
     assert "times_as_long" in found["slow"]
+
+
+class FakeWorker:
+    """A worker whose start, and each call, take the seconds in its options, on a clock that only workers advance; 1 s unless they say so."""
+
+    now = 0.0
+    cold_start_s = error_share = 0.0
+    first_ms = 1000.0
+
+    def __init__(self, spec: dict[str, Any], scratch: Path, timeout: float, *_: object) -> None:
+        self.timeout, self._calls = timeout, iter(spec["options"].get("calls", ()))
+        self._wait(spec["options"].get("start", 1))
+
+    def _wait(self, seconds: float) -> None:
+        FakeWorker.now += min(seconds, self.timeout)
+        if seconds > self.timeout:
+            raise WorkerTimeoutError(f"no answer within {self.timeout:.0f} s")
+
+    def draw(self, warm: int, count: int) -> list[float]:
+        seconds = next(self._calls, 1)
+        self._wait(seconds)
+        return [seconds * 1e3]
+
+    def memory(self) -> dict[str, int]:
+        return {"peak_bytes": 1, "resident_bytes": 1}
+
+    def close(self, timeout: float = 20) -> None:
+        pass
+
+
+@pytest.fixture
+def fake_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeWorker, "now", 0.0)
+    monkeypatch.setattr("_peers.rounds.Worker", FakeWorker)
+    monkeypatch.setattr("_peers.rounds.time", SimpleNamespace(monotonic=lambda: FakeWorker.now, perf_counter=lambda: FakeWorker.now, sleep=lambda _: None))
+
+
+@pytest.mark.parametrize(("calls", "status"), [((60, 60, 93, 60), "ok"), ((300,), "not measured")])
+def test_a_call_that_exceeds_the_limit_leaves_the_figures_of_earlier_rounds(case: Case, fake_workers: None, calls: tuple[int, ...], status: str) -> None:
+    slowing = fake("slowing", "", variants=({"start": 210, "calls": calls},))
+    found = measure(case, [fake("scm_runtime", ""), slowing], cell_s=420, rounds=5)
+    assert found["slowing"]["status"] == status
+    assert found["slowing"].get("rounds") == (2 if status == "ok" else None)
+    assert found["slowing"].get("limit_s") == (None if status == "ok" else 420)
+    assert found["scm_runtime"]["rounds"] == 5
+
+
+def test_the_limit_holds_for_all_variants_together(case: Case, fake_workers: None) -> None:
+    variants = ({"start": 100, "calls": (60, 60)}, {"start": 100, "calls": (60, 60)})
+    found = measure(case, [fake("slow", "", variants=variants)], cell_s=300)
+    assert found["slow"]["status"] == "not measured"
+    assert FakeWorker.now <= 300
 
 
 def test_what_was_measured_before_a_run_ends_is_kept(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,6 +341,99 @@ def test_the_digits_are_drawn_by_ours_and_by_a_plain_export_and_not_again(tmp_pa
     monkeypatch.setattr(preparing, "_run_stages", run_stages)
     run()
     assert set(chosen) <= set(measured)
+
+
+def test_steps_are_measured_with_the_kernels_of_convolutions() -> None:
+    import _convolutions  # imports torch, as ops does
+
+    import ops
+
+    native_library()  # skips without it
+    conv = _convolutions._model((1, 8, 16, 16), np.zeros((16, 16, 3, 3), np.float32), "scm.channels_last")
+    ops.session(onnx.load_from_string(conv), "cpu", native=True)  # the model has no function body, so it needs the kernel
+
+
+# ----------------------------------------------------------------------------
+# What a run of peers.py measures
+
+
+class Runs:
+    """Runs ``Measurement`` with models that need no preparation, and peers whose figures are given."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.measured: list[str] = []
+        self.prepared: list[str] = []
+        self.error: preparing.NotPreparedError | None = None
+        self.figures: dict[str, Any] = {"status": "ok"}
+
+        def prepared(size: str, *_: object) -> SimpleNamespace:
+            self.prepared.append(size)
+            if self.error is not None:
+                raise self.error
+            return SimpleNamespace(facts=SimpleNamespace(parameters=1, flop=1.0))
+
+        def row(*arguments: Any) -> SimpleNamespace:
+            def run(chosen: list[Peer], anchor: Peer | None) -> None:
+                for peer in chosen:
+                    self.measured.append(peer.name)
+                    arguments[-1](peer.name, {**self.figures, "versions": versions(peer.distributions)})
+
+            return SimpleNamespace(measure=run)
+
+        monkeypatch.setattr(_common, "RESULTS", folder)
+        monkeypatch.setattr(_common, "build", lambda: "library a, sources b")
+        monkeypatch.setattr(peers, "prepared", prepared)
+        monkeypatch.setattr(peers, "Row", row)
+
+    def run(self, *chosen: Peer, cell_s: float = 150, batch_sizes: tuple[int, ...] = (1,)) -> list[str]:
+        """Return the names of the peers that were measured."""
+        self.measured, self.prepared = [], []
+        plan = Plan("cpu", 1, seconds=1.0, rounds=None, min_rounds=2, cell_s=cell_s)
+        assert peers.Measurement(Cells("peers"), plan, 2, chosen, 20, Path()).measure({"digits": batch_sizes})
+        return self.measured
+
+    def row(self) -> Any:
+        return Cells("peers").get("rows", "digits, batch 1")
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runs:
+    return Runs(tmp_path, monkeypatch)
+
+
+def test_a_missing_peer_changes_no_date(runs: Runs) -> None:
+    ours, absent = fake("scm_runtime", ""), fake("absent", "", needs="no_such_module_here", distributions=("no-such-package",))
+    assert runs.run(ours, absent) == ["scm_runtime"]
+    assert runs.row()["peers"]["scm_runtime"]["date"] == datetime.now(UTC).date().isoformat()
+    assert runs.row()["peers"]["absent"]["status"] == "missing"
+    Cells("peers").note("rows", "digits, batch 1", "peers", "scm_runtime", "date", value="2026-11-01")
+    before = runs.row()
+    assert runs.run(ours, absent) == []
+    assert runs.prepared == []
+    assert {**before, "peers": {"scm_runtime": before["peers"]["scm_runtime"]}} == {**runs.row(), "peers": {"scm_runtime": runs.row()["peers"]["scm_runtime"]}}
+
+
+def test_a_peer_that_exceeded_its_limit_is_tried_again_with_more_time(runs: Runs) -> None:
+    runs.figures = {"status": "not measured", "limit_s": 150}
+    assert runs.run(fake("scm_runtime", ""), cell_s=150) == ["scm_runtime"]
+    assert runs.run(fake("scm_runtime", ""), cell_s=150) == []
+    assert runs.run(fake("scm_runtime", ""), cell_s=1800) == ["scm_runtime"]
+
+
+@pytest.mark.parametrize("status", ["ok", "failed", "wrong"])
+def test_another_version_of_a_peer_is_measured_again(runs: Runs, monkeypatch: pytest.MonkeyPatch, status: str) -> None:
+    runs.figures = {"status": status}
+    assert runs.run(fake("scm_runtime", "")) == ["scm_runtime"]
+    assert runs.run(fake("scm_runtime", "")) == []
+    monkeypatch.setattr(peers, "versions", lambda *_: {"numpy": "99"})
+    assert runs.run(fake("scm_runtime", "")) == ["scm_runtime"]
+
+
+def test_a_model_that_cannot_be_prepared_is_tried_once(runs: Runs) -> None:
+    runs.error = preparing.NotPreparedError("it is too large")
+    assert runs.run(fake("scm_runtime", ""), fake("late", "", place=2), batch_sizes=(1, 8)) == []
+    assert runs.prepared == ["digits"]
+    assert Cells("peers").get("not_measured", "digits") == "it is too large"
 
 
 @pytest.mark.parametrize("folder", SCRIPT_FOLDERS)

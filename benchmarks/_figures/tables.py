@@ -54,11 +54,11 @@ def machine_line(result: Mapping[str, Any]) -> str:
     for row in rows:
         for found in ran(row).values():
             versions |= found["versions"]
-    dates = sorted({row["date"] for row in rows})
+    dates = sorted({date for row in rows for found in ran(row).values() if (date := found.get("date", row.get("date")))})
     gpu = (result["figures"].get("gpu") or {}).get("gpu")
     threads = next(iter(rows))["threads"]
     where = gpu or f"{about['cpu'].replace('(R)', '')}, {threads} core{'s' * (threads > 1)}"
-    when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
+    when = " to ".join(dict.fromkeys((*dates[:1], *dates[-1:])))
     return f"{where}; Python {about['python']}, {', '.join(f'{name} {version}' for name, version in sorted(versions.items()))}; {when}."
 
 
@@ -163,7 +163,7 @@ def _notes(result: Mapping[str, Any]) -> list[str]:
         for name, found in row["peers"].items():
             if found["status"] == "missing":
                 missing[f"{name}: {found['reason']}"] = None
-            elif found["status"] in ("failed", "wrong", "skipped"):
+            elif found["status"] in ("failed", "wrong", "skipped", "not measured"):
                 batch_sizes.setdefault((name, row["title"], found["reason"]), []).append(str(row["batch_size"]))
     said = [f"{name}, {title}, batch {' and '.join(sizes)}: {reason}" for (name, title, reason), sizes in batch_sizes.items()]
     return [f"Not measured: {note}." for note in (*missing, *said, *result["figures"].get("not_measured", {}).values())]

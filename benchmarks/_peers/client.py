@@ -28,6 +28,10 @@ class WorkerFailedError(RuntimeError):
     """A worker ended, did not answer in time, or reported an error."""
 
 
+class WorkerTimeoutError(WorkerFailedError):
+    """A worker did not answer in time."""
+
+
 class Worker:
     """A process that runs one peer."""
 
@@ -86,7 +90,7 @@ class Worker:
         with selectors.DefaultSelector() as selector:
             selector.register(self._process.stdout, selectors.EVENT_READ)
             if not selector.select(max(0.0, self.timeout)):
-                raise WorkerFailedError(f"no answer within {self.timeout:.0f} s")
+                raise WorkerTimeoutError(f"no answer within {self.timeout:.0f} s")
         line = self._process.stdout.readline()
         if not line:
             raise WorkerFailedError(self._how_it_ended())

@@ -11,7 +11,7 @@ from typing import Any
 
 from _peers.case import Case
 from _peers.catalogue import ANCHOR, LARGEST_ERROR, Peer
-from _peers.client import Worker, WorkerFailedError
+from _peers.client import Worker, WorkerFailedError, WorkerTimeoutError
 from _peers.installed import install_bytes, versions
 from _peers.machine import gpu_bytes_used
 from _peers.sizes import BASE_BYTES, Size, available_bytes, memory_shortage
@@ -22,9 +22,17 @@ MAX_CALLS_PER_TURN = 20  #      maximum number of calls per turn
 SHORT_MS = 1000.0  #    a turn of shorter calls begins with an untimed one
 TRIAL_ROUNDS = 3
 
+TOO_LONG = "not measured"
+"""Status of a peer that exceeds its limit, which its figures name as ``limit_s``."""
+
 Progress = Callable[[str], None]
 Keep = Callable[[str, dict[str, Any]], None]
 """Keeps the figures of a peer, by its name."""
+
+
+def without_figures(peer: Peer, status: str, reason: str) -> dict[str, Any]:
+    """Return what is kept of a peer that has no figures."""
+    return {"status": status, "reason": reason, "dtype": peer.dtype, "versions": versions(peer.distributions, peer.packages)}
 
 
 @dataclass(frozen=True)
@@ -55,13 +63,16 @@ class Candidate:
     peer: Peer
     options: dict[str, Any]
     worker: Worker
-    gpu_bytes: int | None
+    facts: dict[str, Any]
+    """What its figures say about it, besides times and memory."""
     turns: list[list[float]] = field(default_factory=list)
     """Milliseconds of each call, by round."""
     ratios: list[float] = field(default_factory=list)
     """Median of its turn divided by that of the anchor in the same round, by round."""
     last_ms: float = 0.0
     """Approximate milliseconds of a call."""
+    memory: dict[str, int] = field(default_factory=dict)
+    """Bytes after its last turn."""
     spent_s: float = 0.0
     """Seconds of its start and its turns."""
 
@@ -75,6 +86,7 @@ class Candidate:
         short = self.last_ms < SHORT_MS
         count = max(1, min(MAX_CALLS_PER_TURN, round(TURN_MS / self.last_ms)))
         turn = self.worker.draw(int(short), count)
+        self.memory = self.worker.memory()
         self.last_ms = statistics.median(turn)
         self.turns.append(turn)
         self.spent_s += time.monotonic() - start
@@ -116,7 +128,8 @@ class Row:
     def _report(self, peer: Peer, status: str, reason: str) -> None:
         self.show_progress(f"  {peer.name}: {status}: {reason}")
         if peer is not self._only_for_comparison:
-            self.keep(peer.name, {"status": status, "reason": reason, "dtype": peer.dtype})
+            limit = {"limit_s": self.plan.cell_s} if status == TOO_LONG else {}
+            self.keep(peer.name, {**without_figures(peer, status, reason), **limit})
 
     # -- A group: the anchor and as many others as fit into memory ----------------------------------------------------------
 
@@ -147,19 +160,20 @@ class Row:
     def _start(self, peer: Peer) -> Candidate | None:
         """Start the peer with the variant that is fastest on this machine."""
         found: list[Candidate] = []
-        start, reason = time.monotonic(), "nothing to run"
+        start, failure = time.monotonic(), ("failed", "nothing to run")
         for options in peer.variants if self.size.trial else peer.variants[:1]:
             try:
                 found.append(self._open(peer, options, start + self.plan.cell_s))
+            except WorkerTimeoutError:
+                failure = TOO_LONG, f"it takes more than {self.plan.cell_s:.0f} s"
             except WorkerFailedError as error:
-                reason = self._too_long(time.monotonic() - start) or str(error)
+                failure = "failed", str(error)
         if len(found) > 1:
-            for _ in range(TRIAL_ROUNDS if max(candidate.last_ms for candidate in found) < SHORT_MS else 1):
-                reason = self._turns(found) or reason
+            failure = self._try(found, start) or failure
         if not found:
-            self._report(peer, "failed", reason)
+            self._report(peer, *failure)
             return None
-        best = min(found, key=lambda candidate: min(map(statistics.median, candidate.turns), default=0.0))
+        best = min(found, key=lambda candidate: min(map(statistics.median, candidate.turns), default=candidate.last_ms))
         for candidate in found:
             if candidate is not best:
                 candidate.worker.close()
@@ -185,11 +199,28 @@ class Row:
         before = gpu_bytes_used() if self.plan.device == "cuda" else None
         worker = Worker(spec, self.scratch / str(self._starts), end - time.monotonic(), peer.environment, peer.python)
         after = gpu_bytes_used() if before is not None else None
-        return Candidate(peer, dict(options), worker, after - before if before is not None and after is not None else None, last_ms=worker.first_ms)
+        facts = {
+            "dtype": peer.dtype,
+            "settings": f"{self.plan.threads} threads, {_settings(options)}" if self.plan.device == "cpu" else _settings(options),
+            "versions": versions(peer.distributions, peer.packages),
+            **({"gpu_bytes": after - before} if before is not None and after is not None else {}),
+            "cold_start_s": worker.cold_start_s,
+            "install_bytes": install_bytes(peer.distributions, peer.packages),
+            "error_share": worker.error_share,
+            "largest_error_share": LARGEST_ERROR[peer.dtype],
+        }
+        return Candidate(peer, dict(options), worker, facts, last_ms=worker.first_ms)
 
-    def _too_long(self, spent_s: float) -> str | None:
-        """Return the reason for which a peer is given up after some time, or None."""
-        return f"it takes more than {self.plan.cell_s:.0f} s" if spent_s >= self.plan.cell_s else None
+    def _try(self, found: list[Candidate], start: float) -> tuple[str, str] | None:
+        """Run some turns of all variants of a peer, and remove those that fail; return the status and reason of the last failure."""
+        failure = None
+        for _ in range(TRIAL_ROUNDS if max(candidate.last_ms for candidate in found) < SHORT_MS else 1):
+            for candidate in list(found):
+                candidate.spent_s = time.monotonic() - start  # the limit is that of all variants together
+                if candidate.spent_s >= self.plan.cell_s:
+                    return failure
+                failure = self._turn(candidate, found) or failure
+        return failure
 
     def _rounds(self, running: list[Candidate]) -> None:
         """Let the candidates take turns; one leaves when it has reached its limit, and all end with the anchor if there is nothing else."""
@@ -199,7 +230,9 @@ class Row:
                 running.remove(candidate)
             if not any(candidate.peer is not self._only_for_comparison for candidate in running):
                 break
-            self._turns(running, report=True)
+            for candidate in list(running):
+                if failure := self._turn(candidate, running):
+                    self._end_early(candidate, *failure)
             done += 1
             anchor = self._anchor if self._anchor in running else None
             for candidate in running:
@@ -215,53 +248,44 @@ class Row:
         if candidate.turns:
             self._keep(candidate)
         else:
-            self._report(candidate.peer, "failed", f"its start and one call take more than {self.plan.cell_s:.0f} s")
+            self._report(candidate.peer, TOO_LONG, f"its start and one call take more than {self.plan.cell_s:.0f} s")
         return True
 
-    def _turns(self, running: list[Candidate], *, report: bool = False) -> str | None:
-        """Run one turn of each candidate, and remove those that fail from the list. Return the reason of the last failure."""
-        reason = None
-        for candidate in list(running):
-            left = self.plan.cell_s - (0.0 if candidate is self._anchor else candidate.spent_s)  # the anchor runs as long as the others do
-            candidate.worker.timeout = max(1.0, left)
-            try:
-                candidate.turn()
-            except WorkerFailedError as error:
-                running.remove(candidate)
-                candidate.worker.close()
-                if candidate is self._anchor:
-                    self._anchor = None
-                reason = f"while drawing: {error}"
-                if report:
-                    self._report(candidate.peer, "failed", reason)
-        return reason
+    def _turn(self, candidate: Candidate, running: list[Candidate]) -> tuple[str, str] | None:
+        """Run one turn of a candidate. If it fails, remove it from the list, and return a status and the reason."""
+        left = self.plan.cell_s - (0.0 if candidate is self._anchor else candidate.spent_s)  # the anchor runs as long as the others do
+        candidate.worker.timeout = max(1.0, left)
+        try:
+            candidate.turn()
+        except WorkerFailedError as error:
+            running.remove(candidate)
+            candidate.worker.close(timeout=0)
+            if candidate is self._anchor:
+                self._anchor = None
+            return TOO_LONG if isinstance(error, WorkerTimeoutError) else "failed", f"while drawing: {error}"
+        return None
+
+    def _end_early(self, candidate: Candidate, status: str, reason: str) -> None:
+        """Keep what was measured before a turn exceeded the limit; report other failures."""
+        if status == TOO_LONG and candidate.turns:
+            self.show_progress(f"  {candidate.peer.name}: ended after {len(candidate.turns)} rounds: {reason}")
+            self._keep(candidate)
+        else:
+            self._report(candidate.peer, status, reason)
 
     def _keep(self, candidate: Candidate) -> None:
         """Keep the figures of a candidate."""
-        peer, plan = candidate.peer, self.plan
-        if peer is self._only_for_comparison:
-            return
-        try:
-            memory = candidate.worker.memory()
-        except WorkerFailedError as error:
-            self._report(peer, "failed", f"after its turn: {error}")
+        if candidate.peer is self._only_for_comparison:
             return
         figures = {
             "status": "ok",
-            "dtype": peer.dtype,
-            "settings": f"{plan.threads} threads, {_settings(candidate.options)}" if plan.device == "cpu" else _settings(candidate.options),
-            "versions": versions(peer.distributions, peer.packages),
+            **candidate.facts,
             **summary(candidate.times, self.n),
             "rounds": len(candidate.turns),
             **({"times_as_long": statistics.median(candidate.ratios)} if candidate.ratios else {}),
-            **memory,
-            **({"gpu_bytes": candidate.gpu_bytes} if candidate.gpu_bytes is not None else {}),
-            "cold_start_s": candidate.worker.cold_start_s,
-            "install_bytes": install_bytes(peer.distributions, peer.packages),
-            "error_share": candidate.worker.error_share,
-            "largest_error_share": LARGEST_ERROR[peer.dtype],
+            **candidate.memory,
         }
-        self.keep(peer.name, figures)
+        self.keep(candidate.peer.name, figures)
 
 
 def summary(times: Sequence[float], n: int) -> dict[str, float]:

@@ -4,6 +4,7 @@
 #include <limits>
 #include <random>
 
+#include "product/run.h"
 #include "support.h"
 
 namespace scm::testing {
@@ -129,6 +130,20 @@ TYPED_TEST(ProductTest, ReportsOutOfMemory) {
     constexpr std::int64_t kRows = std::int64_t{1} << 44;
     kernel({nullptr, nullptr, nullptr, nullptr, 1, kRows, 1, 1000, kRows, 1, &out_of_memory}, 0, 1);
     EXPECT_TRUE(out_of_memory);
+  }
+}
+
+// Units of few rows have partial sums from kStreams terms on.
+TEST(ProductDivisionTest, PartialSumsFitTheCacheForAnyNumberOfColumns) {
+  constexpr std::int64_t kMaxRowsOfTile = 14, kL2 = 2 << 20;
+  for (const std::int64_t threads : {1, 2, 8, 64}) {
+    for (const Case& sizes : {Case{8, 4, 512 * 512, 128}, Case{8, 4, 512 * 512, 33}, Case{1, 14, 1 << 20, 192}, Case{8, 300, 512 * 512, 1000}}) {
+      SCOPED_TRACE(::testing::Message() << threads << " threads, " << sizes.rows << " rows, " << sizes.depth << " terms");
+      product::Params<float> p{nullptr, nullptr, nullptr, nullptr, sizes.samples, sizes.rows, sizes.columns, sizes.depth, 0, 0, nullptr};
+      product::divide(p, threads);
+      const std::int64_t rows = (p.unit_rows + kMaxRowsOfTile - 1) / kMaxRowsOfTile * kMaxRowsOfTile;
+      EXPECT_LE(rows * p.unit_vectors * product::vector_lanes() * static_cast<std::int64_t>(sizeof(float)), kL2);
+    }
   }
 }
 

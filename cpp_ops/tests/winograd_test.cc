@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "support.h"
+#include "winograd/run.h"
 
 namespace scm::testing {
 namespace {
@@ -77,8 +78,8 @@ Tensor apply(const Kernels<T>& kernels, const Case& c, bool channels_first, cons
   const std::int64_t scratch_size = std::max(winograd::transform_scratch(p.sizes), winograd::multiply_scratch(plan));
   std::vector<float> v(static_cast<std::size_t>(winograd::v_size(p.sizes, plan)), kUndefined), scratch(static_cast<std::size_t>(scratch_size), kUndefined);
   p.v = v.data();
-  for (p.first = 0; p.first < p.sizes.tiles(); p.first += plan.group) {
-    p.count = std::min(plan.group, p.sizes.tiles() - p.first);
+  for (p.first = 0; p.first < winograd::total_tiles(p.sizes); p.first += plan.group) {
+    p.count = std::min(plan.group, winograd::total_tiles(p.sizes) - p.first);
     const std::int64_t half = p.count / 2;
     kernels.transform(p, half, p.count, scratch.data());
     kernels.transform(p, 0, half, scratch.data());
@@ -87,19 +88,28 @@ Tensor apply(const Kernels<T>& kernels, const Case& c, bool channels_first, cons
   return y;
 }
 
+// As expect_same_bits, but every NaN equals every other.
+void expect_same_numbers(const Values& actual, const Values& expected) {
+  ASSERT_EQ(actual.size(), expected.size());
+  for (std::size_t i = 0; i < expected.size(); ++i) {
+    ASSERT_TRUE(actual[i] == expected[i] || (std::isnan(actual[i]) && std::isnan(expected[i]))) << actual[i] << " in place of " << expected[i] << " at " << i;
+  }
+}
+
 template <typename T>
 class WinogradTest : public ::testing::Test {};
 TYPED_TEST_SUITE(WinogradTest, Elements, ElementNames);
 
-const Plan kPlans[] = {{1000, 1000, 64, 32, false}, {7, 7, 32, 16, true}, {9, 5, 16, 48, false}, {13, 6, 64, 0, false}, {1000, 1, 16, 0, false}};
+// With 9 tiles, the last chunk of {9, 4, ...} has a single one.
+const Plan kPlans[] = {{1000, 1000, 32, 32, false}, {7, 7, 32, 16, true}, {9, 4, 16, 48, false}, {13, 6, 32, 0, false}, {1000, 1, 16, 0, false}};
 
-// The error of F(4x4, 3x3) relative to a sum's terms: 2e-5 of the root mean square of the outputs, which is about 1 here.
+// The largest error of F(4x4, 3x3), relative to the root mean square of the outputs, which is about 1 here.
 constexpr double kTolerance = 5e-5;
 
 TYPED_TEST(WinogradTest, EqualsTheSumOverTapsHoweverTheWorkIsDivided) {
   using T = TypeParam;
   for (const Case& c : {Case{1, 1, 1, 1, 1}, Case{2, 3, 5, 33, 17}, Case{3, 4, 4, 16, 64}, Case{1, 9, 30, 20, 66}, Case{2, 17, 2, 5, 4}, Case{1, 2, 35, 50, 33},
-                        Case{5, 7, 6, 48, 100}}) {
+                        Case{5, 7, 6, 48, 100}, Case{1, 12, 12, 40, 4}, Case{9, 1, 1, 40, 70}}) {
     for (const bool channels_first : {false, true}) {
       const Tensor x = random(kType<T>, c.map(channels_first, c.in)), bias = random(kType<T>, {c.out}, 1, 2);
       const Tensor weight = random(kType<T>, {c.out, c.in, 3, 3}, 1 / std::sqrt(9.0 * static_cast<double>(c.in)), 1);
@@ -122,17 +132,27 @@ TYPED_TEST(WinogradTest, ComputesTilesThatAreNotFiniteAsTheSumOverTaps) {
   using T = TypeParam;
   const Case c{2, 9, 10, 20, 35};
   const double infinity = std::numeric_limits<double>::infinity(), nan = std::numeric_limits<double>::quiet_NaN();
-  for (const double special : {nan, infinity, -infinity}) {
+  struct Special {
+    double value;
+    bool in_weight;
+  };
+  for (const auto& [special, in_weight] :
+       {Special{nan, false}, Special{infinity, false}, Special{-infinity, false}, Special{nan, true}, Special{infinity, true}}) {
     for (const bool channels_first : {false, true}) {
-      Values x = values(random(kType<T>, c.map(channels_first, c.in)));
-      x[at(c, channels_first, c.in, 1, 4, 3, 19)] = special;
-      const Tensor X = tensor(kType<T>, c.map(channels_first, c.in), x), weight = random(kType<T>, {c.out, c.in, 3, 3}, 0.1, 1);
+      Values x = values(random(kType<T>, c.map(channels_first, c.in))), weight = values(random(kType<T>, {c.out, c.in, 3, 3}, 0.1, 1));
+      (in_weight ? weight[(1 * 20 + 19) * 9 + 4] : x[at(c, channels_first, c.in, 1, 4, 3, 19)]) = special;
+      const Tensor X = tensor(kType<T>, c.map(channels_first, c.in), x), W = tensor(kType<T>, {c.out, c.in, 3, 3}, weight);
       const Tensor bias = random(kType<T>, {c.out}, 1, 2);
-      const Values expected = reference(c, channels_first, values(X), values(weight), values(bias));
+      const Values expected = reference(c, channels_first, values(X), values(W), values(bias));
+      Values fused;  // of the first level with fused multiply-adds
       for (const auto& [level, kernels] : levels<T>()) {
-        SCOPED_TRACE(::testing::Message() << level << ", " << special);
+        SCOPED_TRACE(::testing::Message() << level << ", " << special << (in_weight ? " in a weight" : " in x"));
+        const Values whole = values(apply(kernels, c, channels_first, kPlans[0], X, W, bias));
+        if (std::strcmp(level, "generic") != 0 && fused.empty()) fused = whole;
         for (const Plan& plan : kPlans) {
-          const Values y = values(apply(kernels, c, channels_first, plan, X, weight, bias));
+          const Values y = values(apply(kernels, c, channels_first, plan, X, W, bias));
+          expect_same_numbers(y, whole);
+          if (!fused.empty()) expect_same_numbers(y, fused);
           for (std::size_t i = 0; i < expected.size(); ++i) {
             if (std::isfinite(expected[i])) {
               ASSERT_NEAR(y[i], expected[i], (sizeof(T) == 2 ? 2e-3 : kTolerance) * std::max(1.0, std::fabs(expected[i])));
@@ -143,6 +163,66 @@ TYPED_TEST(WinogradTest, ComputesTilesThatAreNotFiniteAsTheSumOverTaps) {
         }
       }
     }
+  }
+}
+
+constexpr std::int64_t kThreads[] = {1, 2, 3, 5, 8, 16, 31, 64, 256};
+
+TEST(WinogradPlanTest, ThreadsGetWorkInBoundedMemory) {
+  constexpr std::int64_t kMaxV = (64 << 20) / sizeof(float);
+  for (const std::int64_t threads : kThreads) {
+    for (const std::int64_t samples : {1, 2, 8, 64}) {
+      for (const std::int64_t side : {1, 4, 7, 8, 16, 30, 64, 256}) {
+        for (const std::int64_t in : {1, 16, 192, 1280}) {
+          for (const std::int64_t out : {1, 4, 32, 200, 1280}) {
+            SCOPED_TRACE(::testing::Message() << threads << " threads, " << text({samples, side, side, in, out}));
+            const winograd::Sizes sizes{samples, side, side, in, out};
+            const Plan plan = winograd::choose_plan(sizes, threads);
+            const std::int64_t tiles = winograd::total_tiles(sizes), group = plan.group, groups = (tiles + group - 1) / group;
+            ASSERT_TRUE(plan.block == 16 || plan.block == 32);
+            ASSERT_EQ(plan.depth % winograd::kStep, 0);
+            ASSERT_GE(plan.chunk, 1);
+            ASSERT_LE(plan.chunk, group);
+            ASSERT_LE(group, tiles);
+            ASSERT_TRUE(!plan.separate || plan.chunk == group);
+            ASSERT_LE(winograd::v_size(sizes, plan) * (plan.separate ? std::min(groups, threads) : 1), kMaxV);
+            ASSERT_LE(winograd::multiply_scratch(plan), (1 << 20) / static_cast<std::int64_t>(sizeof(float)));
+            const std::int64_t pieces = plan.separate ? groups : winograd::pieces(sizes, plan, group);
+            ASSERT_TRUE(pieces * 4 >= threads * 3 || (plan.block == 16 && plan.chunk <= 8)) << pieces << " pieces";
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST(WinogradPlanTest, ResultsDoNotDependOnTheNumberOfThreads) {
+  for (const Case& c : {Case{1, 24, 24, 20, 4}, Case{3, 8, 9, 20, 40}, Case{2, 33, 33, 17, 70}}) {
+    const Tensor x = random(kFloat, c.map(false, c.in)), weight = random(kFloat, {c.out, c.in, 3, 3}, 0.1, 1), bias = random(kFloat, {c.out}, 1, 2);
+    for (const auto& [level, kernels] : levels<float>()) {
+      const Tensor whole = apply(kernels, c, false, kPlans[0], x, weight, bias);
+      for (const std::int64_t threads : kThreads) {
+        SCOPED_TRACE(::testing::Message() << level << ", " << c.text() << ", " << threads << " threads");
+        const Plan plan = winograd::choose_plan({c.samples, c.height, c.width, c.in, c.out}, threads);
+        expect_same_bits(apply(kernels, c, false, plan, x, weight, bias), whole);
+      }
+    }
+  }
+}
+
+// The sums of output 0 overflow in float32, those of its neighbors do not.
+TEST(WinogradOverflowTest, ChannelsDoNotDependOnTheDivisionOfTheWork) {
+  const Case c{1, 8, 8, 32, 32};
+  Values x = values(random(kFloat, c.map(false, c.in))), weight = values(random(kFloat, {c.out, c.in, 3, 3}, 1, 1));
+  for (double& element : x) element *= 1e34;
+  for (std::size_t i = 0; i < 32 * 9; ++i) weight[i] *= 1e5;
+  const Tensor X = tensor(kFloat, c.map(false, c.in), x), W = tensor(kFloat, {c.out, c.in, 3, 3}, weight), bias = random(kFloat, {c.out});
+  for (const auto& [level, kernels] : levels<float>()) {
+    SCOPED_TRACE(level);
+    const Values whole = values(apply(kernels, c, false, kPlans[0], X, W, bias));
+    EXPECT_FALSE(std::isfinite(whole[0]) && std::isfinite(whole[32]));
+    EXPECT_TRUE(std::isfinite(whole[31]));
+    for (const Plan& plan : kPlans) expect_same_numbers(values(apply(kernels, c, false, plan, X, W, bias)), whole);
   }
 }
 

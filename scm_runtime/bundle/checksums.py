@@ -26,6 +26,7 @@ from scm_runtime.errors import BundleIntegrityError
 
 FINGERPRINT_PREFIX = "unread "
 MAX_ENTRY_BYTES = 1 << 16
+CHUNK_BYTES = 1 << 18
 MAX_AGE_S = 30 * 24 * 3600
 SETTLED_NS = 2_000_000_000  # two changes may have the same time on file systems with coarse clocks (FAT: 2 s): younger files are hashed every time
 
@@ -54,15 +55,20 @@ class CachedChecksum(Struct, frozen=True):
     sha256: str
 
 
-def sha256(path: Path) -> str:
-    """SHA-256 of a regular file, in hexadecimal. Raises OSError."""
+def sha256(path: Path, between_chunks: Callable[[], None] | None = None) -> str:
+    """SHA-256 of a regular file, in hexadecimal. Raises OSError, and what ``between_chunks`` raises: it is called often while the file is read."""
     with open_regular(path) as file:
-        return file_sha256(file)
+        return file_sha256(file, between_chunks)
 
 
-def file_sha256(file: BufferedReader) -> str:
-    """SHA-256 of an open file, in hexadecimal. Raises OSError."""
-    return hashlib.file_digest(file, "sha256").hexdigest()
+def file_sha256(file: BufferedReader, between_chunks: Callable[[], None] | None = None) -> str:
+    """SHA-256 of an open file, in hexadecimal. Arguments and errors are those of ``sha256``."""
+    digest, chunk = hashlib.sha256(), memoryview(bytearray(CHUNK_BYTES))
+    while count := file.readinto(chunk):
+        digest.update(chunk[:count])
+        if between_chunks is not None:
+            between_chunks()
+    return digest.hexdigest()
 
 
 def stat_fingerprint(path: Path, file: BufferedReader | None = None) -> str:
@@ -87,12 +93,12 @@ class ChecksumCache:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def sha256(self, path: Path) -> str:
-        """SHA-256 of a file, in hexadecimal, from the cache if the file is unchanged. Raises OSError if it cannot be read."""
+    def sha256(self, path: Path, between_chunks: Callable[[], None] | None = None) -> str:
+        """SHA-256 of a file, in hexadecimal, from the cache if the file is unchanged. Arguments and errors are those of the function ``sha256``."""
         with open_regular(path) as file:
-            return self._sha256(path, file)
+            return self._sha256(path, file, between_chunks)
 
-    def _sha256(self, path: Path, file: BufferedReader) -> str:
+    def _sha256(self, path: Path, file: BufferedReader, between_chunks: Callable[[], None] | None) -> str:
         before = FileStat.of(path, file)  # of the open file, not of the path: else a file that replaces it would get its checksum
         try:
             entry = self._entry(before)
@@ -103,7 +109,7 @@ class ChecksumCache:
         if cached is not None and cached.seen == before:
             return cached.sha256
         settled = time.time_ns() - max(before.mtime_ns, before.ctime_ns) > SETTLED_NS
-        digest = file_sha256(file)
+        digest = file_sha256(file, between_chunks)
         if settled and FileStat.of(path, file) == before:
             self._remember(before, digest)
         return digest

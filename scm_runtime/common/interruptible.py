@@ -35,18 +35,22 @@ def run_interruptibly(function: Callable[[], Result], *, brief: bool = False) ->
         except InferenceError:  # the system has no more threads
             return function()
     scope = current_scope() or CancelScope()
-    with scope.active():
-        job = thread.job(function)
+    job = scope.call(lambda: thread.job(function))
+
+    def end() -> None:
+        scope.cancel(interrupted_error)
+        if job.withdraw():
+            job.end()
+        job.wait()
+
     try:
         thread.put(job)
         job.wait()
     except BaseException:
-        scope.cancel(interrupted_error)
-        if not job.withdraw():
-            wait_despite_signals(job.wait)
+        wait_despite_signals(end)
         raise
     finally:
-        if not _idle:  # a signal handler that called a Generator may have left its own
+        if job.ended and not _idle:  # a signal handler that called a Generator may have left its own
             _idle.append(thread)
     return cast(Result, job.result())
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from scm_runtime.common.runs import Run, RunRegistry
@@ -19,23 +18,22 @@ _REGISTRY = RunRegistry()  # the end of the process waits for jobs, which may be
 class Job(Run):
     """A function to be called in a JobThread, and its result or error. It is a run in flight from when it is queued until it ends."""
 
-    __slots__ = ("_claim", "_error", "_function", "_result")
+    __slots__ = ("_claims", "_error", "_function", "_result")
 
     def __init__(self, function: Callable[[], Any], thread: int | None) -> None:
         super().__init__(_REGISTRY, None, thread)
         self._function: Callable[[], Any] | None = function
         self._result: Any = None
         self._error: BaseException | None = None
-        self._claim = threading.Lock()
+        self._claims: list[tuple[str, int]] = []  # purpose and thread; the first one decides. Neither threads nor signal handlers interrupt an append.
 
     def call(self) -> None:
         """Call the function, in the thread. The runs in it belong to the scope in which the job was queued."""
-        if not self._claim.acquire(blocking=False):
+        if not self._claim("call"):
             return
         try:
-            with nullcontext() if self.scope is None else self.scope.active():
-                assert self._function is not None
-                self._result = self._function()
+            assert self._function is not None
+            self._result = self._function() if self.scope is None else self.scope.call(self._function)
         except BaseException as error:  # noqa: BLE001 - raised in the caller's thread
             self._error = error
         self._function = None  # it may hold large objects, and the thread's frame keeps the job until the next one
@@ -49,8 +47,13 @@ class Job(Run):
             self.end()
 
     def withdraw(self) -> bool:
-        """Return True if the function was not called yet; it is not called any more then."""
-        return self._claim.acquire(blocking=False)
+        """Return True if this thread is the first to withdraw the job, and the function was not called yet: it is not called any more then."""
+        return self._claim("withdraw")
+
+    def _claim(self, purpose: str) -> bool:
+        claim = purpose, threading.get_ident()
+        self._claims.append(claim)
+        return self._claims[0] == claim  # also if a signal handler raised here before, and the thread calls this again
 
     def result(self) -> Any:
         """Return the result of an ended job, or raise its error."""

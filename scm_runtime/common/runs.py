@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from scm_runtime.errors import GenerationCancelledError, GeneratorClosedError, ScmError
+
+Result = TypeVar("Result")
 
 _in_flight: dict[Run, None] = {}
 _exit_thread: int | None = None  # the thread that exits the process, once it does
@@ -70,6 +71,11 @@ class Run:
         """Mark the run as in flight."""
         _in_flight[self] = None
 
+    @property
+    def ended(self) -> bool:
+        """True after ``end``."""
+        return not self._ended.locked()
+
     def end(self) -> None:
         """Mark the run as ended. It may be called more than once."""
         _in_flight.pop(self, None)  # a forked child has forgotten it
@@ -83,32 +89,6 @@ class Run:
                 pass
 
 
-class _SharedRun(Run):
-    """A run in flight for the whole of its ``with`` block, which the runs of its thread inside the block take part in: see ``RunRegistry.shared_run``."""
-
-    __slots__ = ("_outer",)
-
-    # On the main thread, a signal handler may raise at any call in these methods: the run must not stay in flight then.
-
-    def __enter__(self) -> Self:
-        self._outer = _current.run
-        try:
-            super().__enter__()
-            _current.run = self
-        except BaseException:
-            self.end()
-            raise
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        _current.run = self._outer
-        try:
-            self.end()
-        except BaseException:
-            self.end()
-            raise
-
-
 class RunRegistry:
     """The runs of one Generator, on all its engines and threads."""
 
@@ -119,12 +99,25 @@ class RunRegistry:
         """Return a new run, with the arguments of ``Run``. Entering it raises what ``check`` raises."""
         return Run(self, options, thread)
 
-    def shared_run(self, options: Any) -> AbstractContextManager[Run]:
-        """Context manager: one run in flight for all runs that this thread begins in the block, so that each need not be registered by itself.
+    def call_in_run(self, options: Any, function: Callable[[Run], Result], *, shared: bool = False) -> Result:
+        """Call a function with a new run, in flight until the function has ended, and return its result. Raises what ``check`` raises.
 
-        Its options are passed to each of them. Once they are terminated, the present run ends, and each later one at its first operator.
+        Args:
+            options: the run's own ``onnxruntime.RunOptions``.
+            function: what to call.
+            shared: the runs that this thread begins in the function are part of this run, and take its options: see ``current_run``. Once it is terminated, the
+                present one ends, and each later one at its first operator.
         """
-        return _SharedRun(self, options)
+        run, outer = Run(self, options), _current.run
+        try:
+            with run:
+                if shared:
+                    _current.run = run
+                return function(run)
+        finally:
+            # On the main thread a signal handler may raise at the beginning of a call, also of the block's exit. Then the run ends here.
+            _current.run = outer
+            run.end()
 
     def current_run(self) -> Run | None:
         """Return the shared run that a run of this thread takes part in; None if there is none, or it belongs to another registry or CancelScope."""
@@ -185,22 +178,14 @@ class CancelScope:
         assert self._error is not None
         return self._error()
 
-    def active(self) -> AbstractContextManager[None]:
-        """Context manager: the runs that this thread begins belong to this scope, and not to one around it."""
-        return _Active(self)
-
-
-class _Active(AbstractContextManager[None]):
-    __slots__ = ("_outer", "_scope")
-
-    def __init__(self, scope: CancelScope) -> None:
-        self._scope = scope
-
-    def __enter__(self) -> None:
-        self._outer, _current.scope = _current.scope, self._scope
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        _current.scope = self._outer
+    def call(self, function: Callable[[], Result]) -> Result:
+        """Call a function and return its result. The runs that this thread begins in it belong to this scope, and not to one around it."""
+        outer = _current.scope
+        _current.scope = self
+        try:
+            return function()
+        finally:
+            _current.scope = outer  # no call, so that no signal handler can raise before it
 
 
 class _Current(threading.local):

@@ -7,7 +7,6 @@ of a sample depends only on its seed. ``host.HostEngine`` and ``cuda.engine.Cuda
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
@@ -93,8 +92,8 @@ class Engine(Protocol):
     def run(self, job: Callable[[], Result], *, brief: bool = False) -> Result:
         """Run a job on the thread that the engine needs, and return its result. ``brief`` says that it takes at most a few milliseconds."""
 
-    def one_run(self) -> AbstractContextManager[object]:
-        """Context manager around the work of one call in a job: its runs of graphs are registered together if that saves time."""
+    def in_one_run(self, work: Callable[[], Result]) -> Result:
+        """Do the work of one call in a job, and return its result. Its runs of graphs are registered together if that saves time."""
 
     def sample(self, trajectories: Sequence[Trajectory], outputs: Sequence[Output]) -> bool:
         """Compute trajectories that were not started to their outputs at once, if the engine can do that better than step by step.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from time import perf_counter
@@ -16,7 +15,7 @@ from scm_runtime.bundle.manifest import Dtype
 from scm_runtime.common.interruptible import run_interruptibly
 from scm_runtime.engines.engine import Output, TimedPart, Trajectory, weights_of
 from scm_runtime.engines.sessions import BundleSessions
-from scm_runtime.ort.session import shared_run
+from scm_runtime.ort.session import in_one_run
 
 Result = TypeVar("Result")
 
@@ -67,9 +66,9 @@ class HostEngine:
     def keep_batch_size(self, batch_size: int) -> None:
         """Do nothing: every batch runs as it is."""
 
-    def one_run(self) -> AbstractContextManager[object]:
-        """Register the runs of graphs in the block as one."""
-        return shared_run(self._graphs.step.settings.runs)
+    def in_one_run(self, work: Callable[[], Result]) -> Result:
+        """Do work, and register its runs of graphs as one."""
+        return in_one_run(self._graphs.step.settings.runs, work)
 
     def sample(self, trajectories: Sequence[Trajectory], outputs: Sequence[Output]) -> bool:
         """Return False: step by step, a call can be ended between two steps."""

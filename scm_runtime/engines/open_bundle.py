@@ -9,11 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, cast
 
-from scm_runtime.bundle.checksums import check_files, stat_fingerprint
+from scm_runtime.bundle.checksums import check_files, sha256, stat_fingerprint
 from scm_runtime.bundle.location import ResolvedBundle
 from scm_runtime.bundle.manifest import WEIGHTS, Dtype, Manifest, read_manifest
 from scm_runtime.cache.graph_cache import GraphCache
-from scm_runtime.common.background import in_background
+from scm_runtime.common.background import Background
 from scm_runtime.common.checks import is_int
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
 from scm_runtime.common.runs import RunRegistry
@@ -21,8 +21,8 @@ from scm_runtime.devices.placement import Placement
 from scm_runtime.engines.engine import Engine
 from scm_runtime.engines.host import HostEngine
 from scm_runtime.engines.sessions import BundleSessions
-from scm_runtime.errors import InvalidArgumentError
-from scm_runtime.ort.native_ops import Library, check_native_ops, open_with_native_ops
+from scm_runtime.errors import DeviceError, InvalidArgumentError, OutOfMemoryError
+from scm_runtime.ort.native_ops import Library, NativeOpsStatus, check_native_ops, open_with_native_ops
 from scm_runtime.ort.open_session import open_session
 from scm_runtime.ort.options import CacheContext, SessionSettings, check_threads
 
@@ -95,8 +95,9 @@ def open_bundle(
     chosen = _choose_dtype(dtype, manifest, placement)
     cache = GraphCache.locate(cache_dir)
 
-    def check(names: Iterable[str], *, hashes: bool) -> None:
-        check_files(folder, manifest, names, hashes=hashes, digest_of=cache.checksums.sha256 if cache else None)
+    def check(names: Iterable[str], *, hashes: bool, between_chunks: Callable[[], None] | None = None) -> None:
+        digest_of = partial(cache.checksums.sha256 if cache else sha256, between_chunks=between_chunks)
+        check_files(folder, manifest, names, hashes=hashes, digest_of=digest_of)
 
     names = tuple(manifest.files) if bundle.repository is None else manifest.files_for(chosen)
     bundle.fetch(names)
@@ -117,14 +118,14 @@ def open_bundle(
         opener = _on_host(folder, manifest)
     else:
         opener = _on_cuda(folder, manifest, placement.index, stream, cuda_graph=cuda_graph, gpu_mem_limit=gpu_mem_limit)
-    # Hashing the weights takes as long as opening the graphs. Damaged values do no harm until then, and come into no cached graph: see private_copy.py.
-    verify_weights = in_background(partial(check, [WEIGHTS], hashes=verify_integrity), "scm-runtime checksum")
-    engine, status = open_with_native_ops(manifest, native_ops, placement, lambda library: opener(chosen, settings(library)))
-    try:
-        verify_weights()
-    except BaseException:
-        engine.close()
-        raise
+
+    def open_engine() -> tuple[Engine, NativeOpsStatus]:
+        return open_with_native_ops(manifest, native_ops, placement, lambda library: opener(chosen, settings(library)))
+
+    def verify_weights(between_chunks: Callable[[], None]) -> None:
+        check([WEIGHTS], hashes=True, between_chunks=between_chunks)
+
+    engine, status = _open_while_verifying(open_engine, verify_weights) if verify_integrity else open_engine()
 
     def open_fp32() -> Engine:
         bundle.fetch(fp32 := manifest.files_for("fp32"))
@@ -145,6 +146,32 @@ def open_bundle(
         nodes={provider: ops.total() for provider, ops in engine.run(lambda: engine.graphs().step.node_placement()).items()},
     )
     return OpenBundle(folder, manifest, engine, open_fp32, info, base.runs)
+
+
+def _open_while_verifying(
+    open_engine: Callable[[], tuple[Engine, NativeOpsStatus]], verify_weights: Callable[[Callable[[], None]], None]
+) -> tuple[Engine, NativeOpsStatus]:
+    """Open an engine while its weights are hashed in another thread, which takes as long. Raises the errors of both, and that of the weights if both fail.
+
+    Damaged values do no harm until the weights are verified, and come into no cached graph: see private_copy.py.
+    """
+    verification = Background(verify_weights, "scm-runtime checksum")
+    try:
+        try:
+            engine, status = open_engine()
+        except (DeviceError, OutOfMemoryError):  # not by damaged weights
+            raise
+        except Exception:
+            verification.finish()
+            raise
+        try:
+            verification.finish()
+        except BaseException:
+            engine.close()
+            raise
+    finally:
+        verification.stop()
+    return engine, status
 
 
 def _on_host(folder: Path, manifest: Manifest) -> OpenEngine:

@@ -25,8 +25,7 @@ LOW_MEMORY_ENTRIES = {"session.disable_prepacking": "1"}
 RECORD_PLACEMENT = "session.record_ep_graph_assignment_info"  # which provider runs each node
 
 # A session configuration entry of the native library, with the values of torch.set_float32_matmul_precision. It sets how convolutions and matrix products over
-# feature maps are computed on a CPU. With matrix units (AMX), "high" splits each float32 into two bfloat16; "medium" rounds to one bfloat16, also on vector
-# units (AVX512-BF16). On other CPUs both select Winograd's convolution in float32. "highest" leaves these operators to ONNX Runtime.
+# feature maps are computed on a CPU: "highest" leaves them to ONNX Runtime, "high" and "medium" select kernels by the processor (docs/custom-ops.md).
 MATMUL_PRECISION = "scm.float32_matmul_precision"
 PRECISIONS = ("highest", "high", "medium")
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from types import TracebackType
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,8 @@ from scm_runtime.common.process import leave_to_parent
 from scm_runtime.common.runs import Run, RunRegistry
 from scm_runtime.errors import BundleError, DeviceError, InferenceError, InvalidArgumentError, ScmError
 from scm_runtime.ort.options import RECORD_PLACEMENT, SessionSettings
+
+Result = TypeVar("Result")
 
 NO_CODE = "no kernel image is available"  # CUDA's words when a library has no code for the GPU
 UNCAPTURED = {"gpu_graph_id": "-1"}  # run option: host arrays have no fixed addresses that a CUDA graph could replay
@@ -98,13 +101,14 @@ class Session:
         shared = self.settings.runs.current_run()
         if shared is not None:
             return self._run(inputs, shared)
-        with self.settings.runs.run(_run_options(UNCAPTURED)) as run:
-            return self._run(inputs, run)
+        return self.settings.runs.call_in_run(_run_options(UNCAPTURED), partial(self._run, inputs))
 
     def _run(self, inputs: Mapping[str, NDArray[Any]], run: Run) -> NDArray[Any]:
         try:
             result: NDArray[Any] = self._session.run(self._outputs, inputs, run.options)[0]
         except Exception as error:
+            if not _raised_by_onnxruntime(error.__traceback__):  # by a signal handler, which Python calls on the main thread
+                raise
             batch = max((len(array) for array in inputs.values() if array.ndim), default=1)
             raise run_error(self.path, error, run, f"a batch of {batch} on {self.settings.placement.device}") from error
         expected = self._expected
@@ -156,9 +160,16 @@ class BoundSession:
                 raise run_error(self._path, error, run, self._what) from error
 
 
-def shared_run(runs: RunRegistry) -> AbstractContextManager[Run]:
-    """Context manager: calls of sessions with this registry in the block, on this thread, are one run in flight. See ``RunRegistry.shared_run``."""
-    return runs.shared_run(_run_options(UNCAPTURED))
+def in_one_run(runs: RunRegistry, work: Callable[[], Result]) -> Result:
+    """Call a function and return its result. Its calls of sessions with this registry, on this thread, are one run in flight."""
+    return runs.call_in_run(_run_options(UNCAPTURED), lambda _: work(), shared=True)
+
+
+def _raised_by_onnxruntime(traceback: TracebackType | None) -> bool:
+    """Return True for the traceback of an error that arose in ONNX Runtime's Python code, or in the library that it calls."""
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    return traceback is not None and str(traceback.tb_frame.f_globals.get("__name__")).partition(".")[0] == "onnxruntime"
 
 
 def _check_shape(path: Path, result: NDArray[Any], expected: ResultSpec, inputs: Mapping[str, NDArray[Any]]) -> None:
@@ -169,7 +180,7 @@ def _check_shape(path: Path, result: NDArray[Any], expected: ResultSpec, inputs:
 
 
 def _run_options(entries: Mapping[str, str]) -> Any:
-    """New ``onnxruntime.RunOptions``, one per run: a run is terminated by a flag in its options."""
+    """New ``onnxruntime.RunOptions`` for one run, or for several that are terminated together, by a flag in them."""
     options = load_onnxruntime().RunOptions()
     for name, value in entries.items():
         options.add_run_config_entry(name, value)

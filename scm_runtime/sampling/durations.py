@@ -6,12 +6,15 @@ from collections.abc import Hashable
 
 from scm_runtime.sampling.request import Request
 
-BRIEF_S = 0.01  # that long a signal handler may wait: nobody notices it at Ctrl-C
+BRIEF_S = 0.01  # a signal handler may have to wait that long: shorter than people notice
 MAX_KINDS = 64
 
 
 class CallDurations:
-    """Durations of the latest call of each kind: number of samples and evaluations, dynamic sizes, output. Several threads may use it."""
+    """Durations of the latest call of each kind: number of samples and evaluations, dynamic sizes, output. Several threads may use it.
+
+    It is assumed that the duration depends on nothing else. A handler may have to wait longer with a graph whose number of iterations depends on a value.
+    """
 
     def __init__(self) -> None:
         self._seconds: dict[Hashable, float] = {}

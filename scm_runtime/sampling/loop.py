@@ -24,13 +24,14 @@ from scm_runtime.bundle.manifest import Manifest
 from scm_runtime.common.memory import memory_errors
 from scm_runtime.common.runs import CancelScope, RunRegistry
 from scm_runtime.engines.engine import Engine, Output, PartName
-from scm_runtime.errors import GenerationCancelledError, InvalidArgumentError
 from scm_runtime.inputs.arguments import OutputType
 from scm_runtime.samples import IMAGE_CHANNELS, OnSpan, Samples, Span, Timings
+from scm_runtime.sampling.callback import returned_state
 from scm_runtime.sampling.deadline import cancelled_at
 from scm_runtime.sampling.durations import CallDurations
 from scm_runtime.sampling.nonfinite import NonFiniteHandler
 from scm_runtime.sampling.request import Request
+from scm_runtime.sampling.spans import spans_of
 
 Result = TypeVar("Result")
 
@@ -72,35 +73,35 @@ class SamplingLoop:
         scope = CancelScope()
 
         def run(job: Callable[[], Any]) -> Any:
-            with scope.active():
-                return self.engine.run(job)
+            return scope.call(partial(self.engine.run, job))
 
         with nullcontext() if request.deadline is None else cancelled_at(request.deadline, scope):
             if request.on_step is not None:
                 samples = self._sample_in_parts(request, run)
             else:
-                with scope.active():
-                    samples = self.engine.run(partial(self._sample, request), brief=self._durations.is_brief(request))
+                job = partial(self._sample, request)
+                samples = scope.call(partial(self.engine.run, job, brief=self._durations.is_brief(request)))
         return self.finalize(request, samples)
 
     def _sample(self, request: Request) -> Samples:
         """Compute a request without a callback, in a job of the engine."""
-        engine, trajectory = self.engine, request.trajectory
-        if engine.asynchronous:
+        if self.engine.asynchronous:
             return self.decode_finished([request])[0] if self.evaluate_all([request]) else self._sample_in_parts(request, run_inline)
-        with _memory_errors([request]), engine.one_run():  # which ends early if it is terminated between two runs, too
-            request.started_ns = time.time_ns()
-            engine.start(trajectory)
-            for _ in trajectory.call.evaluations:
-                engine.step((trajectory,))
-                trajectory.evaluations_done += 1
-                self.nonfinite.check(trajectory)  # may compute all steps again
-            if request.output_type == "latent":
-                array = np.array(engine.read_state(trajectory))
-            else:
-                array = self.nonfinite.check_pixels(trajectory, engine.decode((trajectory,))[0])
-        self._durations.note(request, engine.elapsed(trajectory.parts[0].start, trajectory.parts[-1].end))
-        return self._samples(request, array)
+        with _memory_errors([request]):
+            samples = self.engine.in_one_run(partial(self._sample_in_one_run, request))
+        parts = request.trajectory.parts
+        self._durations.note(request, self.engine.elapsed(parts[0].start, parts[-1].end))
+        return samples
+
+    def _sample_in_one_run(self, request: Request) -> Samples:
+        """Compute a request without a callback, in one run: each evaluation ends if the run is terminated, so nothing is checked between them."""
+        request.started_ns = time.time_ns()
+        self.engine.start(request.trajectory)
+        for _ in request.trajectory.call.evaluations:
+            self.engine.step((request.trajectory,))
+            request.trajectory.evaluations_done += 1
+            self.nonfinite.check(request.trajectory)  # may compute all steps again
+        return self._decode([request])[0]
 
     def _sample_in_parts(self, request: Request, run: Callable[[Callable[[], Any]], Any]) -> Samples:
         """Compute a request in one job for each part. A callback runs between them, on the caller's thread and outside of the scope."""
@@ -176,7 +177,7 @@ class SamplingLoop:
         step, t = call.step_of(k)
         returned = request.on_step(step, t, x)
         with _memory_errors([request]):
-            changed = _returned_state(returned, x, step + 1)
+            changed = returned_state(returned, x, step + 1)
             if changed is not None:
                 trajectory.restart_point = (trajectory.evaluations_done, changed)
                 run(lambda: self.engine.set_state(trajectory, changed))
@@ -206,7 +207,7 @@ class SamplingLoop:
 
     def _samples(self, request: Request, array: Any) -> Samples:
         if self._on_span is not None:
-            request.spans = self._spans(request)
+            request.spans = spans_of(request, self.engine.elapsed)
         call = request.trajectory.call
         seconds: dict[PartName, float] = {"noise": 0.0, "decode": 0.0, "copy": 0.0}
         steps: list[float] = []
@@ -251,17 +252,6 @@ class SamplingLoop:
         }
         on_span(Span("generate", request.start_ns, request.start_ns + round(samples.timings.total * 1e9), attributes))
 
-    def _spans(self, request: Request) -> list[Span]:
-        spans, steps = [], 0
-        zero = request.trajectory.parts[0].start
-        for part in request.trajectory.parts:
-            attributes: dict[str, str | int | float] = {}
-            if part.name == "step":
-                attributes, steps = {"step": steps}, steps + 1
-            start, end = (request.started_ns + round(self.engine.elapsed(zero, timestamp) * 1e9) for timestamp in (part.start, part.end))
-            spans.append(Span(part.name, start, end, attributes))
-        return spans
-
     def close(self) -> None:
         """Free what the engines hold."""
         self.nonfinite.close()
@@ -276,29 +266,3 @@ def run_inline(job: Callable[[], Result]) -> Result:
 def _memory_errors(requests: Sequence[Request]) -> AbstractContextManager[None]:
     """Turn errors of exhausted memory in a block into OutOfMemoryError with the size of the batch."""
     return memory_errors(lambda: f"a batch of {sum(len(request.trajectory) for request in requests)}")
-
-
-def _returned_state(returned: object, x: NDArray[np.float32], step: int) -> NDArray[np.float32] | None:
-    """Return the state with which a callback replaces ``x``, or None if it keeps ``x``."""
-    if returned is None:
-        return None
-    if returned is False:
-        raise GenerationCancelledError(f"callback_on_step_end returned False after step {step}: the call ended there")
-    if not isinstance(returned, Mapping):
-        raise InvalidArgumentError(f"callback_on_step_end must return None, False to stop, or a dict with 'latents', got {type(returned).__name__}")
-    if unknown := sorted(map(str, returned.keys() - {"latents"})):
-        raise InvalidArgumentError(f"callback_on_step_end may return 'latents', got {', '.join(map(repr, unknown))}")
-    if "latents" not in returned:
-        return None
-    latents = returned["latents"]
-    try:
-        if np.iscomplexobj(latents):
-            raise TypeError("complex numbers")
-        changed = np.array(latents, np.float32, order="C")
-    except (TypeError, ValueError) as error:
-        raise InvalidArgumentError(f"callback_on_step_end must return latents that are an array of numbers, got {type(latents).__name__}") from error
-    if changed.shape != x.shape:
-        raise InvalidArgumentError(f"callback_on_step_end must return latents of the shape {list(x.shape)}, got {list(changed.shape)}")
-    if not np.isfinite(changed).all():
-        raise InvalidArgumentError("callback_on_step_end must return finite latents, got NaN or infinity")
-    return changed

@@ -87,7 +87,7 @@ class NonFiniteHandler:
         x = engine.read_state(trajectory)[black]
         if not np.isfinite(x).all():
             return pixels  # reported after the step
-        fp32 = self._open_fp32_once()
+        fp32 = self._engine.run(self._open_fp32_once)
 
         def decode() -> NDArray[Any]:
             fp32.start(subset)
@@ -124,7 +124,7 @@ class NonFiniteHandler:
 
     def _recompute(self, trajectory: Trajectory, bad: NDArray[np.bool_]) -> NDArray[np.float32]:
         """Compute the states of some samples again in fp32, from the trajectory's restart point."""
-        engine, subset = self._open_fp32_once(), _subset(trajectory, bad)
+        engine, subset = self._engine.run(self._open_fp32_once), _subset(trajectory, bad)
 
         def compute() -> NDArray[np.float32]:
             engine.start(subset)

@@ -11,9 +11,9 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from scm_runtime.common import process
 from scm_runtime.common.checks import is_int
@@ -26,6 +26,8 @@ from scm_runtime.sampling.loop import SamplingLoop, run_inline
 from scm_runtime.sampling.queued_request import QueuedRequest, resolve_all
 from scm_runtime.sampling.request import Request
 from scm_runtime.sampling.request_queue import RequestQueue
+
+Result = TypeVar("Result")
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -259,8 +261,7 @@ class BatchScheduler:
             return
 
         def run_for_request(job: Callable[[], Any]) -> Any:
-            with self._computing_for([queued]):
-                return run(job)
+            return self._compute_for([queued], CancelScope(), partial(run, job))
 
         try:
             queued.loop.after_step(queued.request, run_for_request)
@@ -275,15 +276,12 @@ class BatchScheduler:
 
         self._run_isolating_failures(decode, [queued for queued in batch if _is_done(queued, outcomes)], outcomes)
 
-    @contextmanager
-    def _computing_for(self, batch: Sequence[QueuedRequest]) -> Iterator[CancelScope]:
-        """Context manager around runs for some requests, which end early if all of them are abandoned. Yields the scope of the runs."""
-        scope = CancelScope()
+    def _compute_for(self, batch: Sequence[QueuedRequest], scope: CancelScope, work: Callable[[], Result]) -> Result:
+        """Do work for some requests in a scope, and return its result. Its runs end early if all of the requests are abandoned."""
         self._computing = scope, batch
         try:
             _cancel_if_abandoned(scope, batch)
-            with scope.active():
-                yield scope
+            return scope.call(work)
         finally:
             self._computing = None
 
@@ -292,9 +290,9 @@ class BatchScheduler:
         batch = [queued for queued in batch if not queued.abandoned]
         if not batch:
             return
+        scope = CancelScope()
         try:
-            with self._computing_for(batch) as scope:
-                work(batch)
+            self._compute_for(batch, scope, partial(work, batch))
         except BaseException as error:  # noqa: BLE001 - the future of the request that caused it gets it
             if scope.cancelled:
                 return

@@ -67,8 +67,8 @@ def test_the_options_of_the_export_page_exist() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_make_targets_and_extras_exist(page: Path) -> None:
     text = page.read_text()
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert {target for target in re.findall(r"^make ([a-z-]+)|`make ([a-z-]+)", text, re.MULTILINE) for target in target if target} <= targets
+    targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert {target for target in re.findall(r"^make ([a-z0-9-]+)|`make ([a-z0-9-]+)", text, re.MULTILINE) for target in target if target} <= targets
     extras = set(re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE))
     assert {extra for group in re.findall(r"(?:'\.|scm-runtime)\[([\w,]+)\]", text) for extra in group.split(",")} <= extras
 

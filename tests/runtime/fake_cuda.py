@@ -157,8 +157,7 @@ class FakeBound:
         session = self.session
         settings, session.settings = session.settings, replace(session.settings, runs=RunRegistry())  # enqueued work is not terminated
         try:
-            with CancelScope().active():
-                result = session(**(self.arrays or self._read()))
+            result = CancelScope().call(lambda: session(**(self.arrays or self._read())))
         finally:
             session.settings = settings
         expect((result.dtype, result.shape) == (np.dtype(self.output.dtype), self.output.shape), "the output does not fit its buffer")

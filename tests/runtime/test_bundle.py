@@ -180,10 +180,10 @@ def test_integrity(bundle: Path) -> None:
 
 
 def test_a_file_that_may_not_be_read(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: Path) -> str:
+    def refuse(path: Path, **_: Any) -> str:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("scm_runtime.bundle.checksums.sha256", refuse)
+    monkeypatch.setattr("scm_runtime.engines.open_bundle.sha256", refuse)
     with pytest.raises(BundleIntegrityError, match=r"cannot read '.*': Permission denied\. Expected a file that you may read"):
         Generator(tiny_bundle)
 

@@ -621,8 +621,7 @@ def test_a_cancelled_job_that_waits_for_another_is_withdrawn(engine: CudaEngine)
         assert go.wait(10)
 
     def cancelled() -> None:
-        with scope.active():
-            engine.run(lambda: ran.append(True))
+        scope.call(lambda: engine.run(lambda: ran.append(True)))
 
     ran: list[bool] = []
     with ThreadPoolExecutor(2) as pool:

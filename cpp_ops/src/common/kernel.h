@@ -58,7 +58,7 @@ using CpuKernel = void (*)(const Params&, std::int64_t begin, std::int64_t end);
 
 enum class CpuLevel { generic, v3, v4 };  // x86-64 microarchitecture levels of the psABI: v3 has AVX2 and FMA, v4 has AVX-512
 
-CpuLevel cpu_level();  // the highest level that both the processor and the operating system support
+CpuLevel cpu_level();  // the highest level that the processor and the operating system support and SCM_OPS_MAX_ISA admits
 
 // Number of elements per piece of work: small enough to balance the threads, large enough that scheduling costs little.
 constexpr std::int64_t kGrain = 32768;

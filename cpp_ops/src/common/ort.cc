@@ -1,7 +1,9 @@
 #include "common/ort.h"
 
+#include <algorithm>
 #include <array>
 #include <memory>
+#include <thread>
 
 namespace scm {
 
@@ -10,6 +12,11 @@ void check(const OrtApi& api, OrtStatus* status) {
   Error error{api.GetErrorMessage(status)};
   api.ReleaseStatus(status);
   throw error;
+}
+
+std::int64_t hardware_threads() {
+  static const std::int64_t threads = std::max(1u, std::thread::hardware_concurrency());  // 0 if it is unknown
+  return threads;
 }
 
 void Attributes::read(const char* name, OrtOpAttrType type, void* data, std::size_t bytes, std::size_t* got) const {

@@ -98,6 +98,9 @@ class Attributes {
   const OrtShapeInferContext* context_ = nullptr;
 };
 
+// Returns the number of logical processors, at least 1. ONNX Runtime does not tell kernels the session's number of threads, which may be smaller.
+std::int64_t hardware_threads();
+
 // Temporary memory on the CPU from the session's allocator, for one kernel run.
 class Scratch {
  public:

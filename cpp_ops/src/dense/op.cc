@@ -2,7 +2,6 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
-#include <thread>
 
 #include "dense/layer.h"
 #include "ops.h"
@@ -59,7 +58,7 @@ void run_dense(Context& run, Params<T> p, bool split_bf16) {
 
   const auto multiply = dense::isa() == dense::Isa::amx ? dense::multiply_amx<T> : dense::multiply_avx512_bf16<T>;
   // A piece of work is 32 output channels of a chunk of pixels.
-  static const std::int64_t threads = std::thread::hardware_concurrency();  // the API does not tell the session's number of threads
+  const std::int64_t threads = hardware_threads();
   const std::int64_t pixels = s.output_pixels() - s.pad() * (s.row_stride() + 1), blocks = (s.out_channels + kBlock - 1) / kBlock;
   std::int64_t chunk = kChunk;
   while (chunk > kMinChunk && blocks * ((pixels + chunk - 1) / chunk) < threads) chunk /= 2;
@@ -72,14 +71,14 @@ void run_dense(Context& run, Params<T> p, bool split_bf16) {
   });
 }
 
-// The operator `Layer` (dense/layer.h) with bfloat16 kernels.
-// Returns whether the product in float32 is faster than three in bfloat16: a 1x1 convolution of few channels takes less time than the conversion and the transposes
-// of its map. The limit is measured (benchmarks/NOTES.md, P5).
+// Returns whether the product in float32 is faster than three in bfloat16: a 1x1 convolution of few channels takes less time than the conversion and the
+// transposes of its map. The limit is measured (benchmarks/NOTES.md, entry 44).
 template <class Layer>
 bool is_faster_in_float32(const Sizes& s) {
   return Layer::kChannelsFirst && s.kernel_size == 1 && s.in_channels * s.out_channels <= 43 * (s.in_channels + s.out_channels);
 }
 
+// The operator `Layer` (dense/layer.h) with bfloat16 kernels.
 template <class Layer, bool kSplitBf16>
 class DenseOp : public Layer {
  public:
@@ -106,7 +105,8 @@ class DenseOp : public Layer {
     const Shape y = this->infer(inputs)[0];
     const Sizes sizes = Layer::sizes(x.shape, w.shape);
     if (kSplitBf16 && is_faster_in_float32<Layer>(sizes)) {
-      product::run<T>(run, {w.as<T>(), x.as<T>(), bias, run.output<T>(0, y), sizes.samples, sizes.out_channels, sizes.height * sizes.width, sizes.in_channels, 0, 0, nullptr});
+      product::run(run, product::conv1x1(x.as<T>(), w.as<T>(), bias, run.output<T>(0, y), sizes.samples, sizes.in_channels, sizes.out_channels,
+                                         sizes.height * sizes.width));
       return;
     }
     Packed packed_now;  // if the weights are not constant

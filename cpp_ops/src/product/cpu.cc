@@ -18,9 +18,8 @@ constexpr int kRows = 8, kVectors = 3;
 #else
 constexpr int kRows = 6, kVectors = 2;
 #endif
-constexpr int kWidth = kVectors * kLanes;                              // columns of a panel
-constexpr int kStride = (kRows + kLanes - 1) / kLanes * kLanes;        // between the columns of a tile of A
-constexpr std::int64_t kStreams = 32;                                  // rows of B that the processor prefetches as streams
+constexpr int kWidth = kVectors * kLanes;                        // columns of a panel
+constexpr int kStride = (kRows + kLanes - 1) / kLanes * kLanes;  // between the columns of a tile of A
 
 constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 

@@ -1,7 +1,5 @@
 // Matrix products in float32 on the CPU: C[s] = A B[s] + bias, for each sample s. All matrices are row-major and are read where they are.
-//   MatMul, y[m, o] = sum over i of x[m, i] w[i, o]:                A = x, B = w, one sample
-//   1x1 convolution of channels-first maps, y[n, o, p] =
-//     bias[o] + sum over i of w[o, i] x[n, i, p]:                   A = w, B = x, C = y
+//   1x1 convolution of channels-first maps, y[n, o, p] = bias[o] + sum over i of w[o, i] x[n, i, p]:   A = w, B = x, C = y
 // Every element of C is one chain of multiply-adds, bias + a[0] b[0] + a[1] b[1] + ..., so it does not depend on the other rows, columns or samples, on the
 // blocking or on the number of threads. The calling code is in product/run.h.
 #pragma once
@@ -12,7 +10,9 @@
 
 namespace scm::product {
 
-constexpr std::int64_t kDepth = 192;  // terms that are added at a time: a panel of B and a tile of A fit the L1 cache, beside another thread of the core
+// Terms that are added at a time; the sums of the terms before are partial sums.
+constexpr std::int64_t kDepth = 192;   // a panel of B and a tile of A fit the L1 cache, with room for the other thread of the core
+constexpr std::int64_t kStreams = 32;  // for units of few rows: rows of B that the processor prefetches as streams
 
 template <typename T>
 struct Params {

@@ -3,7 +3,7 @@
 
 #include "winograd/input.h"
 #include "winograd/output.h"
-#include "winograd/product.h"
+#include "winograd/points.h"
 #include "winograd/transforms.h"
 #include "winograd/weights.h"
 
@@ -12,7 +12,9 @@ namespace {
 
 template <typename T>
 void transform(const Params<T>& p, std::int64_t begin, std::int64_t end, float* scratch) {
-  if (p.channels_first) {
+  if (is_pixel(p.sizes)) {
+    copy_pixels(p, begin, end);
+  } else if (p.channels_first) {
     transform_channels_first(p, begin, end, scratch);
   } else {
     transform_channels_last(p, begin, end);
@@ -52,11 +54,21 @@ void transform_weights(const float* chunk, std::int64_t inputs, std::int64_t wid
 // M = the sums over the input channels for tiles [first, first + tiles) of the group. Point e of (tile, output) goes to
 // m[e * m_stride + tile * width + output].
 template <typename T>
-void multiply_points(const Params<T>& p, const Outputs& outputs, std::int64_t first, std::int64_t tiles, float* u, float* m, std::int64_t m_stride,
-                     float* chunk) {
+void multiply_all(const Params<T>& p, const Outputs& outputs, std::int64_t first, std::int64_t tiles, float* u, float* m, std::int64_t m_stride,
+                  float* chunk) {
   const Sizes& s = p.sizes;
   const std::int64_t width = outputs.width, depth = p.plan.depth, v_stride = p.plan.group * kStep + kPad, v_step = kPoints * v_stride;
   const float* v = p.v + first * kStep;
+  if (is_pixel(s)) {
+    for (std::int64_t input = 0; input < s.in; input += kStep, v += v_step) {
+      read_weights(p.weight, s, input, outputs.begin, width, chunk);
+      for (std::int64_t c = 0; c < kStep; ++c) {
+        for (std::int64_t o = 0; o < width; o += kLanes) store(chunk + c * width + o, load(chunk + (c * kTaps + kTaps / 2) * width + o));
+      }
+      multiply_matrix({v, v_step, chunk, m, width, min(kStep, s.in - input), input == 0}, tiles, width / kLanes);
+    }
+    return;
+  }
   if (depth == 0) {
     for (std::int64_t input = 0; input < s.in; input += kStep, v += v_step) {
       read_weights(p.weight, s, input, outputs.begin, width, chunk);
@@ -85,14 +97,21 @@ void multiply(const Params<T>& p, std::int64_t piece, float* scratch) {
   const Outputs outputs{begin, count, round_up(count, kLanes)};
   const std::int64_t first = piece / blocks(s, plan) * plan.chunk, tiles = min(plan.chunk, p.count - first), m_stride = plan.chunk * outputs.width + kPad;
   float *const u = scratch, *const m = u + u_size(plan), *const chunk = m + m_size(plan), *const results = chunk + kChunkSize;
-  multiply_points(p, outputs, first, tiles, u, m, m_stride, chunk);
+  multiply_all(p, outputs, first, tiles, u, m, m_stride, chunk);
   for (std::int64_t tile = 0, run; tile < tiles; tile += run) {
     const Place at = place_of(s, p.first + first + tile);
-    run = p.channels_first ? min(kTilesOfVector, min(tiles - tile, s.tiles_across() - at.column / kTile)) : 1;  // tiles of one row
+    run = p.channels_first ? min(kTilesOfVector, min(tiles - tile, tiles_across(s) - at.column / kTile)) : 1;  // tiles of one row
     for (std::int64_t k = 0; k < run; ++k) {
       float* const y = results + k * kTile * kTile * outputs.width;
-      if (transform_results(m + (tile + k) * outputs.width, m_stride, outputs.width, y)) continue;
-      convolve_directly(p, {at.sample, at.row, at.column + k * kTile}, outputs, chunk, y);
+      if (is_pixel(s)) {
+        for (std::int64_t o = 0; o < outputs.width; o += kLanes) store(y + o, load(m + tile * outputs.width + o));
+        continue;
+      }
+      for (std::int64_t o = 0; o < outputs.width; o += kDecided) {
+        const Outputs decided{outputs.begin + o, min(kDecided, outputs.count - o), min(kDecided, outputs.width - o)};
+        if (transform_results(m + (tile + k) * outputs.width, m_stride, o, o + decided.width, outputs.width, y)) continue;
+        convolve_directly(p, {at.sample, at.row, at.column + k * kTile}, decided, chunk, y + o, outputs.width);
+      }
     }
     if (p.bias) add_bias(p.bias, outputs, run, results);
     if (p.channels_first) {

@@ -89,16 +89,28 @@ void read_rows(const Params<T>& p, const Place& at, std::int64_t tiles, std::int
 template <typename T>
 void transform_channels_first(const Params<T>& p, std::int64_t begin, std::int64_t end, float* rows) {
   const Sizes& s = p.sizes;
-  const std::int64_t stride = p.plan.group * kStep + kPad, row_size = s.tiles_across() * kTile + 2 + kLanes;
+  const std::int64_t stride = p.plan.group * kStep + kPad, row_size = tiles_across(s) * kTile + 2 + kLanes;
   for (std::int64_t tile = begin, tiles; tile < end; tile += tiles) {
     const Place at = place_of(s, p.first + tile);
-    tiles = min(end - tile, s.tiles_across() - at.column / kTile);
+    tiles = min(end - tile, tiles_across(s) - at.column / kTile);
     for (std::int64_t c = 0; c < s.in; c += kLanes) {
       read_rows(p, at, tiles, c, rows, row_size);
       for (std::int64_t k = 0; k < tiles; ++k) {
         const float* const from = rows + k * kTile * kLanes;
         transform_tile([&](int i, int j) { return load(from + (i * row_size + j) * kLanes); }, stride, v_at(p, stride, tile + k, c));
       }
+    }
+  }
+}
+
+// For maps of one pixel (is_pixel), which are the same in both layouts.
+template <typename T>
+void copy_pixels(const Params<T>& p, std::int64_t begin, std::int64_t end) {
+  const std::int64_t in = p.sizes.in, stride = p.plan.group * kStep + kPad;
+  for (std::int64_t tile = begin; tile < end; ++tile) {
+    const T* const from = p.x + (p.first + tile) * in;
+    for (std::int64_t c = 0; c < in; c += kLanes) {
+      store(v_at(p, stride, tile, c), in - c >= kLanes ? load(from + c) : load_part(from + c, in - c));
     }
   }
 }

@@ -15,10 +15,11 @@ struct Outputs {
   std::int64_t begin, count, width;
 };
 
-// Computes a tile's results, [kTile * kTile, width], from its points at m + e * stride. Returns whether all are finite.
-inline bool transform_results(const float* m, std::int64_t stride, std::int64_t width, float* y) {
+// Computes results of a tile for outputs [begin, end) of a piece of `width` outputs from the tile's points at m + e * stride. Result (pixel, output) goes to
+// y[pixel * width + output]. Returns whether all are finite.
+inline bool transform_results(const float* m, std::int64_t stride, std::int64_t begin, std::int64_t end, std::int64_t width, float* y) {
   Vector probe = {};  // NaN if a result is not finite
-  for (std::int64_t o = 0; o < width; o += kLanes) {
+  for (std::int64_t o = begin; o < end; o += kLanes) {
     Vector half[4][6];
 #pragma GCC unroll 6
     for (int j = 0; j < 6; ++j) {
@@ -45,13 +46,15 @@ inline bool transform_results(const float* m, std::int64_t stride, std::int64_t 
   return sum == sum;
 }
 
-// Computes a tile's results as the sum over taps. `chunk` holds kChunkSize floats.
+// Computes a tile's results as the sum over taps. Those of a pixel are `stride` floats after those of the previous one. `chunk` holds kChunkSize floats.
 template <typename T>
-void convolve_directly(const Params<T>& p, const Place& at, const Outputs& outputs, float* chunk, float* y) {
+void convolve_directly(const Params<T>& p, const Place& at, const Outputs& outputs, float* chunk, float* y, std::int64_t stride) {
   const Sizes& s = p.sizes;
   const std::int64_t width = outputs.width, pixel_step = p.channels_first ? 1 : s.in, channel_step = p.channels_first ? s.height * s.width : 1;
   const T* const x = p.x + at.sample * s.in * s.height * s.width;
-  for (std::int64_t i = 0; i < kTile * kTile * width; ++i) y[i] = 0;
+  for (std::int64_t pixel = 0; pixel < kTile * kTile; ++pixel) {
+    for (std::int64_t o = 0; o < width; ++o) y[pixel * stride + o] = 0;
+  }
   for (std::int64_t input = 0; input < s.in; input += kStep) {
     read_weights(p.weight, s, input, outputs.begin, width, chunk);
     const std::int64_t inputs = min(kStep, s.in - input);
@@ -66,14 +69,14 @@ void convolve_directly(const Params<T>& p, const Place& at, const Outputs& outpu
     for (std::int64_t i = 0; i < kTile; ++i) {
       for (std::int64_t o = 0; o < width; o += kLanes) {
         Vector sums[kTile];
-        for (std::int64_t j = 0; j < kTile; ++j) sums[j] = load(y + (i * kTile + j) * width + o);
+        for (std::int64_t j = 0; j < kTile; ++j) sums[j] = load(y + (i * kTile + j) * stride + o);
         for (std::int64_t c = 0; c < inputs; ++c) {
           for (std::int64_t tap = 0; tap < kTaps; ++tap) {
             const Vector w = load(chunk + (c * kTaps + tap) * width + o);
             for (std::int64_t j = 0; j < kTile; ++j) sums[j] += pixels[i + tap / 3][j + tap % 3][c] * w;
           }
         }
-        for (std::int64_t j = 0; j < kTile; ++j) store(y + (i * kTile + j) * width + o, sums[j]);
+        for (std::int64_t j = 0; j < kTile; ++j) store(y + (i * kTile + j) * stride + o, sums[j]);
       }
     }
   }
@@ -139,7 +142,7 @@ void write_channels_first(const Params<T>& p, const Place& at, std::int64_t tile
       Vector block[kLanes];
 #pragma GCC unroll 16
       for (int k = 0; k < kLanes; ++k) {
-        const std::int64_t tile = k / kTile < tiles ? k / kTile : 0;  // of the missing tiles any
+        const std::int64_t tile = k / kTile < tiles ? k / kTile : 0;  // missing tiles: any values
         block[k] = load(y + ((tile * kTile + i) * kTile + k % kTile) * outputs.width + o);
       }
       transpose(block);

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <thread>
 
 namespace scm::winograd {
 namespace {
@@ -38,19 +37,27 @@ bool available() {
 }
 
 Plan choose_plan(const Sizes& s, std::int64_t threads) {
-  const std::int64_t tiles = s.tiles();
+  const std::int64_t tiles = total_tiles(s);
   // Few tiles: transforming the weights in registers, for 2 or 4 tiles at a time, takes less time than storing them. With 16 outputs, weights are read along
   // 16 rows.
   constexpr std::int64_t kFew = 8;
   if (tiles <= kFew) return {tiles, tiles, 16, 0, false};
   // V, M and U of a chunk fit into the second-level cache: for 192 inputs 0.9 MB, 0.15 MB (32 tiles by 32 outputs) and 0.3 MB (64 inputs by 32 outputs). More
   // tiles would share the transforms of the weights, but were not faster (benchmarks/NOTES.md).
-  constexpr std::int64_t kChunk = 32, kBlockOfChunk = 32, kDepth = 64, kMaxSeparateV = (6 << 20) / sizeof(float);
+  constexpr std::int64_t kChunk = 32, kBlockOfChunk = 32, kDepth = 64, kMaxSeparateV = (6 << 20) / sizeof(float), kMaxV = (64 << 20) / sizeof(float);
   const std::int64_t chunks = (tiles + kChunk - 1) / kChunk, chunk = (tiles + chunks - 1) / chunks, rounds = (chunks + threads - 1) / threads;
   Plan plan{chunk, chunk, kBlockOfChunk, kDepth, true};
-  if (chunks * 4 >= rounds * threads * 3 && v_size(s, plan) <= kMaxSeparateV) return plan;
+  const bool fits = v_size(s, plan) <= kMaxSeparateV && std::min(threads, chunks) * v_size(s, plan) <= kMaxV;
+  if (chunks * 4 >= rounds * threads * 3 && fits) return plan;
   plan.separate = false;
-  while (plan.group < tiles && pieces(s, plan, plan.group) < 3 * threads) plan.group = std::min(tiles, plan.group + chunk);
+  const auto with_group = [&](std::int64_t group) {
+    Plan larger = plan;
+    larger.group = std::min(tiles, group);
+    return larger;
+  };
+  while (plan.group < tiles && pieces(s, plan, plan.group) < 3 * threads && v_size(s, with_group(plan.group + chunk)) <= kMaxV) {
+    plan = with_group(plan.group + chunk);
+  }
   // Enough pieces for all threads: first fewer outputs, which makes reading V more expensive, then fewer tiles, which makes transforming the weights so.
   while (plan.block > 16 && pieces(s, plan, plan.group) < threads) plan.block /= 2;
   while (plan.chunk > kFew && pieces(s, plan, plan.group) < threads) plan.chunk = (plan.chunk + 1) / 2;
@@ -61,10 +68,10 @@ template <typename T>
 void run(const Context& context, Params<T> p) {
   const Sizes& s = p.sizes;
   if (s.samples * s.height * s.width * s.out == 0) return;
-  static const std::int64_t threads = std::max(1u, std::thread::hardware_concurrency());  // the API does not tell the session's number of threads
+  const std::int64_t threads = hardware_threads();
   const auto kernels = winograd::kernels<T>();
   const Plan plan = p.plan = choose_plan(s, threads);
-  const std::int64_t tiles = s.tiles(), groups = (tiles + plan.group - 1) / plan.group, units = plan.separate ? groups : pieces(s, plan, plan.group);
+  const std::int64_t tiles = total_tiles(s), groups = (tiles + plan.group - 1) / plan.group, units = plan.separate ? groups : pieces(s, plan, plan.group);
   const std::int64_t workers = std::min(threads, units), v_count = plan.separate ? workers : 1;
   const std::int64_t v_floats = round_up(v_size(s, plan), kPad);
   const std::int64_t scratch_floats = round_up(std::max(multiply_scratch(plan), p.channels_first ? transform_scratch(s) : 0), kPad);
@@ -86,7 +93,7 @@ void run(const Context& context, Params<T> p) {
     });
     return;
   }
-  const std::int64_t grain = std::max<std::int64_t>(1, std::min(s.tiles_across(), kGrain / (kPoints * s.in)));  // tiles of a unit of `transform`
+  const std::int64_t grain = std::max<std::int64_t>(1, std::min(tiles_across(s), kGrain / (kPoints * s.in)));  // tiles of a unit of `transform`
   for (std::int64_t first = 0; first < tiles; first += plan.group) {
     const Params<T> group = group_at(first, v);
     for_each(context, (group.count + grain - 1) / grain, workers, [&](std::int64_t unit, std::int64_t worker) {

@@ -13,7 +13,7 @@ struct Place {
 };
 
 inline Place place_of(const Sizes& s, std::int64_t tile) {
-  const std::int64_t across = s.tiles_across(), of_sample = s.tiles_down() * across;
+  const std::int64_t across = tiles_across(s), of_sample = tiles_down(s) * across;
   return {tile / of_sample, tile % of_sample / across * kTile, tile % across * kTile};
 }
 

@@ -1,7 +1,7 @@
 // The three transforms of F(4x4, 3x3) with the points 0, 1, -1, 2, -2 and infinity, on vectors of channels.
 //
-// The usual matrix G contains fractions. Here they are factors of the rows of B^T instead: G = D G', and V = (D B^T) x (D B^T)^T. What remains are additions and
-// multiplications by powers of two, which are exact, so it does not matter to the results where a compiler fuses multiply-adds.
+// The usual matrix G contains fractions. Here they are factors of the rows of B^T instead: G = D G', and V = (D B^T) x (D B^T)^T. What remains are additions
+// and multiplications by powers of two, which are exact, so it does not matter to the results where a compiler fuses multiply-adds.
 #pragma once
 
 #include "common/simd.h"

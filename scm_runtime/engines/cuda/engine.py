@@ -8,7 +8,6 @@ and the pixels are copied to the host.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from math import prod
 from typing import Any, TypeVar, cast
 
@@ -67,9 +66,9 @@ class CudaEngine:
         """Run a job in the context's thread, and return its result or raise its error. See ``CudaContext.run``."""
         return self._context.run(job)
 
-    def one_run(self) -> AbstractContextManager[object]:
-        """Do nothing: work on a stream is not terminated."""
-        return nullcontext()
+    def in_one_run(self, work: Callable[[], Result]) -> Result:
+        """Do work: what is on a stream is not terminated."""
+        return work()
 
     def sample(self, trajectories: Sequence[Trajectory], outputs: Sequence[Output]) -> bool:
         """Compute the trajectories from noise to their outputs in one CUDA graph. Returns False if that is not possible: nothing is done then."""

@@ -11,7 +11,7 @@ namespace {
 
 using winograd::Epilogue;
 
-// Returns the parameters of a convolution of channels-last maps but for the epilogue's and y.
+// Returns the parameters of a convolution of channels-last maps, except y and those of the epilogue.
 template <typename T>
 winograd::Params<T> convolution(const Input& x, const Input& w) {
   const dense::Sizes s = dense::Conv3x3::sizes(x.shape, w.shape);
@@ -45,7 +45,7 @@ struct Conv : dense::Conv {
     T* const y = run.output<T>(0, shape);
     const dense::Sizes s = sizes(x.shape, w.shape);
     if (s.kernel_size == 1) {
-      product::run<T>(run, {w.as<T>(), x.as<T>(), b.as<T>(), y, s.samples, s.out_channels, s.height * s.width, s.in_channels, 0, 0, nullptr});
+      product::run(run, product::conv1x1(x.as<T>(), w.as<T>(), b.as<T>(), y, s.samples, s.in_channels, s.out_channels, s.height * s.width));
       return;
     }
     winograd::Params<T> p{};
