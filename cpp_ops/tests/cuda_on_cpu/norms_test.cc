@@ -118,7 +118,7 @@ TEST(NormsAccuracyTest, NormalizationsAreAccurateForALargeMean) {
   const layer_norm::Params<float> of_rows{x.data(), ones.data(), zeros.data(), nullptr, nullptr, rows.data(), 1, 34, 1000, kEps, true};
   EXPECT_EQ(layer_norm::cuda(of_rows, nullptr), nullptr);
   EXPECT_TRUE(close(to_doubles(group.values()), normalized(to_doubles(input), size, true), 0, 1e-4));  // half of the last place of 1000 is 3e-5
-  EXPECT_TRUE(close(to_doubles(rows.values()), normalized(to_doubles(input), 1000, true), 0, 1e-4));
+  EXPECT_TRUE(close(to_doubles(rows.values()), normalized(to_doubles(input), 1000, true), 0, 2e-4));  // a few roundings of the mean
 }
 
 TYPED_TEST(NormsTest, GroupNormDoesNotDependOnTheBatch) {
