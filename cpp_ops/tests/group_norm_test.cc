@@ -120,7 +120,8 @@ TYPED_TEST(GroupNormTest, FollowsItsFormulaForRandomShapesAndAnyNumbersAtEveryLe
         SCOPED_TRACE(::testing::Message() << level << ", " << text(in.x.shape) << ", " << groups << " groups, special number in input " << i % 4);
         Tensor y = empty_like(kType<T>, in.x.shape);
         const T* modulation = modulated ? data<T>(in.modulation) : nullptr;
-        kernel({data<T>(in.x), data<float>(in.scale), data<float>(in.bias), modulation, data<T>(y), samples, channels, pixels, groups, kEps, modulated}, 0, samples * groups);
+        kernel({data<T>(in.x), data<float>(in.scale), data<float>(in.bias), modulation, data<T>(y), samples, channels, pixels, groups, kEps, modulated}, 0,
+               samples * groups);
         expect_close(y, in.x.shape, group_norm(in.x, groups, values(in.scale), values(in.bias), modulated ? values(in.modulation) : Values{}, modulated), 1e-5);
       }
     }

@@ -79,7 +79,7 @@ MASKED: list[Case] = [
 STANDARD: list[Case] = [
     ("three axes", lambda x: scaled_dot_product_attention(x, x.cos(), x.sin())),
     ("five axes", lambda x: same(split(x, 4)[:, None])[:, 0].transpose(1, 2).flatten(2)),
-    ("three axes, grouped keys", lambda x: grouped(split(x, 4)[0]).expand(len(x), -1, -1, -1).flatten(1)),
+    ("three axes, grouped keys", lambda x: grouped(split(x, 4)[0]).expand(x.shape[0], -1, -1, -1).flatten(1)),
     ("five axes, grouped keys", lambda x: grouped(split(x, 4)[:, None])[:, 0]),
     ("causal, three axes", lambda x: scaled_dot_product_attention(x, x, x, is_causal=True)),
     ("head size 264", lambda x: same(wide(x, 1))[:, 0]),

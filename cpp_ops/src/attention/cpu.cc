@@ -1,7 +1,7 @@
 // Processes a block of queries against the keys of its head, kKeys keys at a time, so that scores and weights stay in the L1 cache. Everything is stored
 // transposed, [keys, queries] and [channels, queries]: the lanes of a vector are queries, so that maxima, exponentials and sums need no reductions over lanes.
 //
-// The softmax is computed online (Milakov and Gimelshein, arXiv 1805.02867): when a query's maximum grows, what was summed before is multiplied by a correction.
+// The softmax is computed online (Milakov and Gimelshein, arXiv 1805.02867): when a query's maximum grows, what was summed is multiplied by a correction.
 // Scores are in units of ln 2, so that exponentials are powers of two.
 #include "attention/op.h"
 

@@ -97,7 +97,8 @@ TYPED_TEST(NormsTest, GroupNormKeepsInfinityAndNaNInTheirPlace) {
       bias.data()[1] = static_cast<float>(numbers[1]);
       modulation.data()[1] = from_float<T>(static_cast<float>(numbers[2]));
       modulation.data()[5] = from_float<T>(static_cast<float>(numbers[3]));
-      EXPECT_EQ(group_norm::cuda(group_norm::Params<T>{x.data(), scale.data(), bias.data(), modulation.data(), y.data(), 1, 4, 6, 2, kEps, false}, nullptr), nullptr);
+      const group_norm::Params<T> p{x.data(), scale.data(), bias.data(), modulation.data(), y.data(), 1, 4, 6, 2, kEps, false};
+      EXPECT_EQ(group_norm::cuda(p, nullptr), nullptr);
       Values expected = plain;
       for (std::size_t i = 6; i < 12; ++i) expected[i] = (expected[i] * numbers[0] + numbers[1]) * (1 + numbers[2]) + numbers[3];
       EXPECT_TRUE(close(to_doubles(y.values()), expected, kRounding<T> + 2e-6, 4e-6));
@@ -114,9 +115,10 @@ TEST(NormsAccuracyTest, NormalizationsAreAccurateForALargeMean) {
   Array<float> partials(static_cast<std::size_t>(group_norm::partial_floats(p)));
   p.partials = partials.data();
   EXPECT_EQ(group_norm::cuda(p, nullptr), nullptr);
-  EXPECT_EQ(layer_norm::cuda(layer_norm::Params<float>{x.data(), ones.data(), zeros.data(), nullptr, nullptr, rows.data(), 1, 34, 1000, kEps, true}, nullptr), nullptr);
+  const layer_norm::Params<float> of_rows{x.data(), ones.data(), zeros.data(), nullptr, nullptr, rows.data(), 1, 34, 1000, kEps, true};
+  EXPECT_EQ(layer_norm::cuda(of_rows, nullptr), nullptr);
   EXPECT_TRUE(close(to_doubles(group.values()), normalized(to_doubles(input), size, true), 0, 1e-4));  // half of the last place of 1000 is 3e-5
-  EXPECT_TRUE(close(to_doubles(rows.values()), normalized(to_doubles(input), 1000, true), 0, 1e-4));
+  EXPECT_TRUE(close(to_doubles(rows.values()), normalized(to_doubles(input), 1000, true), 0, 2e-4));  // a few roundings of the mean
 }
 
 TYPED_TEST(NormsTest, GroupNormDoesNotDependOnTheBatch) {

@@ -11,9 +11,7 @@ from scm_export.graphs.matching import constant, only_user, other_input, replace
 from scm_export.ops.depthwise_glu import DEPTHWISE_GLU
 from scm_export.ops.geglu import GEGLU
 from scm_export.ops.operator import Operator
-from scm_export.ops.relu_linear_attention import RELU_LINEAR_ATTENTION
-
-MAX_HEAD_SIZE = 256  # of ReLULinearAttention's kernels
+from scm_export.ops.relu_linear_attention import MAX_HEAD_SIZE, RELU_LINEAR_ATTENTION
 
 
 def replace_transformer_blocks(model: ir.Model) -> None:

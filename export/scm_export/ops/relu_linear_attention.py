@@ -8,6 +8,9 @@ from torch.nn import functional
 
 from scm_export.ops.operator import Operator
 
+MAX_HEAD_SIZE = 256
+"""Channels per head that the kernels support."""
+
 
 def relu_linear_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, eps: float = 1e-15) -> Tensor:
     """``relu(q) (relu(k)ᵀ v) / (relu(q) Σ relu(k) + eps)`` for each head; the sum is over the tokens. It is computed in float32.
