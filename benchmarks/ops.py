@@ -113,8 +113,8 @@ def cases(device: str) -> list[Case]:
         attributes = {"scale": width**-0.5}
         found.append(Case("Attention", f"L {length}, {keys} keys, {heads} heads of {width}", (q, k, v), attributes, partial(ops.attention, **attributes)))
     attributes = {"scale": 0.125}
-    for keys, rows, about in ((77, 1, ""), (1024, 1024, ", a mask per query")):
-        mask = torch.zeros(1, 1, rows, keys, device=device, dtype=dtype)
+    for keys, mask_rows, about in ((77, 1, ""), (1024, 1024, ", a mask per query")):
+        mask = torch.zeros(1, 1, mask_rows, keys, device=device, dtype=dtype)
         q, k = (torch.randn(1, tokens, 8, 64, device=device, dtype=dtype) for tokens in (1024, keys))
         inputs = (q, k, k.clone(), mask)
         found.append(Case("MaskedAttention", f"L 1024, {keys} keys, 8 heads of 64{about}", inputs, attributes, partial(ops.attention, **attributes)))
