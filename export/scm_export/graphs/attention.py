@@ -10,7 +10,7 @@ import torch
 from onnxscript import ir, opset18
 
 from scm_export.graphs.dense_layers import DTYPES
-from scm_export.graphs.matching import constant, same_shape, same_size
+from scm_export.graphs.matching import constant, is_node, same_shape, same_size
 from scm_export.graphs.translation import add_node, typed
 from scm_export.ops.attention import ATTENTION, MASKED_ATTENTION, MAX_SIZE
 
@@ -29,10 +29,14 @@ def share_masks(model: ir.Model) -> None:
         if node.domain != MASKED_ATTENTION.domain or node.op_type != MASKED_ATTENTION.name:
             continue
         mask = node.inputs[3]
-        elements = constant(mask)
-        if mask is not None and elements is not None:
-            shared = masks.setdefault((mask.dtype, elements.shape, elements.tobytes()), mask)
-            node.replace_input_with(3, shared)
+        assert mask is not None
+        producer = mask.producer()
+        triangle = producer if producer is not None and is_node(producer, "Trilu") else None
+        parts = [constant(value) for value in ([mask] if triangle is None else triangle.inputs)]
+        if all(part is not None for part in parts):
+            upper = None if triangle is None else triangle.attributes.get_int("upper", 1)
+            known = (mask.dtype, upper, *((part.shape, part.tobytes()) for part in parts if part is not None))
+            node.replace_input_with(3, masks.setdefault(known, mask))
 
 
 def _translate(
