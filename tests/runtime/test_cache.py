@@ -634,8 +634,8 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Checksums that were computed by reading a file, in order."""
     digests: list[str] = []
 
-    def recording_sha256(file: BufferedReader) -> str:
-        digests.append(file_sha256(file))
+    def recording_sha256(file: BufferedReader, between_chunks: Callable[[], None] | None = None) -> str:
+        digests.append(file_sha256(file, between_chunks))
         return digests[-1]
 
     monkeypatch.setattr("scm_runtime.bundle.checksums.file_sha256", recording_sha256)
