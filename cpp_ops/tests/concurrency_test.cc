@@ -71,10 +71,6 @@ std::vector<Example> examples(ONNXTensorElementDataType type) {
       {"ToImage", {random(type, {2, 3, 120, 110})}, {{"scale", 127.5f}, {"offset", 128.0f}}, 1},
   };
   const Tensor image = random(type, {2, 64, 40, 41}), channels_last = random(type, {2, 13, 14, 64});
-  const Tensor scale = random(kFloat, {64}), bias = random(kFloat, {64}, 1, 1);
-  all.push_back({"GroupNorm", {image, scale, bias}, {{"groups", std::int64_t{4}}, {"eps", 1e-5f}}, 1});
-  all.push_back({"LayerNorm", {x, scale, bias}, {{"eps", 1e-5f}}, 1});
-  all.push_back({"RMSNorm", {x, scale}, {{"eps", 1e-5f}}, 1});
   const Tensor w = random(type, {40, 64, 3, 3}), w1x1 = random(type, {40, 64, 1, 1}), b = random(type, {40});
   const std::vector<Example> convolutions{
       {"Conv", {image, w, b}, {{"pads", Sizes{1, 1, 1, 1}}}, 1, "high"},
@@ -106,7 +102,9 @@ TEST(ConcurrencyTest, SessionsCreatedConcurrentlyGetTheSameDomain) {
 TEST(ConcurrencyTest, TheExamplesAreAllOperators) {
   std::set<std::string> registered, tested;
   for (const OrtCustomOp* op : fake_ort::library().ops) registered.insert(op->GetName(op));
-  for (const Example& node : examples(kFloat)) tested.insert(node.op);
+  for (const Example& node : examples(kFloat)) {
+    if (node.precision.empty()) tested.insert(node.op);  // the others are in domains of their own
+  }
   EXPECT_EQ(tested, registered);
 }
 

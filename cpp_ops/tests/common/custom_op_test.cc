@@ -21,6 +21,7 @@ struct Example {
   std::vector<Tensor> inputs;
   Attributes attributes;
   std::size_t outputs;
+  std::size_t allocators = 0;  // that the kernel gets when it is created
 };
 
 // Returns a small node of each operator.
@@ -40,9 +41,9 @@ std::vector<Example> examples(ONNXTensorElementDataType type) {
       {"ReLULinearAttention", {x, x, x}, {{"heads", std::int64_t{2}}, {"eps", 1e-15f}}, 1},
       {"DepthwiseGLU", {random(type, {2, 4, 5, 3}), random(type, {4, 1, 3, 3}), random(type, {4})}, {}, 1},
       {"GEGLU", {x, random(type, {4})}, {}, 1},
-      {"GroupNorm", {x, per_channel, per_channel}, {{"groups", std::int64_t{1}}, {"eps", 1e-5f}}, 1},
-      {"GroupNormSiLU", {x, per_channel, per_channel}, {{"groups", std::int64_t{1}}, {"eps", 1e-5f}}, 1},
-      {"GroupNormModulateSiLU", {x, per_channel, per_channel, random(type, {2, 10})}, {{"groups", std::int64_t{1}}, {"eps", 1e-5f}}, 1},
+      {"GroupNorm", {x, per_channel, per_channel}, {{"groups", std::int64_t{1}}, {"eps", 1e-5f}}, 1, 1},
+      {"GroupNormSiLU", {x, per_channel, per_channel}, {{"groups", std::int64_t{1}}, {"eps", 1e-5f}}, 1, 1},
+      {"GroupNormModulateSiLU", {x, per_channel, per_channel, random(type, {2, 10})}, {{"groups", std::int64_t{1}}, {"eps", 1e-5f}}, 1, 1},
       {"LayerNorm", {x, per_column, per_column}, {{"eps", 1e-5f}}, 1},
       {"LayerNormModulate", {x, random(type, {2, 1, 4}), random(type, {2, 1, 4})}, {{"eps", 1e-5f}}, 1},
       {"RMSNorm", {x, per_column}, {{"eps", 1e-5f}}, 1},
@@ -171,8 +172,9 @@ TEST(CustomOpTest, TurnsFailuresOfOnnxRuntimeIntoStatuses) {
       EXPECT_EQ(outcome.error, expected) << "call " << options.failing_call;
       ASSERT_LT(options.failing_call, 100);
     }
-    // 6 calls per input, 3 per output, 1 per attribute, and 1 of ParallelFor.
-    const std::size_t calls = 6 * example.inputs.size() + 3 * example.outputs + example.attributes.size() + (outcome.pieces > 0);
+    // 6 calls per input, 3 per output, 1 per attribute and per allocator, and 1 of ParallelFor.
+    const std::size_t calls =
+        6 * example.inputs.size() + 3 * example.outputs + example.attributes.size() + example.allocators + (outcome.pieces > 0);
     EXPECT_EQ(static_cast<std::size_t>(options.failing_call), calls);
   }
 }
