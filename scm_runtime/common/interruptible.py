@@ -15,6 +15,7 @@ from scm_runtime.errors import InferenceError
 Result = TypeVar("Result")
 
 _idle: list[JobThread] = []  # at most one: starting a thread takes longer than handing it a function
+_IDLE_S = 1.0  # after which it ends: a program that has closed its Generators keeps no thread
 
 
 def run_interruptibly(function: Callable[[], Result], *, brief: bool = False) -> Result:
@@ -31,7 +32,7 @@ def run_interruptibly(function: Callable[[], Result], *, brief: bool = False) ->
         thread = _idle.pop()
     except IndexError:
         try:
-            thread = JobThread("scm-runtime call")
+            thread = JobThread("scm-runtime call", idle_s=_IDLE_S, may_end=_retire)
         except InferenceError:  # the system has no more threads
             return function()
     scope = current_scope() or CancelScope()
@@ -53,6 +54,18 @@ def run_interruptibly(function: Callable[[], Result], *, brief: bool = False) ->
         if job.ended and not _idle:  # a signal handler that called a Generator may have left its own
             _idle.append(thread)
     return cast(Result, job.result())
+
+
+def _retire() -> bool:
+    """Take the current thread out of ``_idle``. Returns False if it is not there, because a call has taken it."""
+    for thread in list(_idle):
+        if thread.is_current:
+            try:
+                _idle.remove(thread)
+            except ValueError:
+                return False
+            return True
+    return False
 
 
 def _end_idle() -> None:

@@ -69,12 +69,21 @@ class Job(Run):
 class JobThread:
     """The thread and its queue. A JobThread that is dropped without ``close`` is collected, which ends the thread."""
 
-    def __init__(self, name: str) -> None:
-        """Start the thread. Raises InferenceError if the system has no more threads."""
+    def __init__(self, name: str, *, idle_s: float | None = None, may_end: Callable[[], bool] = lambda: False) -> None:
+        """Start the thread.
+
+        Args:
+            name: of the thread.
+            idle_s: seconds without a job after which the thread calls ``may_end``.
+            may_end: returns True if nobody will queue another job; the thread ends then.
+
+        Raises:
+            InferenceError: the system has no more threads.
+        """
         from queue import SimpleQueue
 
         self._queue: SimpleQueue[Job | None] = SimpleQueue()
-        self.thread = threading.Thread(target=_work, args=(self._queue,), name=name, daemon=True)
+        self.thread = threading.Thread(target=_work, args=(self._queue, idle_s, may_end), name=name, daemon=True)
         try:
             self.thread.start()
         except RuntimeError as error:
@@ -105,7 +114,17 @@ class JobThread:
             self.thread.join()
 
 
-def _work(jobs: SimpleQueue[Job | None]) -> None:
-    while (job := jobs.get()) is not None:
+def _work(jobs: SimpleQueue[Job | None], idle_s: float | None, may_end: Callable[[], bool]) -> None:
+    from queue import Empty
+
+    while True:
+        try:
+            job = jobs.get(timeout=idle_s)
+        except Empty:
+            if may_end():
+                return
+            continue
+        if job is None:
+            return
         job.call()
         del job
