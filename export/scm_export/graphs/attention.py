@@ -110,7 +110,7 @@ def _additive_mask(mask: Any, query: Any) -> Any:
 def _before_expansion(mask: Any) -> Any:
     """What a mask was expanded from, if that has as many axes: torch expands masks over the queries, and adding broadcasts."""
     node = mask.producer()
-    if node is None or node.op_type != "Expand" or node.domain:
+    if node is None or not is_node(node, "Expand"):
         return mask
     source = node.inputs[0]
     known = source is not None and source.shape is not None and source.dtype is not None

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from onnxscript import ir
 
 from scm_export.graphs.dense_layers import DTYPES
-from scm_export.graphs.matching import constant, only_user, other_input, replace_output, same_shape
+from scm_export.graphs.matching import constant, is_node, only_user, other_input, replace_output, same_shape
 from scm_export.ops.depthwise_glu import DEPTHWISE_GLU
 from scm_export.ops.geglu import GEGLU
 from scm_export.ops.operator import Operator
@@ -164,7 +164,7 @@ def _appends_ones(pad: ir.Node) -> bool:
 def _producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
     """Return the node that computes a value, if it is of the given standard type."""
     node = value.producer() if value is not None else None
-    return node if node is not None and not node.domain and node.op_type == op_type else None
+    return node if node is not None and is_node(node, op_type) else None
 
 
 def _private(values: Sequence[ir.Value]) -> bool:
