@@ -25,7 +25,8 @@ FEATURES = set(CPUINFO.read_text().split()) if CPUINFO.exists() else set()
 AVX512 = {"avx512bw", "avx512cd", "avx512dq", "avx512vl"} <= FEATURES
 BFLOAT16 = AVX512 and "avx512_bf16" in FEATURES
 CONVOLUTION_ISAS = ["avx2"] * ({"avx2", "fma"} <= FEATURES) + ["avx512"] * AVX512 or [""] * (platform.machine() in ("aarch64", "arm64"))
-"""Values of SCM_OPS_MAX_ISA."""
+KERNEL_ISAS = ["generic", *CONVOLUTION_ISAS] + ["avx512_bf16"] * BFLOAT16 + ["amx"] * (BFLOAT16 and {"amx_tile", "amx_bf16"} <= FEATURES)
+"""Values of SCM_OPS_MAX_ISA: for those convolutions, and for all kernels."""
 
 # Beginning of a program in which every import of a module named in sys.argv[1] (comma-separated) fails.
 BLOCK_IMPORTS = """

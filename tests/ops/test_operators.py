@@ -4,41 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from onnx import ModelProto, helper
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
+from operator_models import Arrays, Attribute, Case, arrays, one_node, type_name
 from scm_export import ops
-from scm_export.graphs.build import ir_version
 from scm_export.ops import OPERATORS
 from scm_export.verification.tolerances import OP_TOLERANCE, SPLIT_BF16_TOLERANCE
-from scm_runtime.bundle.manifest import OPS_VERSION
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
 from scm_runtime.ort.options import MATMUL_PRECISION
 from support import native_library
 
 onnxruntime = load_onnxruntime()
 
-Arrays = tuple[NDArray[Any], ...]
-Attribute = float | tuple[int, ...]
 Implementation = Callable[[str, Arrays, Mapping[str, Attribute], int], Arrays]
 """Computes the outputs from an operator's name, inputs, attributes and number of outputs."""
 
 # ----------------------------------------------------------------------------
-# Cases. An input is either a shape, to be filled with normally distributed values, or the values.
-
-
-@dataclass(frozen=True)
-class Case:
-    inputs: tuple[tuple[int, ...] | NDArray[Any], ...]
-    attributes: Mapping[str, Attribute]
+# Cases.
 
 
 MAPS = [(3, 1), (1, 5, 3), (3, 64, 7), (1, 7, 5, 64), (3, 4, 3, 65), (3, 77, 64), (0, 4, 4, 7), (3, 0, 4, 7)]
@@ -208,18 +197,6 @@ CASES: dict[str, list[Case]] = {
 }
 
 
-def arrays(op: str, case: Case, dtype: str) -> Arrays:
-    rng = np.random.default_rng(0)
-    dtypes = (_name(kind, dtype) for kind in OPERATORS[op].inputs.values())
-    filled = (rng.standard_normal(given) if isinstance(given, tuple) else given for given in case.inputs)
-    return tuple(np.asarray(values).astype(name) for values, name in zip(filled, dtypes, strict=True))
-
-
-def _name(kind: str, dtype: str) -> str:
-    """Return the NumPy name of a type in an operator's schema."""
-    return {"T": dtype, "float": "float32"}.get(kind, kind)
-
-
 # ----------------------------------------------------------------------------
 # Implementations.
 
@@ -266,7 +243,7 @@ def in_onnxruntime(opset: int, *, kernel: bool = False, provider: str = "CPUExec
         if kernel:
             options.add_session_config_entry(MATMUL_PRECISION, "high")  # dense operators have only CPU kernels
             options.register_custom_ops_library(str(native_library()))
-        model = _model(op, inputs, attributes, outputs, opset).SerializeToString()
+        model = one_node(op, inputs, attributes, outputs, opset).SerializeToString()
         session = onnxruntime.InferenceSession(model, options, providers=[provider])
         assert session.get_providers()[0] == provider
         return tuple(session.run(None, dict(zip(OPERATORS[op].inputs, inputs, strict=True))))
@@ -275,33 +252,10 @@ def in_onnxruntime(opset: int, *, kernel: bool = False, provider: str = "CPUExec
 
 
 def in_reference_evaluator(op: str, inputs: Arrays, attributes: Mapping[str, Attribute], outputs: int) -> Arrays:
-    evaluator = ReferenceEvaluator(_model(op, inputs, attributes, outputs, opset=20))
+    evaluator = ReferenceEvaluator(one_node(op, inputs, attributes, outputs, opset=20))
     with np.errstate(all="ignore"):  # NumPy would warn about overflow and NaN
         found = evaluator.run(None, dict(zip(OPERATORS[op].inputs, inputs, strict=True)))
     return tuple(np.asarray(array) for array in found)
-
-
-def _model(op: str, inputs: Arrays, attributes: Mapping[str, Attribute], outputs: int, opset: int) -> ModelProto:
-    """Return a model with one node. As in exported graphs, the batch size is dynamic and other sizes are static: both affect ONNX Runtime's optimizations."""
-    operator = OPERATORS[op]
-    element = next((array.dtype.name for array, kind in zip(inputs, operator.inputs.values(), strict=True) if kind == "T"), "")
-    result = helper.np_dtype_to_tensor_dtype(np.dtype(_name(operator.output_type, element)))
-    names = operator.output_names(outputs)
-    given = [
-        helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), ["batch", *array.shape[1:]] if array.ndim else [])
-        for name, array in zip(operator.inputs, inputs, strict=True)
-    ]
-    asked = [helper.make_tensor_value_info(name, result, None) for name in names]
-    node = helper.make_node(operator.name, list(operator.inputs), names, domain=operator.domain)
-    sizes = operator.size_attributes([array.shape for array in inputs])
-    node.attribute.extend(helper.make_attribute(name, value) for name, value in {**attributes, **sizes}.items())
-    functions = [called.function(opset, inputs[0].ndim) for called in operator.calls] + [operator.function(opset, inputs[0].ndim, outputs)]
-    return helper.make_model(
-        helper.make_graph([node], operator.name, given, asked),
-        functions=functions,
-        opset_imports=[helper.make_opsetid("", opset), *(helper.make_opsetid(function.domain, OPS_VERSION) for function in functions)],
-        ir_version=ir_version(opset),
-    )
 
 
 PRODUCTS = ("scm.channels_last", "scm.channels_first", "scm.fused")
@@ -329,7 +283,7 @@ def test_an_operator_matches_its_reference(op: str, dtype: str, implementation: 
         for outputs in (1, 2) if OPERATORS[op].activated else (1,):
             expected = in_torch(op, wide, case.attributes, outputs)
             found = implementation(op, inputs, case.attributes, outputs)
-            kind = _name(OPERATORS[op].output_type, dtype)
+            kind = type_name(OPERATORS[op].output_type, dtype)
             atol, rtol = SPLIT_BF16_TOLERANCE if OPERATORS[op].domain in PRODUCTS and kind == "float32" else OP_TOLERANCE[kind]
             for one, other in zip(found, expected, strict=True):
                 message = f"inputs {[array.shape for array in inputs]}, attributes {dict(case.attributes)}, {outputs} outputs"
