@@ -21,34 +21,39 @@ void transform(const Params<T>& p, std::int64_t begin, std::int64_t end, float* 
   }
 }
 
-// Row kRow of U = G' w G'^T, six points, for `inputs` input channels of a chunk. Point e of (input, output) goes to to[e * stride + input * width + output].
-template <int kRow>
-void transform_weight_row(const float* chunk, std::int64_t inputs, std::int64_t width, std::int64_t stride, float* to) {
-  to += kRow * 6 * stride;
+// The six elements of a row of U = G' w G'^T, from a row of G' w.
+inline void transform_weight_row(Vector a, Vector b, Vector c, std::int64_t stride, float* to) {
+  const Vector near = a + c, far = a + 4.0f * c;
+  store(to, a);
+  store(to + stride, near + b);
+  store(to + 2 * stride, near - b);
+  store(to + 3 * stride, far + 2.0f * b);
+  store(to + 4 * stride, far - 2.0f * b);
+  store(to + 5 * stride, c);
+}
+
+// U for `inputs` input channels of a chunk. Point e of (input, output) goes to to[e * stride + input * width + output].
+void transform_weights(const float* chunk, std::int64_t inputs, std::int64_t width, std::int64_t stride, float* to) {
   for (std::int64_t input = 0; input < inputs; ++input, chunk += kTaps * width) {
     for (std::int64_t o = 0; o < width; o += kLanes, to += kLanes) {
       const float* const w = chunk + o;
-      Vector half[3];
-#pragma GCC unroll 3
-      for (int j = 0; j < 3; ++j) half[j] = transformed_weight<kRow>(load(w + j * width), load(w + (3 + j) * width), load(w + (6 + j) * width));
-      store(to, transformed_weight<0>(half[0], half[1], half[2]));
-      store(to + stride, transformed_weight<1>(half[0], half[1], half[2]));
-      store(to + 2 * stride, transformed_weight<2>(half[0], half[1], half[2]));
-      store(to + 3 * stride, transformed_weight<3>(half[0], half[1], half[2]));
-      store(to + 4 * stride, transformed_weight<4>(half[0], half[1], half[2]));
-      store(to + 5 * stride, transformed_weight<5>(half[0], half[1], half[2]));
+      const auto at = [&](int tap) { return load(w + tap * width); };
+      transform_weight_row(at(0), at(1), at(2), stride, to);
+      transform_weight_row(at(6), at(7), at(8), stride, to + 30 * stride);
+      {
+        const Vector a = at(0) + at(6), b = at(1) + at(7), c = at(2) + at(8);
+        const Vector d = at(3), e = at(4), f = at(5);
+        transform_weight_row(a + d, b + e, c + f, stride, to + 6 * stride);
+        transform_weight_row(a - d, b - e, c - f, stride, to + 12 * stride);
+      }
+      {
+        const Vector a = at(0) + 4.0f * at(6), b = at(1) + 4.0f * at(7), c = at(2) + 4.0f * at(8);
+        const Vector d = 2.0f * at(3), e = 2.0f * at(4), f = 2.0f * at(5);
+        transform_weight_row(a + d, b + e, c + f, stride, to + 18 * stride);
+        transform_weight_row(a - d, b - e, c - f, stride, to + 24 * stride);
+      }
     }
   }
-}
-
-// All rows, one after the other: six streams of stores at a time.
-void transform_weights(const float* chunk, std::int64_t inputs, std::int64_t width, std::int64_t stride, float* to) {
-  transform_weight_row<0>(chunk, inputs, width, stride, to);
-  transform_weight_row<1>(chunk, inputs, width, stride, to);
-  transform_weight_row<2>(chunk, inputs, width, stride, to);
-  transform_weight_row<3>(chunk, inputs, width, stride, to);
-  transform_weight_row<4>(chunk, inputs, width, stride, to);
-  transform_weight_row<5>(chunk, inputs, width, stride, to);
 }
 
 // M = the sums over the input channels for tiles [first, first + tiles) of the group. Point e of (tile, output) goes to

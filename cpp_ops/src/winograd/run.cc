@@ -26,6 +26,15 @@ void for_each(const Context& context, std::int64_t units, std::int64_t workers, 
   });
 }
 
+// Most tiles whose weights are transformed in registers. Four tiles share a transform with 32 vector registers, two with 16 (multiply_few).
+std::int64_t few_tiles() {
+#if defined(__aarch64__)
+  return 8;
+#else
+  return cpu_level() == CpuLevel::v4 ? 8 : 2;
+#endif
+}
+
 }  // namespace
 
 bool available() {
@@ -38,13 +47,13 @@ bool available() {
 
 Plan choose_plan(const Sizes& s, std::int64_t threads) {
   const std::int64_t tiles = total_tiles(s);
-  // Few tiles: transforming the weights in registers, for 2 or 4 tiles at a time, takes less time than storing them. With 16 outputs, weights are read along
-  // 16 rows.
-  constexpr std::int64_t kFew = 8;
-  if (tiles <= kFew) return {tiles, tiles, 16, 0, false};
-  // V, M and U of a chunk fit into the second-level cache: for 192 inputs 0.9 MB, 0.15 MB (32 tiles by 32 outputs) and 0.3 MB (64 inputs by 32 outputs). More
-  // tiles would share the transforms of the weights, but were not faster (benchmarks/NOTES.md).
-  constexpr std::int64_t kChunk = 32, kBlockOfChunk = 32, kDepth = 64, kMaxSeparateV = (6 << 20) / sizeof(float), kMaxV = (64 << 20) / sizeof(float);
+  // Few tiles: transforming the weights in registers, as many times as there are groups of tiles whose sums fit into the registers, takes less time than storing
+  // them. With 16 outputs, weights are read along 16 rows.
+  if (tiles <= few_tiles()) return {tiles, tiles, 16, 0, false};
+  constexpr std::int64_t kFew = 8, kDepthOfFew = 128;
+  if (tiles <= kFew) return {tiles, tiles, 16, std::min(kDepthOfFew, round_up(s.in, kStep)), false};
+  // A chunk's M (64 tiles by 32 outputs) and U (64 inputs by 32 outputs) take 0.3 MB each and fit into most second-level caches (benchmarks/NOTES.md).
+  constexpr std::int64_t kChunk = 64, kBlockOfChunk = 32, kDepth = 64, kMaxSeparateV = (6 << 20) / sizeof(float), kMaxV = (64 << 20) / sizeof(float);
   const std::int64_t chunks = (tiles + kChunk - 1) / kChunk, chunk = (tiles + chunks - 1) / chunks, rounds = (chunks + threads - 1) / threads;
   Plan plan{chunk, chunk, kBlockOfChunk, kDepth, true};
   const bool fits = v_size(s, plan) <= kMaxSeparateV && std::min(threads, chunks) * v_size(s, plan) <= kMaxV;
