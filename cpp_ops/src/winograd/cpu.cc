@@ -33,9 +33,11 @@ inline void transform_weight_row(Vector a, Vector b, Vector c, std::int64_t stri
 }
 
 // U for `inputs` input channels of a chunk. Point e of (input, output) goes to to[e * stride + input * width + output].
-void transform_weights(const float* chunk, std::int64_t inputs, std::int64_t width, std::int64_t stride, float* to) {
+template <typename T>
+void transform_weights(const float* chunk, std::int64_t inputs, std::int64_t width, std::int64_t stride, const NextChunk<T>& next, float* to) {
   for (std::int64_t input = 0; input < inputs; ++input, chunk += kTaps * width) {
     for (std::int64_t o = 0; o < width; o += kLanes, to += kLanes) {
+      next.prefetch(input, o);
       const float* const w = chunk + o;
       const auto at = [&](int tap) { return load(w + tap * width); };
       transform_weight_row(at(0), at(1), at(2), stride, to);
@@ -56,6 +58,14 @@ void transform_weights(const float* chunk, std::int64_t inputs, std::int64_t wid
   }
 }
 
+// The chunk after that of `input`: of the same outputs, or of those that follow.
+template <typename T>
+NextChunk<T> next_chunk(const Params<T>& p, const Outputs& outputs, std::int64_t input) {
+  const std::int64_t row = p.sizes.in * kTaps, end = outputs.begin + outputs.count;
+  if (input + kStep < p.sizes.in) return {p.weight + outputs.begin * row + (input + kStep) * kTaps, row};
+  return {end < p.sizes.out ? p.weight + end * row : nullptr, row};
+}
+
 // M = the sums over the input channels for tiles [first, first + tiles) of the group. Point e of (tile, output) goes to
 // m[e * m_stride + tile * width + output].
 template <typename T>
@@ -64,6 +74,7 @@ void multiply_all(const Params<T>& p, const Outputs& outputs, std::int64_t first
   const Sizes& s = p.sizes;
   const std::int64_t width = outputs.width, depth = p.plan.depth, v_stride = p.plan.group * kStep + kPad, v_step = kPoints * v_stride;
   const float* v = p.v + first * kStep;
+  const auto next = [&](std::int64_t input) { return next_chunk(p, outputs, input); };
   if (is_pixel(s)) {
     for (std::int64_t input = 0; input < s.in; input += kStep, v += v_step) {
       read_weights(p.weight, s, input, outputs.begin, width, chunk);
@@ -77,7 +88,7 @@ void multiply_all(const Params<T>& p, const Outputs& outputs, std::int64_t first
   if (depth == 0) {
     for (std::int64_t input = 0; input < s.in; input += kStep, v += v_step) {
       read_weights(p.weight, s, input, outputs.begin, width, chunk);
-      multiply_few(chunk, min(kStep, s.in - input), tiles, v, v_stride, m, m_stride, width, input == 0);
+      multiply_few(chunk, min(kStep, s.in - input), tiles, v, v_stride, m, m_stride, width, input == 0, next(input));
     }
     return;
   }
@@ -86,7 +97,7 @@ void multiply_all(const Params<T>& p, const Outputs& outputs, std::int64_t first
     const std::int64_t inputs = min(depth, s.in - input);
     for (std::int64_t step = 0; step < inputs; step += kStep) {
       read_weights(p.weight, s, input + step, outputs.begin, width, chunk);
-      transform_weights(chunk, min(kStep, inputs - step), width, u_stride, u + step * width);
+      transform_weights(chunk, min(kStep, inputs - step), width, u_stride, next(input + step), u + step * width);
     }
     for (std::int64_t e = 0; e < kPoints; ++e) {
       multiply_matrix({v + e * v_stride, v_step, u + e * u_stride, m + e * m_stride, width, inputs, input == 0}, tiles, width / kLanes);

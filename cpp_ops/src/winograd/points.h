@@ -6,6 +6,7 @@
 
 #include "common/simd.h"
 #include "winograd/transforms.h"
+#include "winograd/weights.h"
 #include "winograd/winograd.h"
 
 namespace scm::winograd {
@@ -96,9 +97,9 @@ inline void multiply_matrix(Operands p, std::int64_t rows, std::int64_t vectors)
 // -- Few tiles: weights are transformed in registers -------------------------------------------------------------------------
 
 // The products of the points of row kRow, for kTiles tiles and one vector of outputs of a chunk. Point e of a tile is at v + e * v_stride and m + e * m_stride.
-template <int kRow, int kTiles>
+template <int kRow, int kTiles, typename T>
 void multiply_row_of_points(const float* chunk, std::int64_t inputs, std::int64_t output, const float* v, std::int64_t v_stride, float* m,
-                            std::int64_t m_stride, std::int64_t width, bool from_zero) {
+                            std::int64_t m_stride, std::int64_t width, bool from_zero, const NextChunk<T>& next) {
   Vector sums[6][kTiles];
 #pragma GCC unroll 6
   for (int j = 0; j < 6; ++j) {
@@ -108,6 +109,7 @@ void multiply_row_of_points(const float* chunk, std::int64_t inputs, std::int64_
   const float* w = chunk + output;
   const float* from = v + kRow * 6 * v_stride;
   for (std::int64_t input = 0; input < inputs; ++input, w += kTaps * width, ++from) {
+    if constexpr (kRow == 0) next.prefetch(input, output);
     Vector half[3];
 #pragma GCC unroll 3
     for (int j = 0; j < 3; ++j) {
@@ -131,20 +133,21 @@ void multiply_row_of_points(const float* chunk, std::int64_t inputs, std::int64_
   }
 }
 
-template <int kTiles>
+template <int kTiles, typename T>
 void multiply_points(const float* chunk, std::int64_t inputs, std::int64_t output, const float* v, std::int64_t v_stride, float* m, std::int64_t m_stride,
-                     std::int64_t width, bool from_zero) {
-  multiply_row_of_points<0, kTiles>(chunk, inputs, output, v, v_stride, m, m_stride, width, from_zero);
-  multiply_row_of_points<1, kTiles>(chunk, inputs, output, v, v_stride, m, m_stride, width, from_zero);
-  multiply_row_of_points<2, kTiles>(chunk, inputs, output, v, v_stride, m, m_stride, width, from_zero);
-  multiply_row_of_points<3, kTiles>(chunk, inputs, output, v, v_stride, m, m_stride, width, from_zero);
-  multiply_row_of_points<4, kTiles>(chunk, inputs, output, v, v_stride, m, m_stride, width, from_zero);
-  multiply_row_of_points<5, kTiles>(chunk, inputs, output, v, v_stride, m, m_stride, width, from_zero);
+                     std::int64_t width, bool from_zero, const NextChunk<T>& next) {
+  multiply_row_of_points<0, kTiles>(chunk, inputs, output, v, v_stride, m, m_stride, width, from_zero, next);
+  multiply_row_of_points<1, kTiles>(chunk, inputs, output, v, v_stride, m, m_stride, width, from_zero, next);
+  multiply_row_of_points<2, kTiles>(chunk, inputs, output, v, v_stride, m, m_stride, width, from_zero, next);
+  multiply_row_of_points<3, kTiles>(chunk, inputs, output, v, v_stride, m, m_stride, width, from_zero, next);
+  multiply_row_of_points<4, kTiles>(chunk, inputs, output, v, v_stride, m, m_stride, width, from_zero, next);
+  multiply_row_of_points<5, kTiles>(chunk, inputs, output, v, v_stride, m, m_stride, width, from_zero, next);
 }
 
 // Multiplies all points of `tiles` tiles by `width` outputs of a chunk.
-inline void multiply_few(const float* chunk, std::int64_t inputs, std::int64_t tiles, const float* v, std::int64_t v_stride, float* m, std::int64_t m_stride,
-                         std::int64_t width, bool from_zero) {
+template <typename T>
+void multiply_few(const float* chunk, std::int64_t inputs, std::int64_t tiles, const float* v, std::int64_t v_stride, float* m, std::int64_t m_stride,
+                  std::int64_t width, bool from_zero, const NextChunk<T>& next) {
   constexpr int kMost = kSums / 6;  // tiles at a time: 4, or 2
   for (std::int64_t output = 0; output < width; output += kLanes) {
     for (std::int64_t tile = 0; tile < tiles; tile += kMost) {
@@ -152,16 +155,16 @@ inline void multiply_few(const float* chunk, std::int64_t inputs, std::int64_t t
       float* const to = m + tile * width;
       switch (tiles - tile) {
         case 1:
-          multiply_points<1>(chunk, inputs, output, from, v_stride, to, m_stride, width, from_zero);
+          multiply_points<1>(chunk, inputs, output, from, v_stride, to, m_stride, width, from_zero, tile == 0 ? next : NextChunk<T>{});
           break;
         case 2:
-          multiply_points<2>(chunk, inputs, output, from, v_stride, to, m_stride, width, from_zero);
+          multiply_points<2>(chunk, inputs, output, from, v_stride, to, m_stride, width, from_zero, tile == 0 ? next : NextChunk<T>{});
           break;
         case 3:
-          multiply_points<kMost < 3 ? kMost : 3>(chunk, inputs, output, from, v_stride, to, m_stride, width, from_zero);
+          multiply_points<kMost < 3 ? kMost : 3>(chunk, inputs, output, from, v_stride, to, m_stride, width, from_zero, tile == 0 ? next : NextChunk<T>{});
           break;
         default:
-          multiply_points<kMost>(chunk, inputs, output, from, v_stride, to, m_stride, width, from_zero);
+          multiply_points<kMost>(chunk, inputs, output, from, v_stride, to, m_stride, width, from_zero, tile == 0 ? next : NextChunk<T>{});
       }
     }
   }

@@ -7,6 +7,22 @@
 namespace scm::winograd {
 inline namespace SCM_ISA {
 
+// The chunk of weights that will be read next. Its rows are short, so the processor does not prefetch them: whoever multiplies the current chunk does, a few
+// cache lines at a time.
+template <typename T>
+struct NextChunk {
+  static constexpr std::int64_t kLine = 64 / sizeof(T), kLines = (kStep * kTaps + kLine - 1) / kLine;
+  const T* weight;   // of its first output and input, or null
+  std::int64_t row;  // elements from an output to the next
+
+  // Prefetches line `line` of kLanes outputs.
+  void prefetch(std::int64_t line, std::int64_t output) const {
+    if (!weight || line >= kLines) return;
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) __builtin_prefetch(weight + (output + i) * row + line * kLine);
+  }
+};
+
 // Reads inputs [input, input + kStep) of outputs [output, output + width); width is a multiple of kLanes. Element (input, tap, output) goes to
 // chunk[(input * kTaps + tap) * width + output]. Missing inputs and outputs are zeros.
 template <typename T>
@@ -20,10 +36,7 @@ void read_weights(const T* weight, const Sizes& s, std::int64_t input, std::int6
       Vector block[kLanes];
       if (outputs >= kLanes && available - element >= kLanes) {
 #pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) {
-          block[i] = load(from + i * row + element);
-          __builtin_prefetch(from + i * row + element + kElements);
-        }
+        for (int i = 0; i < kLanes; ++i) block[i] = load(from + i * row + element);
       } else {
         const std::int64_t rest = available - element, count = rest < 0 ? 0 : rest < kLanes ? rest : kLanes;
         for (int i = 0; i < kLanes; ++i) block[i] = i < outputs ? load_part(from + i * row + element, count) : Vector{};
