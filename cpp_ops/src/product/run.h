@@ -12,7 +12,7 @@ namespace scm::product {
 // Chooses the units of work. A unit packs its part of A once, so it should have many columns; its packed part of A and its partial sums should fit the L2 cache.
 template <typename T>
 void divide(Params<T>& p, std::int64_t threads) {
-  constexpr std::int64_t kMaxElements = 57344;  // of A that are packed at a time
+  constexpr std::int64_t kMaxElements = 28672;  // of A that are packed at a time
   constexpr std::int64_t kMaxVectors = 64;      // if there may be partial sums
   constexpr double kMinWork = 1 << 17;          // multiply-adds of a unit that make up for waking a thread
   const std::int64_t lanes = vector_lanes(), pieces = threads > 1 ? 4 * threads : 1;

@@ -47,8 +47,8 @@ bool available() {
 
 Plan choose_plan(const Sizes& s, std::int64_t threads) {
   const std::int64_t tiles = total_tiles(s);
-  // Few tiles: transforming the weights in registers, as many times as there are groups of tiles whose sums fit into the registers, takes less time than storing
-  // them. With 16 outputs, weights are read along 16 rows.
+  // For few tiles, it takes less time to transform the weights in registers than to store them, though each group of tiles transforms them again. With 16
+  // outputs, weights are read along 16 rows.
   if (tiles <= few_tiles()) return {tiles, tiles, 16, 0, false};
   constexpr std::int64_t kFew = 8, kDepthOfFew = 128;
   if (tiles <= kFew) return {tiles, tiles, 16, std::min(kDepthOfFew, round_up(s.in, kStep)), false};
