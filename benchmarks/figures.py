@@ -32,6 +32,9 @@ TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "quality-sct": ("quality-sct", quality),
     "peers-zen4": ("amd-zen4/peers", latency),
     "aims-zen4": ("amd-zen4/peers", aims),
+    "peers-amx": ("intel-amx/peers", latency),
+    "aims-amx": ("intel-amx/peers", aims),
+    "teacher-amx": ("intel-amx/teacher", teacher),
 }
 """By marker name: the results that a table shows, and the function that formats it."""
 

@@ -222,7 +222,7 @@ def results(tmp_path: Path) -> Path:
     skipped = {"title": "EDM2-XXL", "status": "skipped", "reason": "needs memory"}
     folder = tmp_path / "results"
     folder.mkdir()
-    (folder / "peers.json").write_text(json.dumps({"machine": machine, "figures": {"rows": {"XXS, batch 1": {**row, "peers": found}}}}))
+    (folder / "peers.json").write_text(json.dumps({"machine": machine, "figures": {"roof": {}, "rows": {"XXS, batch 1": {**row, "peers": found}}}}))
     (folder / "teacher.json").write_text(json.dumps({"machine": machine, "figures": {"digits": teacher, "XXL": skipped}}))
     good, fair = dict.fromkeys(FIGURES, (0.25, 0.125)), dict.fromkeys(FIGURES, (0.5, None))
     rows = [{"sampler": "teacher", "through": through, "sets": sets, "figures": shown} for through, sets, shown in (("PyTorch", 1, fair), ("fp32", 3, good))]
@@ -316,7 +316,8 @@ def test_aims_compare_with_the_fastest_peer_of_the_precision() -> None:
         row_of("XXL", 1, {"scm_runtime": peer(peak_bytes=6_990_000_000), "OpenVINO f32": peer(times_as_long=1.3)}),
     ]
     machine = {"cpu": "AMD EPYC", "cores": 2, "python": "3.11.7"}
-    lines = aims({"machine": machine, "figures": {"rows": {str(k): row for k, row in enumerate(rows)}}}).splitlines()
+    figures = {"roof": {"float32_flop_per_s": 1e11, "bfloat16_flop_per_s": 2e11}, "rows": {str(k): row for k, row in enumerate(rows)}}
+    lines = aims({"machine": machine, "figures": figures}).splitlines()
     assert lines[2:10] == [
         "| S | 8 | fp32 | OpenVINO f32 | 1.29 | 1.3 | no | 200 MB | – | – |",
         "| XXL | 1 | fp32 | OpenVINO f32 | 1.30 | 1.3 | yes | 7.0 GB | 6.9 GB | yes |",
@@ -327,3 +328,5 @@ def test_aims_compare_with_the_fastest_peer_of_the_precision() -> None:
         "| CM | 1 | bf16 | OpenVINO bf16 | 0.96 | 0.95 | yes | 200 MB | – | – |",
         "| LCM | 1 | bf16 | – | – | 0.95 | not measured | 200 MB | – | – |",
     ]
+    figures["roof"] = {"float32_flop_per_s": 1e11, "bfloat16_flop_per_s": 1e9}  # a processor without bfloat16 instructions
+    assert " bf16 |" not in aims({"machine": machine, "figures": figures})

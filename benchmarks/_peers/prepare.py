@@ -76,12 +76,18 @@ def make_plain(size: str, folder: Path, samples: int, steps: int, device: str, m
 
 
 def write_without_double(source: Path, target: Path) -> None:
-    """Write the graph with sines and cosines in float32, beside its weights: OpenVINO's provider leaves float64 to its ONNX Runtime, which lacks them."""
+    """Write the graph with all float64 computation in float32, beside its weights: OpenVINO's provider leaves it to its ONNX Runtime, which lacks kernels."""
     model = onnx.load(source, load_external_data=False)
+    constants = list(model.graph.initializer)
     for node in model.graph.node:
         for attribute in node.attribute:
             if node.op_type == "Cast" and attribute.name == "to" and attribute.i == onnx.TensorProto.DOUBLE:
                 attribute.i = onnx.TensorProto.FLOAT
+            if node.op_type == "Constant" and attribute.name == "value":
+                constants.append(attribute.t)
+    for constant in constants:
+        if constant.data_type == onnx.TensorProto.DOUBLE:  # small, so not external data
+            constant.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(constant).astype(np.float32), constant.name))
     del model.graph.value_info[:]  # the types before
     onnx.save(model, target)
 

@@ -290,7 +290,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
         # Products in float32 have no kernels on most processors, and ONNX Runtime's may depend on the batch.
         batched[name] = [] if operator.domain in PRODUCTS and not op.startswith(CONVOLUTIONS) else per_sample
         (folder / f"{name}.onnx").write_bytes(model.SerializeToString())
-        np.savez(folder / f"{name}.npz", **values)
+        np.savez(folder / f"{name}.npz", **values)  # type: ignore[arg-type]  # NumPy's stub mistakes them for allow_pickle
     (folder / "batched.json").write_text(json.dumps(batched))
     return folder, results
 
