@@ -41,7 +41,7 @@ SIZES: dict[str, Size] = {
 
 # Memory in addition to the weights: Python, libraries, feature maps.
 BASE_BYTES = 1_200_000_000
-# Peak memory of an export as a multiple of the weights (results/export.json).
+# Peak memory of an export as a multiple of the weights (results/intel-amx/export.json).
 EXPORT_WEIGHTS = 1.5
 # Disk space as a multiple of the weights: the checkpoint, the bundle, and the plain export.
 DISK_WEIGHTS = 3.2
