@@ -113,6 +113,41 @@ class Conditioning(Struct, kw_only=True):
             raise ValueError(f"conditioning {self.name!r} must have {self.num_classes} label_names, got {len(self.label_names)}")
 
 
+class TextTokenizer(Struct, kw_only=True):
+    """How a prompt becomes the token ids of one text encoder.
+
+    ``file`` is a Hugging Face tokenizers file, whose post-processor adds the special tokens. A prompt is stripped (``strip``) and lowercased (``lowercase``),
+    then follows ``prefix``. Longer ones are truncated on the right to ``max_length`` tokens, special tokens included, which stay; shorter ones are padded.
+    """
+
+    file: str
+    input_ids: str
+    """Input of the text graph, int64 ``[N, max_length]``."""
+    attention_mask: str | None = None
+    """Input of the text graph, int64 ``[N, max_length]``: 1 for tokens, 0 for padding. None if the encoder reads no mask."""
+    max_length: Positive
+    pad_token_id: Count
+    padding_side: Literal["right", "left"] = "right"
+    vocab_size: Positive
+    """Rows of the encoder's embedding: all ids are below it."""
+    prefix: str = ""
+    strip: bool = False
+    lowercase: bool = False
+
+
+class TextSpec(Struct, kw_only=True):
+    """The text graph, which turns the token ids of prompts into conditioning inputs."""
+
+    tokenizers: tuple[TextTokenizer, ...]
+    outputs: tuple[str, ...]
+    """Conditioning inputs that a prompt provides, in the order of the graph's outputs."""
+    negative_outputs: tuple[str, ...] = ()
+    """Conditioning inputs that a negative prompt provides, in the same order; empty if the model uses none."""
+    weights_dtype: str = "fp32"
+    """fp32, fp16, bf16, int8 or int4."""
+    licence: str | None = None
+
+
 class Source(Struct, kw_only=True, omit_defaults=True):
     """The checkpoint a bundle was made from."""
 
@@ -148,6 +183,8 @@ class VerifiedCase(Struct, kw_only=True):
     min_psnr: float | None = None
     """Lowest ``psnr`` that passes."""
     times: tuple[float, ...] = ()
+    output: str | None = None
+    """Name of the compared output of a graph with several."""
     sizes: dict[str, int] = {}
     """Sizes of the conditioning's dynamic dimensions, by name."""
 
@@ -186,6 +223,8 @@ class Manifest(Struct, kw_only=True):
     opset: Positive
     ops: dict[str, Positive]
     composed_steps: tuple[Positive, ...] = ()
+    text: TextSpec | None = None
+    """How prompts are encoded; None if the bundle has no text encoder."""
     verification: Verification | None = None
     files: dict[str, FileEntry]
 
@@ -204,7 +243,7 @@ class Manifest(Struct, kw_only=True):
                 only, classes = item, classes + 1
         return only if classes == 1 else None
 
-    def optional_graph(self, kind: Literal["encode", "preview"], dtype: Dtype) -> str | None:
+    def optional_graph(self, kind: Literal["encode", "preview", "text"], dtype: Dtype) -> str | None:
         """File of an optional graph: in a dtype, else in fp32; None if the bundle has neither."""
         return next((name for name in (f"{kind}.{dtype}.onnx", f"{kind}.fp32.onnx") if name in self.files), None)
 

@@ -1,0 +1,90 @@
+"""Comparison of a bundle's text encoder with the original's: token ids, which must be equal, and embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from scm_export.errors import VerificationError
+from scm_export.model import TextEncoder
+from scm_runtime.bundle.manifest import Manifest, TextTokenizer
+from scm_runtime.common.load_onnxruntime import load_onnxruntime
+from scm_runtime.errors import InferenceError
+
+PROMPTS = (
+    "a lighthouse at dusk",
+    "",
+    "  Ein Leuchtturm, 4K — 灯台の夕暮れ, маяк на закате; 등대 🌅👩‍👩‍👧 ",
+    "a very long prompt that does not fit, " * 100,
+)
+
+
+@dataclass(frozen=True)
+class ReferenceText:
+    """What the original's tokenizers and encoders make of ``PROMPTS``."""
+
+    ids: tuple[NDArray[np.int64], ...]  #   [N, max_length] for each tokenizer
+    outputs: tuple[NDArray[Any], ...]  #    [N, ...]
+
+
+def compute_text(text: TextEncoder, progress: Callable[[str], None]) -> ReferenceText:
+    """Encode ``PROMPTS`` with the original."""
+    assert text.reference is not None
+    progress("encoding prompts in PyTorch")
+    ids, outputs = text.reference(PROMPTS)
+    return ReferenceText(tuple(one.numpy() for one in ids), tuple(one.float().numpy() if one.is_floating_point() else one.numpy() for one in outputs))
+
+
+def text_inputs(folder: Path, manifest: Manifest, prompts: Sequence[str]) -> dict[str, NDArray[np.int64]]:
+    """Tokenize prompts with the tokenizers of a bundle. Returns the inputs of its text graph, int64 ``[N, max_length]`` by name."""
+    assert manifest.text is not None
+    return {name: values for one in manifest.text.tokenizers for name, values in _tokenize(one, folder, prompts).items()}
+
+
+def _tokenize(described: TextTokenizer, folder: Path, prompts: Sequence[str]) -> dict[str, NDArray[np.int64]]:
+    tokenizer = Tokenizer.from_file(str(folder / described.file))
+    tokenizer.enable_truncation(described.max_length)
+    tokenizer.enable_padding(length=described.max_length, pad_id=described.pad_token_id, direction=described.padding_side)
+    texts = [prompt.lower() if described.lowercase else prompt for prompt in prompts]
+    encoded = tokenizer.encode_batch([described.prefix + (text.strip() if described.strip else text) for text in texts])
+    inputs = {described.input_ids: np.array([one.ids for one in encoded], np.int64)}
+    if described.attention_mask is not None:
+        inputs[described.attention_mask] = np.array([one.attention_mask for one in encoded], np.int64)
+    return inputs
+
+
+def check_ids(folder: Path, manifest: Manifest, expected: ReferenceText) -> dict[str, NDArray[np.int64]]:
+    """Tokenize ``PROMPTS`` with a bundle's tokenizers. Returns the inputs of its text graph.
+
+    Raises:
+        VerificationError: the ids are not those of the original's tokenizers.
+    """
+    assert manifest.text is not None
+    inputs = text_inputs(folder, manifest, PROMPTS)
+    for described, ids in zip(manifest.text.tokenizers, expected.ids, strict=True):
+        wrong = (inputs[described.input_ids] != ids).any(axis=1).nonzero()[0]
+        if len(wrong):
+            raise VerificationError(
+                f"the tokenizer {described.file} gives other token ids than transformers for {len(wrong)} of {len(PROMPTS)} prompts, the first is "
+                f"{PROMPTS[wrong[0]]!r:.60}. --no-text leaves the text encoder out"
+            )
+    return inputs
+
+
+def run_text(path: Path, inputs: Mapping[str, NDArray[np.int64]], library: Path | None) -> Iterator[NDArray[Any]]:
+    """Run a text graph and yield its outputs. Raises InferenceError."""
+    ort = load_onnxruntime()
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    try:
+        if library is not None:
+            options.register_custom_ops_library(str(library))
+        yield from ort.InferenceSession(path, options, providers=["CPUExecutionProvider"]).run(None, dict(inputs))
+    except Exception as error:
+        raise InferenceError(f"'{path.name}' failed: {error}") from error
