@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 from onnx import ModelProto, TensorProto, helper, numpy_helper
@@ -24,8 +26,7 @@ def quantize_linear_layers(model: ir.Model, bits: int) -> None:
         model: changed in place.
         bits: 4 or 8.
     """
-    load_onnxruntime()
-    quantizer: Any = importlib.import_module("onnxruntime.quantization.matmul_nbits_quantizer").MatMulNBitsQuantizer
+    quantizer = _load_quantizer()
     stored: dict[ir.Value, list[ir.Value]] = {}
     for node in list(model.graph):
         weight = node.inputs[1] if node.op_type == "MatMul" and node.domain in ("", CHANNELS_LAST_DOMAIN) else None
@@ -44,6 +45,13 @@ def quantize_linear_layers(model: ir.Model, bits: int) -> None:
     model.graph.opset_imports[DOMAIN] = 1
     for unused in (ir.passes.common.RemoveUnusedNodesPass(), ir.passes.common.RemoveUnusedFunctionsPass(), ir.passes.common.RemoveUnusedOpsetsPass()):
         unused(model)
+
+
+def _load_quantizer() -> Any:
+    """ONNX Runtime's class, imported without its configuration of Python's logging, which would print every message of every package."""
+    load_onnxruntime()
+    with patch.object(logging, "basicConfig"):
+        return importlib.import_module("onnxruntime.quantization.matmul_nbits_quantizer").MatMulNBitsQuantizer
 
 
 def _is_large_matrix(weight: ir.Value) -> bool:

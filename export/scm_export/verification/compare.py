@@ -258,7 +258,7 @@ def _compare_text(bundle: BundleUnderTest, expected: ReferenceText) -> list[Veri
     """Compare token ids, and the outputs of the text graph for all prompts at once and for the last one."""
     text, name = bundle.manifest.text, f"text.{bundle.dtype}.onnx"
     assert text is not None
-    inputs = check_ids(bundle.folder, bundle.manifest, expected)
+    inputs = check_ids(bundle.folder, text, expected)
     if name not in bundle.manifest.files:  # a host then uses the fp32 graph
         return []
     cases = []

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from scm_export.errors import VerificationError
 from scm_export.model import TextEncoder
-from scm_runtime.bundle.manifest import Manifest, TextTokenizer
+from scm_runtime.bundle.manifest import TextSpec, TextTokenizer
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
 from scm_runtime.errors import InferenceError
 
@@ -41,10 +41,9 @@ def compute_text(text: TextEncoder, progress: Callable[[str], None]) -> Referenc
     return ReferenceText(tuple(one.numpy() for one in ids), tuple(one.float().numpy() if one.is_floating_point() else one.numpy() for one in outputs))
 
 
-def text_inputs(folder: Path, manifest: Manifest, prompts: Sequence[str]) -> dict[str, NDArray[np.int64]]:
+def text_inputs(folder: Path, spec: TextSpec, prompts: Sequence[str]) -> dict[str, NDArray[np.int64]]:
     """Tokenize prompts with the tokenizers of a bundle. Returns the inputs of its text graph, int64 ``[N, max_length]`` by name."""
-    assert manifest.text is not None
-    return {name: values for one in manifest.text.tokenizers for name, values in _tokenize(one, folder, prompts).items()}
+    return {name: values for one in spec.tokenizers for name, values in _tokenize(one, folder, prompts).items()}
 
 
 def _tokenize(described: TextTokenizer, folder: Path, prompts: Sequence[str]) -> dict[str, NDArray[np.int64]]:
@@ -59,15 +58,14 @@ def _tokenize(described: TextTokenizer, folder: Path, prompts: Sequence[str]) ->
     return inputs
 
 
-def check_ids(folder: Path, manifest: Manifest, expected: ReferenceText) -> dict[str, NDArray[np.int64]]:
+def check_ids(folder: Path, spec: TextSpec, expected: ReferenceText) -> dict[str, NDArray[np.int64]]:
     """Tokenize ``PROMPTS`` with a bundle's tokenizers. Returns the inputs of its text graph.
 
     Raises:
         VerificationError: the ids are not those of the original's tokenizers.
     """
-    assert manifest.text is not None
-    inputs = text_inputs(folder, manifest, PROMPTS)
-    for described, ids in zip(manifest.text.tokenizers, expected.ids, strict=True):
+    inputs = text_inputs(folder, spec, PROMPTS)
+    for described, ids in zip(spec.tokenizers, expected.ids, strict=True):
         wrong = (inputs[described.input_ids] != ids).any(axis=1).nonzero()[0]
         if len(wrong):
             raise VerificationError(

@@ -28,7 +28,7 @@ class MaskedStates(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         added = torch.where(attention_mask[:, None, None] == 1, 0.0, torch.finfo(self.network.compute_dtype).min)
         state: Tensor = self.network(input_ids, attention_mask=added).last_hidden_state
-        return state, attention_mask
+        return state, (attention_mask == 1).to(torch.int64)  # an output of a graph cannot be an input
 
 
 def t5_text(folder: DiffusersFolder, size: int, max_length: int, *, strip: bool = False, lowercase: bool = False) -> TextEncoder | None:
