@@ -18,7 +18,6 @@ QUANTIZED_BITS = {"int8": 8, "int4": 4}
 """Bits per weight of a linear layer, by the dtypes of text encoders that quantize them."""
 
 
-
 def text_graph_dtypes(text_dtype: TextDtype, weights_dtype: Dtype) -> tuple[Dtype, ...]:
     """Dtypes that the text graphs compute in: fp32, and the dtype of the encoder's weights if the bundle has graphs in it."""
     return tuple(dtype for dtype in GRAPH_DTYPES[weights_dtype] if dtype in ("fp32", text_dtype))

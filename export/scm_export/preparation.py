@@ -69,7 +69,9 @@ def prepare(checkpoint: StrPath | nn.Module, out: StrPath | None, options: Optio
     guide, guide_weights = None, None
     if options.guide is not None:
         guide, guide_weights = open_checkpoint(options.guide, trust=options.trust, progress=options.progress)
-    build_options = BuildOptions(_decoder(options), options.latents, options.with_encoder, preview, guide, options.size, options.text, test_parametrisation=not dry_run)
+    build_options = BuildOptions(
+        _decoder(options), options.latents, options.with_encoder, preview, guide, options.size, options.text, test_parametrisation=not dry_run
+    )
     model = build_model(loaded, build_options, family)
     _check_options_apply(model, options)
     if isinstance(model.decoder, ImageDecoder) and model.sample_shape[0] == LATENT_OR_RGBA:

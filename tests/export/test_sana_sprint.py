@@ -27,6 +27,7 @@ from scm_export.families.sana_sprint import TIMES
 from scm_export.parametrisation import sample
 from scm_runtime import Generator
 from scm_runtime.errors import InvalidArgumentError
+from text_encoders import save_gemma
 
 SIGMA_DATA = 0.25  #      not the default, 0.5: it must come from the folder
 SIZE = (64, 32)  #        pixels; latents of 8 x 4
@@ -126,10 +127,14 @@ def conditioning(n: int, tokens: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write the folder of a pipeline without its text encoder."""
+    """Write the folder of a pipeline."""
     path = tmp_path_factory.mktemp("sana") / "tiny"
     parts = {"transformer": transformer(), "vae": autoencoder(), "scheduler": SCMScheduler(sigma_data=SIGMA_DATA)}
     SanaSprintPipeline(tokenizer=None, text_encoder=None, **parts).save_pretrained(path)
+    save_gemma(path, hidden=CAPTION_CHANNELS)
+    index = json.loads((path / "model_index.json").read_text())
+    text = {"text_encoder": ["transformers", "Gemma2Model"], "tokenizer": ["transformers", "GemmaTokenizerFast"]}
+    (path / "model_index.json").write_text(json.dumps(index | text))
     return path
 
 
@@ -213,6 +218,13 @@ def test_bfloat16_is_the_default_and_close_to_the_scheduler_of_diffusers(folder:
     assert manifest.verification.reference.startswith("SCMScheduler of diffusers")
     cases = manifest.verification.cases
     assert {(case.dtype, case.batch_size, case.steps) for case in cases} >= {(dtype, n, k) for dtype in ("bf16", "fp32") for n in (1, 3) for k in (1, 2)}
+    text = {(case.dtype, case.output): case for case in cases if case.graph == "text"}
+    assert set(text) == {(dtype, name) for dtype in ("bf16", "fp32") for name in ("prompt_embeds", "prompt_attention_mask")}
+    assert all(case.max_abs == 0 for (_, output), case in text.items() if output == "prompt_attention_mask")
+    psnr = text["fp32", "prompt_embeds"].psnr, text["bf16", "prompt_embeds"].psnr
+    assert psnr[0] is not None
+    assert psnr[1] is not None
+    assert psnr[0] > psnr[1] > 40
     assert all(case.psnr is not None and case.psnr >= 40 for case in cases)
 
 

@@ -76,6 +76,8 @@ def _copied(graph: ir.Graph, weight: ir.Value, part: ir.Value) -> ir.Value:
     tensor = part.const_value
     assert tensor is not None
     name = f"{weight.name}/{(part.name or '').removeprefix('weight_')}"
-    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=ir.tensor(tensor.numpy(), tensor.dtype, name))
+    value = ir.Value(
+        name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=ir.tensor(tensor.numpy(), tensor.dtype, name)
+    )
     graph.register_initializer(value)
     return value

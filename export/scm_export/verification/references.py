@@ -94,7 +94,9 @@ class References:
     def finite(self) -> bool:
         """True if PyTorch's results contain no NaN and no infinity."""
         states = [*(one.latents for one in self.samples), *(one.x_next for one in self.single_steps)]
-        return all(bool(np.isfinite(array).all()) for array in (*states, *(one.expected for one in self.mappings), *(() if self.text is None else self.text.outputs)))
+        return all(
+            bool(np.isfinite(array).all()) for array in (*states, *(one.expected for one in self.mappings), *(() if self.text is None else self.text.outputs))
+        )
 
 
 def compute_references(model: Model, progress: Callable[[str], None]) -> References:
