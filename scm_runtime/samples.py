@@ -59,6 +59,7 @@ class Timings:
         total: the whole call with its callbacks and checks, but without making PIL images.
         copy: copying from a GPU to the host; 0 if the host computed the samples.
         waited: waiting in the queue of ``submit``, which is part of the total.
+        text: encoding the prompts, which is part of the total; close to 0 if there are none.
     """
 
     noise: float
@@ -67,6 +68,7 @@ class Timings:
     total: float
     copy: float = 0.0
     waited: float = 0.0
+    text: float = 0.0
 
 
 @dataclass(frozen=True, eq=False, repr=False)
