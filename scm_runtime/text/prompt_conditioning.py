@@ -77,7 +77,7 @@ class PromptConditioning:
     def _check_has_prompt(self, given: set[str]) -> None:
         spec = self._spec
         if spec is not None and not given & {item.name for item in self._manifest.conditioning if item.kind == "embedding" and item.name in spec.outputs}:
-            raise InvalidArgumentError(f"the bundle {self._manifest.name!r} needs a prompt: prompt='…', or {spec.outputs[0]} from encode_prompt")
+            raise InvalidArgumentError(f"the bundle {self._manifest.name!r} needs a prompt: prompt='…', or its embeddings: {spec.outputs[0]}")
 
     def _require(self, argument: str) -> tuple[TextSpec, TextEncoder]:
         if self._spec is not None and self._encoder is not None:
