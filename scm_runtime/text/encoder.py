@@ -5,20 +5,25 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from scm_runtime.bundle.manifest import Manifest
 from scm_runtime.bundle.text_spec import TextSpec
-from scm_runtime.errors import BundleError, InferenceError
+from scm_runtime.common.log import log
+from scm_runtime.common.message_text import printable
+from scm_runtime.errors import BundleError, InferenceError, InvalidArgumentError
 from scm_runtime.text.tokenizer import PromptTokenizer
 
 MAX_BATCH = 8
 """Prompts per run of the text graph: more need more memory, and are not faster on a CPU."""
 MAX_KEPT = 32
 """Prompts of the latest call whose embeddings are kept for the next one."""
+MAX_WARNINGS = 5
+"""Prompts of one call that are quoted in the log because they are too long."""
+OnLong = Literal["cut", "warn", "raise"]
 
 TokenInputs = dict[str, NDArray[np.int64]]
 """Inputs of the text graph by name, ``[N, max_length]`` each."""
@@ -43,14 +48,28 @@ class TextEncoder:
         self._tokenizers: tuple[PromptTokenizer, ...] = ()
         self._kept: dict[bytes, tuple[NDArray[Any], ...]] = {}  # outputs of one prompt by its token ids; replaced, never changed
 
-    def tokenize(self, prompts: Sequence[str], *, strict: bool, name: str) -> TokenInputs:
-        """Return the token ids and masks of N prompts. The arguments and errors are those of ``PromptTokenizer`` and its ``encode``."""
+    def tokenize(self, prompts: Sequence[str], *, name: str, on_long: OnLong) -> TokenInputs:
+        """Return the token ids and masks of N prompts.
+
+        Args:
+            prompts: valid Unicode; empty ones are valid.
+            name: of the argument with the prompts, for messages.
+            on_long: what to do with prompts of more than ``max_length`` tokens: cut off the end; cut it off and quote it in a warning in the log; or raise.
+
+        Raises:
+            InvalidArgumentError: a prompt is too long.
+            MissingDependencyError, BundleSchemaError: see ``PromptTokenizer``.
+        """
         inputs: TokenInputs = {}
+        cut: dict[str, str] = {}  # the reason by the text that was cut off: two tokenizers may cut the same
         for spec, tokenizer in zip(self._spec.tokenizers, self._opened(), strict=True):
-            tokens = tokenizer.encode(prompts, strict=strict, name=name)
+            tokens = tokenizer.encode(prompts)
+            cut |= dict.fromkeys(tokens.cut.values(), f"{name} must have at most {spec.max_length} tokens")
             inputs[spec.input_ids] = tokens.ids
             if spec.attention_mask is not None:
                 inputs[spec.attention_mask] = tokens.mask
+        if on_long != "cut":
+            _report_cut(cut, strict=on_long == "raise")
         return inputs
 
     def encode(self, inputs: TokenInputs, run: RunTextGraph) -> tuple[NDArray[Any], ...]:
@@ -102,3 +121,13 @@ class TextEncoder:
         for name, result in zip(self._spec.outputs, results, strict=True):
             if not np.isfinite(result).all():
                 raise InferenceError(f"the text encoder returned NaN or infinity in {name}. Compute in fp32: dtype='fp32'")
+
+
+def _report_cut(cut: dict[str, str], *, strict: bool) -> None:
+    """Report the ends of prompts that were cut off, each with the reason: by a warning in the log, or by InvalidArgumentError."""
+    for end, reason in list(cut.items())[:MAX_WARNINGS]:
+        if strict:
+            raise InvalidArgumentError(f"{reason}, and this is beyond them: {printable(end)!r}. Shorten it, or leave strict_prompt=True out to cut it off.")
+        log.warning("%s; its end was cut off: %r", reason, printable(end))
+    if len(cut) > MAX_WARNINGS:
+        log.warning("%d more prompts of this call were cut off", len(cut) - MAX_WARNINGS)

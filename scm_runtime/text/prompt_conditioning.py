@@ -14,7 +14,7 @@ from scm_runtime.bundle.text_spec import TextSpec
 from scm_runtime.errors import InvalidArgumentError
 from scm_runtime.inputs.arguments import CONDITIONING, CallArguments
 from scm_runtime.inputs.prompts import check_prompt_lengths, read_prompts
-from scm_runtime.text.encoder import RunTextGraph, TextEncoder, TokenInputs
+from scm_runtime.text.encoder import OnLong, RunTextGraph, TextEncoder, TokenInputs
 
 ARGUMENTS = ("prompt", "negative_prompt", "strict_prompt")
 
@@ -61,7 +61,8 @@ class PromptConditioning:
         check_prompt_lengths(texts, arguments.get("seed"), arguments.get("batch_size"))
         needs_negative = prompt is not None and not given & set(spec.negative_outputs)
         encode = encoder.placeholders if run is None else lambda inputs: encoder.encode(inputs, run)
-        arrays = _encode(spec, encoder, texts, encode, strict=_is_strict(strict), needs_negative=needs_negative)
+        on_long: OnLong = "raise" if _is_strict(strict) else "cut" if run is None else "warn"
+        arrays = _encode(spec, encoder, texts, encode, on_long, needs_negative=needs_negative)
         return cast(CallArguments, {**others, "conditioning": {**(conditioning or {}), **arrays}})
 
     def encode(self, prompts: str | Sequence[str], negative_prompt: str | Sequence[str] | None, strict: object, run: RunTextGraph) -> Arrays:
@@ -91,7 +92,7 @@ class PromptConditioning:
         )
 
 
-def _encode(spec: TextSpec, encoder: TextEncoder, texts: Mapping[str, str | list[str]], encode: Encode, *, strict: bool, needs_negative: bool) -> Arrays:
+def _encode(spec: TextSpec, encoder: TextEncoder, texts: Mapping[str, str | list[str]], encode: Encode, on_long: OnLong, *, needs_negative: bool) -> Arrays:
     """Return the conditioning of the prompts, all encoded together: without a batch dimension for a single string, else ``[N, …]``.
 
     ``needs_negative``: a negative prompt that is not given is the empty one, or zeros, see the manifest.
@@ -100,7 +101,7 @@ def _encode(spec: TextSpec, encoder: TextEncoder, texts: Mapping[str, str | list
     zeros = needs_negative and spec.zero_negative and "negative_prompt" not in texts
     if needs_negative and spec.negative_outputs and not zeros:
         listed.setdefault("negative_prompt", "")
-    tokens = [encoder.tokenize([value] if isinstance(value, str) else value, strict=strict, name=name) for name, value in listed.items()]
+    tokens = [encoder.tokenize([value] if isinstance(value, str) else value, name=name, on_long=on_long) for name, value in listed.items()]
     results = encode({name: np.concatenate([inputs[name] for inputs in tokens]) for name in tokens[0]})
     arrays: Arrays = {}
     at = 0

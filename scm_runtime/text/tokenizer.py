@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 from scm_runtime.bundle.text_spec import TextTokenizer
 from scm_runtime.common.files import read_limited
 from scm_runtime.common.installed import install_extras
-from scm_runtime.common.log import log
-from scm_runtime.common.message_text import first_line, printable
-from scm_runtime.errors import BundleSchemaError, InvalidArgumentError, MissingDependencyError
+from scm_runtime.common.message_text import first_line
+from scm_runtime.errors import BundleSchemaError, MissingDependencyError
 
 MAX_BYTES = 64 << 20
 """Largest ``tokenizer.json`` that is read. Those of Gemma have up to 34 MB."""
@@ -27,6 +26,8 @@ class Tokens(NamedTuple):
     """``[N, max_length]``"""
     mask: NDArray[np.int64]
     """``[N, max_length]``, 1 for tokens and 0 for padding."""
+    cut: dict[str, str]
+    """What was cut off, by prompt, of prompts that are too long."""
 
 
 class PromptTokenizer:
@@ -54,34 +55,33 @@ class PromptTokenizer:
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(spec.max_length, direction="right")
 
-    def encode(self, prompts: Sequence[str], *, strict: bool, name: str = "prompt") -> Tokens:
-        """Return the token ids and masks of prompts.
-
-        Args:
-            prompts: valid Unicode; empty ones are valid.
-            strict: a prompt that is longer than ``max_length`` is an error. Otherwise its end is cut off, and a warning in the log quotes that.
-            name: of the argument with the prompts, for messages.
+    def encode(self, prompts: Sequence[str]) -> Tokens:
+        """Return the token ids and masks of prompts of valid Unicode; empty ones are valid.
 
         Raises:
-            InvalidArgumentError: ``strict``, and a prompt is too long.
             BundleSchemaError: the tokenizer fails, or makes a token id that the text encoder does not have.
         """
         spec = self._spec
         ids = np.full((len(prompts), spec.max_length), spec.pad_token_id, np.int64)
         mask = np.zeros_like(ids)
+        rows: dict[str, int] = {}
+        cut: dict[str, str] = {}
         for row, prompt in enumerate(prompts):
+            if (first := rows.setdefault(prompt, row)) != row:
+                ids[row], mask[row] = ids[first], mask[first]
+                continue
             text = spec.prefix + self._prepared(prompt)
             encoded = self._encode(text)  # one by one: encode_batch starts threads, which a fork does not survive
             if encoded.overflowing:
                 kept = max((end for _, end in encoded.offsets), default=0)
-                _report_cut(text[max(kept, len(spec.prefix)) :], spec.max_length, name, strict=strict)
+                cut[prompt] = text[max(kept, len(spec.prefix)) :]
             tokens = encoded.ids
             place = slice(0, len(tokens)) if spec.padding_side == "right" else slice(spec.max_length - len(tokens), None)
             ids[row, place] = tokens
             mask[row, place] = 1
         if ids.max(initial=0) >= spec.vocab_size:
             raise self._error(f"its token ids must be below the {spec.vocab_size} rows of the text encoder's embedding, got {ids.max()}")
-        return Tokens(ids, mask)
+        return Tokens(ids, mask, cut)
 
     def _prepared(self, prompt: str) -> str:
         text = prompt.lower() if self._spec.lowercase else prompt
@@ -95,13 +95,6 @@ class PromptTokenizer:
 
     def _error(self, reason: str) -> BundleSchemaError:
         return BundleSchemaError(f"'{self._path}' does not fit the bundle: {reason}. Export the checkpoint again.")
-
-
-def _report_cut(cut: str, max_length: int, name: str, *, strict: bool) -> None:
-    limit = f"{name} must have at most {max_length} tokens"
-    if strict:
-        raise InvalidArgumentError(f"{limit}, and this is beyond them: {printable(cut)!r}. Shorten it, or leave strict_prompt=True out to cut it off.")
-    log.warning("%s; its end was cut off: %r", limit, printable(cut))
 
 
 def _load_tokenizers() -> Any:
