@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import random
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -354,7 +355,7 @@ def test_close_ends_the_encoding(slow: Path) -> None:
         ({"prompt": "a", "latents": np.zeros((1, 2))}, "latents must have shape"),
     ],
 )
-def test_prompts_that_cannot_be_used(generate: Generator, arguments: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_that_cannot_be_used(generate: Generator, arguments: dict[str, Any], message: str) -> None:
     for call in (generate, generate.submit):
         with pytest.raises(InvalidArgumentError, match=message):
             call(**arguments)
@@ -363,7 +364,7 @@ def test_prompts_that_cannot_be_used(generate: Generator, arguments: dict[str, A
 def test_lists_of_prompts_in_a_stream_are_for_all_images(generate: Generator, guided: Generator) -> None:
     with pytest.raises(InvalidArgumentError, match="prompt must be one for all samples, or one for each of the 3, got 2"):
         generate.stream(3, prompt=["a", "b"])
-    with pytest.raises(InvalidArgumentError, match="got prompts: 2|got prompt: 2, negative_prompt: 3"):
+    with pytest.raises(InvalidArgumentError, match="one batch size, got prompt: 2, negative_prompt: 3"):
         guided.encode_prompt(["a", "b"], ["c", "d", "e"])
 
 
@@ -407,22 +408,20 @@ def test_a_tokenizer_that_does_not_fit(tmp_path: Path, data: bytes, message: str
 @pytest.mark.parametrize(
     ("old", "new", "kind", "message"),
     [
-        ("attention_mask)", "mask)", BundleError, r"text\.fp32\.onnx' must have the inputs attention_mask, input_ids, got input_ids, mask"),
-        ("prompt_embeds", "embeds", BundleError, r"must have the outputs prompt_embeds, prompt_attention_mask, got embeds, prompt_attention_mask"),
-        ("Add(waves, shift)", "Div(waves, zero)", InferenceError, r"the text encoder returned NaN or infinity in prompt_embeds\. Compute in fp32"),
-        ("Add(waves, shift)", "Concat<axis=2>(waves, waves)", BundleError, r"must return float32 \[1, \*, 5\], got float32 \[1, 12, 10\]"),
-        ("Identity(attention_mask)", "Expand(attention_mask, last)", None, ""),
+        (r"\binput_ids\b", "ids_in", BundleError, r"text\.fp32\.onnx' must have the inputs attention_mask, input_ids, got attention_mask, ids_in"),
+        (r"\bprompt_embeds\b", "embeds", BundleError, "must have the outputs prompt_embeds, prompt_attention_mask, got embeds, prompt_attention_mask"),
+        (r"int64(\S+ prompt_attention_mask)", r"float\1", InferenceError, "cannot open"),
+        (r"Add\(waves, shift\)", "Div(waves, zero)", InferenceError, r"the text encoder returned NaN or infinity in prompt_embeds\. Compute in fp32"),
+        (r"Add\(waves, shift\)", "Concat<axis=2>(waves, waves)", BundleError, r"must return float32 \[1, \*, 5\], got float32 \[1, 12, 10\]"),
     ],
 )
-def test_a_text_graph_that_does_not_fit(tmp_path: Path, old: str, new: str, kind: type[Exception] | None, message: str) -> None:
-    text = toy_text.TEXT.replace(f"] {old}", f"] {new}").replace(f"{old} =", f"{new} =").replace(old, new) if kind else toy_text.TEXT
-    text = text.replace(f"length,{toy_bundle.WIDTH}]", "length,any]")
-    with Generator(toy_text.write_prompt_bundle(tmp_path / "text.scm", text=text)) as generator:
-        if kind is None:
-            generator(prompt="a cat")
-            return
-        with pytest.raises(kind, match=message):
-            generator(prompt="a cat")
+def test_a_text_graph_that_does_not_fit(tmp_path: Path, old: str, new: str, kind: type[Exception], message: str) -> None:
+    text = re.sub(old, new, toy_text.TEXT).replace(f"length,{toy_bundle.WIDTH}]", "length,any]")
+    with (
+        Generator(toy_text.write_prompt_bundle(tmp_path / "text.scm", text=text)) as generator,
+        pytest.raises(kind, match=message),
+    ):
+        generator(prompt="a cat")
 
 
 @pytest.mark.parametrize(
