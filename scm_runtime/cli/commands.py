@@ -195,7 +195,7 @@ def inspect(bundle: str, as_json: bool, revision: str | None, skip_integrity: bo
 def smoke(bundle: str, as_json: bool, device: str, revision: str | None, native_ops: bool | None, threads: int | None, skip_integrity: bool) -> None:
     """Check that BUNDLE works on this machine: it loads, and samples are finite, reproducible, independent of their batch and not of one color.
 
-    Also prints latencies. The exit code is 1 if a check fails. Text-to-image models get random embeddings, as their text encoder is not part of the bundle.
+    Also prints latencies. The exit code is 1 if a check fails. Text-to-image models get random embeddings: their text encoder is not checked.
     """
     from scm_runtime.cli.smoke import show_result, smoke_test
 
