@@ -373,10 +373,9 @@ class Generator(GraphCalls, QueuedSampling):
         sizes = list(batch_sizes) if isinstance(batch_sizes, Sequence) else []
         if not sizes or not all(is_int(size) and size >= 1 for size in sizes):
             raise InvalidArgumentError(f"batch_sizes must be a list of integers of at least 1, got {batch_sizes!r}")
-        needs_text = self.manifest.text is not None and not set(self.manifest.text.outputs) <= set(conditioning or ())
         with self._loop as loop:
             engine = loop.engine
-            encoded = {name: array[0] for name, array in self.encode_prompt("").items()} if needs_text else {}
+            encoded = self._encode_empty_prompt(conditioning or {})
             for size in sorted(set(sizes), reverse=True):  # the largest first: it allocates the memory for all
                 self._keep_batch_size(size)
                 values = placeholder_conditioning(self.manifest.conditioning, range(size)) | encoded | dict(conditioning or {})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -15,7 +15,7 @@ from scm_runtime.common.memory import memory_errors
 from scm_runtime.common.runs import CancelScope, current_scope
 from scm_runtime.common.shared_resource import SharedResource
 from scm_runtime.engines.engine import Engine
-from scm_runtime.errors import InvalidArgumentError
+from scm_runtime.errors import InvalidArgumentError, MissingDependencyError
 from scm_runtime.inputs.arguments import CallArguments
 from scm_runtime.inputs.call import read_latents
 from scm_runtime.inputs.images import to_pixels
@@ -66,6 +66,15 @@ class GraphCalls:
         with self._loop as loop, memory_errors("the inputs of this call"):
             resolved = self._prompts.resolve(arguments, run_text_graph(loop.engine, deadline))
         return resolved if deadline is None else cast(CallArguments, {**resolved, "timeout": deadline})
+
+    def _encode_empty_prompt(self, given: Collection[str]) -> dict[str, NDArray[Any]]:
+        """Return the conditioning of the empty prompt for one sample: none if it is ``given``, or if no call can have a prompt."""
+        if self.manifest.text is None or set(self.manifest.text.outputs) <= set(given):
+            return {}
+        try:
+            return {name: array[0] for name, array in self.encode_prompt("").items()}
+        except MissingDependencyError:
+            return {}
 
     def encode(self, images: Image.Image | Sequence[Image.Image] | NDArray[np.uint8]) -> NDArray[np.float32]:
         """Encode images as latents.

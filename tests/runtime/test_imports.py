@@ -89,6 +89,7 @@ with Generator(sys.argv[2]) as generate:
         assert "pip install '" in str(error), error
     else:
         raise AssertionError("no error")
+    generate.warmup()
     generate(prompt_embeds=np.ones((2, 5), np.float32))
 cli.main(["generate", sys.argv[2], "--prompt", "a cat", "-o", sys.argv[3]])
 """
