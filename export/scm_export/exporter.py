@@ -29,7 +29,8 @@ from scm_export.verification.report import write_report
 from scm_export.verification.verify import verify_bundle
 from scm_export.writer import BundleWriter, new_bundle
 from scm_runtime import __version__
-from scm_runtime.bundle.manifest import OPS_DOMAIN, OPS_VERSION, SAMPLERS, SCHEMA_VERSION, Dtype, Manifest, SampleSpec, Source, TextSpec
+from scm_runtime.bundle.manifest import OPS_DOMAIN, OPS_VERSION, SAMPLERS, SCHEMA_VERSION, Dtype, Manifest, SampleSpec, Source
+from scm_runtime.bundle.text_spec import TextSpec
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from scm_export.choices import QUANTIZED_BITS, TextDtype
 from scm_export.ops import to_image
-from scm_runtime.bundle.manifest import Conditioning, Dtype, OutputSpec, TextSpec
+from scm_runtime.bundle.manifest import Conditioning, Dtype, OutputSpec
 from scm_runtime.bundle.solver_tables import SolverStages
+from scm_runtime.bundle.text_spec import TextSpec
 
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -95,7 +96,7 @@ class TextEncoder:
     @property
     def inputs(self) -> dict[str, int]:
         """Inputs of the text graph, int64 ``[N, length]``: the length by name."""
-        return {name: one.max_length for one in self.spec.tokenizers for name in (one.input_ids, one.attention_mask) if name is not None}
+        return {name: one.max_length for one in self.spec.tokenizers for name in one.inputs}
 
 
 @dataclass

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,9 +25,10 @@ from scm_export.verification.references import (
     describe_steps,
 )
 from scm_export.verification.runtime_sampler import RuntimeSampler
-from scm_export.verification.text import PROMPTS, ReferenceText, check_ids, run_text
+from scm_export.verification.text import PROMPTS, ReferenceText, check_ids
 from scm_export.verification.tolerances import PIXEL_ATOL, min_psnr, min_text_psnr, sample_atol, text_atol
 from scm_runtime.bundle.manifest import Dtype, Manifest, VerifiedCase
+from scm_runtime.engines.sessions import text_results
 from scm_runtime.errors import InferenceError
 from scm_runtime.ort.open_session import open_session
 from scm_runtime.ort.options import SessionSettings
@@ -71,17 +71,10 @@ class BundleUnderTest:
         # The step of a float32 bundle is run exactly as hosts run it, whatever its size.
         as_hosts = not path.name.startswith("sample-") and self.manifest.weights_dtype == "fp32" and self.library is None
         settings = SessionSettings(low_memory=self.manifest.parameters > LARGE_NETWORK and not as_hosts, library=self.library)
-        with self.emulated(path) as runnable:
-            return open_session(runnable, settings)
-
-    @contextmanager
-    def emulated(self, path: Path) -> Iterator[Path]:
-        """Context with the path of a graph that runs on this device: on the CPU, bfloat16 graphs are emulated."""
         if path.name.endswith(".bf16.onnx") and self.device == "cpu":
             with emulated_graph(path) as emulated:
-                yield emulated
-        else:
-            yield path
+                return open_session(emulated, settings)
+        return open_session(path, settings)
 
     @property
     def dtypes(self) -> tuple[Dtype, str]:
@@ -263,16 +256,17 @@ def _compare_text(bundle: BundleUnderTest, expected: ReferenceText) -> list[Veri
         return []
     cases = []
     stored = "fp16" if bundle.library is not None and text.weights_dtype == "fp32" else text.weights_dtype
-    with bundle.emulated(bundle.folder / name) as path:
-        for n in (len(PROMPTS), 1):
-            bundle.progress(f"verifying text.{bundle.dtype}: batch {n}")
-            found = run_text(path, {name: values[-n:] for name, values in inputs.items()}, bundle.library)
-            for output, wanted, actual in zip(text.outputs, expected.outputs, found, strict=True):
-                wanted = wanted[-n:]
-                atol = text_atol(bundle.dtype, stored, float(np.abs(wanted).max()), bundle.references.sigma_data, bundle.atol)
-                case = bundle.compare_arrays("text", wanted, actual, atol)
-                quality = None if bundle.atol is not None else min_text_psnr(bundle.dtype, stored)
-                cases.append(msgspec.structs.replace(case, output=output, min_psnr=quality))
+    session, results = bundle.open_graph("text"), text_results(bundle.manifest)
+    session.expect_all(list(inputs), results)
+    for n in (len(PROMPTS), 1):
+        bundle.progress(f"verifying text.{bundle.dtype}: batch {n}")
+        found = session.run_all({name: values[-n:] for name, values in inputs.items()}, results)
+        for output, all_expected, actual in zip(text.outputs, expected.outputs, found, strict=True):
+            wanted = all_expected[-n:]
+            atol = text_atol(bundle.dtype, stored, float(np.abs(wanted).max()), bundle.references.sigma_data, bundle.atol)
+            case = bundle.compare_arrays("text", wanted, actual, atol)
+            quality = None if bundle.atol is not None else min_text_psnr(bundle.dtype, stored)
+            cases.append(msgspec.structs.replace(case, output=output, min_psnr=quality))
     return cases
 
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 
 from scm_export.errors import VerificationError
 from scm_export.model import TextEncoder
-from scm_runtime.bundle.manifest import TextSpec, TextTokenizer
-from scm_runtime.common.load_onnxruntime import load_onnxruntime
-from scm_runtime.errors import InferenceError
+from scm_runtime.bundle.text_spec import TextSpec
+from scm_runtime.text.tokenizer import PromptTokenizer
 
 PROMPTS = (
     "a lighthouse at dusk",
@@ -42,19 +40,13 @@ def compute_text(text: TextEncoder, progress: Callable[[str], None]) -> Referenc
 
 
 def text_inputs(folder: Path, spec: TextSpec, prompts: Sequence[str]) -> dict[str, NDArray[np.int64]]:
-    """Tokenize prompts with the tokenizers of a bundle. Returns the inputs of its text graph, int64 ``[N, max_length]`` by name."""
-    return {name: values for one in spec.tokenizers for name, values in _tokenize(one, folder, prompts).items()}
-
-
-def _tokenize(described: TextTokenizer, folder: Path, prompts: Sequence[str]) -> dict[str, NDArray[np.int64]]:
-    tokenizer = Tokenizer.from_file(str(folder / described.file))
-    tokenizer.enable_truncation(described.max_length)
-    tokenizer.enable_padding(length=described.max_length, pad_id=described.pad_token_id, direction=described.padding_side)
-    texts = [prompt.lower() if described.lowercase else prompt for prompt in prompts]
-    encoded = tokenizer.encode_batch([described.prefix + (text.strip() if described.strip else text) for text in texts])
-    inputs = {described.input_ids: np.array([one.ids for one in encoded], np.int64)}
-    if described.attention_mask is not None:
-        inputs[described.attention_mask] = np.array([one.attention_mask for one in encoded], np.int64)
+    """Tokenize prompts as the runtime does, with the tokenizers of a bundle. Returns the inputs of its text graph, int64 ``[N, max_length]`` by name."""
+    inputs = {}
+    for described in spec.tokenizers:
+        tokens = PromptTokenizer(folder / described.file, described).encode(prompts)
+        inputs[described.input_ids] = tokens.ids
+        if described.attention_mask is not None:
+            inputs[described.attention_mask] = tokens.mask
     return inputs
 
 
@@ -73,16 +65,3 @@ def check_ids(folder: Path, spec: TextSpec, expected: ReferenceText) -> dict[str
                 f"{PROMPTS[wrong[0]]!r:.60}. --no-text leaves the text encoder out"
             )
     return inputs
-
-
-def run_text(path: Path, inputs: Mapping[str, NDArray[np.int64]], library: Path | None) -> Iterator[NDArray[Any]]:
-    """Run a text graph and yield its outputs. Raises InferenceError."""
-    ort = load_onnxruntime()
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    try:
-        if library is not None:
-            options.register_custom_ops_library(str(library))
-        yield from ort.InferenceSession(path, options, providers=["CPUExecutionProvider"]).run(None, dict(inputs))
-    except Exception as error:
-        raise InferenceError(f"'{path.name}' failed: {error}") from error

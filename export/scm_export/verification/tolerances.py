@@ -29,8 +29,8 @@ PIXEL_ATOL: dict[tuple[str, str], float] = {
     ("bf16", "bf16"): 64,
 }
 
-# Largest error of a text encoder with quantized linear layers, relative to the largest value of its output, and the lowest PSNR in dB. A weight of 8 bits has an
-# error of about 1 % of the largest one of its block, one of 4 bits 16 times as much.
+# Largest error of a text encoder with quantized linear layers, relative to the largest value of its output, and the lowest PSNR in dB. A weight of 8 bits
+# has an error of up to 0.4 % of the range of its block, one of 4 bits 16 times as much.
 QUANTIZED_TEXT = {"int8": (0.1, 30.0), "int4": (0.6, 12.0)}
 
 MIN_PSNR = 40.0  # dB, if weights or computation are in half precision: an RMS error of 1 % of the range

@@ -14,7 +14,7 @@ from scm_export.families.text.encoders import WITHOUT_TEXT, check_class, check_s
 from scm_export.families.text.tokenizers import describe_tokenizer, read_tokenizer, tokenize, tokenizers_file
 from scm_export.model import TextEncoder
 from scm_export.precision import Precision
-from scm_runtime.bundle.manifest import TextSpec, TextTokenizer
+from scm_runtime.bundle.text_spec import TextSpec, TextTokenizer
 
 MODEL, PROJECTED = "CLIPTextModel", "CLIPTextModelWithProjection"
 TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
@@ -109,7 +109,8 @@ def clip_pair_text(folder: DiffusersFolder, size: int, pooled_size: int, negativ
         return (ids, ids_2), (torch.cat([states.hidden_states[-2], states_2.hidden_states[-2]], dim=-1), states_2.text_embeds)
 
     outputs = ("prompt_embeds", "pooled_prompt_embeds")
-    spec = TextSpec(tokenizers=(described, described_2), outputs=outputs, negative_outputs=negative_outputs, licence=folder.licence)
+    zeros = bool(negative_outputs) and folder.index.get("force_zeros_for_empty_prompt", True) is True
+    spec = TextSpec(tokenizers=(described, described_2), outputs=outputs, negative_outputs=negative_outputs, zero_negative=zeros, licence=folder.licence)
     files = {described.file: tokenizers_file(tokenizer), described_2.file: tokenizers_file(tokenizer_2)}
     return TextEncoder(PenultimateStates(first, second), spec, files, reference)
 

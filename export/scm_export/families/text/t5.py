@@ -12,7 +12,7 @@ from scm_export.families.text.encoders import check_class, check_sizes, has_comp
 from scm_export.families.text.tokenizers import describe_tokenizer, read_tokenizer, tokenize, tokenizers_file
 from scm_export.model import TextEncoder
 from scm_export.precision import Precision
-from scm_runtime.bundle.manifest import TextSpec
+from scm_runtime.bundle.text_spec import TextSpec
 
 MODELS = ("T5EncoderModel", "UMT5EncoderModel")
 TOKENIZERS = ("T5Tokenizer", "T5TokenizerFast")

@@ -7,7 +7,7 @@ from typing import Any
 from scm_export.checkpoints import DiffusersFolder
 from scm_export.errors import CheckpointError
 from scm_export.families.text.encoders import WITHOUT_TEXT, check_class, import_transformers, quiet_transformers
-from scm_runtime.bundle.manifest import TextTokenizer
+from scm_runtime.bundle.text_spec import TextTokenizer
 from scm_runtime.common.message_text import first_line
 
 # All files that transformers' tokenizers read.
