@@ -84,7 +84,7 @@ def prepare(checkpoint: StrPath | nn.Module, out: StrPath | None, options: Optio
 
 
 def _open_path(checkpoint: StrPath, out: StrPath | None, options: Options) -> Opened:
-    found = fetch(checkpoint, options.revision, options.progress)
+    found = fetch(checkpoint, options.revision, options.progress, text=options.text)
     path, destination = found.path, found.bundle if out is None else Path(out)
     _check_output(destination, options)
     options.progress("reading the checkpoint")
