@@ -82,6 +82,12 @@ def save_clip(folder: Path, suffix: str = "", *, hidden: int = 24, projection: i
     _save(transformers.CLIPTextModelWithProjection if projection else transformers.CLIPTextModel, config, folder / f"text_encoder{suffix}", seed)
 
 
+def gemma_instruction() -> list[str]:
+    """The instruction that SanaSprintPipeline puts before every prompt."""
+    instruction: list[str] = inspect.signature(SanaSprintPipeline.__call__).parameters["complex_human_instruction"].default
+    return instruction
+
+
 def save_gemma(folder: Path, *, hidden: int = 24, vocab_size: int = 900) -> None:
     """Write ``text_encoder``, a Gemma 2 with a window shorter than the instruction, and ``tokenizer``."""
     special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{byte:02X}>" for byte in range(256))]
@@ -89,8 +95,7 @@ def save_gemma(folder: Path, *, hidden: int = 24, vocab_size: int = 900) -> None
     bpe = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
     bpe.normalizer = normalizers.Replace(" ", "▁")
     bpe.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
-    instruction = inspect.signature(SanaSprintPipeline.__call__).parameters["complex_human_instruction"].default
-    bpe.train_from_iterator([*_corpus(), *instruction * 9], trainer)  # so that it takes few tokens
+    bpe.train_from_iterator([*_corpus(), *gemma_instruction() * 9], trainer)  # so that it takes few tokens
     model = json.loads(bpe.to_str())["model"]
     merges: Any = [tuple(merge) for merge in model["merges"]]
     tokenizer = transformers.GemmaTokenizer(vocab=model["vocab"], merges=merges, add_bos_token=True)

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from both_ways import check_both_ways
 from scm_export import Options, export, ops, plan
@@ -140,6 +141,21 @@ def test_the_bundle_equals_the_scheduler_for_any_batch_and_length_of_text(folder
     levels = (image / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy() * 255
     assert np.abs(found.array - levels).max() <= 0.51
     assert levels.std() > 10
+
+
+def test_prompts_give_the_latents_of_the_pipelines_embeddings(folder: Path, bundle: Path) -> None:
+    prompts, guidance = ["a lighthouse at dusk", "Маяк на закате 灯台", "a lighthouse at dusk"], [8.5, 4.0, 2.0]
+    encoder, tokenizer = CLIPTextModel.from_pretrained(folder / "text_encoder"), CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    others = dict.fromkeys(("vae", "unet", "scheduler", "safety_checker", "feature_extractor"))
+    pipeline = LatentConsistencyModelPipeline(text_encoder=encoder, tokenizer=tokenizer, **others, requires_safety_checker=False)
+    with torch.no_grad():
+        text, _ = pipeline.encode_prompt(prompts, torch.device("cpu"), 1, False)
+    expected = with_scheduler(folder, [3, 4, 5], 2, text, guidance)
+    with Generator(bundle, dtype="fp32") as generate:
+        found = generate(prompt=prompts, guidance_scale=guidance, seed=[3, 4, 5], num_inference_steps=2, output_type="latent").array
+        np.testing.assert_allclose(generate.encode_prompt(prompts)["prompt_embeds"], text, atol=1e-4)
+    np.testing.assert_allclose(found, expected[-1], atol=1e-4)
+    assert np.abs(found[0] - found[1]).max() > 0.1
 
 
 def test_the_guidance_scale_is_the_pipelines_by_default_and_has_effect(bundle: Path) -> None:

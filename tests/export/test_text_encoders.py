@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import shutil
 from pathlib import Path
@@ -28,11 +27,11 @@ from scm_export.verification.text import text_inputs
 from scm_export.writer import BundleWriter
 from scm_runtime.ort.open_session import open_session
 from scm_runtime.ort.session import ResultSpec
-from text_encoders import save_clip, save_gemma, save_t5, strings, write_index
+from text_encoders import gemma_instruction, save_clip, save_gemma, save_t5, strings, write_index
 
 HIDDEN = 24
 PROMPTS = ["a lighthouse at dusk", "", "  Маяк на закате, 4K 灯台 🌅 ", "many words " * 90]
-INSTRUCTION = inspect.signature(SanaSprintPipeline.__call__).parameters["complex_human_instruction"].default
+INSTRUCTION = gemma_instruction()
 KINDS = ("clip", "pair", "gemma", "t5", "umt5")
 
 
