@@ -169,6 +169,8 @@ def _print_exported(exported: Exported, report: Path | None) -> None:
     if manifest.source.weights is not None:
         console.write_line(f"weights: {manifest.source.weights!r} of {manifest.source.file}")
     console.write_line(_describe_samples(manifest))
+    if manifest.text is not None:
+        console.write_line(f"text encoder: weights in {manifest.text.weights_dtype}, licence: {escape_controls(manifest.text.licence or 'not stated')}")
     size = sum(entry.size for entry in manifest.files.values())
     console.write_line(f"wrote {exported.path} ({size / 1e6:.1f} MB, {', '.join(manifest.dtypes)})")
     if report is not None:

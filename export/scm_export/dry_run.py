@@ -120,7 +120,7 @@ def make_plan(
         times={str(count): times for count, times in sorted(model.times.items())},
         samplers={name: tuple(sorted(table)) for name, table in model.samplers.items()},
         weights_dtype=dtype,
-        weights_bytes={name: _weights_bytes(model, name, text_dtype) for name in DTYPES},
+        weights_bytes={name: _weights_bytes(model, name, text_dtype) for name in GRAPH_DTYPES},
         opset=opset,
         custom_ops=custom_ops,
         graphs=(

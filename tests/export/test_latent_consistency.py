@@ -235,7 +235,7 @@ def test_the_bundle_has_the_text_encoder_and_how_it_was_verified(folder: Path, e
 
 
 def test_a_text_encoder_can_be_quantized_or_left_out(folder: Path, tmp_path: Path) -> None:
-    small = {"dtype": "fp32", "steps": (), "latents": True, "size": (8, 8)}
+    small: dict[str, Any] = {"dtype": "fp32", "steps": (), "latents": True, "size": (8, 8)}
     quantized = export(folder, tmp_path / "int4.scm", **small, text_dtype="int4").manifest
     assert quantized.text is not None
     assert quantized.text.weights_dtype == "int4"

@@ -175,7 +175,7 @@ def test_pictures_are_those_of_the_pipeline(generate: Generator, original: Origi
 
 
 def test_latents_of_prompts_are_those_of_the_pipeline(generate: Generator, original: Original) -> None:
-    given = {"prompt": ["A lighthouse at dusk ", "", "灯台の夕暮れ, маяк"], "guidance_scale": 3.0}
+    given: dict[str, Any] = {"prompt": ["A lighthouse at dusk ", "", "灯台の夕暮れ, маяк"], "guidance_scale": 3.0}
     expected = original([5, 6, 7], given, 2)
     found = generate(**given, seed=[5, 6, 7], output_type="latent").array
     np.testing.assert_allclose(found / SIGMA_DATA, expected, atol=1e-4)

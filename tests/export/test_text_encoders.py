@@ -91,14 +91,15 @@ def by_pipeline(kind: str, folder: Path, prompts: list[str]) -> tuple[Tensor, ..
     one = ("text_encoder", "tokenizer")
     none = dict.fromkeys(("vae", "scheduler"))
     cpu = torch.device("cpu")
+    pipeline: Any
     match kind:
         case "clip":
             more = {"unet": None, "safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-            return LatentConsistencyModelPipeline(**components(folder, *one), **none, **more).encode_prompt(prompts, cpu, 1, False)[:1]
+            pipeline = LatentConsistencyModelPipeline(**components(folder, *one), **none, **more)
+            return tuple(pipeline.encode_prompt(prompts, cpu, 1, False)[:1])
         case "pair":
             pipeline = StableDiffusionXLPipeline(**components(folder, *one, "text_encoder_2", "tokenizer_2"), **none, unet=None)
-            embeds, _, pooled, _ = pipeline.encode_prompt(prompts, device=cpu, do_classifier_free_guidance=False)
-            return embeds, pooled
+            return tuple(pipeline.encode_prompt(prompts, device=cpu, do_classifier_free_guidance=False)[::2])
         case "gemma":
             pipeline = SanaSprintPipeline(**components(folder, *one), **none, transformer=None)
             return tuple(pipeline.encode_prompt(prompts, device=cpu, complex_human_instruction=INSTRUCTION))

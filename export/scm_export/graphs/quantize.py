@@ -40,10 +40,11 @@ def quantize_linear_layers(model: ir.Model, bits: int) -> None:
         if weight not in stored:
             stored[weight] = [_copied(model.graph, weight, value) for value in replacement.inputs[1:] if value is not None]
         new = ir.Node(DOMAIN, "MatMulNBits", [x, *stored[weight]], list(replacement.attributes.values()), num_outputs=1, name=node.name, version=1)
-        new.outputs[0].dtype, new.outputs[0].shape = output.dtype, output.shape
+        new.outputs[0].type, new.outputs[0].shape = output.type, output.shape
         ir.convenience.replace_nodes_and_values(model.graph, node, [node], [new], [output], new.outputs)
     model.graph.opset_imports[DOMAIN] = 1
-    for unused in (ir.passes.common.RemoveUnusedNodesPass(), ir.passes.common.RemoveUnusedFunctionsPass(), ir.passes.common.RemoveUnusedOpsetsPass()):
+    passes: Any = ir.passes.common  # partly annotated
+    for unused in (passes.RemoveUnusedNodesPass(), passes.RemoveUnusedFunctionsPass(), passes.RemoveUnusedOpsetsPass()):
         unused(model)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ WITHOUT_TEXT = "--no-text leaves the text encoder out."
 Rename = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 
-def import_transformers() -> ModuleType:
+def import_transformers() -> Any:
     """Import transformers. Raises MissingDependencyError if it is not installed."""
     try:
         import transformers
