@@ -45,9 +45,9 @@ def scm_export(*arguments: str | Path, code: int = 0) -> tuple[str, str]:
         (["--parametrisation", "v"], "'v' is not one of"),
         (["--report", "report.html", "--no-verify"], "give one of them"),
         (["--text-dtype", "int2"], "'int2' is not one of"),
-        (["--text-dtype", "int4"], "text_dtype was given, but the checkpoint has no text encoder. Leave it out."),
+        (["--text-dtype", "int4"], "was given, but the checkpoint has no text encoder. Leave it out."),
         (["--text-dtype", "int4", "--no-text"], "leaves the text encoder out: give one of them"),
-        (["--text-dtype", "int8", "--no-custom-ops"], "text_dtype int8 needs operators of ONNX Runtime"),
+        (["--text-dtype", "int8", "--no-custom-ops"], "int8 needs operators of ONNX Runtime"),
     ],
 )
 def test_invalid_options_are_refused_and_nothing_is_written(

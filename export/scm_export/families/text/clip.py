@@ -44,8 +44,13 @@ class PenultimateStates(nn.Module):
         return torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1), second.text_embeds
 
 
-def clip_text(folder: DiffusersFolder, size: int) -> TextEncoder | None:
-    """Return the CLIP encoder of a folder, as StableDiffusionPipeline uses it: ``prompt_embeds`` float32 ``[N, 77, size]``.
+def clip_text(folder: DiffusersFolder, size: int, negative_outputs: tuple[str, ...] = ()) -> TextEncoder | None:
+    """Return the CLIP encoder of a folder, as StableDiffusionPipeline uses it.
+
+    Args:
+        folder: with ``text_encoder`` and ``tokenizer``.
+        size: of ``prompt_embeds``, float32 ``[N, 77, size]``.
+        negative_outputs: name of the conditioning input that a negative prompt provides, or nothing.
 
     Returns:
         The encoder; None if the folder has neither ``text_encoder`` nor ``tokenizer``.
@@ -66,7 +71,7 @@ def clip_text(folder: DiffusersFolder, size: int) -> TextEncoder | None:
         ids = tokenize(tokenizer, list(prompts), described.max_length).input_ids
         return (ids,), (original(ids).last_hidden_state,)
 
-    spec = TextSpec(tokenizers=(described,), outputs=("prompt_embeds",), licence=folder.licence)
+    spec = TextSpec(tokenizers=(described,), outputs=("prompt_embeds",), negative_outputs=negative_outputs, licence=folder.licence)
     return TextEncoder(LastState(network), spec, {described.file: tokenizers_file(tokenizer)}, reference)
 
 
