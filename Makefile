@@ -20,7 +20,7 @@ LIGHT    := $(VENV)/.stamp-light
 FULL     := $(VENV)/.stamp-full
 OPS      := $(VENV)/.stamp-ops
 PACKAGE  := pyproject.toml constraints.txt scm_runtime/_version.py
-EXTRAS   := cpu,export,hub,example,test,dev,bench
+EXTRAS   := cpu,export,hub,text,example,test,dev,bench
 COMMA    := ,
 KERNELS  := $(shell find cpp_ops -name '.*' -prune -o -type f -print)
 
@@ -234,10 +234,10 @@ $(LIGHT): $(MADE) $(PACKAGE)
 # uv resolves and pip installs: pip uses the build of torch that is available (CONTRIBUTING.md), uv would download another. torch and packages that
 # pyproject.toml does not name have the versions in constraints.txt, if the floors allow it.
 
-LOWEST_EXTRAS  := cpu,export,hub,test
+LOWEST_EXTRAS  := cpu,export,hub,text,test
 RUNTIME_EXTRAS := cpu,hub
 RESOLVE         = $(BIN)/uv pip compile --quiet --no-header --no-annotate --python $(BIN)/python --resolution lowest-direct
-RESOLVE        += --extra cpu --extra export --extra hub --extra test
+RESOLVE        += --extra cpu --extra export --extra hub --extra text --extra test
 RUNTIME_TESTS  := $(patsubst %,tests/runtime/test_%.py,commands cache devices doctor pool samples)
 EXPORT_TESTS   := $(patsubst %,tests/export/test_%.py,cli consistency export latent_consistency module_family sana_sprint)
 

@@ -10,10 +10,13 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, Self, Unpack
 
+from numpy.typing import NDArray
+
 from scm_runtime.devices.placement import all_devices
 from scm_runtime.errors import InvalidArgumentError
 from scm_runtime.generator import Generator
 from scm_runtime.inputs.arguments import CallArguments, Labels
+from scm_runtime.inputs.prompts import Prompts
 from scm_runtime.inputs.signatures import list_keywords, lists_arguments
 from scm_runtime.samples import Samples
 from scm_runtime.sampling.streaming import QueuedSampling, StreamSource
@@ -85,6 +88,15 @@ class DevicePool(QueuedSampling):
             raise
         future.add_done_callback(lambda _: self._release(i))
         return future
+
+    def encode_prompt(self, prompts: Prompts, negative_prompt: Prompts | None = None, strict: bool = False) -> dict[str, NDArray[Any]]:
+        """Encode prompts on the least busy device, as ``Generator.encode_prompt``."""
+        with self._least_busy() as generator:
+            return generator.encode_prompt(prompts, negative_prompt, strict)
+
+    def _encode_prompts(self, arguments: CallArguments) -> CallArguments:
+        with self._least_busy() as generator:
+            return generator._encode_prompts(arguments)
 
     def warmup(self, batch_sizes: Sequence[int] = (1,), **arguments: Any) -> tuple[int, ...]:
         """Warm up each Generator; the arguments are those of ``Generator.warmup``. Returns the batch sizes that are captured on all devices."""

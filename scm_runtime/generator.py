@@ -8,10 +8,9 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, Unpack, cast
+from typing import TYPE_CHECKING, Literal, NoReturn, Self, Unpack
 
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from scm_runtime.bundle.location import resolve_bundle
 from scm_runtime.bundle.manifest import Dtype, Manifest
@@ -23,25 +22,25 @@ from scm_runtime.common.shared_resource import SharedResource
 from scm_runtime.devices.placement import resolve_device
 from scm_runtime.engines.open_bundle import GeneratorInfo, open_bundle
 from scm_runtime.errors import GeneratorClosedError, InvalidArgumentError
+from scm_runtime.graph_calls import GraphCalls, run_text_graph
 from scm_runtime.inputs.arguments import CallArguments, Callback, Labels, OutputType, Seeds
-from scm_runtime.inputs.call import read_latents
 from scm_runtime.inputs.conditioning import placeholder_conditioning
-from scm_runtime.inputs.images import to_pixels
+from scm_runtime.inputs.prompts import Prompts
 from scm_runtime.inputs.signatures import lists_arguments
-from scm_runtime.samples import EXPORT_A_DECODER, OnSpan, Samples
+from scm_runtime.samples import OnSpan, Samples
+from scm_runtime.sampling.deadline import Deadline
 from scm_runtime.sampling.loop import SamplingLoop
 from scm_runtime.sampling.nonfinite import NonFiniteHandler, OnNonfinite, check_on_nonfinite
 from scm_runtime.sampling.request import Request, read_request
 from scm_runtime.sampling.scheduler import BatchScheduler, check_batching
 from scm_runtime.sampling.streaming import QueuedSampling, StreamSource
+from scm_runtime.text.prompt_conditioning import PromptConditioning
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-    from PIL import Image
 
-
-class Generator(QueuedSampling):
+class Generator(GraphCalls, QueuedSampling):
     """Generates samples from a bundle. Any number of threads may call one Generator; calls share only the sessions."""
 
     def __init__(
@@ -139,7 +138,7 @@ class Generator(QueuedSampling):
             raise
         self.folder: Path = opened.folder
         self.manifest: Manifest = opened.manifest
-        self._solver_tables = SolverTables(self.folder, self.manifest)
+        self._solver_tables, self._prompts = SolverTables(self.folder, self.manifest), PromptConditioning(self.folder, self.manifest)
         self.info: GeneratorInfo = opened.info
         self.dtype: Dtype = opened.engine.dtype
         attributes = {"bundle": self.info.bundle, "device": self.info.device, "dtype": self.dtype}
@@ -209,8 +208,15 @@ class Generator(QueuedSampling):
         timesteps: Sequence[float] | None = None,
         sampler: str | None = None,
         guidance_scale: float | Sequence[float] | None = None,
+        prompt: Prompts | None = None,
+        negative_prompt: Prompts | None = None,
+        strict_prompt: bool = False,
         prompt_embeds: ArrayLike | None = None,
         prompt_attention_mask: ArrayLike | None = None,
+        pooled_prompt_embeds: ArrayLike | None = None,
+        negative_prompt_embeds: ArrayLike | None = None,
+        negative_prompt_attention_mask: ArrayLike | None = None,
+        negative_pooled_prompt_embeds: ArrayLike | None = None,
         conditioning: Mapping[str, ArrayLike] | None = None,
         seed: Seeds | None = None,
         batch_size: int | None = None,
@@ -233,9 +239,15 @@ class Generator(QueuedSampling):
             sampler: the sampler. None: the one the bundle was exported for, ``manifest.solver``. Bundles of diffusion models have more, ``manifest.samplers``:
                 "dpm-solver-2s" and "heun" evaluate the network twice per step except the last, 63 times for 32 steps.
             guidance_scale: for models that have it as an input.
-            prompt_embeds: for text-to-image models: ``[tokens, D]`` for all samples or ``[N, tokens, D]``, from the model's text encoder, which is not part of
-                the bundle. Any real dtype; converted to float32.
+            prompt: for text-to-image models whose bundle has a text encoder: one prompt for all samples, or a list with one per sample. Requires the extra
+                ``text``. The encoder is opened by the first prompt; ``encode_prompt`` encodes prompts that are used often.
+            negative_prompt: in the same way, for models that use one; "" or, if the model was trained so, zeros by default.
+            strict_prompt: a prompt that is too long raises InvalidArgumentError. Otherwise its end is cut off, and a warning in the log quotes that.
+            prompt_embeds: instead of a prompt: ``[tokens, D]`` for all samples or ``[N, tokens, D]``, from ``encode_prompt`` or from the model's text encoder
+                elsewhere. Any real dtype; converted to float32.
             prompt_attention_mask: 1 or True for valid tokens, ``[tokens]`` or ``[N, tokens]``; by default all are valid.
+            pooled_prompt_embeds, negative_prompt_embeds, negative_prompt_attention_mask, negative_pooled_prompt_embeds: in the same way, for models that
+                have these inputs.
             conditioning: other inputs of the model by their names in the manifest, for which there is no argument here.
             seed: one integer in [-2^63, 2^63), for the samples seed, seed + 1, …; or a list with one seed per sample. None: random, and reported in
                 ``Samples.seeds``. A sample depends only on its own seed, not on its batch.
@@ -257,6 +269,7 @@ class Generator(QueuedSampling):
             ForkedError: the Generator was made before this process was forked.
             GenerationCancelledError: the callback returned False.
             GenerationTimeoutError: the call was not finished within ``timeout``.
+            MissingDependencyError: a prompt is given, and the package ``tokenizers`` is not installed.
             NonFiniteError: samples became NaN or infinite; see ``on_nonfinite``.
             OutOfMemoryError: the batch does not fit into memory.
             InferenceError: ONNX Runtime failed in a graph.
@@ -267,8 +280,15 @@ class Generator(QueuedSampling):
             timesteps=timesteps,
             sampler=sampler,
             guidance_scale=guidance_scale,
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            strict_prompt=strict_prompt,
             prompt_embeds=prompt_embeds,
             prompt_attention_mask=prompt_attention_mask,
+            pooled_prompt_embeds=pooled_prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            negative_prompt_attention_mask=negative_prompt_attention_mask,
+            negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
             conditioning=conditioning,
             seed=seed,
             batch_size=batch_size,
@@ -278,11 +298,13 @@ class Generator(QueuedSampling):
             timeout=timeout,
         )
         with self._loop as loop:
-            return loop.sample(self._read_request(class_labels, arguments))
+            return loop.sample(self._read_request(class_labels, arguments, loop))
 
     @lists_arguments(CallArguments)
     def submit(self, class_labels: Labels | None = None, **arguments: Unpack[CallArguments]) -> Future[Samples]:
         """Queue a call, and return at once. The arguments are those of a call. Queued requests are computed together, even at different steps.
+
+        Prompts are encoded before it returns. ``encode_prompt`` and ``async_`` do that elsewhere.
 
         Up to ``max_batch_size`` samples share an evaluation; a larger request runs alone. The samples are those of a call, bit for bit if the device
         computes a sample the same way in every batch. PIL images are made when ``Samples.images`` is first read.
@@ -301,14 +323,19 @@ class Generator(QueuedSampling):
         """
         loop = self._loop.acquire()
         try:
-            return self._scheduler.add_request(loop, self._read_request(class_labels, arguments), self._loop.release)
+            return self._scheduler.add_request(loop, self._read_request(class_labels, arguments, loop), self._loop.release)
         except BaseException:
             self._loop.release()
             raise
 
-    def _read_request(self, class_labels: Labels | None, arguments: CallArguments) -> Request:
+    def _read_request(self, class_labels: Labels | None, arguments: CallArguments, loop: SamplingLoop | None = None) -> Request:
+        """Return the request of a call. Without a loop the arguments are only checked: prompts are not encoded."""
+
+        def encode_prompts(arguments: CallArguments, deadline: Deadline | None) -> CallArguments:
+            return self._prompts.resolve(arguments, None if loop is None else run_text_graph(loop.engine, deadline))
+
         with memory_errors("the inputs of this call"):
-            return read_request(self.manifest, self._solver_tables, class_labels, arguments, callback_owner=self)
+            return read_request(self.manifest, self._solver_tables, class_labels, arguments, encode_prompts, callback_owner=self)
 
     def _stream_source(self) -> StreamSource:
         self._loop.check()
@@ -334,7 +361,8 @@ class Generator(QueuedSampling):
             batch_sizes: batch sizes of the calls to come.
             num_inference_steps: as in a call. A CUDA graph is for one number of steps.
             sampler: as in a call.
-            conditioning: values for inputs with dynamic dimensions, such as the length of a text, in the sizes to come. Other inputs get placeholders.
+            conditioning: values for inputs with dynamic dimensions, such as the length of a text, in the sizes to come. Other inputs get placeholders. With a
+                text encoder in the bundle, an empty prompt is encoded unless these are its outputs, which also opens the encoder.
 
         Returns:
             The batch sizes that are captured as CUDA graphs now, in increasing order; none on a CPU.
@@ -347,9 +375,10 @@ class Generator(QueuedSampling):
             raise InvalidArgumentError(f"batch_sizes must be a list of integers of at least 1, got {batch_sizes!r}")
         with self._loop as loop:
             engine = loop.engine
+            encoded = self._encode_empty_prompt(conditioning or {})
             for size in sorted(set(sizes), reverse=True):  # the largest first: it allocates the memory for all
                 self._keep_batch_size(size)
-                values = placeholder_conditioning(self.manifest.conditioning, range(size)) | dict(conditioning or {})
+                values = placeholder_conditioning(self.manifest.conditioning, range(size)) | encoded | dict(conditioning or {})
                 self(seed=0, batch_size=size, num_inference_steps=num_inference_steps, sampler=sampler, conditioning=values, output_type="np")
             return engine.run(lambda: engine.captured_batch_sizes)
 
@@ -358,49 +387,3 @@ class Generator(QueuedSampling):
         with self._loop as loop:
             if loop.engine.asynchronous:
                 loop.engine.run(partial(loop.engine.keep_batch_size, batch_size))
-
-    def encode(self, images: Image.Image | Sequence[Image.Image] | NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Encode images as latents.
-
-        Args:
-            images: a PIL image, a sequence of them, or uint8 ``[N, H, W, C]``, with the size and channels of the bundle's images.
-
-        Returns:
-            float32 ``[N, *sample]`` in the scale of the state: the mean if the encoder outputs a distribution. ``decode`` is the inverse.
-
-        Raises:
-            InvalidArgumentError: the bundle has no encoder, the images do not fit it, or the Generator is closed.
-            InferenceError: ONNX Runtime failed.
-        """
-        with self._loop as loop, memory_errors("these images"):
-            engine = loop.engine
-            graph = engine.run(lambda: engine.graphs().optional("encode"))
-            pixels = to_pixels(images, graph.shapes.get("image", (None,) * 4)[1:])
-            return cast("NDArray[np.float32]", engine.run(lambda: graph(image=pixels)))
-
-    def decode(self, latents: ArrayLike, *, preview: bool = False) -> NDArray[np.uint8]:
-        """Decode latents to images.
-
-        Args:
-            latents: ``[N, *sample]`` in the scale of the state, from ``encode``, ``output_type="latent"`` or a callback.
-            preview: use the small preview decoder, which may have another image size.
-
-        Returns:
-            uint8 ``[N, H, W, C]``.
-
-        Raises:
-            InvalidArgumentError: the bundle has no decoder or no preview decoder, the latents have another shape, or the Generator is closed.
-            InferenceError: ONNX Runtime failed.
-        """
-        with self._loop as loop, memory_errors("these latents"):
-            engine = loop.engine
-            x = read_latents(latents, self.manifest.sample.shape)
-            if not len(x):
-                raise InvalidArgumentError("latents must hold at least one value, got none")
-            if not preview and self.manifest.output.kind != "image":
-                raise InvalidArgumentError(f"the bundle {self.manifest.name!r} has no decoder. {EXPORT_A_DECODER}")
-
-            def run() -> NDArray[Any]:
-                return (engine.graphs().optional("preview") if preview else engine.graphs().decode)(x=x)
-
-            return cast("NDArray[np.uint8]", engine.run(run))

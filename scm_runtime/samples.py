@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from scm_runtime.common.files import output_errors, output_file
 from scm_runtime.common.memory import has_room, memory_errors
+from scm_runtime.common.message_text import printable
 from scm_runtime.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 IMAGE_CHANNELS = (1, 3, 4)  # grayscale, RGB, RGBA
 EXPORT_A_DECODER = "Decode them yourself, or export the checkpoint again with its decoder: scm-export … --decoder FOLDER"
 ENCODER_ROOM, ENCODER_SHARE = 1 << 24, 16  # bytes that an encoder may allocate: at least, and in addition per byte of the image
+MAX_KEYWORD = 79  # characters, of a text in a PNG
 MAX_ONE_ROW = 3  # up to this many images form one row; more form a grid
 
 
@@ -59,6 +61,7 @@ class Timings:
         total: the whole call with its callbacks and checks, but without making PIL images.
         copy: copying from a GPU to the host; 0 if the host computed the samples.
         waited: waiting in the queue of ``submit``, which is part of the total.
+        text: encoding the prompts, which is part of the total; close to 0 if there are none.
     """
 
     noise: float
@@ -67,6 +70,7 @@ class Timings:
     total: float
     copy: float = 0.0
     waited: float = 0.0
+    text: float = 0.0
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -110,18 +114,19 @@ class Samples:
             pixels = self.array[..., 0] if self.array.shape[-1] == 1 else self.array
             return [Image.fromarray(image) for image in pixels]
 
-    def save(self, path: str | os.PathLike[str], *, columns: int | None = None) -> Path:
+    def save(self, path: str | os.PathLike[str], *, columns: int | None = None, metadata: Mapping[str, str] | None = None) -> Path:
         """Save one image file: the only sample, or a grid of all samples.
 
         Args:
             path: the file, for instance ``"digits.png"``. Its extension selects the format; missing folders are created, an existing file is replaced.
             columns: images per row; by default the grid is about square.
+            metadata: texts to store in a PNG, by keyword of 1 to 79 Latin-1 characters, such as ``{"prompt": "a cat"}``. Other formats take none.
 
         Returns:
             The path.
 
         Raises:
-            InvalidArgumentError: the samples are latents, columns is below 1, or the extension is not that of an image format.
+            InvalidArgumentError: the samples are latents, columns is below 1, the extension is not that of an image format, or metadata cannot be stored.
             OutputError: the file cannot be written. An existing file stays unchanged.
             OutOfMemoryError: memory ran out. An existing file stays unchanged.
         """
@@ -131,7 +136,7 @@ class Samples:
         target = Path(path)
         with memory_errors(f"{len(self)} images of {list(self.array.shape[1:])} in one file", "Save fewer images in one file"):
             image_format = image_format_of(target)
-            encoded = _encode(grid(self.array, columns), image_format, target)
+            encoded = _encode(grid(self.array, columns), image_format, target, _png_texts(metadata, image_format) if metadata else {})
         with output_errors(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             with output_file(target) as part:
@@ -156,14 +161,35 @@ def listed_seeds(seeds: Sequence[int]) -> str:
     return ", ".join(map(str, seeds[:8])) + (", …" if len(seeds) > 8 else "")
 
 
-def _encode(image: Image.Image, image_format: str, target: Path) -> io.BytesIO:
+def _png_texts(metadata: Mapping[str, str], image_format: str) -> dict[str, Any]:
+    """Return the argument of Pillow's ``save`` that stores texts: as tEXt chunks, or iTXt if they are not Latin-1. Raises InvalidArgumentError."""
+    from PIL.PngImagePlugin import PngInfo
+
+    if image_format != "PNG":
+        raise InvalidArgumentError(f"metadata is stored in PNG files only, got {image_format}. Use .png, or leave metadata out.")
+    info = PngInfo()
+    for keyword, text in metadata.items():
+        if not isinstance(keyword, str) or not isinstance(text, str):
+            raise InvalidArgumentError(f"metadata must be strings by keyword, got {printable(keyword)}: {printable(text)}")
+        try:
+            if not 1 <= len(keyword.encode("latin-1")) <= MAX_KEYWORD or not keyword.isprintable():
+                raise ValueError("the keyword is empty, too long or not printable")
+            info.add_text(keyword, text.replace("\0", "\N{REPLACEMENT CHARACTER}"))  # a zero byte ends a text
+        except ValueError as error:
+            raise InvalidArgumentError(
+                f"metadata must have keywords of 1 to {MAX_KEYWORD} Latin-1 characters and texts of valid Unicode, got {printable(keyword)!r}: {error}"
+            ) from error
+    return {"pnginfo": info}
+
+
+def _encode(image: Image.Image, image_format: str, target: Path, options: Mapping[str, Any]) -> io.BytesIO:
     """Encode an image in memory: some of Pillow's encoders do not notice a full disk. Raises InvalidArgumentError if the format cannot represent it."""
     from PIL import Image
 
     encoded = io.BytesIO()
     size = f"{image.width} x {image.height} pixels"
     try:
-        image.save(encoded, format=image_format)
+        image.save(encoded, format=image_format, **options)
         with Image.open(encoded) as decoded:
             decoded_size = decoded.size
     except (OSError, ValueError) as error:

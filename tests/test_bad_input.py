@@ -588,6 +588,14 @@ CALLS: list[Row] = [
     ("half a thread", threads(0.5), InvalidArgumentError, "got 0.5", "threads must be an integer from 1 to 1024"),
     ("dtype", dtype("fp16"), InvalidArgumentError, "got 'fp16'", "dtype must be 'auto' or one of this bundle's, fp32"),
     ("embeddings", calling(prompt_embeds=np.zeros((7, 5))), InvalidArgumentError, "prompt_embeds was given", "takes class_labels"),
+    ("prompt without a text encoder", calling("--prompt", "a cat", prompt="a cat"), InvalidArgumentError, "prompt was given", "takes class_labels"),
+    (
+        "negative prompt without a text encoder",
+        calling("--negative-prompt", "a cat", negative_prompt="a cat"),
+        InvalidArgumentError,
+        "negative_prompt was given",
+        "takes class_labels",
+    ),
     (
         "no file of embeddings",
         embedding_file(None),

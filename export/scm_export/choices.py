@@ -12,6 +12,17 @@ PARAMETRISATION_NAMES: tuple[ParametrisationName, ...] = get_args(Parametrisatio
 GRAPH_DTYPES: dict[Dtype, tuple[Dtype, ...]] = {"fp32": ("fp32",), "fp16": ("fp16", "fp32"), "bf16": ("bf16", "fp32")}
 """Dtypes that a bundle's graphs compute in, by the dtype its weights are stored in."""
 
+TextDtype = Literal["fp32", "fp16", "bf16", "int8", "int4"]
+TEXT_DTYPES: tuple[TextDtype, ...] = get_args(TextDtype)
+QUANTIZED_BITS = {"int8": 8, "int4": 4}
+"""Bits per weight of a linear layer, by the dtypes of text encoders that quantize them."""
+
+
+def text_graph_dtypes(text_dtype: TextDtype, weights_dtype: Dtype) -> tuple[Dtype, ...]:
+    """Dtypes that the text graphs compute in: fp32, and the dtype of the encoder's weights if the bundle has graphs in it."""
+    return tuple(dtype for dtype in GRAPH_DTYPES[weights_dtype] if dtype in ("fp32", text_dtype))
+
+
 MAX_COMPOSED_STEPS = 4  # largest step count for which samplers are composed by default and verified
 LARGEST_SAMPLER = 64  # steps; a composed sampler has a copy of the network's nodes for each step
 

@@ -11,7 +11,7 @@ import click
 from rich.box import SIMPLE
 from rich.text import Text
 
-from scm_export.choices import DEFAULT_OPSET, GRAPH_DTYPES, OPSETS, PARAMETRISATION_NAMES
+from scm_export.choices import DEFAULT_OPSET, GRAPH_DTYPES, OPSETS, PARAMETRISATION_NAMES, TEXT_DTYPES
 from scm_export.errors import VerificationError
 from scm_export.versions import check_versions
 from scm_runtime import __version__
@@ -73,11 +73,17 @@ def _negate(context: click.Context, parameter: click.Parameter, value: bool) -> 
 @click.option("--latents", is_flag=True, help="Leave the decoder out: samples are latents.")
 @click.option("--with-encoder", is_flag=True, help="Also write the autoencoder's encoder, which image editing needs.")
 @click.option("--preview-decoder", metavar="FOLDER", help="Small autoencoder (AutoencoderTiny) for previews between steps.")
+@click.option("--no-text", "text", is_flag=True, callback=_negate, help="Leave the text encoder out: the bundle takes prompt_embeds only.")
 @click.option("--guide", metavar="FILE", help="Worse version of a diffusion model for autoguidance, with guidance_scale as an input.")
 @click.option("--size", type=ImageSize(), metavar="HEIGHTxWIDTH", help="Size of the images in pixels; by default the checkpoint's own.")
 # Output.
 @click.option(
     "--dtype", type=click.Choice(list(GRAPH_DTYPES)), help="Dtype of the stored weights; fp16 and bf16 bundles also have fp32 graphs. By default the family's."
+)
+@click.option(
+    "--text-dtype",
+    type=click.Choice(TEXT_DTYPES),
+    help="Dtype of the text encoder's weights; int8 and int4 quantize its linear layers. By default that of the other weights.",
 )
 @click.option(
     "--steps",
@@ -163,6 +169,8 @@ def _print_exported(exported: Exported, report: Path | None) -> None:
     if manifest.source.weights is not None:
         console.write_line(f"weights: {manifest.source.weights!r} of {manifest.source.file}")
     console.write_line(_describe_samples(manifest))
+    if manifest.text is not None:
+        console.write_line(f"text encoder: weights in {manifest.text.weights_dtype}, licence: {escape_controls(manifest.text.licence or 'not stated')}")
     size = sum(entry.size for entry in manifest.files.values())
     console.write_line(f"wrote {exported.path} ({size / 1e6:.1f} MB, {', '.join(manifest.dtypes)})")
     if report is not None:

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import torch
 from msgspec import Struct
 from torch import Tensor, nn
 
-from scm_export.choices import GRAPH_DTYPES
+from scm_export.choices import GRAPH_DTYPES, QUANTIZED_BITS, TextDtype, text_graph_dtypes
 from scm_export.graphs.functions import INLINE_BELOW
+from scm_export.graphs.quantize import BLOCK_SIZE
 from scm_export.model import DTYPES, ImageDecoder, ImageNetwork, Latents, Model
 from scm_runtime.bundle.manifest import COMBINE, STEP_INPUTS, Conditioning, Dtype, OutputSpec, Source
 from scm_runtime.common.message_text import printable
@@ -52,6 +52,10 @@ class Plan(Struct, kw_only=True):
     opset: int
     custom_ops: bool
     graphs: tuple[str, ...]
+    text: str | None
+    """Dtype of the text encoder's weights; None if there is no text encoder."""
+    files: tuple[str, ...]
+    """Files of the tokenizers."""
     exists: bool
     """Whether something is at ``out``, which an export replaces only with ``force``."""
     notes: tuple[str, ...]
@@ -74,6 +78,7 @@ class Plan(Struct, kw_only=True):
             "inputs": ", ".join(f"{item.name} {item.dtype} [{', '.join(map(str, item.shape))}]" for item in self.inputs),
             "state": f"float32 [N, {', '.join(map(str, self.sample_shape))}], sigma_d {self.sigma_data:g}, starts as {self.initial_scale:g} × noise",
             "decoder": self.decoder,
+            **({} if self.text is None else {"text encoder": f"{self.text}, with {', '.join(self.files)}"}),
             "output": f"{self.output.kind} [N, {', '.join(map(str, self.output.shape))}]",
             **{
                 f"times, {count} step{'s' * (count != '1')}": f"{' → '.join(f'{t:.6g}' for t in times)} ({self.time_unit})"
@@ -86,11 +91,15 @@ class Plan(Struct, kw_only=True):
         }
 
 
-def make_plan(model: Model, destination: Path, source: Source, dtype: Dtype, steps: Sequence[int], opset: int, *, custom_ops: bool) -> Plan:
-    """Describe the bundle of a model with weights stored in ``dtype``."""
+def make_plan(
+    model: Model, destination: Path, source: Source, dtype: Dtype, text_dtype: TextDtype, steps: Sequence[int], opset: int, *, custom_ops: bool
+) -> Plan:
+    """Describe the bundle of a model with weights stored in ``dtype``, those of its text encoder in ``text_dtype``."""
     parts: dict[str, Any] = {"step": model.step, "decode": model.decoder, "preview": model.preview, "encode": model.encoder}
     networks = {name: part.network if isinstance(part, ImageNetwork) else part for name, part in parts.items()}
     counts = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items() if isinstance(network, nn.Module)}
+    if model.text is not None:
+        counts["text"] = sum(p.numel() for p in model.text.network.parameters())
     kinds = ["step", "decode", *(name for name in ("preview", "encode") if parts[name] is not None), *(f"sample-{count}" for count in steps)]
     shapes: dict[str, tuple[int | str, ...]] = {name: () if name in ("t", "t_next") else model.sample_shape for name in STEP_INPUTS}
     inputs = [*((name, "float32", shape) for name, shape in shapes.items()), *((item.name, item.dtype, item.shape) for item in model.conditioning)]
@@ -111,10 +120,17 @@ def make_plan(model: Model, destination: Path, source: Source, dtype: Dtype, ste
         times={str(count): times for count, times in sorted(model.times.items())},
         samplers={name: tuple(sorted(table)) for name, table in model.samplers.items()},
         weights_dtype=dtype,
-        weights_bytes={name: _weights_bytes(model, DTYPES[name]) for name in DTYPES},
+        weights_bytes={name: _weights_bytes(model, name, text_dtype) for name in GRAPH_DTYPES},
         opset=opset,
         custom_ops=custom_ops,
-        graphs=("noise.onnx", *((COMBINE,) if model.samplers else ()), *(f"{kind}.{compute}.onnx" for compute in GRAPH_DTYPES[dtype] for kind in kinds)),
+        graphs=(
+            "noise.onnx",
+            *((COMBINE,) if model.samplers else ()),
+            *(f"{kind}.{compute}.onnx" for compute in GRAPH_DTYPES[dtype] for kind in kinds),
+            *(() if model.text is None else (f"text.{compute}.onnx" for compute in text_graph_dtypes(text_dtype, dtype))),
+        ),
+        text=None if model.text is None else text_dtype,
+        files=() if model.text is None else tuple(model.text.tokenizers),
         exists=os.path.lexists(destination),
         notes=model.notes,
     )
@@ -130,21 +146,25 @@ def _describe_decoder(model: Model, parameters: int) -> str:
             return "none: the state is latents, and so are the samples"
 
 
-def _weights_bytes(model: Model, dtype: torch.dtype) -> int:
+def _weights_bytes(model: Model, dtype: Dtype, text_dtype: TextDtype) -> int:
     """Size of the weights file in bytes: every large tensor once, parameters in ``dtype``, buffers in their own dtype."""
     sizes = {}
-    for tensor, itemsize in _stored_tensors(model, dtype):
-        size = tensor.numel() * itemsize
+    for tensor, itemsize in _stored_tensors(model, dtype, text_dtype):
+        size = int(tensor.numel() * itemsize)
         if size >= INLINE_BELOW:
             sizes[tensor.data_ptr(), tuple(tensor.shape)] = size
     return sum(sizes.values())
 
 
-def _stored_tensors(model: Model, dtype: torch.dtype) -> Iterator[tuple[Tensor, int]]:
+def _stored_tensors(model: Model, dtype: Dtype, text_dtype: TextDtype) -> Iterator[tuple[Tensor, float]]:
     """Parameters and buffers, each with the number of bytes per element in the weights file."""
     for network in model.networks:
-        yield from ((parameter, dtype.itemsize) for parameter in network.parameters())
+        yield from ((parameter, DTYPES[dtype].itemsize) for parameter in network.parameters())
         yield from ((buffer, buffer.itemsize) for buffer in network.buffers())
+    if model.text is not None:
+        for parameter, stored in model.text.stored_as(text_dtype, dtype):
+            bits = QUANTIZED_BITS.get(stored)
+            yield parameter, DTYPES[stored].itemsize if bits is None else bits / 8 + (4 + bits / 8) / BLOCK_SIZE  # and a float32 scale and an offset per block
 
 
 def _format_size(count: int) -> str:

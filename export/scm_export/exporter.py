@@ -12,14 +12,15 @@ from onnx import ModelProto
 from onnxscript import ir
 from torch import nn
 
-from scm_export.choices import GRAPH_DTYPES
+from scm_export.choices import GRAPH_DTYPES, QUANTIZED_BITS, TextDtype, text_graph_dtypes
 from scm_export.dry_run import Plan, make_plan
 from scm_export.graphs.build import build_combine, build_decode, build_noise
 from scm_export.graphs.compose import compose_sample
 from scm_export.graphs.functions import inline_functions
-from scm_export.graphs.trace import TRACE_BATCH, trace_map, trace_step
+from scm_export.graphs.quantize import quantize_linear_layers
+from scm_export.graphs.trace import TRACE_BATCH, trace_map, trace_step, trace_text
 from scm_export.memory import return_freed_memory_to_os
-from scm_export.model import ImageNetwork, Model
+from scm_export.model import ImageNetwork, Model, TextEncoder, compute_in
 from scm_export.options import Options, StrPath, options_as_keywords
 from scm_export.preparation import composed_steps, graph_opset, prepare
 from scm_export.samplers import to_json as samplers_to_json
@@ -29,6 +30,7 @@ from scm_export.verification.verify import verify_bundle
 from scm_export.writer import BundleWriter, new_bundle
 from scm_runtime import __version__
 from scm_runtime.bundle.manifest import OPS_DOMAIN, OPS_VERSION, SAMPLERS, SCHEMA_VERSION, Dtype, Manifest, SampleSpec, Source
+from scm_runtime.bundle.text_spec import TextSpec
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,8 @@ def plan(checkpoint: StrPath | nn.Module, out: StrPath | None = None, options: O
     """
     model, destination, source, options = prepare(checkpoint, out, replace(options or Options(), force=True), dry_run=True)  # an existing bundle is no obstacle
     assert options.dtype is not None
-    return make_plan(model, destination, source, options.dtype, composed_steps(model, options), graph_opset(options), custom_ops=options.custom_ops)
+    text_dtype = options.text_dtype or options.dtype
+    return make_plan(model, destination, source, options.dtype, text_dtype, composed_steps(model, options), graph_opset(options), custom_ops=options.custom_ops)
 
 
 def export_model(model: Model, destination: Path, source: Source, options: Options) -> Exported:
@@ -85,6 +88,7 @@ def export_model(model: Model, destination: Path, source: Source, options: Optio
     references = compute_references(model, progress) if options.verify else None
     with new_bundle(destination, force=options.force) as writer:
         _write_graphs(writer, model, steps, opset, dtype, options)
+        text = None if model.text is None else _write_text(writer, model.text, options.text_dtype or dtype, opset, dtype, options)
         parameters = model.parameters
         model.release()  # the weights are on disk; verification needs the memory
         return_freed_memory_to_os()
@@ -111,6 +115,7 @@ def export_model(model: Model, destination: Path, source: Source, options: Optio
             opset=opset,
             ops={OPS_DOMAIN: OPS_VERSION} if options.custom_ops else {},
             composed_steps=tuple(steps),
+            text=text,
             files=writer.close(),
         )
         writer.manifest(manifest)
@@ -151,3 +156,21 @@ def _write_graphs(writer: BundleWriter, model: Model, steps: Sequence[int], opse
             write(f"encode.{dtype}", trace_map("encode", model.encoder.network, image, "image", "x", opset))
         for count in steps:
             writer.proto(f"sample-{count}.{dtype}.onnx", compose_sample(model, count, noise, step, decode))
+
+
+def _write_text(writer: BundleWriter, text: TextEncoder, text_dtype: TextDtype, opset: int, weights_dtype: Dtype, options: Options) -> TextSpec:
+    """Write the text graphs, in fp32 and in each other dtype that both the bundle and the encoder's weights have, and the tokenizers."""
+    for name, contents in text.tokenizers.items():
+        (writer.folder / name).write_bytes(contents)
+    text.store_as(text_dtype, weights_dtype)
+    for dtype in text_graph_dtypes(text_dtype, weights_dtype):
+        options.progress(f"tracing the text encoder in {dtype}")
+        compute_in(text.network, dtype)
+        graph = trace_text(text, opset)
+        if text_dtype in QUANTIZED_BITS:
+            options.progress(f"quantizing the text encoder to {text_dtype}")
+            quantize_linear_layers(graph, QUANTIZED_BITS[text_dtype])
+        if not options.custom_ops:
+            inline_functions(graph)
+        writer.graph(f"text.{dtype}.onnx", graph)
+    return msgspec.structs.replace(text.spec, weights_dtype=text_dtype)

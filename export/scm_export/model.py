@@ -10,9 +10,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from scm_export.choices import QUANTIZED_BITS, TextDtype
 from scm_export.ops import to_image
-from scm_runtime.bundle.manifest import Conditioning, OutputSpec
+from scm_runtime.bundle.manifest import Conditioning, Dtype, OutputSpec
 from scm_runtime.bundle.solver_tables import SolverStages
+from scm_runtime.bundle.text_spec import TextSpec
 
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -56,6 +58,47 @@ class Reference:
     """Maps draws 0, 1, … of standard normal noise, float32 ``[N, *sample]``, the times with the end time last, and the conditioning to the final state."""
 
 
+TextReference = Callable[[Sequence[str]], tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]
+"""Maps prompts to (token ids of each tokenizer, int64 ``[N, max_length]``; outputs of the encoder, each ``[N, ...]``), by the authors' code."""
+
+
+@dataclass
+class TextEncoder:
+    """The networks that turn the token ids of a prompt into conditioning, and their tokenizers."""
+
+    network: nn.Module
+    """Maps, for each tokenizer, ``input_ids`` and, if it has one, ``attention_mask``, all int64 ``[N, max_length]``, to a tuple of outputs in the order of
+    ``spec.outputs``. Modules inside with an attribute ``compute_dtype`` compute in that dtype. No gradients."""
+    spec: TextSpec
+    """As in the manifest, except that the exporter sets ``weights_dtype``."""
+    tokenizers: dict[str, bytes]
+    """Contents of each tokenizer's file, by name."""
+    reference: TextReference | None
+    """transformers' classes, with the same weights; None once the weights are rounded."""
+
+    def store_as(self, dtype: TextDtype, others: Dtype) -> None:
+        """Round the parameters to the dtype they are stored in, in place. The reference cannot be used afterwards.
+
+        With "int8" and "int4", the weights of linear layers stay float32, to be quantized in the graph, and all others are rounded to the dtype ``others``.
+        """
+        self.reference = None
+        for parameter, stored in self.stored_as(dtype, others):
+            if stored not in QUANTIZED_BITS:
+                parameter.data = parameter.data.to(DTYPES[stored])
+
+    def stored_as(self, dtype: TextDtype, others: Dtype) -> Iterator[tuple[nn.Parameter, TextDtype]]:
+        """The parameters, each with the dtype that it is stored in: see :meth:`store_as`."""
+        for module in self.network.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                quantized = isinstance(module, nn.Linear) and name == "weight"
+                yield parameter, dtype if quantized or dtype not in QUANTIZED_BITS else others
+
+    @property
+    def inputs(self) -> dict[str, int]:
+        """Inputs of the text graph, int64 ``[N, length]``: the length by name."""
+        return {name: one.max_length for one in self.spec.tokenizers for name in one.inputs}
+
+
 @dataclass
 class Model:
     """A sampler in PyTorch, from which a bundle is made."""
@@ -83,6 +126,8 @@ class Model:
     """Maps an image to the mean of x, for image editing."""
     preview: ImageNetwork | None = None
     """Small decoder for previews of states between steps."""
+    text: TextEncoder | None = None
+    """Encoder of prompts; None if the bundle takes embeddings only."""
     notes: tuple[str, ...] = ()
     """What the user should know about assumptions of the export."""
     reference: Reference | None = None
@@ -90,7 +135,7 @@ class Model:
 
     @property
     def networks(self) -> Iterator[nn.Module]:
-        """All networks that graphs are traced from."""
+        """All networks that graphs are traced from, except the text encoder, whose weights may have another dtype."""
         yield self.step
         yield from (part.network for part in (self.decoder, self.encoder, self.preview) if isinstance(part, ImageNetwork))
 
@@ -132,7 +177,10 @@ class Model:
     def release(self) -> None:
         """Release the memory of the weights. The model cannot be used afterwards."""
         self.reference = None
-        for network in self.networks:
+        text = () if self.text is None else (self.text.network,)
+        if self.text is not None:
+            self.text.reference = None
+        for network in (*self.networks, *text):
             for module in network.modules():  # any remaining buffer would keep a mapped file open
                 for tensor in module.parameters(recurse=False):
                     tensor.data = tensor.data.new_empty(0)
@@ -142,8 +190,13 @@ class Model:
     def compute_in(self, dtype: str) -> None:
         """Set the compute dtype of all networks. Raises ValueError if a network only computes in fp32."""
         for network in self.networks:
-            switchable = [module for module in network.modules() if hasattr(module, "compute_dtype")]
-            if not switchable and dtype != "fp32" and any(True for _ in network.parameters()):
-                raise ValueError(f"a {type(network).__name__} computes in fp32 only, asked for {dtype}")
-            for module in switchable:
-                setattr(module, "compute_dtype", DTYPES[dtype])  # noqa: B010 - nn.Module declares no such attribute
+            compute_in(network, dtype)
+
+
+def compute_in(network: nn.Module, dtype: str) -> None:
+    """Set the compute dtype of a network. Raises ValueError if it only computes in fp32."""
+    switchable = [module for module in network.modules() if hasattr(module, "compute_dtype")]
+    if not switchable and dtype != "fp32" and any(True for _ in network.parameters()):
+        raise ValueError(f"a {type(network).__name__} computes in fp32 only, asked for {dtype}")
+    for module in switchable:
+        setattr(module, "compute_dtype", DTYPES[dtype])  # noqa: B010 - nn.Module declares no such attribute

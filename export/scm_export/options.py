@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, cast
 
-from scm_export.choices import GRAPH_DTYPES, MIN_OPSET, OPSETS, ParametrisationName
+from scm_export.choices import GRAPH_DTYPES, MIN_OPSET, OPSETS, QUANTIZED_BITS, TEXT_DTYPES, ParametrisationName, TextDtype
 from scm_runtime.bundle.manifest import Dtype
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
 from scm_runtime.errors import InvalidArgumentError
@@ -45,6 +45,9 @@ class Options:
         latents: leave the decoder out; the bundle's samples are latents.
         with_encoder: also write the autoencoder's encoder, ``encode.*.onnx``.
         preview_decoder: folder or repository of a small autoencoder (AutoencoderTiny), written as ``preview.*.onnx``.
+        text: write the text encoder and its tokenizer, if the checkpoint has them. False leaves them out: the bundle takes embeddings only.
+        text_dtype: dtype of the text encoder's weights, "fp32", "fp16", "bf16", "int8" or "int4"; None for that of the other weights. The last two quantize its
+            linear layers to operators of ONNX Runtime, in the fp32 graph only; its other weights have the dtype of the bundle's.
         guide: checkpoint of a worse version of a diffusion model (smaller, less trained, without classes) for autoguidance, with ``guidance_scale`` as an
             input of the bundle. For the family edm2. It must hold one set of weights: ``weights`` does not apply to it.
         size: height and width of the images in pixels; None for the checkpoint's own.
@@ -76,6 +79,8 @@ class Options:
     latents: bool = False
     with_encoder: bool = False
     preview_decoder: StrPath | None = None
+    text: bool = True
+    text_dtype: TextDtype | None = None
     guide: StrPath | None = None
     size: tuple[int, int] | None = None
     steps: Sequence[int] | None = None
@@ -93,6 +98,14 @@ class Options:
         dtype = self.dtype or "fp32"
         if self.opset is not None and self.opset not in range(MIN_OPSET[dtype], OPSETS[-1] + 1):
             raise InvalidArgumentError(f"opset must be from {MIN_OPSET[dtype]} to {OPSETS[-1]} for {dtype}, got {self.opset}")
+        if self.text_dtype is not None and self.text_dtype not in TEXT_DTYPES:
+            raise InvalidArgumentError(f"text_dtype must be one of {', '.join(TEXT_DTYPES)}, got {self.text_dtype!r}")
+        if self.text_dtype is not None and not self.text:
+            raise InvalidArgumentError(f"text_dtype is {self.text_dtype}, but text is False, which leaves the text encoder out: give one of them")
+        if self.text_dtype in QUANTIZED_BITS and not self.custom_ops:
+            raise InvalidArgumentError(
+                f"text_dtype {self.text_dtype} needs operators of ONNX Runtime, but custom_ops is False: use fp32, fp16 or bf16, or leave custom_ops on"
+            )
         if self.atol is not None and not self.atol > 0:
             raise InvalidArgumentError(f"atol must be above 0, got {self.atol}")
         if self.size is not None and min(self.size) < 1:

@@ -69,7 +69,9 @@ def prepare(checkpoint: StrPath | nn.Module, out: StrPath | None, options: Optio
     guide, guide_weights = None, None
     if options.guide is not None:
         guide, guide_weights = open_checkpoint(options.guide, trust=options.trust, progress=options.progress)
-    build_options = BuildOptions(_decoder(options), options.latents, options.with_encoder, preview, guide, options.size, test_parametrisation=not dry_run)
+    build_options = BuildOptions(
+        _decoder(options), options.latents, options.with_encoder, preview, guide, options.size, options.text, test_parametrisation=not dry_run
+    )
     model = build_model(loaded, build_options, family)
     _check_options_apply(model, options)
     if isinstance(model.decoder, ImageDecoder) and model.sample_shape[0] == LATENT_OR_RGBA:
@@ -82,7 +84,7 @@ def prepare(checkpoint: StrPath | nn.Module, out: StrPath | None, options: Optio
 
 
 def _open_path(checkpoint: StrPath, out: StrPath | None, options: Options) -> Opened:
-    found = fetch(checkpoint, options.revision, options.progress)
+    found = fetch(checkpoint, options.revision, options.progress, text=options.text)
     path, destination = found.path, found.bundle if out is None else Path(out)
     _check_output(destination, options)
     options.progress("reading the checkpoint")
@@ -128,9 +130,14 @@ def _check_options_apply(model: Model, options: Options) -> None:
         "with_encoder": options.with_encoder and model.encoder is None,
         "preview_decoder": options.preview_decoder is not None and model.preview is None,
         "guide": options.guide is not None and model.family != "edm2",
+        "text_dtype": options.text_dtype is not None and model.text is None,
     }
     if names := [name for name, is_unused in unused.items() if is_unused]:
-        why = "the samples of this model are pixels, not latents" if own_pixels and names[0] != "guide" else f"the family {model.family} has no use for it"
+        why = f"the family {model.family} has no use for it"
+        if names[0] == "text_dtype":
+            why = "the checkpoint has no text encoder"
+        elif own_pixels and names[0] != "guide":
+            why = "the samples of this model are pixels, not latents"
         raise InvalidArgumentError(f"{names[0]} was given, but {why}. Leave it out.")
     shape = model.output.shape
     if options.size is not None and model.output.kind == "image" and shape[:2] != options.size:

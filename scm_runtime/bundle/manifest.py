@@ -13,6 +13,8 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta, Struct
 
+from scm_runtime.bundle.text_spec import TextSpec as TextSpec
+from scm_runtime.bundle.text_spec import TextTokenizer as TextTokenizer
 from scm_runtime.common.documents import read_json
 from scm_runtime.common.message_text import first_line, printable
 from scm_runtime.errors import BundleNotFoundError, BundleSchemaError
@@ -40,6 +42,7 @@ NAME = r"^[a-z][a-z0-9_]{0,99}\Z"
 Dimension = Annotated[str, Meta(pattern=NAME)]  # name of a dynamic dimension
 Shape = Annotated[tuple[Positive, ...], Meta(min_length=1, max_length=8)]
 Dtype = Literal["fp32", "fp16", "bf16"]
+OptionalGraph = Literal["encode", "preview", "text"]
 
 STEP_INPUTS = ("x", "t", "t_next", "noise")
 LABELS = "class_labels"  # the argument of a call, and the usual name of the input that it is for
@@ -148,6 +151,8 @@ class VerifiedCase(Struct, kw_only=True):
     min_psnr: float | None = None
     """Lowest ``psnr`` that passes."""
     times: tuple[float, ...] = ()
+    output: str | None = None
+    """Name of the compared output of a graph with several."""
     sizes: dict[str, int] = {}
     """Sizes of the conditioning's dynamic dimensions, by name."""
 
@@ -188,10 +193,15 @@ class Manifest(Struct, kw_only=True):
     composed_steps: tuple[Positive, ...] = ()
     verification: Verification | None = None
     files: dict[str, FileEntry]
+    text: TextSpec | None = None
+    """The text encoder. ``scm.json`` has no such key if there is none."""
 
     def to_json(self) -> bytes:
         """Contents of ``scm.json``."""
-        return msgspec.json.format(msgspec.json.encode(self), indent=2)
+        contents = msgspec.to_builtins(self)
+        if self.text is None:
+            del contents["text"]
+        return msgspec.json.format(msgspec.json.encode(contents), indent=2)
 
     @property
     def labels(self) -> Conditioning | None:
@@ -204,15 +214,17 @@ class Manifest(Struct, kw_only=True):
                 only, classes = item, classes + 1
         return only if classes == 1 else None
 
-    def optional_graph(self, kind: Literal["encode", "preview"], dtype: Dtype) -> str | None:
+    def optional_graph(self, kind: OptionalGraph, dtype: Dtype) -> str | None:
         """File of an optional graph: in a dtype, else in fp32; None if the bundle has neither."""
         return next((name for name in (f"{kind}.{dtype}.onnx", f"{kind}.fp32.onnx") if name in self.files), None)
 
     def files_for(self, dtype: Dtype) -> tuple[str, ...]:
         """Files that a Generator reads to run the graphs in a dtype."""
-        optional = (self.optional_graph("encode", dtype), self.optional_graph("preview", dtype))
+        kinds: tuple[OptionalGraph, ...] = ("encode", "preview") if self.text is None else ("encode", "preview", "text")
+        optional = [name for kind in kinds if (name := self.optional_graph(kind, dtype))]
+        tokenizers = () if self.text is None else dict.fromkeys(tokenizer.file for tokenizer in self.text.tokenizers)
         solving = (SAMPLERS, COMBINE) if self.samplers else ()
-        return ("noise.onnx", f"step.{dtype}.onnx", f"decode.{dtype}.onnx", *(name for name in optional if name), *solving, WEIGHTS)
+        return ("noise.onnx", f"step.{dtype}.onnx", f"decode.{dtype}.onnx", *optional, *tokenizers, *solving, WEIGHTS)
 
     def validate(self) -> None:
         """Check what types alone cannot express. Raises ValueError."""
@@ -249,6 +261,8 @@ class Manifest(Struct, kw_only=True):
         names = [item.name for item in self.conditioning]
         if len(set(names)) < len(names):
             raise ValueError(f"conditioning must have different names, got {', '.join(names)}")
+        if self.text is not None:
+            self.text.validate(self.conditioning, self.files)
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -53,19 +53,27 @@ def main() -> None:
     help="Times of the steps instead, decreasing, separated by commas and without the final 0; `scm-runtime inspect` shows those of the bundle.",
 )
 @sampler_option
-@click.option("--num-images", type=click.IntRange(1), help="Number of images, generated in batches; labels are repeated until there are enough.")
+@click.option(
+    "--num-images",
+    type=click.IntRange(1),
+    help="Number of images, of each prompt if there are several, generated in batches; labels are repeated until there are enough.",
+)
 @click.option(
     "--batch-size",
     type=int,
-    help="Images per batch with --num-images, 8 by default; else the number of images, by default that of labels or seeds.",
+    help="Images per batch with --num-images or several prompts, 8 by default; else the number of images, by default that of labels or seeds.",
 )
 @click.option("--columns", type=click.IntRange(1), help="Number of images in a row of the grid.")
 @click.option("--guidance-scale", type=float, help="Guidance scale, for models that have this input.")
+@click.option("--prompt", multiple=True, metavar="TEXT", help="Text to draw, for bundles with a text encoder. Repeat it for several prompts.")
+@click.option("--prompts", metavar="FILE", help="File of prompts in UTF-8, one a line, blank lines ignored; - for standard input.")
+@click.option("--negative-prompt", metavar="TEXT", help="Text to avoid in all images, for models that use one.")
+@click.option("--strict-prompt", is_flag=True, help="Refuse a prompt that is too long. By default its end is cut off, with a warning.")
 @click.option(
     "--prompt-embeds",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Text embeddings, for text-to-image models: a .npz with prompt_embeds, [tokens, D] or [N, tokens, D], and prompt_attention_mask if some tokens "
-    "are padding; or a .npy with prompt_embeds alone.",
+    help="Text embeddings instead of a prompt: a .npz with prompt_embeds, [tokens, D] or [N, tokens, D], and what else the model takes, such as "
+    "prompt_attention_mask if some tokens are padding; or a .npy with prompt_embeds alone.",
 )
 @click.option(
     "--timeout",
@@ -73,7 +81,8 @@ def main() -> None:
     metavar="SECONDS",
     help="Time limit for sampling, after the bundle is open; the exit code is 1 if it is exceeded. Without it there is no limit.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON: files, seeds, classes and timings.")
+@click.option("--no-metadata", is_flag=True, help="Do not store prompt, seed, steps, bundle and its SHA-256 in the text chunks of PNG files.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON: files, seeds, classes, prompts and timings.")
 @device_option
 @dtype_option
 @revision_option
@@ -92,8 +101,13 @@ def generate(
     batch_size: int | None,
     columns: int | None,
     guidance_scale: float | None,
+    prompt: tuple[str, ...],
+    prompts: str | None,
+    negative_prompt: str | None,
+    strict_prompt: bool,
     prompt_embeds: Path | None,
     timeout: float | None,
+    no_metadata: bool,
     as_json: bool,
     device: str,
     dtype: str,
@@ -106,11 +120,13 @@ def generate(
     from scm_runtime.cli.embeddings import read_embeddings
     from scm_runtime.cli.generate import GenerateOptions, describe, generate_images, parse_labels
     from scm_runtime.cli.output_files import OutputPattern
+    from scm_runtime.cli.prompts import gather_prompts
     from scm_runtime.generator import Generator
 
     raise_at_interrupt()
     output = OutputPattern.read(out)  # errors are reported before the bundle is opened
-    prompts = None if prompt_embeds is None else read_embeddings(prompt_embeds)
+    conditioning = None if prompt_embeds is None else read_embeddings(prompt_embeds)
+    texts = gather_prompts(prompt, prompts)
     with Generator(
         bundle,
         revision=revision,
@@ -124,8 +140,22 @@ def generate(
         labeled = generator.manifest.labels
         names = () if labeled is None or labeled.label_names is None else labeled.label_names
         classes = None if labels is None else parse_labels(labels, names)
-        options = GenerateOptions(classes, seed, num_images, batch_size, prompts, steps, timesteps, sampler, guidance_scale, timeout)
-        written = generate_images(generator, options, output, columns)
+        options = GenerateOptions(
+            texts,
+            negative_prompt,
+            strict_prompt,
+            classes,
+            seed,
+            num_images,
+            batch_size,
+            conditioning,
+            steps,
+            timesteps,
+            sampler,
+            guidance_scale,
+            timeout,
+        )
+        written = generate_images(generator, options, output, columns, metadata=not no_metadata)
     if as_json:
         print_json(written.to_json())
     else:
@@ -165,7 +195,7 @@ def inspect(bundle: str, as_json: bool, revision: str | None, skip_integrity: bo
 def smoke(bundle: str, as_json: bool, device: str, revision: str | None, native_ops: bool | None, threads: int | None, skip_integrity: bool) -> None:
     """Check that BUNDLE works on this machine: it loads, and samples are finite, reproducible, independent of their batch and not of one color.
 
-    Also prints latencies. The exit code is 1 if a check fails. Text-to-image models get random embeddings, as their text encoder is not part of the bundle.
+    Also prints latencies. The exit code is 1 if a check fails. Text-to-image models get random embeddings: their text encoder is not checked.
     """
     from scm_runtime.cli.smoke import show_result, smoke_test
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from scm_runtime.common.files import open_regular
 from scm_runtime.common.message_text import first_line, printable
 from scm_runtime.errors import InvalidArgumentError
+from scm_runtime.inputs.arguments import EMBEDDINGS
 
 REQUIRED, OPTIONAL = "prompt_embeds", "prompt_attention_mask"
 MAX_UNPACKED_BYTES = 2**30  # more than any batch of prompts needs; a hostile archive could fill the memory
@@ -23,7 +24,7 @@ EXPECTED = f"Expected a .npz with the array {REQUIRED} and, if some tokens are p
 
 
 def read_embeddings(path: Path) -> dict[str, NDArray[Any]]:
-    """Return a file's arrays by name: ``prompt_embeds``, and ``prompt_attention_mask`` if it has one. No code from the file is run.
+    """Return a file's arrays by name: ``prompt_embeds``, and others of ``EMBEDDINGS`` if it has them. No code from the file is run.
 
     Raises:
         InvalidArgumentError: the file does not exist, is not a NumPy file, is damaged or too large, or holds other arrays.
@@ -50,7 +51,7 @@ def _read_archive(file: IO[bytes]) -> dict[str, NDArray[Any]]:
         if unpacked > MAX_UNPACKED_BYTES:
             raise ValueError(f"it unpacks to {unpacked:,} bytes, more than {MAX_UNPACKED_BYTES:,}")
         names = sorted(member.filename.removesuffix(".npy") for member in members)
-        if names not in ([REQUIRED], sorted((REQUIRED, OPTIONAL))):
+        if REQUIRED not in names or len(set(names)) < len(names) or not set(names) <= set(EMBEDDINGS):
             raise ValueError(f"it holds {', '.join(names) or 'nothing'}")
         arrays = {}
         for member in members:

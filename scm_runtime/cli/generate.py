@@ -13,8 +13,10 @@ import msgspec
 import numpy as np
 from msgspec import Struct
 
+from scm_runtime.cli.metadata import ImageMetadata
+from scm_runtime.cli.prompts import as_unicode
 from scm_runtime.errors import InvalidArgumentError
-from scm_runtime.samples import EXPORT_A_DECODER, Samples, listed_seeds
+from scm_runtime.samples import EXPORT_A_DECODER, Samples, image_format_of, listed_seeds
 
 if TYPE_CHECKING:
     from scm_runtime.cli.output_files import OutputPattern
@@ -29,6 +31,11 @@ class Interrupted(KeyboardInterrupt):
 class GenerateOptions:
     """Arguments of a Generator's call, from the command line; None for those that were not given."""
 
+    prompts: str | list[str] | None
+    """One prompt for all images, or several with ``num_images`` images each, by default one."""
+    negative_prompt: str | None
+    strict_prompt: bool
+
     labels: int | str | list[int | str] | None
     seed: tuple[int, ...] | None
     num_images: int | None
@@ -39,6 +46,19 @@ class GenerateOptions:
     sampler: str | None
     guidance_scale: float | None
     timeout: float | None
+
+    @property
+    def total(self) -> int | None:
+        """Number of images that are generated in batches; None for one batch."""
+        if isinstance(self.prompts, list):
+            return len(self.prompts) * (self.num_images or 1)
+        return self.num_images
+
+    def prompts_of(self, images: range) -> list[str]:
+        """Return the prompts of images by their indices; an empty list if there are no prompts."""
+        if isinstance(self.prompts, list):
+            return [self.prompts[i // (self.num_images or 1)] for i in images]
+        return [] if self.prompts is None else [self.prompts] * len(images)
 
 
 class Written(Struct, frozen=True):
@@ -51,6 +71,8 @@ class Written(Struct, frozen=True):
     seeds: tuple[int, ...]
     class_labels: tuple[int, ...] | None
     """Class of each sample; None if the bundle has no classes."""
+    prompts: tuple[str, ...] | None
+    """Prompt of each sample; None if there are none."""
     evaluations: int
     """Evaluations of the network per sample."""
     sampler: str | None
@@ -63,11 +85,12 @@ class Written(Struct, frozen=True):
         return msgspec.json.format(msgspec.json.encode(self), indent=2)
 
 
-def generate_images(generator: Generator, options: GenerateOptions, output: OutputPattern, columns: int | None) -> Written:
+def generate_images(generator: Generator, options: GenerateOptions, output: OutputPattern, columns: int | None, *, metadata: bool = True) -> Written:
     """Sample, write the image files, and return what was written.
 
     Without ``num_images`` this is one batch, as in a call of the Generator. With it, samples are generated in batches: a single seed is the first of
-    consecutive ones over all batches, and labels are repeated until there are enough.
+    consecutive ones over all batches, and labels are repeated until there are enough. Several prompts are generated in batches too, ``num_images`` of each.
+    With ``metadata``, PNG files have the texts of ``metadata.py``.
 
     Raises:
         InvalidArgumentError, InferenceError and others: see Generator's call.
@@ -80,6 +103,7 @@ def generate_images(generator: Generator, options: GenerateOptions, output: Outp
         raise InvalidArgumentError(f"columns are for a grid, but '{output.shown}' gets one file per image: leave --columns out")
     if options.seed is not None and len(options.seed) > 1:
         output.check(options.seed)
+    texts = ImageMetadata(generator, options) if metadata and image_format_of(output.path(0, 0)) == "PNG" else None
     start = time.perf_counter()
     files: list[str] = []
     batches: list[Samples] = []
@@ -90,30 +114,29 @@ def generate_images(generator: Generator, options: GenerateOptions, output: Outp
                     batches.append(samples)
                     continue
                 for i, seed in enumerate(samples.seeds):
-                    path = replace(samples, array=samples.array[i : i + 1], seeds=(seed,)).save(output.path(len(files), seed))
+                    written = None if texts is None else texts.of([seed], options.prompts_of(range(len(files), len(files) + 1)))
+                    path = replace(samples, array=samples.array[i : i + 1], seeds=(seed,)).save(output.path(len(files), seed), metadata=written)
                     files.append(str(path))
                 batches.append(replace(samples, array=samples.array[:0].copy()))  # a copy: a view would keep all pixels in memory
         merged = _concatenate(batches)
+        listed = options.prompts_of(range(len(merged.seeds)))
         if not output.file_per_sample:
-            files.append(str(merged.save(output.path(0, 0), columns=columns)))
+            written = None if texts is None else texts.of(merged.seeds, listed)
+            files.append(str(merged.save(output.path(0, 0), columns=columns, metadata=written)))
     except KeyboardInterrupt as error:
-        raise Interrupted(f"{len(files)} of {options.num_images or 'the'} images are in '{output.shown}'" if files else "nothing was written") from error
-    seconds = time.perf_counter() - start if options.num_images else merged.timings.total
+        raise Interrupted(f"{len(files)} of {options.total or 'the'} images are in '{output.shown}'" if files else "nothing was written") from error
+    seconds = time.perf_counter() - start if options.total else merged.timings.total
     labels = None if generator.manifest.labels is None else merged.conditioning.get(generator.manifest.labels.name)
     return Written(
-        out=_as_unicode(output.shown),
-        files=tuple(map(_as_unicode, files)),
+        out=as_unicode(output.shown),
+        files=tuple(map(as_unicode, files)),
         seeds=merged.seeds,
         class_labels=None if labels is None else tuple(labels.tolist()),
+        prompts=tuple(listed) or None,
         evaluations=len(merged.timings.steps),
         sampler=options.sampler,
         seconds=seconds,
     )
-
-
-def _as_unicode(path: str) -> str:
-    """Escape the bytes of a path that are not UTF-8."""
-    return path.encode("utf-8", "backslashreplace").decode()
 
 
 @contextmanager
@@ -125,21 +148,25 @@ def _batches(generator: Generator, options: GenerateOptions) -> Iterator[Iterato
         "timesteps": options.timesteps,
         "sampler": options.sampler,
         "guidance_scale": options.guidance_scale,
+        "prompt": options.prompts_of(range(options.total or 0)) if isinstance(options.prompts, list) else options.prompts,
+        "negative_prompt": options.negative_prompt,
+        "strict_prompt": options.strict_prompt,
         "conditioning": options.conditioning,
         "timeout": options.timeout,
         "output_type": "np",
     }
-    if options.num_images is None:
+    total = options.total
+    if total is None:
         # Not a direct call: Ctrl-C interrupts the wait for a future immediately, but not a step that this thread runs itself.
         yield iter([generator.submit(options.labels, batch_size=options.batch_size, **arguments).result()])
         return
     from scm_runtime.cli.tables import progress_bar  # rich takes a while to import
 
     labels = options.labels
-    if isinstance(labels, list) and len(labels) < options.num_images:
-        labels = list(islice(cycle(labels), options.num_images))
-    stream = generator.stream(options.num_images, options.batch_size, class_labels=labels, **arguments)
-    with closing(stream), progress_bar(options.num_images, "{task.completed}/{task.total}") as update:
+    if isinstance(labels, list) and len(labels) < total:
+        labels = list(islice(cycle(labels), total))
+    stream = generator.stream(total, options.batch_size, class_labels=labels, **arguments)
+    with closing(stream), progress_bar(total, "{task.completed}/{task.total}") as update:
 
         def counted() -> Iterator[Samples]:
             for samples in stream:

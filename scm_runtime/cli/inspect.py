@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from scm_runtime.bundle.manifest import Conditioning, Manifest, Source, Verification
+from scm_runtime.bundle.manifest import Conditioning, Manifest, Source, TextSpec, Verification
 from scm_runtime.cli.tables import OutputConsole, facts_table, print_table
 from scm_runtime.common.message_text import printable
 
@@ -31,6 +31,7 @@ def show_manifest(folder: Path, manifest: Manifest, verified: Collection[str]) -
         **{f"times, {count} step{'s' * (count != '1')}": _times(times, manifest.time_unit) for count, times in manifest.times.items()},
         **{f"sampler {name}": f"{', '.join(map(str, counts))} steps" for name, counts in manifest.samplers.items()},
         **{item.name: _conditioning(item) for item in manifest.conditioning},
+        **({} if manifest.text is None else {"text encoder": _text_encoder(manifest.text)}),
         "made by": f"{printable(manifest.producer)} from {printable(manifest.source.file)} (SHA-256 {manifest.source.sha256[:12]}…){_weights(manifest.source)}",
         "licence": printable(manifest.licence or "not stated"),
         "verified": "no" if manifest.verification is None else _verification(manifest.verification),
@@ -57,6 +58,13 @@ def _conditioning(item: Conditioning) -> str:
         return f"{item.num_classes} classes" + (f": {listed}" if names else "")
     default = "default all ones" if item.kind == "mask" else "required" if item.default is None else f"default {item.default:g}"
     return f"{item.kind}, {item.describe()}, {default}"
+
+
+def _text_encoder(text: TextSpec) -> str:
+    tokenizers = " and ".join(f"{printable(tokenizer.file)}, up to {tokenizer.max_length} tokens" for tokenizer in text.tokenizers)
+    negative = ", with a negative prompt" if text.negative_outputs else ""
+    licence = "" if text.licence is None else f"; licence {printable(text.licence)}"
+    return f"{tokenizers}{negative} → {', '.join((*text.outputs, *text.negative_outputs))}; weights in {printable(text.weights_dtype)}{licence}"
 
 
 def _weights(source: Source) -> str:

@@ -1,18 +1,24 @@
-"""The open graphs of a bundle in one dtype. The optional graphs, encode and preview, are opened on first use."""
+"""The open graphs of a bundle in one dtype. The optional graphs, encode, preview and text, are opened on first use."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
-from scm_runtime.bundle.manifest import COMBINE, Dtype, Manifest
+from numpy.typing import NDArray
+
+from scm_runtime.bundle.manifest import COMBINE, Dtype, Manifest, OptionalGraph
 from scm_runtime.errors import InferenceError, InvalidArgumentError, OutOfMemoryError
 from scm_runtime.ort.session import ResultSpec, Session
 
-# The option of scm-export that adds a graph to a bundle.
-EXPORT_OPTIONS = {"encode": "--with-encoder", "preview": "--preview-decoder FOLDER"}
+# What an optional graph is, and how scm-export adds it to a bundle.
+OPTIONAL_GRAPHS: dict[OptionalGraph, tuple[str, str]] = {
+    "encode": ("encoder", "scm-export … --with-encoder"),
+    "preview": ("preview decoder", "scm-export … --preview-decoder FOLDER"),
+    "text": ("text encoder", "scm-export … without --no-text"),
+}
 
 
 class BundleSessions:
@@ -45,8 +51,8 @@ class BundleSessions:
         assert self._combine is not None
         return self._combine
 
-    def optional(self, kind: Literal["encode", "preview"]) -> Session:
-        """Return the encode or preview graph, opened on first use.
+    def optional(self, kind: OptionalGraph) -> Session:
+        """Return the encode, preview or text graph, opened on first use.
 
         Raises:
             InvalidArgumentError: the bundle does not have it.
@@ -57,12 +63,21 @@ class BundleSessions:
             if kind not in self._optional:
                 name = self._manifest.optional_graph(kind, self._dtype)
                 if name is None:
-                    what = {"encode": "encoder", "preview": "preview decoder"}[kind]
-                    raise InvalidArgumentError(
-                        f"the bundle {self._manifest.name!r} has no {what}. Export its checkpoint again with one: scm-export … {EXPORT_OPTIONS[kind]}"
-                    )
+                    what, command = OPTIONAL_GRAPHS[kind]
+                    raise InvalidArgumentError(f"the bundle {self._manifest.name!r} has no {what}. Export its checkpoint again with one: {command}")
                 self._optional[kind] = self._open(name)
             return self._optional[kind]
+
+    def encode_tokens(self, inputs: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        """Run the text graph of a bundle that has one, on token ids and masks ``[N, max_length]`` by the names of its inputs.
+
+        Returns:
+            Its outputs ``[N, …]``, in the order of the manifest.
+
+        Raises:
+            What ``optional`` and a call of a Session raise.
+        """
+        return self.optional("text").run_all(inputs, text_results(self._manifest))
 
     def end_profiling(self) -> None:
         """Write the profile of each session, if profiling is on."""
@@ -79,7 +94,11 @@ class BundleSessions:
             if self._dtype == "fp32":
                 raise
             raise InferenceError(f"{error} Or compute in fp32, which every bundle can: dtype='fp32'.") from error
-        session.expect(_result_of(name.split(".")[0], self._manifest))
+        if name.startswith("text."):
+            assert self._manifest.text is not None
+            session.expect_all([name for tokenizer in self._manifest.text.tokenizers for name in tokenizer.inputs], text_results(self._manifest))
+        else:
+            session.expect(_result_of(name.split(".")[0], self._manifest))
         return session
 
 
@@ -93,3 +112,11 @@ def _result_of(graph: str, manifest: Manifest) -> ResultSpec:
             return ResultSpec("uint8", (None, None, output.shape[-1]), batch_input="x")
         case _:
             return ResultSpec("float32", manifest.sample.shape, batch_input={"noise": "seeds", "encode": "image"}.get(graph, "x"))
+
+
+def text_results(manifest: Manifest) -> dict[str, ResultSpec]:
+    """Return what the text graph returns, by output."""
+    text, inputs = manifest.text, {item.name: item for item in manifest.conditioning}
+    assert text is not None
+    sizes = {name: tuple(size if isinstance(size, int) else None for size in inputs[name].shape) for name in text.outputs}
+    return {name: ResultSpec(inputs[name].dtype, sizes[name], batch_input=text.tokenizers[0].input_ids) for name in text.outputs}

@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from scm_runtime.bundle.manifest import LABELS, Manifest
 from scm_runtime.errors import InvalidArgumentError
+from scm_runtime.inputs.prompts import Prompts
 
 if TYPE_CHECKING:
     from scm_runtime.generator import Generator
@@ -29,8 +30,15 @@ class BatchArguments(TypedDict, total=False):
     timesteps: Sequence[float] | None
     sampler: str | None
     guidance_scale: float | Sequence[float] | None
+    prompt: Prompts | None
+    negative_prompt: Prompts | None
+    strict_prompt: bool
     prompt_embeds: ArrayLike | None
     prompt_attention_mask: ArrayLike | None
+    pooled_prompt_embeds: ArrayLike | None
+    negative_prompt_embeds: ArrayLike | None
+    negative_prompt_attention_mask: ArrayLike | None
+    negative_pooled_prompt_embeds: ArrayLike | None
     conditioning: Mapping[str, ArrayLike] | None
     latents: ArrayLike | None
     output_type: OutputType
@@ -45,7 +53,12 @@ class CallArguments(BatchArguments, total=False):
     batch_size: int | None
 
 
-CONDITIONING = ("guidance_scale", "prompt_embeds", "prompt_attention_mask")  # inputs with an argument each, besides class_labels
+ENCODED = ("prompt_embeds", "prompt_attention_mask", "pooled_prompt_embeds")
+EMBEDDINGS = (*ENCODED, *(f"negative_{name}" for name in ENCODED))
+"""What ``encode_prompt`` may return."""
+CONDITIONING = ("guidance_scale", *EMBEDDINGS)  # inputs with an argument each, besides class_labels
+DEFAULTS: Mapping[str, object] = {"output_type": OUTPUT_TYPES[0], "strict_prompt": False}
+"""Defaults of arguments that are not None."""
 
 
 _NAMES = {kind: frozenset(name for base in (BatchArguments, kind) for name in base.__annotations__) for kind in (BatchArguments, CallArguments)}

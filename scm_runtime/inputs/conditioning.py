@@ -164,7 +164,7 @@ def _missing_array(item: Conditioning) -> str:
     message = f"this bundle needs {item.name}: {item.describe()}, or {_shape(item.shape)} for all samples"
     if item.name != "prompt_embeds":
         return f"{message}. Give it in conditioning={{{item.name!r}: …}}"
-    return f"{message}, from the model's text encoder, which is not part of the bundle. On the command line: --prompt-embeds FILE.npz"
+    return f"{message}, from the model's text encoder. On the command line: --prompt-embeds FILE.npz"
 
 
 def _shape(shape: Sequence[int | str]) -> str:

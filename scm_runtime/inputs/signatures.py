@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
-from scm_runtime.inputs.arguments import OUTPUT_TYPES, BatchArguments
+from scm_runtime.inputs.arguments import DEFAULTS, BatchArguments
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -17,7 +17,7 @@ def lists_arguments(kind: type[BatchArguments]) -> Callable[[Function], Function
         inspect.Parameter(
             name,
             inspect.Parameter.KEYWORD_ONLY,
-            default=OUTPUT_TYPES[0] if name == "output_type" else None,
+            default=DEFAULTS.get(name),
             annotation=getattr(annotation, "__forward_arg__", annotation),  # as it is written
         )
         for name, annotation in kind.__annotations__.items()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -27,13 +27,13 @@ UNCAPTURED = {"gpu_graph_id": "-1"}  # run option: host arrays have no fixed add
 
 
 # ONNX Runtime's names of types.
-ELEMENT_TYPES = {"float32": "tensor(float)", "uint8": "tensor(uint8)"}
+ELEMENT_TYPES = {"float32": "tensor(float)", "uint8": "tensor(uint8)", "int64": "tensor(int64)"}
 
 
 class ResultSpec(NamedTuple):
     """The result that a graph must return, ``[N, *shape]``."""
 
-    dtype: Literal["float32", "uint8"]
+    dtype: Literal["float32", "uint8", "int64"]
     shape: tuple[int | None, ...]
     """Shape of a sample. A size that is None may be any number."""
     batch_input: str
@@ -49,7 +49,7 @@ class DeviceTensor(NamedTuple):
 
 
 class Session:
-    """An ONNX graph with one output. Several threads may run it at once."""
+    """An ONNX graph with one output, or the text graph with several. Several threads may run it at once."""
 
     def __init__(self, path: Path, session: Any, settings: SessionSettings) -> None:
         """Wrap an open graph.
@@ -61,7 +61,7 @@ class Session:
 
         Raises:
             DeviceError: ONNX Runtime fell back to another execution provider.
-            InferenceError: the graph does not have exactly one output.
+            InferenceError: a graph other than the text graph does not have exactly one output.
         """
         leave_to_parent(session)
         self.path, self.settings = path, settings
@@ -69,13 +69,12 @@ class Session:
         self.provider: str = session.get_providers()[0]
         if self.provider != (wanted := settings.placement.providers[0][0]):
             raise DeviceError(f"ONNX Runtime was to open '{path}' on {wanted} and opened it on {self.provider}. scm-runtime doctor shows what is missing.")
-        outputs = [output.name for output in session.get_outputs()]
-        if len(outputs) != 1:
-            raise InferenceError(f"'{path}' must have one output, got {', '.join(outputs)}. Export the checkpoint again.")
-        self.output: str = outputs[0]
-        """Name of the output."""
-        self._output_type: str = session.get_outputs()[0].type
-        self._outputs = [self.output]
+        self._outputs: list[str] = [output.name for output in session.get_outputs()]
+        if len(self._outputs) != 1 and not path.name.lstrip(".").startswith("text."):
+            raise InferenceError(f"'{path}' must have one output, got {', '.join(self._outputs)}. Export the checkpoint again.")
+        self.output: str = self._outputs[0]
+        """Name of the first output."""
+        self._output_types: dict[str, str] = {output.name: output.type for output in session.get_outputs()}
         self._expected: ResultSpec | None = None
         self.shapes: dict[str, tuple[int | str | None, ...]] = {value.name: tuple(value.shape) for value in session.get_inputs()}
         """Shape of each input by name. A dynamic dimension is a name or None."""
@@ -85,9 +84,20 @@ class Session:
 
         After a run on bound tensors, ONNX Runtime itself checks that the output has the shape of its tensor.
         """
-        if self._output_type != (wanted := ELEMENT_TYPES[expected.dtype]):
-            raise BundleError(f"'{self.path}' must return {wanted}, got {self._output_type}. Export the checkpoint again.")
+        self._check_type(self.output, expected)
         self._expected = expected
+
+    def expect_all(self, inputs: Collection[str], expected: Mapping[str, ResultSpec]) -> None:
+        """Check the names of the inputs, and the names, order and dtypes of the outputs, of the text graph. Raises BundleError."""
+        for what, wanted, found in (("inputs", sorted(inputs), sorted(self.shapes)), ("outputs", list(expected), self._outputs)):
+            if wanted != found:
+                raise BundleError(f"'{self.path}' must have the {what} {', '.join(wanted)}, got {', '.join(found)}. Export the checkpoint again.")
+        for name, result in expected.items():
+            self._check_type(name, result)
+
+    def _check_type(self, output: str, expected: ResultSpec) -> None:
+        if (found := self._output_types[output]) != (wanted := ELEMENT_TYPES[expected.dtype]):
+            raise BundleError(f"'{self.path}' must return {wanted}, got {found}. Export the checkpoint again.")
 
     def __call__(self, **inputs: NDArray[Any]) -> NDArray[Any]:
         """Run the graph on host arrays, named as its inputs, and return its output.
@@ -103,18 +113,29 @@ class Session:
             return self._run(inputs, shared)
         return self.settings.runs.call_in_run(_run_options(UNCAPTURED), partial(self._run, inputs))
 
+    def run_all(self, inputs: Mapping[str, NDArray[Any]], expected: Mapping[str, ResultSpec]) -> list[NDArray[Any]]:
+        """Run a graph with several outputs, and return them in order. ``expected`` are those of ``expect_all``; the errors are those of a call."""
+        results = self.settings.runs.call_in_run(_run_options(UNCAPTURED), partial(self._outputs_of, inputs))
+        for result, wanted in zip(results, expected.values(), strict=True):
+            _check_shape(self.path, result, wanted, inputs)
+        return results
+
     def _run(self, inputs: Mapping[str, NDArray[Any]], run: Run) -> NDArray[Any]:
+        result = self._outputs_of(inputs, run)[0]
+        expected = self._expected
+        if expected is not None and result.shape != (len(inputs[expected.batch_input]), *expected.shape):
+            _check_shape(self.path, result, expected, inputs)
+        return result
+
+    def _outputs_of(self, inputs: Mapping[str, NDArray[Any]], run: Run) -> list[NDArray[Any]]:
         try:
-            result: NDArray[Any] = self._session.run(self._outputs, inputs, run.options)[0]
+            results: list[NDArray[Any]] = self._session.run(self._outputs, inputs, run.options)
         except Exception as error:
             if not _raised_by_onnxruntime(error.__traceback__):  # by a signal handler, which Python calls on the main thread
                 raise
             batch = max((len(array) for array in inputs.values() if array.ndim), default=1)
             raise run_error(self.path, error, run, f"a batch of {batch} on {self.settings.placement.device}") from error
-        expected = self._expected
-        if expected is not None and result.shape != (len(inputs[expected.batch_input]), *expected.shape):
-            _check_shape(self.path, result, expected, inputs)
-        return result
+        return results
 
     def bind(self, inputs: Mapping[str, DeviceTensor], output: DeviceTensor, *, run_options: Mapping[str, str] | None = None) -> BoundSession:
         """Bind the inputs and the output to tensors in the memory of the session's CUDA device."""

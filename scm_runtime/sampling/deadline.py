@@ -35,9 +35,12 @@ class Deadline(NamedTuple):
 
 
 def read_deadline(timeout: object) -> Deadline | None:
-    """Return the deadline of a call that begins now, None for no time limit. Raises InvalidArgumentError."""
-    if timeout is None:
-        return None
+    """Return the deadline of a call that begins now, None for no time limit. Raises InvalidArgumentError.
+
+    A part of a call whose deadline is known is given that instead of seconds.
+    """
+    if timeout is None or isinstance(timeout, Deadline):
+        return timeout
     try:
         seconds = float(timeout) if isinstance(timeout, Real) and not isinstance(timeout, bool) else math.nan
     except OverflowError:

@@ -227,7 +227,8 @@ class SamplingLoop:
                 decode=seconds["decode"],
                 copy=seconds["copy"],
                 total=time.perf_counter() - request.start,
-                waited=max(request.started_ns - request.start_ns, 0) / 1e9,
+                waited=max((request.started_ns - request.start_ns) / 1e9 - request.text, 0.0),
+                text=request.text,
             ),
             has_decoder=self._has_decoder,
         )

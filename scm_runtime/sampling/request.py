@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -34,14 +34,26 @@ class Request:
     """The same moment in nanoseconds since the epoch."""
     deadline: Deadline | None = None
     """When it must be finished; None for no limit."""
+    text: float = 0.0
+    """Seconds in which its prompts were encoded."""
     started_ns: int = 0
     """When its computation started, in nanoseconds since the epoch: later than ``start_ns`` if it waited in the queue."""
     spans: list[Span] = field(default_factory=list)
     """Spans of its parts, if ``on_span`` is set."""
 
 
+EncodePrompts = Callable[[CallArguments, Deadline | None], CallArguments]
+"""Returns the arguments of a call with conditioning in place of the prompts."""
+
+
 def read_request(
-    manifest: Manifest, solver_tables: SolverTables, class_labels: Labels | None, arguments: CallArguments, *, callback_owner: object = None
+    manifest: Manifest,
+    solver_tables: SolverTables,
+    class_labels: Labels | None,
+    arguments: CallArguments,
+    encode_prompts: EncodePrompts | None = None,
+    *,
+    callback_owner: object = None,
 ) -> Request:
     """Check the arguments of a call against a bundle.
 
@@ -50,6 +62,7 @@ def read_request(
         solver_tables: the bundle's samplers.
         class_labels: the call's labels.
         arguments: the call's other arguments.
+        encode_prompts: encodes its prompts, after the arguments that can be checked before. None for calls without prompts.
         callback_owner: first argument of ``callback_on_step_end``: the Generator.
 
     Raises:
@@ -62,15 +75,20 @@ def read_request(
     if output_type not in OUTPUT_TYPES:
         raise InvalidArgumentError(f"output_type must be {', '.join(map(repr, OUTPUT_TYPES[:-1]))} or {OUTPUT_TYPES[-1]!r}, got {output_type!r}")
     on_step = _on_step(arguments.get("callback_on_step_end"), callback_owner)
+    evaluations = solver_tables.evaluations(arguments.get("sampler"), arguments.get("num_inference_steps"), arguments.get("timesteps"))
+    encoding = time.perf_counter()
+    if encode_prompts is not None:
+        arguments = encode_prompts(arguments, deadline)
+    encoded = time.perf_counter()
     call = resolve_call(
         manifest,
         conditioning=gather_conditioning(manifest, class_labels, arguments),
         seed=arguments.get("seed"),
         batch_size=arguments.get("batch_size"),
         latents=arguments.get("latents"),
-        evaluations=solver_tables.evaluations(arguments.get("sampler"), arguments.get("num_inference_steps"), arguments.get("timesteps")),
+        evaluations=evaluations,
     )
-    return Request(Trajectory(call), output_type, on_step, start, start_ns, deadline)
+    return Request(Trajectory(call), output_type, on_step, start, start_ns, deadline, encoded - encoding)
 
 
 def _on_step(callback: Any, owner: object) -> OnStep | None:

@@ -5,20 +5,26 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from collections.abc import Generator as Iteration
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, Unpack, cast
 
 from scm_runtime.bundle.manifest import Manifest
 from scm_runtime.common.checks import is_int
+from scm_runtime.common.runs import CancelScope, interrupted_error
 from scm_runtime.errors import GenerationTimeoutError, InvalidArgumentError, QueueFullError
 from scm_runtime.inputs.arguments import CONDITIONING, BatchArguments, CallArguments, Labels, Seeds, check_names, gather_conditioning
 from scm_runtime.inputs.call import check_range, random_seed, read_latents, read_seeds
 from scm_runtime.inputs.conditioning import BatchedInput, read_input
+from scm_runtime.inputs.prompts import read_prompts
 from scm_runtime.inputs.signatures import lists_arguments
 from scm_runtime.samples import Samples
 from scm_runtime.sampling.deadline import Deadline, read_deadline
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
+
+
+PROMPTS = ("prompt", "negative_prompt")
 
 
 class StreamSource(NamedTuple):
@@ -45,9 +51,19 @@ class QueuedSampling:
 
     @lists_arguments(CallArguments)
     async def async_(self, class_labels: Labels | None = None, **arguments: Unpack[CallArguments]) -> Samples:
-        """Await the samples of ``submit``: ``await generate.async_([3, 1, 4], seed=7)``. Cancelling the task cancels the request, within its step."""
+        """Await the samples of ``submit``: ``await generate.async_([3, 1, 4], seed=7)``. Cancelling the task cancels the request, within its step.
+
+        Prompts are encoded in a thread of asyncio's pool, so that the event loop goes on.
+        """
         import asyncio
 
+        if any(arguments.get(name) is not None for name in PROMPTS):
+            scope = CancelScope()
+            try:
+                arguments = await asyncio.to_thread(scope.call, partial(self._encode_prompts, arguments))
+            except asyncio.CancelledError:
+                scope.cancel(interrupted_error)
+                raise
         future = self.submit(class_labels, **arguments)
         try:
             return await asyncio.wrap_future(future)
@@ -69,7 +85,7 @@ class QueuedSampling:
         Args:
             num_images: total number of samples.
             batch_size: samples per batch; the last batch may be smaller. ``max_batch_size`` by default.
-            class_labels: one label for all samples, or one for each of ``num_images``. The same holds for the other conditioning and ``latents``.
+            class_labels: one label for all samples, or one for each of ``num_images``. The same holds for prompts, the other conditioning and ``latents``.
             seed: seed of the first sample; the others get seed + 1, …, independent of the batch size. Or a list with one seed per sample. None: random.
             **arguments: the other arguments of a call. ``timeout`` is the time limit of the whole stream, from this call on.
 
@@ -97,6 +113,10 @@ class QueuedSampling:
         source.check_arguments(batch(0))  # raise errors now, not when the first batch is requested
         batches = _batches(lambda start: self.submit(**batch(start)), source.check_process, iter(range(0, num_images, size)), source.prefetch)
         return batches if deadline is None else _limited(batches, deadline)
+
+    def _encode_prompts(self, arguments: CallArguments) -> CallArguments:
+        """Return the arguments of a call with conditioning in place of its prompts, and its deadline in place of its timeout."""
+        raise NotImplementedError
 
     def _stream_source(self) -> StreamSource:
         """Return what a stream needs. Raises GeneratorClosedError and ForkedError."""
@@ -146,6 +166,8 @@ def _slices(
     start_from = None if latents is None else read_latents(latents, manifest.sample.shape)
     lengths = {name: column.length for name, column in columns.items() if column.length is not None}
     lengths |= {} if start_from is None else {"latents": len(start_from)}
+    prompts = {name: read_prompts(name, value) for name in PROMPTS if (value := arguments.get(name)) is not None}
+    lengths |= {name: len(value) for name, value in prompts.items() if isinstance(value, list)}
     seeds: range | list[int]
     if seed is None or is_int(seed):
         first = random_seed() if seed is None else int(cast(int, seed))
@@ -157,11 +179,12 @@ def _slices(
         if length != num_images:
             raise InvalidArgumentError(f"{name} must be one for all samples, or one for each of the {num_images}, got {length}")
     check_range(seeds)
-    others = {name: value for name, value in arguments.items() if name not in (*CONDITIONING, "conditioning", "latents")}
+    others = {name: value for name, value in arguments.items() if name not in (*CONDITIONING, *PROMPTS, "conditioning", "latents")}
 
     def between(start: int, stop: int) -> CallArguments:
         conditioning = {name: column.values if column.broadcast else column.values[start:stop] for name, column in columns.items()}
-        batch = {**others, "conditioning": conditioning, "seed": list(seeds[start:stop])}
+        texts = {name: value if isinstance(value, str) else value[start:stop] for name, value in prompts.items()}
+        batch = {**others, **texts, "conditioning": conditioning, "seed": list(seeds[start:stop])}
         if start_from is not None:
             batch["latents"] = start_from[start:stop]
         return cast(CallArguments, batch)

@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import toy_bundle
+import toy_text
 from scm_runtime.ort.native_ops import BUILD_INFO, LIBRARY
 from support import BLOCK_IMPORTS, ROOT, run
 
@@ -64,8 +66,8 @@ def plain_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def programs(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of programs of an environment with the wheel and its extra [cpu]."""
-    return create_environment(tmp_path_factory.mktemp("environment") / "venv", f"{wheel}[cpu]")
+    """The folder of programs of an environment with the wheel and its extras [cpu,text]."""
+    return create_environment(tmp_path_factory.mktemp("environment") / "venv", f"{wheel}[cpu,text]")
 
 
 def contents(wheel: Path) -> set[str]:
@@ -144,7 +146,7 @@ def test_torch_and_onnx_are_not_installed(programs: Path) -> None:
     listed = run([sys.executable, "-m", "pip", "--python", programs / "python", "list", "--format=freeze"], env=ENVIRONMENT).stdout
     names = {line.split("==")[0].lower().replace("_", "-") for line in listed.splitlines()}
     assert {"scm-runtime", "onnxruntime", "numpy"} <= names
-    assert not {"torch", "onnx", "onnxscript", "onnx-ir"} & names
+    assert not {"torch", "transformers", "onnx", "onnxscript", "onnx-ir"} & names
 
 
 def test_command_line(programs: Path, tmp_path: Path) -> None:
@@ -158,6 +160,22 @@ def test_command_line(programs: Path, tmp_path: Path) -> None:
     assert all(cell.std() > 30 for cell in cells), "each cell must hold bright strokes on black"
     assert all(cell[[0, -1]].mean() < cell[4:24, 4:24].mean() for cell in cells), "with the strokes in the middle"
     run([programs / "scm-runtime", "smoke", "digits"], env=ENVIRONMENT, cwd=tmp_path)
+
+
+def test_images_of_prompts(programs: Path, tmp_path: Path) -> None:
+    bundle = toy_text.write_prompt_bundle(tmp_path / "text.scm")
+    program = """
+from scm_runtime import Generator
+
+with Generator(sys.argv[2]) as generate:
+    out = generate(prompt=["a cat", "a dog"], seed=7)
+    out.images[1].save("dog.png")
+loaded = Block.names & {name.split(".")[0] for name in sys.modules}
+assert not loaded, loaded
+"""
+    run([programs / "python", "-c", BLOCK_IMPORTS + program, "torch,transformers,onnx,onnxscript,scm_export", bundle], env=ENVIRONMENT, cwd=tmp_path)
+    with Image.open(tmp_path / "dog.png") as image:
+        np.testing.assert_array_equal(np.asarray(image), toy_bundle.decode(toy_text.sample([8], ["a dog"]))[0])
 
 
 def test_from_python(programs: Path, tmp_path: Path) -> None:

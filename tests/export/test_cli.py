@@ -44,6 +44,10 @@ def scm_export(*arguments: str | Path, code: int = 0) -> tuple[str, str]:
         (["--revision", "main"], "Leave the revision out"),
         (["--parametrisation", "v"], "'v' is not one of"),
         (["--report", "report.html", "--no-verify"], "give one of them"),
+        (["--text-dtype", "int2"], "'int2' is not one of"),
+        (["--text-dtype", "int4"], "was given, but the checkpoint has no text encoder. Leave it out."),
+        (["--text-dtype", "int4", "--no-text"], "leaves the text encoder out: give one of them"),
+        (["--text-dtype", "int8", "--no-custom-ops"], "int8 needs operators of ONNX Runtime"),
     ],
 )
 def test_invalid_options_are_refused_and_nothing_is_written(
@@ -155,7 +159,7 @@ FETCH = """
 import sys
 from scm_export.checkpoints.from_hub import fetch
 
-found = fetch(sys.argv[1], None, lambda stage: None)
+found = fetch(sys.argv[1], None, lambda stage: None, text="text" in sys.argv)
 print(*sorted(path.relative_to(found.path).as_posix() for path in found.path.rglob("*") if path.is_file()), sep="\\n")
 """
 PIPELINE = {"_class_name": "SomePipeline", "unet": ["diffusers", "UNet2DModel"], "vae": ["diffusers", "AutoencoderKL"], "text_encoder": ["transformers", "T5"]}
@@ -185,4 +189,13 @@ def test_of_a_pipeline_the_networks_are_fetched_and_nothing_else(tmp_path: Path)
         kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
         ours = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         assert run_python(FETCH, REPOSITORY, env=kept | ours, cwd=tmp_path).stdout.split() == sorted(needed)
+        text = {
+            **{f"text_encoder/{name}": b"6" for name in ("config.json", "model.safetensors")},
+            **{f"tokenizer/{name}": b"7" for name in ("vocab.json", "merges.txt")},
+            "README.md": b"card",
+        }
+        index = json.dumps(PIPELINE | {"text_encoder": ["transformers", "CLIPTextModel"]}).encode()
+        more = {"text_encoder/pytorch_model.bin": b"again", "text_encoder/flax_model.msgpack": b"large"}
+        hub.add("someone/text", commit_of("text"), {**needed, "model_index.json": index, **text, **more})
+        assert run_python(FETCH, "someone/text", "text", env=kept | ours, cwd=tmp_path).stdout.split() == sorted({**needed, **text})
         assert run_python(FETCH, "someone/vae", env=kept | ours, cwd=tmp_path).stdout.split() == ["config.json", "diffusion_pytorch_model.safetensors"]

@@ -53,7 +53,7 @@ def test_the_size_of_the_weights_is_known_beforehand(dtype: Any, tiny_checkpoint
 
 
 def test_every_graph_of_a_model_of_latents_is_in_the_plan(tmp_path: Path) -> None:
-    planned = make_plan(text_model(), tmp_path, SOURCE, "fp32", [1], 20, custom_ops=True)
+    planned = make_plan(text_model(), tmp_path, SOURCE, "fp32", "fp32", [1], 20, custom_ops=True)
     done = export_model(text_model(), tmp_path / "text.scm", SOURCE, Options(steps=(1,), verify=False))
     assert {*planned.graphs, WEIGHTS} == set(done.manifest.files)
     assert set(planned.parameters) == {"step", "decode", "preview", "encode"}

@@ -14,17 +14,21 @@ import onnx
 import pytest
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import load_file
 from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from both_ways import check_both_ways
-from scm_export import export, ops
+from scm_export import Options, export, ops, plan
 from scm_export.checkpoints import load
-from scm_export.errors import CheckpointError
-from scm_export.exporter import Exported
+from scm_export.errors import CheckpointError, VerificationError
+from scm_export.exporter import Exported, export_model
 from scm_export.families import BuildOptions, build_model, find_family
 from scm_export.parametrisation import sample
 from scm_runtime import Generator
+from scm_runtime.bundle.manifest import Source
 from scm_runtime.errors import InvalidArgumentError
+from text_encoders import save_clip
 
 pytest.importorskip("diffusers", reason="diffusers is in the test extra")
 from diffusers import AutoencoderKL, LatentConsistencyModelPipeline, LCMScheduler, UNet2DConditionModel
@@ -36,13 +40,14 @@ INDEX = {
     "_class_name": "LatentConsistencyModelPipeline",
     "scheduler": ["diffusers", "LCMScheduler"],
     "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
     "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"],
 }
 
 
 def save(folder: Path, scheduler: dict[str, Any] | None = None, *, vae: bool = True, **config: Any) -> Path:
-    """Write the folder of a pipeline with random weights: two levels, two heads. It has no text encoder, which the exporter does not read.
+    """Write the folder of a pipeline with random weights: two levels, two heads. It has no text encoder.
 
     Only the outer level of the U-Net has attention. test_readme.py has attention in the middle block, test_autoencoders.py in the autoencoder.
     """
@@ -71,7 +76,9 @@ def save(folder: Path, scheduler: dict[str, Any] | None = None, *, vae: bool = T
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose states have the magnitude of a trained model's. With random noise predictions, one step gives states about 15 times larger."""
-    return save(tmp_path_factory.mktemp("lcm") / "lcm", {"prediction_type": "v_prediction"})
+    folder = save(tmp_path_factory.mktemp("lcm") / "lcm", {"prediction_type": "v_prediction"})
+    save_clip(folder, hidden=TEXT)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +143,21 @@ def test_the_bundle_equals_the_scheduler_for_any_batch_and_length_of_text(folder
     assert levels.std() > 10
 
 
+def test_prompts_give_the_latents_of_the_pipelines_embeddings(folder: Path, bundle: Path) -> None:
+    prompts, guidance = ["a lighthouse at dusk", "Маяк на закате 灯台", "a lighthouse at dusk"], [8.5, 4.0, 2.0]
+    encoder, tokenizer = CLIPTextModel.from_pretrained(folder / "text_encoder"), CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    others = dict.fromkeys(("vae", "unet", "scheduler", "safety_checker", "feature_extractor"))
+    pipeline = LatentConsistencyModelPipeline(text_encoder=encoder, tokenizer=tokenizer, **others, requires_safety_checker=False)
+    with torch.no_grad():
+        text, _ = pipeline.encode_prompt(prompts, torch.device("cpu"), 1, False)
+    expected = with_scheduler(folder, [3, 4, 5], 2, text, guidance)
+    with Generator(bundle, dtype="fp32") as generate:
+        found = generate(prompt=prompts, guidance_scale=guidance, seed=[3, 4, 5], num_inference_steps=2, output_type="latent").array
+        np.testing.assert_allclose(generate.encode_prompt(prompts)["prompt_embeds"], text, atol=1e-4)
+    np.testing.assert_allclose(found, expected[-1], atol=1e-4)
+    assert np.abs(found[0] - found[1]).max() > 0.1
+
+
 def test_the_guidance_scale_is_the_pipelines_by_default_and_has_effect(bundle: Path) -> None:
     text = embeddings(1, 5).numpy()
     with Generator(bundle, dtype="fp32") as generate:
@@ -194,6 +216,47 @@ def test_half_precision_stays_above_40_db(exported: Exported) -> None:
     assert {(case.dtype, case.batch_size, case.steps) for case in cases} >= {(name, n, k) for name in ("fp16", "fp32") for n in (1, 3) for k in (1, 2)}
     assert all(case.psnr is None or case.psnr >= 40 for case in cases)
     check_both_ways(done.path)
+
+
+def test_the_bundle_has_the_text_encoder_and_how_it_was_verified(folder: Path, exported: Exported) -> None:
+    manifest = exported.manifest
+    assert manifest.text is not None
+    assert (manifest.text.outputs, manifest.text.weights_dtype, manifest.text.licence) == (("prompt_embeds",), "fp16", None)
+    assert {"text.fp16.onnx", "text.fp32.onnx", "tokenizer.json"} <= set(manifest.files)
+    assert manifest.verification is not None
+    cases = [case for case in manifest.verification.cases if case.graph == "text"]
+    assert {(case.dtype, case.batch_size, case.output) for case in cases} == {(dtype, n, "prompt_embeds") for dtype in ("fp16", "fp32") for n in (1, 4)}
+    assert all(case.max_abs < 0.02 for case in cases)
+    assert exported.notes == ()
+    planned = plan(folder)
+    assert planned.parameters["text"] == sum(tensor.numel() for tensor in load_file(folder / "text_encoder" / "model.safetensors").values())
+    assert {*planned.graphs, *planned.files} - {"sample-1.fp16.onnx"} >= {"text.fp16.onnx", "text.fp32.onnx", "tokenizer.json"}
+    assert planned.weights_bytes["fp16"] == pytest.approx(manifest.files["weights.onnx.data"].size, rel=0.1)
+
+
+def test_a_text_encoder_can_be_quantized_or_left_out(folder: Path, tmp_path: Path) -> None:
+    small: dict[str, Any] = {"dtype": "fp32", "steps": (), "latents": True, "size": (8, 8)}
+    quantized = export(folder, tmp_path / "int4.scm", **small, text_dtype="int4").manifest
+    assert quantized.text is not None
+    assert quantized.text.weights_dtype == "int4"
+    nodes = {node.op_type for node in onnx.load(tmp_path / "int4.scm" / "text.fp32.onnx", load_external_data=False).graph.node}
+    assert "MatMulNBits" in nodes
+    assert "MatMul" not in nodes
+    assert quantized.verification is not None
+    (worst,) = (case.max_abs for case in quantized.verification.cases if case.graph == "text" and case.batch_size == 4)
+    assert 0.05 < worst < 5
+    assert plan(folder, options=Options(text=False)).text is None
+
+
+def test_a_wrong_tokenizer_in_the_bundle_fails_the_export(folder: Path, tmp_path: Path) -> None:
+    model = build_model(load(folder), BuildOptions(latents=True, size=(8, 8)))
+    assert model.text is not None
+    changed = json.loads(model.text.tokenizers["tokenizer.json"])
+    changed["normalizer"] = None
+    model.text.tokenizers["tokenizer.json"] = json.dumps(changed).encode()
+    with pytest.raises(VerificationError, match=r"tokenizer\.json gives other token ids than transformers for .* of 4 prompts.*--no-text"):
+        export_model(model, tmp_path / "wrong.scm", Source(file="lcm", sha256="0" * 64), Options(steps=()))
+    assert not (tmp_path / "wrong.scm").exists()
 
 
 def test_no_graph_has_a_matrix_of_attention_scores(bundle: Path) -> None:

@@ -27,6 +27,7 @@ from scm_export.families.sana_sprint import TIMES
 from scm_export.parametrisation import sample
 from scm_runtime import Generator
 from scm_runtime.errors import InvalidArgumentError
+from text_encoders import gemma_instruction, save_gemma
 
 SIGMA_DATA = 0.25  #      not the default, 0.5: it must come from the folder
 SIZE = (64, 32)  #        pixels; latents of 8 x 4
@@ -94,18 +95,17 @@ class Original:
     """Run diffusers' pipeline with this project's noise."""
 
     def __init__(self, folder: Path) -> None:
-        self.pipeline = SanaSprintPipeline.from_pretrained(folder, tokenizer=None, text_encoder=None)
+        self.pipeline = SanaSprintPipeline.from_pretrained(folder)
         self.pipeline.set_progress_bar_config(disable=True)
 
     def __call__(self, seeds: Sequence[int], conditioning: dict[str, Any], steps: int, output_type: str = "latent") -> NDArray[Any]:
         noises = [ops.philox_normal(torch.tensor(seeds), draw, LATENT) for draw in range(steps + 1)]
         draws = iter(noises[1:])
+        arrays = {name: torch.from_numpy(value) for name, value in conditioning.items() if isinstance(value, np.ndarray)}
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(scheduling_scm, "randn_tensor", lambda *_args, **_kwargs: next(draws))
             images = self.pipeline(
-                prompt_embeds=torch.from_numpy(conditioning["prompt_embeds"]),
-                prompt_attention_mask=torch.from_numpy(conditioning["prompt_attention_mask"]),
-                guidance_scale=conditioning["guidance_scale"],
+                **{**conditioning, **arrays},
                 num_inference_steps=steps,
                 intermediate_timesteps=1.3 if steps == 2 else None,
                 latents=noises[0],
@@ -126,10 +126,14 @@ def conditioning(n: int, tokens: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write the folder of a pipeline without its text encoder."""
+    """Write the folder of a pipeline."""
     path = tmp_path_factory.mktemp("sana") / "tiny"
     parts = {"transformer": transformer(), "vae": autoencoder(), "scheduler": SCMScheduler(sigma_data=SIGMA_DATA)}
     SanaSprintPipeline(tokenizer=None, text_encoder=None, **parts).save_pretrained(path)
+    save_gemma(path, hidden=CAPTION_CHANNELS)
+    index = json.loads((path / "model_index.json").read_text())
+    text = {"text_encoder": ["transformers", "Gemma2Model"], "tokenizer": ["transformers", "GemmaTokenizerFast"]}
+    (path / "model_index.json").write_text(json.dumps(index | text))
     return path
 
 
@@ -168,6 +172,17 @@ def test_pictures_are_those_of_the_pipeline(generate: Generator, original: Origi
     np.testing.assert_allclose(found, expected, atol=0.51)
     assert expected.std() > 10
     assert ((expected > 0) & (expected < 255)).mean() > 0.5
+
+
+def test_latents_of_prompts_are_those_of_the_pipeline(generate: Generator, original: Original) -> None:
+    given: dict[str, Any] = {"prompt": ["A lighthouse at dusk ", "", "灯台の夕暮れ, маяк"], "guidance_scale": 3.0}
+    expected = original([5, 6, 7], given, 2)
+    found = generate(**given, seed=[5, 6, 7], output_type="latent").array
+    np.testing.assert_allclose(found / SIGMA_DATA, expected, atol=1e-4)
+    embeds, mask = generate.encode_prompt(given["prompt"]).values()
+    wanted = original.pipeline.encode_prompt(given["prompt"], complex_human_instruction=gemma_instruction())
+    np.testing.assert_array_equal(mask, wanted[1])
+    np.testing.assert_allclose(embeds, wanted[0], atol=1e-4)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5])
@@ -213,6 +228,13 @@ def test_bfloat16_is_the_default_and_close_to_the_scheduler_of_diffusers(folder:
     assert manifest.verification.reference.startswith("SCMScheduler of diffusers")
     cases = manifest.verification.cases
     assert {(case.dtype, case.batch_size, case.steps) for case in cases} >= {(dtype, n, k) for dtype in ("bf16", "fp32") for n in (1, 3) for k in (1, 2)}
+    text = {(case.dtype, case.output): case for case in cases if case.graph == "text"}
+    assert set(text) == {(dtype, name) for dtype in ("bf16", "fp32") for name in ("prompt_embeds", "prompt_attention_mask")}
+    assert all(case.max_abs == 0 for (_, output), case in text.items() if output == "prompt_attention_mask")
+    psnr = text["fp32", "prompt_embeds"].psnr, text["bf16", "prompt_embeds"].psnr
+    assert psnr[0] is not None
+    assert psnr[1] is not None
+    assert psnr[0] > psnr[1] > 40
     assert all(case.psnr is not None and case.psnr >= 40 for case in cases)
 
 

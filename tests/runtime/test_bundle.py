@@ -38,7 +38,7 @@ def edit(bundle: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 def test_round_trip(tiny_bundle: Path) -> None:
     manifest = read_manifest(tiny_bundle)
-    data = msgspec.json.encode(manifest)
+    data = manifest.to_json()
     assert msgspec.json.decode(data, type=Manifest) == manifest
     assert msgspec.json.decode(data) == msgspec.json.decode((tiny_bundle / MANIFEST).read_bytes())
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import toy_text
 from runtime.fake_cuda import PLACEMENT, FakeSession, Machine
 from runtime.fake_cuda_driver import Capsule
 from scheduler_control import TIMEOUT_S, engine_of, wait_until
@@ -151,6 +152,17 @@ def test_several_inputs_with_dynamic_dimensions(machine: Machine, tmp_path: Path
     captures = dict(machine.opened)
     assert captures["step.fp32.onnx"]
     assert not any(capture for name, capture in captures.items() if name.startswith(("encode.", "preview.")))  # they run on host arrays
+
+
+def test_prompts(machine: Machine, tmp_path: Path) -> None:
+    with opened(toy_text.write_prompt_bundle(tmp_path / "text.scm")) as generate:
+        generate.warmup()
+        for prompts in (["a cat", "a dog"], ["a dog"]):
+            expected = toy_text.sample(SEEDS[: len(prompts)], prompts)
+            samples = generate(prompt=prompts, seed=1, output_type="latent")
+            np.testing.assert_allclose(samples.array, expected, atol=1e-5)
+            np.testing.assert_allclose(generate.submit(prompt=prompts, seed=1, output_type="latent").result().array, expected, atol=1e-5)
+    assert dict(machine.opened)["text.fp32.onnx"] is False, "it runs on host arrays"
 
 
 def test_latents_of_a_bundle_without_a_decoder_stay_on_the_device(machine: Machine, tmp_path: Path) -> None:

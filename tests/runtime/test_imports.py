@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import scm_runtime
+import toy_text
 from scm_runtime import MissingDependencyError
 from scm_runtime.common import load_onnxruntime as module
 from scm_runtime.common.installed import install_extras
@@ -46,6 +47,56 @@ loaded = Block.names & {name.split(".")[0] for name in sys.modules}
 assert not loaded, loaded
 """
     run_python(BLOCK_IMPORTS + program, FORBIDDEN, tiny_bundle, tmp_path / "grid.png")
+
+
+def test_sampling_from_a_prompt_never_imports_torch_or_transformers(tmp_path: Path) -> None:
+    """And prints nothing, also when the process is forked afterwards: tokenizers' threads would."""
+    bundle = toy_text.write_prompt_bundle(tmp_path / "text.scm")
+    program = """
+import os
+from scm_runtime import Generator, cli
+
+with Generator(sys.argv[2]) as generate:
+    generate(prompt=["a cat", "a dog"] * 8, seed=7).save(sys.argv[3])
+    generate.encode_prompt("a lighthouse at dusk")
+    if (child := os.fork()) == 0:
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+try:
+    cli.main(["generate", sys.argv[2], "--prompt", "a cat", "--num-images", "3", "-o", sys.argv[3]])
+except SystemExit as end:
+    assert end.code == 0
+loaded = Block.names & {name.split(".")[0] for name in sys.modules}
+assert not loaded, loaded
+"""
+    done = run_python(BLOCK_IMPORTS + program, f"{FORBIDDEN},transformers,diffusers,huggingface_hub", bundle, tmp_path / "grid.png")
+    assert done.stderr == ""
+    assert (tmp_path / "grid.png").is_file()
+
+
+def test_without_tokenizers(tmp_path: Path) -> None:
+    bundle = toy_text.write_prompt_bundle(tmp_path / "text.scm")
+    program = """
+Block.error = ModuleNotFoundError
+import numpy as np
+from scm_runtime import Generator, MissingDependencyError, cli
+
+with Generator(sys.argv[2]) as generate:
+    try:
+        generate(prompt="a cat")
+    except MissingDependencyError as error:
+        assert "a prompt requires the package tokenizers" in str(error), error
+        assert "pip install '" in str(error), error
+    else:
+        raise AssertionError("no error")
+    generate.warmup()
+    generate(prompt_embeds=np.ones((2, 5), np.float32))
+cli.main(["generate", sys.argv[2], "--prompt", "a cat", "-o", sys.argv[3]])
+"""
+    done = run_python(BLOCK_IMPORTS + program, "tokenizers", bundle, tmp_path / "grid.png", check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: a prompt requires the package tokenizers (tokenizers was imported)")
+    assert "Traceback" not in done.stderr
 
 
 def test_the_block_works() -> None:

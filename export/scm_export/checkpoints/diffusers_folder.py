@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,13 @@ from scm_runtime.common.files import read_limited
 from scm_runtime.common.message_text import first_line, printable
 
 PIPELINE, MODEL, SCHEDULER = "model_index.json", "config.json", "scheduler_config.json"
-WEIGHTS_NAMES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.bin")
+WEIGHTS_NAMES = (
+    *("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.bin"),
+    *("model.safetensors", "model.fp16.safetensors", "pytorch_model.bin"),  # transformers'
+)
+CARD = "README.md"
+FRONT_MATTER = re.compile(r"\A---\r?\n(.*?)\r?\n---", re.DOTALL)
+LICENCE = re.compile(r"^(license|license_name):[ \t]*[\"']?([\w.+-]{1,100})[\"']?[ \t]*\r?$", re.MULTILINE | re.ASCII)
 COMPONENT = re.compile(r"\w[\w-]{0,99}", re.ASCII)
 SHARD = re.compile(r"\w[\w.-]{0,199}\.(safetensors|bin)", re.ASCII)
 MAX_JSON_BYTES = 4 << 20  # an index of 40 000 tensors
@@ -94,6 +101,23 @@ class DiffusersFolder:
             if path.name == MODEL and not _is_finite(value):
                 raise CheckpointError(f"'{path}': {printable(name)} must be finite. {DOWNLOAD}")
         return config
+
+    def files(self, component: str, names: Sequence[str]) -> list[Path]:
+        """Return those files of a component that exist among ``names``. They count as read."""
+        found = [path for path in (self.path / component / name for name in names) if path.is_file()]
+        self._read.update(found)
+        return found
+
+    @cached_property
+    def licence(self) -> str | None:
+        """The licence that the model card, ``README.md``, names in its front matter; None without one."""
+        path = self.path / CARD
+        try:
+            matter = FRONT_MATTER.match(read_limited(path, MAX_JSON_BYTES).decode("utf-8-sig"))
+        except (OSError, ValueError):
+            return None
+        named = dict(LICENCE.findall(matter[1])) if matter else {}
+        return named.get("license_name") or named.get("license")
 
     def weights(self, component: str) -> dict[str, Tensor]:
         """Read the tensors of a model by name, in their stored dtype.

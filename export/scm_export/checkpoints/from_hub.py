@@ -7,18 +7,23 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from scm_export.checkpoints.diffusers_folder import MODEL, PIPELINE
+from scm_export.checkpoints.diffusers_folder import CARD, MODEL, PIPELINE
 from scm_export.errors import CheckpointError
 from scm_runtime.bundle import hub
 from scm_runtime.common.documents import read_json
 
-NETWORKS = ("unet", "transformer", "vae")  # components of a pipeline; its text encoder is larger than all of them and is not read
-WEIGHTS = "diffusion_pytorch_model"
-WEIGHT_PATTERNS = (
-    ("{}.safetensors", "{}-*.safetensors"),
-    ("{}.fp16.safetensors", "{}.fp16-*.safetensors"),
-    ("{}.bin", "{}-*.bin"),
-)  # the first that exists is used
+NETWORKS = ("unet", "transformer", "vae")  # components of a pipeline
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")  # they may be larger than all others
+TEXT_CLASSES = ("CLIPTextModel", "CLIPTextModelWithProjection", "Gemma2Model")  # those that a family exports
+TOKENIZERS = ("tokenizer*/merges.txt", "tokenizer*/*.model")  # besides JSON
+WEIGHT_PATTERNS = {
+    name: (
+        (f"{name}.safetensors", f"{name}-*.safetensors"),
+        (f"{name}.fp16.safetensors", f"{name}.fp16-*.safetensors"),
+        (f"{binary}.bin", f"{binary}-*.bin"),
+    )
+    for name, binary in (("diffusion_pytorch_model", "diffusion_pytorch_model"), ("model", "pytorch_model"))
+}  # by the name that diffusers and transformers give the weights; the first that exists is used
 SINGLE_FILES = (".pt", ".pth", ".pt2", ".pkl", ".safetensors")
 
 
@@ -32,8 +37,8 @@ class ResolvedCheckpoint(NamedTuple):
     """Default path of the exported bundle."""
 
 
-def fetch(checkpoint: str | os.PathLike[str], revision: str | None, progress: Callable[[str], None]) -> ResolvedCheckpoint:
-    """Resolve a checkpoint to a local path and download it if it is on the hub.
+def fetch(checkpoint: str | os.PathLike[str], revision: str | None, progress: Callable[[str], None], *, text: bool = False) -> ResolvedCheckpoint:
+    """Resolve a checkpoint to a local path and download it if it is on the hub; with ``text`` also the text encoders of a pipeline, and its model card.
 
     An existing path always counts as a path. The readers report a path that does not exist.
 
@@ -50,7 +55,7 @@ def fetch(checkpoint: str | os.PathLike[str], revision: str | None, progress: Ca
         return ResolvedCheckpoint(path, named.name, named.with_name(f"{named.name}.scm") if _is_folder(path) else named.with_suffix(".scm"))
     progress(f"fetching {repository}")
     folder = hub.snapshot(repository, revision, ["*.json"])
-    path = _diffusers(repository, folder) if any((folder / name).is_file() for name in (PIPELINE, MODEL)) else _single_file(repository, folder)
+    path = _diffusers(repository, folder, text=text) if any((folder / name).is_file() for name in (PIPELINE, MODEL)) else _single_file(repository, folder)
     return ResolvedCheckpoint(path, f"{repository}@{folder.name}", Path(f"{repository.rpartition('/')[2]}.scm"))
 
 
@@ -61,15 +66,28 @@ def _is_folder(path: Path) -> bool:
         return False
 
 
-def _diffusers(repository: str, folder: Path) -> Path:
-    parts = [name for name in NETWORKS if name in _index(folder)] or [""]
-    for part in parts:
-        for kind in WEIGHT_PATTERNS:
-            patterns = [f"{part}/{name.format(WEIGHTS)}" if part else name.format(WEIGHTS) for name in kind]
-            hub.snapshot(repository, folder.name, patterns)
-            if any(next((folder / part).glob(name.format(WEIGHTS)), None) for name in kind):
-                break
+def _diffusers(repository: str, folder: Path, *, text: bool) -> Path:
+    index = _index(folder)
+    for part in [name for name in NETWORKS if name in index] or [""]:
+        _weights(repository, folder, part, "diffusion_pytorch_model")
+    encoders = [name for name in TEXT_ENCODERS if text and _class(index.get(name)) in TEXT_CLASSES]
+    for part in encoders:
+        _weights(repository, folder, part, "model")
+    if encoders:
+        hub.snapshot(repository, folder.name, [*TOKENIZERS, CARD])
     return folder
+
+
+def _weights(repository: str, folder: Path, part: str, stem: str) -> None:
+    for kind in WEIGHT_PATTERNS[stem]:
+        hub.snapshot(repository, folder.name, [f"{part}/{name}" if part else name for name in kind])
+        if any(next((folder / part).glob(name), None) for name in kind):
+            break
+
+
+def _class(entry: object) -> object:
+    """Class name of a component's entry in ``model_index.json``."""
+    return entry[1] if isinstance(entry, list) and len(entry) == 2 else None
 
 
 def _index(folder: Path) -> dict[str, object]:

@@ -57,7 +57,7 @@ def make_network(folder: DiffusersFolder, component: str) -> nn.Module:
         raise MissingDependencyError(f"reading a diffusers folder needs diffusers ({error}):\n  {install_extras('export')}") from error
     name, config = folder.classes[component], folder.config(component)
     try:
-        with torch.device("meta"), _quiet(), _limited_modules():
+        with torch.device("meta"), _quiet(), limited_modules():
             network = getattr(diffusers, name).from_config(config)
     except Exception as error:
         raise _not_created(name, folder.path / component, error) from error
@@ -191,7 +191,7 @@ def injected_noise(scheduler: ModuleType, noises: Sequence[Tensor]) -> Iterator[
 
 
 @contextmanager
-def _limited_modules() -> Iterator[None]:
+def limited_modules() -> Iterator[None]:
     """Within the block, this thread can create at most ``MAX_MODULES`` modules: a configuration may claim millions of layers. More raise ValueError."""
     thread, count = get_ident(), 0
 

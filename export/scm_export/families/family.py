@@ -29,6 +29,8 @@ class BuildOptions:
     """A weaker version of a diffusion model, for autoguidance."""
     size: tuple[int, int] | None = None
     """Height and width of the images in pixels; None for the size in the checkpoint."""
+    text: bool = True
+    """Read the text encoder and its tokenizer, if the checkpoint has them."""
     test_parametrisation: bool = True
     """Test the parametrization of a user-defined network, which evaluates the network 4 to 20 times."""
 

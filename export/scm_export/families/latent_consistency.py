@@ -1,7 +1,7 @@
 """The family ``latent-consistency``: latent consistency models (arXiv 2310.04378) from a folder of diffusers' LatentConsistencyModelPipeline.
 
 The state is Stable Diffusion's, ``sqrt(alpha_t) latents + sqrt(1 - alpha_t) noise``. Times are training timesteps, which are integers; 0 is the end,
-without noise. The text encoder is not part of a bundle: its embeddings are an input.
+without noise. The text encoder is CLIP's.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ from scm_export.families.diffusers_networks import (
     unet_keeps_fp32,
 )
 from scm_export.families.family import BuildOptions, Family
+from scm_export.families.text import clip_text
+from scm_export.families.text_encoder import read_text_encoder
 from scm_export.families.weights import load_weights
 from scm_export.model import Model, Reference
 from scm_export.precision import Precision
@@ -128,6 +130,7 @@ def build_latent_consistency(loaded: Loaded, options: BuildOptions) -> Model:
     images = image_networks(options, sample_shape, SIGMA_DATA, folder=folder)  # before the weights are read: the autoencoder may be missing
     load_weights(unet, read_weights(folder, component))
     share_weights(original, unet)
+    text, notes = read_text_encoder(options, lambda: clip_text(folder, config.cross_attention_dim))
     return Model(
         family="latent-consistency",
         step=LatentConsistencyStep(unet, scheduler),
@@ -143,6 +146,8 @@ def build_latent_consistency(loaded: Loaded, options: BuildOptions) -> Model:
         decoder=images.decoder,
         encoder=images.encoder,
         preview=images.preview,
+        text=text,
+        notes=notes,
         reference=lcm_scheduler(original, scheduler),
     )
 

@@ -1,6 +1,6 @@
 """The family ``sana-sprint``: SANA-Sprint (arXiv 2503.09641) as diffusers saves it, text to image in 1 to 4 steps.
 
-The text encoder is not part of a bundle: its embeddings are an input. The transformer is diffusers' class, a flow-matching network that is sampled with
+The text encoder is Gemma 2. The transformer is diffusers' class, a flow-matching network that is sampled with
 the TrigFlow sampler.
 """
 
@@ -18,6 +18,8 @@ from scm_export.errors import CheckpointError
 from scm_export.families.autoencoders import downsampling, image_networks
 from scm_export.families.diffusers_networks import find_component, injected_noise, make_network, make_scheduler, read_weights, sample_size, share_weights
 from scm_export.families.family import BuildOptions, Family
+from scm_export.families.text import gemma_text
+from scm_export.families.text_encoder import read_text_encoder
 from scm_export.families.weights import load_weights
 from scm_export.model import Model, Reference
 from scm_export.parametrisation import Step
@@ -121,6 +123,7 @@ def build_sana_sprint(loaded: Loaded, options: BuildOptions) -> Model:
     images = image_networks(options, sample_shape, sigma_data, folder=folder)  # before the large weights: the decoder may be missing
     load_weights(transformer, read_weights(folder, component))
     share_weights(original, transformer)
+    text, notes = read_text_encoder(options, lambda: gemma_text(folder, config.caption_channels))
     return Model(
         family="sana-sprint",
         step=Step(SanaSprint(transformer, config.guidance_embeds_scale), sigma_data, "flow"),
@@ -136,6 +139,8 @@ def build_sana_sprint(loaded: Loaded, options: BuildOptions) -> Model:
         decoder=images.decoder,
         encoder=images.encoder,
         preview=images.preview,
+        text=text,
+        notes=notes,
         reference=scm_scheduler(original, scheduler),
     )
 

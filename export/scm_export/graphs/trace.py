@@ -23,7 +23,7 @@ from scm_export.graphs.norms import norm_translations, replace_norms
 from scm_export.graphs.trace_errors import explain, fixed_batch, quiet_tracer
 from scm_export.graphs.transformer_blocks import replace_transformer_blocks
 from scm_export.graphs.weight_layout import fold_weight_transposes
-from scm_export.model import Model
+from scm_export.model import Model, TextEncoder
 from scm_export.ops import operators_as_nodes
 
 TRACE_BATCH = 2  # torch.export would specialize the graph for sizes 0 and 1
@@ -62,7 +62,7 @@ def trace_step(model: Model, opset: int, *, operators: bool = True) -> ir.Model:
         {**inputs, "conditioning": conditioning},
         {**{name: {0: batch} for name in inputs}, "conditioning": shapes},
         [*inputs, *conditioning],
-        "x_next",
+        ["x_next"],
         opset,
         operators=operators,
     )
@@ -83,7 +83,31 @@ def trace_map(name: str, network: nn.Module, example: Tensor, input: str, output
         ExportError: torch cannot translate the network.
     """
     batch = torch.export.Dim(BATCH, min=1, max=MAX_SIZE)
-    return _trace(name, _OneInput(network), {"input": example}, {"input": {0: batch}}, [input], output, opset)
+    return _trace(name, _OneInput(network), {"input": example}, {"input": {0: batch}}, [input], [output], opset)
+
+
+def trace_text(text: TextEncoder, opset: int) -> ir.Model:
+    """Trace the networks of a text encoder in their current compute dtype. The graph has the inputs and outputs that the encoder names.
+
+    Raises:
+        ExportError: torch cannot translate a network.
+    """
+    batch = torch.export.Dim(BATCH, min=1, max=MAX_SIZE)
+    inputs = {name: torch.ones(TRACE_BATCH, length, dtype=torch.int64) for name, length in text.inputs.items()}
+    shapes = {name: {0: batch} for name in inputs}
+    return _trace("text", _NamedInputs(text.network), {"inputs": inputs}, {"inputs": shapes}, list(inputs), list(text.spec.outputs), opset)
+
+
+class _NamedInputs(nn.Module):
+    """A network whose inputs have names that its own ``forward`` does not."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        outputs: tuple[Tensor, ...] = self.network(*inputs.values())
+        return outputs
 
 
 class _OneInput(nn.Module):
@@ -104,7 +128,7 @@ def _trace(
     arguments: Mapping[str, Any],
     shapes: Mapping[str, Any],
     inputs: list[str],
-    output: str,
+    outputs: list[str],
     opset: int,
     *,
     operators: bool = True,
@@ -117,7 +141,7 @@ def _trace(
                 kwargs=dict(arguments),
                 dynamic_shapes=dict(shapes),
                 input_names=inputs,
-                output_names=[output],
+                output_names=outputs,
                 opset_version=opset,
                 dynamo=True,
                 optimize=False,

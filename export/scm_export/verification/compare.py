@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -24,8 +25,10 @@ from scm_export.verification.references import (
     describe_steps,
 )
 from scm_export.verification.runtime_sampler import RuntimeSampler
-from scm_export.verification.tolerances import PIXEL_ATOL, min_psnr, sample_atol
+from scm_export.verification.text import PROMPTS, ReferenceText, check_ids
+from scm_export.verification.tolerances import PIXEL_ATOL, min_psnr, min_text_psnr, sample_atol, text_atol
 from scm_runtime.bundle.manifest import Dtype, Manifest, VerifiedCase
+from scm_runtime.engines.sessions import text_results
 from scm_runtime.errors import InferenceError
 from scm_runtime.ort.open_session import open_session
 from scm_runtime.ort.options import SessionSettings
@@ -161,6 +164,8 @@ def compare_bundle(bundle: BundleUnderTest) -> Iterator[tuple[VerifiedCase, Imag
     for count in sorted(bundle.manifest.composed_steps, reverse=True):
         yield from ((case, None) for case in _compare_composed(bundle, count))
     yield from _compare_step(bundle)
+    if bundle.references.text is not None:
+        yield from ((case, None) for case in _compare_text(bundle, bundle.references.text))
     for mapping in bundle.references.mappings:
         yield from ((case, None) for case in _compare_mapping(bundle, mapping))
 
@@ -240,6 +245,29 @@ def _compare_larger_batch(bundle: BundleUnderTest, step: Session, single: Refere
             f"the step fails for {n} samples, more than the network was called with while it was exported: {error} If the network keeps a table of the "
             "batch's size between calls, make that table at every call"
         ) from error
+
+
+def _compare_text(bundle: BundleUnderTest, expected: ReferenceText) -> list[VerifiedCase]:
+    """Compare token ids, and the outputs of the text graph for all prompts at once and for the last one."""
+    text, name = bundle.manifest.text, f"text.{bundle.dtype}.onnx"
+    assert text is not None
+    inputs = check_ids(bundle.folder, text, expected)
+    if name not in bundle.manifest.files:  # a host then uses the fp32 graph
+        return []
+    cases = []
+    stored = "fp16" if bundle.library is not None and text.weights_dtype == "fp32" else text.weights_dtype
+    session, results = bundle.open_graph("text"), text_results(bundle.manifest)
+    session.expect_all(list(inputs), results)
+    for n in (len(PROMPTS), 1):
+        bundle.progress(f"verifying text.{bundle.dtype}: batch {n}")
+        found = session.run_all({name: values[-n:] for name, values in inputs.items()}, results)
+        for output, all_expected, actual in zip(text.outputs, expected.outputs, found, strict=True):
+            wanted = all_expected[-n:]
+            atol = text_atol(bundle.dtype, stored, float(np.abs(wanted).max()), bundle.references.sigma_data, bundle.atol)
+            case = bundle.compare_arrays("text", wanted, actual, atol)
+            quality = None if bundle.atol is not None else min_text_psnr(bundle.dtype, stored)
+            cases.append(msgspec.structs.replace(case, output=output, min_psnr=quality))
+    return cases
 
 
 def _compare_mapping(bundle: BundleUnderTest, mapping: ReferenceMapping) -> list[VerifiedCase]:

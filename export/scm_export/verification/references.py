@@ -20,6 +20,7 @@ from scm_export.example_inputs import example_conditioning
 from scm_export.model import ImageDecoder, ImageNetwork, Model, Reference
 from scm_export.parametrisation import sample
 from scm_export.verification.ode_reference import sample_ode
+from scm_export.verification.text import ReferenceText, compute_text
 
 BATCH_SIZES = (1, 3)  #                  a batch of 1 is the last sample of the batch of 3: samples depend on their own seed and conditioning only
 DYNAMIC_SIZES = (7, 300)  #              sizes of dynamic dimensions, one per conditioning case
@@ -87,12 +88,15 @@ class References:
     samples: list[ReferenceSamples]
     single_steps: list[ReferenceStep]
     mappings: list[ReferenceMapping]
+    text: ReferenceText | None = None
 
     @property
     def finite(self) -> bool:
         """True if PyTorch's results contain no NaN and no infinity."""
         states = [*(one.latents for one in self.samples), *(one.x_next for one in self.single_steps)]
-        return all(bool(np.isfinite(array).all()) for array in (*states, *(one.expected for one in self.mappings)))
+        return all(
+            bool(np.isfinite(array).all()) for array in (*states, *(one.expected for one in self.mappings), *(() if self.text is None else self.text.outputs))
+        )
 
 
 def compute_references(model: Model, progress: Callable[[str], None]) -> References:
@@ -108,8 +112,9 @@ def compute_references(model: Model, progress: Callable[[str], None]) -> Referen
         progress("evaluating in PyTorch: single steps")
         single_steps = [_compute_step(model, samples[0].case)]
         mappings = list(_compute_mappings(model, samples, progress))
+        text = None if model.text is None else compute_text(model.text, progress)
     level = 1 / abs(model.decoder.scale) if isinstance(model.decoder, ImageDecoder) else None
-    return References(reference.name, model.sigma_data, level, samples, single_steps, mappings)
+    return References(reference.name, model.sigma_data, level, samples, single_steps, mappings, text)
 
 
 @contextmanager

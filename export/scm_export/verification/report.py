@@ -133,8 +133,9 @@ def tabulate(cases: Iterable[VerifiedCase]) -> list[dict[str, str]]:
 
 def _row(case: VerifiedCase) -> dict[str, str]:
     guidance = [] if case.guidance_scale is None else [f"guidance {case.guidance_scale:g}"]
+    graph = f"{case.graph}.{case.dtype}"
     return {
-        "graph": f"{case.graph}.{case.dtype}",
+        "graph": graph if case.output is None else f"{graph} {case.output}",
         "device": "" if case.device == "cpu" else case.device,
         "batch": str(case.batch_size),
         "steps": f"t {case.times[0]:.3g} … {case.times[-1]:.3g}" if case.times else " ".join(filter(None, [str(case.steps or ""), case.sampler])),

@@ -29,6 +29,10 @@ PIXEL_ATOL: dict[tuple[str, str], float] = {
     ("bf16", "bf16"): 64,
 }
 
+# Largest error of a text encoder with quantized linear layers, relative to the largest value of its output, and the lowest PSNR in dB. A weight of 8 bits
+# has an error of up to 0.4 % of the range of its block, one of 4 bits 16 times as much.
+QUANTIZED_TEXT = {"int8": (0.1, 30.0), "int4": (0.6, 12.0)}
+
 MIN_PSNR = 40.0  # dB, if weights or computation are in half precision: an RMS error of 1 % of the range
 
 
@@ -40,6 +44,23 @@ def sample_atol(dtype: str, weights_dtype: str, sigma_data: float = 0.5) -> floa
 def min_psnr(dtype: str, weights_dtype: str) -> float | None:
     """Lowest allowed PSNR in dB; None if only the largest difference is checked."""
     return None if (dtype, weights_dtype) == ("fp32", "fp32") else MIN_PSNR
+
+
+def text_atol(dtype: str, weights_dtype: str, peak: float, sigma_data: float, atol: float | None) -> float:
+    """Largest allowed absolute difference of a text encoder's output.
+
+    Rounding errors are in proportion to a few large features, which all encoders have: the tolerance is that of a state with the same peak, four standard
+    deviations. ``atol`` is the one that the user gave for states with standard deviation ``sigma_data``, or None.
+    """
+    peak = max(peak, 1e-6)
+    if weights_dtype in QUANTIZED_TEXT:
+        return QUANTIZED_TEXT[weights_dtype][0] * peak
+    return sample_atol(dtype, weights_dtype, peak / 4) if atol is None else atol * peak / (4 * sigma_data)
+
+
+def min_text_psnr(dtype: str, weights_dtype: str) -> float | None:
+    """Lowest allowed PSNR of a text encoder's output in dB; None if only the largest difference is checked."""
+    return QUANTIZED_TEXT[weights_dtype][1] if weights_dtype in QUANTIZED_TEXT else min_psnr(dtype, weights_dtype)
 
 
 def passes(case: VerifiedCase) -> bool:

@@ -56,7 +56,9 @@ def _summarize_failures(cases: Sequence[VerifiedCase]) -> str | None:
     if not over:
         return None
     worst = max(over, key=lambda case: case.max_abs / case.atol if math.isfinite(case.max_abs) else math.inf)
-    what = f"{worst.graph}.{worst.dtype} at batch {worst.batch_size}" + (f", {worst.steps} steps" if worst.steps else "")
+    what = f"{worst.graph}.{worst.dtype}{'' if worst.output is None else f' ({worst.output})'} at batch {worst.batch_size}" + (
+        f", {worst.steps} steps" if worst.steps else ""
+    )
     quality = "" if worst.min_psnr is None or worst.psnr is None else f", PSNR {worst.psnr:.1f} dB, at least {worst.min_psnr:g}"
     return f"{len(over)} of {len(cases)} cases are over tolerance; the worst is {what}: max abs error {worst.max_abs:.3g}, tolerance {worst.atol:.3g}{quality}"
 

@@ -81,7 +81,7 @@ class _Opener:
     def open(self, path: Path) -> Session:
         """Open a graph of the bundle."""
         # The optional graphs run on host arrays, which ONNX Runtime copies to the device as its nodes need them.
-        if path.name.startswith(("encode.", "preview.")):
+        if path.name.startswith(("encode.", "preview.", "text.")):
             return self._open_session(path, self._settings_for(self._settings, ways_to_open(path, self._settings)[-1], cuda_graph=False))
         return self._open(path, self._settings)
 
