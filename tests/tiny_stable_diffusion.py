@@ -20,7 +20,7 @@ LATENTS = (8, 12)  # height and width
 TEXT, POOLED, SIZE_FEATURES = 24, 20, 256
 LAYERS = 1
 TRAILING = {"timestep_spacing": "trailing"}
-SD_NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+SD_NOISE = {"steps_offset": 1, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 # U-Nets of two levels whose first one has attention. As in the published models, SD has 8 heads and SDXL heads of 64 channels, and norms have 32 groups.
 _SD = {"block_out_channels": (32, 64), "attention_head_dim": 8}
@@ -35,8 +35,8 @@ _SDXL = {
 }
 
 
-def make_networks(*, xl: bool = False, **config: Any) -> tuple[nn.Module, nn.Module]:
-    """A U-Net and an autoencoder, whose weights float16 holds exactly."""
+def make_networks(*, xl: bool = False, middle: bool = True, **config: Any) -> tuple[nn.Module, nn.Module]:
+    """A U-Net and an autoencoder, whose weights float16 holds exactly; with ``middle``, the U-Net has a block and the autoencoder attention in the middle."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         unet = diffusers.UNet2DConditionModel(
@@ -45,12 +45,14 @@ def make_networks(*, xl: bool = False, **config: Any) -> tuple[nn.Module, nn.Mod
             cross_attention_dim=TEXT,
             down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
             up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            mid_block_type="UNetMidBlock2DCrossAttn" if middle else None,
             **{**(_SDXL if xl else _SD), **config},
         )
         vae = diffusers.AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * 2,
             up_block_types=("UpDecoderBlock2D",) * 2,
             block_out_channels=(32, 64),
+            mid_block_add_attention=middle,
             scaling_factor=0.13025 if xl else 0.18215,
         )
     for network in (unet, vae):
@@ -58,12 +60,14 @@ def make_networks(*, xl: bool = False, **config: Any) -> tuple[nn.Module, nn.Mod
     return unet, vae
 
 
-def save_folder(folder: Path, scheduler: Any, *, xl: bool = False, **config: Any) -> Path:
-    """Write the folder of a pipeline without text encoders."""
-    unet, vae = make_networks(xl=xl, **config)
+def save_folder(folder: Path, scheduler: Any, *, xl: bool = False, middle: bool = True, **config: Any) -> Path:
+    """Write the folder of a pipeline without text encoders; without ``middle`` its networks have less to trace."""
+    unet, vae = make_networks(xl=xl, middle=middle, **config)
     unet.save_pretrained(folder / "unet")
     vae.save_pretrained(folder / "vae")
     scheduler.save_pretrained(folder / "scheduler")
+    settings = folder / "scheduler" / "scheduler_config.json"
+    settings.write_text(json.dumps({"set_alpha_to_one": False, "clip_sample": False, **json.loads(settings.read_text())}))  # as published folders have
     index = {
         "_class_name": "StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline",
         "unet": ["diffusers", "UNet2DConditionModel"],

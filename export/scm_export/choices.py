@@ -9,7 +9,7 @@ from scm_runtime.bundle.manifest import Dtype
 ParametrisationName = Literal["trigflow", "trigflow-negated", "edm", "flow", "x0"]
 PARAMETRISATION_NAMES: tuple[ParametrisationName, ...] = get_args(ParametrisationName)
 
-SchedulerName = Literal["lcm", "euler", "euler-ancestral", "tcd"]
+SchedulerName = Literal["lcm", "euler", "euler-ancestral", "ddim", "tcd"]
 SCHEDULER_NAMES: tuple[SchedulerName, ...] = get_args(SchedulerName)
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]

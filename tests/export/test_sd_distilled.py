@@ -30,20 +30,21 @@ SEEDS = [3, 4]
 @pytest.fixture(scope="module")
 def sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SD-Turbo's folder."""
-    return save_folder(tmp_path_factory.mktemp("sd") / "sd-turbo", EulerDiscreteScheduler(**SD_NOISE, **TRAILING))
+    scheduler = EulerDiscreteScheduler(**SD_NOISE, **TRAILING)
+    return save_folder(tmp_path_factory.mktemp("sd") / "sd-turbo", scheduler, middle=False)
 
 
 @pytest.fixture(scope="module")
 def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SDXL-Turbo's folder. States of a random network that predicts noise are far larger than a trained model's, hence v_prediction."""
     scheduler = EulerAncestralDiscreteScheduler(**SD_NOISE, **TRAILING, prediction_type="v_prediction")
-    return save_folder(tmp_path_factory.mktemp("sdxl") / "sdxl-turbo", scheduler, xl=True)
+    return save_folder(tmp_path_factory.mktemp("sdxl") / "sdxl-turbo", scheduler, xl=True, middle=False)
 
 
 # Options of the export, the scheduler of diffusers' model card, arguments of the pipeline's call.
 CASES: dict[str, tuple[dict[str, Any], type[Any], dict[str, Any]]] = {
     "the folder's own": ({}, EulerDiscreteScheduler, {}),
-    "Hyper-SD": ({"scheduler": "euler"}, DDIMScheduler, {}),
+    "Hyper-SD": ({"scheduler": "ddim"}, DDIMScheduler, {}),
     "SDXL-Lightning in one step": ({"scheduler": "euler", "prediction_type": "sample"}, EulerDiscreteScheduler, {}),
     "SDXL-Turbo": ({"scheduler": "euler-ancestral"}, EulerAncestralDiscreteScheduler, {}),
     "LCM-LoRA": ({"scheduler": "lcm", "guidance": True}, LCMScheduler, {"guidance_scale": GUIDANCE}),
@@ -58,13 +59,11 @@ def test_every_scheduler_makes_the_latents_of_diffusers_pipeline(sd: Path, case:
     options, scheduler, arguments = CASES[case]
     model = build_model(load(sd), BuildOptions(latents=True, **options))
     settings = {"prediction_type": options["prediction_type"]} if "prediction_type" in options else {}
-    if scheduler is DDIMScheduler:
-        settings |= {"clip_sample": False, "set_alpha_to_one": True}
     pipeline = make_pipeline(sd, scheduler.from_config(EulerDiscreteScheduler.load_config(sd / "scheduler"), **TRAILING, **settings))
     text = embeddings(2, xl=False, guidance="guidance" in options)
     own = {name: torch.full((2,), value) for name, value in arguments.items()}
     assert sorted(item.name for item in model.conditioning) == sorted([*text, *own])
-    assert sorted(model.times) == list(range(1, 9))
+    assert sorted(model.times) == ([1, 2, 4, 5, 8] if scheduler is DDIMScheduler else list(range(1, 9)))
     for steps in (1, 2, 4, 8):
         expected = run_pipeline(pipeline, SEEDS, steps, "latent", **text, **{"guidance_scale": 0.0, **arguments})
         found = sample(model.step, noises(SEEDS, steps), model.times[steps], model.initial_scale, {**text, **own})
@@ -195,5 +194,5 @@ def test_options_of_the_family_are_refused_for_others(small_checkpoint: Path, sd
     for option, value in (("scheduler", "lcm"), ("prediction_type", "sample"), ("guidance", True)):
         with pytest.raises(InvalidArgumentError, match=rf"{option} was given, but the family edm2 has no use for it"):
             export(small_checkpoint, tmp_path / "x.scm", **{option: value})
-    with pytest.raises(InvalidArgumentError, match=r"scheduler must be one of lcm, euler, euler-ancestral, tcd, got 'ddim'"):
-        export(sd, tmp_path / "x.scm", scheduler="ddim")  # type: ignore[arg-type]
+    with pytest.raises(InvalidArgumentError, match=r"scheduler must be one of lcm, euler, euler-ancestral, ddim, tcd, got 'heun'"):
+        export(sd, tmp_path / "x.scm", scheduler="heun")  # type: ignore[arg-type]

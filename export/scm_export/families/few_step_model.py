@@ -61,7 +61,7 @@ def few_step_model(
     """
     name, original_scheduler = scheduler
     check_scheduler(name, original_scheduler.config, folder.describe())
-    transition, times = TRANSITIONS[name](original_scheduler), scheduler_times(original_scheduler, steps)
+    transition, times = TRANSITIONS[name](original_scheduler), scheduler_times(name, original_scheduler, steps)
     if not times:
         raise CheckpointError(f"the {CLASSES[name]} of {folder.describe()} has no timesteps above 0. Check its num_train_timesteps.")
     unet, original = make_network(folder, component), make_network(folder, component)
@@ -83,7 +83,7 @@ def few_step_model(
         step=FewStepSampler(ClassifierFreeGuidance(network) if options.guidance else network, transition),
         sample_shape=sample_shape,
         sigma_data=SIGMA_DATA,
-        initial_scale=initial_scale(original_scheduler),
+        initial_scale=initial_scale(name, original_scheduler),
         times=times,
         time_unit="timestep",
         conditioning=(*conditioning, *transition.conditioning),

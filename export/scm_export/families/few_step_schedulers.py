@@ -1,4 +1,4 @@
-"""diffusers' schedulers for few-step models as steps of one form: LCM, Euler, Euler ancestral and TCD.
+"""diffusers' schedulers for few-step models as steps of one form: LCM, Euler, Euler ancestral, DDIM and TCD.
 
 The state is variance preserving for all of them, ``x = sqrt(alpha_t) data + sqrt(1 - alpha_t) noise``, where alpha is the schedulers' ``alphas_cumprod``.
 diffusers' Euler schedulers keep ``x / sqrt(alpha_t)`` instead, and ``scale_model_input`` converts it to this state. Times are training timesteps, which are
@@ -27,17 +27,18 @@ CLASSES: dict[SchedulerName, str] = {
     "lcm": "LCMScheduler",
     "euler": "EulerDiscreteScheduler",
     "euler-ancestral": "EulerAncestralDiscreteScheduler",
+    "ddim": "DDIMScheduler",
     "tcd": "TCDScheduler",
 }
 STEPS = range(1, 9)
 ETA = 0.3  # TCDScheduler's default
 
-# Settings that the steps below implement. A configuration without one of them has diffusers' default, which is the first value unless it is spacing's.
-_EULER: dict[str, tuple[Any, ...]] = {"timestep_spacing": ("trailing",)}
+# Settings that the steps below implement.
+_TRAILING: dict[str, tuple[Any, ...]] = {"timestep_spacing": ("trailing",)}
 _SUPPORTED: dict[SchedulerName, dict[str, tuple[Any, ...]]] = {
     "lcm": {"thresholding": (False,)},
     "euler": {
-        **_EULER,
+        **_TRAILING,
         "use_karras_sigmas": (False, None),
         "use_exponential_sigmas": (False, None),
         "use_beta_sigmas": (False, None),
@@ -45,13 +46,15 @@ _SUPPORTED: dict[SchedulerName, dict[str, tuple[Any, ...]]] = {
         "timestep_type": ("discrete",),
         "final_sigmas_type": ("zero",),
     },
-    "euler-ancestral": _EULER,
+    "euler-ancestral": _TRAILING,
+    "ddim": {**_TRAILING, "clip_sample": (False,), "thresholding": (False,)},
     "tcd": {},
 }
 _PREDICTIONS: dict[SchedulerName, tuple[str, ...]] = {
     "lcm": ("epsilon", "sample", "v_prediction"),
     "euler": ("epsilon", "sample", "v_prediction"),
     "euler-ancestral": ("epsilon", "v_prediction"),
+    "ddim": ("epsilon", "sample", "v_prediction"),
     "tcd": ("epsilon", "sample", "v_prediction"),
 }
 
@@ -150,6 +153,13 @@ class Euler(Transition):
         return signal * data + spread * predicted
 
 
+class DDIM(Euler):
+    """DDIMScheduler with eta = 0. It is Euler's step, from a first state of standard deviation 1, and to the end that the scheduler sets."""
+
+    def __init__(self, scheduler: Any) -> None:
+        Transition.__init__(self, scheduler, last_alpha=float(scheduler.final_alpha_cumprod))
+
+
 class EulerAncestral(Transition):
     """EulerAncestralDiscreteScheduler: a step of the ODE to a lower level, and as much noise as leads back to the next level.
 
@@ -182,10 +192,11 @@ class TCD(Transition):
         return (alpha_next / alpha).sqrt() * (signal * data + spread * predicted) + (1 - alpha_next / alpha).clamp(min=0).sqrt() * noise
 
 
-TRANSITIONS: dict[SchedulerName, type[LCM] | type[Euler] | type[EulerAncestral] | type[TCD]] = {
+TRANSITIONS: dict[SchedulerName, type[LCM | Euler | EulerAncestral | TCD]] = {
     "lcm": LCM,
     "euler": Euler,
     "euler-ancestral": EulerAncestral,
+    "ddim": DDIM,
     "tcd": TCD,
 }
 
@@ -204,23 +215,27 @@ def check_scheduler(name: SchedulerName, config: Mapping[str, Any], where: str) 
             raise CheckpointError(f"{setting} of the {kind} of {where} must be an integer of at least 1, got {printable(config[setting])}")
 
 
-def scheduler_times(scheduler: Any, steps: Collection[int] = STEPS) -> dict[int, tuple[float, ...]]:
-    """Return the times of a diffusers scheduler for numbers of steps, as far as it has distinct timesteps above 0, each with the end time 0."""
+def scheduler_times(name: SchedulerName, scheduler: Any, steps: Collection[int] = STEPS) -> dict[int, tuple[float, ...]]:
+    """Return the times of a diffusers scheduler by number of steps, each with the end time 0, for the numbers that it has distinct timesteps above 0 for.
+
+    DDIMScheduler steps by a whole number of timesteps wherever the next one is. Numbers of steps for which it is elsewhere are left out, such as 3.
+    """
     config = scheduler.config
     most = min(config.num_train_timesteps, config.get("original_inference_steps") or config.num_train_timesteps)
     times = {}
     for count in (count for count in steps if count <= most):
         scheduler.set_timesteps(count)
         found = (*map(float, scheduler.timesteps.tolist()), 0.0)
-        if all(a > b for a, b in pairwise(found)):
+        uneven = name == "ddim" and config.num_train_timesteps % count
+        if not uneven and all(a > b for a, b in pairwise(found)):
             times[count] = found
     return times
 
 
-def initial_scale(scheduler: Any) -> float:
+def initial_scale(name: SchedulerName, scheduler: Any) -> float:
     """Standard deviation of the first state: ``init_noise_sigma``, which Euler's schedulers divide by ``sqrt(sigma^2 + 1)`` before the network reads it."""
     sigma = float(scheduler.init_noise_sigma)
-    return sigma if scheduler.config._class_name in ("LCMScheduler", "TCDScheduler") else sigma / math.sqrt(sigma**2 + 1)
+    return sigma if name not in ("euler", "euler-ancestral") else sigma / math.sqrt(sigma**2 + 1)
 
 
 def rows(table: Tensor, t: Tensor) -> list[Tensor]:

@@ -25,8 +25,6 @@ def scheduler_reference(unet: nn.Module, scheduler: Any, size: tuple[int, int]) 
     @torch.no_grad()
     def sample(noises: Sequence[Tensor], times: tuple[float, ...], conditioning: dict[str, Tensor]) -> Tensor:
         scheduler.set_timesteps(len(times) - 1)
-        if [float(t) for t in scheduler.timesteps] != list(times[:-1]):
-            scheduler.set_timesteps(timesteps=[round(t) for t in times[:-1]])  # times that the caller chose
         etas = conditioning.get("eta")
         predict = _predictor(unet, {name: value for name, value in conditioning.items() if name != "eta"}, size)
         return _loop(scheduler, noises, predict, None if etas is None else [float(eta) for eta in etas])

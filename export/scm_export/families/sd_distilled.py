@@ -22,7 +22,16 @@ NAME = "sd-distilled"
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 
 # Settings of the schedulers that Stable Diffusion was trained with, for checkpoints without a scheduler.
-TRAINING = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "prediction_type": "epsilon"}
+TRAINING = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "epsilon",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
 
 
 def recognizes_sd_distilled(loaded: Loaded) -> bool:
@@ -49,8 +58,10 @@ def _make_scheduler(folder: DiffusersFolder, options: BuildOptions) -> tuple[Sch
         what = "has no scheduler" if found is None else f"has a {found}, which is not for few steps"
         raise CheckpointError(f"{folder.describe()} {what}. Give the one that the model card names with --scheduler {'|'.join(SCHEDULER_NAMES)}.")
     config = TRAINING if found is None else folder.config("scheduler")
-    if options.scheduler in ("euler", "euler-ancestral"):
+    if options.scheduler in ("euler", "euler-ancestral", "ddim"):
         config = {**config, "timestep_spacing": "trailing"}
+    if options.scheduler == "ddim":
+        config = {"clip_sample": False, **config}  # DDIMScheduler's default is for pixels
     if options.prediction_type is not None:
         config = {**config, "prediction_type": options.prediction_type}
     return name, scheduler_from_config(folder, CLASSES[name], config)

@@ -70,7 +70,8 @@ class ClassifierFreeGuidance(nn.Module):
 
     def forward(self, x: Tensor, timestep: Tensor, *, guidance_scale: Tensor, **conditioning: Tensor) -> Tensor:
         doubled = double_conditioning(conditioning)
-        negative, positive = self.network(torch.cat([x, x]), torch.cat([timestep, timestep]), **doubled).chunk(2)
+        both = self.network(torch.cat([x, x]), torch.cat([timestep, timestep]), **doubled)
+        negative, positive = both.unflatten(0, (2, -1)).unbind()  # chunk(2) would fix the batch size in the traced graph
         y: Tensor = negative + guidance_scale[:, None, None, None] * (positive - negative)
         return y
 
