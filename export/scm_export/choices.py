@@ -9,6 +9,12 @@ from scm_runtime.bundle.manifest import Dtype
 ParametrisationName = Literal["trigflow", "trigflow-negated", "edm", "flow", "x0"]
 PARAMETRISATION_NAMES: tuple[ParametrisationName, ...] = get_args(ParametrisationName)
 
+SchedulerName = Literal["lcm", "euler", "euler-ancestral", "ddim", "tcd"]
+SCHEDULER_NAMES: tuple[SchedulerName, ...] = get_args(SchedulerName)
+
+PredictionType = Literal["epsilon", "v_prediction", "sample"]
+PREDICTION_TYPES: tuple[PredictionType, ...] = get_args(PredictionType)
+
 GRAPH_DTYPES: dict[Dtype, tuple[Dtype, ...]] = {"fp32": ("fp32",), "fp16": ("fp16", "fp32"), "bf16": ("bf16", "fp32")}
 """Dtypes that a bundle's graphs compute in, by the dtype its weights are stored in."""
 

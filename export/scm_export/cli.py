@@ -11,7 +11,15 @@ import click
 from rich.box import SIMPLE
 from rich.text import Text
 
-from scm_export.choices import DEFAULT_OPSET, GRAPH_DTYPES, OPSETS, PARAMETRISATION_NAMES, TEXT_DTYPES
+from scm_export.choices import (
+    DEFAULT_OPSET,
+    GRAPH_DTYPES,
+    OPSETS,
+    PARAMETRISATION_NAMES,
+    PREDICTION_TYPES,
+    SCHEDULER_NAMES,
+    TEXT_DTYPES,
+)
 from scm_export.errors import VerificationError
 from scm_export.versions import check_versions
 from scm_runtime import __version__
@@ -75,6 +83,13 @@ def _negate(context: click.Context, parameter: click.Parameter, value: bool) -> 
 @click.option("--preview-decoder", metavar="FOLDER", help="Small autoencoder (AutoencoderTiny) for previews between steps.")
 @click.option("--no-text", "text", is_flag=True, callback=_negate, help="Leave the text encoder out: the bundle takes prompt_embeds only.")
 @click.option("--guide", metavar="FILE", help="Worse version of a diffusion model for autoguidance, with guidance_scale as an input.")
+@click.option(
+    "--scheduler",
+    type=click.Choice(SCHEDULER_NAMES),
+    help="Scheduler of a distilled Stable Diffusion model, as its model card names it; by default the checkpoint's own.",
+)
+@click.option("--prediction-type", type=click.Choice(PREDICTION_TYPES), help="What its U-Net predicts; by default the value in the checkpoint.")
+@click.option("--guidance", is_flag=True, help="Export it with classifier-free guidance: a negative prompt and guidance_scale, at twice the computation.")
 @click.option("--size", type=ImageSize(), metavar="HEIGHTxWIDTH", help="Size of the images in pixels; by default the checkpoint's own.")
 # Output.
 @click.option(

@@ -12,7 +12,19 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, cast
 
-from scm_export.choices import GRAPH_DTYPES, MIN_OPSET, OPSETS, QUANTIZED_BITS, TEXT_DTYPES, ParametrisationName, TextDtype
+from scm_export.choices import (
+    GRAPH_DTYPES,
+    MIN_OPSET,
+    OPSETS,
+    PREDICTION_TYPES,
+    QUANTIZED_BITS,
+    SCHEDULER_NAMES,
+    TEXT_DTYPES,
+    ParametrisationName,
+    PredictionType,
+    SchedulerName,
+    TextDtype,
+)
 from scm_runtime.bundle.manifest import Dtype
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
 from scm_runtime.errors import InvalidArgumentError
@@ -50,6 +62,12 @@ class Options:
             linear layers to operators of ONNX Runtime, in the fp32 graph only; its other weights have the dtype of the bundle's.
         guide: checkpoint of a worse version of a diffusion model (smaller, less trained, without classes) for autoguidance, with ``guidance_scale`` as an
             input of the bundle. For the family edm2. It must hold one set of weights: ``weights`` does not apply to it.
+        scheduler: scheduler of a distilled Stable Diffusion model, one of ``scm_export.choices.SCHEDULER_NAMES``: the one that its model card names. None for
+            the checkpoint's own. For the family sd-distilled.
+        prediction_type: what the U-Net of such a model predicts, one of ``scm_export.choices.PREDICTION_TYPES``; None for the value in the checkpoint's
+            scheduler, or "epsilon" if it has none.
+        guidance: export such a model with classifier-free guidance: ``negative_prompt_embeds`` and ``guidance_scale`` become inputs, and each step evaluates
+            the U-Net twice.
         size: height and width of the images in pixels; None for the checkpoint's own.
         steps: step counts to compose whole samplers for, ``sample-K``; the checkpoint must have times for each. None for all counts up to 4, or the
             smallest count if all are larger and it is at most 64, the largest. May be empty.
@@ -82,6 +100,9 @@ class Options:
     text: bool = True
     text_dtype: TextDtype | None = None
     guide: StrPath | None = None
+    scheduler: SchedulerName | None = None
+    prediction_type: PredictionType | None = None
+    guidance: bool = False
     size: tuple[int, int] | None = None
     steps: Sequence[int] | None = None
     opset: int | None = None
@@ -110,6 +131,9 @@ class Options:
             raise InvalidArgumentError(f"atol must be above 0, got {self.atol}")
         if self.size is not None and min(self.size) < 1:
             raise InvalidArgumentError(f"size must be a height and a width of at least 1, got {self.size[0]}x{self.size[1]}")
+        for name, value, known in (("scheduler", self.scheduler, SCHEDULER_NAMES), ("prediction_type", self.prediction_type, PREDICTION_TYPES)):
+            if value is not None and value not in known:
+                raise InvalidArgumentError(f"{name} must be one of {', '.join(known)}, got {value!r}")
         if self.latents and self.decoder is not None and not self.with_encoder:
             raise InvalidArgumentError(
                 "latents leaves the decoder out, but a decoder was given: give one of them (or with_encoder, which reads the decoder's folder too)"

@@ -24,6 +24,8 @@ from scm_runtime.bundle.checksums import sha256
 from scm_runtime.bundle.manifest import Source
 from scm_runtime.errors import InvalidArgumentError
 
+SD_DISTILLED = "sd-distilled"
+OF_LATENTS = ("decoder", "latents", "with_encoder", "preview_decoder")  # options
 LATENT_OR_RGBA = 4  # channels of RGBA pixels and of the latents of many autoencoders
 
 
@@ -69,9 +71,8 @@ def prepare(checkpoint: StrPath | nn.Module, out: StrPath | None, options: Optio
     guide, guide_weights = None, None
     if options.guide is not None:
         guide, guide_weights = open_checkpoint(options.guide, trust=options.trust, progress=options.progress)
-    build_options = BuildOptions(
-        _decoder(options), options.latents, options.with_encoder, preview, guide, options.size, options.text, test_parametrisation=not dry_run
-    )
+    same = {name: getattr(options, name) for name in ("latents", "with_encoder", "scheduler", "prediction_type", "guidance", "size", "text")}
+    build_options = BuildOptions(_decoder(options), preview_decoder=preview, guide=guide, test_parametrisation=not dry_run, **same)
     model = build_model(loaded, build_options, family)
     _check_options_apply(model, options)
     if isinstance(model.decoder, ImageDecoder) and model.sample_shape[0] == LATENT_OR_RGBA:
@@ -131,12 +132,15 @@ def _check_options_apply(model: Model, options: Options) -> None:
         "preview_decoder": options.preview_decoder is not None and model.preview is None,
         "guide": options.guide is not None and model.family != "edm2",
         "text_dtype": options.text_dtype is not None and model.text is None,
+        "scheduler": options.scheduler is not None and model.family != SD_DISTILLED,
+        "prediction_type": options.prediction_type is not None and model.family != SD_DISTILLED,
+        "guidance": options.guidance and model.family != SD_DISTILLED,
     }
     if names := [name for name, is_unused in unused.items() if is_unused]:
         why = f"the family {model.family} has no use for it"
         if names[0] == "text_dtype":
             why = "the checkpoint has no text encoder"
-        elif own_pixels and names[0] != "guide":
+        elif own_pixels and names[0] in ("decoder", "latents", "with_encoder", "preview_decoder"):
             why = "the samples of this model are pixels, not latents"
         raise InvalidArgumentError(f"{names[0]} was given, but {why}. Leave it out.")
     shape = model.output.shape

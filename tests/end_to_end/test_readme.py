@@ -30,6 +30,7 @@ from diffusers import (
     AutoencoderKL,
     CMStochasticIterativeScheduler,
     ConsistencyModelPipeline,
+    EulerDiscreteScheduler,
     LCMScheduler,
     SanaTransformer2DModel,
     SCMScheduler,
@@ -91,11 +92,18 @@ def sana_sprint(folder: Path) -> None:
 
 
 def latent_consistency(folder: Path) -> None:
-    """With attention to the text in its middle block alone: test_latent_consistency.py has the other blocks."""
+    pipeline(folder, "LatentConsistencyModelPipeline", unet=text_unet(time_cond_proj_dim=8), scheduler=LCMScheduler())
+
+
+def sd_turbo(folder: Path) -> None:
+    pipeline(folder, "StableDiffusionPipeline", unet=text_unet(), scheduler=EulerDiscreteScheduler(timestep_spacing="trailing"))
+
+
+def text_unet(**config: Any) -> nn.Module:
+    """With attention to the text in its middle block alone: test_latent_consistency.py and test_sd_distilled.py have the other blocks."""
     blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
     sizes = {"sample_size": 8, "block_out_channels": (8,), "layers_per_block": 1, "attention_head_dim": 2, "norm_num_groups": 4}
-    network = UNet2DConditionModel(**blocks, **sizes, cross_attention_dim=6, time_cond_proj_dim=8)
-    pipeline(folder, "LatentConsistencyModelPipeline", unet=network, scheduler=LCMScheduler())
+    return UNet2DConditionModel(**blocks, **sizes, cross_attention_dim=6, **config)
 
 
 def pipeline(folder: Path, name: str, **parts: Any) -> None:
@@ -153,6 +161,7 @@ MAKE: dict[str, Callable[[Path, Path], None]] = {
     "edm2-img512-s.pkl": guided_pickle,
     "Efficient-Large-Model/Sana_Sprint_1.6B_1024px_diffusers": on_the_hub("Efficient-Large-Model/Sana_Sprint_1.6B_1024px_diffusers", sana_sprint),
     "openai/diffusers-cd_imagenet64_l2": on_the_hub("openai/diffusers-cd_imagenet64_l2", consistency),
+    "stabilityai/sd-turbo": on_the_hub("stabilityai/sd-turbo", sd_turbo),
     "SimianLuo/LCM_Dreamshaper_v7": on_the_hub("SimianLuo/LCM_Dreamshaper_v7", latent_consistency),
     "my-folder": lambda here, tiny: consistency(here / "my-folder"),
     "weights.safetensors": edm2_tensors,

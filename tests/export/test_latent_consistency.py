@@ -285,7 +285,7 @@ def test_what_the_pipeline_cannot_run_is_refused(tmp_path: Path) -> None:
         ),
         ({}, {"num_class_embeds": 3}, "num_class_embeds .* must be None, got 3"),
         ({}, {"in_channels": 9}, "out_channels .* must be 9, got 4"),
-        ({"thresholding": True}, {}, "must have thresholding = false"),
+        ({"thresholding": True}, {}, "thresholding of the LCMScheduler .* must be False, got True"),
         ({"original_inference_steps": 0}, {}, "original_inference_steps of the LCMScheduler"),
         ({"beta_end": math.nan}, {}, "must have finite betas"),
         ({"clip_sample": True, "clip_sample_range": math.inf}, {}, "a positive clip_sample_range"),

@@ -26,6 +26,7 @@ from scm_export.checkpoints.scm_checkpoint import (
     read_start,
     save_checkpoint,
 )
+from scm_export.checkpoints.single_file import SingleFile, is_original_layout
 from scm_export.checkpoints.torch_export import read_torch_export
 from scm_export.checkpoints.torch_file import is_zip, read_torch_file
 from scm_export.checkpoints.torchscript import read_torchscript
@@ -119,6 +120,8 @@ def open_checkpoint(
     for note in notes:
         progress(note)
     if parametrisation is not None:
+        if isinstance(opened.checkpoint, DiffusersFolder):
+            raise InvalidArgumentError(f"parametrisation was given for {opened.checkpoint.describe()}: leave it out. --prediction-type is its option.")
         _sample_as(opened.checkpoint, parametrisation)
     return opened
 
@@ -167,6 +170,8 @@ def _open_file(source: Path, header: Header | None, factory: str | None, weights
         _check_no_choice(weights, source, "is one set of weights")
         if raw.get("format") != FORMAT:
             raw = raw["weights"]
+            if isinstance(raw, dict) and header is None and factory is None and is_original_layout(raw):
+                return OpenedCheckpoint(SingleFile(source, raw))
     else:
         raw = read_torch_file(source, trust=trust)
     if isinstance(raw, nn.Module):

@@ -2,7 +2,7 @@
 
 from scm_export.checkpoints import Loaded
 from scm_export.errors import CheckpointError
-from scm_export.families import consistency, edm2, latent_consistency, module, sana_sprint
+from scm_export.families import consistency, edm2, latent_consistency, module, sana_sprint, sd_distilled
 from scm_export.families.family import BuildOptions, Family
 from scm_export.model import Model
 from scm_runtime.common.memory import MORE_MEMORY, is_out_of_memory, out_of_memory_error
@@ -16,6 +16,7 @@ FAMILIES: dict[str, Family] = {
     "sana-sprint": sana_sprint.FAMILY,
     "module": module.FAMILY,
     "consistency": consistency.FAMILY,
+    "sd-distilled": sd_distilled.FAMILY,
     "latent-consistency": latent_consistency.FAMILY,
 }
 

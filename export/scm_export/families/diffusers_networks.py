@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -87,15 +87,19 @@ def make_scheduler(folder: DiffusersFolder, name: str) -> Any:
     Raises:
         CheckpointError: the folder's scheduler is of another class, or diffusers rejects its configuration.
     """
-    import diffusers
-
     found = folder.classes.get("scheduler")
     if found not in (None, name):
         raise CheckpointError(f"the scheduler of {folder.describe()} must be a {name}, got {found}")
-    config = {} if found is None else folder.config("scheduler")
+    return scheduler_from_config(folder, name, {} if found is None else folder.config("scheduler"))
+
+
+def scheduler_from_config(folder: DiffusersFolder, name: str, config: Mapping[str, Any]) -> Any:
+    """Create a scheduler, an instance of diffusers' class ``name``. The configuration may be another scheduler's. Raises CheckpointError."""
+    import diffusers
+
     try:
         with _quiet():
-            return getattr(diffusers, name).from_config(config)
+            return getattr(diffusers, name).from_config(dict(config))
     except Exception as error:
         raise _not_created(name, folder.path / "scheduler", error) from error
 
@@ -132,7 +136,7 @@ def sample_size(config: Any, size: tuple[int, int] | None, unit: int = 1) -> tup
     )
 
 
-def check_size(unet: nn.Module, sample_shape: tuple[int, ...], **conditioning: Tensor) -> None:
+def check_size(unet: nn.Module, sample_shape: tuple[int, ...], **conditioning: Any) -> None:
     """Run a U-Net once on the meta device, before its weights are read. Raises InvalidArgumentError if the output does not have the shape of the input."""
     x = torch.empty(1, *sample_shape, device="meta")
     try:
@@ -178,8 +182,8 @@ def keep_time_features_fp32(unet: nn.Module) -> None:
 
 
 def unet_keeps_fp32(name: str, module: nn.Module) -> bool:
-    """Return True for the modules of a diffusers U-Net that compute in float32: time embeddings and norms."""
-    return name.endswith("time_embedding") or is_norm(name, module)
+    """Return True for the modules of a diffusers U-Net that compute in float32: embeddings of the time and of SDXL's sizes, and norms."""
+    return name.endswith(("time_embedding", "add_embedding")) or is_norm(name, module)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from scm_export.checkpoints import Loaded
+from scm_export.choices import PredictionType, SchedulerName
 from scm_export.model import Model
 from scm_runtime.bundle.manifest import Dtype
 
@@ -27,6 +28,12 @@ class BuildOptions:
     """Folder of a small autoencoder (diffusers' AutoencoderTiny)."""
     guide: Loaded | None = None
     """A weaker version of a diffusion model, for autoguidance."""
+    scheduler: SchedulerName | None = None
+    """Scheduler of a distilled Stable Diffusion model; None for the checkpoint's own."""
+    prediction_type: PredictionType | None = None
+    """What its U-Net predicts; None for the value in the checkpoint."""
+    guidance: bool = False
+    """Export it with classifier-free guidance."""
     size: tuple[int, int] | None = None
     """Height and width of the images in pixels; None for the size in the checkpoint."""
     text: bool = True
