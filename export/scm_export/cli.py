@@ -74,6 +74,12 @@ def _negate(context: click.Context, parameter: click.Parameter, value: bool) -> 
 @click.option("--with-encoder", is_flag=True, help="Also write the autoencoder's encoder, which image editing needs.")
 @click.option("--preview-decoder", metavar="FOLDER", help="Small autoencoder (AutoencoderTiny) for previews between steps.")
 @click.option("--guide", metavar="FILE", help="Worse version of a diffusion model for autoguidance, with guidance_scale as an input.")
+@click.option(
+    "--lora",
+    multiple=True,
+    metavar="FILE[:SCALE]",
+    help="LoRA to add to the weights, in the layout of kohya, PEFT or diffusers, with a scale that is 1 by default. May be repeated.",
+)
 @click.option("--size", type=ImageSize(), metavar="HEIGHTxWIDTH", help="Size of the images in pixels; by default the checkpoint's own.")
 # Output.
 @click.option(

@@ -47,6 +47,7 @@ class Options:
         preview_decoder: folder or repository of a small autoencoder (AutoencoderTiny), written as ``preview.*.onnx``.
         guide: checkpoint of a worse version of a diffusion model (smaller, less trained, without classes) for autoguidance, with ``guidance_scale`` as an
             input of the bundle. For the family edm2. It must hold one set of weights: ``weights`` does not apply to it.
+        lora: LoRA files to add to the weights, each ``"FILE"`` or ``"FILE:SCALE"``, in the layout of kohya, PEFT or diffusers; or repositories of the hub.
         size: height and width of the images in pixels; None for the checkpoint's own.
         steps: step counts to compose whole samplers for, ``sample-K``; the checkpoint must have times for each. None for all counts up to 4, or the
             smallest count if all are larger and it is at most 64, the largest. May be empty.
@@ -77,6 +78,7 @@ class Options:
     with_encoder: bool = False
     preview_decoder: StrPath | None = None
     guide: StrPath | None = None
+    lora: Sequence[StrPath] = ()
     size: tuple[int, int] | None = None
     steps: Sequence[int] | None = None
     opset: int | None = None
@@ -97,6 +99,8 @@ class Options:
             raise InvalidArgumentError(f"atol must be above 0, got {self.atol}")
         if self.size is not None and min(self.size) < 1:
             raise InvalidArgumentError(f"size must be a height and a width of at least 1, got {self.size[0]}x{self.size[1]}")
+        if isinstance(self.lora, str | os.PathLike):
+            raise InvalidArgumentError(f"lora must be a list of files, got {os.fspath(self.lora)!r}: put it in a list")
         if self.latents and self.decoder is not None and not self.with_encoder:
             raise InvalidArgumentError(
                 "latents leaves the decoder out, but a decoder was given: give one of them (or with_encoder, which reads the decoder's folder too)"

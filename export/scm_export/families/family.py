@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from scm_export.checkpoints import Loaded
+from scm_export.lora import Lora
 from scm_export.model import Model
 from scm_runtime.bundle.manifest import Dtype
 
@@ -29,6 +30,8 @@ class BuildOptions:
     """A weaker version of a diffusion model, for autoguidance."""
     size: tuple[int, int] | None = None
     """Height and width of the images in pixels; None for the size in the checkpoint."""
+    loras: tuple[Lora, ...] = ()
+    """LoRA files to add to the network's weights, with :func:`~scm_export.lora.merge_loras`, after these are loaded."""
     test_parametrisation: bool = True
     """Test the parametrization of a user-defined network, which evaluates the network 4 to 20 times."""
 
@@ -45,5 +48,7 @@ class Family:
     """Builds the model; raises CheckpointError for contents that do not fit the family."""
     dtype: Dtype = "fp32"
     """Default dtype of the stored weights."""
+    takes_lora: bool = False
+    """Whether ``build`` adds the LoRA files of the options to the weights."""
     refuses: Mapping[Dtype, str] = field(default_factory=dict)
     """Dtypes in which its models cannot be exported, each with the reason and an alternative."""

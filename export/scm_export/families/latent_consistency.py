@@ -31,6 +31,7 @@ from scm_export.families.diffusers_networks import (
 )
 from scm_export.families.family import BuildOptions, Family
 from scm_export.families.weights import load_weights
+from scm_export.lora import merge_loras
 from scm_export.model import Model, Reference
 from scm_export.precision import Precision
 from scm_runtime.bundle.manifest import Conditioning
@@ -127,6 +128,7 @@ def build_latent_consistency(loaded: Loaded, options: BuildOptions) -> Model:
     keep_time_features_fp32(unet)
     images = image_networks(options, sample_shape, SIGMA_DATA, folder=folder)  # before the weights are read: the autoencoder may be missing
     load_weights(unet, read_weights(folder, component))
+    merge_loras(options.loras, unet)
     share_weights(original, unet)
     return Model(
         family="latent-consistency",
@@ -209,5 +211,6 @@ FAMILY = Family(
     looks_for=f"a diffusers folder of {PIPELINES[0]}: a {UNET} with a {SCHEDULER}",
     recognizes=recognizes_latent_consistency,
     build=build_latent_consistency,
+    takes_lora=True,
     dtype="fp16",
 )
