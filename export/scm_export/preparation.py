@@ -133,17 +133,12 @@ def _lora_notes(loras: tuple[Lora, ...]) -> Iterator[str]:
     """Notes about what was not merged. Raises CheckpointError if nothing of a file was."""
     for lora in loras:
         yield from lora.notes
-        left = {component: len(layers) for component, layers in lora.layers.items() if component not in lora.merged}
-        if left and not lora.merged:
-            raise CheckpointError(
-                f"{lora.describe()} only has layers of the {' and '.join(map(_spaced, left))}, which this bundle does not have. Leave it out."
-            )
-        for component, count in left.items():
-            yield f"the {count} layers that {lora.describe()} has for the {_spaced(component)} were left out: the bundle has no {_spaced(component)}"
-
-
-def _spaced(component: str) -> str:
-    return component.replace("_", " ")
+        for component, layers in lora.layers.items():
+            if component not in lora.merged:
+                part, count = component.replace("_", " "), f"{len(layers)} layer{'s' * (len(layers) != 1)}"
+                if not lora.merged:
+                    raise CheckpointError(f"{lora.describe()} only has layers for the {part}, which this bundle does not have. Leave it out.")
+                yield f"{lora.describe()} also has {count} for the {part}, which this bundle does not have: they are left out"
 
 
 def _check_output(destination: Path, options: Options) -> None:

@@ -3,27 +3,38 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from scm_export import cli, export, ops
+from scm_export.checkpoints import load
+from scm_export.errors import CheckpointError, CheckpointNotFoundError
+from scm_export.families import BuildOptions, build_model
 from scm_export.lora import TEXT_ENCODER, TEXT_ENCODER_2, Component, merge_loras, open_lora
+from scm_runtime import Generator
+from scm_runtime import cli as runtime_cli
+from scm_runtime.errors import InvalidArgumentError
 
 pytest.importorskip("diffusers", reason="diffusers is in the test extra")
 pytest.importorskip("transformers", reason="transformers is in the test extra")
-from diffusers import UNet2DConditionModel
+from diffusers import LCMScheduler, SanaTransformer2DModel, UNet2DConditionModel, UNet2DModel
 from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
 from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers, convert_state_dict_to_peft, convert_unet_state_dict_to_peft
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 RANK, TEXT = 3, 24
 Weights = dict[str, Tensor]
+Pairs = dict[str, tuple[Tensor, Tensor]]
 
 
 def random_unet(**config: Any) -> UNet2DConditionModel:
@@ -47,7 +58,7 @@ def layers_of(network: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
     return {name: module for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
 
 
-def factors(network: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+def factors(network: nn.Module) -> Pairs:
     """Random factors for every layer of a network, by its name: down and up, as PEFT makes them."""
     random = torch.Generator().manual_seed(1)
 
@@ -62,7 +73,7 @@ def factors(network: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 @contextmanager
-def with_low_rank_layers(network: nn.Module, pairs: dict[str, tuple[Tensor, Tensor]], scale: float) -> Iterator[None]:
+def with_low_rank_layers(network: nn.Module, pairs: Pairs, scale: float) -> Iterator[None]:
     """Within the block, the layers of a network compute ``y + scale * up(down(x))``: a LoRA that is not merged."""
 
     def hook(layer: Any, args: tuple[Tensor, ...], y: Tensor, down: Tensor, up: Tensor) -> Tensor:
@@ -76,21 +87,21 @@ def with_low_rank_layers(network: nn.Module, pairs: dict[str, tuple[Tensor, Tens
         one.remove()
 
 
-def kohya(pairs: dict[str, tuple[Tensor, Tensor]], prefix: str = "lora_unet_", alpha: float | None = None) -> Weights:
-    weights = {}
+def kohya(pairs: Pairs, prefix: str = "lora_unet_", alpha: float | None = None) -> Weights:
+    weights: Weights = {}
     for name, (down, up) in pairs.items():
         base = prefix + name.replace(".", "_")
         weights |= {f"{base}.lora_down.weight": down, f"{base}.lora_up.weight": up} | ({} if alpha is None else {f"{base}.alpha": torch.tensor(alpha)})
     return weights
 
 
-def dotted(pairs: dict[str, tuple[Tensor, Tensor]], prefix: str, down_name: str = "lora_A", up_name: str = "lora_B") -> Weights:
+def dotted(pairs: Pairs, prefix: str, down_name: str = "lora_A", up_name: str = "lora_B") -> Weights:
     return {f"{prefix}{name}.{kind}.weight": part for name, pair in pairs.items() for kind, part in zip((down_name, up_name), pair, strict=True)}
 
 
-def old_attention(pairs: dict[str, tuple[Tensor, Tensor]]) -> Weights:
+def old_attention(pairs: Pairs) -> Weights:
     """The layout of attention processors, which had LoRA layers of their own."""
-    weights = {}
+    weights: Weights = {}
     for name, (down, up) in pairs.items():
         block, layer = name.split(".to_")
         weights |= {f"unet.{block}.processor.to_{layer.removesuffix('.0')}_lora.{kind}.weight": part for kind, part in (("down", down), ("up", up))}
@@ -109,12 +120,12 @@ def merged(network: nn.Module, *files: str | Path, component: Component = "denoi
     return network
 
 
-def attention_only(pairs: dict[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
+def attention_only(pairs: Pairs) -> Pairs:
     return {name: pair for name, pair in pairs.items() if ".attn" in name}
 
 
 # In kohya's layout alpha is in the file. The others have the alpha of PEFT's configuration, or the rank.
-LAYOUTS: dict[str, tuple[Callable[[dict[str, tuple[Tensor, Tensor]]], Weights], dict[str, str] | None, float]] = {
+LAYOUTS: dict[str, tuple[Callable[[Pairs], Weights], dict[str, str] | None, float]] = {
     "kohya": (lambda pairs: kohya(pairs, alpha=1.5), None, 0.5),
     "diffusers": (lambda pairs: dotted(pairs, "unet."), None, 1.0),
     "diffusers with metadata": (lambda pairs: dotted(pairs, "unet."), {"lora_adapter_metadata": json.dumps({"unet.lora_alpha": 6, "unet.r": RANK})}, 2.0),
@@ -141,14 +152,13 @@ def test_a_merged_network_computes_what_low_rank_layers_add(layout: str, tmp_pat
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
-def by_formula(network: nn.Module, state: Weights, alphas: dict[str, float] | None, scale: float) -> Weights:
-    """Weights of a network after ``W + scale * alpha / rank * B A``, from tensors under PEFT's names."""
+def by_formula(network: nn.Module, state: Weights, factor: float = 1.0) -> Weights:
+    """Weights of a network after ``W + factor * B A``, from tensors under PEFT's names."""
     weights = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     for name, down in state.items():
         if ".lora_A" in name:
-            layer, up = name.partition(".lora_A")[0], state[name.replace("lora_A", "lora_B")]
-            alpha = down.shape[0] if alphas is None else alphas[layer]
-            weights[f"{layer}.weight"] += scale * alpha / down.shape[0] * torch.einsum("or,r...->o...", up.flatten(1), down)
+            up = state[name.replace("lora_A", "lora_B")]
+            weights[f"{name.partition('.lora_A')[0]}.weight"] += factor * torch.einsum("or,r...->o...", up.flatten(1), down)
     return weights
 
 
@@ -194,7 +204,7 @@ def test_names_of_the_original_code_are_those_that_diffusers_reads(tmp_path: Pat
     converted = {name.removeprefix("unet."): tensor for name, tensor in convert_unet_state_dict_to_peft(state).items()}
     assert {name.partition(".lora_")[0] for name in converted} == set(layers.values())
     assert set(alphas.values()) == {2.0}
-    expected = by_formula(unet, converted, dict.fromkeys(layers.values(), 2.0), 1.0)
+    expected = by_formula(unet, converted, 2 / RANK)
     found = merged(unet, saved(tmp_path / "sdxl.safetensors", weights)).state_dict()
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, msg=name)
@@ -206,7 +216,7 @@ def test_the_layers_of_text_encoders_are_found(layout: str, tmp_path: Path) -> N
         vocab_size=50, hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2, projection_dim=6, bos_token_id=1, eos_token_id=2
     )
     torch.manual_seed(0)
-    first, second = CLIPTextModel(config).eval(), CLIPTextModelWithProjection(config).eval()
+    first, second = CLIPTextModel(config), CLIPTextModelWithProjection(config)
     # Files have the names of transformers before version 5, where the model of the first encoder was in text_model, too.
     named = {f"text_model.{name}" if not name.startswith("text_model.") else name: pair for name, pair in factors(first).items()}
     attention = {name: pair for name, pair in named.items() if "self_attn" in name}
@@ -237,7 +247,7 @@ def test_the_layers_of_text_encoders_are_found(layout: str, tmp_path: Path) -> N
         peft = own if layout == "diffusers" else convert_state_dict_to_peft(convert_state_dict_to_diffusers(own))
         for name in [name for name in peft if name not in encoder.state_dict() and component == TEXT_ENCODER]:
             peft[name.removeprefix("text_model.")] = peft.pop(name)
-        expected = by_formula(encoder, peft, None, factor)
+        expected = by_formula(encoder, peft, factor)
         assert any(not torch.equal(tensor, encoder.state_dict()[name]) for name, tensor in expected.items())
         found = merged(encoder, file, component=component).state_dict()
         for name, tensor in expected.items():
@@ -248,43 +258,50 @@ def test_the_layers_of_text_encoders_are_found(layout: str, tmp_path: Path) -> N
 # Through an export.
 
 
+def write_index(folder: Path, pipeline: str, **components: str) -> Path:
+    index = {"_class_name": pipeline, **{name: ["diffusers", kind] for name, kind in components.items()}}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A latent consistency model with random weights."""
+    """A latent consistency model with random weights and one level."""
     path = tmp_path_factory.mktemp("lcm") / "lcm"
-    random_unet(mid_block_type=None).save_pretrained(path / "unet")
+    blocks = {"block_out_channels": (8,), "down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
+    random_unet(mid_block_type=None, **blocks).save_pretrained(path / "unet")
     LCMScheduler(prediction_type="v_prediction").save_pretrained(path / "scheduler")
-    index = {"_class_name": "LatentConsistencyModelPipeline", "unet": ["diffusers", "UNet2DConditionModel"], "scheduler": ["diffusers", "LCMScheduler"]}
-    (path / "model_index.json").write_text(json.dumps(index))
-    return path
+    return write_index(path, "LatentConsistencyModelPipeline", unet="UNet2DConditionModel", scheduler="LCMScheduler")
+
+
+def diffusers_unet(folder: Path) -> UNet2DConditionModel:
+    return UNet2DConditionModel.from_pretrained(folder / "unet", low_cpu_mem_usage=False).eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
-def pairs(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    return factors(UNet2DConditionModel.from_pretrained(folder / "unet", low_cpu_mem_usage=False))
+def pairs(folder: Path) -> Pairs:
+    return {name: (down.half().float(), up.half().float()) for name, (down, up) in factors(diffusers_unet(folder)).items()}
 
 
 @pytest.fixture(scope="module")
-def file(pairs: dict[str, tuple[Tensor, Tensor]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def file(pairs: Pairs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file in kohya's layout, in half precision, with a layer for a text encoder."""
-    path = tmp_path_factory.mktemp("lora") / "style.safetensors"
     text = {"text_model.encoder.layers.0.self_attn.q_proj": (torch.ones(RANK, 8), torch.ones(8, RANK))}
     weights = kohya(pairs, alpha=1.5) | kohya(text, "lora_te_", alpha=1.5)
-    return saved(path, {name: tensor.half() for name, tensor in weights.items()})
+    return saved(tmp_path_factory.mktemp("lora") / "style.safetensors", {name: tensor.half() for name, tensor in weights.items()})
 
 
-def test_a_bundle_with_loras_equals_the_network_with_low_rank_layers(
-    folder: Path, file: Path, pairs: dict[str, tuple[Tensor, Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_bundle_computes_what_low_rank_layers_add_to_diffusers_network(
+    folder: Path, file: Path, pairs: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "250")
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
-    original = weights.read_bytes()
+    original, out = weights.read_bytes(), tmp_path / "lcm.scm"
     second = saved(tmp_path / "second.safetensors", dotted(attention_only(pairs), "unet."))
     given = ["--lora", f"{file}:0.8", "--lora", str(second), "--lora", f"{second}:-0.5"]
-    out = tmp_path / "lcm.scm"
-    result = CliRunner().invoke(cli.main, [str(folder), "-o", str(out), "--latents", "--dtype", "fp32", "--steps", "", *given])
+    result = CliRunner().invoke(cli.main, [str(folder), "-o", str(out), "--latents", "--dtype", "fp32", "--steps", "", "--no-verify", *given])
     assert result.exit_code == 0, result.output
-    assert "the 1 layers that the LoRA 'style.safetensors' has for the text encoder were left out" in " ".join(result.output.split())
+    assert "the LoRA 'style.safetensors' also has 1 layer for the text encoder, which this bundle does not have" in result.output
     assert weights.read_bytes() == original
 
     source = json.loads((out / "scm.json").read_text())["source"]
@@ -293,21 +310,123 @@ def test_a_bundle_with_loras_equals_the_network_with_low_rank_layers(
     assert "style.safetensors × 0.8" in shown
     assert "second.safetensors × -0.5" in shown
 
-    unet = UNet2DConditionModel.from_pretrained(folder / "unet", low_cpu_mem_usage=False).eval()
     text, seeds = torch.randn(2, 5, TEXT), [3, 4]
     with Generator(out) as generate:
-        arguments: dict[str, Any] = {"prompt_embeds": text.numpy(), "guidance_scale": 1.0, "num_inference_steps": 1, "seed": seeds}
-        x = generate(**arguments).array
-        states = generate.noise(seeds) if hasattr(generate, "noise") else None
-    del states
-    scheduler = LCMScheduler.from_pretrained(folder / "scheduler")
+        found = generate(prompt_embeds=text.numpy(), guidance_scale=1.0, num_inference_steps=1, seed=seeds).array
+    unet, scheduler = diffusers_unet(folder), LCMScheduler.from_pretrained(folder / "scheduler")
     scheduler.set_timesteps(1)
-    from scm_export import ops
+    x, t = ops.philox_normal(torch.tensor(seeds), 0, (4, 4, 6)), scheduler.timesteps[0]
+    w = torch.cat([torch.zeros(2, 4), torch.ones(2, 4)], dim=1)  # the embedding of a guidance scale of 1
+    plain = unet(x, t, encoder_hidden_states=text, timestep_cond=w).sample
+    with with_low_rank_layers(unet, pairs, 0.8 * 0.5), with_low_rank_layers(unet, attention_only(pairs), 0.5):
+        y = unet(x, t, encoder_hidden_states=text, timestep_cond=w).sample
+    assert (y - plain).abs().max() > 0.1
+    np.testing.assert_allclose(found, scheduler.step(y, t, x).denoised.numpy(), atol=1e-4)
 
-    noise = ops.philox_normal(torch.tensor(seeds), 0, (4, 4, 6))
-    half = {name: (down.half().float(), up.half().float()) for name, (down, up) in pairs.items()}
-    with torch.no_grad(), with_low_rank_layers(unet, half, 0.8 * 0.5), with_low_rank_layers(unet, attention_only(pairs), 0.5):
-        w = torch.cat([torch.zeros(2, 4), torch.ones(2, 4)], dim=1)  # the embedding of a guidance scale of 1
-        y = unet(noise, scheduler.timesteps[0], encoder_hidden_states=text, timestep_cond=w).sample
-    expected = scheduler.step(y, scheduler.timesteps[0], noise).denoised
-    np.testing.assert_allclose(x, expected.numpy(), atol=1e-4)
+
+def test_the_networks_of_other_families_are_changed_too(tmp_path: Path) -> None:
+    sana = {"in_channels": 4, "out_channels": 4, "num_layers": 1, "attention_head_dim": 4, "num_attention_heads": 2, "num_cross_attention_heads": 2}
+    sana |= {"cross_attention_head_dim": 4, "cross_attention_dim": 8, "caption_channels": TEXT, "sample_size": 4, "patch_size": 1}
+    blocks = {"block_out_channels": (4,), "down_block_types": ("AttnDownBlock2D",), "up_block_types": ("AttnUpBlock2D",)}
+    torch.manual_seed(0)
+    networks: list[tuple[str, str, Any]] = [
+        ("SanaSprintPipeline", "transformer", SanaTransformer2DModel(**sana, guidance_embeds=True, qk_norm="rms_norm_across_heads")),
+        ("ConsistencyModelPipeline", "unet", UNet2DModel(sample_size=8, layers_per_block=1, norm_num_groups=2, attention_head_dim=2, **blocks)),
+    ]
+    for pipeline, component, network in networks:
+        folder = tmp_path / component
+        network.save_pretrained(folder / component)
+        write_index(folder, pipeline, **{component: type(network).__name__})
+        state = dotted({name: pair for name, pair in factors(network).items() if "conv_depth" not in name}, "")
+        file = saved(tmp_path / f"{component}.safetensors", {f"{component}.{name}": tensor for name, tensor in state.items()})
+        model = build_model(load(folder), BuildOptions(loras=(open_lora(file),), latents=True))
+        found = dict(model.step.named_parameters())
+        for name, expected in by_formula(network, state).items():
+            (own,) = (parameter for key, parameter in found.items() if key.endswith(f"network.{name}"))
+            torch.testing.assert_close(own.data, expected, msg=name)
+
+
+# ----------------------------------------------------------------------------
+# What is refused.
+
+
+def test_files_that_do_not_fit_are_refused_with_what_is_wrong(folder: Path, pairs: Pairs, tmp_path: Path) -> None:
+    name, (down, up) = next((name, pair) for name, pair in pairs.items() if name.endswith("attn1.to_q"))
+    good = dotted({name: (down, up)}, "unet.")
+    a, b = good
+    other = dotted({"single_transformer_blocks.0.proj_mlp": (down, up)}, "transformer.")
+    wrong: list[tuple[Weights, str]] = [
+        (
+            good | {"unet.down_blocks.7.conv.lora_A.weight": down, "unet.down_blocks.7.conv.lora_B.weight": up},
+            "'unet.down_blocks.7.conv.lora_A.weight'.*nearest",
+        ),
+        (other, "is for another model: none of its 1 layers is in the network"),
+        (dotted({name: (down[:, :4], up)}, "unet."), rf"is for a weight of \[8, 4\], and '{name}' of the network has \[8, 8\]"),
+        (dotted({name: (down[:1], up)}, "unet."), r"must have one rank, got 1 in \[1, 8\] and 3 in \[8, 3\]"),
+        ({a: down}, r"must have two factors, missing lora_B"),
+        ({a: down, b: up * math.nan}, "must be finite, got NaN or infinity in 'unet.*lora_B.weight'"),
+        ({a: down.abs() * 100, b: torch.full_like(up, 3e38)}, "makes weights infinite"),
+        ({a: down.int(), b: up.int()}, "must be of a floating dtype, got torch.int32"),
+        (good | {f"unet.{name}.alpha": torch.ones(2)}, r"must have one number as alpha, got \[2\]"),
+        (good | dotted({name: (down, up)}, "unet.", "lora.down", "lora.up"), "has two tensors for one factor"),
+        (good | kohya({name.replace(".", "_"): (down, up)}), "changes the layer .* twice"),
+        (good | {f"unet.{name}.lora_magnitude_vector": torch.ones(8)}, "belongs to DoRA, which is not supported"),
+        ({f"lora_unet_{name.replace('.', '_')}.hada_w1_a": down}, "LoHa, LoKr.* are not supported"),
+        ({"emb_params": down}, "'emb_params' .* is not a name in the layouts of kohya, PEFT or diffusers"),
+        ({}, "has no tensors"),
+    ]
+    for i, (weights, message) in enumerate(wrong):
+        file = saved(tmp_path / f"{i}.safetensors", weights)
+        with pytest.raises(CheckpointError, match=message):
+            merge_loras([open_lora(file)], diffusers_unet(folder))
+    torch.save({a: "text"}, tmp_path / "text.pt")
+    (tmp_path / "broken.safetensors").write_bytes((tmp_path / "0.safetensors").read_bytes()[:200])
+    unreadable = {
+        "none.safetensors": "the file does not exist",
+        "": "it is a folder",
+        "text.pt": "must hold tensors",
+        "broken.safetensors": "is not a readable",
+    }
+    for path, message in unreadable.items():
+        with pytest.raises(CheckpointNotFoundError if path.startswith("none") else CheckpointError, match=message):
+            open_lora(tmp_path / path)
+
+
+def test_options_that_do_not_fit_are_refused_before_anything_is_written(folder: Path, file: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.scm"
+    for scale in ("much", "", "nan", "inf"):
+        with pytest.raises(InvalidArgumentError, match=rf"lora must be FILE or FILE:SCALE, .* got '.*:{scale}'"):
+            export(folder, out, lora=[f"{file}:{scale}"], latents=True)
+    with pytest.raises(InvalidArgumentError, match="lora must be a list of files"):
+        export(folder, out, lora=str(file))
+    with pytest.raises(InvalidArgumentError, match="the family edm2 takes none, only"):
+        export(tiny_checkpoint, out, lora=[file])
+    text_only = saved(tmp_path / "text.safetensors", {name: tensor for name, tensor in load_file(file).items() if name.startswith("lora_te_")})
+    with pytest.raises(CheckpointError, match="only has layers for the text encoder, which this bundle does not have"):
+        export(folder, out, lora=[text_only], latents=True)
+    result = CliRunner().invoke(cli.main, [str(folder), "-o", str(out), "--latents", "--lora", "none.safetensors"])
+    assert result.exit_code == 2
+    assert "no LoRA at 'none.safetensors': the file does not exist" in " ".join(result.output.split())
+    assert "Traceback" not in result.output
+    assert not out.exists()
+
+
+def test_the_alpha_of_peft_is_in_the_file_beside(folder: Path, pairs: Pairs, tmp_path: Path) -> None:
+    names = [name for name in pairs if name.endswith(("to_q", "to_k"))]
+    state = dotted({name: pairs[name] for name in names}, "base_model.model.")
+    file = saved(tmp_path / "adapter_model.safetensors", state)
+    assert any("adapter_config.json is not beside" in note for note in open_lora(file).notes)
+    config = {"r": RANK, "lora_alpha": 6, "use_rslora": True, "alpha_pattern": {"attn2.to_k": 12}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    lora, unet = open_lora(file), diffusers_unet(folder)
+    assert lora.notes == ()
+    before = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
+    merge_loras([lora], unet)
+    for name in names:
+        down, up = pairs[name]
+        alpha = 12 if name.endswith("attn2.to_k") else 6
+        torch.testing.assert_close(unet.get_submodule(name).weight, before[f"{name}.weight"] + alpha / math.sqrt(RANK) * up @ down)
+    for wrong, message in ({"lora_alpha": "big"}, "lora_alpha must be a number"), ({"lora_alpha": 1, "use_dora": True}, "DoRA is not supported"):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(wrong))
+        with pytest.raises(CheckpointError, match=message):
+            open_lora(file)

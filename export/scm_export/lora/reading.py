@@ -123,7 +123,11 @@ def _check_file(path: Path, given: str) -> None:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointNotFoundError(f"no LoRA at '{given}': the file does not exist. Expected a file, or a repository of the hub.") from error
     except (OSError, ValueError) as error:
-        wrong = "it is a folder. Give the file in it." if isinstance(error, IsADirectoryError) else f"{getattr(error, 'strerror', None) or first_line(error)}. {REMEDY}"
+        wrong = (
+            "it is a folder. Give the file in it."
+            if isinstance(error, IsADirectoryError)
+            else f"{getattr(error, 'strerror', None) or first_line(error)}. {REMEDY}"
+        )
         raise CheckpointError(f"the LoRA '{given}' cannot be read: {wrong}") from error
 
 
