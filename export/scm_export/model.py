@@ -85,6 +85,8 @@ class Model:
     """Small decoder for previews of states between steps."""
     notes: tuple[str, ...] = ()
     """What the user should know about assumptions of the export."""
+    fp32_networks: list[nn.Module] = field(default_factory=list)
+    """Networks between latents and images that compute in float32 in the graphs in fp16, too, because their activations overflow float16."""
     reference: Reference | None = None
     """Sampler that the bundle is verified against; None for the step in eager PyTorch."""
 
@@ -140,10 +142,11 @@ class Model:
         gc.collect()  # tracing leaves reference cycles
 
     def compute_in(self, dtype: str) -> None:
-        """Set the compute dtype of all networks. Raises ValueError if a network only computes in fp32."""
+        """Set the compute dtype of all networks; for fp16, those in ``fp32_networks`` stay in fp32. Raises ValueError if another only computes in fp32."""
         for network in self.networks:
             switchable = [module for module in network.modules() if hasattr(module, "compute_dtype")]
             if not switchable and dtype != "fp32" and any(True for _ in network.parameters()):
                 raise ValueError(f"a {type(network).__name__} computes in fp32 only, asked for {dtype}")
+            kept = dtype == "fp16" and any(network is other for other in self.fp32_networks)
             for module in switchable:
-                setattr(module, "compute_dtype", DTYPES[dtype])  # noqa: B010 - nn.Module declares no such attribute
+                setattr(module, "compute_dtype", DTYPES["fp32" if kept else dtype])  # noqa: B010 - nn.Module declares no such attribute
