@@ -57,14 +57,14 @@ def read_adapter_scales(file: Path, metadata: dict[str, str]) -> dict[Component,
 def _scale(config: dict[str, Any]) -> AdapterScale:
     if config.get("use_dora"):
         raise ValueError("use_dora is set: DoRA is not supported")
-    alpha, patterns = config.get("lora_alpha"), config.get("alpha_pattern") or {}
-    values = {"lora_alpha": alpha, **_require_object(patterns)}
-    for name, value in values.items():
+    alpha: Any = config.get("lora_alpha")
+    patterns = _require_object(config.get("alpha_pattern") or {})
+    for name, value in (("lora_alpha", alpha), *patterns.items()):
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise ValueError(f"{printable(name)} must be a number, got {printable(value)}")
     if unknown := [name for name in patterns if not _LITERAL.fullmatch(name)]:
         raise ValueError(f"alpha_pattern must have names of layers, got the pattern '{printable(unknown[0])}'")
-    return AdapterScale(float(values["lora_alpha"]), {name.strip("^$"): float(value) for name, value in patterns.items()}, bool(config.get("use_rslora")))
+    return AdapterScale(float(alpha), {name.strip("^$"): float(value) for name, value in patterns.items()}, bool(config.get("use_rslora")))
 
 
 def _require_object(value: object) -> dict[str, Any]:
