@@ -70,15 +70,21 @@ Prepare = Callable[[World], Attempt]
 
 
 def exporting(
-    make: Callable[[World], Path], out: str = "out.scm", force: bool = False, steps: Sequence[int] = (1, 2), room: int | None = None, command: bool = True
+    make: Callable[[World], Path],
+    out: str = "out.scm",
+    force: bool = False,
+    steps: Sequence[int] = (1, 2),
+    room: int | None = None,
+    command: bool = True,
+    lora: Sequence[str] = (),
 ) -> Prepare:
     """Export what ``make`` returns, without verification: these mistakes must be found before it."""
 
     def prepare(world: World) -> Attempt:
         checkpoint, target = make(world), world.here / out
-        options = ["--no-verify", "--steps", ",".join(map(str, steps)), *(["--force"] if force else [])]
+        options = ["--no-verify", "--steps", ",".join(map(str, steps)), *(["--force"] if force else []), *(f"--lora={one}" for one in lora)]
         return Attempt(
-            lambda: export(checkpoint, target, steps=steps, force=force, verify=False),
+            lambda: export(checkpoint, target, steps=steps, force=force, lora=lora, verify=False),
             export_cli.main if command else None,
             [checkpoint, "-o", target, *options],
             room,
@@ -418,6 +424,8 @@ CHECKPOINTS: list[Row] = [
     ("rising times", exporting(sampled(times={"2": (1.0, 1.5, 0.0)})), CheckpointError, "got [1.0, 1.5, 0.0] for 2 steps", "must be TrigFlow's, decreasing"),
     ("no times", exporting(sampled(times={})), CheckpointError, "got none", "leave it out"),
     ("steps without times", exporting(good, steps=(1, 3)), InvalidArgumentError, "got [3]", "steps must be among [1, 2]"),
+    ("scale of a LoRA", exporting(good, lora=["a.safetensors:much"]), InvalidArgumentError, "got 'a.safetensors:much'", "FILE or FILE:SCALE"),
+    ("a family without LoRA", exporting(good, lora=["a.safetensors"]), InvalidArgumentError, "the family edm2 takes none", "Leave it out"),
 ]
 
 OUTPUTS: list[Row] = [

@@ -90,6 +90,12 @@ def _negate(context: click.Context, parameter: click.Parameter, value: bool) -> 
 )
 @click.option("--prediction-type", type=click.Choice(PREDICTION_TYPES), help="What its U-Net predicts; by default the value in the checkpoint.")
 @click.option("--guidance", is_flag=True, help="Export it with classifier-free guidance: a negative prompt and guidance_scale, at twice the computation.")
+@click.option(
+    "--lora",
+    multiple=True,
+    metavar="FILE[:SCALE]",
+    help="LoRA to add to the weights, in the layout of kohya, PEFT or diffusers, with a scale that is 1 by default. May be repeated.",
+)
 @click.option("--size", type=ImageSize(), metavar="HEIGHTxWIDTH", help="Size of the images in pixels; by default the checkpoint's own.")
 # Output.
 @click.option(

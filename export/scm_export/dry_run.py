@@ -72,6 +72,7 @@ class Plan(Struct, kw_only=True):
         return {
             "checkpoint": f"{self.source.file} (SHA-256 {self.source.sha256[:12]}…)",
             **({} if self.source.weights is None else {"weights set": repr(self.source.weights)}),
+            **({"LoRA": ", ".join(f"{printable(lora.file)} × {lora.scale:g}" for lora in self.source.loras)} if self.source.loras else {}),
             "family": self.family,
             "licence": printable(self.licence or "not stated"),
             "parameters": ", ".join(f"{name} {count / 1e6:,.2f} M" for name, count in self.parameters.items()),

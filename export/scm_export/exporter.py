@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from scm_export.model import ImageNetwork, Model, TextEncoder, compute_in
 from scm_export.options import Options, StrPath, options_as_keywords
 from scm_export.preparation import composed_steps, graph_opset, prepare
 from scm_export.samplers import to_json as samplers_to_json
+from scm_export.verification.half_range import fitting_float16
 from scm_export.verification.references import compute_references
 from scm_export.verification.report import write_report
 from scm_export.verification.verify import verify_bundle
@@ -85,7 +87,8 @@ def plan(checkpoint: StrPath | nn.Module, out: StrPath | None = None, options: O
 def export_model(model: Model, destination: Path, source: Source, options: Options) -> Exported:
     """Write and verify the bundle of a model; see :func:`export`. The model cannot be used afterwards: its weights are rounded, written and released."""
     steps, opset, dtype, progress = composed_steps(model, options), graph_opset(options), options.dtype or "fp32", options.progress
-    references = compute_references(model, progress) if options.verify else None
+    with fitting_float16(model) if dtype == "fp16" else nullcontext():
+        references = compute_references(model, progress) if options.verify else None
     with new_bundle(destination, force=options.force) as writer:
         _write_graphs(writer, model, steps, opset, dtype, options)
         text = None if model.text is None else _write_text(writer, model.text, options.text_dtype or dtype, opset, dtype, options)

@@ -130,6 +130,8 @@ class Model:
     """Encoder of prompts; None if the bundle takes embeddings only."""
     notes: tuple[str, ...] = ()
     """What the user should know about assumptions of the export."""
+    fp32_networks: list[nn.Module] = field(default_factory=list)
+    """Networks between latents and images that compute in float32 in the graphs in fp16, too, because their activations overflow float16."""
     reference: Reference | None = None
     """Sampler that the bundle is verified against; None for the step in eager PyTorch."""
 
@@ -188,9 +190,10 @@ class Model:
         gc.collect()  # tracing leaves reference cycles
 
     def compute_in(self, dtype: str) -> None:
-        """Set the compute dtype of all networks. Raises ValueError if a network only computes in fp32."""
+        """Set the compute dtype of all networks; for fp16, those in ``fp32_networks`` stay in fp32. Raises ValueError if another only computes in fp32."""
         for network in self.networks:
-            compute_in(network, dtype)
+            kept = dtype == "fp16" and any(network is other for other in self.fp32_networks)
+            compute_in(network, "fp32" if kept else dtype)
 
 
 def compute_in(network: nn.Module, dtype: str) -> None:

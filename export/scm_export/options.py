@@ -68,6 +68,7 @@ class Options:
             scheduler, or "epsilon" if it has none.
         guidance: export such a model with classifier-free guidance: ``negative_prompt_embeds`` and ``guidance_scale`` become inputs, and each step evaluates
             the U-Net twice.
+        lora: LoRA files to add to the weights, each ``"FILE"`` or ``"FILE:SCALE"``, in the layout of kohya, PEFT or diffusers; or repositories of the hub.
         size: height and width of the images in pixels; None for the checkpoint's own.
         steps: step counts to compose whole samplers for, ``sample-K``; the checkpoint must have times for each. None for all counts up to 4, or the
             smallest count if all are larger and it is at most 64, the largest. May be empty.
@@ -103,6 +104,7 @@ class Options:
     scheduler: SchedulerName | None = None
     prediction_type: PredictionType | None = None
     guidance: bool = False
+    lora: Sequence[StrPath] = ()
     size: tuple[int, int] | None = None
     steps: Sequence[int] | None = None
     opset: int | None = None
@@ -134,6 +136,8 @@ class Options:
         for name, value, known in (("scheduler", self.scheduler, SCHEDULER_NAMES), ("prediction_type", self.prediction_type, PREDICTION_TYPES)):
             if value is not None and value not in known:
                 raise InvalidArgumentError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+        if isinstance(self.lora, str | os.PathLike):
+            raise InvalidArgumentError(f"lora must be a list of files, got {os.fspath(self.lora)!r}: put it in a list")
         if self.latents and self.decoder is not None and not self.with_encoder:
             raise InvalidArgumentError(
                 "latents leaves the decoder out, but a decoder was given: give one of them (or with_encoder, which reads the decoder's folder too)"

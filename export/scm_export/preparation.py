@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +14,9 @@ from scm_export.checkpoints import DiffusersFolder, Loaded, open_checkpoint, ope
 from scm_export.checkpoints.from_hub import fetch
 from scm_export.checkpoints.program import FACTORY, call_factory, copy_network, weights_sha256
 from scm_export.choices import DEFAULT_OPSET, LARGEST_SAMPLER, MAX_COMPOSED_STEPS
+from scm_export.errors import CheckpointError
 from scm_export.families import FAMILIES, BuildOptions, build_model, find_family
+from scm_export.lora import Lora, open_lora, parse_lora
 from scm_export.model import ImageDecoder, Latents, Model
 from scm_export.options import Options, StrPath
 from scm_export.verification.report import check_report_path
@@ -67,20 +69,22 @@ def prepare(checkpoint: StrPath | nn.Module, out: StrPath | None, options: Optio
     assert options.dtype is not None
     if reason := FAMILIES[family].refuses.get(options.dtype):
         raise InvalidArgumentError(f"the family {family} cannot be exported in {options.dtype}: {reason}")
+    loras = _open_loras(family, options)
     preview = None if options.preview_decoder is None else fetch(options.preview_decoder, None, options.progress).path
     guide, guide_weights = None, None
     if options.guide is not None:
         guide, guide_weights = open_checkpoint(options.guide, trust=options.trust, progress=options.progress)
     same = {name: getattr(options, name) for name in ("latents", "with_encoder", "scheduler", "prediction_type", "guidance", "size", "text")}
-    build_options = BuildOptions(_decoder(options), preview_decoder=preview, guide=guide, test_parametrisation=not dry_run, **same)
+    build_options = BuildOptions(_decoder(options), preview_decoder=preview, guide=guide, loras=loras, test_parametrisation=not dry_run, **same)
     model = build_model(loaded, build_options, family)
+    model.notes += tuple(_lora_notes(loras))
     _check_options_apply(model, options)
     if isinstance(model.decoder, ImageDecoder) and model.sample_shape[0] == LATENT_OR_RGBA:
         model.notes += ("the state has 4 channels and is taken as RGBA pixels. If it is latents, give their autoencoder with --decoder, or --latents",)
     guide_source = None
     if options.guide is not None:  # a file: build_model refuses guides in folders
         guide_source = Source(file=Path(options.guide).name, sha256=sha256(Path(options.guide)), weights=guide_weights)
-    source = Source(file=opened.name, sha256=opened.fingerprint(), weights=opened.weights, guide=guide_source)
+    source = Source(file=opened.name, sha256=opened.fingerprint(), weights=opened.weights, guide=guide_source, loras=tuple(lora.source for lora in loras))
     return Prepared(model, opened.destination, source, options)
 
 
@@ -114,6 +118,28 @@ def _decoder(options: Options) -> Path | nn.Module | None:
     if isinstance(given, str) and FACTORY.fullmatch(given) and not os.path.lexists(given):
         return call_factory(given, {}, "decoder")
     return fetch(given, None, options.progress).path
+
+
+def _open_loras(family: str, options: Options) -> tuple[Lora, ...]:
+    """Read the LoRA files. Raises InvalidArgumentError if a scale is not a number or the family takes none."""
+    for given in options.lora:
+        parse_lora(given)  # report mistakes in all of them before the first is read
+    if options.lora and not FAMILIES[family].takes_lora:
+        able = ", ".join(name for name, other in FAMILIES.items() if other.takes_lora)
+        raise InvalidArgumentError(f"lora was given, but the family {family} takes none, only {able}. Leave it out, or merge it before the export.")
+    return tuple(open_lora(given, options.progress) for given in options.lora)
+
+
+def _lora_notes(loras: tuple[Lora, ...]) -> Iterator[str]:
+    """Notes about what was not merged. Raises CheckpointError if nothing of a file was."""
+    for lora in loras:
+        yield from lora.notes
+        for component, layers in lora.layers.items():
+            if component not in lora.merged:
+                part, count = component.replace("_", " "), f"{len(layers)} layer{'s' * (len(layers) != 1)}"
+                if not lora.merged:
+                    raise CheckpointError(f"{lora.describe()} only has layers for the {part}, which this bundle does not have. Leave it out.")
+                yield f"{lora.describe()} also has {count} for the {part}, which this bundle does not have: they are left out"
 
 
 def _check_output(destination: Path, options: Options) -> None:

@@ -116,6 +116,14 @@ class Conditioning(Struct, kw_only=True):
             raise ValueError(f"conditioning {self.name!r} must have {self.num_classes} label_names, got {len(self.label_names)}")
 
 
+class LoraSource(Struct, kw_only=True):
+    """A LoRA file that was added to the weights, and its scale."""
+
+    file: str
+    sha256: str
+    scale: Real
+
+
 class Source(Struct, kw_only=True, omit_defaults=True):
     """The checkpoint a bundle was made from."""
 
@@ -125,6 +133,8 @@ class Source(Struct, kw_only=True, omit_defaults=True):
     """Key of the selected set of weights, if the checkpoint contains several."""
     guide: Source | None = None
     """Source of the autoguidance network, if there is one."""
+    loras: tuple[LoraSource, ...] = ()
+    """LoRA files in the weights, in the order in which they were added."""
 
 
 class VerifiedCase(Struct, kw_only=True):

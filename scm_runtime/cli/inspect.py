@@ -33,6 +33,7 @@ def show_manifest(folder: Path, manifest: Manifest, verified: Collection[str]) -
         **{item.name: _conditioning(item) for item in manifest.conditioning},
         **({} if manifest.text is None else {"text encoder": _text_encoder(manifest.text)}),
         "made by": f"{printable(manifest.producer)} from {printable(manifest.source.file)} (SHA-256 {manifest.source.sha256[:12]}…){_weights(manifest.source)}",
+        **({"LoRA": _loras(manifest.source)} if manifest.source.loras else {}),
         "licence": printable(manifest.licence or "not stated"),
         "verified": "no" if manifest.verification is None else _verification(manifest.verification),
     }
@@ -69,6 +70,10 @@ def _text_encoder(text: TextSpec) -> str:
 
 def _weights(source: Source) -> str:
     return "" if source.weights is None else f", weights '{printable(source.weights)}'"
+
+
+def _loras(source: Source) -> str:
+    return ", ".join(f"{printable(lora.file)} × {lora.scale:g} (SHA-256 {printable(lora.sha256[:12])}…)" for lora in source.loras)
 
 
 def _verification(report: Verification) -> str:

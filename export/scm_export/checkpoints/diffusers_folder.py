@@ -18,6 +18,7 @@ from torch import Tensor
 
 from scm_export.checkpoints.reading import reading
 from scm_export.checkpoints.safetensors_file import open_safetensors
+from scm_export.checkpoints.tensor_dict import check_tensor_dict
 from scm_export.checkpoints.torch_file import read_torch_file
 from scm_export.errors import CheckpointError
 from scm_runtime.bundle.checksums import sha256
@@ -192,10 +193,4 @@ def _tensors(file: Path) -> dict[str, Tensor]:
         if file.suffix == ".safetensors":
             with open_safetensors(file) as opened:
                 return dict(opened.tensors())
-        raw = read_torch_file(file)
-        if not isinstance(raw, dict):
-            raise CheckpointError(f"'{file}' must hold a dict of tensors by name, got a {type(raw).__name__}. {DOWNLOAD}")
-        for name, tensor in raw.items():
-            if not isinstance(name, str) or not isinstance(tensor, Tensor):
-                raise CheckpointError(f"'{file}' must hold tensors by name, got a {type(tensor).__name__} for '{printable(name)}'. {DOWNLOAD}")
-        return raw
+        return check_tensor_dict(read_torch_file(file), file, DOWNLOAD)

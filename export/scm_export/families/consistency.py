@@ -30,6 +30,7 @@ from scm_export.families.diffusers_networks import (
 )
 from scm_export.families.family import BuildOptions, Family
 from scm_export.families.weights import load_weights
+from scm_export.lora import merge_loras
 from scm_export.model import Model, Reference
 from scm_export.precision import Precision
 from scm_runtime.bundle.manifest import Conditioning
@@ -94,6 +95,7 @@ def build_consistency(loaded: Loaded, options: BuildOptions) -> Model:
     check_size(unet, sample_shape, **labelled)
     keep_time_features_fp32(unet)
     load_weights(unet, read_weights(folder, component))
+    merge_loras(options.loras, unet)
     share_weights(original, unet)
     step = ConsistencyStep(unet, scheduler.config)
     images = pixel_networks(options, sample_shape)
@@ -172,4 +174,5 @@ FAMILY = Family(
     looks_for=f"a diffusers folder of {PIPELINE}: a {UNET} with a {SCHEDULER}",
     recognizes=recognizes_consistency,
     build=build_consistency,
+    takes_lora=True,
 )

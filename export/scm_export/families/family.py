@@ -10,6 +10,7 @@ from torch import nn
 
 from scm_export.checkpoints import Loaded
 from scm_export.choices import PredictionType, SchedulerName
+from scm_export.lora import Lora
 from scm_export.model import Model
 from scm_runtime.bundle.manifest import Dtype
 
@@ -38,6 +39,8 @@ class BuildOptions:
     """Height and width of the images in pixels; None for the size in the checkpoint."""
     text: bool = True
     """Read the text encoder and its tokenizer, if the checkpoint has them."""
+    loras: tuple[Lora, ...] = ()
+    """LoRA files to add to the network's weights, with :func:`~scm_export.lora.merge_loras`, after these are loaded."""
     test_parametrisation: bool = True
     """Test the parametrization of a user-defined network, which evaluates the network 4 to 20 times."""
 
@@ -54,5 +57,7 @@ class Family:
     """Builds the model; raises CheckpointError for contents that do not fit the family."""
     dtype: Dtype = "fp32"
     """Default dtype of the stored weights."""
+    takes_lora: bool = False
+    """Whether ``build`` adds the LoRA files of the options to the weights."""
     refuses: Mapping[Dtype, str] = field(default_factory=dict)
     """Dtypes in which its models cannot be exported, each with the reason and an alternative."""

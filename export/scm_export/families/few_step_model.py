@@ -29,6 +29,7 @@ from scm_export.families.text import clip_pair_text, clip_text
 from scm_export.families.text_encoder import read_text_encoder
 from scm_export.families.text_unets import TIME_IDS, ClassifierFreeGuidance, TextUNet, check_unet, pooled_size, text_conditioning
 from scm_export.families.weights import load_weights
+from scm_export.lora import merge_loras
 from scm_export.model import Model, TextEncoder
 from scm_export.precision import Precision
 
@@ -78,8 +79,9 @@ def few_step_model(
     keep_time_features_fp32(unet)
     images = image_networks(options, sample_shape, SIGMA_DATA, folder=folder)  # before the weights are read: the autoencoder may be missing
     load_weights(unet, read_weights(folder, component))
+    merge_loras(options.loras, unet)
     share_weights(original, unet)
-    text, notes = read_text_encoder(options, lambda: _text(folder, config, guidance=options.guidance))
+    text, notes = read_text_encoder(options, lambda: _text(folder, config, options))
     network: nn.Module = Precision(TextUNet(unet, size), unet_keeps_fp32)
     return Model(
         family=family,
@@ -99,12 +101,12 @@ def few_step_model(
     )
 
 
-def _text(folder: DiffusersFolder, config: Any, *, guidance: bool) -> TextEncoder | None:
+def _text(folder: DiffusersFolder, config: Any, options: BuildOptions) -> TextEncoder | None:
     """Return the folder's text encoder, or SDXL's two. With guidance they also encode the negative prompt."""
     if config.addition_embed_type is None:
-        return clip_text(folder, config.cross_attention_dim, ("negative_prompt_embeds",) if guidance else ())
-    negative = ("negative_prompt_embeds", "negative_pooled_prompt_embeds") if guidance else ()
-    return clip_pair_text(folder, config.cross_attention_dim, pooled_size(config), negative)
+        return clip_text(folder, config.cross_attention_dim, ("negative_prompt_embeds",) if options.guidance else (), options.loras)
+    negative = ("negative_prompt_embeds", "negative_pooled_prompt_embeds") if options.guidance else ()
+    return clip_pair_text(folder, config.cross_attention_dim, pooled_size(config), negative, options.loras)
 
 
 def _added(config: Any) -> dict[str, Any] | None:

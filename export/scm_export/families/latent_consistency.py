@@ -47,5 +47,6 @@ FAMILY = Family(
     looks_for=f"a diffusers folder of {PIPELINES[0]}: a {UNET} with a {SCHEDULER}",
     recognizes=recognizes_latent_consistency,
     build=build_latent_consistency,
+    takes_lora=True,
     dtype="fp16",
 )

@@ -21,6 +21,7 @@ from scm_export.families.family import BuildOptions, Family
 from scm_export.families.text import gemma_text
 from scm_export.families.text_encoder import read_text_encoder
 from scm_export.families.weights import load_weights
+from scm_export.lora import merge_loras
 from scm_export.model import Model, Reference
 from scm_export.parametrisation import Step
 from scm_export.precision import Precision, is_norm
@@ -122,6 +123,7 @@ def build_sana_sprint(loaded: Loaded, options: BuildOptions) -> Model:
     sample_shape = (config.in_channels, height, width)
     images = image_networks(options, sample_shape, sigma_data, folder=folder)  # before the large weights: the decoder may be missing
     load_weights(transformer, read_weights(folder, component))
+    merge_loras(options.loras, transformer)
     share_weights(original, transformer)
     text, notes = read_text_encoder(options, lambda: gemma_text(folder, config.caption_channels))
     return Model(
@@ -216,6 +218,7 @@ FAMILY = Family(
     looks_for=f"a diffusers folder of {PIPELINES[0]}, or one with a {TRANSFORMER} that has guidance_embeds",
     recognizes=recognizes_sana_sprint,
     build=build_sana_sprint,
+    takes_lora=True,
     dtype="bf16",
     # Reported for SANA's published weights (diffusers issue 10336): 5e5 to 1.3e6 after attention, which diffusers clips in float16 only.
     refuses={"fp16": "SANA's attention overflows it: outputs reach a million, and the largest float16 number is 65504; use bf16 or fp32"},

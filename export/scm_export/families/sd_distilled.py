@@ -85,4 +85,5 @@ FAMILY = Family(
     recognizes=recognizes_sd_distilled,
     build=build_sd_distilled,
     dtype="fp16",
+    takes_lora=True,
 )

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
 from scm_export.checkpoints.state_dict import drop_bookkeeping, strip_prefixes
+from scm_export.checkpoints.tensor_dict import is_finite
 from scm_export.errors import CheckpointError
 from scm_runtime.common.message_text import printable
 
@@ -50,7 +49,7 @@ def load_weights(network: nn.Module, weights: dict[str, Tensor]) -> None:
         dtype = torch.float32 if own[name].is_floating_point() else own[name].dtype  # counters and indices
         owned[name] = tensor if _is_plain(tensor, storages) else tensor.to("cpu", dtype, copy=True, memory_format=torch.contiguous_format)
         storages.add(tensor.untyped_storage().data_ptr())
-    if broken := [name for name, tensor in owned.items() if not _is_finite(tensor)]:
+    if broken := [name for name, tensor in owned.items() if not is_finite(tensor)]:
         raise CheckpointError(_first_three("weights must be finite, got NaN or infinity in", broken))
     network.load_state_dict(owned, assign=True)
 
@@ -67,11 +66,6 @@ def _is_plain(tensor: Tensor, storages: set[int]) -> bool:
     storage = tensor.untyped_storage()
     whole = tensor.is_contiguous() and storage.nbytes() == tensor.nbytes
     return whole and tensor.dtype == torch.float32 and tensor.device.type == "cpu" and storage.data_ptr() not in storages
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    """Return True if all elements are finite. The extremes are NaN if any element is, and unlike torch.isfinite they take no memory."""
-    return not tensor.numel() or not tensor.is_floating_point() or all(math.isfinite(extreme) for extreme in tensor.aminmax())
 
 
 def _first_three(what: str, names: list[str]) -> str:

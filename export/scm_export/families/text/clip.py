@@ -12,6 +12,7 @@ from scm_export.checkpoints import DiffusersFolder
 from scm_export.errors import CheckpointError
 from scm_export.families.text.encoders import WITHOUT_TEXT, check_class, check_sizes, has_components, keeps_fp32, make_encoders
 from scm_export.families.text.tokenizers import describe_tokenizer, read_tokenizer, tokenize, tokenizers_file
+from scm_export.lora import TEXT_ENCODER, TEXT_ENCODER_2, Component, Lora, merge_loras
 from scm_export.model import TextEncoder
 from scm_export.precision import Precision
 from scm_runtime.bundle.text_spec import TextSpec, TextTokenizer
@@ -44,13 +45,14 @@ class PenultimateStates(nn.Module):
         return torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1), second.text_embeds
 
 
-def clip_text(folder: DiffusersFolder, size: int, negative_outputs: tuple[str, ...] = ()) -> TextEncoder | None:
+def clip_text(folder: DiffusersFolder, size: int, negative_outputs: tuple[str, ...] = (), loras: Sequence[Lora] = ()) -> TextEncoder | None:
     """Return the CLIP encoder of a folder, as StableDiffusionPipeline uses it.
 
     Args:
         folder: with ``text_encoder`` and ``tokenizer``.
         size: of ``prompt_embeds``, float32 ``[N, 77, size]``.
         negative_outputs: name of the conditioning input that a negative prompt provides, or nothing.
+        loras: LoRA files to add to the weights.
 
     Returns:
         The encoder; None if the folder has neither ``text_encoder`` nor ``tokenizer``.
@@ -62,7 +64,7 @@ def clip_text(folder: DiffusersFolder, size: int, negative_outputs: tuple[str, .
     if not has_components(folder, "text_encoder", "tokenizer"):
         return None
     check_class(folder, "text_encoder", (MODEL,))
-    network, original = _encoders(folder, "text_encoder")
+    network, original = _encoders(folder, TEXT_ENCODER, loras)
     check_sizes(folder, {"prompt_embeds": network.config.hidden_size}, {"prompt_embeds": size})
     tokenizer, described = _tokenizer(folder, "tokenizer", network.config, "")
 
@@ -75,7 +77,9 @@ def clip_text(folder: DiffusersFolder, size: int, negative_outputs: tuple[str, .
     return TextEncoder(LastState(network), spec, {described.file: tokenizers_file(tokenizer)}, reference)
 
 
-def clip_pair_text(folder: DiffusersFolder, size: int, pooled_size: int, negative_outputs: tuple[str, ...] = ()) -> TextEncoder | None:
+def clip_pair_text(
+    folder: DiffusersFolder, size: int, pooled_size: int, negative_outputs: tuple[str, ...] = (), loras: Sequence[Lora] = ()
+) -> TextEncoder | None:
     """Return the two CLIP encoders of a folder, as StableDiffusionXLPipeline uses them.
 
     Args:
@@ -83,6 +87,7 @@ def clip_pair_text(folder: DiffusersFolder, size: int, pooled_size: int, negativ
         size: of ``prompt_embeds``, float32 ``[N, 77, size]``.
         pooled_size: of ``pooled_prompt_embeds``, float32 ``[N, pooled_size]``.
         negative_outputs: names of the conditioning inputs that a negative prompt provides.
+        loras: LoRA files to add to the weights.
 
     Returns:
         The encoders; None if the folder has none of these components.
@@ -95,7 +100,7 @@ def clip_pair_text(folder: DiffusersFolder, size: int, pooled_size: int, negativ
         return None
     check_class(folder, "text_encoder", (MODEL,))
     check_class(folder, "text_encoder_2", (PROJECTED,))
-    (first, original), (second, original_2) = _encoders(folder, "text_encoder"), _encoders(folder, "text_encoder_2")
+    (first, original), (second, original_2) = _encoders(folder, TEXT_ENCODER, loras), _encoders(folder, TEXT_ENCODER_2, loras)
     found = {"prompt_embeds": first.config.hidden_size + second.config.hidden_size, "pooled_prompt_embeds": second.config.projection_dim}
     check_sizes(folder, found, {"prompt_embeds": size, "pooled_prompt_embeds": pooled_size})
     (tokenizer, described), (tokenizer_2, described_2) = (
@@ -120,8 +125,10 @@ def clip_pair_text(folder: DiffusersFolder, size: int, pooled_size: int, negativ
     return TextEncoder(PenultimateStates(first, second), spec, files, reference)
 
 
-def _encoders(folder: DiffusersFolder, component: str) -> tuple[Any, Any]:
-    return make_encoders(folder, component, folder.classes[component], attention="sdpa", buffers=_set_positions, rename=_rename)
+def _encoders(folder: DiffusersFolder, component: Component, loras: Sequence[Lora]) -> tuple[Any, Any]:
+    network, original = make_encoders(folder, component, folder.classes[component], attention="sdpa", buffers=_set_positions, rename=_rename)
+    merge_loras(loras, network, component)  # both have the same weights
+    return network, original
 
 
 def _set_positions(network: Any, config: Any) -> None:
