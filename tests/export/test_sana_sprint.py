@@ -130,7 +130,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("sana") / "tiny"
     parts = {"transformer": transformer(), "vae": autoencoder(), "scheduler": SCMScheduler(sigma_data=SIGMA_DATA)}
     SanaSprintPipeline(tokenizer=None, text_encoder=None, **parts).save_pretrained(path)
-    save_gemma(path, hidden=CAPTION_CHANNELS)
+    save_gemma(path, hidden=CAPTION_CHANNELS, heads=1)
     index = json.loads((path / "model_index.json").read_text())
     text = {"text_encoder": ["transformers", "Gemma2Model"], "tokenizer": ["transformers", "GemmaTokenizerFast"]}
     (path / "model_index.json").write_text(json.dumps(index | text))
