@@ -88,7 +88,7 @@ def gemma_instruction() -> list[str]:
     return instruction
 
 
-def save_gemma(folder: Path, *, hidden: int = 24, vocab_size: int = 900) -> None:
+def save_gemma(folder: Path, *, hidden: int = 24, heads: int = 2) -> None:
     """Write ``text_encoder``, a Gemma 2 with a window shorter than the instruction, and ``tokenizer``."""
     special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{byte:02X}>" for byte in range(256))]
     trainer = trainers.BpeTrainer(vocab_size=900, special_tokens=special, limit_alphabet=200, show_progress=False)
@@ -101,11 +101,11 @@ def save_gemma(folder: Path, *, hidden: int = 24, vocab_size: int = 900) -> None
     tokenizer = transformers.GemmaTokenizer(vocab=model["vocab"], merges=merges, add_bos_token=True)
     tokenizer.save_pretrained(folder / "tokenizer")
     config = transformers.Gemma2Config(
-        vocab_size=vocab_size,
+        vocab_size=900,
         hidden_size=hidden,
         intermediate_size=40,
         num_hidden_layers=2,
-        num_attention_heads=2,
+        num_attention_heads=heads,
         num_key_value_heads=1,
         head_dim=12,
         query_pre_attn_scalar=12,
