@@ -12,7 +12,7 @@ from unittest import mock
 import diffusers
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from scm_export import ops
 
@@ -35,7 +35,7 @@ _SDXL = {
 }
 
 
-def make_networks(*, xl: bool = False, middle: bool = True, **config: Any) -> tuple[nn.Module, nn.Module]:
+def make_networks(*, xl: bool = False, middle: bool = True, **config: Any) -> tuple[Any, Any]:
     """A U-Net and an autoencoder, whose weights float16 holds exactly; with ``middle``, the U-Net has a block and the autoencoder attention in the middle."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -116,15 +116,14 @@ def embeddings(n: int, *, xl: bool, guidance: bool, tokens: int = 77) -> dict[st
 # The original layout, in which level i has the blocks 1 + i (layers + 1) and following.
 
 
-def save_single_file(path: Path, unet: nn.Module, vae: nn.Module | None, **more: Tensor) -> Path:
-    """Write a file in the original layout of Stable Diffusion."""
+def save_single_file(path: Path, unet: Any, vae: Any, more: dict[str, Tensor]) -> Path:
+    """Write a file in the original layout of Stable Diffusion, with ``more`` tensors."""
     tensors = {f"model.diffusion_model.{_unet_name(name)}": tensor for name, tensor in unet.state_dict().items()}
-    if vae is not None:
-        levels = len(vae.config.block_out_channels)  # type: ignore[union-attr,arg-type]
-        for name, tensor in vae.state_dict().items():
-            original = _vae_name(name, levels)
-            convolution = ".mid.attn_1." in original and original.endswith("weight") and ".norm." not in original
-            tensors[f"first_stage_model.{original}"] = tensor[:, :, None, None].contiguous() if convolution else tensor
+    levels = len(vae.config.block_out_channels)
+    for name, tensor in vae.state_dict().items():
+        original = _vae_name(name, levels)
+        convolution = ".mid.attn_1." in original and original.endswith("weight") and ".norm." not in original
+        tensors[f"first_stage_model.{original}"] = tensor[:, :, None, None].contiguous() if convolution else tensor
     save_file({**tensors, **more}, path)
     return path
 

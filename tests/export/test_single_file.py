@@ -30,7 +30,7 @@ def xl(request: pytest.FixtureRequest) -> bool:
 @pytest.fixture(scope="module")
 def file(xl: bool, tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = {"conditioner.embedders.0.transformer.weight": torch.zeros(3), "alphas_cumprod": torch.ones(3)}
-    return save_single_file(tmp_path_factory.mktemp("file") / "model.safetensors", *make_networks(xl=xl), **text)
+    return save_single_file(tmp_path_factory.mktemp("file") / "model.safetensors", *make_networks(xl=xl), text)
 
 
 @torch.no_grad()
