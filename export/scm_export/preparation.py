@@ -136,11 +136,7 @@ def _check_options_apply(model: Model, options: Options) -> None:
         "guidance": options.guidance and model.family != SD_DISTILLED,
     }
     if names := [name for name, is_unused in unused.items() if is_unused]:
-        why = (
-            "the samples of this model are pixels, not latents"
-            if own_pixels and names[0] in ("decoder", "latents", "with_encoder", "preview_decoder")
-            else f"the family {model.family} has no use for it"
-        )
+        why = "the samples of this model are pixels, not latents" if own_pixels and names[0] in OF_LATENTS else f"the family {model.family} has no use for it"
         raise InvalidArgumentError(f"{names[0]} was given, but {why}. Leave it out.")
     shape = model.output.shape
     if options.size is not None and model.output.kind == "image" and shape[:2] != options.size:
