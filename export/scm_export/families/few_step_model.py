@@ -25,10 +25,13 @@ from scm_export.families.diffusers_networks import (
 from scm_export.families.family import BuildOptions
 from scm_export.families.few_step_schedulers import CLASSES, STEPS, TRANSITIONS, FewStepSampler, check_scheduler, initial_scale, scheduler_times
 from scm_export.families.scheduler_reference import scheduler_reference
+from scm_export.families.text import clip_pair_text, clip_text
+from scm_export.families.text_encoder import read_text_encoder
 from scm_export.families.text_unets import TIME_IDS, ClassifierFreeGuidance, TextUNet, check_unet, pooled_size, text_conditioning
 from scm_export.families.weights import load_weights
-from scm_export.model import Model
+from scm_export.model import Model, TextEncoder
 from scm_export.precision import Precision
+from scm_runtime.bundle.manifest import Conditioning
 
 DOWNSAMPLING = 8  #  pixels per latent of Stable Diffusion's autoencoders
 SIGMA_DATA = 1.0  #  diffusers scales latents to unit variance
@@ -77,6 +80,7 @@ def few_step_model(
     images = image_networks(options, sample_shape, SIGMA_DATA, folder=folder)  # before the weights are read: the autoencoder may be missing
     load_weights(unet, read_weights(folder, component))
     share_weights(original, unet)
+    text, notes = read_text_encoder(options, lambda: _text_encoder(folder, config, conditioning))
     network: nn.Module = Precision(TextUNet(unet, size), unet_keeps_fp32)
     return Model(
         family=family,
@@ -90,8 +94,18 @@ def few_step_model(
         decoder=images.decoder,
         encoder=images.encoder,
         preview=images.preview,
+        text=text,
+        notes=notes,
         reference=scheduler_reference(original, original_scheduler, size),
     )
+
+
+def _text_encoder(folder: DiffusersFolder, config: Any, conditioning: tuple[Conditioning, ...]) -> TextEncoder | None:
+    """Read CLIP's encoder, or both of SDXL."""
+    negative = tuple(item.name for item in conditioning if item.name.startswith("negative_"))
+    if config.addition_embed_type is None:
+        return clip_text(folder, config.cross_attention_dim, negative)
+    return clip_pair_text(folder, config.cross_attention_dim, pooled_size(config), negative)
 
 
 def _added(config: Any) -> dict[str, Any] | None:
