@@ -34,6 +34,7 @@ SLOWEST_FIRST = (
     "test_benchmarks.py",
     "end_to_end/test_wheel.py",
     "export/test_verify.py",
+    "export/test_sd_distilled.py",
     "export/test_latent_consistency.py",
     "end_to_end/test_samplers.py",
     "end_to_end/test_digits_quality.py",

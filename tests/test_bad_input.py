@@ -157,6 +157,11 @@ def a_module(world: World) -> Path:
     return torch_file(torch.nn.Linear(2, 2))(world)
 
 
+def text_encoder_alone(world: World) -> Path:
+    save_file({"cond_stage_model.transformer.weight": torch.zeros(2)}, world.here / "clip.safetensors")
+    return world.here / "clip.safetensors"
+
+
 def foreign_safetensors(world: World) -> Path:
     save_file({"weight": torch.zeros(2)}, world.here / "other.safetensors")
     return world.here / "other.safetensors"
@@ -359,6 +364,7 @@ CHECKPOINTS: list[Row] = [
         "a.safetensors' is not a readable .safetensors file",
         AGAIN,
     ),
+    ("no U-Net", exporting(text_encoder_alone), CheckpointError, "clip.safetensors' has no U-Net", "only a text encoder. Export the file of the whole model"),
     ("other safetensors", exporting(foreign_safetensors), CheckpointError, "other.safetensors' holds weights, but not how it", "--factory"),
     (
         "newer version",

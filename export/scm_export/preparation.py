@@ -166,7 +166,7 @@ def _check_options_apply(model: Model, options: Options) -> None:
         why = f"the family {model.family} has no use for it"
         if names[0] == "text_dtype":
             why = "the checkpoint has no text encoder"
-        elif own_pixels and names[0] in ("decoder", "latents", "with_encoder", "preview_decoder"):
+        elif own_pixels and names[0] in OF_LATENTS:
             why = "the samples of this model are pixels, not latents"
         raise InvalidArgumentError(f"{names[0]} was given, but {why}. Leave it out.")
     shape = model.output.shape

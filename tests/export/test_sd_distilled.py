@@ -172,12 +172,12 @@ def test_what_cannot_be_sampled_in_few_steps_is_refused(sd: Path, tmp_path: Path
 
 
 def test_inputs_of_other_models_are_refused(tmp_path: Path) -> None:
-    cases: list[tuple[dict[str, Any], str]] = [
+    refused: list[tuple[dict[str, Any], str]] = [
         ({"in_channels": 9}, "out_channels .* must be 9, got 4"),
         ({"num_class_embeds": 3}, "num_class_embeds .* must be None, got 3"),
         ({"addition_embed_type": "text"}, "addition_embed_type .* must be None or 'text_time', got 'text'"),
     ]
-    for i, (config, message) in enumerate(cases):
+    for i, (config, message) in enumerate(refused):
         folder = save_folder(tmp_path / str(i), EulerDiscreteScheduler(**TRAILING), **config)
         with pytest.raises(CheckpointError, match=message):
             build_model(load(folder), BuildOptions(latents=True))

@@ -32,6 +32,7 @@ from scm_export.families.weights import load_weights
 from scm_export.lora import merge_loras
 from scm_export.model import Model, TextEncoder
 from scm_export.precision import Precision
+from scm_runtime.bundle.manifest import Conditioning
 
 DOWNSAMPLING = 8  #  pixels per latent of Stable Diffusion's autoencoders
 SIGMA_DATA = 1.0  #  diffusers scales latents to unit variance
@@ -81,7 +82,7 @@ def few_step_model(
     load_weights(unet, read_weights(folder, component))
     merge_loras(options.loras, unet)
     share_weights(original, unet)
-    text, notes = read_text_encoder(options, lambda: _text(folder, config, options))
+    text, notes = read_text_encoder(options, lambda: _text_encoder(folder, config, conditioning, options))
     network: nn.Module = Precision(TextUNet(unet, size), unet_keeps_fp32)
     return Model(
         family=family,
@@ -101,11 +102,11 @@ def few_step_model(
     )
 
 
-def _text(folder: DiffusersFolder, config: Any, options: BuildOptions) -> TextEncoder | None:
-    """Return the folder's text encoder, or SDXL's two. With guidance they also encode the negative prompt."""
+def _text_encoder(folder: DiffusersFolder, config: Any, conditioning: tuple[Conditioning, ...], options: BuildOptions) -> TextEncoder | None:
+    """Read CLIP's encoder, or both of SDXL, with the LoRA files' layers for them."""
+    negative = tuple(item.name for item in conditioning if item.name.startswith("negative_"))
     if config.addition_embed_type is None:
-        return clip_text(folder, config.cross_attention_dim, ("negative_prompt_embeds",) if options.guidance else (), options.loras)
-    negative = ("negative_prompt_embeds", "negative_pooled_prompt_embeds") if options.guidance else ()
+        return clip_text(folder, config.cross_attention_dim, negative, options.loras)
     return clip_pair_text(folder, config.cross_attention_dim, pooled_size(config), negative, options.loras)
 
 
