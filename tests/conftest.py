@@ -36,6 +36,7 @@ SLOWEST_FIRST = (
     "export/test_verify.py",
     "export/test_sd_distilled.py",
     "export/test_latent_consistency.py",
+    "export/test_text_encoders.py",
     "end_to_end/test_samplers.py",
     "end_to_end/test_digits_quality.py",
     "export/test_module_family.py",

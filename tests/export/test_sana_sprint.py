@@ -235,7 +235,7 @@ def test_bfloat16_is_the_default_and_close_to_the_scheduler_of_diffusers(folder:
     assert psnr[0] is not None
     assert psnr[1] is not None
     assert psnr[0] > psnr[1] > 40
-    assert all(case.psnr is not None and case.psnr >= 40 for case in cases)
+    assert all(case.psnr is not None and case.psnr >= 40 for case in cases if case.output != "prompt_attention_mask")
 
 
 def test_float16_is_refused_with_the_reason(folder: Path, tmp_path: Path) -> None:
