@@ -11,10 +11,12 @@ from unittest import mock
 
 import diffusers
 import torch
+import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 
 from scm_export import ops
+from text_encoders import save_clip
 
 LATENTS = (8, 12)  # height and width
 TEXT, POOLED, SIZE_FEATURES = 24, 20, 256
@@ -78,18 +80,44 @@ def save_folder(folder: Path, scheduler: Any, *, xl: bool = False, middle: bool 
     return folder
 
 
+def add_text(folder: Path, into: Path, *, xl: bool) -> Path:
+    """Write a folder with the components of another, and text encoders."""
+    into.mkdir()
+    for component in ("unet", "vae", "scheduler"):
+        (into / component).symlink_to(folder / component)
+    first = TEXT - 16 if xl else TEXT
+    save_clip(into, hidden=first)
+    classes = {"text_encoder": "CLIPTextModel", "tokenizer": "CLIPTokenizer"}
+    if xl:
+        save_clip(into, "_2", hidden=TEXT - first, projection=POOLED, pad_token="!", seed=1)
+        classes |= {"text_encoder_2": "CLIPTextModelWithProjection", "tokenizer_2": "CLIPTokenizer"}
+    index = json.loads((folder / "model_index.json").read_text())
+    (into / "model_index.json").write_text(json.dumps({**index, **{name: ["transformers", cls] for name, cls in classes.items()}}))
+    return into
+
+
 def make_pipeline(folder: Path, scheduler: Any) -> Any:
     """diffusers' pipeline of a folder, with another scheduler."""
     unet = diffusers.UNet2DConditionModel.from_pretrained(folder / "unet", low_cpu_mem_usage=False)
     vae = diffusers.AutoencoderKL.from_pretrained(folder / "vae", low_cpu_mem_usage=False)
     if unet.config.addition_embed_type is not None:
-        nothing = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
-        pipeline = diffusers.StableDiffusionXLPipeline(vae=vae, unet=unet, scheduler=scheduler, **nothing, add_watermarker=False)
+        text = _text_components(folder, "CLIPTextModel", "CLIPTextModelWithProjection")
+        pipeline = diffusers.StableDiffusionXLPipeline(vae=vae, unet=unet, scheduler=scheduler, **text, add_watermarker=False)
     else:
-        nothing = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
-        pipeline = diffusers.StableDiffusionPipeline(vae=vae, unet=unet, scheduler=scheduler, **nothing, requires_safety_checker=False)
+        others = {**_text_components(folder, "CLIPTextModel"), "safety_checker": None, "feature_extractor": None}
+        pipeline = diffusers.StableDiffusionPipeline(vae=vae, unet=unet, scheduler=scheduler, **others, requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _text_components(folder: Path, *classes: str) -> dict[str, Any]:
+    """Text encoders and tokenizers of a folder; None if it has none."""
+    found: dict[str, Any] = {}
+    for cls, suffix in zip(classes, ("", "_2"), strict=False):
+        encoder, tokenizer = folder / f"text_encoder{suffix}", folder / f"tokenizer{suffix}"
+        found[encoder.name] = getattr(transformers, cls).from_pretrained(encoder) if encoder.exists() else None
+        found[tokenizer.name] = transformers.CLIPTokenizer.from_pretrained(tokenizer) if tokenizer.exists() else None
+    return found
 
 
 def run_pipeline(pipeline: Any, seeds: Sequence[int], steps: int, output_type: str, **arguments: Any) -> Any:

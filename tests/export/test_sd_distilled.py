@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 
 pytest.importorskip("diffusers", reason="diffusers is in the test extra")
 from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler, LCMScheduler, PNDMScheduler, TCDScheduler
+from safetensors.torch import load_file, save_file
 
 from scm_export import export
 from scm_export.checkpoints import load
@@ -20,7 +22,7 @@ from scm_export.families import BuildOptions, build_model, find_family
 from scm_export.parametrisation import sample
 from scm_runtime import Generator
 from scm_runtime.errors import InvalidArgumentError
-from tiny_stable_diffusion import SD_NOISE, TRAILING, embeddings, make_pipeline, noises, run_pipeline, save_folder
+from tiny_stable_diffusion import SD_NOISE, TRAILING, add_text, embeddings, make_pipeline, noises, run_pipeline, save_folder
 
 GUIDANCE = 1.75
 SEEDS = [3, 4]
@@ -113,23 +115,52 @@ def test_samples_of_a_batch_may_have_different_etas_and_be_at_different_steps(sd
 
 @pytest.mark.parametrize(("name", "xl"), [("sd", False), ("sdxl", True)])
 def test_images_of_a_bundle_are_those_of_the_pipeline(name: str, xl: bool, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    folder: Path = request.getfixturevalue(name)
-    done = export(folder, tmp_path / "turbo.scm", dtype="fp32", steps=(2,))
+    folder = add_text(request.getfixturevalue(name), tmp_path / "turbo", xl=xl)
+    lora = save_text_lora(tmp_path / "lora.safetensors", folder, xl=xl)
+    done = export(folder, tmp_path / "turbo.scm", dtype="fp32", steps=(2,), lora=[f"{lora}:0.5"])
     manifest = done.manifest
     assert (manifest.family, manifest.time_unit, manifest.output.shape) == ("sd-distilled", "timestep", (16, 24, 3))
     assert manifest.times["4"] == (999.0, 749.0, 499.0, 249.0, 0.0)
     assert manifest.verification is not None
     assert f"Euler{'Ancestral' * xl}DiscreteScheduler of diffusers" in manifest.verification.reference
+    assert manifest.text is not None
+    assert manifest.text.outputs == ("prompt_embeds", "pooled_prompt_embeds")[: 1 + xl]
     scheduler = EulerAncestralDiscreteScheduler if xl else EulerDiscreteScheduler
     pipeline = make_pipeline(folder, scheduler.from_pretrained(folder / "scheduler"))
+    merge_text_lora(pipeline, lora, 0.5)
     with Generator(done.path) as generate:
-        for n, steps, tokens in ((1, 1, 77), (3, 4, 5)):
-            seeds, text = list(range(5, 5 + n)), embeddings(n, xl=xl, guidance=False, tokens=tokens)
-            expected = run_pipeline(pipeline, seeds, steps, "np", **text, guidance_scale=0.0) * 255
-            arrays = {name: value.numpy() for name, value in text.items()}
-            found = generate(conditioning=arrays, seed=seeds, num_inference_steps=steps, output_type="np").array
+        for n, steps in ((1, 1), (3, 4)):
+            seeds = list(range(5, 5 + n))
+            prompts = ["a lighthouse at dusk", "", "Маяк на закате 灯台 " * 30][:n]  # the last is too long
+            expected = run_pipeline(pipeline, seeds, steps, "np", prompt=prompts, guidance_scale=0.0) * 255
+            found = generate(prompt=prompts, seed=seeds, num_inference_steps=steps, output_type="np").array
             assert np.abs(found - expected).max() <= 0.6
             assert expected.std() > 10
+        text = embeddings(2, xl=xl, guidance=False, tokens=5)
+        expected = run_pipeline(pipeline, SEEDS, 2, "np", **text, guidance_scale=0.0) * 255
+        found = generate(conditioning={name: value.numpy() for name, value in text.items()}, seed=SEEDS, num_inference_steps=2, output_type="np").array
+        assert np.abs(found - expected).max() <= 0.6
+
+
+def save_text_lora(path: Path, folder: Path, *, xl: bool) -> Path:
+    """Write a LoRA of kohya's layout for one layer of each text encoder, with an alpha of half the rank."""
+    tensors = {}
+    for i, suffix in enumerate(("", "_2")[: 1 + xl]):
+        size = json.loads((folder / f"text_encoder{suffix}" / "config.json").read_text())["hidden_size"]
+        name = f"lora_te{i + 1 if xl else ''}_text_model_encoder_layers_1_mlp_fc1"
+        generator = torch.Generator().manual_seed(i)
+        tensors |= {f"{name}.lora_down.weight": torch.randn(4, size, generator=generator), f"{name}.lora_up.weight": torch.randn(48, 4, generator=generator)}
+        tensors[f"{name}.alpha"] = torch.tensor(2.0)
+    save_file(tensors, path)
+    return path
+
+
+def merge_text_lora(pipeline: Any, path: Path, scale: float) -> None:
+    tensors = load_file(path)
+    for name in {key.split(".")[0] for key in tensors}:
+        encoder = pipeline.text_encoder_2 if "te2" in name else pipeline.text_encoder
+        layer = getattr(encoder, "text_model", encoder).encoder.layers[1].mlp.fc1
+        layer.weight.data += scale * 2 / 4 * tensors[f"{name}.lora_up.weight"] @ tensors[f"{name}.lora_down.weight"]
 
 
 def test_a_bundle_with_a_negative_prompt_and_eta(sd: Path, tmp_path: Path) -> None:
