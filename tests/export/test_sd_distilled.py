@@ -144,7 +144,7 @@ def test_images_of_a_bundle_are_those_of_the_pipeline(name: str, xl: bool, reque
 
 def save_text_lora(path: Path, folder: Path, *, xl: bool) -> Path:
     """Write a LoRA of kohya's layout for one layer of each text encoder, with an alpha of half the rank."""
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for i, suffix in enumerate(("", "_2")[: 1 + xl]):
         size = json.loads((folder / f"text_encoder{suffix}" / "config.json").read_text())["hidden_size"]
         name = f"lora_te{i + 1 if xl else ''}_text_model_encoder_layers_1_mlp_fc1"
