@@ -630,7 +630,8 @@ const Library& library() {
     for (const char* precision : {"high", "medium"}) {
       const auto found = register_despite_failures({{kPrecision, precision}}, result.failures);
       for (std::size_t i = 1; i < found.size(); ++i) {
-        distinct.insert(found[i]);
+        ++result.dense_domains[precision];
+        result.new_domains[precision] += distinct.insert(found[i]).second ? 1 : 0;
         auto& ops = result.dense_ops[precision];
         ops.insert(ops.end(), found[i]->ops.begin(), found[i]->ops.end());
       }

@@ -87,6 +87,8 @@ struct Library {
   std::string domain;
   std::vector<const OrtCustomOp*> ops;
   std::map<std::string, std::vector<const OrtCustomOp*>> dense_ops;  // by precision; empty if the processor does not support them
+  // By precision: the dense domains, and how many of them no earlier precision had.
+  std::map<std::string, std::size_t> dense_domains, new_domains;
   std::vector<std::string> failures;
 };
 

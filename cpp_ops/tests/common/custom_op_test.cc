@@ -72,18 +72,22 @@ TEST(RegistrationTest, OffersEveryOperatorForFloatAndHalfOnTheCpu) {
 }
 
 TEST(RegistrationTest, FailsWithAStatusWhereverOnnxRuntimeFails) {
-  const auto& failures = fake_ort::library().failures;
-  std::size_t calls = fake_ort::library().ops.size() + 2;  // one to create the domain, one per operator, one to add the domain to the session
+  const fake_ort::Library& library = fake_ort::library();
+  const auto& failures = library.failures;
+  std::size_t calls = library.ops.size() + 2;  // one to create the domain, one per operator, one to add the domain to the session
+  const auto number = [](const std::map<std::string, std::size_t>& numbers, const char* precision) {
+    const auto found = numbers.find(precision);
+    return found == numbers.end() ? 0 : found->second;
+  };
   for (const char* precision : {"high", "medium"}) {
-#ifdef SCM_OPS_BFLOAT16
     calls += 3;  // two to read the configuration entry, one to add the domain `scm` to the session
-    // The two dense domains need one call each to create, one per operator, and one call to add the first of them to the session. The call that adds the second one
-    // never fails: the domains exist by then, so the next attempt makes fewer calls and succeeds.
-    if (const auto found = fake_ort::library().dense_ops.find(precision); found != fake_ort::library().dense_ops.end()) calls += found->second.size() + 3;
-#else
-    static_cast<void>(precision);
-    calls += 1;  // to add the domain `scm` to the session
-#endif
+    if (const std::size_t created = number(library.new_domains, precision)) {
+      // One call per domain and one per operator, and one to add the first domain to the session. The calls that add the others never fail: the domains exist
+      // by then, so the next attempt makes fewer calls and succeeds.
+      calls += created + library.dense_ops.at(precision).size() + 1;
+    } else {
+      calls += number(library.dense_domains, precision);  // one to add each
+    }
   }
   EXPECT_EQ(failures.size(), calls);
   for (const std::string& failure : failures) EXPECT_EQ(failure, "scm::RegisterCustomOps: injected failure");
