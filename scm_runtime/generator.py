@@ -302,9 +302,9 @@ class Generator(GraphCalls, QueuedSampling):
 
     @lists_arguments(CallArguments)
     def submit(self, class_labels: Labels | None = None, **arguments: Unpack[CallArguments]) -> Future[Samples]:
-        """Queue a call, and return at once. The arguments are those of a call. Queued requests are computed together, even at different steps.
+        """Queue a call, and return without waiting for it. The arguments are those of a call. Queued requests are computed together, even at different steps.
 
-        Prompts are encoded before it returns. ``encode_prompt`` and ``async_`` do that elsewhere.
+        Prompts are encoded first, in the calling thread. Use ``async_``, or ``encode_prompt`` beforehand, where that takes too long.
 
         Up to ``max_batch_size`` samples share an evaluation; a larger request runs alone. The samples are those of a call, bit for bit if the device
         computes a sample the same way in every batch. PIL images are made when ``Samples.images`` is first read.

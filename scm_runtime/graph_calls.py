@@ -68,8 +68,8 @@ class GraphCalls:
         return resolved if deadline is None else cast(CallArguments, {**resolved, "timeout": deadline})
 
     def _encode_empty_prompt(self, given: Collection[str]) -> dict[str, NDArray[Any]]:
-        """Return the conditioning of the empty prompt for one sample: none if it is ``given``, or if no call can have a prompt."""
-        if self.manifest.text is None or set(self.manifest.text.outputs) <= set(given):
+        """Return the conditioning of the empty prompt for one sample: none if embeddings are ``given``, or if no call can have a prompt."""
+        if self.manifest.text is None or set(self.manifest.text.outputs) & set(given):
             return {}
         try:
             return {name: array[0] for name, array in self.encode_prompt("").items()}

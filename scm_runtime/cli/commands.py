@@ -65,8 +65,8 @@ def main() -> None:
 )
 @click.option("--columns", type=click.IntRange(1), help="Number of images in a row of the grid.")
 @click.option("--guidance-scale", type=float, help="Guidance scale, for models that have this input.")
-@click.option("--prompt", multiple=True, metavar="TEXT", help="Text to draw, for bundles with a text encoder. Repeat it for several prompts.")
-@click.option("--prompts", metavar="FILE", help="File of prompts in UTF-8, one a line, blank lines ignored; - for standard input.")
+@click.option("--prompt", multiple=True, metavar="TEXT", help="Prompt, for bundles with a text encoder. Repeat it for several prompts.")
+@click.option("--prompts", metavar="FILE", help="File of prompts in UTF-8, one per line, blank lines ignored; - for standard input.")
 @click.option("--negative-prompt", metavar="TEXT", help="Text to avoid in all images, for models that use one.")
 @click.option("--strict-prompt", is_flag=True, help="Refuse a prompt that is too long. By default its end is cut off, with a warning.")
 @click.option(

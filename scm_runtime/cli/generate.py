@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 from msgspec import Struct
+from numpy.typing import NDArray
 
 from scm_runtime.cli.metadata import ImageMetadata
 from scm_runtime.cli.prompts import as_unicode
@@ -109,7 +110,7 @@ def generate_images(generator: Generator, options: GenerateOptions, output: Outp
     batches: list[Samples] = []
     try:
         with _batches(generator, options) as sampled:
-            for samples in sampled:
+            for samples in (replace(one, conditioning=_labels_of(one, generator)) for one in sampled):  # embeddings are large
                 if not output.file_per_sample:
                     batches.append(samples)
                     continue
@@ -126,7 +127,7 @@ def generate_images(generator: Generator, options: GenerateOptions, output: Outp
     except KeyboardInterrupt as error:
         raise Interrupted(f"{len(files)} of {options.total or 'the'} images are in '{output.shown}'" if files else "nothing was written") from error
     seconds = time.perf_counter() - start if options.total else merged.timings.total
-    labels = None if generator.manifest.labels is None else merged.conditioning.get(generator.manifest.labels.name)
+    labels = next(iter(merged.conditioning.values()), None)
     return Written(
         out=as_unicode(output.shown),
         files=tuple(map(as_unicode, files)),
@@ -174,6 +175,12 @@ def _batches(generator: Generator, options: GenerateOptions) -> Iterator[Iterato
                 update(advance=len(samples))
 
         yield counted()
+
+
+def _labels_of(samples: Samples, generator: Generator) -> dict[str, NDArray[Any]]:
+    """Return the class labels of samples by the name of their input, or nothing if the bundle has none."""
+    labels = generator.manifest.labels
+    return {} if labels is None or labels.name not in samples.conditioning else {labels.name: samples.conditioning[labels.name]}
 
 
 def _concatenate(batches: Sequence[Samples]) -> Samples:

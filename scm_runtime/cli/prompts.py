@@ -34,6 +34,8 @@ def read_prompt_file(path: str) -> list[str]:
         InvalidArgumentError: the file cannot be read, is too large, is not UTF-8, or has no prompt.
     """
     shown = "standard input" if path == STANDARD_INPUT else f"'{path}'"
+    if path == STANDARD_INPUT and sys.stdin is None:
+        raise InvalidArgumentError("prompts cannot be read from standard input, which is closed. Give a file.")
     try:
         data = _read(sys.stdin.buffer) if path == STANDARD_INPUT else _read_path(Path(path))
     except (OSError, ValueError) as error:
@@ -47,7 +49,7 @@ def read_prompt_file(path: str) -> list[str]:
         ) from error
     prompts = [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
     if not prompts:
-        raise InvalidArgumentError(f"{shown} must have at least one prompt, one a line; it has no line with text")
+        raise InvalidArgumentError(f"{shown} must have at least one prompt, one per line; it has no line with text")
     return prompts
 
 

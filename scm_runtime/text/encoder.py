@@ -73,7 +73,7 @@ class TextEncoder:
         return inputs
 
     def encode(self, inputs: TokenInputs, run: RunTextGraph) -> tuple[NDArray[Any], ...]:
-        """Return the outputs of the text graph for N prompts, ``[N, …]`` each. Equal prompts are encoded once, and those of the latest call not again.
+        """Return the outputs of the text graph for N prompts, ``[N, …]`` each. Equal prompts are encoded once.
 
         Raises:
             InferenceError: an output has NaN or infinity; and what ``run`` raises.
@@ -120,7 +120,7 @@ class TextEncoder:
     def _check_finite(self, results: Sequence[NDArray[Any]]) -> None:
         for name, result in zip(self._spec.outputs, results, strict=True):
             if not np.isfinite(result).all():
-                raise InferenceError(f"the text encoder returned NaN or infinity in {name}. Compute in fp32: dtype='fp32'")
+                raise InferenceError(f"the text encoder returned NaN or infinity in {name}. Try dtype='fp32'; if it is fp32, export the checkpoint again")
 
 
 def _report_cut(cut: dict[str, str], *, strict: bool) -> None:

@@ -72,7 +72,8 @@ class PromptConditioning:
         resolved = self.resolve({"prompt": texts, "negative_prompt": negative_prompt, "strict_prompt": cast(bool, strict)}, run)
         spec, arrays = self._spec, cast(Arrays, resolved["conditioning"])
         assert spec is not None  # else resolve raises
-        negatives = [name for name in spec.negative_outputs if negative_prompt is None or isinstance(negative_prompt, str)]
+        single = negative_prompt is None or isinstance(read_prompts("negative_prompt", negative_prompt), str)
+        negatives = spec.negative_outputs if single else ()
         return arrays | {name: np.repeat(arrays[name][None], len(texts), 0) for name in negatives}
 
     def _check_has_prompt(self, given: set[str]) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,14 +47,16 @@ class PromptTokenizer:
         """
         self._path, self._spec = path, spec
         self._tokenizer = _open(path, _load_tokenizers())
-        largest = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
+        with self._errors("it cannot be used"):
+            largest = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
+            special = int(self._tokenizer.num_special_tokens_to_add(is_pair=False))
         if largest >= spec.vocab_size:
             raise self._error(f"its token ids must be below the {spec.vocab_size} rows of the text encoder's embedding, got {largest}")
-        special = int(self._tokenizer.num_special_tokens_to_add(is_pair=False))
         if special >= spec.max_length:
             raise self._error(f"max_length must leave room for a prompt beside its {special} special tokens, got {spec.max_length}")
-        self._tokenizer.no_padding()
-        self._tokenizer.enable_truncation(spec.max_length, direction="right")
+        with self._errors("it cannot be used"):
+            self._tokenizer.no_padding()
+            self._tokenizer.enable_truncation(spec.max_length, direction="right")
 
     def encode(self, prompts: Sequence[str]) -> Tokens:
         """Return the token ids and masks of prompts of valid Unicode; empty ones are valid.
@@ -71,11 +74,14 @@ class PromptTokenizer:
                 ids[row], mask[row] = ids[first], mask[first]
                 continue
             text = spec.prefix + self._prepared(prompt)
-            encoded = self._encode(text)  # one by one: encode_batch starts threads, which a fork does not survive
+            with self._errors("it cannot encode a prompt"):
+                encoded = self._tokenizer.encode(text)  # one by one: encode_batch starts threads, which a fork does not survive
             if encoded.overflowing:
                 kept = max((end for _, end in encoded.offsets), default=0)
                 cut[prompt] = text[max(kept, len(spec.prefix)) :]
             tokens = encoded.ids
+            if len(tokens) > spec.max_length:
+                raise self._error(f"it must return at most {spec.max_length} tokens for a prompt, got {len(tokens)}")
             place = slice(0, len(tokens)) if spec.padding_side == "right" else slice(spec.max_length - len(tokens), None)
             ids[row, place] = tokens
             mask[row, place] = 1
@@ -87,11 +93,15 @@ class PromptTokenizer:
         text = prompt.lower() if self._spec.lowercase else prompt
         return text.strip() if self._spec.strip else text
 
-    def _encode(self, text: str) -> Any:
+    @contextmanager
+    def _errors(self, problem: str) -> Iterator[None]:
+        """Within the block, turn the package's errors into BundleSchemaError."""
         try:
-            return self._tokenizer.encode(text)
-        except Exception as error:  # the package raises no type of its own
-            raise self._error(f"it cannot encode a prompt: {first_line(error)}") from error
+            yield
+        except (KeyboardInterrupt, SystemExit, MemoryError):
+            raise
+        except BaseException as error:  # they have no common type, and a panic of the package is not an Exception
+            raise self._error(f"{problem}: {first_line(error)}") from error
 
     def _error(self, reason: str) -> BundleSchemaError:
         return BundleSchemaError(f"'{self._path}' does not fit the bundle: {reason}. Export the checkpoint again.")

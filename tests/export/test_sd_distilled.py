@@ -172,7 +172,8 @@ def test_a_bundle_with_a_negative_prompt_and_eta(sd: Path, tmp_path: Path) -> No
     arrays = {name: value.numpy() for name, value in text.items()}
     with Generator(done.path) as generate:
         other = {"guidance_scale": 3.0, "eta": 1.0}
-        calls: list[tuple[dict[str, float], dict[str, float]]] = [({}, {"guidance_scale": 1.5, "eta": 0.3}), (other, other)]
+        without = {"guidance_scale": 0.0, "eta": 0.0}  # the negative prompt has no effect
+        calls: list[tuple[dict[str, float], dict[str, float]]] = [({}, {"guidance_scale": 1.5, "eta": 0.3}), (other, other), (without, without)]
         for given, arguments in calls:
             expected = run_pipeline(pipeline, SEEDS, 4, "latent", **text, **arguments)
             found = generate(conditioning={**arrays, **given}, seed=SEEDS, num_inference_steps=4, output_type="latent").array

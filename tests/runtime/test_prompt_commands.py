@@ -129,7 +129,7 @@ def test_a_long_prompt_is_cut_off_with_a_warning(bundle: Path, tmp_path: Path, c
         (["--prompt", "a \udcff"], r"Error: --prompt must be valid Unicode, got half of a surrogate pair, \udcff, at character 2."),
         (["--prompts", "nowhere.txt"], "Error: cannot read prompts from 'nowhere.txt': No such file or directory."),
         (["--prompts", "."], "Error: cannot read prompts from '.': Is a directory."),
-        (["--prompts", "empty.txt"], "Error: 'empty.txt' must have at least one prompt, one a line"),
+        (["--prompts", "empty.txt"], "Error: 'empty.txt' must have at least one prompt, one per line"),
         (["--prompts", "latin.txt"], "Error: --prompts must be UTF-8, got the byte 0xfc in line 2 of 'latin.txt'. Save the file as UTF-8."),
         (["--prompts", "large.txt"], "Error: cannot read prompts from 'large.txt': it has more than 1 MiB."),
     ],

@@ -392,10 +392,13 @@ def changed_json(change: Callable[[dict[str, Any]], object]) -> bytes:
         (changed_json(lambda raw: raw["added_tokens"].append({**raw["added_tokens"][0], "id": 320, "content": "<new>"})), r"below the 320 rows .*, got 320"),
         (changed_json(lambda raw: raw["post_processor"]["special_tokens"]["<s>"].update(ids=[400])), r"below the 320 rows .*, got 400"),
         (changed_json(lambda raw: raw["post_processor"].update(single=[{"SpecialToken": {"id": "<s>", "type_id": 0}}] * 12)), "leave room for a prompt beside"),
+        (changed_json(lambda raw: raw["post_processor"].update(single=[{"Sequence": {"id": "A", "type_id": 0}}] * 40)), "at most 12 tokens for a prompt, got"),
+        (changed_json(lambda raw: raw["post_processor"].update(single=[{"Sequence": {"id": "B", "type_id": 0}}])), "it cannot encode a prompt"),
+        (changed_json(lambda raw: raw.update(normalizer={"type": "Replace", "pattern": {"Regex": ""}, "content": "x"})), "it cannot|at most 12 tokens"),
         (b"[" * 100_000, "is not a tokenizer"),
         (b" " * 2_000_000, "it has more than 1048576 bytes"),
     ],
-    ids=["empty", "binary", "other JSON", "more ids", "other special ids", "no room", "nested", "large"],
+    ids=["empty", "binary", "other JSON", "more ids", "other special ids", "no room", "repeated", "pair", "empty pattern", "nested", "large"],
 )
 def test_a_tokenizer_that_does_not_fit(tmp_path: Path, data: bytes, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizer, "MAX_BYTES", 1 << 20)
@@ -411,7 +414,7 @@ def test_a_tokenizer_that_does_not_fit(tmp_path: Path, data: bytes, message: str
         (r"\binput_ids\b", "ids_in", BundleError, r"text\.fp32\.onnx' must have the inputs attention_mask, input_ids, got attention_mask, ids_in"),
         (r"\bprompt_embeds\b", "embeds", BundleError, "must have the outputs prompt_embeds, prompt_attention_mask, got embeds, prompt_attention_mask"),
         (r"int64(\S+ prompt_attention_mask)", r"float\1", InferenceError, "cannot open"),
-        (r"Add\(waves, shift\)", "Div(waves, zero)", InferenceError, r"the text encoder returned NaN or infinity in prompt_embeds\. Compute in fp32"),
+        (r"Add\(waves, shift\)", "Div(waves, zero)", InferenceError, r"the text encoder returned NaN or infinity in prompt_embeds\. Try dtype='fp32'"),
         (r"Add\(waves, shift\)", "Concat<axis=2>(waves, waves)", BundleError, r"must return float32 \[1, \*, 5\], got float32 \[1, 12, 10\]"),
     ],
 )

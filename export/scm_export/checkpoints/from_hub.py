@@ -73,8 +73,7 @@ def _diffusers(repository: str, folder: Path, *, text: bool) -> Path:
     encoders = [name for name in TEXT_ENCODERS if text and _class(index.get(name)) in TEXT_CLASSES]
     for part in encoders:
         _weights(repository, folder, part, "model")
-    if encoders:
-        hub.snapshot(repository, folder.name, [*TOKENIZERS, CARD])
+    hub.snapshot(repository, folder.name, [*(TOKENIZERS if encoders else ()), CARD])
     return folder
 
 

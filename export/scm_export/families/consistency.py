@@ -103,6 +103,7 @@ def build_consistency(loaded: Loaded, options: BuildOptions) -> Model:
         family="consistency",
         step=step,
         sample_shape=sample_shape,
+        licence=folder.licence,
         sigma_data=step.sigma_data,
         initial_scale=float(scheduler.init_noise_sigma),
         times=_times(scheduler, max(sample_shape[1:])),

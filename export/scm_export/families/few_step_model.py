@@ -97,6 +97,7 @@ def few_step_model(
         encoder=images.encoder,
         preview=images.preview,
         text=text,
+        licence=folder.licence,
         notes=notes,
         reference=scheduler_reference(original, original_scheduler, size),
     )

@@ -213,6 +213,12 @@ def check_scheduler(name: SchedulerName, config: Mapping[str, Any], where: str) 
     for setting in counts:
         if not (isinstance(config[setting], int) and config[setting] >= 1):
             raise CheckpointError(f"{setting} of the {kind} of {where} must be an integer of at least 1, got {printable(config[setting])}")
+    total, betas = config["num_train_timesteps"], config.get("trained_betas")
+    if betas is not None and len(betas) != total:
+        raise CheckpointError(f"trained_betas of the {kind} of {where} must have num_train_timesteps = {total} values, got {len(betas)}")
+    if "original_inference_steps" in counts and config["original_inference_steps"] > total:
+        found = config["original_inference_steps"]
+        raise CheckpointError(f"original_inference_steps of the {kind} of {where} must be at most num_train_timesteps = {total}, got {found}")
 
 
 def scheduler_times(name: SchedulerName, scheduler: Any, steps: Collection[int] = STEPS) -> dict[int, tuple[float, ...]]:

@@ -130,6 +130,7 @@ def build_sana_sprint(loaded: Loaded, options: BuildOptions) -> Model:
         family="sana-sprint",
         step=Step(SanaSprint(transformer, config.guidance_embeds_scale), sigma_data, "flow"),
         sample_shape=sample_shape,
+        licence=folder.licence,
         sigma_data=sigma_data,
         initial_scale=sigma_data,
         times=dict(TIMES),

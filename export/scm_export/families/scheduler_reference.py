@@ -73,6 +73,7 @@ def _predictor(unet: nn.Module, conditioning: dict[str, Tensor], size: tuple[int
             return y
         assert scale is not None
         negative, positive = y.chunk(2)
-        return negative + scale.reshape(-1, 1, 1, 1) * (positive - negative)
+        guidance = scale.reshape(-1, 1, 1, 1)
+        return torch.where(guidance > 1, negative + guidance * (positive - negative), positive)
 
     return predict

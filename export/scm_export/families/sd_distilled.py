@@ -67,13 +67,18 @@ def _make_scheduler(folder: DiffusersFolder, options: BuildOptions) -> tuple[Sch
     return name, scheduler_from_config(folder, CLASSES[name], config)
 
 
+REFINER_POOLED = 1280  # of SDXL's refiner, which has five time_ids
+
+
 def _check_refiner(folder: DiffusersFolder, component: str) -> None:
     """Raise CheckpointError for SDXL's refiner, whose time_ids are others."""
     config, encoder = folder.config(component), folder.find("CLIPTextModelWithProjection")
-    if config.get("addition_embed_type") != "text_time" or encoder is None:
+    if config.get("addition_embed_type") != "text_time":
         return
-    projected, inputs = folder.config(encoder).get("projection_dim"), config.get("projection_class_embeddings_input_dim")
-    sizes = TIME_IDS * (config.get("addition_time_embed_dim") or 0)
+    inputs, feature = config.get("projection_class_embeddings_input_dim"), config.get("addition_time_embed_dim") or 0
+    sizes = TIME_IDS * feature
+    # Without an encoder, the refiner is known by the sizes of its inputs.
+    projected = folder.config(encoder).get("projection_dim") if encoder is not None else inputs if inputs == REFINER_POOLED + 5 * feature else None
     if folder.index.get("requires_aesthetics_score") or (projected is not None and projected + sizes != inputs):
         raise CheckpointError(
             f"the {UNET} of {folder.describe()} must have {TIME_IDS} time_ids, as in StableDiffusionXLPipeline. SDXL's refiner has others: it is not supported."

@@ -62,7 +62,10 @@ class TextUNet(nn.Module):
 
 
 class ClassifierFreeGuidance(nn.Module):
-    """A network with a negative prompt: both branches in one batch of twice the size, as in StableDiffusionPipeline."""
+    """A network with a negative prompt: both branches in one batch of twice the size, as in StableDiffusionPipeline.
+
+    A guidance scale of 1 or less gives the prompt's prediction alone, as there.
+    """
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -72,7 +75,7 @@ class ClassifierFreeGuidance(nn.Module):
         doubled = double_conditioning(conditioning)
         both = self.network(torch.cat([x, x]), torch.cat([timestep, timestep]), **doubled)
         negative, positive = both.unflatten(0, (2, -1)).unbind()  # chunk(2) would fix the batch size in the traced graph
-        y: Tensor = negative + guidance_scale[:, None, None, None] * (positive - negative)
+        y: Tensor = negative + guidance_scale.clamp(min=1)[:, None, None, None] * (positive - negative)
         return y
 
 

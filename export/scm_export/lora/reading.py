@@ -153,7 +153,9 @@ def _group(tensors: dict[str, Tensor], path: Path) -> dict[tuple[Component, str]
         _, roles = layers.setdefault((component, name), (key, {}))
         if role in roles:
             raise CheckpointError(f"the LoRA '{path}' has two tensors for one factor of a layer; the second is '{printable(key)}'. {REMEDY}")
-        if not is_finite(tensor):
+        if tensor.is_complex():
+            raise CheckpointError(f"the LoRA '{path}' must have real numbers, got {tensor.dtype} in '{printable(key)}'. {REMEDY}")
+        if not is_finite(tensor.float() if tensor.dtype.itemsize == 1 else tensor):  # torch cannot examine float8
             raise CheckpointError(f"the LoRA '{path}' must be finite, got NaN or infinity in '{printable(key)}'. {REMEDY}")
         roles[role] = tensor
     return layers
