@@ -29,7 +29,7 @@ LABELS   := 0,1,2,3,4,5,6,7,8,9,0,1,2,3,4,5,6,7,8,9
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:  # two pips must not install into .venv at the same time
-.PHONY: help demo test test-gpu first-gpu test-stub lint types floors floors-runtime audit ops ops-test ops-sanitize ops-tsan ops-arm64 soak kills fuzz bench bench-large format dist constraints clean
+.PHONY: help demo test test-gpu first-gpu test-stub lint types floors floors-runtime audit ops ops-test ops-sanitize ops-tsan ops-arm64 ops-avx512 soak kills fuzz bench bench-large format dist constraints clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | while IFS='	' read -r name what; do printf '  make %-15s %s\n' "$$name" "$$what"; done
@@ -96,6 +96,11 @@ ops-arm64: $(TOOLS) ## build the native library for 64-bit ARM and run its C++ t
 	@if ! command -v aarch64-linux-gnu-g++ > /dev/null; then echo "SKIPPED: ops-arm64 needs aarch64-linux-gnu-g++, which was not found. Install Debian's g++-aarch64-linux-gnu."; \
 	elif ! command -v qemu-aarch64 > /dev/null; then echo "SKIPPED: ops-arm64 needs qemu-aarch64, which was not found. Install Debian's qemu-user."; \
 	else $(MAKE) --no-print-directory run-arm64; fi
+
+ops-avx512: $(TOOLS) ## run the C++ tests with the kernels for AVX-512, whose intrinsics are emulated, on a processor with AVX2
+	$(call CONFIGURE,build/ops-test) -DSCM_OPS_CUDA=OFF -DSCM_OPS_TESTS=ON $(OPS_FLAGS)
+	$(CMAKE) --build build/ops-test --parallel $(JOBS) --target scm_ops_avx512_in_software_tests
+	build/ops-test/tests/avx512_in_software/scm_ops_avx512_in_software_tests --gtest_brief=1
 
 soak: $(FULL) $(OPS) ## use Generators from many threads in every way, twice for ten minutes (SECONDS=60 for one)
 	@# With one malloc arena per thread, it takes an hour until the resident memory is constant.
