@@ -12,10 +12,12 @@ from onnx import ModelProto, helper
 
 from scm_export.graphs.build import ir_version
 from scm_export.ops import OPERATORS
+from scm_export.verification.tolerances import OP_TOLERANCE, SPLIT_BF16_TOLERANCE
 from scm_runtime.bundle.manifest import OPS_VERSION
 
 Arrays = tuple[NDArray[Any], ...]
 Attribute = float | tuple[int, ...]
+PRODUCTS = ("scm.channels_last", "scm.channels_first", "scm.fused")  # domains of convolutions and matrix products
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,11 @@ def arrays(op: str, case: Case, dtype: str) -> Arrays:
     dtypes = (type_name(kind, dtype) for kind in OPERATORS[op].inputs.values())
     filled = (rng.standard_normal(given) if isinstance(given, tuple) else given for given in case.inputs)
     return tuple(np.asarray(values).astype(name) for values, name in zip(filled, dtypes, strict=True))
+
+
+def tolerance(op: str, dtype: str) -> tuple[float, float]:
+    """Absolute and relative tolerance of an operator's output of a dtype. Some processors multiply float32 numbers as two bfloat16."""
+    return SPLIT_BF16_TOLERANCE if OPERATORS[op].domain in PRODUCTS and dtype == "float32" else OP_TOLERANCE[dtype]
 
 
 def type_name(kind: str, dtype: str) -> str:

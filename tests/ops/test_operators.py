@@ -13,10 +13,9 @@ from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
-from operator_models import Arrays, Attribute, Case, arrays, one_node, type_name
+from operator_models import Arrays, Attribute, Case, arrays, one_node, tolerance, type_name
 from scm_export import ops
 from scm_export.ops import OPERATORS
-from scm_export.verification.tolerances import OP_TOLERANCE, SPLIT_BF16_TOLERANCE
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
 from scm_runtime.ort.options import MATMUL_PRECISION
 from support import native_library
@@ -258,7 +257,6 @@ def in_reference_evaluator(op: str, inputs: Arrays, attributes: Mapping[str, Att
     return tuple(np.asarray(array) for array in found)
 
 
-PRODUCTS = ("scm.channels_last", "scm.channels_first", "scm.fused")
 IMPLEMENTATIONS = [
     pytest.param(in_torch, id="torch"),
     pytest.param(in_reference_evaluator, id="body in the reference evaluator"),
@@ -284,7 +282,7 @@ def test_an_operator_matches_its_reference(op: str, dtype: str, implementation: 
             expected = in_torch(op, wide, case.attributes, outputs)
             found = implementation(op, inputs, case.attributes, outputs)
             kind = type_name(OPERATORS[op].output_type, dtype)
-            atol, rtol = SPLIT_BF16_TOLERANCE if OPERATORS[op].domain in PRODUCTS and kind == "float32" else OP_TOLERANCE[kind]
+            atol, rtol = tolerance(op, kind)
             for one, other in zip(found, expected, strict=True):
                 message = f"inputs {[array.shape for array in inputs]}, attributes {dict(case.attributes)}, {outputs} outputs"
                 assert (one.dtype, one.shape) == (np.dtype(kind), other.shape), message

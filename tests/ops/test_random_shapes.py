@@ -17,9 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from operator_models import Arrays, Case, arrays, one_node
+from operator_models import PRODUCTS, Arrays, Case, arrays, one_node, tolerance
 from scm_export.ops import OPERATORS
-from scm_export.verification.tolerances import OP_TOLERANCE, SPLIT_BF16_TOLERANCE
 from scm_runtime.common.load_onnxruntime import load_onnxruntime
 from support import KERNEL_ISAS, native_library, run_python
 
@@ -27,7 +26,6 @@ onnxruntime = load_onnxruntime()
 
 CASES_PER_OPERATOR, OPSET = 8, 20
 MAX_ELEMENTS, MAX_PRODUCTS = 4e5, 2e7
-PRODUCTS = ("scm.channels_last", "scm.channels_first", "scm.fused")  # domains of operators that multiply float32 numbers as two bfloat16 on some processors
 CONVOLUTIONS = ("scm.channels_last::Conv", "scm.channels_first::Conv", "scm.fused::Conv")  # not below AVX2
 
 RUN_MODELS = """
@@ -307,7 +305,7 @@ def test_kernels_of_random_shapes_agree_with_the_function_bodies(isa: str, expec
     for name, body in results.items():
         found = np.load(tmp_path / f"{name}.npz")
         kind = body.outputs[0].dtype.name
-        atol, rtol = SPLIT_BF16_TOLERANCE if OPERATORS[body.op].domain in PRODUCTS and kind == "float32" else OP_TOLERANCE[kind]
+        atol, rtol = tolerance(body.op, kind)
         for one, other in zip((found[key] for key in found.files), body.outputs, strict=True):
             assert (one.dtype, one.shape) == (other.dtype, other.shape), name
             np.testing.assert_allclose(one.astype(np.float32), other.astype(np.float32), atol=atol, rtol=rtol, err_msg=name)

@@ -57,7 +57,7 @@ def make_network(folder: DiffusersFolder, component: str) -> nn.Module:
         raise MissingDependencyError(f"reading a diffusers folder needs diffusers ({error}):\n  {install_extras('export')}") from error
     name, config = folder.classes[component], folder.config(component)
     try:
-        with torch.device("meta"), _quiet(), limited_modules():
+        with torch.device("meta"), quiet("diffusers"), limited_modules():
             network = getattr(diffusers, name).from_config(config)
     except Exception as error:
         raise _not_created(name, folder.path / component, error) from error
@@ -98,7 +98,7 @@ def scheduler_from_config(folder: DiffusersFolder, name: str, config: Mapping[st
     import diffusers
 
     try:
-        with _quiet():
+        with quiet("diffusers"):
             return getattr(diffusers, name).from_config(dict(config))
     except Exception as error:
         raise _not_created(name, folder.path / "scheduler", error) from error
@@ -213,9 +213,9 @@ def limited_modules() -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Within the block, suppress diffusers' warnings about unknown configuration fields: folders may be older or newer than diffusers."""
-    log = logging.getLogger("diffusers")
+def quiet(library: str) -> Iterator[None]:
+    """Within the block, suppress the warnings of diffusers or transformers about unknown fields of a configuration: folders may be older or newer than them."""
+    log = logging.getLogger(library)
     level = log.level
     log.setLevel(logging.ERROR)
     try:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +10,7 @@ from torch import Tensor, nn
 
 from scm_export.checkpoints import DiffusersFolder
 from scm_export.errors import CheckpointError
-from scm_export.families.diffusers_networks import limited_modules, share_weights
+from scm_export.families.diffusers_networks import limited_modules, quiet, share_weights
 from scm_export.families.weights import load_weights
 from scm_export.precision import is_norm
 from scm_runtime.common.installed import install_extras
@@ -93,7 +91,7 @@ def make_encoders(
     config = {name: value for name, value in given.items() if not name.startswith("_") and "implementation" not in name}
     networks = []
     try:
-        with quiet_transformers():
+        with quiet("transformers"):
             cls = getattr(transformers, class_name)
             for _ in range(2):
                 settings = cls.config_class.from_dict(config)
@@ -118,15 +116,3 @@ def make_encoders(
 def keeps_fp32(name: str, module: nn.Module) -> bool:
     """Return True for the modules of a text encoder that compute in float32: norms, and angles of rotary embeddings."""
     return is_norm(name, module) or type(module).__name__.endswith(("RMSNorm", "LayerNorm", "RotaryEmbedding"))
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Within the block, suppress transformers' warnings about unknown entries of a configuration."""
-    log = logging.getLogger("transformers")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(level)

@@ -6,7 +6,8 @@ from typing import Any
 
 from scm_export.checkpoints import DiffusersFolder
 from scm_export.errors import CheckpointError
-from scm_export.families.text.encoders import WITHOUT_TEXT, check_class, import_transformers, quiet_transformers
+from scm_export.families.diffusers_networks import quiet
+from scm_export.families.text.encoders import WITHOUT_TEXT, check_class, import_transformers
 from scm_runtime.bundle.text_spec import TextTokenizer
 from scm_runtime.common.message_text import first_line
 
@@ -36,7 +37,7 @@ def read_tokenizer(folder: DiffusersFolder, component: str, classes: tuple[str, 
     if not set(found) & {path / file for file in ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model")}:
         raise CheckpointError(f"'{path}' has no vocabulary: expected tokenizer.json, vocab.json or spiece.model. Download the folder again. {WITHOUT_TEXT}")
     try:
-        with quiet_transformers():
+        with quiet("transformers"):
             tokenizer = getattr(transformers, name).from_pretrained(path, local_files_only=True, trust_remote_code=False)
             tokenizer.padding_side = "right"
             tokenizer.backend_tokenizer.to_str()
